@@ -1,0 +1,141 @@
+"""Checkpoints: a folder with config.json, the tokenizer's files, and steps/N/{params,train,hash} (Orbax).
+
+Every model of a run is such a folder, a converted one (step 0, parameters alone) like a trained one.
+"""
+import functools
+import hashlib
+import json
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from srlm_jax import InputError, sharding
+from srlm_jax.models import config as model_config, llama
+
+TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+                   'generation_config.json', 'chat_template.jinja')
+
+
+def manager(folder, keep: int) -> ocp.CheckpointManager:
+  """Orbax's manager of `folder`/steps: saves in the background, keeps the last `keep` steps."""
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+  return ocp.CheckpointManager(epath.Path(folder).resolve() / 'steps', options=options)
+
+
+def save(saver: ocp.CheckpointManager, step: int, params, train=None):
+  """Starts to save parameters, their hashes, and `train`: what only training needs (optimizer moments)."""
+  items = dict(params=ocp.args.PyTreeSave(params), hash=ocp.args.JsonSave(hashes(params)))
+  if train is not None:
+    items['train'] = ocp.args.PyTreeSave(train)
+  saver.save(step, args=ocp.args.Composite(**items))
+
+
+def restore_params(folder, mesh, dtype: str, step: int | None = None):
+  """Parameters alone, straight onto `mesh` in `dtype` -> (params, hash); the hash is checked."""
+  config = model_config.load(folder)
+  step = latest(folder) if step is None else step
+  abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
+  path = epath.Path(folder).resolve() / 'steps' / str(step)
+  params = _restore(path / 'params', abstract)
+  recorded = json.loads((path / 'hash' / 'metadata').read_text())
+  found = hash_params(params)
+  if recorded.get(dtype, found) != found:
+    raise InputError(f'{path}/params does not have the hash that it was saved with; the checkpoint is damaged')
+  return params, recorded['stored']
+
+
+def restore_train(folder, step: int, abstract):
+  """What `save` was given as `train`, onto the shardings of `abstract`."""
+  return _restore(epath.Path(folder).resolve() / 'steps' / str(step) / 'train', abstract)
+
+
+def latest(folder) -> int:
+  """The last whole step of a checkpoint folder."""
+  steps = epath.Path(folder) / 'steps'
+  found = [int(p.name) for p in steps.iterdir() if p.name.isdigit()] if steps.exists() else []
+  if not found:
+    raise InputError(f'no checkpoint in {folder}; train or convert that model first')
+  return max(found)
+
+
+def exists(folder) -> bool:
+  try:
+    return latest(folder) >= 0
+  except InputError:
+    return False
+
+
+def copy_model_files(source, folder):
+  """Copies config.json and the tokenizer's files, without which parameters mean nothing."""
+  folder = epath.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in ('config.json', *TOKENIZER_FILES):
+    if (epath.Path(source) / name).exists():
+      (epath.Path(source) / name).copy(folder / name, overwrite=True)
+
+
+def abstract_on(mesh, tree, dtype: str):
+  """Shapes -> shapes with their place on the mesh, in `dtype`."""
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=s),
+                      tree, sharding.shardings(tree, mesh))
+
+
+def hashes(params) -> dict:
+  """The hash of the parameters as stored (their name), and in every dtype in which they may be restored."""
+  cast = {d: hash_params(jax.tree.map(lambda x: x.astype(d), params)) for d in ('float32', 'bfloat16')}  # noqa: B023
+  return dict(stored=hash_params(params), **cast)
+
+
+def hash_params(params) -> str:
+  """A name for parameters: equal on every mesh, different when any one value differs."""
+  sums = jax.tree.map(np.asarray, _sums(params))
+  return combine({jax.tree_util.keystr(path, simple=True, separator='.'): (str(x.dtype), x.shape, s)
+                  for (path, x), s in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums),
+                                          strict=True)})
+
+
+def combine(leaves: dict) -> str:
+  """{name: (dtype, shape, sums [2])} -> 16 hexadecimal digits."""
+  text = '\n'.join(f'{name} {dtype} {tuple(shape)} {int(s[0])} {int(s[1])}'
+                   for name, (dtype, shape, s) in sorted(leaves.items()))
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.partial(jax.jit, out_shardings=None)
+def _sums(params):
+  return jax.tree.map(lambda x: weighted_sums(x, 0, jnp), params)
+
+
+def weighted_sums(x, offset: int, xp):
+  """Two sums over the bits of x, modulo 2**32, weighted by flat index from `offset`; xp: numpy or jax.numpy.
+
+  Sums over slices of an array, each from its own offset, add up to those of the whole.
+  """
+  width = x.dtype.itemsize * 8
+  bits = jax.lax.bitcast_convert_type(x, f'uint{width}') if xp is jnp else x.view(f'uint{width}')
+  bits = bits.astype('uint32')
+  index = xp.full((), offset % 2**32, 'uint32')
+  stride = 1
+  for axis in reversed(range(x.ndim)):
+    iota = xp.arange(x.shape[axis], dtype='uint32').reshape(-1, *(1,) * (x.ndim - axis - 1))
+    index = index + iota * xp.asarray(stride % 2**32, dtype='uint32')
+    stride *= x.shape[axis]
+  one = xp.asarray(1, dtype='uint32')
+  mixed = [(bits ^ (index * xp.asarray(a, dtype='uint32'))) * (index * xp.asarray(b, dtype='uint32') | one)
+           for a, b in ((0x9E3779B9, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))]
+  return xp.stack([m.sum(dtype='uint32') for m in mixed])
+
+
+def _restore(path, abstract):
+  if not path.exists():
+    raise InputError(f'{path} does not exist; train or convert that model first')
+  args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
+                      abstract)
+  with ocp.PyTreeCheckpointer() as reader:
+    try:
+      return reader.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
+    except ValueError as error:
+      raise InputError(f'{path} is a checkpoint of another model ({str(error).splitlines()[0]})') from error
