@@ -7,7 +7,7 @@ setup(
     description='Self-rewarding language models (Yuan et al. 2024) in JAX',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=find_packages(include=['srlm_jax', 'srlm_jax.*']),
+    packages=find_packages(include=['srlm_jax', 'srlm_jax.*', 'configs']),
     package_data={'srlm_jax.data': ['*.txt'], 'srlm_jax': ['*.html']},
     install_requires=[
         'jax>=0.10.2,<0.12',

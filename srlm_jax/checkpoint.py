@@ -85,16 +85,15 @@ def abstract_on(mesh, tree, dtype: str):
 
 def hashes(params) -> dict:
   """The hash of the parameters as stored (their name), and in every dtype in which they may be restored."""
-  cast = {d: hash_params(jax.tree.map(lambda x: x.astype(d), params)) for d in ('float32', 'bfloat16')}  # noqa: B023
-  return dict(stored=hash_params(params), **cast)
+  return dict(stored=hash_params(params), **{d: hash_params(params, d) for d in ('float32', 'bfloat16')})
 
 
-def hash_params(params) -> str:
-  """A name for parameters: equal on every mesh, different when any one value differs."""
-  sums = jax.tree.map(np.asarray, _sums(params))
-  return combine({jax.tree_util.keystr(path, simple=True, separator='.'): (str(x.dtype), x.shape, s)
-                  for (path, x), s in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sums),
-                                          strict=True)})
+def hash_params(params, dtype: str | None = None) -> str:
+  """A name for parameters, cast to `dtype`: equal on every mesh, different when any one value differs."""
+  sums = [np.asarray(s) for s in _sums(jax.tree.leaves(params), dtype)]
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  return combine({jax.tree_util.keystr(path, simple=True, separator='.'): (dtype or str(x.dtype), x.shape, s)
+                  for (path, x), s in zip(leaves, sums, strict=True)})
 
 
 def combine(leaves: dict) -> str:
@@ -104,9 +103,9 @@ def combine(leaves: dict) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@functools.partial(jax.jit, out_shardings=None)
-def _sums(params):
-  return jax.tree.map(lambda x: weighted_sums(x, 0, jnp), params)
+@functools.partial(jax.jit, static_argnames='dtype')
+def _sums(leaves, dtype):
+  return [weighted_sums(x if dtype is None else x.astype(dtype), 0, jnp) for x in leaves]
 
 
 def weighted_sums(x, offset: int, xp):

@@ -4,6 +4,8 @@
   T query position  K key/value heads     V vocabulary
   S key position    G query heads per K   H head width           L layer
 """
+import math
+
 import flax
 import flax.linen as nn
 import jax
@@ -128,9 +130,14 @@ class Llama(Module):
 
 
 def abstract_params(config: Config):
-  """The parameters as shapes, without memory; call it with a mesh set."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(lambda k, t: Llama(config).init(k, t)['params'], jax.random.key(0), tokens)
+  """The parameters as shapes, without memory; a mesh must be set."""
+  return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+
+
+def init_params(config: Config, key):
+  """Random float32 parameters; a mesh must be set."""
+  batch = math.prod(jax.sharding.get_abstract_mesh().shape.values())  # a row for every chip
+  return Llama(config).init(key, jnp.zeros((batch, 1), jnp.int32))['params']
 
 
 def param_count(config: Config) -> int:
