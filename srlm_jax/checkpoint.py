@@ -77,6 +77,12 @@ def copy_model_files(source, folder):
       (epath.Path(source) / name).copy(folder / name, overwrite=True)
 
 
+def write_model_files(config: model_config.Config, tokenizer_folder, folder):
+  """config.json of a model trained here from nothing, with the tokenizer it was trained with."""
+  copy_model_files(tokenizer_folder, folder)
+  (epath.Path(folder) / 'config.json').write_text(json.dumps(model_config.to_hf(config), indent=1) + '\n')
+
+
 def abstract_on(mesh, tree, dtype: str):
   """Shapes -> shapes with their place on the mesh, in `dtype`."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=s),

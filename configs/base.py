@@ -1,0 +1,165 @@
+"""Every knob once, with its unit and its source; PAPER: Yuan et al. 2024, arXiv 2401.10020.
+
+`get(name, size)` is the config of one model of the paper's table at one size. Lengths are in tokens, rates are
+those of AdamW, counts are of examples unless said. `# not in the paper` marks what we chose.
+"""
+from ml_collections import ConfigDict
+
+SIZES = ('tiny', 'stories', '7b', '13b', '70b')
+
+
+def get(name: str, size: str = '70b') -> ConfigDict:
+  """The config of model `name` (m0, sft, m1, m2 or m3), locked: an unknown key is refused."""
+  if size not in SIZES:
+    raise ValueError(f'size {size!r} is unknown; it is one of {", ".join(SIZES)}')
+  c = ConfigDict()
+  c.name = name
+  c.size = size
+  c.seed = 0
+  c.m0 = ''                   # folder of M0: Hugging Face or a checkpoint; '' where the loop trains it (tiny)
+  c.model = f'llama2-{size}'  # what M0 must be: a name of models.config.PRESETS
+  c.sampler = dict(m1='sft', m2='m1', m3='m2').get(name, '')  # the model that writes this one's data
+  c.chat = 'llama2'           # form of prompt and response: plain, llama2, tokenizer (its own)
+  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))         # training, over all devices; -1: what is left
+  c.sample_mesh = ConfigDict(dict(data=1, fsdp=1, tensor=-1))  # sampling, over the devices of each host
+
+  c.data = ConfigDict()
+  c.data.source = 'oasst'     # oasst or sandbox
+  c.data.path = ''            # OASST1 files, flat or trees, .jsonl or .gz; commas between several
+  c.data.ift = 3200           # PAPER 3.1: English, first turn, the reply ranked 0
+  c.data.test_prompts = 256   # PAPER 3.1: held out, for head-to-head
+  c.data.valid_prompts = 253  # PAPER 3.1: held out, for early stopping
+  c.data.ranked_train = 2000  # prompts with ranked replies, from which EFT is made; yields 1,630 in PAPER 3.1
+  c.data.ranked_eval = 190    # prompts of the EFT evaluation set: 541 replies at 2.85 a prompt, PAPER 3.1
+  c.data.synthetic = False    # keep what a model wrote
+
+  c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
+  c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2')[name]
+  c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft'), m2=('pairs',), m3=('pairs',))[name]
+
+  c.sample = ConfigDict()
+  c.sample.slots = 64         # rows decoded together; not in the paper
+  c.sample.dtype = 'bfloat16'
+
+  c.prompts = ConfigDict()    # self-instruction creation, PAPER 2.2 and 3.1
+  c.prompts.author = 'm0'     # a model of the run, or a folder: PAPER uses a fixed Llama-2-Chat-70B
+  c.prompts.template = 'list'
+  c.prompts.count = 5000      # accepted prompts wanted; not in the paper
+  c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
+  c.prompts.seed_shots = 6
+  c.prompts.new_shots = 2     # of those written before
+  c.prompts.temperature = 0.6
+  c.prompts.top_p = 0.9
+  c.prompts.max_tokens = 192  # not in the paper
+  c.prompts.rouge = 0.7       # Self-Instruct: ROUGE-L F against every seed and accepted prompt, at most
+  c.prompts.min_words = 4     # Self-Instruct
+  c.prompts.max_words = 150   # Self-Instruct
+
+  c.respond = ConfigDict()
+  c.respond.n = 4             # candidates a prompt, PAPER 3.1
+  c.respond.temperature = 0.7
+  c.respond.top_p = 0.9
+  c.respond.max_tokens = 1024  # not in the paper
+
+  c.judge = ConfigDict()
+  c.judge.template = 'additive'  # or multiple files by path; PAPER figure 2
+  c.judge.lowest = 0.0
+  c.judge.highest = 5.0
+  c.judge.n = 3               # judgements a candidate, averaged; PAPER 3.1
+  c.judge.quorum = 2          # parsed judgements that a mean needs; not in the paper
+  c.judge.temperature = 0.7   # not in the paper
+  c.judge.top_p = 0.9         # not in the paper
+  c.judge.max_tokens = 256    # up to 100 words of reasons, then the score
+
+  c.eft = ConfigDict()
+  c.eft.targets = 'baseline'  # written by the SFT baseline, as in PAPER 3.1; or ranks: people's ranks as scores
+
+  c.pairs = ConfigDict()
+  c.pairs.unfinished_chosen = False  # may a response cut at the length limit be chosen? not in the paper
+
+  c.eval = ConfigDict()       # answers to the held-out test prompts
+  c.eval.temperature = 0.7
+  c.eval.top_p = 0.9
+  {'tiny': _tiny, 'stories': _stories}.get(size, _published)(c)
+  return c.lock()
+
+
+def _train() -> ConfigDict:
+  t = ConfigDict()
+  t.init = ''                 # the model that it starts from; DPO's reference too
+  t.data = ('',)              # the files that it reads: corpus, ift, eft or pairs
+  t.batch = 16                # examples or pairs a step, PAPER 3.1
+  t.accumulate = 1            # micro-batches a step: same result, less memory
+  t.epochs = 1.0              # passes over the data; not in the paper
+  t.warmup = 0                # steps; not in the paper
+  t.weight_decay = 0.0        # not in the paper
+  t.b1 = 0.9                  # not in the paper
+  t.b2 = 0.95                 # not in the paper
+  t.clip = 1.0                # global norm of the gradient; not in the paper
+  t.dropout = 0.1             # PAPER 3.1
+  t.max_length = 2048         # tokens a row; longer examples are dropped and counted; not in the paper
+  t.dtype = 'bfloat16'        # of activations; parameters and moments are float32
+  t.remat = True
+  t.save_every = 200          # steps, PAPER 3.1
+  t.keep = 2                  # checkpoints kept
+  t.log_every = 10            # steps
+  return t
+
+
+def sft() -> ConfigDict:
+  t = _train()
+  t.loss = 'sft'              # on response tokens alone
+  t.learning_rate = 5.5e-6    # PAPER 3.1, cosine from ..
+  t.learning_rate_end = 1.1e-6  # .. to
+  t.beta = 0.0                # DPO's alone
+  return t
+
+
+def dpo() -> ConfigDict:
+  t = _train()
+  t.loss = 'dpo'              # sums of log-probs, reference = init
+  t.learning_rate = 1e-6      # PAPER 3.1
+  t.learning_rate_end = 1e-7  # PAPER 3.1
+  t.beta = 0.1                # PAPER 3.1
+  return t
+
+
+def _published(c: ConfigDict):
+  """Llama 2: the paper's numbers stand."""
+
+
+def _stories(c: ConfigDict):
+  """tinyllamas-260k on OASST1: real weights, real data, far too small to judge. All of it: not in the paper."""
+  _small(c)
+  c.model = 'stories-260k'
+  c.data.ift = 60
+  c.data.test_prompts = 16
+  c.data.valid_prompts = 8
+  c.data.ranked_train = 40
+  c.data.ranked_eval = 10
+  c.train.max_length = 512
+  c.train.learning_rate, c.train.learning_rate_end = (1e-4, 1e-5) if c.train.loss == 'sft' else (1e-5, 1e-6)
+  c.train.batch = 8
+  c.prompts.count = 10
+  c.prompts.max_tokens = 48
+  c.respond.max_tokens = 96
+  c.judge.template = 'short'
+  c.judge.max_tokens = 64
+  c.eft.targets = 'ranks'     # a baseline this small cannot write them
+
+
+def _tiny(c: ConfigDict):
+  """The sandbox: a small world whose answers a program grades. All of it: not in the paper."""
+  _small(c)
+  c.model = 'sandbox'
+  c.data.source = 'sandbox'
+
+
+def _small(c: ConfigDict):
+  """What every size for a laptop's CPU shares."""
+  c.chat = 'plain'
+  c.sample_mesh.data, c.sample_mesh.tensor = -1, 1
+  c.sample.slots = 128
+  c.sample.dtype = 'float32'
+  c.train.dtype = 'float32'
+  c.train.remat = False

@@ -1,0 +1,199 @@
+"""What every main does first: flags, hosts, workdir, manifest; and last: mark itself done.
+
+A stage is a folder `workdir/MODEL/STAGE`. It writes manifest.json before anything else and done.json after
+everything else; run again with the same config and inputs, it does nothing.
+"""
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+
+from absl import app, flags, logging
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict, config_flags
+
+from srlm_jax import InputError
+
+_VERSIONS = ('srlm_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+
+
+class Stage:
+  """One stage's folder. Use: `s = Stage(...)`; `if s.done: return`; work; `s.finish(summary)`."""
+
+  def __init__(self, config: ConfigDict, workdir, name: str, uses: tuple[str, ...], inputs=(), params: str = '',
+               model: str | None = None):
+    """`uses`: the sections of the config that change what the stage writes; `inputs`: files that it reads;
+    `params`: the hash of the parameters that it runs. Raises InputError if the folder was made with others."""
+    self.folder = epath.Path(workdir) / (model or config.name) / name
+    self.title = f'{model or config.name}/{name}'
+    self.started = time.time()
+    manifest = dict(
+        stage=self.title, params=params, inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
+        config={k: _plain(config[k]) for k in ('seed', *uses)})
+    done = self.folder / 'done.json'
+    path = self.folder / 'manifest.json'
+    if path.exists():
+      before = json.loads(path.read_text())
+      before.pop('versions')
+      for change in _changes(before, json.loads(json.dumps(manifest))):
+        raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
+    elif is_first_host():
+      self.folder.mkdir(parents=True, exist_ok=True)
+      manifest['versions'] = {v: importlib.metadata.version(v) for v in _VERSIONS}
+      path.write_text(json.dumps(manifest, indent=1) + '\n')
+    self.done = done.exists()
+    say(f'{self.title}: ' + ('done before' if self.done else f'parameters {params}' if params else 'starts'))
+    sync(f'{self.title} begins')
+
+  def summary(self) -> dict:
+    """What the finished stage said of itself."""
+    return json.loads((self.folder / 'done.json').read_text())
+
+  def finish(self, **summary):
+    """Marks the stage done; `summary` is kept in done.json and printed."""
+    sync(f'{self.title} ends')
+    seconds = round(time.time() - self.started, 1)
+    if is_first_host():
+      (self.folder / 'done.json').write_text(json.dumps(dict(summary, seconds=seconds), indent=1) + '\n')
+    say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
+                                                       if not isinstance(v, dict | list)))
+
+
+def main(run, **extra):
+  """Runs `run(config, workdir)` as a program with --config and --workdir; `extra`: more flags, name=(default, help)."""
+  config_flags.DEFINE_config_file('config', None, 'One model of the table: configs/iter2.py, or iter2.py:tiny.')
+  flags.DEFINE_string('workdir', None, 'Folder of the whole run; by default runs/ and the name of the config.')
+  flags.mark_flag_as_required('config')
+  for name, (default, text) in extra.items():
+    flags.DEFINE_string(name, default, text)
+
+  def start(argv):
+    refuse_arguments(argv)
+    file = config_flags.get_config_filename(flags.FLAGS['config'])
+    try:
+      config = flags.FLAGS.config
+    except OSError as error:
+      raise InputError(f'--config={file} cannot be read; run from the folder that holds configs/') from error
+    workdir = flags.FLAGS.workdir or default_workdir(file, config.size)
+    run(config, workdir, **{name: flags.FLAGS[name].value for name in extra})
+  run_app(start)
+
+
+def run_app(start):
+  """absl.app.run, with bad input as one sentence on stderr and exit code 1; joins the hosts first."""
+  def guarded(argv):
+    logging.use_absl_handler()
+    try:
+      join_hosts()
+      start(argv)
+    except InputError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(1)
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def refuse_arguments(argv):
+  if argv[1:]:
+    raise InputError(f'{argv[1]!r} is not a flag; flags are written --name=value')
+
+
+def join_hosts():
+  """Joins the processes of one run, where the launcher set SRLM_HOSTS; see launch/."""
+  if os.environ.get('SRLM_HOSTS') == 'auto':  # Cloud TPU, GKE and Slurm tell JAX themselves
+    jax.distributed.initialize()
+  elif os.environ.get('SRLM_HOSTS'):
+    jax.distributed.initialize(os.environ['SRLM_COORDINATOR'], int(os.environ['SRLM_HOSTS']),
+                               int(os.environ['SRLM_HOST']))
+
+
+def default_workdir(config_file: str, size: str) -> str:
+  """
+  >>> default_workdir('configs/iter2.py', '70b')
+  'runs/iter2-70b'
+  """
+  return f'runs/{epath.Path(config_file.partition(":")[0]).stem}-{size}'
+
+
+def model_folder(workdir, name: str):
+  """The checkpoint folder of a model of the run; of any model, where `name` is a path."""
+  return epath.Path(name) if '/' in name else epath.Path(workdir) / name / 'model'
+
+
+def memory() -> int:
+  """Bytes on all devices of the run; on CPU those of this machine, which its devices share."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and 'bytes_limit' in stats:
+    return stats['bytes_limit'] * jax.device_count()
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
+
+
+def is_first_host() -> bool:
+  return jax.process_index() == 0
+
+
+def sync(where: str):
+  """Waits for the other hosts."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(where)
+
+
+def say(text: str):
+  """Prints once, however many hosts there are."""
+  if is_first_host():
+    print(text, flush=True)
+
+
+def hash_file(path) -> str:
+  path = epath.Path(path)
+  if not path.exists():
+    raise InputError(f'{path} does not exist; run the stage that writes it first')
+  digest = hashlib.sha256()
+  with path.open('rb') as f:
+    while block := f.read(1 << 20):
+      digest.update(block)
+  return digest.hexdigest()[:16]
+
+
+def closest(word: str, words) -> str:
+  """' (did you mean "x"?)', or nothing."""
+  found = difflib.get_close_matches(word, list(words), n=1)
+  return f' (did you mean "{found[0]}"?)' if found else ''
+
+
+def _parse_flags(argv):
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    text = str(error.args[0] if error.args else error)
+    hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+    if hint:
+      text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
+    elif isinstance(error, KeyError | AttributeError):
+      text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
+    print('error: ' + ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:]), file=sys.stderr)
+    sys.exit(1)
+
+
+def _relative(path, workdir):
+  path, workdir = epath.Path(path).resolve(), epath.Path(workdir).resolve()
+  return path.relative_to(workdir) if path.is_relative_to(workdir) else path
+
+
+def _plain(value):
+  return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def _changes(before, now, where=''):
+  """Yields 'key (old, now new)' where two manifests differ."""
+  for key in sorted(set(before) | set(now)):
+    a, b = before.get(key), now.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _changes(a, b, f'{where}{key}.')
+    elif a != b:
+      yield f'{where}{key} ({a}, now {b})'

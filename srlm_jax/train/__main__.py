@@ -1,0 +1,178 @@
+"""Trains one model of the table: `python -m srlm_jax.train --config=configs/iter2.py --workdir=runs/x`."""
+import dataclasses
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+
+from srlm_jax import checkpoint, InputError, metrics, sharding, stage
+from srlm_jax.data import batches, records, tokenizer as tokenizers
+from srlm_jax.models import config as model_config, llama
+from srlm_jax.train import state as train_state, step as train_step
+from srlm_jax.train.state import TrainState
+
+
+def run(config, workdir):
+  """Reads the init model and this model's data; writes MODEL/model: a checkpoint folder, metrics.jsonl."""
+  refuse_too_large(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  with jax.set_mesh(mesh):
+    _train(config, epath.Path(workdir), mesh)
+
+
+def _train(config, workdir, mesh):
+  c = config.train
+  source = stage.model_folder(workdir, c.init) if c.init else workdir / 'data' / 'seeds'
+  shape = _model_config(config, source)
+  files = [data_file(workdir, config.name, name) for name in c.data]
+  params, init_hash = _init(config, source, shape, mesh)
+  s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files, init_hash)
+  if s.done:
+    return
+
+  tokenizer = tokenizers.load(source, shape.V)
+  rows = _rows(c, config.chat, files, tokenizer)
+  steps = max(1, round(c.epochs * len(rows) / c.batch))
+  _check_rows(config, rows, mesh)
+  stage.say(f'{s.title}: {len(rows)} rows of {rows.tokens.shape[-1]} tokens, {steps} steps of {c.batch}'
+            + ''.join(f'; dropped {n} {why}' for why, n in rows.dropped.items()))
+
+  model = llama.Llama(shape, remat=c.remat)
+  tx = train_state.optimizer(c, steps)
+  abstract = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
+  places = sharding.shardings(abstract, mesh)
+  reference = {}
+  if c.loss == 'dpo':  # parameters alone, in the dtype in which both are run
+    reference = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p))(params)
+  state = jax.jit(lambda p: TrainState.create(p, tx), donate_argnums=0, out_shardings=places)(params)
+  saver = checkpoint.manager(s.folder, c.keep)
+  if saver.latest_step():
+    state = _resume(s.folder, saver.latest_step(), state, mesh)
+    stage.say(f'{s.title}: continues after step {int(state.step)}')
+  elif stage.is_first_host():
+    if c.init:
+      checkpoint.copy_model_files(source, s.folder)
+    else:
+      checkpoint.write_model_files(shape, source, s.folder)
+
+  step = train_step.make(model, tx, c, state)
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
+  writer = metrics.Writer(s.folder, int(state.step) - 1) if stage.is_first_host() else None
+  clock = metrics.Clock()
+  scalars = {}
+  for i in range(int(state.step), steps):
+    batch = rows.at(i, c.batch, config.seed)
+    state, values = step(state, reference, sharding.put_batch(batch, mesh), key)
+    clock.add(batch['tokens'].size)
+    if i % c.log_every == 0 or i + 1 == steps:
+      scalars = {name: float(v) for name, v in sorted(values.items())}
+      scalars['tokens_per_second'] = clock.tokens_per_second()
+      if writer:
+        writer.write(i, scalars)
+      stage.say(metrics.progress(s.title, i + 1, steps, {
+          k: scalars[k] for k in ('loss', 'margin', 'accuracy', 'tokens_per_second') if k in scalars}))
+    if (i + 1) % c.save_every == 0 or i + 1 == steps:
+      checkpoint.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
+  saver.wait_until_finished()
+  saver.close()
+  if writer:
+    writer.close()
+  s.finish(steps=steps, loss=round(scalars['loss'], 4), params=checkpoint.hash_params(state.params),
+           rows=len(rows), dropped=rows.dropped)
+
+
+def data_file(workdir, model: str, name: str):
+  """Where a training set lies: corpus and ift among the seeds, eft and pairs with the model they are for."""
+  places = dict(corpus=('data', 'seeds'), ift=('data', 'seeds'), eft=(model, 'eft'), pairs=(model, 'pairs'))
+  if name not in places:
+    raise InputError(f'config.train.data names {name!r}{stage.closest(name, places)}; it knows {", ".join(places)}')
+  return epath.Path(workdir).joinpath(*places[name]) / f'{name}.jsonl'
+
+
+def refuse_too_large(config):
+  """Raises InputError, before anything is allocated, if this machine cannot hold the training state."""
+  if not config.model:
+    return
+  count = llama.param_count(_preset(config.model))
+  needed = train_state.bytes_needed(count, config.train.loss)
+  here = stage.memory()
+  if needed > here:
+    raise InputError(
+        f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} bytes for parameters, '
+        f'gradients{", reference" * (config.train.loss == "dpo")} and AdamW moments, and the {jax.device_count()} '
+        f'devices here have {here:,}; run it on more devices (see launch/), or the whole loop at a size that fits: '
+        f'python -m srlm_jax.loop --size=tiny --workdir=runs/demo')
+
+
+def _preset(name: str):
+  if name not in model_config.PRESETS:
+    raise InputError(f'config.model is {name!r}{stage.closest(name, model_config.PRESETS)}; '
+                     f'it is one of {", ".join(model_config.PRESETS)}, or empty for any')
+  return model_config.PRESETS[name]
+
+
+def _model_config(config, source):
+  """The shape of the model, with this run's dtype and dropout; refuses a checkpoint of another model."""
+  c = config.train
+  shape = model_config.load(_existing(config, source)) if c.init else _preset(config.model)
+  if config.model:
+    for field in ('D', 'F', 'K', 'G', 'H', 'V', 'layers'):
+      found, wanted = getattr(shape, field), getattr(_preset(config.model), field)
+      if found != wanted:
+        raise InputError(f'{source} has {field} = {found}, and config.model = {config.model} has {wanted}; '
+                         f'name the right one, or --config.model= for any')
+  return dataclasses.replace(shape, dtype=c.dtype, dropout=c.dropout)
+
+
+def _existing(config, source):
+  if not checkpoint.exists(source):
+    raise InputError(f'{config.name} starts from {config.train.init}, which has no checkpoint in {source}; make it '
+                     f'first: python -m srlm_jax.loop --size={config.size} runs every stage in order')
+  return source
+
+
+def _init(config, source, shape, mesh):
+  """Float32 parameters and their hash: those of the init model, or random ones."""
+  if config.train.init:
+    return checkpoint.restore_params(source, mesh, 'float32')
+  places = sharding.shardings(llama.abstract_params(shape), mesh)
+  key = jax.random.key(config.seed)
+  return jax.jit(lambda k: llama.init_params(shape, k), out_shardings=places)(key), ''
+
+
+def _rows(c, chat, files, tokenizer) -> batches.Rows:
+  if c.loss == 'dpo':
+    fields = ('id', 'prompt', 'chosen', 'rejected', 'chosen_finish', 'rejected_finish')
+    return batches.dpo(_read(files, *fields), tokenizer, chat, c.max_length)
+  if c.data == ('corpus',):
+    return batches.corpus(_read(files, 'id', 'text'), tokenizer, c.max_length)
+  return batches.sft(_read(files, 'id', 'prompt', 'response'), tokenizer, chat, c.max_length)
+
+
+def _read(files, *fields):
+  for file in files:
+    yield from records.read(file, *fields)
+
+
+def _check_rows(config, rows, mesh):
+  c = config.train
+  if len(rows) < c.batch:
+    raise InputError(f'{config.name} has {len(rows)} rows to train on, fewer than one batch of {c.batch}; '
+                     f'make more data, or lower --config.train.batch')
+  parts = c.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
+  if c.batch % parts:
+    raise InputError(f'config.train.batch = {c.batch} does not divide into {c.accumulate} micro-batches over '
+                     f'{parts // c.accumulate} devices (data x fsdp); choose a multiple of {parts}')
+
+
+def _resume(folder, step: int, state: TrainState, mesh) -> TrainState:
+  """The state as it was after `step`, onto the places of a fresh one."""
+  params, _ = checkpoint.restore_params(folder, mesh, 'float32', step)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                        dict(opt_state=state.opt_state, step=state.step))
+  rest = checkpoint.restore_train(folder, step, shapes)
+  return TrainState(step=jnp.asarray(rest['step']), params=params, opt_state=rest['opt_state'])
+
+
+if __name__ == '__main__':
+  stage.main(run)

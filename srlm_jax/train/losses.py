@@ -1,0 +1,25 @@
+"""Losses: log-probabilities in, sums over examples out."""
+import jax
+import jax.numpy as jnp
+
+from srlm_jax.models import vocab
+
+
+def token_logps(logits, tokens, loss_mask):
+  """log p of every token after the first, 0 where loss_mask is 0.
+
+  logits [B, T, V], tokens and loss_mask [B, T] -> [B, T]; column 0 is 0, nothing predicts it.
+  """
+  logps = vocab.token_logps(logits, jnp.roll(tokens, -1, axis=1))  # column t: of token t + 1
+  return jnp.roll(logps, 1, axis=1).at[:, 0].set(0) * loss_mask.at[:, 0].set(0)
+
+
+def sft_loss(logps):
+  """Token log-probs [B, T], 0 where the loss mask is 0 -> their negative sum."""
+  return -logps.sum()
+
+
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
+  """All arguments are sums of log-probs [B] -> losses [B] and margins [B]. Rafailov et al. 2023, eq. 7."""
+  margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+  return -jax.nn.log_sigmoid(margin), margin
