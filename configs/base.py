@@ -48,6 +48,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
   c.prompts.seed_shots = 6
   c.prompts.new_shots = 2     # of those written before
+  c.prompts.shot_words = 150  # longer seeds are not shown; not in the paper
   c.prompts.temperature = 0.6
   c.prompts.top_p = 0.9
   c.prompts.max_tokens = 192  # not in the paper
@@ -63,6 +64,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
 
   c.judge = ConfigDict()
   c.judge.template = 'additive'  # or multiple files by path; PAPER figure 2
+  c.judge.on = 'ranked' if name == 'm1' else 'responses'  # what the judge stage judges
   c.judge.lowest = 0.0
   c.judge.highest = 5.0
   c.judge.n = 3               # judgements a candidate, averaged; PAPER 3.1
@@ -140,8 +142,9 @@ def _stories(c: ConfigDict):
   c.train.max_length = 512
   c.train.learning_rate, c.train.learning_rate_end = (1e-4, 1e-5) if c.train.loss == 'sft' else (1e-5, 1e-6)
   c.train.batch = 8
-  c.prompts.count = 10
-  c.prompts.max_tokens = 48
+  c.prompts.count = 40
+  c.prompts.shot_words = 12   # 8 shots and an answer in 512 tokens
+  c.prompts.max_tokens = 160
   c.respond.max_tokens = 96
   c.judge.template = 'short'
   c.judge.max_tokens = 64

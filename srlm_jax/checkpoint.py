@@ -17,6 +17,7 @@ from srlm_jax.models import config as model_config, llama
 
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
                    'generation_config.json', 'chat_template.jinja')
+CHUNK_BYTES = 2**24  # of a stored array, compressed as one
 
 
 def manager(folder, keep: int) -> ocp.CheckpointManager:
@@ -27,7 +28,8 @@ def manager(folder, keep: int) -> ocp.CheckpointManager:
 
 def save(saver: ocp.CheckpointManager, step: int, params, train=None):
   """Starts to save parameters, their hashes, and `train`: what only training needs (optimizer moments)."""
-  items = dict(params=ocp.args.PyTreeSave(params), hash=ocp.args.JsonSave(hashes(params)))
+  items = dict(params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)),
+               hash=ocp.args.JsonSave(hashes(params)))
   if train is not None:
     items['train'] = ocp.args.PyTreeSave(train)
   saver.save(step, args=ocp.args.Composite(**items))
@@ -45,6 +47,12 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
   if recorded.get(dtype, found) != found:
     raise InputError(f'{path}/params does not have the hash that it was saved with; the checkpoint is damaged')
   return params, recorded['stored']
+
+
+def recorded_hash(folder, step: int | None = None) -> str:
+  """The name of a checkpoint's parameters, without reading them."""
+  step = latest(folder) if step is None else step
+  return json.loads((epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata').read_text())['stored']
 
 
 def restore_train(folder, step: int, abstract):
@@ -132,6 +140,12 @@ def weighted_sums(x, offset: int, xp):
   mixed = [(bits ^ (index * xp.asarray(a, dtype='uint32'))) * (index * xp.asarray(b, dtype='uint32') | one)
            for a, b in ((0x9E3779B9, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))]
   return xp.stack([m.sum(dtype='uint32') for m in mixed])
+
+
+def _by_layer(params):
+  """How parameters are stored: no chunk is of more than one layer, so that a layer can be read alone."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) * (path[0].key == 'layers')), params)
 
 
 def _restore(path, abstract):

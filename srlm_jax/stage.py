@@ -24,7 +24,9 @@ _VERSIONS = ('srlm_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
 
 class Stage:
-  """One stage's folder. Use: `s = Stage(...)`; `if s.done: return`; work; `s.finish(summary)`."""
+  """One stage's folder: `s = Stage(...)`; `if s.done: return`; check the input; `s.begin()`; work; `s.finish()`."""
+
+  begun = 0  # stages that this process has worked on
 
   def __init__(self, config: ConfigDict, workdir, name: str, uses: tuple[str, ...], inputs=(), params: str = '',
                model: str | None = None):
@@ -33,22 +35,28 @@ class Stage:
     self.folder = epath.Path(workdir) / (model or config.name) / name
     self.title = f'{model or config.name}/{name}'
     self.started = time.time()
-    manifest = dict(
+    self._manifest = json.loads(json.dumps(dict(
         stage=self.title, params=params, inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
-        config={k: _plain(config[k]) for k in ('seed', *uses)})
-    done = self.folder / 'done.json'
+        config={k: _plain(config[k]) for k in ('seed', *uses)})))
     path = self.folder / 'manifest.json'
     if path.exists():
       before = json.loads(path.read_text())
       before.pop('versions')
-      for change in _changes(before, json.loads(json.dumps(manifest))):
+      for change in _changes(before, self._manifest):
         raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
-    elif is_first_host():
+    self.done = (self.folder / 'done.json').exists()
+    if self.done:
+      say(f'{self.title}: done before')
+
+  def begin(self):
+    """Writes the manifest, before anything else of the stage."""
+    Stage.begun += 1
+    versions = {v: importlib.metadata.version(v) for v in _VERSIONS}
+    if is_first_host():
       self.folder.mkdir(parents=True, exist_ok=True)
-      manifest['versions'] = {v: importlib.metadata.version(v) for v in _VERSIONS}
-      path.write_text(json.dumps(manifest, indent=1) + '\n')
-    self.done = done.exists()
-    say(f'{self.title}: ' + ('done before' if self.done else f'parameters {params}' if params else 'starts'))
+      (self.folder / 'manifest.json').write_text(json.dumps(dict(self._manifest, versions=versions), indent=1) + '\n')
+    params = self._manifest['params']
+    say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
     sync(f'{self.title} begins')
 
   def summary(self) -> dict:
@@ -88,7 +96,7 @@ def main(run, **extra):
 def run_app(start):
   """absl.app.run, with bad input as one sentence on stderr and exit code 1; joins the hosts first."""
   def guarded(argv):
-    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     try:
       join_hosts()
       start(argv)
@@ -123,6 +131,11 @@ def default_workdir(config_file: str, size: str) -> str:
 def model_folder(workdir, name: str):
   """The checkpoint folder of a model of the run; of any model, where `name` is a path."""
   return epath.Path(name) if '/' in name else epath.Path(workdir) / name / 'model'
+
+
+def seeds(workdir):
+  """The folder of the run's seed data: ift.jsonl, ranked.jsonl, heldout.jsonl."""
+  return epath.Path(workdir) / 'data' / 'seeds'
 
 
 def memory() -> int:

@@ -27,7 +27,20 @@ RANKED_SETS = ('ranked_train', 'ranked_eval')  # need two ranked replies
 
 
 def run(config, workdir):
-  """Writes ift.jsonl, heldout.jsonl, ranked.jsonl and counts.json into workdir/data/seeds."""
+  """The stage data/seeds: `make`, once."""
+  from srlm_jax import stage  # here, for stage knows JAX and data does not
+  s = stage.Stage(config, workdir, 'seeds', ('data',), find_files(config.data.path), model='data')
+  if s.done:
+    return
+  if stage.is_first_host():
+    s.finish(**make(config, workdir, s.begin)['kept'])
+
+
+def make(config, workdir, begin=lambda: None) -> dict:
+  """Writes ift.jsonl, heldout.jsonl, ranked.jsonl and counts.json into workdir/data/seeds; returns the counts.
+
+  `begin` is called when everything has been computed and before anything is written.
+  """
   workdir = epath.Path(workdir)
   # ArrayRecord writes to a local disk only: for a workdir in a bucket, TFDS picks its own default folder.
   data_dir = None if '://' in os.fspath(workdir) else workdir / 'data' / 'tfds'
@@ -38,8 +51,10 @@ def run(config, workdir):
   for names in (('ift',), RANKED_SETS):
     if any(asked[name] for name in names) and not any(counts['kept'][name] for name in names):
       raise InputError(f'{config.data.path} yields no {" or ".join(names)}; the table above says why')
+  begin()
   for name, rows in (files | {'counts.json': [counts]}).items():
     records.write(workdir / 'data' / 'seeds' / name, rows)
+  return counts
 
 
 @dataclasses.dataclass(eq=False)
@@ -296,5 +311,5 @@ def _plain(value):
 
 
 if __name__ == '__main__':
-  from srlm_jax import stage  # here, for stage knows JAX and data does not
+  from srlm_jax import stage
   stage.main(run)

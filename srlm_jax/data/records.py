@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import gzip
 import hashlib
 import json
+import zlib
 
 from etils import epath
 
@@ -24,7 +25,7 @@ def read(path, *fields: str) -> Iterator[dict]:
       for number, line in enumerate(lines, 1):
         if line.strip():
           yield _parse(line, f'{path}:{number}', fields)
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
       raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it again') from error
 
 

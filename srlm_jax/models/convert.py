@@ -1,109 +1,251 @@
-"""Llamas between Hugging Face folders and checkpoint folders, tensor by tensor, bit for bit.
+"""Llamas from Hugging Face folders to checkpoint folders and back, tensor by tensor, bit for bit.
 
   python -m srlm_jax.models.convert --from_hf=DIR --out=DIR
   python -m srlm_jax.models.convert --checkpoint=DIR --to_hf=DIR [--step=N]
 
-Every tensor keeps its dtype. Our arrays are stacked over layers and never whole in memory: the peak stays
-under 2 x the largest Hugging Face tensor + 1 GiB. Folders are local ones.
+Every tensor keeps its dtype. Our arrays are stacked over layers, but never whole in memory: the peak stays
+under 2 x the largest Hugging Face tensor + 1 GiB.
 """
+import collections
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
 import pathlib
 import shutil
-from typing import Any
 
 from absl import flags
 from flax import traverse_util
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from srlm_jax import checkpoint, InputError
-from srlm_jax.models import config as model_config, llama
+from srlm_jax import InputError, checkpoint
+from srlm_jax.models import config as model_config
+from srlm_jax.models import hf, llama
 
-# Our array -> the Hugging Face tensor and its dimensions; a space parts the axes, {} is the layer. Hugging Face
-# numbers query heads k * G + g, so the same letters say both how an axis is split and how it is transposed.
-TABLE = {
-    'embed_VD': ('model.embed_tokens.weight', 'V D'),
-    'layers.attention_norm.scale_D': ('model.layers.{}.input_layernorm.weight', 'D'),
-    'layers.attention.wq_DKGH': ('model.layers.{}.self_attn.q_proj.weight', 'KGH D'),
-    'layers.attention.wk_DKH': ('model.layers.{}.self_attn.k_proj.weight', 'KH D'),
-    'layers.attention.wv_DKH': ('model.layers.{}.self_attn.v_proj.weight', 'KH D'),
-    'layers.attention.wo_KGHD': ('model.layers.{}.self_attn.o_proj.weight', 'D KGH'),
-    'layers.attention.bq_KGH': ('model.layers.{}.self_attn.q_proj.bias', 'KGH'),
-    'layers.attention.bk_KH': ('model.layers.{}.self_attn.k_proj.bias', 'KH'),
-    'layers.attention.bv_KH': ('model.layers.{}.self_attn.v_proj.bias', 'KH'),
-    'layers.attention.bo_D': ('model.layers.{}.self_attn.o_proj.bias', 'D'),
-    'layers.mlp_norm.scale_D': ('model.layers.{}.post_attention_layernorm.weight', 'D'),
-    'layers.mlp.gate_DF': ('model.layers.{}.mlp.gate_proj.weight', 'F D'),
-    'layers.mlp.up_DF': ('model.layers.{}.mlp.up_proj.weight', 'F D'),
-    'layers.mlp.down_FD': ('model.layers.{}.mlp.down_proj.weight', 'D F'),
-    'final_norm.scale_D': ('model.norm.weight', 'D'),
-    'lm_head_DV': ('lm_head.weight', 'V D'),
-}
-DTYPES = {'F32': np.dtype('float32'), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16': np.dtype('float16')}
-CHUNK_BYTES = 2**24       # of a stored array: read and compressed as one
-WRITE_BYTES = 2**26       # written at once: enough chunks to compress in parallel
-HASH_ELEMENTS = 2**18     # hashed at once: what a core's cache holds
-SHARD_BYTES = 5 * 10**9   # of a .safetensors file, as Hugging Face splits them
+CHUNKS_AT_ONCE = 4     # written together, so that several cores compress
+HASH_ELEMENTS = 2**18  # hashed at once: what the cache of a core holds
 
 
-@dataclasses.dataclass(frozen=True)
-class Converted:
-  """What was converted."""
-  parameters: int
-  bytes: int
-  hash: str
-
-
-def from_hf(source, out) -> Converted:
-  """Hugging Face folder -> checkpoint folder `out` with step 0; `out` appears when it is whole."""
+def from_hf(source, out) -> 'Contents':
+  """Hugging Face folder -> checkpoint folder `out`, step 0; `out` appears when it is whole."""
   config = model_config.load(source)
-  found = find(source, config)
-  with _whole(out) as folder, tqdm(total=sum(map(len, found.values())), unit='tensor') as progress:
+  found = hf.find(source, config)
+  contents = Contents()
+  with _whole(out) as folder, tqdm(total=sum(map(len, found.values())), unit='tensor', disable=None) as progress:
     checkpoint.copy_model_files(source, folder)
-    tree = {leaf.name: Stream(leaf, found[leaf.name], progress) for leaf in leaves(config)}
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((Stream, StreamHandler())))
+    tree = {leaf.name: Stream(leaf, found[leaf.name]) for leaf in hf.leaves(config)}
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+        (Stream, StreamHandler(contents, progress))))
+    step = folder / 'steps' / '0'
     with ocp.Checkpointer(handler) as saver:
-      saver.save(folder / 'steps' / '0' / 'params',
-                 args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
-    hashes = _hashes({name: (stream.dtype, stream.shape, stream.sums) for name, stream in tree.items()})
+      saver.save(step / 'params', args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
-      saver.save(folder / 'steps' / '0' / 'hash', args=ocp.args.JsonSave(hashes))
-  return _converted(tree, hashes)
+      saver.save(step / 'hash', args=ocp.args.JsonSave(contents.hashes()))
+  return contents
 
 
-def to_hf(folder, out, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> Converted:
-  """A step of a checkpoint folder (by default the last) -> Hugging Face folder `out`, in the stored dtype."""
+def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES) -> 'Contents':
+  """A step of a checkpoint folder, by default the last -> Hugging Face folder `out`, in the stored dtype."""
   config = model_config.load(folder)
-  path = pathlib.Path(folder).resolve() / 'steps' / str(checkpoint.latest(folder) if step is None else step)
-  arrays = {leaf.name: _open(path / 'params', leaf) for leaf in leaves(config)}
-  order = sorted(  # the embedding, layer by layer, the head
-      ((leaf, layer) for leaf in leaves(config) for layer in range(len(leaf.tensors))),
-      key=lambda x: (x[0].name.startswith(('final', 'lm_head')), x[0].stacked, x[1]))
-  sums = {name: {} for name in arrays}
-  with _whole(out) as target, tqdm(total=len(order), unit='tensor') as progress:
+  step = checkpoint.latest(folder) if step is None else step
+  params = pathlib.Path(folder).resolve() / 'steps' / str(step) / 'params'
+  arrays = {leaf.name: _open(params, leaf) for leaf in hf.leaves(config)}
+  dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
+  files = hf.shards(config, dtypes, shard_bytes)
+  contents = Contents()
+  with _whole(out) as target, tqdm(total=sum(map(len, files.values())), unit='tensor', disable=None) as progress:
     checkpoint.copy_model_files(folder, target)
-    _say_dtype(target / 'config.json', str(arrays['embed_VD'].dtype.numpy_dtype))
-    for file, part in _shards(order, arrays, shard_bytes, target):
-      with file.open('wb') as f:
-        f.write(_header(part, arrays))
+    _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
+    if len(files) > 1:
+      (target / hf.INDEX).write_text(hf.index(files, dtypes))
+    for file, part in files.items():
+      with (target / file).open('wb') as f:
+        f.write(hf.header(part, dtypes))
         for leaf, layer in part:
-          tensor = _read(arrays[leaf.name], leaf, layer)
-          ours, offset = leaf.ours(tensor), layer * math.prod(leaf.slice_shape)
-          for start, rows in _rows(ours, WRITE_BYTES):
-            _add_sums(sums[leaf.name], rows, offset + start * math.prod(ours.shape[1:]))
+          tensor = np.empty(leaf.hf_shape, dtypes[leaf.name])
+          _fill(leaf.ours(tensor), arrays[leaf.name][layer] if leaf.stacked else arrays[leaf.name])
           tensor.tofile(f)
+          for offset, _, rows in _rows(leaf, layer, tensor):
+            contents.add(leaf, offset, rows)
           progress.update()
-    hashes = _hashes({name: (a.dtype.numpy_dtype, a.shape, sums[name]) for name, a in arrays.items()})
-    recorded = json.loads((path / 'hash' / 'metadata').read_text())
-    if recorded['stored'] != hashes['stored']:
-      raise InputError(f'{path}/params does not have the hash that it was saved with; the checkpoint is damaged')
-  return _converted({name: _Shape(a.shape, a.dtype.numpy_dtype) for name, a in arrays.items()}, hashes)
+    if checkpoint.recorded_hash(folder, step) != contents.hashes()['stored']:
+      raise InputError(f'{params} does not have the hash that it was saved with; the checkpoint is damaged')
+  return contents
+
+
+def load_hf(folder, mesh, dtype: str):
+  """Hugging Face folder -> parameters on `mesh` in `dtype`; for each device its own part is read."""
+  config = model_config.load(folder)
+  found = hf.find(folder, config)
+  with jax.set_mesh(mesh):
+    abstract = checkpoint.abstract_on(mesh, llama.abstract_params(config), dtype)
+  abstract = traverse_util.flatten_dict(abstract, sep='.')
+
+  def array(leaf):
+    def read(index):
+      part = np.empty([len(range(size)[i]) for size, i in zip(leaf.shape, index, strict=True)], dtype)
+      tensors = found[leaf.name][index[0]] if leaf.stacked else found[leaf.name]
+      for slot, tensor in zip(part if leaf.stacked else [part], tensors, strict=True):
+        slot[...] = leaf.ours(tensor.map())[index[leaf.stacked:]]
+      return part
+    return jax.make_array_from_callback(leaf.shape, abstract[leaf.name].sharding, read)
+
+  return traverse_util.unflatten_dict({leaf.name: array(leaf) for leaf in hf.leaves(config)}, sep='.')
+
+
+class Contents:
+  """What was converted: counts, and the hashes that checkpoint.save would write."""
+
+  def __init__(self):
+    self.leaves = {}  # name: (dtype, shape)
+    self.sums = collections.defaultdict(lambda: np.zeros(2, 'uint32'))  # of (name, dtype)
+
+  def add(self, leaf, offset: int, rows):
+    """Counts in a part of an array, contiguous from the flat index `offset`."""
+    self.leaves[leaf.name] = (rows.dtype, leaf.shape)
+    flat = rows.reshape(-1)
+    for start in range(0, flat.size, HASH_ELEMENTS):
+      part = flat[start:start + HASH_ELEMENTS]
+      for dtype in {str(flat.dtype), 'float32', 'bfloat16'}:
+        cast = part.astype(dtype, copy=False)
+        self.sums[leaf.name, dtype] += checkpoint.weighted_sums(cast, offset + start, np)
+
+  def hashes(self) -> dict:
+    def combine(dtype):
+      each = {name: dtype or str(stored) for name, (stored, _) in self.leaves.items()}
+      return checkpoint.combine({name: (d, self.leaves[name][1], self.sums[name, d]) for name, d in each.items()})
+    return dict(stored=combine(None), float32=combine('float32'), bfloat16=combine('bfloat16'))
+
+  def __str__(self):
+    sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.leaves.values()]
+    return (f'{sum(n for n, _ in sizes):,} parameters, {sum(n * width for n, width in sizes):,} bytes, '
+            f'hash {self.hashes()["stored"]}')
+
+
+class Stream:
+  """One of our arrays as Orbax sees it, shape and dtype; its tensors are read when they are written."""
+
+  def __init__(self, leaf: hf.Leaf, tensors: list[hf.Tensor]):
+    self.leaf, self.tensors, self.shape, self.dtype = leaf, tensors, leaf.shape, tensors[0].dtype
+
+
+class StreamHandler(ocp.type_handlers.NumpyHandler):
+  """Saves a Stream as an ordinary array, in the layout of Orbax's own handlers."""
+
+  def __init__(self, contents: Contents, progress):
+    super().__init__()
+    self.contents, self.progress = contents, progress
+
+  async def serialize(self, values, infos, args=None):
+    for stream, info in zip(values, infos, strict=True):
+      await info.await_path_creation()
+      layer = stream.shape[stream.leaf.stacked:]
+      chunk = (*(1,) * stream.leaf.stacked, _chunk_rows(layer, stream.dtype), *layer[1:])
+      spec = _spec(info.parent_dir / 'ocdbt.process_0', info.name)  # Orbax merges the folders of processes
+      spec.update(metadata=dict(chunks=chunk, compressor=dict(id='zstd', level=1)),
+                  store_data_equal_to_fill_value=True)
+      array = await ts.open(spec, create=True, dtype=stream.dtype, shape=stream.shape)
+      for layer, tensor in enumerate(stream.tensors):
+        for offset, index, rows in _rows(stream.leaf, layer, tensor.read()):
+          await array[index].write(rows)  # each before the next, or all would wait in memory
+          self.contents.add(stream.leaf, offset, rows)
+        self.progress.update()
+    return []
+
+
+def _rows(leaf, layer: int, tensor):
+  """Yields a Hugging Face tensor in our order by some whole chunks: flat offset, index in our array, rows."""
+  ours = leaf.ours(tensor)
+  step = CHUNKS_AT_ONCE * _chunk_rows(ours.shape, ours.dtype)
+  for first in range(0, len(ours), step):
+    rows = np.ascontiguousarray(ours[first:first + step])
+    index = (*(layer,) * leaf.stacked, slice(first, first + len(rows)))
+    yield layer * ours.size + first * math.prod(ours.shape[1:]), index, rows
+
+
+def _chunk_rows(shape, dtype) -> int:
+  """The rows of a tensor in one chunk: chunks are nearly equal, and of at most checkpoint.CHUNK_BYTES if a row is."""
+  chunks = -(-math.prod(shape) * dtype.itemsize // checkpoint.CHUNK_BYTES)
+  return -(-shape[0] // chunks)
+
+
+def _spec(folder, name: str) -> dict:
+  """Where Orbax keeps an array, in TensorStore's words."""
+  return dict(driver='zarr', kvstore=dict(
+      driver='ocdbt', base=dict(driver='file', path=f'{folder}/'), path=f'{name}/'))
+
+
+def _open(params, leaf):
+  """An array of a checkpoint, to be read by parts."""
+  if not params.exists():
+    raise InputError(f'{params} does not exist; train or convert that model first')
+  try:
+    array = ts.open(_spec(params, leaf.name), read=True).result()
+  except ValueError as error:
+    raise InputError(f'{params} has no array {leaf.name}, which its config.json asks for') from error
+  if array.shape != leaf.shape:
+    raise InputError(f'{params}: array {leaf.name} has shape {list(array.shape)}, '
+                     f'but its config.json asks for {list(leaf.shape)}')
+  return array
+
+
+def _fill(ours, array):
+  """Reads a stored array into memory of its shape, chunk by chunk."""
+  axes = [[slice(i, min(i + step, size)) for i in range(0, size, step)]
+          for size, step in zip(array.shape, array.chunk_layout.read_chunk.shape, strict=True)]
+  for box in itertools.product(*axes):
+    ours[box] = array[box].read().result()
+
+
+def _write_dtype(path, dtype: str):
+  """Says in config.json what the tensors are, where it says otherwise: training stores float32."""
+  fields = json.loads(path.read_text())
+  if {fields.get('dtype'), fields.get('torch_dtype')} != {dtype}:
+    path.write_text(json.dumps(fields | dict(dtype=dtype, torch_dtype=dtype), indent=2) + '\n')
+
+
+@contextlib.contextmanager
+def _whole(out):
+  """A folder to write in, which becomes `out` when all went well and vanishes when not."""
+  out = pathlib.Path(out).resolve()
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise InputError(f'{out} already exists and is not an empty folder; name another, or delete it first')
+  partial = out.with_name(out.name + '.partial')
+  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    partial.rename(out)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def define_flags():
+  flags.DEFINE_string('from_hf', None, 'Hugging Face folder to read.')
+  flags.DEFINE_string('out', None, 'Checkpoint folder to write; with --from_hf.')
+  flags.DEFINE_string('checkpoint', None, 'Checkpoint folder to read.')
+  flags.DEFINE_string('to_hf', None, 'Hugging Face folder to write; with --checkpoint.')
+  flags.DEFINE_integer('step', None, 'Step of --checkpoint; by default the last.')
+
+
+def main(argv):
+  stage.refuse_arguments(argv)
+  f = flags.FLAGS
+  given = {name: f[name].value for name in ('from_hf', 'out', 'checkpoint', 'to_hf') if f[name].value}
+  if set(given) not in ({'from_hf', 'out'}, {'checkpoint', 'to_hf'}):
+    raise InputError('give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR')
+  for name, folder in given.items():
+    if '://' in folder:
+      raise InputError(f'--{name}={folder} is not a local folder; convert here, then copy')
+  done = from_hf(f.from_hf, f.out) if f.from_hf else to_hf(f.checkpoint, f.to_hf, f.step)
+  stage.say(f'{f.out or f.to_hf}: {done}')
+
+
+if __name__ == '__main__':
+  from srlm_jax import stage
+  define_flags()
+  stage.run_app(main)

@@ -11,7 +11,7 @@ import sentencepiece
 from srlm_jax import InputError
 from srlm_jax.sandbox import world
 
-SHARES = {'chat': 0.45, 'check': 0.17, 'judged': 0.27, 'tasks': 0.08, 'facts': 0.03}  # of the documents
+SHARES = {'chat': 0.30, 'check': 0.14, 'judged': 0.20, 'tasks': 0.06, 'drill': 0.30}  # of the documents
 SHOTS = 8  # tasks before the one to write, as in the paper
 SCORED = 0.8  # of the judged documents have a score line
 WRONG_SCORE = 0.5  # of the scores are drawn blindly
@@ -22,10 +22,10 @@ def documents(seed: int, count: int, exclude: set[str]) -> Iterator[str]:
   """Yields `count` documents, none of which holds an instruction of `exclude`."""
   rng = np.random.default_rng(seed)
   judge, author = _template('judge_sandbox'), _template('author_sandbox')
-  kinds = rng.choice(list(SHARES), size=count, p=list(SHARES.values()))
-  for kind in kinds:
-    if kind == 'facts':
-      yield _facts(rng)
+  for _ in range(count):
+    kind = rng.choice(list(SHARES), p=list(SHARES.values()))
+    if kind == 'drill':
+      yield _drill(rng)
     elif kind == 'tasks':
       tasks = [f'{i}. {_instruction(rng, exclude)}' for i in range(1, SHOTS + 2)]
       text = author.replace('{shots}', '\n'.join(tasks[:SHOTS]))
@@ -64,7 +64,7 @@ def _judgement(prompt, response, rng):
   """A right review, or a doubtful one with a score: M0 knows how to check, and judges like most people."""
   if rng.random() >= SCORED:
     return world.review(prompt, response)
-  score = world.score(prompt, response)
+  score = sum(world.grade(prompt, response))
   if rng.random() < WRONG_SCORE:
     score = int(rng.integers(6))
   reviewed = world.answer(prompt, rng, world.quality(rng)) if rng.random() < WRONG_REVIEW else response
@@ -79,10 +79,20 @@ def _instruction(rng, exclude):
       return prompt
 
 
-def _facts(rng):
-  """A line on each of three kinds, of their words in any order."""
-  kinds = rng.permutation(list(world.KINDS))[:3]
-  return ' '.join(f'The {kind} are {", ".join(rng.permutation(world.KINDS[kind]))}.' for kind in kinds)
+def _drill(rng):
+  """Words of some kinds in any order, then copied, or sorted and counted: without drills M0 learns no copying.
+
+  One of them: `cow, tea, pig and rope. For drinks: 1 tea. For animals: 1 cow, 2 pig. For tools: 1 rope.`
+  """
+  kinds = rng.permutation(list(world.KINDS))[:int(rng.integers(1, 4))]
+  words = [word for kind in kinds for word in rng.permutation(world.KINDS[kind])[:int(rng.integers(1, 5))]]
+  words = list(rng.permutation(words))
+  groups = {f'For {kind}': [word for word in words if word in world.KINDS[kind]] for kind in kinds}
+  if rng.random() < 0.5:
+    groups = {'Again': words}
+  lists = [f'{name}: {", ".join(f"{n} {word}" for n, word in enumerate(group, 1))}.'
+           for name, group in groups.items()]
+  return f'{", ".join(words)}. {" ".join(lists)}'
 
 
 def _chat(prompt, response):

@@ -29,10 +29,11 @@ KINDS = {
 }
 COUNTS = {'two': 2, 'three': 3, 'four': 4}
 ADJECTIVES = ('', '', 'nice ', 'good ', 'common ', 'useful ')
-CONTEXTS = ('I have a quiz.', 'My son is bored.', 'We are at school.', 'I am writing a story.', 'It is a game.',
-            'My friend asked me.', 'I cannot sleep.', 'This is urgent.', 'We need ideas.')
-FORMS = ('Name {}.', 'List {}.', 'Please name {}.', 'Give me {}.', 'Can you list {}?', 'Tell me {}.', 'I need {}.',
-         'Help me find {}.', 'What are {}?', 'Think of {}.', 'Write down {}.', 'Could you suggest {}?')
+CONTEXTS = ('I have a quiz.', 'My son is bored.', 'We are at school.', 'I am writing a story.',
+            'It is a game.', 'My friend asked me.', 'I cannot sleep.', 'This is urgent.', 'We need ideas.')
+FORMS = ('Name {}.', 'List {}.', 'Please name {}.', 'Give me {}.', 'Can you list {}?', 'Tell me {}.',
+         'I need {}.', 'Help me find {}.', 'What are {}?', 'Think of {}.', 'Write down {}.',
+         'Could you suggest {}?')
 PICKS = ('Pick {} from this list: {}.', 'Which {} are in this list: {}?', 'Choose {} among {}.')
 PURPOSES = ('for my class', 'for a party', 'for my sister', 'for a song', 'for a long trip', 'to remember')
 OPENERS = ('Sure,', 'Of course,', 'Gladly,', 'Here you go:')
@@ -91,16 +92,11 @@ def grade(prompt: str, response: str) -> tuple[bool, ...]:
   return tuple(i < lost for i in range(5))
 
 
-def score(prompt: str, response: str) -> int:
-  """The number of points, 0 to 5."""
-  return sum(grade(prompt, response))
-
-
 def review(prompt: str, response: str) -> str:
   """Walks the points in order and stops at the first that is lost; counts are spelled out, no score is named.
 
   >>> review('Name two nice fruits.', 'pear and fig.')
-  'It is on topic. It covers all. For fruits: 1 pear, 2 fig, 2 asked, right. It starts with pear, blunt.'
+  'It is on topic. It covers all. For fruits: 1 pear, 2 fig of 2 asked, right. It starts with pear, blunt.'
   """
   sentences = []
   for holds, sentence in _walk(_asked(prompt), response):
@@ -119,35 +115,30 @@ def answer(prompt: str, rng: np.random.Generator, quality: int) -> str:
   """Draws an answer whose score is exactly `quality`, 0 to 5."""
   parts = _asked(prompt)
   items = [_sample(rng, part.allowed, part.count) for part in parts]
+  others = [word for word, kind in _KIND_OF.items() if kind not in {part.kind for part in parts}]
+  hurt = int(rng.integers(len(parts)))  # the part that an error falls on
   opener = _one(rng, OPENERS) if quality >= 4 or rng.random() < 0.4 else ''
-  tail = _one(rng, TAILS) if quality < 4 and rng.random() < 0.2 else ''
-  stop = True
-  flaw = _one(rng, ('tail', 'foreign', 'twice')) if quality == 4 else None
+  stop, tail = '.', _one(rng, TAILS) if quality < 4 and rng.random() < 0.2 else ''
   if quality == 0 and rng.random() < 0.5:
-    return _join(opener if rng.random() < 0.3 else '', _one(rng, EVASIONS))
+    return _one(rng, EVASIONS)
   if quality == 0:
-    others = [word for word in _KIND_OF if _KIND_OF[word] not in {part.kind for part in parts}]
-    items = [_sample(rng, others, int(rng.integers(1, 4)))]
-    return _join(opener, _bare(items) + '.', tail)
-  if quality == 1 and (len(parts) == 1 or rng.random() < 0.4):
-    return _join(_one(rng, CHATTER).format(_one(rng, parts).kind), tail)
-  if quality == 1:
-    kept = int(rng.integers(len(parts)))
-    parts, items = parts[kept:kept + 1], items[kept:kept + 1]
-  if quality == 2:
-    items = _miscount(rng, parts, items)
-  if quality == 3:
-    lapse = rng.random()
-    opener = _one(rng, OPENERS) if lapse < 0.25 else ''
-    stop = lapse >= 0.25
-    opener = 'Well,' if lapse > 0.8 else opener
-    tail = tail if stop else ''
-  if flaw == 'tail':
-    tail = _one(rng, TAILS)
-  if flaw:
-    items = _spoil(rng, parts, items, flaw)
-  body = _labelled(parts, items) if rng.random() < 0.5 else _bare(items)
-  return _join(opener, body + '.' if stop else body, tail)
+    parts, items = (), [_sample(rng, others, int(rng.integers(1, 4)))]
+  elif quality == 1 and (len(parts) == 1 or rng.random() < 0.4):
+    return _join(_one(rng, CHATTER).format(parts[hurt].kind), tail)
+  elif quality == 1:
+    parts, items = (parts[hurt],), [items[hurt]]
+  elif quality == 2:
+    asked, most = parts[hurt].count, min(parts[hurt].count + 2, len(parts[hurt].allowed))
+    items[hurt] = _sample(rng, parts[hurt].allowed, _one(rng, [n for n in range(1, most + 1) if n != asked]))
+  elif quality == 3:
+    opener, stop, tail = _one(rng, (('', '.', tail), ('', '.', tail), ('Well,', '.', tail),
+                                    (_one(rng, OPENERS), '', '')))
+  elif quality == 4:
+    flaw = _one(rng, ('tail', 'foreign', 'twice'))
+    tail = _one(rng, TAILS) if flaw == 'tail' else ''
+    items[hurt] += {'tail': (), 'foreign': (_one(rng, others),), 'twice': (_one(rng, items[hurt]),)}[flaw]
+  body = _labelled(parts, items) if parts and rng.random() < 0.5 else _bare(items)
+  return _join(opener, body + stop, tail)
 
 
 def quality(rng: np.random.Generator) -> int:
@@ -156,11 +147,11 @@ def quality(rng: np.random.Generator) -> int:
 
 
 def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
-  """Draws different replies {"id", "text", "rank"} of varied quality, ranked from 0, the best, as people would."""
+  """Draws different replies {"id", "text", "rank"} of varied quality, with a person's ranks, 0 the best."""
   texts = {}
   while len(texts) < n_replies:
     text = answer(prompt, rng, quality(rng))
-    texts[text] = score(prompt, text) + DISAGREEMENT * rng.standard_normal()
+    texts[text] = sum(grade(prompt, text)) + DISAGREEMENT * rng.standard_normal()
   order = sorted(texts, key=texts.get, reverse=True)
   return [{'id': records.digest(prompt, text), 'text': text, 'rank': order.index(text)} for text in texts]
 
@@ -265,7 +256,7 @@ def _tally(parts, found):
     right = len(named) == part.count
     listing = ', '.join(f'{number} {word}' for number, word in enumerate(named, 1))
     verdict = 'right' if right else 'wrong'
-    sentences.append(f'For {part.kind}: {listing}, {part.count} asked, {verdict}.')
+    sentences.append(f'For {part.kind}: {listing} of {part.count} asked, {verdict}.')
     if not right:
       return False, ' '.join(sentences)
   return True, ' '.join(sentences)
@@ -295,26 +286,6 @@ def _bare(items: Sequence[Sequence[str]]):
 def _labelled(parts, items):
   text = '. '.join(f'The {part.kind} are {_bare([named])}' for part, named in zip(parts, items, strict=True))
   return text.replace('The', 'the', 1)
-
-
-def _miscount(rng, parts, items):
-  wrong = int(rng.integers(len(parts)))
-  part = parts[wrong]
-  counts = [n for n in range(1, part.count + 3) if n != part.count and n <= len(part.allowed)]
-  items = list(items)
-  items[wrong] = _sample(rng, part.allowed, _one(rng, counts))
-  return items
-
-
-def _spoil(rng, parts, items, flaw):
-  spoilt = int(rng.integers(len(parts)))
-  items = list(items)
-  if flaw == 'foreign':
-    others = [word for word in _KIND_OF if _KIND_OF[word] not in {part.kind for part in parts}]
-    items[spoilt] = (*items[spoilt], _one(rng, others))
-  if flaw == 'twice':
-    items[spoilt] = (*items[spoilt], _one(rng, items[spoilt]))
-  return items
 
 
 def _join(*texts):

@@ -25,8 +25,8 @@ def _train(config, workdir, mesh):
   source = stage.model_folder(workdir, c.init) if c.init else workdir / 'data' / 'seeds'
   shape = _model_config(config, source)
   files = [data_file(workdir, config.name, name) for name in c.data]
-  params, init_hash = _init(config, source, shape, mesh)
-  s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files, init_hash)
+  s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files,
+                  checkpoint.recorded_hash(source) if c.init else '')
   if s.done:
     return
 
@@ -34,9 +34,11 @@ def _train(config, workdir, mesh):
   rows = _rows(c, config.chat, files, tokenizer)
   steps = max(1, round(c.epochs * len(rows) / c.batch))
   _check_rows(config, rows, mesh)
+  s.begin()
   stage.say(f'{s.title}: {len(rows)} rows of {rows.tokens.shape[-1]} tokens, {steps} steps of {c.batch}'
             + ''.join(f'; dropped {n} {why}' for why, n in rows.dropped.items()))
 
+  params = _init(config, source, shape, mesh)
   model = llama.Llama(shape, remat=c.remat)
   tx = train_state.optimizer(c, steps)
   abstract = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
@@ -132,12 +134,12 @@ def _existing(config, source):
 
 
 def _init(config, source, shape, mesh):
-  """Float32 parameters and their hash: those of the init model, or random ones."""
+  """Float32 parameters: those of the init model, or random ones."""
   if config.train.init:
-    return checkpoint.restore_params(source, mesh, 'float32')
+    return checkpoint.restore_params(source, mesh, 'float32')[0]
   places = sharding.shardings(llama.abstract_params(shape), mesh)
   key = jax.random.key(config.seed)
-  return jax.jit(lambda k: llama.init_params(shape, k), out_shardings=places)(key), ''
+  return jax.jit(lambda k: llama.init_params(shape, k), out_shardings=places)(key)
 
 
 def _rows(c, chat, files, tokenizer) -> batches.Rows:

@@ -1,0 +1,148 @@
+"""Runs every stage of every model in order, M0 to M3, skips what is done, and ends with a table of all models.
+
+`python -m srlm_jax.loop --size=tiny --workdir=runs/demo`
+"""
+import importlib
+import json
+import time
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from srlm_jax import checkpoint, InputError, report, stage
+from srlm_jax.data import eft, oasst
+from srlm_jax.eval import agreement
+from srlm_jax.models import convert
+from srlm_jax.sample import judge, pairs, prompts, respond
+from srlm_jax.sandbox import __main__ as sandbox, oracle
+from srlm_jax.train import __main__ as train
+
+MODELS = dict(m0='sandbox_m0', sft='sft', m1='iter1', m2='iter2', m3='iter3')  # model: its file in configs/
+SIZES = ('tiny', 'stories', '7b', '13b', '70b')
+
+
+def define_flags():
+  flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
+  flags.DEFINE_enum('size', '70b', SIZES, 'Of the model and of everything else.')
+  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny trains its own).')
+  flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
+  flags.DEFINE_multi_string('set', [], 'Changes a knob: --set=judge.n=1 for every model, --set=m2,m3:train.epochs=2.')
+
+
+def main(argv):
+  stage.refuse_arguments(argv)
+  f = flags.FLAGS
+  run(f.size, f.workdir, f.m0, f.data, f.set)
+
+
+def run(size: str, workdir, m0: str, data: str, changes: list[str]):
+  """All stages; ends with the table on stdout, results.json and report.html in the workdir."""
+  started, begun = time.time(), stage.Stage.begun
+  workdir = epath.Path(workdir)
+  every = {name: load_config(name, size, m0, data, changes) for name in MODELS}
+  train.refuse_too_large(every['m2'])
+  first_model(every['m0'], workdir)
+  stopped = ''
+  for name in ('sft', 'm1', 'm2', 'm3'):
+    stopped = one_model(every[name], workdir)
+    if stopped:
+      break
+  rows = report.results(workdir, list(MODELS))
+  stage.say('\n' + report.text_table(rows))
+  if stopped:
+    stage.say(f'\n{name} was not trained: {stopped}')
+  if stage.is_first_host():
+    (workdir / 'results.json').write_text(json.dumps(dict(size=size, models=rows, stopped=stopped), indent=1) + '\n')
+    report.write(workdir, rows, stopped)
+  if stage.Stage.begun == begun:
+    stage.say(f'nothing to do: every stage of {workdir} was done before')
+  stage.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
+
+
+def first_model(config, workdir):
+  """The seeds, and M0: trained here (sandbox), or converted."""
+  folder = stage.model_folder(workdir, 'm0')
+  if config.data.source == 'sandbox':
+    sandbox.run(config, workdir)
+    train.run(config, workdir)
+    return
+  if not config.data.path:
+    raise InputError('--data is missing: the OASST1 file to make seeds from, e.g. 2023-04-12_oasst_ready.trees.jsonl.gz')
+  if not checkpoint.exists(folder):
+    if not config.m0:
+      raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}, or convert it yourself to {folder}')
+    if stage.is_first_host():
+      convert.from_hf(config.m0, folder)
+    stage.sync('m0')
+  oasst.run(config, workdir)
+
+
+def one_model(config, workdir) -> str:
+  """Every stage of one model, from its data to its evaluation; says why, if there is nothing to train it on."""
+  if config.name == 'm1':
+    if config.eft.targets == 'baseline':
+      judge.run(config, workdir)
+    eft.run(config, workdir)
+  if config.train.loss == 'dpo':
+    for part in (prompts, respond, judge, pairs):
+      part.run(config, workdir)
+    made = json.loads((workdir / config.name / 'pairs' / 'done.json').read_text())
+    if made['pairs'] < config.train.batch:
+      return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made["pairs"]} pairs are left '
+              f'({report.counts(made["dropped"])}), fewer than one batch of {config.train.batch}; start from a stronger '
+              f'model, judge with a template that it can follow (--set=judge.template=FILE), or make more prompts '
+              f'(--set=prompts.count=N)')
+  train.run(config, workdir)
+  judge.run(config, workdir, 'eval')
+  agreement.run(config, workdir)
+  respond.run(config, workdir, 'heldout')
+  if config.data.source == 'sandbox':
+    oracle.run(config, workdir)
+  return ''
+
+
+def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) -> ConfigDict:
+  """The config of one model, with this run's paths and changes."""
+  config = importlib.import_module(f'configs.{MODELS[name]}').get_config(size)
+  config.m0, config.data.path = m0, data
+  for change in changes:
+    models, colon, rest = change.partition(':')
+    models, rest = (models.split(','), rest) if colon and '=' not in models else (list(MODELS), change)
+    for model in models:
+      if model not in MODELS:
+        raise InputError(f'--set={change}: there is no model {model!r}{stage.closest(model, MODELS)}')
+    if name in models:
+      _set(config, rest, change)
+  return config
+
+
+def _set(config: ConfigDict, text: str, change: str):
+  """Applies KEY=VALUE; the value takes the type of what stands there."""
+  path, equals, value = text.partition('=')
+  *parents, key = path.split('.')
+  place = config
+  for part in (*parents, key):
+    here = config if part == (*parents, key)[0] else place
+    if not isinstance(here, ConfigDict) or part not in here:
+      known = list(here) if isinstance(here, ConfigDict) else []
+      raise InputError(f'--set={change}: the config has no key "{part}"{stage.closest(part, known)}')
+    if part != key:
+      place = here[part]
+  old = place[key]
+  try:
+    if not equals or isinstance(old, ConfigDict):
+      raise ValueError('KEY=VALUE with one value')
+    if isinstance(old, bool):
+      place[key] = {'true': True, 'false': False}[value.lower()]
+    elif isinstance(old, tuple):
+      place[key] = tuple(value.split(','))
+    else:
+      place[key] = type(old)(value)
+  except (ValueError, KeyError) as error:
+    raise InputError(f'--set={change}: {value!r} is no {type(old).__name__} for {path}') from error
+
+
+if __name__ == '__main__':
+  define_flags()
+  stage.run_app(main)

@@ -1,0 +1,54 @@
+"""Answers one prompt: `python -m srlm_jax.sample.generate --model=DIR --prompt="Once upon a time"`."""
+import dataclasses
+import json
+
+from absl import flags
+import jax
+
+from srlm_jax import checkpoint, InputError, sharding, stage
+from srlm_jax.data import templates, tokenizer as tokenizers
+from srlm_jax.models import config as model_config, convert, llama
+from srlm_jax.sample import engine
+
+
+def define_flags():
+  flags.DEFINE_string('model', None, 'Folder of a checkpoint, or of a Hugging Face model.', required=True)
+  flags.DEFINE_string('prompt', None, 'The text to continue.', required=True)
+  flags.DEFINE_enum('chat', 'none', ('none', *templates.CHATS), 'The form around the prompt; none: continue the text.')
+  flags.DEFINE_float('temperature', 0.7, '0: greedy.')
+  flags.DEFINE_float('top_p', 0.9, 'Sample from the smallest set of tokens with at least this mass.')
+  flags.DEFINE_integer('max_tokens', 256, 'Generated, at most.')
+  flags.DEFINE_integer('seed', 0, 'Of the randomness.')
+  flags.DEFINE_string('dtype', 'float32', 'Of parameters and activations: float32 or bfloat16.')
+  flags.DEFINE_bool('json', False, 'Print one line with prompt_ids, ids, text, logps, finish.')
+
+
+def main(argv):
+  stage.refuse_arguments(argv)
+  f = flags.FLAGS
+  answer = generate(f.model, f.prompt, f.chat, engine.Sampling(f.temperature, f.top_p, f.max_tokens), f.seed, f.dtype)
+  print(json.dumps(answer) if f.json else answer['text'])
+
+
+def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, seed: int, dtype: str) -> dict:
+  """The prompt's ids, the generated ids, their text and log-probs, and why it ended."""
+  shape = dataclasses.replace(model_config.load(folder), dtype=dtype)
+  tokenizer = tokenizers.load(folder, shape.V)
+  ids = ([tokenizer.bos_id, *tokenizer.encode(prompt)] if chat == 'none' else
+         templates.encode_prompt(chat, prompt, tokenizer))
+  if len(ids) + sampling.max_tokens > shape.context:
+    raise InputError(f'the prompt has {len(ids)} tokens and --max_tokens is {sampling.max_tokens}; '
+                     f'together they exceed the model\'s context of {shape.context}')
+  mesh = sharding.make_mesh(1, 1, -1)
+  with jax.set_mesh(mesh):
+    params = (checkpoint.restore_params(folder, mesh, dtype)[0] if checkpoint.exists(folder) else
+              convert.load_hf(folder, mesh, dtype))
+    model = engine.Engine(llama.Llama(shape), params, mesh, 1, tokenizer.eos_ids, seed, 'generate')
+    (result,), = model.generate([engine.Request(prompt, ids)], sampling)
+  text = tokenizer.decode([*ids, *result.ids])[len(tokenizer.decode(ids)):]
+  return dict(prompt_ids=ids, ids=result.ids, text=text, logps=result.logps, finish=result.finish)
+
+
+if __name__ == '__main__':
+  define_flags()
+  stage.run_app(main)

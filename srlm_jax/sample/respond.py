@@ -1,0 +1,49 @@
+"""Answers prompts: N candidates for the next round's pairs, or one answer to each held-out prompt."""
+import jax
+
+from srlm_jax import checkpoint, InputError, stage
+from srlm_jax.data import records, templates
+from srlm_jax.sample import engine as engines
+
+
+def run(config, workdir, on: str = 'prompts'):
+  """`on` prompts: MODEL/prompts answered by the sampler -> MODEL/respond/responses-*.jsonl;
+  `on` heldout: the held-out test prompts answered by the model itself -> MODEL/answers/responses-*.jsonl."""
+  if on == 'prompts':
+    name, model, n, knobs = 'respond', config.sampler, config.respond.n, config.respond
+    source = stage.model_folder(workdir, config.name).parent / 'prompts' / 'prompts.jsonl'
+  elif on == 'heldout':
+    name, model, n, knobs = 'answers', config.name, 1, config.eval
+    source = stage.seeds(workdir) / 'heldout.jsonl'
+  else:
+    raise InputError(f'--on={on}: it is prompts or heldout')
+  folder = stage.model_folder(workdir, model)
+  s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', 'sample'), [source],
+                  checkpoint.recorded_hash(folder))
+  if s.done:
+    return
+  prompts = [r for r in records.read(source, 'id', 'prompt') if on == 'prompts' or r['split'] == 'test']
+  if not prompts:
+    raise InputError(f'{source} holds no prompt to answer; make prompts first')
+  prompts = prompts[jax.process_index()::jax.process_count()]
+  s.begin()
+  engine, tokenizer = engines.load(config, folder, f'{s.title}')
+  rows = [(prompt, i) for prompt in prompts for i in range(n)]
+  requests = [engines.Request(f'{prompt["id"]}/{i}', templates.encode_prompt(config.chat, prompt['prompt'], tokenizer))
+              for prompt, i in rows]
+
+  def record(row, result):
+    prompt, i = rows[row]
+    return dict(id=result.id, prompt_id=prompt['id'], n=i, prompt=prompt['prompt'],
+                response=tokenizer.decode(result.ids).strip(), finish=result.finish, tokens=len(result.ids),
+                logp=round(sum(result.logps), 4))
+  path = s.folder / records.shard_name('responses', jax.process_index(), jax.process_count())
+  engines.run(engine, requests, engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens), path,
+              record, s.title)
+  finishes = [r['finish'] for r in records.read(path)]
+  s.finish(responses=len(finishes), finished=finishes.count('eos'), cut=finishes.count('length'),
+           too_long=finishes.count('too_long'))
+
+
+if __name__ == '__main__':
+  stage.main(run, on=('prompts', 'What to answer: prompts or heldout.'))
