@@ -1,7 +1,20 @@
-"""What a run found: the table of all models, and one HTML page of tables, plots and samples."""
+"""What a run found: the table of all models, and one HTML page of tables, plots and samples.
+
+`python -m srlm_jax.report --workdir=runs/demo` makes the page again from the files of the run.
+"""
+import base64
+from collections import Counter
+import io
 import json
 
+from absl import flags
 from etils import epath
+import jinja2
+import matplotlib
+from matplotlib import figure, ticker
+
+from srlm_jax import InputError
+from srlm_jax.data import scores as scoring
 
 # Column of the table: (heading, stage, key of its JSON, digits).
 COLUMNS = (
@@ -16,6 +29,32 @@ COLUMNS = (
     ('parsed', 'agreement/agreement.json', 'parse_rate', 3),
     ('pairs', 'pairs/done.json', 'pairs', 0),
 )
+MODELS = ('m0', 'sft', 'm1', 'm2', 'm3')  # in the order of their training
+DATA = ('prompts', 'respond', 'judge', 'pairs')
+STAGES = ('seeds', *DATA, 'eft', 'model', 'judge_eval', 'agreement', 'answers', 'oracle')
+PARSED = 0.9     # share of judgements that should have a score
+ONE_SCORE = 0.5  # share of scores that one value may take
+LONGER = 1.5     # characters of the chosen by those of the rejected
+SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
+
+
+def define_flags():
+  flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
+
+
+def main(argv):
+  from srlm_jax import stage  # here, for stage loads JAX, which the page does without
+  stage.refuse_arguments(argv)
+  stage.say(str(remake(flags.FLAGS.workdir)))
+
+
+def remake(workdir):
+  """Writes report.html from the files of a run, finished or not; returns its path."""
+  rows, before = results(workdir, MODELS), _read(epath.Path(workdir) / 'results.json')
+  if not rows:
+    raise InputError(f'{workdir} holds no model; the loop makes them: python -m srlm_jax.loop --help')
+  same = [r['model'] for r in before.get('models', ())] == [r['model'] for r in rows]  # else older
+  return write(workdir, rows, before['stopped'] if same else '')
 
 
 def results(workdir, models: list[str]) -> list[dict]:
@@ -24,18 +63,16 @@ def results(workdir, models: list[str]) -> list[dict]:
   for model in models:
     folder = epath.Path(workdir) / model
     if (folder / 'model' / 'config.json').exists():
-      rows.append(dict(model=model, **{heading: _read(folder / file).get(key) for heading, file, key, _ in COLUMNS}))
+      numbers = {heading: _read(folder / file).get(key) for heading, file, key, _ in COLUMNS}
+      rows.append(dict(model=model, **numbers))
   return rows
 
 
 def text_table(rows: list[dict]) -> str:
   """The rows as aligned text, columns without any number left out."""
-  shown = [(heading, digits) for heading, _, _, digits in COLUMNS if any(r[heading] is not None for r in rows)]
-  lines = [['model', *(heading for heading, _ in shown)]]
-  for row in rows:
-    lines.append([row['model'], *('-' if row[h] is None else f'{row[h]:.{d}f}' for h, d in shown)])
+  lines = _cells(rows)
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
 def counts(dropped: dict) -> str:
@@ -43,8 +80,221 @@ def counts(dropped: dict) -> str:
 
 
 def write(workdir, rows, stopped: str):
-  pass
+  """Writes workdir/report.html, one page that needs no other file; returns its path."""
+  path = epath.Path(workdir) / 'report.html'
+  path.write_text(render(dict(collect(workdir), rows=rows, stopped=stopped)))
+  return path
+
+
+def collect(workdir) -> dict:
+  """All that the page shows, read from the files that are there."""
+  workdir = epath.Path(workdir)
+  stages = {(owner, name): (_read(folder / 'manifest.json'), _read(folder / 'done.json'))
+            for owner in ('data', *MODELS) for name in STAGES
+            if ((folder := workdir / owner / name) / 'manifest.json').exists()}
+  parts = dict(
+      curves=lambda folder: _lines(folder / 'model' / 'metrics.jsonl'),
+      judged_eval=lambda folder: _shards(folder / 'judge_eval', 'judgements'),
+      answers=lambda folder: {r['prompt_id']: r for r in _shards(folder / 'answers', 'responses')},
+      oracle=lambda folder: _read(folder / 'oracle' / 'oracle.json'),
+      graded=lambda folder: {r['prompt_id']: r['score'] for r in _lines(folder / 'oracle' / 'graded.jsonl')},
+      eft=lambda folder: _read(folder / 'eft' / 'done.json'))
+  return dict(
+      workdir=workdir.name, size=_read(workdir / 'results.json').get('size', ''), stages=stages,
+      iterations=[_iteration(workdir / m, stages) for m in MODELS if any((m, n) in stages for n in DATA)],
+      **{part: {m: found for m in MODELS if (found := read(workdir / m))} for part, read in parts.items()})
+
+
+def _iteration(folder, stages) -> dict:
+  """What one model's data was made from: its records, and the counts of prompts and pairs."""
+  manifest, prompts = stages.get((folder.name, 'prompts'), ({}, {}))
+  if manifest and not prompts:  # killed, or at work
+    fates = Counter(a['dropped'] for a in _lines(folder / 'prompts' / 'attempts.jsonl'))
+    prompts = dict(wanted=manifest['config']['prompts']['count'], attempts=fates.total(),
+                   prompts=fates.pop('', 0), dropped=fates)
+  judgements = _shards(folder / 'judge', 'judgements')
+  first = {(j['j'], j['score'] is None): j for j in reversed(judgements)}  # with a score and without
+  shown = [first[kind] for kind in sorted(first)][:SAMPLES['judgements']]
+  responses = {r['id']: r for r in _shards(folder / 'respond', 'responses')}
+  return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
+              judge=stages[folder.name, 'judge'][0]['config']['judge'] if judgements else None,
+              shown=[(j, responses.get(j['response_id'])) for j in shown],
+              made=_read(folder / 'pairs' / 'done.json'), pairs=_lines(folder / 'pairs' / 'pairs.jsonl'))
+
+
+def render(page: dict) -> str:
+  """What `collect` found, with `rows` and `stopped` -> HTML; every text of a model is escaped."""
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters['text'] = _text
+  template = environment.from_string((epath.resource_path('srlm_jax') / 'report.html').read_text())
+  made = {i['model']: yields(i) for i in page['iterations']}
+  labels = dict.fromkeys(label for found in made.values() for label in found)  # in order, each once
+  return template.render(page, head=head(page), warnings=warnings(page), table=_cells(page['rows']),
+                         labels=labels, yields=made, plots=plots(page), names=STAGES, shown=SAMPLES)
+
+
+def head(page: dict) -> list[str]:
+  """What ran, which models there are, where it stopped and why: a few sentences."""
+  made = [r['model'] for r in page['rows']]
+  missing = [m for m in MODELS if m not in made]
+  configs = [manifest['config'] for manifest, _ in page['stages'].values()]
+  model = next((c['model'] for c in configs if c.get('model')), '')
+  size = f', size {page["size"]}' * bool(page['size']) + f', model {model}' * bool(model)
+  text = [f'A run of self-rewarding training{size}. It holds the models {", ".join(made)}.']
+  if page['stopped']:
+    text.append(f'It stopped, and {(missing or ["a model"])[0]} was not trained: {page["stopped"]}.')
+  elif missing:
+    text.append(f'It does not hold {", ".join(missing)}.')
+  if begun := [f'{owner}/{name}' for (owner, name), (_, done) in page['stages'].items() if not done]:
+    text.append(f'Begun and not finished: {", ".join(begun)}.')
+  if judge := next((c['judge'] for c in configs if 'judge' in c), None):
+    text.append(f'Judge: template {judge["template"]}, scores {judge["lowest"]:g} to {judge["highest"]:g}; '
+                f'{judge["n"]} judgements a response, of which {judge["quorum"]} must have a score.')
+  return text
+
+
+def warnings(page: dict) -> list[str]:
+  """A sentence for each number that looks like a known failure."""
+  judged = {f'{i["model"]}/judge': i['judgements'] for i in page['iterations']}
+  judged |= {f'{m}/judge_eval': judgements for m, judgements in page['judged_eval'].items()}
+  texts = {f'{i["model"]}/respond': i['responses'] for i in page['iterations']}
+  texts |= {f'{m}/answers': answers.values() for m, answers in page['answers'].items()}
+  found = []
+  for title, judgements in judged.items():
+    scores = [round(j['score']) for j in judgements if j['score'] is not None]
+    if len(scores) < PARSED * len(judgements):
+      found.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score (the others: '
+                   f'{counts(_unparsed(judgements))}), fewer than {PARSED:.0%}.')
+    for value, count in Counter(scores).items():
+      if count > ONE_SCORE * len(scores):
+        found.append(f'{title}: {count / len(scores):.0%} of the scores are {value}; such a judge hardly '
+                     'tells one response from another.')
+  for title, responses in texts.items():
+    finish = Counter(r['finish'] for r in responses)
+    if finish['length'] > finish['eos']:
+      found.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, {finish["eos"]:,} '
+                   'are finished; the model does not end its answers, or the limit is too low.')
+  for i in page['iterations']:
+    chosen, rejected = (sum(len(p[side]) for p in i['pairs']) for side in ('chosen', 'rejected'))
+    if chosen > LONGER * rejected:
+      found.append(f'{i["model"]}/pairs: a chosen response has {chosen / len(i["pairs"]):,.0f} characters, a '
+                   f'rejected one {rejected / len(i["pairs"]):,.0f}; the model may learn length alone.')
+  for (owner, name), (_, done) in page['stages'].items():
+    if name == 'model' and done and sum(done['dropped'].values()) > done['rows']:
+      found.append(f'{owner}/model: trained on {done["rows"]:,} rows; dropped {counts(done["dropped"])}.')
+  return found
+
+
+def yields(iteration: dict) -> dict[str, str]:
+  """What each step of one iteration was given and gave, by label; a reason a line."""
+  prompts, judgements, made = iteration['prompts'], iteration['judgements'], iteration['made']
+  finish, unparsed = Counter(r['finish'] for r in iteration['responses']), _unparsed(judgements)
+  found = {}
+  if prompts:
+    found = {'prompts wanted': prompts['wanted'], 'attempts': prompts['attempts'],
+             'prompts accepted': prompts['prompts'], 'attempts dropped': prompts['dropped']}
+  if finish:
+    found |= {'responses': finish.total(), 'finished': finish['eos'],
+              'cut at the length limit': finish['length'], 'prompt too long': finish['too_long']}
+  if judgements:
+    found |= {'judgements': len(judgements), 'parsed': len(judgements) - unparsed.total(),
+              'not parsed': unparsed}
+  if made:
+    found |= {'pairs': made['pairs'], 'pairs per 1,000 prompts': made['pairs_per_1000_prompts'],
+              'prompts without a pair': made['dropped'], 'chosen minus rejected: score': made['margin'],
+              'chosen minus rejected: characters': made['chosen_minus_rejected_characters']}
+  return {label: _text(value) for label, value in found.items()}
+
+
+def plots(page: dict) -> dict[str, list[tuple[str, str]]]:
+  """{section: [(image as a data URI, the same in words)]}."""
+  made = dict(training=[], scores=[], answers=[])
+  for model, lines in page['curves'].items():
+    for name, level in (('loss', None), ('margin', 0), ('accuracy', 0.5)):
+      if points := [(line['step'] + 1, line[name]) for line in lines if name in line]:
+        (first, a), (last, b) = points[0], points[-1]
+        made['training'].append((_curve(f'{model}: {name}', points, level),
+                                 f'{name} of {model}: {a:.4g} at step {first}, {b:.4g} at step {last}'))
+  for i in page['iterations']:
+    if scores := scoring.histogram(j['score'] for j in i['judgements'] if j['score'] is not None):
+      values = range(round(i['judge']['lowest']), round(i['judge']['highest']) + 1)
+      bars = {str(v): scores.get(str(v), 0) for v in values} if len(values) <= 11 else scores
+      made['scores'].append((_bars(f'{i["model"]}: scores', bars), f'scores for {i["model"]}: {bars}'))
+  if scores := {m: round(o['score'], 3) for m, o in page['oracle'].items()}:
+    errors = [o['standard_error'] for o in page['oracle'].values()]
+    made['answers'].append((_bars('oracle score, of 5', scores, '%.2f', errors), f'oracle score: {scores}'))
+  if lengths := {m: round(sum(len(r['response']) for r in by_id.values()) / len(by_id), 1)
+                 for m, by_id in page['answers'].items()}:
+    made['answers'].append((_bars('characters an answer', lengths, '%.0f'), f'characters: {lengths}'))
+  return made
+
+
+def _curve(title: str, points, level: float | None) -> str:
+  fig, ax = _axes(title)
+  ax.plot(*zip(*points, strict=True), '.-' if len(points) < 30 else '-', color='#2a5d9c', linewidth=1.4)
+  if level is not None:
+    ax.axhline(level, color='#999', linewidth=0.8, linestyle='--')
+  ax.set_xlabel('step')
+  ax.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+  return _uri(fig)
+
+
+def _bars(title: str, values: dict, form='%d', errors=None) -> str:
+  fig, ax = _axes(title)
+  bars = ax.bar(list(values), list(values.values()), yerr=errors, color='#2a5d9c', width=0.7, capsize=3)
+  ax.bar_label(bars, fmt=form, fontsize=8, padding=2)
+  ax.margins(y=0.15)
+  return _uri(fig)
+
+
+def _axes(title: str):
+  fig = figure.Figure(figsize=(3.4, 2.3), layout='constrained')
+  ax = fig.subplots()
+  ax.set_title(title, fontsize=10)
+  ax.tick_params(labelsize=8)
+  ax.spines[['top', 'right']].set_visible(False)
+  return fig, ax
+
+
+def _uri(fig) -> str:
+  file = io.BytesIO()
+  with matplotlib.rc_context({'svg.hashsalt': 'srlm_jax'}):  # the same page from the same files
+    fig.savefig(file, format='svg', metadata=dict(Date=None))
+  return 'data:image/svg+xml;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def _text(value) -> str:
+  """A number with its thousands apart; of a dict an entry a line."""
+  if isinstance(value, dict):
+    return '\n'.join(f'{n:,} {why}' for why, n in value.items()) or 'none'
+  return '-' if value is None else value if isinstance(value, str) else f'{value:,}'
+
+
+def _cells(rows: list[dict]) -> list[list[str]]:
+  shown = [(h, digits) for h, _, _, digits in COLUMNS if any(r[h] is not None for r in rows)]
+  return [['model', *(heading for heading, _ in shown)], *(
+      [row['model'], *('-' if row[h] is None else f'{row[h]:.{d}f}' for h, d in shown)] for row in rows)]
+
+
+def _unparsed(judgements) -> Counter:
+  return Counter(j['reason'] for j in judgements if j['score'] is None)
+
+
+def _shards(folder, stem: str) -> list[dict]:
+  return [r for path in sorted(folder.glob(f'{stem}-*-of-*.jsonl')) for r in _lines(path)]
+
+
+def _lines(path) -> list[dict]:
+  """The whole lines of a file, without the one at which a kill cut it; none where there is no file."""
+  data = path.read_bytes() if path.exists() else b''
+  return [json.loads(line) for line in data.split(b'\n')[:-1] if line.strip()]
 
 
 def _read(path) -> dict:
   return json.loads(path.read_text()) if path.exists() else {}
+
+
+if __name__ == '__main__':
+  from srlm_jax import stage
+  define_flags()
+  stage.run_app(main)

@@ -52,6 +52,7 @@ class Stage:
     """Writes the manifest, before anything else of the stage."""
     Stage.begun += 1
     versions = {v: importlib.metadata.version(v) for v in _VERSIONS}
+    sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
     if is_first_host():
       self.folder.mkdir(parents=True, exist_ok=True)
       (self.folder / 'manifest.json').write_text(json.dumps(dict(self._manifest, versions=versions), indent=1) + '\n')
@@ -69,6 +70,7 @@ class Stage:
     seconds = round(time.time() - self.started, 1)
     if is_first_host():
       (self.folder / 'done.json').write_text(json.dumps(dict(summary, seconds=seconds), indent=1) + '\n')
+    sync(f'{self.title} is done')  # every host may read done.json
     say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
                                                        if not isinstance(v, dict | list)))
 

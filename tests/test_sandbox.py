@@ -105,12 +105,12 @@ def test_ranks_agree_with_the_grades_about_as_often_as_people_do():
 def test_seeds_are_the_same_for_the_same_seed_and_share_no_prompt():
   seeds = world.seeds(0, *SIZES)
   assert seeds == world.seeds(0, *SIZES) != world.seeds(1, *SIZES)
-  assert tuple(len(rows) for rows in seeds.values()) == SIZES
+  splits = collections.Counter(row['split'] for row in seeds['ranked'])
+  assert (len(seeds['ift']), splits['train'], splits['eval'], len(seeds['heldout'])) == SIZES
   prompts = [row['prompt'] for rows in seeds.values() for row in rows]
   ids = [row['id'] for rows in seeds.values() for row in rows]
   assert len(set(prompts)) == len(set(ids)) == sum(SIZES)
-  assert {row['split'] for row in seeds['ranked_eval']} == {'eval'}
-  assert {len(row['replies']) for row in seeds['ranked_train']} == {2, 3, 4}
+  assert {len(row['replies']) for row in seeds['ranked']} == {2, 3, 4}
 
 
 def test_the_corpus_repeats_itself_and_leaves_out_what_is_excluded(texts):

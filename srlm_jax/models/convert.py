@@ -35,11 +35,13 @@ def from_hf(source, out) -> 'Contents':
   config = model_config.load(source)
   found = hf.find(source, config)
   contents = Contents()
-  with _whole(out) as folder, tqdm(total=sum(map(len, found.values())), unit='tensor', disable=None) as progress:
+  with _whole(out) as folder, _progress(found) as progress:
     checkpoint.copy_model_files(source, folder)
     tree = {leaf.name: Stream(leaf, found[leaf.name]) for leaf in hf.leaves(config)}
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-        (Stream, StreamHandler(contents, progress))))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Stream, StreamHandler(contents, progress)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()))  # unused; Orbax warns where there is none
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     step = folder / 'steps' / '0'
     with ocp.Checkpointer(handler) as saver:
       saver.save(step / 'params', args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
@@ -57,7 +59,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
   files = hf.shards(config, dtypes, shard_bytes)
   contents = Contents()
-  with _whole(out) as target, tqdm(total=sum(map(len, files.values())), unit='tensor', disable=None) as progress:
+  with _whole(out) as target, _progress(files) as progress:
     checkpoint.copy_model_files(folder, target)
     _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
     if len(files) > 1:
@@ -116,8 +118,9 @@ class Contents:
 
   def hashes(self) -> dict:
     def combine(dtype):
-      each = {name: dtype or str(stored) for name, (stored, _) in self.leaves.items()}
-      return checkpoint.combine({name: (d, self.leaves[name][1], self.sums[name, d]) for name, d in each.items()})
+      return checkpoint.combine({
+          name: (dtype or str(stored), shape, self.sums[name, dtype or str(stored)])
+          for name, (stored, shape) in self.leaves.items()})
     return dict(stored=combine(None), float32=combine('float32'), bfloat16=combine('bfloat16'))
 
   def __str__(self):
@@ -127,10 +130,11 @@ class Contents:
 
 
 class Stream:
-  """One of our arrays as Orbax sees it, shape and dtype; its tensors are read when they are written."""
+  """One of our arrays as Orbax sees it, shape, dtype and size; its tensors are read when they are written."""
 
   def __init__(self, leaf: hf.Leaf, tensors: list[hf.Tensor]):
-    self.leaf, self.tensors, self.shape, self.dtype = leaf, tensors, leaf.shape, tensors[0].dtype
+    self.leaf, self.tensors = leaf, tensors
+    self.shape, self.dtype, self.size = leaf.shape, tensors[0].dtype, math.prod(leaf.shape)
 
 
 class StreamHandler(ocp.type_handlers.NumpyHandler):
@@ -142,7 +146,6 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
 
   async def serialize(self, values, infos, args=None):
     for stream, info in zip(values, infos, strict=True):
-      await info.await_path_creation()
       layer = stream.shape[stream.leaf.stacked:]
       chunk = (*(1,) * stream.leaf.stacked, _chunk_rows(layer, stream.dtype), *layer[1:])
       spec = _spec(info.parent_dir / 'ocdbt.process_0', info.name)  # Orbax merges the folders of processes
@@ -168,7 +171,7 @@ def _rows(leaf, layer: int, tensor):
 
 
 def _chunk_rows(shape, dtype) -> int:
-  """The rows of a tensor in one chunk: chunks are nearly equal, and of at most checkpoint.CHUNK_BYTES if a row is."""
+  """The rows of a tensor in one chunk: chunks are nearly equal, and of CHUNK_BYTES at most if a row is."""
   chunks = -(-math.prod(shape) * dtype.itemsize // checkpoint.CHUNK_BYTES)
   return -(-shape[0] // chunks)
 
@@ -206,6 +209,10 @@ def _write_dtype(path, dtype: str):
   fields = json.loads(path.read_text())
   if {fields.get('dtype'), fields.get('torch_dtype')} != {dtype}:
     path.write_text(json.dumps(fields | dict(dtype=dtype, torch_dtype=dtype), indent=2) + '\n')
+
+
+def _progress(tensors: dict):
+  return tqdm(total=sum(map(len, tensors.values())), unit='tensor', disable=None)  # off where it is not seen
 
 
 @contextlib.contextmanager

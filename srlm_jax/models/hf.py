@@ -88,7 +88,7 @@ def leaves(config) -> list[Leaf]:
 
 
 def find(folder, config) -> dict[str, list[Tensor]]:
-  """The tensors of every Leaf, by its name; InputError where one is missing, too many, or not as it should be."""
+  """The tensors of every Leaf, by its name; InputError where one is missing, too many or misshapen."""
   top, tensors = _tensors(pathlib.Path(folder))
   found = {}
   for leaf in leaves(config):
@@ -111,7 +111,7 @@ def find(folder, config) -> dict[str, list[Tensor]]:
 
 
 def shards(config, dtypes: dict, limit: int) -> dict[str, list]:
-  """The files to write, none over `limit` bytes -> [(leaf, layer)]: the embedding, layer by layer, the head."""
+  """The files to write, of `limit` bytes, with (leaf, layer) in each: embedding, layer by layer, head."""
   parts, size = [[]], 0
   for _, group in itertools.groupby(leaves(config), key=lambda leaf: leaf.stacked):
     group = list(group)

@@ -20,17 +20,21 @@ def define_flags():
   flags.DEFINE_integer('max_tokens', 256, 'Generated, at most.')
   flags.DEFINE_integer('seed', 0, 'Of the randomness.')
   flags.DEFINE_string('dtype', 'float32', 'Of parameters and activations: float32 or bfloat16.')
+  flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
   flags.DEFINE_bool('json', False, 'Print one line with prompt_ids, ids, text, logps, finish.')
 
 
 def main(argv):
   stage.refuse_arguments(argv)
   f = flags.FLAGS
-  answer = generate(f.model, f.prompt, f.chat, engine.Sampling(f.temperature, f.top_p, f.max_tokens), f.seed, f.dtype)
+  mesh = sharding.make_mesh(1, 1, f.tensor, jax.devices()[:f.tensor])
+  sampling = engine.Sampling(f.temperature, f.top_p, f.max_tokens)
+  answer = generate(f.model, f.prompt, f.chat, sampling, f.seed, f.dtype, mesh)
   print(json.dumps(answer) if f.json else answer['text'])
 
 
-def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, seed: int, dtype: str) -> dict:
+def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, seed: int, dtype: str,
+             mesh) -> dict:
   """The prompt's ids, the generated ids, their text and log-probs, and why it ended."""
   shape = dataclasses.replace(model_config.load(folder), dtype=dtype)
   tokenizer = tokenizers.load(folder, shape.V)
@@ -39,7 +43,6 @@ def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, see
   if len(ids) + sampling.max_tokens > shape.context:
     raise InputError(f'the prompt has {len(ids)} tokens and --max_tokens is {sampling.max_tokens}; '
                      f'together they exceed the model\'s context of {shape.context}')
-  mesh = sharding.make_mesh(1, 1, -1)
   with jax.set_mesh(mesh):
     params = (checkpoint.restore_params(folder, mesh, dtype)[0] if checkpoint.exists(folder) else
               convert.load_hf(folder, mesh, dtype))

@@ -80,7 +80,7 @@ def _instruction(rng, exclude):
 
 
 def _drill(rng):
-  """Words of some kinds in any order, then copied, or sorted and counted: without drills M0 learns no copying.
+  """Words of some kinds, then copied, or sorted and counted; without drills M0 is slow to learn to copy.
 
   One of them: `cow, tea, pig and rope. For drinks: 1 tea. For animals: 1 cow, 2 pig. For tools: 1 rope.`
   """

@@ -157,16 +157,16 @@ def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
 
 
 def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, heldout: int) -> dict[str, list[dict]]:
-  """Draws the seed data, lists of that many records under the same names; no prompt is in two of them."""
+  """Draws the seed data {"ift", "ranked", "heldout"} of so many records; all prompts are different."""
   rng = np.random.default_rng(seed)
   prompts = {}
   while len(prompts) < ift + ranked_train + ranked_eval + heldout:
     prompts.setdefault(instruction(rng))
   draw = iter(prompts)
+  splits = ['train'] * ranked_train + ['eval'] * ranked_eval
   return {
       'ift': [_demonstration(next(draw), rng) for _ in range(ift)],
-      'ranked_train': [_ranking(next(draw), 'train', rng) for _ in range(ranked_train)],
-      'ranked_eval': [_ranking(next(draw), 'eval', rng) for _ in range(ranked_eval)],
+      'ranked': [_ranking(next(draw), split, rng) for split in splits],
       'heldout': [{'id': records.digest(prompt), 'prompt': prompt} for prompt in draw],
   }
 

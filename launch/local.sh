@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Runs one command as N processes of one run, on this machine; stops all of them when one fails.
+#
+#   launch/local.sh N COMMAND...
+#   launch/local.sh 2 python -m srlm_jax.train --config=configs/sft.py:tiny --workdir=runs/demo
+#
+# CPU: each process gets the fake devices that the environment asks for:
+#   JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2
+# GPU: CUDA_VISIBLE_DEVICES=0,1,2,3 is dealt out in equal parts. One process can drive all GPUs of a
+#   machine by itself; several are for testing what runs on several machines.
+# SRLM_PORT: where the processes meet; by default a free port.
+set -uo pipefail
+
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  echo 'usage: launch/local.sh N COMMAND...' >&2
+  exit 2
+fi
+hosts=$1
+shift
+
+gpus=()
+[[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+if ((${#gpus[@]} % hosts)); then
+  echo "error: CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPUs, which do not divide over $hosts processes" >&2
+  exit 2
+fi
+share=$((${#gpus[@]} / hosts))
+
+in_use() { (: <"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+port=${SRLM_PORT:-$((20000 + RANDOM % 12000))}
+while [[ -z ${SRLM_PORT:-} ]] && in_use "$port"; do port=$((20000 + RANDOM % 12000)); done
+
+pids=()
+stop() {  # JAX catches SIGTERM for its preemption service, so SIGKILL follows
+  kill "${pids[@]}" 2>/dev/null
+  for ((tries = 0; tries < 20; tries++)); do
+    kill -0 "${pids[@]}" 2>/dev/null || break
+    sleep 0.1
+  done
+  kill -9 "${pids[@]}" 2>/dev/null
+  wait "${pids[@]}" 2>/dev/null
+}
+trap 'stop; exit 130' INT
+trap 'stop; exit 143' TERM
+
+export SRLM_HOSTS=$hosts SRLM_COORDINATOR=127.0.0.1:$port
+for ((i = 0; i < hosts; i++)); do
+  ((share == 0)) || export CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i*share:share}")
+  SRLM_HOST=$i "$@" &
+  pids[i]=$!
+done
+
+while ((${#pids[@]})); do
+  sleep 0.2
+  for i in "${!pids[@]}"; do
+    kill -0 "${pids[i]}" 2>/dev/null && continue
+    wait "${pids[i]}"
+    code=$?
+    unset "pids[i]"
+    if ((code)); then
+      echo "error: process $i of $hosts ended with $code; stopping the others" >&2
+      ((${#pids[@]} == 0)) || stop
+      exit "$code"
+    fi
+  done
+done

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=srlm
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --output=srlm-%j.log
+#
+# Runs one command on every GPU node of a Slurm job, one process a node; a requeued job goes on where it was.
+#
+#   sbatch --partition=PARTITION launch/slurm.sh COMMAND...
+#   sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=configs/iter2.py:70b --workdir=/SHARED/x
+#
+# PARTITION: the GPU nodes of your cluster. SHARED: a file system that all nodes mount. Submit from the
+# repository, where `python -m venv .venv && .venv/bin/pip install -e '.[gpu]'` was run.
+set -euo pipefail
+
+if [[ $# -lt 1 ]]; then
+  echo 'usage: sbatch launch/slurm.sh COMMAND...' >&2
+  exit 2
+fi
+
+export SRLM_HOSTS=auto
+export PATH=$SLURM_SUBMIT_DIR/.venv/bin:$PATH
+# JAX takes one GPU a process under Slurm, unless told which are its own.
+JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+export JAX_LOCAL_DEVICE_IDS
+
+cd "$SLURM_SUBMIT_DIR"
+exec srun --kill-on-bad-exit=1 "$@"

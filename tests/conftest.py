@@ -1,0 +1,62 @@
+"""Eight fake devices, before JAX wakes up; where the real data is; small models and tokenizers."""
+import functools
+import os
+import pathlib
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import jax
+import pytest
+import sentencepiece
+
+from srlm_jax import sharding
+from srlm_jax.models import llama
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = pathlib.Path(os.environ.get('SRLM_TEST_DATA', ROOT.parent / 'shared' / 'data'))
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+def make_mesh(data, fsdp, tensor):
+  return sharding.make_mesh(data, fsdp, tensor, jax.devices()[:data * fsdp * tensor])
+
+
+def init(config, seed=0):
+  """Random parameters, compiled whole: op by op takes seconds."""
+  return jax.jit(lambda key: llama.init_params(config, key))(jax.random.key(seed))
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def forward(model, params, tokens, positions=None, cache=None, at=None):
+  """Logits and cache."""
+  return model.apply({'params': params}, tokens, positions, cache, at)
+
+
+@pytest.fixture
+def mesh():
+  """One device, set."""
+  mesh = make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@pytest.fixture(scope='session')
+def stories():
+  """A real trained Llama of 260K parameters, as a Hugging Face folder."""
+  folder = DATA / 'tinyllamas-260k'
+  if not folder.exists():
+    pytest.skip(f'{folder} is absent; set SRLM_TEST_DATA to the folder of test data')
+  return folder
+
+
+@pytest.fixture(scope='session')
+def tokenizer_folder(tmp_path_factory):
+  """A folder with a SentencePiece tokenizer of 64 pieces, as `tiny-test` has."""
+  folder = tmp_path_factory.mktemp('tokenizer')
+  with (folder / 'tokenizer.model').open('wb') as f:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(['User: Name a fruit. Assistant: pear fig plum', 'Score: 0 1 2 3 4 5'] * 50),
+        model_writer=f, vocab_size=64, model_type='bpe', character_coverage=1.0, hard_vocab_limit=False,
+        user_defined_symbols=['\n'], normalization_rule_name='identity', minloglevel=2)
+  return folder

@@ -1,0 +1,81 @@
+import doctest
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from srlm_jax import InputError
+from srlm_jax.data import records
+from srlm_jax.eval import alpaca
+
+
+def annotation(preference, output='four', **fields):
+  """One record of AlpacaEval's annotations.json, with the fields that it has."""
+  return dict(instruction='i', output_1='o', generator_1='gpt4_1106_preview', dataset='helpful_base',
+              output_2=output, generator_2='m2', annotator='weighted_alpaca_eval_gpt4_turbo',
+              preference=preference, raw_completion=None) | fields
+
+
+def run(*flags):
+  command = [sys.executable, '-m', 'srlm_jax.eval.alpaca', *flags]
+  done = subprocess.run(command, capture_output=True, text=True)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_docstrings():
+  assert doctest.testmod(alpaca).failed == 0
+
+
+def test_win_rate_by_hand():
+  given = [annotation(p) for p in (1.0, 2.0, 1.5, 1.9, None, math.nan, 0)] + [annotation(1.2, 'x' * 12)]
+  result = alpaca.win_rate(given)
+  assert result['win_rate'] == pytest.approx(100 * (0 + 1 + .5 + .9 + .5 + .2) / 6)
+  deviation = math.sqrt(sum((x - 3.1 / 6) ** 2 for x in (0, 1, .5, .9, .5, .2)) / 5)  # of a sample
+  assert result['standard_error'] == pytest.approx(100 * deviation / math.sqrt(6))
+  assert [result[k] for k in ('wins', 'draws', 'losses', 'count', 'missing')] == [2, 2, 2, 6, 2]
+  assert result['characters'] == (7 * 4 + 12) / 8
+  assert alpaca.win_rate([annotation(None)])['win_rate'] is None
+
+
+def test_outputs_and_win_rate_from_the_command_line(tmp_path):
+  rows = [dict(id=f'{i}/0', prompt=f'Prompt {i}?', response=f'Ré {i}') for i in range(3)]
+  records.write(tmp_path / 'answers' / 'responses-00000-of-00001.jsonl', rows)
+  out = tmp_path / 'outputs.json'
+  code, _, err = run(f'--answers={tmp_path / "answers"}', '--generator=m2', f'--out={out}')
+  assert code == 0, err
+  made = json.loads(out.read_text())
+  assert made == [dict(instruction=r['prompt'], output=r['response'], generator='m2', dataset='heldout')
+                  for r in rows]
+
+  given = [annotation(2.0), annotation(1.0), annotation(None)]
+  (tmp_path / 'annotations.json').write_text(json.dumps(given))
+  out = tmp_path / 'new' / 'rate.json'
+  code, said, err = run(f'--annotations={tmp_path / "annotations.json"}', f'--out={out}')
+  assert code == 0 and 'win_rate 50' in said, err
+  result = json.loads(out.read_text())
+  assert (result['generator'], result['win_rate'], result['missing']) == ('m2', 50.0, 1)
+  assert not list(tmp_path.glob('**/*.partial'))
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path):
+  (tmp_path / 'bad.json').write_text('[{"preference": 1.0')
+  for flags, word in [(['--answers=x'], '--generator'), ([f'--answers={tmp_path}', '--generator=m'], 'holds no')]:
+    code, _, err = run(*flags, f'--out={tmp_path / "out.json"}')
+    assert code == 1 and word in err and err.startswith('error: ') and err.count('\n') == 1
+  assert not (tmp_path / 'out.json').exists()
+  for name, word in [('no.json', 'cannot be read'), ('bad.json', 'not JSON')]:
+    with pytest.raises(InputError, match=word):
+      alpaca.read_annotations(tmp_path / name)
+
+
+@pytest.mark.parametrize('content, word', [
+    ({}, 'not a list'), ([], 'not a list'), ([3], 'no field'), ([dict(preference=1.0)], 'generator_2'),
+    ([annotation(1.0), annotation(2.5)], 'annotation 1 has the preference 2.5'), ([annotation('2')], "'2'"),
+    ([annotation(True)], 'True'), ([annotation(1.0, output=None)], 'no string'),
+    ([annotation(1.0), annotation(1.0, generator_2='m3')], 'both m2 and m3')])
+def test_annotations_of_the_wrong_kind_are_refused(tmp_path, content, word):
+  (tmp_path / 'a.json').write_text(json.dumps(content))
+  with pytest.raises(InputError, match=word):
+    alpaca.read_annotations(tmp_path / 'a.json')

@@ -1,0 +1,201 @@
+"""The page holds what the files hold, wherever the run stopped, and no text of a model becomes markup."""
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from srlm_jax import InputError, report
+from srlm_jax.data import records
+
+EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
+JUDGE = dict(template='additive', lowest=0.0, highest=5.0, n=2, quorum=1)
+STOPPED = '3 pairs are left (7 all scores equal), fewer than one batch of 8'
+
+
+def stage(folder, name, done=None, **config):
+  """The manifest of a stage that has begun and, if it is finished, what it says of itself."""
+  (folder / name).mkdir(parents=True)
+  (folder / name / 'manifest.json').write_text(json.dumps(dict(stage=name, config=dict(config, seed=0))))
+  if done is not None:
+    (folder / name / 'done.json').write_text(json.dumps(dict(done, seconds=12.5)))
+  return folder / name
+
+
+def model(workdir, name, loss='sft'):
+  """A trained model with its curves, its judgements of the evaluation set and its answers."""
+  steps = [dict(step=10 * i, loss=0.6931 / (i + 1), tokens_per_second=100.0) for i in range(4)]
+  if loss == 'dpo':
+    steps = [dict(s, margin=0.1 * i, accuracy=0.5 + 0.1 * i) for i, s in enumerate(steps)]
+  done = dict(steps=31, loss=0.17, rows=248, dropped={})
+  folder = stage(workdir / name, 'model', done, model='sandbox')
+  (folder / 'config.json').write_text('{}')
+  records.write(folder / 'metrics.jsonl', steps)
+  agreement = dict(pairwise_accuracy=0.7125, ties=0.1, exact_match=0.25, spearman=0.5, parse_rate=0.96)
+  (stage(workdir / name, 'agreement', agreement) / 'agreement.json').write_text(json.dumps(agreement))
+  judgements = [dict(id=f'{i}', j=0, score=float(i % 6), reason='') for i in range(24)]
+  judgements.append(dict(id='24', j=0, score=None, reason='no score'))
+  records.write(stage(workdir / name, 'judge_eval', {}) / 'judgements-00000-of-00001.jsonl', judgements)
+  answers = [dict(id=f'h{i}/0', prompt_id=f'h{i}', prompt=f'Held-out prompt {i} {EVIL}', finish='eos',
+                  response=f'{name} answers {i} {EVIL}') for i in range(5)]
+  records.write(stage(workdir / name, 'answers', {}) / 'responses-00000-of-00001.jsonl', answers)
+  oracle = dict(score=3.217, standard_error=0.125, characters=61.5)
+  folder = stage(workdir / name, 'oracle', {})
+  (folder / 'oracle.json').write_text(json.dumps(oracle))
+  records.write(folder / 'graded.jsonl', [dict(a, score=i) for i, a in enumerate(answers)])
+
+
+def data(workdir, name):
+  """What a DPO model was made from: prompts, candidates, judgements and pairs."""
+  folder = workdir / name
+  done = dict(prompts=10, wanted=10, attempts=1234, dropped={'seen before': 21, 'held out': 3})
+  stage(folder, 'prompts', done, prompts=dict(count=10))
+  responses = [dict(id=f'p{i}/{n}', prompt_id=f'p{i}', prompt=f'Written prompt {i} {EVIL}', finish='eos',
+                    response=f'candidate {n} {EVIL}') for i in range(10) for n in range(2)]
+  records.write(stage(folder, 'respond', {}) / 'responses-00000-of-00001.jsonl', responses)
+  judgements = [dict(id=f'{r["id"]}/{j}', response_id=r['id'], j=j, text=f'Judged {EVIL}',
+                     score=float((k + j) % 6), reason='', finish='eos')
+                for k, r in enumerate(responses) for j in range(2)]
+  records.write(stage(folder, 'judge', {}, judge=JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
+  pairs = [dict(id=f'p{i}', prompt=f'Paired prompt {i}', chosen=f'the better {EVIL}',
+                rejected=f'the worse {EVIL}', chosen_score=4.5, rejected_score=1.0, chosen_finish='eos',
+                rejected_finish='length') for i in range(3)]
+  done = dict(pairs=3, prompts=10, pairs_per_1000_prompts=300.0, dropped={'all scores equal': 7}, margin=3.5,
+              chosen_minus_rejected_characters=1.25)
+  records.write(stage(folder, 'pairs', done, judge=JUDGE) / 'pairs.jsonl', pairs)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """A run that made m0 to m2, and m3's data without training on it."""
+  stage(tmp_path / 'data', 'seeds', dict(ift=60))
+  for name in ('m0', 'sft', 'm1'):
+    model(tmp_path, name)
+  stage(tmp_path / 'm1', 'eft', dict(
+      examples=90, replies=113, dropped={'against the order of people': 6}, of_the_commonest_score=17,
+      scores_before={'0': 40, '4': 67}, scores={'0': 40, '4': 50}))
+  data(tmp_path, 'm2')
+  model(tmp_path, 'm2', 'dpo')
+  data(tmp_path, 'm3')
+  rows = report.results(tmp_path, report.MODELS)
+  (tmp_path / 'results.json').write_text(json.dumps(dict(size='tiny', models=rows, stopped=STOPPED)))
+  return tmp_path
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+  """A plot takes a tenth of a second, and most tests look at words."""
+  for name in ('_curve', '_bars'):
+    monkeypatch.setattr(report, name, lambda *_: 'data:,')
+
+
+def page_of(workdir) -> str:
+  return report.remake(workdir).read_text()
+
+
+def plain(page: str) -> str:
+  """The page's words, without its tags."""
+  return ' '.join(re.sub(r'<[^>]*>', ' ', page).split())
+
+
+def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir, undrawn):
+  page = page_of(workdir)
+  words = plain(page)
+  assert f'm3 was not trained: {STOPPED}.' in words
+  assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
+  for line in report.text_table(report.results(workdir, report.MODELS)).splitlines():
+    assert ' '.join(line.split()) in words
+  assert '31 steps on 248 rows' in words
+  assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
+  assert 'pairs per 1,000 prompts 300.0 300.0' in words
+  assert 'chosen minus rejected: characters 1.25 1.25' in words
+  assert '90 examples from 113 ranked replies' in words and 'commonest: 17' in words
+  assert 'before 40 67 kept 40 50' in words
+  assert 'pairs 12.5 12.5' in words and 'Together 375 s' in words
+  for alt in ('margin of m2: 0 at step 1, 0.3 at step 31', 'accuracy of m2: 0.5 at', 'loss of m0: 0.6931 at',
+              "oracle score: {&#39;m0&#39;: 3.217", 'characters: {', 'scores for m3: {'):
+    assert f'alt="{alt}' in page
+  assert 'class="warnings"' not in page
+
+
+def test_samples_stand_side_by_side(workdir, undrawn):
+  words = plain(page_of(workdir))
+  first = words[words.index('Prompt 2'):words.index('Prompt 3')]
+  assert [first.count(f'{name}, oracle 1 of 5') for name in ('m0', 'sft', 'm1', 'm2')] == [1] * 4
+  for text in ('Judgement 2: 1', 'Written prompt 0', 'chosen, 4.5', 'rejected, 1, cut', 'Paired prompt 1'):
+    assert text in words
+
+
+def test_model_text_is_escaped_and_the_page_needs_no_other_file(workdir):
+  page = page_of(workdir)
+  assert '<script' not in page and '&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;' in page
+  sources = re.findall(r'<[^>]*\b(?:src|href)\s*=\s*"?([^">]*)', page)
+  assert sources and all(source.startswith('data:image/svg+xml;base64,') for source in sources)
+  assert page == page_of(workdir)  # the same files, the same page
+
+
+@pytest.mark.parametrize('missing', [*report.STAGES, 'done.json', 'results.json', 'metrics.jsonl'])
+def test_a_run_may_have_stopped_anywhere(workdir, undrawn, missing):
+  for path in sorted(workdir.rglob(missing)):
+    if path.name == 'model':  # a converted model has no more than this
+      path = path / 'manifest.json'
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  assert '</html>' in page_of(workdir)
+
+
+def test_what_a_killed_stage_wrote_is_counted_without_its_last_line(workdir, undrawn):
+  for name in ('respond', 'judge', 'pairs'):
+    shutil.rmtree(workdir / 'm3' / name)
+  folder = workdir / 'm3' / 'prompts'
+  (folder / 'done.json').unlink()
+  (folder / 'manifest.json').write_text(json.dumps(dict(config=dict(seed=0, prompts=dict(count=4000)))))
+  lines = [dict(id='0', text='x', dropped=''), dict(id='1', text='x', dropped='cut off by length')]
+  (folder / 'attempts.jsonl').write_text(''.join(map(records.dump, lines)) + '{"id": "2", "te')
+  words = plain(page_of(workdir))
+  assert 'Begun and not finished: m3/prompts.' in words
+  assert 'prompts wanted 10 4,000 attempts 1,234 2 prompts accepted 10 1' in words
+  assert '1 cut off by length' in words
+
+
+def test_old_reasons_to_stop_are_not_repeated(workdir, undrawn):
+  model(workdir, 'm3', 'dpo')
+  assert 'not trained' not in page_of(workdir)
+
+
+def test_known_failures_are_said_in_words():
+  scores = [4.0] * 8 + [1.0] + [None] * 2
+  judgements = [dict(score=score, reason='' if score else 'unreadable') for score in scores]
+  iteration = dict(model='m2', judgements=judgements, pairs=[dict(chosen='x' * 31, rejected='y' * 20)],
+                   responses=[dict(finish='length')] * 3 + [dict(finish='eos')] * 2)
+  page = dict(iterations=[iteration], judged_eval={}, answers={},
+              stages={('m2', 'model'): ({}, dict(rows=9, dropped={'longer than 512 tokens': 10}))})
+  found = '\n'.join(report.warnings(page))
+  for text in ('m2/judge: 9 of 11 judgements have a score (the others: 2 unreadable), fewer than 90%',
+               'm2/judge: 89% of the scores are 4',
+               'm2/respond: 3 responses are cut at the length limit, 2 are finished',
+               'm2/pairs: a chosen response has 31 characters, a rejected one 20',
+               'm2/model: trained on 9 rows; dropped 10 longer than 512 tokens'):
+    assert text in found
+  iteration.update(judgements=judgements[4:9] + judgements[8:9] * 3,
+                   pairs=[dict(chosen='x' * 30, rejected='y' * 20)], responses=[dict(finish='eos')])
+  page['stages'] = {}
+  assert report.warnings(page) == []
+
+
+def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
+  command = [sys.executable, '-m', 'srlm_jax.report', f'--workdir={tmp_path}']
+  made = subprocess.run(command, capture_output=True, text=True)
+  assert made.returncode == 1
+  assert made.stderr == (f'error: {tmp_path} holds no model; the loop makes them: '
+                         'python -m srlm_jax.loop --help\n')
+  assert not list(tmp_path.iterdir())
+  with pytest.raises(InputError):
+    report.remake(tmp_path / 'absent')
+
+
+def test_the_models_are_those_of_the_loop():
+  source = pathlib.Path(report.__file__).with_name('loop.py').read_text()  # not imported: it loads all stages
+  assert report.MODELS == tuple(re.findall(r"(\w+)='", re.search(r'^MODELS = dict\((.*)\)', source, re.M)[1]))
