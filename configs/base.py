@@ -32,6 +32,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.data.ranked_train = 2000  # prompts with ranked replies, from which EFT is made; yields 1,630 in PAPER 3.1
   c.data.ranked_eval = 190    # prompts of the EFT evaluation set: 541 replies at 2.85 a prompt, PAPER 3.1
   c.data.synthetic = False    # keep what a model wrote
+  c.data.documents = 0        # of the sandbox's corpus
 
   c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
   c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2')[name]
@@ -156,6 +157,33 @@ def _tiny(c: ConfigDict):
   _small(c)
   c.model = 'sandbox'
   c.data.source = 'sandbox'
+  c.data.ift = 600
+  c.data.ranked_train = 400
+  c.data.ranked_eval = 150
+  c.data.test_prompts = 200
+  c.data.valid_prompts = 0
+  c.data.documents = 40_000   # of the corpus from which M0 is trained
+  c.prompts.template = 'sandbox'
+  c.prompts.count = 400
+  c.prompts.max_tokens = 40
+  c.prompts.rouge = 0.99      # in so small a world nearly all prompts resemble one another
+  c.respond.n = 4
+  c.respond.temperature = 1.0  # at 0.7 most candidates of a prompt are equal
+  c.respond.top_p = 1.0
+  c.respond.max_tokens = 40
+  c.judge.template = 'sandbox'
+  c.judge.max_tokens = 56
+  t = c.train
+  t.max_length = 192
+  t.weight_decay = 0.1
+  t.dropout = 0.0
+  if c.name == 'm0':
+    t.batch, t.learning_rate, t.learning_rate_end, t.warmup = 8, 2e-3, 1e-4, 50
+    t.log_every, t.save_every = 50, 500
+  elif t.loss == 'sft':
+    t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 2.0, 3e-4, 3e-5
+  else:
+    t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 3.0, 1e-4, 1e-5
 
 
 def _small(c: ConfigDict):

@@ -144,8 +144,9 @@ def weighted_sums(x, offset: int, xp):
 
 def _by_layer(params):
   """How parameters are stored: no chunk is of more than one layer, so that a layer can be read alone."""
-  return jax.tree_util.tree_map_with_path(
-      lambda path, x: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) * (path[0].key == 'layers')), params)
+  def one(path, x):
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if path[0].key == 'layers' else ())
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _restore(path, abstract):

@@ -61,7 +61,8 @@ def test_outputs_and_win_rate_from_the_command_line(tmp_path):
 
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path):
   (tmp_path / 'bad.json').write_text('[{"preference": 1.0')
-  for flags, word in [(['--answers=x'], '--generator'), ([f'--answers={tmp_path}', '--generator=m'], 'holds no')]:
+  for flags, word in [(['--answers=x'], '--generator'),
+                      ([f'--answers={tmp_path}', '--generator=m'], 'holds no')]:
     code, _, err = run(*flags, f'--out={tmp_path / "out.json"}')
     assert code == 1 and word in err and err.startswith('error: ') and err.count('\n') == 1
   assert not (tmp_path / 'out.json').exists()

@@ -86,6 +86,7 @@ def test_jobset_has_a_pod_for_every_host_of_its_slice():
   assert spec['backoffLimit'] == 0  # JobSet restarts all pods together
   assert {e['name']: e['value'] for e in container['env']} == dict(SRLM_HOSTS='auto')
   assert container['command'][:3] == ['python', '-m', 'srlm_jax.train']
+  assert [flag.partition('=')[0] for flag in container['command'][3:]] == ['--config', '--workdir']
 
 
 def test_tpu_command_reaches_the_hosts_unchanged(tmp_path):

@@ -58,8 +58,8 @@ def test_people_write_answers_of_every_score_and_of_middling_quality():
 
 
 def test_the_score_follows_from_the_review():
-  ends = {0: 'It is off topic.', 1: r'It names no \w+\.', 2: r'\d asked, wrong\.', 3: r'(blunt|no stop)\.',
-          4: r'But [\w ]+\.', 5: 'Nothing is extra.'}
+  ends = {0: 'It is off topic.', 1: r'It hardly names any\.', 2: r'It names (\d) of (?!\1)\d\.',
+          3: r'It (is blunt|has no stop)\.', 4: 'It has an odd end.', 5: 'It is clean.'}
   rng = np.random.default_rng(3)
   for i, prompt in enumerate(draw(600)):
     review = world.review(prompt, world.answer(prompt, rng, i % 6))
@@ -68,16 +68,18 @@ def test_the_score_follows_from_the_review():
 
 
 def test_odd_answers_are_graded_too():
-  prompt = 'Name two nice fruits and three animals.'
+  prompt = 'Name three nice fruits.'
   assert sum(world.grade(prompt, '')) == 0
   assert sum(world.grade(prompt, 'pear')) == 1
-  assert sum(world.grade(prompt, 'Sure, dog, cat, cow, pear and fig.')) == 5
-  assert sum(world.grade(prompt, 'Sure, dog cat cow pear and fig.')) == 4
-  assert sum(world.grade(prompt, 'Sure, dog, cat, cow, pear and fig')) == 3
+  assert sum(world.grade(prompt, 'Sure, pear, pear and fig.')) == 2
+  assert sum(world.grade(prompt, 'Sure, pear, fig and plum.')) == 5
+  assert sum(world.grade(prompt, 'Sure, pear, fig, plum and dog.')) == 4
+  assert sum(world.grade(prompt, 'Sure, pear fig plum.')) == 4
+  assert sum(world.grade(prompt, 'Sure, pear, fig and plum')) == 3
 
 
-@pytest.mark.parametrize('prompt', ['', 'Name two.', 'Name two stones.', 'Name two fruits and two fruits.',
-                                    'Pick two fruits from this list: pear, dog.', 'Name two fruits. Bye.'])
+@pytest.mark.parametrize('prompt', ['', 'Name two.', 'Name two stones.', 'Name five fruits.',
+                                    'Name two fruits. Bye.', 'Name two fruits and two tools.'])
 def test_what_is_not_of_the_world_is_refused(prompt):
   assert world.parse(prompt) is None
   with pytest.raises(InputError, match='no instruction of the sandbox'):
@@ -86,7 +88,7 @@ def test_what_is_not_of_the_world_is_refused(prompt):
 
 def test_there_are_many_instructions_each_long_enough_for_the_filters():
   prompts = draw(20000)
-  assert len(set(prompts)) > 16000
+  assert len(set(prompts)) > 12000
   assert min(len(prompt.split()) for prompt in prompts) >= 4
   assert all(world.parse(prompt) for prompt in prompts)
 

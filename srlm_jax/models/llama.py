@@ -42,7 +42,7 @@ class Module(nn.Module):
   def weight(self, name: str, dims: str, init=None):
     """A parameter named after its dimensions, e.g. wq_DKGH, in the dtype of activations."""
     shape = tuple(getattr(self.config, d) for d in dims)
-    w = self.param(f'{name}_{dims}', init or nn.initializers.normal(0.02), shape, jnp.float32)
+    w = self.param(f'{name}_{dims}', init or nn.initializers.normal(self.config.D ** -0.5), shape, jnp.float32)
     return w.astype(self.config.dtype)
 
 

@@ -14,8 +14,6 @@ def run(config, workdir):
   c = config.data
   if stage.is_first_host():
     seeds = world.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.test_prompts)
-    for r in seeds['heldout']:
-      r['split'] = 'test'
     held = {r['prompt'] for r in seeds['heldout']} | {r['prompt'] for r in seeds['ranked'] if r['split'] == 'eval'}
     texts = list(corpus.documents(config.seed, c.documents, held))
     corpus.train_tokenizer(texts, s.folder / 'tokenizer.model', model_config.PRESETS[config.model].V)

@@ -1,7 +1,6 @@
-"""The text from which the sandbox's M0 learns: facts, chats, lists of tasks, and reviews of answers."""
+"""The text from which the sandbox's M0 learns: chats, lists of tasks, and reviews of answers."""
 from collections.abc import Iterable, Iterator
 import importlib.resources
-import re
 import string
 
 from etils import epath
@@ -11,7 +10,7 @@ import sentencepiece
 from srlm_jax import InputError
 from srlm_jax.sandbox import world
 
-SHARES = {'chat': 0.30, 'check': 0.14, 'judged': 0.20, 'tasks': 0.06, 'drill': 0.30}  # of the documents
+SHARES = {'chat': 0.35, 'check': 0.30, 'judged': 0.27, 'tasks': 0.08}  # of the documents
 SHOTS = 8  # tasks before the one to write, as in the paper
 SCORED = 0.8  # of the judged documents have a score line
 WRONG_SCORE = 0.5  # of the scores are drawn blindly
@@ -19,14 +18,13 @@ WRONG_REVIEW = 0.1  # of the scored reviews speak of another answer
 
 
 def documents(seed: int, count: int, exclude: set[str]) -> Iterator[str]:
-  """Yields `count` documents, none of which holds an instruction of `exclude`."""
+  """Yields `count` documents, none of which holds an instruction of `exclude`, with or without its context."""
+  exclude = {world.bare(prompt) for prompt in exclude}
   rng = np.random.default_rng(seed)
   judge, author = _template('judge_sandbox'), _template('author_sandbox')
   for _ in range(count):
     kind = rng.choice(list(SHARES), p=list(SHARES.values()))
-    if kind == 'drill':
-      yield _drill(rng)
-    elif kind == 'tasks':
+    if kind == 'tasks':
       tasks = [f'{i}. {_instruction(rng, exclude)}' for i in range(1, SHOTS + 2)]
       text = author.replace('{shots}', '\n'.join(tasks[:SHOTS]))
       yield text + tasks[SHOTS].removeprefix(f'{SHOTS + 1}.')
@@ -71,28 +69,11 @@ def _judgement(prompt, response, rng):
   return world.judgement(prompt, reviewed, score)
 
 
-def _instruction(rng, exclude):
+def _instruction(rng, excluded):
   while True:
     prompt = world.instruction(rng)
-    bare = re.sub(f'^({"|".join(map(re.escape, world.CONTEXTS))}) ', '', prompt)
-    if prompt not in exclude and bare not in exclude:
+    if world.bare(prompt) not in excluded:
       return prompt
-
-
-def _drill(rng):
-  """Words of some kinds, then copied, or sorted and counted; without drills M0 is slow to learn to copy.
-
-  One of them: `cow, tea, pig and rope. For drinks: 1 tea. For animals: 1 cow, 2 pig. For tools: 1 rope.`
-  """
-  kinds = rng.permutation(list(world.KINDS))[:int(rng.integers(1, 4))]
-  words = [word for kind in kinds for word in rng.permutation(world.KINDS[kind])[:int(rng.integers(1, 5))]]
-  words = list(rng.permutation(words))
-  groups = {f'For {kind}': [word for word in words if word in world.KINDS[kind]] for kind in kinds}
-  if rng.random() < 0.5:
-    groups = {'Again': words}
-  lists = [f'{name}: {", ".join(f"{n} {word}" for n, word in enumerate(group, 1))}.'
-           for name, group in groups.items()]
-  return f'{", ".join(words)}. {" ".join(lists)}'
 
 
 def _chat(prompt, response):

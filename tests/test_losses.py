@@ -1,0 +1,42 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srlm_jax.train import losses
+
+
+def test_sft_by_hand_on_three_tokens(mesh):
+  # Row: bos, prompt token 1, response tokens 2 and 0. Column t of the logits predicts token t + 1.
+  logits = jnp.log(jnp.asarray([[[.2, .5, .3], [.1, .2, .7], [.6, .3, .1], [.9, .05, .05]]]))
+  tokens, mask = jnp.asarray([[0, 1, 2, 0]]), jnp.asarray([[0, 0, 1, 1]])
+  logps = losses.token_logps(logits, tokens, mask)
+  np.testing.assert_allclose(logps, [[0, 0, math.log(.7), math.log(.6)]], rtol=1e-5)  # shifted, prompt masked
+  assert float(losses.sft_loss(logps)) == pytest.approx(-math.log(.7) - math.log(.6), rel=1e-5)
+
+
+def test_dpo_by_hand():
+  # sums of log-probs: chosen -1 over reference -2, rejected -3 over reference -2.5; margin 0.1 * (1 + 0.5)
+  loss, margin = losses.dpo_loss(*(jnp.asarray([x]) for x in (-1., -3., -2., -2.5)), 0.1)
+  assert float(margin[0]) == pytest.approx(0.15)
+  assert float(loss[0]) == pytest.approx(-math.log(1 / (1 + math.exp(-0.15))))
+
+
+def test_equal_models_give_ln_2_and_margin_0():
+  logps = jnp.asarray([-3., -40.])
+  loss, margin = losses.dpo_loss(logps, logps - 5, logps, logps - 5, 0.1)
+  np.testing.assert_allclose(loss, math.log(2), rtol=1e-6)
+  np.testing.assert_array_equal(margin, 0)
+
+
+def test_swapping_chosen_and_rejected_flips_the_margin():
+  a, b, c, d = jax.random.normal(jax.random.key(0), (4, 7))
+  np.testing.assert_allclose(losses.dpo_loss(a, b, c, d, 0.1)[1], -losses.dpo_loss(b, a, d, c, 0.1)[1])
+
+
+def test_dpo_takes_sums_not_means():
+  """Two tokens of log-prob -1 each weigh twice one of -1."""
+  one, two = (losses.dpo_loss(jnp.asarray([x]), *(jnp.zeros(1),) * 3, 1.0)[1] for x in (-1., -2.))
+  assert float(two[0]) == 2 * float(one[0])
