@@ -30,7 +30,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
   shape = [data, fsdp, tensor]
   given = math.prod(n for n in shape if n != -1)
   if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
-    raise InputError(f'config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}: positive sizes, at most one of them -1')
+    raise InputError(f'config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}: sizes are positive, one may be -1')
   shape = [len(devices) // given if n == -1 else n for n in shape]
   if math.prod(shape) != len(devices):
     raise InputError(f'config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not use exactly the '

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags, ConfigDict
 
 from srlm_jax import InputError
 
@@ -87,11 +87,11 @@ def main(run, **extra):
     refuse_arguments(argv)
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     try:
-      config = flags.FLAGS.config
+      size = flags.FLAGS.config.size
     except OSError as error:
       raise InputError(f'--config={file} cannot be read; run from the folder that holds configs/') from error
-    workdir = flags.FLAGS.workdir or default_workdir(file, config.size)
-    run(config, workdir, **{name: flags.FLAGS[name].value for name in extra})
+    workdir = flags.FLAGS.workdir or default_workdir(file, size)
+    run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
 
 

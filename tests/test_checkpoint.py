@@ -1,10 +1,13 @@
+from conftest import init, make_mesh
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import init, make_mesh
 from srlm_jax import checkpoint, InputError, sharding
+from srlm_jax.models import config as model_config
 from srlm_jax.models.config import PRESETS
 
 TINY = PRESETS['tiny-test']
@@ -25,9 +28,10 @@ def test_parameters_come_back_on_another_mesh_with_the_same_hash(saved):
   mesh = make_mesh(2, 2, 2)
   with jax.set_mesh(mesh):
     placed, name = checkpoint.restore_params(folder, mesh, 'float32')
+    assert name == checkpoint.hash_params(placed)
   jax.tree.map(np.testing.assert_array_equal, placed, params)
   assert placed['embed_VD'].sharding == sharding.named(mesh, 'VD')
-  assert name == checkpoint.hash_params(placed) == checkpoint.hash_params(params) == checkpoint.recorded_hash(folder)
+  assert name == checkpoint.hash_params(params) == checkpoint.recorded_hash(folder)
 
 
 def test_bf16_parameters_keep_the_name_of_what_was_stored(saved, mesh):
@@ -61,6 +65,6 @@ def test_a_missing_checkpoint_or_one_of_another_shape_is_named(saved, mesh, tmp_
   with pytest.raises(InputError, match='no checkpoint in'):
     checkpoint.latest(tmp_path_factory.mktemp('empty'))
   folder, _ = saved
-  checkpoint.write_model_files(PRESETS['stories-260k'], folder, folder)
+  (folder / 'config.json').write_text(json.dumps(model_config.to_hf(PRESETS['stories-260k'])))
   with pytest.raises(InputError, match='checkpoint of another model'):
     checkpoint.restore_params(folder, mesh, 'float32')

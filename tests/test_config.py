@@ -37,7 +37,8 @@ def test_configs_survive_the_way_to_hugging_face_and_back(name):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(model_type='mistral'), 'model_type'), (dict(hidden_act='gelu'), 'hidden_act'), (dict(mlp_bias=True), 'mlp_bias'),
+    (dict(model_type='mistral'), 'model_type'), (dict(hidden_act='gelu'), 'hidden_act'),
+    (dict(mlp_bias=True), 'mlp_bias'),
     (dict(sliding_window=4096), 'sliding_window'), (dict(quantization_config=dict(bits=4)), 'quantization_config'),
     (dict(attention_dropout=0.1), 'attention_dropout'), (dict(vocab_size=None), 'vocab_size'),
     (dict(rope_scaling=dict(type='yarn', factor=4.0)), 'yarn'),

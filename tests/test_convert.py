@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from srlm_jax import InputError, checkpoint
-from srlm_jax.models import config as model_config
-from srlm_jax.models import convert, hf, llama
+from srlm_jax import checkpoint, InputError
+from srlm_jax.models import config as model_config, convert, hf, llama
 from srlm_jax.models.config import Config
 
 GROUPED = Config(D=32, F=48, K=2, G=3, H=8, V=64, layers=3, context=32, attention_bias=True)

@@ -3,8 +3,7 @@ import json
 import subprocess
 import sys
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 import pytest
 from scipy import stats
 

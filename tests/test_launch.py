@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, make_mesh
+from conftest import make_mesh, ROOT
 import jax
 import numpy as np
 import pytest
@@ -16,8 +16,7 @@ import yaml
 
 from srlm_jax import checkpoint
 from srlm_jax.data import records
-from srlm_jax.models import config as model_config
-from srlm_jax.models import llama
+from srlm_jax.models import config as model_config, llama
 
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(LAUNCH.glob('*.sh'))

@@ -1,12 +1,12 @@
 import dataclasses
 import json
 
+from conftest import forward, init, make_mesh, MESHES
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import forward, init, make_mesh, MESHES
 from srlm_jax import sharding
 from srlm_jax.models import attention, config as model_config, convert, llama
 from srlm_jax.models.config import Config, PRESETS, RopeScaling

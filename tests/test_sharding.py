@@ -1,9 +1,9 @@
+from conftest import make_mesh
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from conftest import make_mesh
 from srlm_jax import InputError, sharding
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS

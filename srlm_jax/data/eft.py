@@ -54,7 +54,7 @@ def from_baseline(ranked, scores: dict[str, scoring.Score], judge) -> tuple[list
       dropped['all scores equal'] += 1
     else:
       for reply, s in replies:
-        target = min((j for j in s.judgements if j['score'] is not None), key=lambda j: abs(j['score'] - s.mean))  # noqa: B023
+        target = min((j for j in s.judgements if j['score'] is not None), key=lambda j: abs(j['score'] - s.mean))
         examples.append(_example(r, reply, target['text'], target['score'], judge))
   return examples, dropped
 

@@ -1,5 +1,6 @@
 """Text to ids and back, by the tokenizer that came with the model; no network."""
 from collections.abc import Sequence
+import itertools
 import json
 
 from etils import epath
@@ -21,7 +22,7 @@ class Tokenizer:
     raise NotImplementedError
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Text of the ids, special tokens left out."""
+    """Text of the ids, special tokens left out; an id that the model has and the tokenizer has not is U+FFFD."""
     raise NotImplementedError
 
   def chat(self, prompt: str) -> str:
@@ -56,7 +57,8 @@ class _SentencePiece(Tokenizer):
     return self._model.encode(text)  # sentencepiece never reads control pieces from text
 
   def decode(self, ids):
-    return self._model.decode([int(i) for i in ids])
+    return ''.join(self._model.decode(group) if known else '\ufffd' * len(group)
+                   for known, group in _runs(ids, self.size))
 
 
 class _Transformers(Tokenizer):
@@ -72,8 +74,8 @@ class _Transformers(Tokenizer):
     return self._model.encode(text, add_special_tokens=False, split_special_tokens=not special)
 
   def decode(self, ids):
-    return self._model.decode([int(i) for i in ids], skip_special_tokens=True,
-                              clean_up_tokenization_spaces=False)
+    return ''.join(self._model.decode(group, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                   if known else '\ufffd' * len(group) for known, group in _runs(ids, self.size))
 
   def chat(self, prompt):
     if not self._model.chat_template:
@@ -84,6 +86,12 @@ class _Transformers(Tokenizer):
     text = self._model.apply_chat_template(
         [{'role': 'user', 'content': prompt}], tokenize=False, add_generation_prompt=True)
     return text.removeprefix(self._model.bos_token)
+
+
+def _runs(ids, size: int):
+  """Yields (known, ids) for each run of ids that the tokenizer knows, or does not."""
+  for known, group in itertools.groupby((int(i) for i in ids), lambda i: i < size):
+    yield known, list(group)
 
 
 def _eos_ids(folder, own: int) -> list[int]:

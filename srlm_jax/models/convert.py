@@ -22,9 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from srlm_jax import InputError, checkpoint
-from srlm_jax.models import config as model_config
-from srlm_jax.models import hf, llama
+from srlm_jax import checkpoint, InputError
+from srlm_jax.models import config as model_config, hf, llama
 
 CHUNKS_AT_ONCE = 4     # written together, so that several cores compress
 HASH_ELEMENTS = 2**18  # hashed at once: what the cache of a core holds

@@ -12,7 +12,8 @@ def run(config, workdir):
   s = stage.Stage(config, workdir, 'pairs', ('pairs', 'judge'), sources)
   if s.done:
     return
-  responses = list(records.read_shards(folder / 'respond', 'responses', 'id', 'prompt_id', 'prompt', 'response', 'finish'))
+  responses = list(records.read_shards(
+      folder / 'respond', 'responses', 'id', 'prompt_id', 'prompt', 'response', 'finish'))
   judgements = list(records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score'))
   s.begin()
   if not stage.is_first_host():
@@ -53,10 +54,8 @@ def max_min(candidates: list[dict], scores: dict[str, scoring.Score], unfinished
   if best is None:
     return 'no finished candidate'
   worst = min(valid, key=lambda v: v[0])
-  if best[0] == worst[0]:
-    return 'all scores equal'
-  if best[0] < worst[0]:
-    return 'best candidate unfinished'
+  if best[0] <= worst[0]:
+    return 'all scores equal' if worst[0] == max(score for score, _ in valid) else 'best candidate unfinished'
   if best[1]['response'] == worst[1]['response']:
     return 'same text'
   chosen, rejected = best[1], worst[1]

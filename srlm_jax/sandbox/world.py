@@ -44,8 +44,8 @@ _KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
 _INSTRUCTION = re.compile(
     f'(?:(?:{"|".join(map(re.escape, CONTEXTS))}) )?(?:'
     + '|'.join(re.escape(form).replace(r'\{\}', '{}') for form in FORMS).replace(
-        '{}', f'(?:{"|".join(COUNTS)}) (?:{"|".join(ADJECTIVES[1:])})(?:{"|".join(KINDS)})(?: (?:{"|".join(PURPOSES)}))?')
-    + ')')
+        '{}', f'(?:{"|".join(COUNTS)}) (?:{"|".join(ADJECTIVES[1:])})(?:{"|".join(KINDS)})'
+              f'(?: (?:{"|".join(PURPOSES)}))?') + ')')
 
 
 def instruction(rng: np.random.Generator) -> str:

@@ -1,8 +1,8 @@
 """One jitted step: SFT or DPO loss, the gradient over micro-batches, the update."""
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec as P
+import optax
 
 from srlm_jax import sharding
 from srlm_jax.train import losses

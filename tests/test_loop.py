@@ -1,0 +1,167 @@
+"""The real mains, each in a process of its own as a user runs them, at sizes of seconds."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import DATA, ROOT
+from srlm_jax import metrics
+from srlm_jax.data import records
+
+# The sandbox, small enough for a test: M0 learns the forms and little else.
+CHANGES = ('m0:train.epochs=0.2', 'data.documents=8000', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
+           'data.test_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=4', 'm2:train.save_every=2',
+           'train.batch=8')
+
+
+def main(module, *flags, code=0):
+  """What `python -m srlm_jax.MODULE` prints; it must end with `code`, and never with a traceback."""
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='')
+  ran = subprocess.run([sys.executable, '-m', f'srlm_jax.{module}', *flags], cwd=ROOT, env=environment,
+                       capture_output=True, text=True)
+  assert ran.returncode == code and 'Traceback' not in ran.stderr, ran.stdout + ran.stderr
+  return ran.stdout + ran.stderr * (code != 0)
+
+
+def config_flags(name):
+  """CHANGES as flags of one model's config."""
+  for change in CHANGES:
+    models, _, rest = change.rpartition(':')
+    if not models or name in models.split(','):
+      yield f'--config.{rest}'
+
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+  """A finished loop of the sandbox, and what it printed."""
+  workdir = tmp_path_factory.mktemp('demo')
+  return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *(f'--set={c}' for c in CHANGES))
+
+
+def table(printed):
+  """The table of a loop's output: {model: {column: text}}."""
+  lines = printed.splitlines()
+  start = next(i for i, line in enumerate(lines) if line.split()[:1] == ['model'])
+  heads = re.split(r'\s{2,}', lines[start].strip())
+  rows = [re.split(r'\s{2,}', line.strip()) for line in lines[start + 1:] if line.split()[:1] and
+          line.split()[0] in ('m0', 'sft', 'm1', 'm2', 'm3')]
+  return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+
+
+def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
+  workdir, printed = demo
+  rows = table(printed)
+  assert list(rows) == ['m0', 'sft', 'm1', 'm2', 'm3'], printed
+  kept = {row['model']: row for row in json.loads((workdir / 'results.json').read_text())['models']}
+  for model in ('sft', 'm1', 'm2', 'm3'):
+    assert float(rows[model]['oracle 0-5']) == pytest.approx(kept[model]['oracle 0-5'], abs=0.006)
+    assert 0 < kept[model]['oracle 0-5'] <= 5
+  assert (workdir / 'report.html').stat().st_size > 10_000
+  hashes = [json.loads((workdir / m / 'model' / 'done.json').read_text())['params'] for m in rows]
+  assert len(set(hashes)) == 5, 'a model did not change'
+
+
+def test_every_stage_ran_the_parameters_that_it_should(demo):
+  """The failure elsewhere: the base model answered and judged in every iteration."""
+  workdir, _ = demo
+  params = {m: json.loads((workdir / m / 'model' / 'done.json').read_text())['params'] for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
+  for folder, model in (('m1/judge', 'sft'), ('m1/model', 'm0'), ('sft/judge_eval', 'sft'), ('m1/answers', 'm1'),
+                        ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),
+                        ('m3/respond', 'm2'), ('m3/judge', 'm2'), ('m3/model', 'm2'), ('m3/judge_eval', 'm3')):
+    assert json.loads((workdir / folder / 'manifest.json').read_text())['params'] == params[model], folder
+
+
+def test_dpo_starts_at_ln_2_and_metrics_are_in_both_places(demo):
+  for model in ('m2', 'm3'):
+    lines = list(map(json.loads, (demo[0] / model / 'model' / 'metrics.jsonl').read_text().splitlines()))
+    assert lines[0]['step'] == 0 and lines[0]['margin'] == 0
+    assert lines[0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
+    assert list((demo[0] / model / 'model' / 'tensorboard').glob('events*'))
+
+
+def test_the_files_hold_what_the_paper_says(demo):
+  workdir, _ = demo
+  prompts = list(records.read(workdir / 'm2' / 'prompts' / 'prompts.jsonl', 'id', 'prompt'))
+  responses = list(records.read_shards(workdir / 'm2' / 'respond', 'responses', 'prompt_id', 'n', 'response', 'finish', 'logp'))
+  judgements = list(records.read_shards(workdir / 'm2' / 'judge', 'judgements', 'response_id', 'j', 'text', 'score'))
+  pairs = list(records.read(workdir / 'm2' / 'pairs' / 'pairs.jsonl', 'chosen', 'rejected'))
+  assert len(responses) == 4 * len(prompts) and len(judgements) == 3 * len(responses)
+  assert len({r['id'] for r in responses}) == len(responses) and len({j['id'] for j in judgements}) == len(judgements)
+  assert 0 < len(pairs) <= len(prompts) and all(p['chosen_score'] > p['rejected_score'] for p in pairs)
+  held = {r['prompt'] for r in records.read(workdir / 'data' / 'seeds' / 'heldout.jsonl')}
+  assert not held & {p['prompt'] for p in prompts}
+
+
+def test_a_finished_loop_does_nothing_and_says_so(demo):
+  workdir, printed = demo
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*.jsonl')}
+  again = main('loop', '--size=tiny', f'--workdir={workdir}', *(f'--set={c}' for c in CHANGES))
+  assert 'nothing to do' in again and table(again) == table(printed)
+  assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob('*.jsonl')}
+
+
+def test_another_config_in_the_same_workdir_is_refused(demo):
+  said = main('loop', '--size=tiny', f'--workdir={demo[0]}', *(f'--set={c}' for c in CHANGES), '--set=respond.n=5', code=1)
+  assert 'respond.n (4, now 5)' in said
+
+
+STAGES = dict(prompts=('sample.prompts', 'attempts.jsonl'), respond=('sample.respond', 'responses-00000-of-00001.jsonl'),
+              judge=('sample.judge', 'judgements-00000-of-00001.jsonl'))
+
+
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_killed_stage_does_only_what_is_missing_and_ends_byte_identical(demo, tmp_path, stage):
+  module, name = STAGES[stage]
+  shutil.copytree(demo[0], tmp_path / 'run')
+  folder = tmp_path / 'run' / 'm2' / stage
+  whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
+  (folder / 'done.json').unlink()
+  (folder / name).write_bytes(whole[name][:len(whole[name]) * 2 // 3])  # in the middle of a line, and of a batch
+  (folder / 'prompts.jsonl').unlink(missing_ok=True)
+  main(module, '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *config_flags('m2'))
+  assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
+  assert json.loads((folder / 'done.json').read_text())['seconds'] > 0
+
+
+def test_a_killed_training_continues_and_ends_with_the_same_parameters(demo, tmp_path):
+  shutil.copytree(demo[0], tmp_path / 'run')
+  folder = tmp_path / 'run' / 'm2' / 'model'
+  done = json.loads((folder / 'done.json').read_text())
+  lines = (folder / 'metrics.jsonl').read_text()
+  (folder / 'done.json').unlink()
+  shutil.rmtree(folder / 'steps' / str(done['steps']))  # as if killed after the checkpoint before
+  said = main('train', '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *config_flags('m2'))
+  assert 'continues after step' in said
+  again = json.loads((folder / 'done.json').read_text())
+  assert again['params'] == done['params'] and again['loss'] == done['loss']
+  steps = [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  assert steps == [json.loads(line)['step'] for line in lines.splitlines()]
+
+
+def test_the_loop_ends_cleanly_on_real_weights_and_real_data_that_cannot_judge(stories, tmp_path):
+  said = main('loop', '--size=stories', f'--workdir={tmp_path}', f'--m0={stories}',
+              f'--data={DATA / "oasst1" / "validation.en.messages.jsonl.gz"}', '--set=prompts.count=8')
+  assert re.search(r'm2 was not trained: \d+ of 96 judgements parsed and \d+ pairs are left', said), said
+  assert '--set=judge.template' in said and list(table(said)) == ['m0', 'sft', 'm1']
+  assert json.loads((tmp_path / 'results.json').read_text())['stopped']
+
+
+def test_what_is_missing_is_said(tmp_path):
+  assert '--data is missing' in main('loop', '--size=stories', f'--workdir={tmp_path}', code=1)
+  assert 'needs 1,241,579,667,456 bytes' in main('loop', f'--workdir={tmp_path}', code=1)
+  assert not any(tmp_path.iterdir())
+
+
+def test_metrics_of_steps_after_the_checkpoint_are_dropped_and_nan_stops(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 9, "lo')
+  writer = metrics.Writer(tmp_path, 4)
+  with pytest.raises(Exception, match='step 6: loss is nan'):
+    writer.write(6, dict(loss=float('nan')))
+  writer.write(5, dict(loss=0.5))
+  writer.close()
+  assert (tmp_path / 'metrics.jsonl').read_text() == '{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 0.5}\n'

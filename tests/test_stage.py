@@ -1,0 +1,72 @@
+import json
+import subprocess
+import sys
+
+from ml_collections import ConfigDict
+import pytest
+
+from conftest import ROOT
+from srlm_jax import InputError, loop, stage
+
+
+def config(**pairs):
+  return ConfigDict(dict(name='m2', seed=0, pairs=dict(a=1, b='x') | pairs, other=dict(c=1)))
+
+
+def test_the_manifest_comes_first_and_done_last(tmp_path):
+  (tmp_path / 'in.jsonl').write_text('{}\n')
+  s = stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'in.jsonl'], 'abc')
+  assert not s.done and not s.folder.exists()
+  s.begin()
+  manifest = json.loads((s.folder / 'manifest.json').read_text())
+  assert manifest['params'] == 'abc' and manifest['config'] == dict(seed=0, pairs=dict(a=1, b='x'))
+  assert list(manifest['inputs']) == ['in.jsonl'] and manifest['versions']['jax']
+  assert not (s.folder / 'done.json').exists()
+  s.finish(pairs=3)
+  again = stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'in.jsonl'], 'abc')
+  assert again.done and again.summary()['pairs'] == 3
+
+
+def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path):
+  source = tmp_path / 'in.jsonl'
+  source.write_text('{}\n')
+  stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [source], 'abc').begin()
+  with pytest.raises(InputError, match=r'config.pairs.a \(1, now 2\)'):
+    stage.Stage(config(a=2), tmp_path, 'pairs', ('pairs',), [source], 'abc')
+  with pytest.raises(InputError, match=r'params \(abc, now abd\)'):
+    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [source], 'abd')
+  source.write_text('{"id": 1}\n')
+  with pytest.raises(InputError, match='inputs.in.jsonl'):
+    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [source], 'abc')
+  with pytest.raises(InputError, match='does not exist'):
+    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'nothing'], 'abc')
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--config=configs/iter2.py:tiny', '--config.train.lerning_rate=1'], 'no key "lerning_rate" (did you mean "learning_rate"?)'),
+    (['--config=configs/iter2.py:tiny', '--config.zzz=1'], 'no key "zzz"'),
+    (['--config=configs/iter2.py:tiny', '--config.train.batch=many'], 'invalid literal'),
+    (['--config=configs/iter2.py:huge'], "size 'huge' is unknown"), (['--config=configs/none.py'], 'configs/none.py cannot be read'),
+    ([], '--config'), (['--config=configs/iter2.py:tiny', 'train'], "'train' is not a flag"),
+    (['--config=configs/iter2.py', '--wrkdir=x'], 'wrkdir'),
+    (['--config=configs/iter2.py'], 'needs 1,241,579,667,456 bytes'),
+    (['--config=configs/iter2.py:tiny', '--workdir=/tmp/srlm-nothing-here'], 'm2 starts from m1, which has no checkpoint')])
+def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
+  ran = subprocess.run([sys.executable, '-m', 'srlm_jax.train', *flags], cwd=ROOT, capture_output=True, text=True)
+  lines = [line for line in ran.stderr.splitlines() if line.startswith('error: ')]
+  assert ran.returncode == 1 and len(lines) == 1 and message in lines[0], ran.stderr
+  assert 'Traceback' not in ran.stderr and not (ROOT / 'runs' / 'iter2-70b').exists()
+
+
+def test_a_change_for_some_models_of_the_loop():
+  def load(name, *changes):
+    return loop.load_config(name, 'tiny', '', '', list(changes))
+  assert load('m2', 'train.batch=4').train.batch == load('m0', 'train.batch=4').train.batch == 4
+  assert load('m2', 'm2,m3:train.epochs=7').train.epochs == 7.0 != load('m1', 'm3:train.epochs=7').train.epochs
+  assert load('m2', 'train.data=a,b').train.data == ('a', 'b') and load('m2', 'data.synthetic=true').data.synthetic is True
+  assert load('m2', 'judge.template=/a:b.txt').judge.template == '/a:b.txt'
+  for change, message in (('train.bach=4', 'no key "bach" .did you mean "batch"'), ('m9:train.batch=4', "no model 'm9'"),
+                          ('train.batch=x', "'x' is no int for train.batch"), ('train=4', 'is no ConfigDict'),
+                          ('train.batch', "'' is no int"), ('seed.x=1', 'no key "x"')):
+    with pytest.raises(InputError, match=message):
+      load('m2', change)
