@@ -33,7 +33,7 @@ setup(
     extras_require={
         'tpu': ['jax[tpu]>=0.10.2,<0.12'],
         'gpu': ['jax[cuda13]>=0.10.2,<0.12'],
-        'test': ['pytest>=8,<10', 'hypothesis>=6,<7'],
+        'test': ['pytest>=8,<10', 'pytest-xdist>=3,<4', 'hypothesis>=6,<7', 'pyyaml>=6,<7'],
         'lint': ['ruff>=0.14,<0.18'],
         'bench': ['torch>=2.6,<3', 'trl>=0.20'],
         'eval': ['lm-eval>=0.4,<0.5', 'alpaca-eval>=0.6,<0.7'],
