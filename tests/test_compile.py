@@ -13,10 +13,9 @@ from srlm_jax.models.config import PRESETS
 from srlm_jax.train import state as train_state, step as train_step
 
 
-@pytest.mark.parametrize('shape', [(1, 8, 1), (2, 2, 2)])
-def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly(shape):
+def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
   c = base.get('m2', '70b').train
-  mesh = make_mesh(*shape)
+  mesh = make_mesh(2, 2, 2)
   config = dataclasses.replace(PRESETS['llama2-70b'], dtype=c.dtype, dropout=c.dropout)
   with jax.set_mesh(mesh):
     params = llama.abstract_params(config)
@@ -31,7 +30,7 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly(shape):
     compiled = step.lower(state, reference, batch, jax.random.key(0)).compile()
   memory = compiled.memory_analysis()
   count = llama.param_count(config)
-  split = shape[1] * shape[2]  # the data axis holds copies
+  split = 2 * 2  # over fsdp and tensor; the data axis holds copies
   wanted = count * (3 * 4 + 2) / split  # parameters and two moments in float32, the reference in bf16
   assert memory.argument_size_in_bytes == pytest.approx(wanted, rel=0.01)
   assert memory.alias_size_in_bytes == pytest.approx(count * 12 / split, rel=0.01)  # the state is updated in place

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -16,14 +17,18 @@ from srlm_jax import metrics
 from srlm_jax.data import records
 
 # The sandbox, small enough for a test: M0 learns the forms and little else.
-CHANGES = ('data.documents=7000', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
-           'data.test_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=4', 'm2:train.save_every=2',
+CHANGES = ('data.documents=5000', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
+           'data.test_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2', 'm2:train.save_every=2',
            'train.batch=8')
+
+
+CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # the same programs, process after process
 
 
 def main(module, *flags, code=0):
   """What `python -m srlm_jax.MODULE` prints; it must end with `code`, and never with a traceback."""
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='')
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
+                     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
   ran = subprocess.run([sys.executable, '-m', f'srlm_jax.{module}', *flags], cwd=ROOT, env=environment,
                        capture_output=True, text=True)
   assert ran.returncode == code and 'Traceback' not in ran.stderr, ran.stdout + ran.stderr

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import sys
 
 import flax
 import jax
@@ -111,8 +112,8 @@ def run(engine: Engine, requests: Sequence[Request], sampling: Sampling, path, r
   """Appends `record(i, result)` of every request to a file; what a killed run left there is not made again."""
   out = records.Appender(path)
   start = out.count // engine.slots * engine.slots
-  progress = tqdm.tqdm(total=len(requests), initial=start, desc=title, unit='rows', mininterval=2, leave=False,
-                       disable=jax.process_index() != 0)
+  progress = tqdm.tqdm(total=len(requests), initial=start, desc=title, unit='rows', delay=2, leave=False,
+                       mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
   for results in engine.generate(requests[start:], sampling):
     new = [record(start + i, result) for i, result in enumerate(results)]
     out.append(new[max(out.count - start, 0):])
