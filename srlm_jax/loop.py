@@ -71,7 +71,7 @@ def first_model(config, workdir):
     raise InputError('--data is missing: the OASST1 file to make seeds from, 2023-04-12_oasst_ready.trees.jsonl.gz')
   if not checkpoint.exists(folder):
     if not config.m0:
-      raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder} yourself')
+      raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
     if stage.is_first_host():
       convert.from_hf(config.m0, folder)
     stage.sync('m0')
@@ -91,8 +91,8 @@ def one_model(config, workdir) -> str:
     if made['pairs'] < config.train.batch:
       return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made["pairs"]} pairs are left '
               f'({report.counts(made["dropped"])}), fewer than one batch of {config.train.batch}; start from a '
-              f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more prompts '
-              f'(--set=prompts.count=N)')
+              f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more '
+              f'prompts (--set=prompts.count=N)')
   train.run(config, workdir)
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)

@@ -48,7 +48,8 @@ def test_a_corpus_fills_its_rows(tokenizer):
 
 
 def test_what_is_too_long_or_empty_is_dropped_and_counted(tokenizer):
-  rows = batches.sft([example('a'), example('b', response='pear ' * 60), example('c', response=' ')], tokenizer, 'plain', 64)
+  examples = [example('a'), example('b', response='pear ' * 60), example('c', response=' ')]
+  rows = batches.sft(examples, tokenizer, 'plain', 64)
   assert rows.ids == ['a'] and rows.dropped == {'longer than 64 tokens': 1, 'empty response': 1}
 
 

@@ -1,6 +1,6 @@
-from conftest import init, make_mesh
 import json
 
+from conftest import init, make_mesh
 import jax
 import jax.numpy as jnp
 import numpy as np

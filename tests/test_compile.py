@@ -1,12 +1,12 @@
 """The 70B programs, compiled for 8 fake devices without their memory."""
 import dataclasses
 
+from conftest import make_mesh
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import base
-from conftest import make_mesh
 from srlm_jax import checkpoint, sharding
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS

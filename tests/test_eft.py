@@ -23,7 +23,8 @@ def test_agreement_with_people_keeps_the_judgement_nearest_to_the_mean():
 
 
 @pytest.mark.parametrize('lists, reason', [
-    (([3, 3, 3], [4, 4, 4], [1, 1, 1]), 'against the order of people'), (([3] * 3, [3] * 3, [3] * 3), 'all scores equal'),
+    (([3, 3, 3], [4, 4, 4], [1, 1, 1]), 'against the order of people'),
+    (([3] * 3, [3] * 3, [3] * 3), 'all scores equal'),
     (([5] * 3, [None] * 3, [1] * 3), 'a reply without a parsed score')])
 def test_the_rest_is_dropped_with_a_reason(lists, reason):
   assert eft.from_baseline([ranked()], scores(*lists), JUDGE) == ([], {reason: 1})

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 
+from conftest import DATA, ROOT
 import numpy as np
 import pytest
 
-from conftest import DATA, ROOT
 from srlm_jax import metrics
 from srlm_jax.data import records
 
@@ -76,7 +76,8 @@ def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
 def test_every_stage_ran_the_parameters_that_it_should(demo):
   """The failure elsewhere: the base model answered and judged in every iteration."""
   workdir, _ = demo
-  params = {m: json.loads((workdir / m / 'model' / 'done.json').read_text())['params'] for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
+  params = {m: json.loads((workdir / m / 'model' / 'done.json').read_text())['params']
+            for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
   for folder, model in (('m1/judge', 'sft'), ('m1/model', 'm0'), ('sft/judge_eval', 'sft'), ('m1/answers', 'm1'),
                         ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),
                         ('m3/respond', 'm2'), ('m3/judge', 'm2'), ('m3/model', 'm2'), ('m3/judge_eval', 'm3')):
@@ -94,7 +95,7 @@ def test_dpo_starts_at_ln_2_and_metrics_are_in_both_places(demo):
 def test_the_files_hold_what_the_paper_says(demo):
   workdir, _ = demo
   prompts = list(records.read(workdir / 'm2' / 'prompts' / 'prompts.jsonl', 'id', 'prompt'))
-  responses = list(records.read_shards(workdir / 'm2' / 'respond', 'responses', 'prompt_id', 'n', 'response', 'finish', 'logp'))
+  responses = list(records.read_shards(workdir / 'm2' / 'respond', 'responses', 'prompt_id', 'n', 'response', 'finish'))
   judgements = list(records.read_shards(workdir / 'm2' / 'judge', 'judgements', 'response_id', 'j', 'text', 'score'))
   pairs = list(records.read(workdir / 'm2' / 'pairs' / 'pairs.jsonl', 'chosen', 'rejected'))
   assert len(responses) == 4 * len(prompts) and len(judgements) == 3 * len(responses)
@@ -113,11 +114,13 @@ def test_a_finished_loop_does_nothing_and_says_so(demo):
 
 
 def test_another_config_in_the_same_workdir_is_refused(demo):
-  said = main('loop', '--size=tiny', f'--workdir={demo[0]}', *(f'--set={c}' for c in CHANGES), '--set=respond.n=5', code=1)
+  changes = (*CHANGES, 'respond.n=5')
+  said = main('loop', '--size=tiny', f'--workdir={demo[0]}', *(f'--set={c}' for c in changes), code=1)
   assert 'respond.n (4, now 5)' in said
 
 
-STAGES = dict(prompts=('sample.prompts', 'attempts.jsonl'), respond=('sample.respond', 'responses-00000-of-00001.jsonl'),
+STAGES = dict(prompts=('sample.prompts', 'attempts.jsonl'),
+              respond=('sample.respond', 'responses-00000-of-00001.jsonl'),
               judge=('sample.judge', 'judgements-00000-of-00001.jsonl'))
 
 
@@ -188,8 +191,8 @@ def test_a_malformed_line_stops_training_before_anything_is_written(demo, tmp_pa
   assert 'no example is left to train on: the files are empty' in said and not (tmp_path / 'sft').exists()
 
 
-COMMANDS = [line.split('#')[0].strip() for block in re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-            for line in block.splitlines()]
+BLOCKS = re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
+COMMANDS = [line.split('#')[0].strip() for block in BLOCKS for line in block.splitlines()]
 
 
 def test_every_make_verb_of_the_documents_exists():

@@ -13,10 +13,12 @@ def screen(seeds=('Name a nice fruit for me.',), held=('Where is the moon now?',
 
 @pytest.mark.parametrize('text, finish, reason', [
     (' Tell me about old ships.\n10. More', 'eos', ''),
-    ('Tell me about', 'length', 'cut off by length'), ('Ships please.', 'eos', 'not 4 to 150 words'), ('', 'eos', 'not 4'),
+    ('Tell me about', 'length', 'cut off by length'),
+    ('Ships please.', 'eos', 'not 4 to 150 words'), ('', 'eos', 'not 4'),
     ('Tell me a ' + 'very ' * 150 + 'long story', 'eos', 'not 4 to 150 words'),
     ('Draw me a small horse.', 'eos', 'asks for what'), ('What is in this picture?', 'eos', 'asks for what'),
-    ('Please go to the shop now.', 'eos', 'asks for what'), ('Write a program that sorts numbers.', 'eos', 'a start that'),
+    ('Please go to the shop now.', 'eos', 'asks for what'),
+    ('Write a program that sorts numbers.', 'eos', 'a start that'),
     ('"Tell me about old ships."', 'eos', 'a start that'), ('Öl is what you need.', 'eos', 'a start that'),
     ('where is the MOON now', 'eos', 'held out'), ('Name a nice fruit for me!', 'eos', 'seen before'),
     ('Name a nice fruit for us.', 'eos', 'like one seen before'), ('x', 'too_long', 'shots too long')])

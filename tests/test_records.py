@@ -15,7 +15,8 @@ def test_records_survive_the_way_to_disk_and_back(tmp_path):
 
 
 @pytest.mark.parametrize('line, message', [
-    ('{"id": ', r'x.jsonl:2: not a JSON object'), ('[1]', r'x.jsonl:2: a list'), ('{"id": "b"}', r'x.jsonl:2: no field "text"')])
+    ('{"id": ', r'x.jsonl:2: not a JSON object'), ('[1]', r'x.jsonl:2: a list'),
+    ('{"id": "b"}', r'x.jsonl:2: no field "text"')])
 def test_a_malformed_line_is_named(tmp_path, line, message):
   (tmp_path / 'x.jsonl').write_text('{"id": "a", "text": ""}\n' + line + '\n')
   with pytest.raises(InputError, match=message):

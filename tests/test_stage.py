@@ -2,10 +2,10 @@ import json
 import subprocess
 import sys
 
+from conftest import ROOT
 from ml_collections import ConfigDict
 import pytest
 
-from conftest import ROOT
 from srlm_jax import InputError, loop, stage
 
 
@@ -43,14 +43,17 @@ def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--config=configs/iter2.py:tiny', '--config.train.lerning_rate=1'], 'no key "lerning_rate" (did you mean "learning_rate"?)'),
+    (['--config=configs/iter2.py:tiny', '--config.train.lerning_rate=1'],
+     'no key "lerning_rate" (did you mean "learning_rate"?)'),
     (['--config=configs/iter2.py:tiny', '--config.zzz=1'], 'no key "zzz"'),
     (['--config=configs/iter2.py:tiny', '--config.train.batch=many'], 'invalid literal'),
-    (['--config=configs/iter2.py:huge'], "size 'huge' is unknown"), (['--config=configs/none.py'], 'configs/none.py cannot be read'),
+    (['--config=configs/iter2.py:huge'], "size 'huge' is unknown"),
+    (['--config=configs/none.py'], 'configs/none.py cannot be read'),
     ([], '--config'), (['--config=configs/iter2.py:tiny', 'train'], "'train' is not a flag"),
     (['--config=configs/iter2.py', '--wrkdir=x'], 'wrkdir'),
     (['--config=configs/iter2.py'], 'needs 1,241,579,667,456 bytes'),
-    (['--config=configs/iter2.py:tiny', '--workdir=/tmp/srlm-nothing-here'], 'm2 starts from m1, which has no checkpoint')])
+    (['--config=configs/iter2.py:tiny', '--workdir=/tmp/srlm-nothing-here'],
+     'm2 starts from m1, which has no checkpoint')])
 def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
   ran = subprocess.run([sys.executable, '-m', 'srlm_jax.train', *flags], cwd=ROOT, capture_output=True, text=True)
   lines = [line for line in ran.stderr.splitlines() if line.startswith('error: ')]
@@ -63,9 +66,11 @@ def test_a_change_for_some_models_of_the_loop():
     return loop.load_config(name, 'tiny', '', '', list(changes))
   assert load('m2', 'train.batch=4').train.batch == load('m0', 'train.batch=4').train.batch == 4
   assert load('m2', 'm2,m3:train.epochs=7').train.epochs == 7.0 != load('m1', 'm3:train.epochs=7').train.epochs
-  assert load('m2', 'train.data=a,b').train.data == ('a', 'b') and load('m2', 'data.synthetic=true').data.synthetic is True
+  assert load('m2', 'train.data=a,b').train.data == ('a', 'b')
+  assert load('m2', 'data.synthetic=true').data.synthetic is True
   assert load('m2', 'judge.template=/a:b.txt').judge.template == '/a:b.txt'
-  for change, message in (('train.bach=4', 'no key "bach" .did you mean "batch"'), ('m9:train.batch=4', "no model 'm9'"),
+  for change, message in (('train.bach=4', 'no key "bach" .did you mean "batch"'),
+                          ('m9:train.batch=4', "no model 'm9'"),
                           ('train.batch=x', "'x' is no int for train.batch"), ('train=4', 'is no ConfigDict'),
                           ('train.batch', "'' is no int"), ('seed.x=1', 'no key "x"')):
     with pytest.raises(InputError, match=message):

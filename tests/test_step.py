@@ -85,7 +85,8 @@ def test_accumulation_equals_the_large_batch(loss):
         jax.jit(lambda p, parts=parts: train_step._gradient(
             loss_fn, llama.Llama(TINY), knobs(loss, accumulate=parts), p, reference, batch, jax.random.key(0)))(params)
         for parts in (1, 4))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), (grad, metrics), (accumulated, found))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
+               (grad, metrics), (accumulated, found))
 
 
 def test_the_prompt_and_the_padding_do_not_count():

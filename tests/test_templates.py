@@ -1,9 +1,9 @@
 import re
 
+from conftest import DATA
 from hypothesis import given, strategies as st
 import pytest
 
-from conftest import DATA
 from srlm_jax import InputError
 from srlm_jax.data import templates, tokenizer as tokenizers
 
@@ -11,8 +11,10 @@ JUDGE = templates.load_judge('additive', 0, 5)
 
 
 @pytest.mark.parametrize('text, score', [
-    ('Score: 4', 4), ('**Score:** 4', 4), ('Score: **4**', 4), ('Score: 4/5', 4), ('Score: 3.5', 3.5), ('score : 4 points', 4),
-    ('Score: 4 out of 5', 4), ('Score: <3>', 3), ('"Score: 2"', 2), ('Score: 5.', 5), ('Score: 0', 0), ('SCORE: 1 point', 1),
+    ('Score: 4', 4), ('**Score:** 4', 4), ('Score: **4**', 4), ('Score: 4/5', 4), ('Score: 3.5', 3.5),
+    ('score : 4 points', 4),
+    ('Score: 4 out of 5', 4), ('Score: <3>', 3), ('"Score: 2"', 2), ('Score: 5.', 5), ('Score: 0', 0),
+    ('SCORE: 1 point', 1),
     ('1 point for relevance, 1 for coverage, so in the end\nScore: 4', 4), ('1 point for relevance ... Score: 4', 4),
     ('Score: 1 would be unfair.\nScore: 3', 3), ('Score: 2\n\nI hope this helps.', 2)])
 def test_the_last_score_line_counts(text, score):
@@ -20,7 +22,8 @@ def test_the_last_score_line_counts(text, score):
 
 
 @pytest.mark.parametrize('text, reason', [
-    ('Score: 7', 'out of range'), ('Score: -1', 'unreadable'), ('Score: 4 or 5', 'unreadable'), ('Score:', 'unreadable'),
+    ('Score: 7', 'out of range'), ('Score: -1', 'unreadable'), ('Score: 4 or 5', 'unreadable'),
+    ('Score:', 'unreadable'),
     ('', 'no score'), ('I give it 4 of 5.', 'no score'), ('Score: 4/10', 'out of range'), ('Score: four', 'unreadable'),
     ('Score: 3\nScore: 3 to 4', 'unreadable'), ('Scores: 3', 'no score'), ('underscore: 3', 'no score')])
 def test_everything_else_is_missing_with_a_reason_and_never_a_number(text, reason):
