@@ -154,7 +154,13 @@ def _restore(path, abstract):
     raise InputError(f'{path} does not exist; train or convert that model first')
   args = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
                       abstract)
-  with ocp.PyTreeCheckpointer() as reader:
+  hosts = {d.process_index for x in jax.tree.leaves(abstract) for d in x.sharding.device_set}
+  options = ocp.options.MultiprocessingOptions()
+  if len(hosts) < jax.process_count():  # a host that samples on its own waits for no other
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=min(hosts), active_processes=hosts, barrier_sync_key_prefix=f'host{min(hosts)}')
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     try:
       return reader.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
     except ValueError as error:

@@ -138,6 +138,20 @@ def test_a_killed_stage_does_only_what_is_missing_and_ends_byte_identical(demo, 
   assert json.loads((folder / 'done.json').read_text())['seconds'] > 0
 
 
+@pytest.mark.slow
+def test_two_hosts_write_the_records_of_one(demo, tmp_path):
+  shutil.copytree(demo[0], tmp_path / 'run')
+  for stage, stem in (('prompts', 'prompts'), ('respond', 'responses'), ('judge', 'judgements')):
+    folder = tmp_path / 'run' / 'm2' / stage
+    whole = sorted(line for p in folder.glob(f'{stem}*.jsonl') for line in p.read_text().splitlines())
+    shutil.rmtree(folder)
+    subprocess.run([ROOT / 'launch' / 'local.sh', '2', sys.executable, '-m', f'srlm_jax.sample.{stage}',
+                    '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *config_flags('m2')],
+                   cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''), check=True)
+    assert sorted(line for p in folder.glob(f'{stem}*.jsonl') for line in p.read_text().splitlines()) == whole
+    assert stage == 'prompts' or len(list(folder.glob('*-of-00002.jsonl'))) == 2
+
+
 def test_a_killed_training_continues_and_ends_with_the_same_parameters(demo, tmp_path):
   shutil.copytree(demo[0], tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / 'model'
@@ -156,7 +170,8 @@ def test_a_killed_training_continues_and_ends_with_the_same_parameters(demo, tmp
 def test_the_loop_ends_cleanly_on_real_weights_and_real_data_that_cannot_judge(stories, tmp_path):
   said = main('loop', '--size=stories', f'--workdir={tmp_path}', f'--m0={stories}',
               f'--data={DATA / "oasst1" / "validation.en.messages.jsonl.gz"}', '--set=prompts.count=8',
-              '--set=data.ranked_eval=4', '--set=data.test_prompts=4')
+              '--set=data.ranked_eval=4', '--set=data.test_prompts=4', '--set=data.ift=24',
+              '--set=respond.max_tokens=32', '--set=judge.max_tokens=32')
   assert re.search(r'm2 was not trained: \d+ of 96 judgements parsed and \d+ pairs are left', said), said
   assert '--set=judge.template' in said and list(table(said)) == ['m0', 'sft', 'm1']
   assert json.loads((tmp_path / 'results.json').read_text())['stopped']

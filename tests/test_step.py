@@ -68,7 +68,7 @@ def test_the_first_dpo_step_gives_ln_2_in_bf16():
 @pytest.mark.parametrize('loss', ['sft', 'dpo'])
 def test_every_mesh_trains_the_same(loss):
   wanted, params = train((1, 1, 1), knobs(loss))
-  for shape in MESHES[1:]:
+  for shape in MESHES[2:]:
     found, placed = train(shape, knobs(loss))
     for a, b in zip(wanted, found, strict=True):
       assert a == pytest.approx(b, abs=2e-5, rel=2e-5)

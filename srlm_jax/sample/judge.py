@@ -36,7 +36,8 @@ def run(config, workdir, on: str = ''):
   path = s.folder / records.shard_name('judgements', jax.process_index(), jax.process_count())
   c = config.judge
   engines.run(engine, requests, engines.Sampling(c.temperature, c.top_p, c.max_tokens), path, record, s.title)
-  made = list(records.read(path))
+  stage.sync(f'{s.title} sampled')  # so that all shards are there to count
+  made = list(records.read_shards(s.folder, 'judgements'))
   reasons = [r['reason'] for r in made if r['reason']]
   s.finish(judgements=len(made), parsed=len(made) - len(reasons),
            unparsed={reason: reasons.count(reason) for reason in sorted(set(reasons))})

@@ -40,7 +40,8 @@ def run(config, workdir, on: str = 'prompts'):
   path = s.folder / records.shard_name('responses', jax.process_index(), jax.process_count())
   engines.run(engine, requests, engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens), path,
               record, s.title)
-  finishes = [r['finish'] for r in records.read(path)]
+  stage.sync(f'{s.title} sampled')  # so that all shards are there to count
+  finishes = [r['finish'] for r in records.read_shards(s.folder, 'responses')]
   s.finish(responses=len(finishes), finished=finishes.count('eos'), cut=finishes.count('length'),
            too_long=finishes.count('too_long'))
 
