@@ -5,13 +5,15 @@ those of AdamW, counts are of examples unless said. `# not in the paper` marks w
 """
 from ml_collections import ConfigDict
 
+from srlm_jax import InputError
+
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
 
 
 def get(name: str, size: str = '70b') -> ConfigDict:
   """The config of model `name` (m0, sft, m1, m2 or m3), locked: an unknown key is refused."""
   if size not in SIZES:
-    raise ValueError(f'size {size!r} is unknown; it is one of {", ".join(SIZES)}')
+    raise InputError(f'size {size!r} is unknown; it is one of {", ".join(SIZES)}')
   c = ConfigDict()
   c.name = name
   c.size = size
@@ -39,7 +41,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft'), m2=('pairs',), m3=('pairs',))[name]
 
   c.sample = ConfigDict()
-  c.sample.slots = 64         # rows decoded together; not in the paper
+  c.sample.slots = 16         # rows decoded together on a host; not in the paper
   c.sample.dtype = 'bfloat16'
 
   c.prompts = ConfigDict()    # self-instruction creation, PAPER 2.2 and 3.1
@@ -87,12 +89,30 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   return c.lock()
 
 
+def check(c: ConfigDict):
+  """Raises InputError for a value that no stage can work with, by name."""
+  for section, names in dict(
+      train=('batch', 'accumulate', 'epochs', 'max_length', 'save_every', 'log_every', 'keep', 'learning_rate'),
+      sample=('slots',), respond=('n', 'max_tokens'), judge=('n', 'quorum', 'max_tokens'),
+      prompts=('count', 'max_attempts', 'max_tokens')).items():
+    for name in names:
+      if c[section][name] <= 0:
+        raise InputError(f'config.{section}.{name} is {c[section][name]}; it must be above 0')
+  for section in ('train', 'sample'):
+    if c[section].dtype not in ('float32', 'bfloat16'):
+      raise InputError(f'config.{section}.dtype is {c[section].dtype!r}; it is float32 or bfloat16')
+  if c.train.loss not in ('sft', 'dpo'):
+    raise InputError(f'config.train.loss is {c.train.loss!r}; it is sft or dpo')
+  if c.judge.quorum > c.judge.n:
+    raise InputError(f'config.judge.quorum is {c.judge.quorum}, more than the {c.judge.n} judgements (judge.n)')
+
+
 def _train() -> ConfigDict:
   t = ConfigDict()
   t.init = ''                 # the model that it starts from; DPO's reference too
   t.data = ('',)              # the files that it reads: corpus, ift, eft or pairs
   t.batch = 16                # examples or pairs a step, PAPER 3.1
-  t.accumulate = 1            # micro-batches a step: same result, less memory
+  t.accumulate = 1            # micro-batches a step: same result, fewer activations at a time
   t.epochs = 1.0              # passes over the data; not in the paper
   t.warmup = 0                # steps; not in the paper
   t.weight_decay = 0.0        # not in the paper
@@ -129,6 +149,8 @@ def dpo() -> ConfigDict:
 
 def _published(c: ConfigDict):
   """Llama 2: the paper's numbers stand."""
+  if c.size == '70b':
+    c.mesh.tensor = 8  # one key/value head a chip; batch 16 then spreads over as many as 128 chips
 
 
 def _stories(c: ConfigDict):

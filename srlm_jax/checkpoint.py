@@ -42,9 +42,9 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
   abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
   path = epath.Path(folder).resolve() / 'steps' / str(step)
   params = _restore(path / 'params', abstract)
-  recorded = json.loads((path / 'hash' / 'metadata').read_text())
+  recorded = _recorded(folder, step)
   found = hash_params(params)
-  if recorded.get(dtype, found) != found:
+  if recorded[dtype] != found:
     raise InputError(f'{path}/params does not have the hash that it was saved with; the checkpoint is damaged')
   return params, recorded['stored']
 
@@ -52,7 +52,7 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
 def recorded_hash(folder, step: int | None = None) -> str:
   """The name of a checkpoint's parameters, without reading them."""
   step = latest(folder) if step is None else step
-  return json.loads((epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata').read_text())['stored']
+  return _recorded(folder, step)['stored']
 
 
 def restore_train(folder, step: int, abstract):
@@ -85,10 +85,11 @@ def copy_model_files(source, folder):
       (epath.Path(source) / name).copy(folder / name, overwrite=True)
 
 
-def write_model_files(config: model_config.Config, tokenizer_folder, folder):
-  """config.json of a model trained here from nothing, with the tokenizer it was trained with."""
-  copy_model_files(tokenizer_folder, folder)
-  (epath.Path(folder) / 'config.json').write_text(json.dumps(model_config.to_hf(config), indent=1) + '\n')
+def write_model_files(config: model_config.Config, source, folder):
+  """Copies the files from `source`; writes config.json where there is none, for a model trained from nothing."""
+  copy_model_files(source, folder)
+  if not (epath.Path(source) / 'config.json').exists():
+    (epath.Path(folder) / 'config.json').write_text(json.dumps(model_config.to_hf(config), indent=1) + '\n')
 
 
 def abstract_on(mesh, tree, dtype: str):
@@ -149,6 +150,13 @@ def _by_layer(params):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def _recorded(folder, step: int) -> dict:
+  path = epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata'
+  if not path.exists():
+    raise InputError(f'{path} does not exist; the checkpoint is damaged, restore it from a copy')
+  return json.loads(path.read_text())
+
+
 def _restore(path, abstract):
   if not path.exists():
     raise InputError(f'{path} does not exist; train or convert that model first')
@@ -163,5 +171,7 @@ def _restore(path, abstract):
   with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     try:
       return reader.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
-    except ValueError as error:
-      raise InputError(f'{path} is a checkpoint of another model ({str(error).splitlines()[0]})') from error
+    except Exception as error:  # whatever Orbax and TensorStore raise, the user's answer is one of two
+      what = ('is a checkpoint of another model than its config.json says' if 'shape' in str(error) else
+              f'cannot be read ({type(error).__name__}); the checkpoint is damaged, restore it from a copy')
+      raise InputError(f'{path} {what}') from error

@@ -3,13 +3,14 @@
 `python -m srlm_jax.loop --size=tiny --workdir=runs/demo`
 """
 import importlib
-import json
 import time
 
 from absl import flags
 from etils import epath
+import jax
 from ml_collections import ConfigDict
 
+from configs import base
 from srlm_jax import checkpoint, InputError, report, stage
 from srlm_jax.data import eft, oasst
 from srlm_jax.eval import agreement
@@ -53,7 +54,7 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str]):
   if stopped:
     stage.say(f'\n{name} was not trained: {stopped}')
   if stage.is_first_host():
-    (workdir / 'results.json').write_text(json.dumps(dict(size=size, models=rows, stopped=stopped), indent=1) + '\n')
+    stage.write_json(workdir / 'results.json', dict(size=size, models=rows, stopped=stopped))
     report.write(workdir, rows, stopped)
   if stage.Stage.begun == begun:
     stage.say(f'nothing to do: every stage of {workdir} was done before')
@@ -69,12 +70,16 @@ def first_model(config, workdir):
     return
   if not config.data.path:
     raise InputError('--data is missing: the OASST1 file to make seeds from, 2023-04-12_oasst_ready.trees.jsonl.gz')
-  if not checkpoint.exists(folder):
-    if not config.m0:
-      raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
-    if stage.is_first_host():
-      convert.from_hf(config.m0, folder)
-    stage.sync('m0')
+  if checkpoint.exists(folder):
+    stage.say('m0/model: done before')
+  elif not config.m0:
+    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
+  elif jax.process_count() > 1:
+    raise InputError(f'convert M0 on one host first: '
+                     f'python -m srlm_jax.models.convert --from_hf={config.m0} --out={folder}')
+  else:
+    convert.from_hf(config.m0, folder)
+    stage.Stage.begun += 1
   oasst.run(config, workdir)
 
 
@@ -84,10 +89,19 @@ def one_model(config, workdir) -> str:
     if config.eft.targets == 'baseline':
       judge.run(config, workdir)
     eft.run(config, workdir)
+    made = stage.summary(workdir / 'm1' / 'eft')
+    if not made['examples']:
+      return (f'none of {made["replies"]} judged replies gave EFT ({report.counts(made["dropped"])}); start from a '
+              f'stronger model, or take the ranks of people as scores (--set=eft.targets=ranks)')
   if config.train.loss == 'dpo':
-    for part in (prompts, respond, judge, pairs):
+    prompts.run(config, workdir)
+    made = stage.summary(workdir / config.name / 'prompts')
+    if not made['prompts']:
+      return (f'none of {made["attempts"]} attempts is a usable prompt ({report.counts(made["dropped"])}); name '
+              f'another author (--set=prompts.author=FOLDER), or give it more tokens (--set=prompts.max_tokens=N)')
+    for part in (respond, judge, pairs):
       part.run(config, workdir)
-    made = json.loads((workdir / config.name / 'pairs' / 'done.json').read_text())
+    made = stage.summary(workdir / config.name / 'pairs')
     if made['pairs'] < config.train.batch:
       return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made["pairs"]} pairs are left '
               f'({report.counts(made["dropped"])}), fewer than one batch of {config.train.batch}; start from a '
@@ -114,6 +128,7 @@ def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) ->
         raise InputError(f'--set={change}: there is no model {model!r}{stage.closest(model, MODELS)}')
     if name in models:
       _set(config, rest, change)
+  base.check(config)
   return config
 
 

@@ -21,10 +21,7 @@ class Writer:
     self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / 'tensorboard'), purge_step=step + 1)
 
   def write(self, step: int, scalars: dict):
-    """Writes scalars; raises InputError at the first that is not a number."""
-    for name, value in scalars.items():
-      if not math.isfinite(value):
-        raise InputError(f'step {step}: {name} is {value}; lower config.train.learning_rate or look at the data')
+    """Writes the scalars of one step to both places."""
     self._file.write(json.dumps(dict(step=step, **scalars)) + '\n')
     self._file.flush()
     for name, value in scalars.items():
@@ -33,6 +30,20 @@ class Writer:
   def close(self):
     self._file.close()
     self._board.close()
+
+
+def finite(step: int, values: dict) -> dict:
+  """Arrays [] -> floats, by name; raises InputError at the first that is not a number."""
+  scalars = {name: float(value) for name, value in sorted(values.items())}
+  for name, value in scalars.items():
+    if not math.isfinite(value):
+      raise InputError(f'step {step}: {name} is {value}; lower config.train.learning_rate or look at the data')
+  return scalars
+
+
+def last(folder) -> dict:
+  """The last line of a run's metrics.jsonl."""
+  return json.loads((epath.Path(folder) / 'metrics.jsonl').read_text().splitlines()[-1])
 
 
 class Clock:

@@ -62,7 +62,7 @@ def results(workdir, models: list[str]) -> list[dict]:
   rows = []
   for model in models:
     folder = epath.Path(workdir) / model
-    if (folder / 'model' / 'config.json').exists():
+    if (folder / 'model' / 'done.json').exists() or model == 'm0' and (folder / 'model' / 'config.json').exists():
       numbers = {heading: _read(folder / file).get(key) for heading, file, key, _ in COLUMNS}
       rows.append(dict(model=model, **numbers))
   return rows

@@ -18,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_flags, ConfigDict
 
+from configs import base
 from srlm_jax import InputError
 
 _VERSIONS = ('srlm_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
@@ -29,22 +30,28 @@ class Stage:
   begun = 0  # stages that this process has worked on
 
   def __init__(self, config: ConfigDict, workdir, name: str, uses: tuple[str, ...], inputs=(), params: str = '',
-               model: str | None = None):
+               template: str = '', model: str | None = None):
     """`uses`: the sections of the config that change what the stage writes; `inputs`: files that it reads;
-    `params`: the hash of the parameters that it runs. Raises InputError if the folder was made with others."""
+    `params`: the hash of the parameters that it runs; `template`: the text of its template. Raises InputError if
+    the folder was made with others, or if a stage that it reads from has not finished."""
     self.folder = epath.Path(workdir) / (model or config.name) / name
     self.title = f'{model or config.name}/{name}'
     self.started = time.time()
     self._manifest = json.loads(json.dumps(dict(
         stage=self.title, params=params, inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
+        template=hashlib.sha256(template.encode()).hexdigest()[:16], hosts=jax.process_count(),
         config={k: _plain(config[k]) for k in ('seed', *uses)})))
     path = self.folder / 'manifest.json'
+    self.done = (self.folder / 'done.json').exists()
     if path.exists():
       before = json.loads(path.read_text())
       before.pop('versions')
+      if self.done:  # then it does not matter how many hosts made it
+        before['hosts'] = self._manifest['hosts']
       for change in _changes(before, self._manifest):
         raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
-    self.done = (self.folder / 'done.json').exists()
+    for folder in {epath.Path(p).parent for p in inputs}:
+      require_finished(folder)
     if self.done:
       say(f'{self.title}: done before')
 
@@ -55,21 +62,17 @@ class Stage:
     sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
     if is_first_host():
       self.folder.mkdir(parents=True, exist_ok=True)
-      (self.folder / 'manifest.json').write_text(json.dumps(dict(self._manifest, versions=versions), indent=1) + '\n')
+      write_json(self.folder / 'manifest.json', dict(self._manifest, versions=versions))
     params = self._manifest['params']
     say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
     sync(f'{self.title} begins')
-
-  def summary(self) -> dict:
-    """What the finished stage said of itself."""
-    return json.loads((self.folder / 'done.json').read_text())
 
   def finish(self, **summary):
     """Marks the stage done; `summary` is kept in done.json and printed."""
     sync(f'{self.title} ends')
     seconds = round(time.time() - self.started, 1)
     if is_first_host():
-      (self.folder / 'done.json').write_text(json.dumps(dict(summary, seconds=seconds), indent=1) + '\n')
+      write_json(self.folder / 'done.json', dict(summary, seconds=seconds))
     sync(f'{self.title} is done')  # every host may read done.json
     say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
                                                        if not isinstance(v, dict | list)))
@@ -82,6 +85,8 @@ def main(run, **extra):
   flags.mark_flag_as_required('config')
   for name, (default, text) in extra.items():
     flags.DEFINE_string(name, default, text)
+  for name in ('config', 'workdir', *extra):  # so that --help shows them
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
   def start(argv):
     refuse_arguments(argv)
@@ -90,6 +95,7 @@ def main(run, **extra):
       size = flags.FLAGS.config.size
     except OSError as error:
       raise InputError(f'--config={file} cannot be read; run from the folder that holds configs/') from error
+    base.check(flags.FLAGS.config)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
     run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
@@ -132,7 +138,36 @@ def default_workdir(config_file: str, size: str) -> str:
 
 def model_folder(workdir, name: str):
   """The checkpoint folder of a model of the run; of any model, where `name` is a path."""
+  if not name:
+    raise InputError('this config names no model for this stage (config.sampler is empty); it is for m1, m2 and m3')
   return epath.Path(name) if '/' in name else epath.Path(workdir) / name / 'model'
+
+
+def finished_model(workdir, name: str):
+  """The checkpoint folder of a model that another stage runs; refused while its training has not finished."""
+  folder = model_folder(workdir, name)
+  require_finished(folder)
+  return folder
+
+
+def require_finished(folder):
+  """Raises InputError if a stage began in this folder and did not finish."""
+  folder = epath.Path(folder)
+  if (folder / 'manifest.json').exists() and not (folder / 'done.json').exists():
+    raise InputError(f'{folder} is not finished; run that stage again, it does what is missing')
+
+
+def summary(folder) -> dict:
+  """What a finished stage said of itself."""
+  return json.loads((epath.Path(folder) / 'done.json').read_text())
+
+
+def write_json(path, value):
+  """Writes a whole file, or nothing."""
+  path = epath.Path(path)
+  partial = path.parent / f'{path.name}.partial'
+  partial.write_text(json.dumps(value, indent=1) + '\n')
+  partial.replace(path)
 
 
 def seeds(workdir):
@@ -184,13 +219,17 @@ def closest(word: str, words) -> str:
 def _parse_flags(argv):
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+  except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
     text = str(error.args[0] if error.args else error)
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     if hint:
       text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
     elif isinstance(error, KeyError | AttributeError):
       text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
+    missing = re.search(r'flag --(\w+)=None: .* must have a value', text)
+    if missing:
+      text = f'--{missing[1]} is missing'
+    text = text.replace('InputError: ', '').replace('ValueError: ', '')
     print('error: ' + ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:]), file=sys.stderr)
     sys.exit(1)
 

@@ -1,5 +1,6 @@
 """Eight fake devices, before JAX wakes up; where the real data is; small models and tokenizers."""
 import functools
+import io
 import os
 import pathlib
 
@@ -55,13 +56,19 @@ def stories():
   return folder
 
 
+@functools.cache
+def tokenizer_bytes() -> bytes:
+  """A SentencePiece model of 64 pieces, as `tiny-test` has."""
+  out = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(['User: Name a fruit. Assistant: pear fig plum', 'Score: 0 1 2 3 4 5'] * 50),
+      model_writer=out, vocab_size=64, model_type='bpe', character_coverage=1.0, hard_vocab_limit=False,
+      user_defined_symbols=['\n'], normalization_rule_name='identity', minloglevel=2)
+  return out.getvalue()
+
+
 @pytest.fixture(scope='session')
 def tokenizer_folder(tmp_path_factory):
-  """A folder with a SentencePiece tokenizer of 64 pieces, as `tiny-test` has."""
   folder = tmp_path_factory.mktemp('tokenizer')
-  with (folder / 'tokenizer.model').open('wb') as f:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(['User: Name a fruit. Assistant: pear fig plum', 'Score: 0 1 2 3 4 5'] * 50),
-        model_writer=f, vocab_size=64, model_type='bpe', character_coverage=1.0, hard_vocab_limit=False,
-        user_defined_symbols=['\n'], normalization_rule_name='identity', minloglevel=2)
+  (folder / 'tokenizer.model').write_bytes(tokenizer_bytes())
   return folder

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
-from conftest import make_mesh
+from conftest import make_mesh, tokenizer_bytes
 from flax import traverse_util
 import jax
 import ml_dtypes
@@ -27,7 +28,7 @@ def make(folder, config, dtype='float32', files=1):
   tensors = {name: rng.normal(scale=0.02, size=leaf.hf_shape).astype(dtype)
              for leaf in hf.leaves(config) for name in leaf.tensors}
   (folder / 'config.json').write_text(json.dumps(model_config.to_hf(config, dtype)))
-  (folder / 'tokenizer.model').write_bytes(b'pieces')
+  (folder / 'tokenizer.model').write_bytes(tokenizer_bytes())
   if files == 1:
     save_file(tensors, folder / 'model.safetensors')
   else:
@@ -310,3 +311,10 @@ def test_four_gigabytes_convert_under_the_bound(tmp_path):
   bound = 2 * largest + 2**30
   print(f'largest tensor {largest:,}, stacked array {stacked:,}, bound {bound:,}, peaks {found}')
   assert stacked > bound and all(end < bound for _, end in found)
+
+
+def test_a_tokenizer_that_does_not_match_is_refused_before_the_work(tmp_path):
+  make(tmp_path / 'hf', dataclasses.replace(TIED, V=40))
+  with pytest.raises(InputError, match='ids and the model only 40'):
+    convert.from_hf(tmp_path / 'hf', tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()

@@ -13,7 +13,7 @@ from conftest import DATA, ROOT
 import numpy as np
 import pytest
 
-from srlm_jax import metrics
+from srlm_jax import InputError, metrics
 from srlm_jax.data import records
 
 # The sandbox, small enough for a test: M0 learns the forms and little else.
@@ -163,6 +163,9 @@ def test_a_killed_training_continues_and_ends_with_the_same_parameters(demo, tmp
   assert 'continues after step' in said
   again = json.loads((folder / 'done.json').read_text())
   assert again['params'] == done['params'] and again['loss'] == done['loss']
+  (folder / 'done.json').unlink()  # as if killed after the last checkpoint: there is no step left to take
+  main('train', '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *config_flags('m2'))
+  assert json.loads((folder / 'done.json').read_text())['params'] == done['params']
   steps = [json.loads(line)['step'] for line in (folder / 'metrics.jsonl').read_text().splitlines()]
   assert steps == [json.loads(line)['step'] for line in lines.splitlines()]
 
@@ -186,8 +189,8 @@ def test_what_is_missing_is_said(tmp_path):
 def test_metrics_of_steps_after_the_checkpoint_are_dropped_and_nan_stops(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 9, "lo')
   writer = metrics.Writer(tmp_path, 4)
-  with pytest.raises(Exception, match='step 6: loss is nan'):
-    writer.write(6, dict(loss=float('nan')))
+  with pytest.raises(InputError, match='step 6: loss is nan'):
+    metrics.finite(6, dict(grad_norm=1.0, loss=float('nan')))
   writer.write(5, dict(loss=0.5))
   writer.close()
   assert (tmp_path / 'metrics.jsonl').read_text() == '{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 0.5}\n'

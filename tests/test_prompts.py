@@ -4,6 +4,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 from configs import base
+from srlm_jax.data import templates
 from srlm_jax.sample import prompts
 
 
@@ -47,6 +48,12 @@ def test_rouge_is_rouge_score_s():
     a, b = ([rng.choice('abcde') for _ in range(rng.randint(1, 9))] for _ in range(2))
     wanted = scorer.score(' '.join(a), ' '.join(b))['rougeL'].fmeasure
     assert prompts.rouge_l_above(a, b, wanted - 1e-9) and not prompts.rouge_l_above(a, b, wanted + 1e-9)
+
+
+@pytest.mark.parametrize('name', ['list', 'sandbox'])
+def test_the_author_is_asked_for_the_next_number(name):
+  asked = templates.load_author(name).replace('{shots}', prompts.numbered([f'Task {i}.' for i in range(8)]))
+  assert asked.endswith('\n8. Task 7.\n9.')
 
 
 def test_shots_are_six_seeds_and_two_new_ones_by_a_seed():

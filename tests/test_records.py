@@ -15,6 +15,7 @@ def test_records_survive_the_way_to_disk_and_back(tmp_path):
 
 
 @pytest.mark.parametrize('line, message', [
+    ('{"id": "b", "text": 5}', r'x.jsonl:2: "text" is 5, not a text'),
     ('{"id": ', r'x.jsonl:2: not a JSON object'), ('[1]', r'x.jsonl:2: a list'),
     ('{"id": "b"}', r'x.jsonl:2: no field "text"')])
 def test_a_malformed_line_is_named(tmp_path, line, message):

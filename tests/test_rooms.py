@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = ROOT / 'srlm_jax'
 ALL = {'models', 'data', 'train', 'sample', 'eval', 'sandbox'}
-MAY = dict(models={'models'}, data={'data'}, train={'train', 'models', 'data'}, sample={'sample', 'models', 'data'},
+MAY = dict(models={'models', 'data'}, data={'data'}, train={'train', 'models', 'data'},
+           sample={'sample', 'models', 'data'},
            eval={'eval', 'data'}, sandbox={'sandbox', 'data', 'models'})
 BASE = dict(sharding=set(), metrics=set(), checkpoint={'models'}, stage=set(), report={'data'})
 

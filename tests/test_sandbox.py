@@ -145,7 +145,7 @@ def test_the_pieces_of_a_prompt_begin_the_pieces_of_the_whole(tokenizer):
   for i, prompt in enumerate(draw(200)):
     response = world.answer(prompt, rng, i % 6)
     question = template('judge_sandbox').format(prompt=prompt, response=response)
-    listed = template('author_sandbox').format(shots='\n'.join(f'{n}. {prompt}' for n in range(1, 9)))
+    listed = template('author_sandbox').format(shots='\n'.join([*(f'{n}. {prompt}' for n in range(1, 9)), '9.']))
     for text, reply in ((f'User: {prompt}\nAssistant:', response), (listed, prompt),
                         (f'User: {question}\nAssistant:', world.judgement(prompt, response, 3))):
       assert tokenizer.encode(text) + tokenizer.encode(reply) == tokenizer.encode(f'{text} {reply}')

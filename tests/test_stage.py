@@ -6,6 +6,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 import pytest
 
+from configs import base
 from srlm_jax import InputError, loop, stage
 
 
@@ -24,7 +25,7 @@ def test_the_manifest_comes_first_and_done_last(tmp_path):
   assert not (s.folder / 'done.json').exists()
   s.finish(pairs=3)
   again = stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'in.jsonl'], 'abc')
-  assert again.done and again.summary()['pairs'] == 3
+  assert again.done and stage.summary(s.folder)['pairs'] == 3
 
 
 def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path):
@@ -59,6 +60,43 @@ def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
   lines = [line for line in ran.stderr.splitlines() if line.startswith('error: ')]
   assert ran.returncode == 1 and len(lines) == 1 and message in lines[0], ran.stderr
   assert 'Traceback' not in ran.stderr and not (ROOT / 'runs' / 'iter2-70b').exists()
+
+
+def test_a_stage_that_reads_from_an_unfinished_one_is_refused(tmp_path):
+  before = stage.Stage(config(), tmp_path, 'judge', ())
+  before.begin()
+  (before.folder / 'judgements.jsonl').write_text('{}\n')
+  with pytest.raises(InputError, match='m2/judge is not finished; run that stage again'):
+    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [before.folder / 'judgements.jsonl'])
+  (tmp_path / 'm1' / 'model').mkdir(parents=True)
+  (tmp_path / 'm1' / 'model' / 'manifest.json').write_text('{}')
+  with pytest.raises(InputError, match='m1/model is not finished'):
+    stage.finished_model(tmp_path, 'm1')
+
+
+def test_another_template_is_noticed_and_hosts_matter_only_until_it_is_done(tmp_path):
+  s = stage.Stage(config(), tmp_path, 'judge', (), template='Judge {prompt}')
+  s.begin()
+  with pytest.raises(InputError, match='template'):
+    stage.Stage(config(), tmp_path, 'judge', (), template='Grade {prompt}')
+  path = s.folder / 'manifest.json'
+  path.write_text(path.read_text().replace('"hosts": 1', '"hosts": 4'))
+  with pytest.raises(InputError, match=r'hosts \(4, now 1\)'):
+    stage.Stage(config(), tmp_path, 'judge', (), template='Judge {prompt}')
+  s.finish()
+  assert stage.Stage(config(), tmp_path, 'judge', (), template='Judge {prompt}').done
+
+
+@pytest.mark.parametrize('key, value, message', [
+    ('train.batch', 0, 'train.batch is 0; it must be above 0'), ('train.dtype', 'fl32', "train.dtype is 'fl32'"),
+    ('train.loss', 'ppo', "train.loss is 'ppo'"), ('judge.quorum', 4, 'quorum is 4, more than the 3'),
+    ('train.learning_rate', -1.0, 'learning_rate'), ('judge.n', 0, 'judge.n is 0')])
+def test_a_value_that_no_stage_can_work_with_is_refused_by_name(key, value, message):
+  c = base.get('m2', 'tiny')
+  base.check(c)
+  c.update_from_flattened_dict({key: value})
+  with pytest.raises(InputError, match=message):
+    base.check(c)
 
 
 def test_a_change_for_some_models_of_the_loop():

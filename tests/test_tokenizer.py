@@ -38,8 +38,9 @@ def test_a_tokenizer_s_own_chat_template(stories, tmp_path):
   tokenizer = tokenizers.load(tmp_path)
   assert templates.chat('tokenizer', 'Hi', tokenizer) == '<|user|> Hi\n<|a|>'
   assert templates.encode_prompt('tokenizer', 'Hi', tokenizer).count(tokenizer.bos_id) == 1
-  with pytest.raises(InputError, match='special token'):
-    templates.chat('tokenizer', 'Hi </s>', tokenizer)
+  assert '< /s>' in templates.chat('tokenizer', 'Hi </s>', tokenizer)
+  before, after = templates.encode_pair('tokenizer', 'Hi </s>', 'No</s>', tokenizer)
+  assert tokenizer.eos_ids[0] not in before + after  # no text ends a row
 
 
 def test_several_ids_may_end_a_row(stories, tmp_path):

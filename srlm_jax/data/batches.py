@@ -8,6 +8,10 @@ from srlm_jax import InputError
 from srlm_jax.data import templates
 
 
+class NothingLeft(InputError):
+  """Every example was dropped, or there was none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """Rows of one dataset, right-padded with 0: what every step draws from."""
@@ -93,7 +97,7 @@ def _rows(encoded, dropped, max_length, nothing) -> Rows:
   """Pads to the longest row of all, rounded up to 32 so that compiled shapes repeat between runs."""
   if not encoded:
     why = ', '.join(f'{n} {reason}' for reason, n in dropped.items()) or 'the files are empty'
-    raise InputError(f'{nothing}: {why}')
+    raise NothingLeft(f'{nothing}: {why}')
   longest = max(len(ids) for sides in encoded.values() for ids, _ in sides)
   width = min(-(-longest // 32) * 32, max_length)
   tokens, mask = (np.asarray([[side[part] + [0] * (width - len(side[part])) for side in sides]

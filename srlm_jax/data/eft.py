@@ -13,20 +13,23 @@ def run(config, workdir):
   baseline = config.eft.targets == 'baseline'
   if config.eft.targets not in ('baseline', 'ranks'):
     raise InputError(f'config.eft.targets is {config.eft.targets!r}; it is baseline or ranks')
-  s = stage.Stage(config, workdir, 'eft', ('eft', 'judge'),
-                  [source, *(sorted(folder.glob('judgements-*.jsonl')) if baseline else [])])
+  judge = templates.load_judge(config.judge.template, config.judge.lowest, config.judge.highest)
+  s = stage.Stage(config, workdir, 'eft', ('eft', 'judge'), template=judge.text,
+                  inputs=[source, *(sorted(folder.glob('judgements-*.jsonl')) if baseline else [])])
   if s.done:
     return
   ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == 'train']
-  judge = templates.load_judge(config.judge.template, config.judge.lowest, config.judge.highest)
+  for r in ranked:
+    if len(r['replies']) < 2 or sorted(reply['rank'] for reply in r['replies']) != list(range(len(r['replies']))):
+      raise InputError(f'{source}: the replies of {r["id"]} are not ranked 0, 1, ..; mend or delete that record')
   if baseline:
     scores = scoring.by_response(records.read_shards(folder, 'judgements', 'response_id', 'score', 'text'), 1)
     examples, dropped = from_baseline(ranked, scores, judge)
   else:
     examples, dropped = from_ranks(ranked, judge), Counter()
   if not examples:
-    raise InputError(f'{s.title}: no judgement of the SFT baseline agrees with people on any of {len(ranked)} prompts '
-                     f'({dict(dropped)}); a model this weak cannot write EFT: set --config.eft.targets=ranks')
+    stage.say(f'{s.title}: no judgement of the SFT baseline agrees with people on any of {len(ranked)} prompts; '
+              f'a model this weak cannot write EFT, and eft.targets=ranks can take its place')
   before = scoring.histogram(e['score'] for e in examples)
   kept = balance(examples)
   s.begin()

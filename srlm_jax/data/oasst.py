@@ -14,6 +14,7 @@ import os
 from types import NoneType
 import unicodedata
 
+from absl import logging
 from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,8 +33,10 @@ def run(config, workdir):
   s = stage.Stage(config, workdir, 'seeds', ('data',), find_files(config.data.path), model='data')
   if s.done:
     return
-  if stage.is_first_host():
-    s.finish(**make(config, workdir, s.begin)['kept'])
+  if not stage.is_first_host():
+    s.begin()
+    return s.finish()
+  s.finish(**make(config, workdir, s.begin)['kept'])
 
 
 def make(config, workdir, begin=lambda: None) -> dict:
@@ -100,6 +103,7 @@ class Oasst1(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # no nam
 def prepared_turns(paths: tuple[str, ...], data_dir) -> Iterator[dict]:
   """Yields the turns of `read_turns` from their ArrayRecord copy in data_dir, which is made on first use."""
   tfds.disable_progress_bar()
+  logging.set_verbosity(logging.ERROR)  # TFDS warns that the configuration is not one of its own
   with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and nothing is downloaded
     builder = Oasst1(config=Files(paths=paths), data_dir=data_dir, file_format='array_record')
     builder.download_and_prepare()

@@ -12,6 +12,8 @@ from etils import epath
 
 from srlm_jax import InputError
 
+_TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejected split finish'.split())
+
 
 def read(path, *fields: str) -> Iterator[dict]:
   """Yields the records of a file, each checked to hold `fields`; a bad line is named by file and number."""
@@ -107,4 +109,6 @@ def _parse(line: bytes, where: str, fields) -> dict:
   for field in fields:
     if field not in record:
       raise InputError(f'{where}: no field "{field}"; it has {", ".join(sorted(record))}')
+    if field in _TEXTS and not isinstance(record[field], str):
+      raise InputError(f'{where}: "{field}" is {json.dumps(record[field])[:40]}, not a text; mend or delete the line')
   return record

@@ -38,8 +38,8 @@ def encode_pair(kind: str, prompt: str, response: str, tokenizer) -> tuple[list[
   that sampling never makes.
   """
   before = encode_prompt(kind, prompt, tokenizer)
-  glue = '' if kind == 'tokenizer' else ' '
-  text = chat(kind, prompt, tokenizer) + glue + response.strip()
+  response = tokenizer.plain(response.strip()) if kind == 'tokenizer' else ' ' + response.strip()
+  text = chat(kind, prompt, tokenizer) + response
   whole = [tokenizer.bos_id, *tokenizer.encode(text, special=kind == 'tokenizer')]
   if whole[:len(before)] != before:
     return None

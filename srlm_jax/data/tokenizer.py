@@ -25,6 +25,10 @@ class Tokenizer:
     """Text of the ids, special tokens left out; an id that the model has and the tokenizer has not is U+FFFD."""
     raise NotImplementedError
 
+  def plain(self, text: str) -> str:
+    """The text with the names of special tokens broken by a space, so that they are text in any chat form."""
+    return text
+
   def chat(self, prompt: str) -> str:
     """The prompt in the tokenizer's own chat template, up to where the response begins."""
     raise InputError('this tokenizer has no chat template of its own; set config.chat to plain or llama2')
@@ -49,7 +53,12 @@ class _SentencePiece(Tokenizer):
 
   def __init__(self, folder):
     import sentencepiece
-    self._model = sentencepiece.SentencePieceProcessor(model_proto=(folder / 'tokenizer.model').read_bytes())
+    try:
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=(folder / 'tokenizer.model').read_bytes())
+    except RuntimeError as error:
+      raise InputError(f'{folder / "tokenizer.model"} is no SentencePiece model; fetch it again') from error
+    if self._model.bos_id() < 0 or self._model.eos_id() < 0:
+      raise InputError(f'{folder / "tokenizer.model"} has no bos or no eos piece; train it with both')
     super().__init__(self._model.vocab_size(), self._model.bos_id(),
                      _eos_ids(folder, self._model.eos_id()))
 
@@ -77,14 +86,16 @@ class _Transformers(Tokenizer):
     return ''.join(self._model.decode(group, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                    if known else '\ufffd' * len(group) for known, group in _runs(ids, self.size))
 
+  def plain(self, text):
+    for token in self._model.all_special_tokens:
+      text = text.replace(token, f'{token[0]} {token[1:]}')
+    return text
+
   def chat(self, prompt):
     if not self._model.chat_template:
       return super().chat(prompt)
-    for token in self._model.all_special_tokens:
-      if token in prompt:
-        raise InputError(f'the text {prompt[:60]!r} holds the special token {token!r}; remove it')
     text = self._model.apply_chat_template(
-        [{'role': 'user', 'content': prompt}], tokenize=False, add_generation_prompt=True)
+        [{'role': 'user', 'content': self.plain(prompt)}], tokenize=False, add_generation_prompt=True)
     return text.removeprefix(self._model.bos_token)
 
 
@@ -97,6 +108,9 @@ def _runs(ids, size: int):
 def _eos_ids(folder, own: int) -> list[int]:
   """The tokenizer's eos first, then those that generation_config.json adds (Llama 3 has several)."""
   path = folder / 'generation_config.json'
-  named = json.loads(path.read_text()).get('eos_token_id', []) if path.exists() else []
+  try:
+    named = json.loads(path.read_text()).get('eos_token_id', []) if path.exists() else []
+  except ValueError as error:
+    raise InputError(f'{path} is not JSON ({error}); mend or delete it') from error
   named = [named] if isinstance(named, int) else named or []
   return [own, *(i for i in named if i != own)]

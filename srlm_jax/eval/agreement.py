@@ -5,7 +5,6 @@ whose scores hold a tie is no exact match; a rank correlation that is undefined 
 Replies without a score (too few judgements parsed) are left out and counted.
 """
 import itertools
-import json
 import math
 
 from scipy import stats
@@ -28,9 +27,10 @@ def run(config, workdir):
   replies = [[(reply['rank'], scores[name].mean) for reply in r['replies']
               if (name := f'{r["id"]}/{reply["id"]}') in scores and scores[name].mean is not None] for r in ranked]
   result = agreement(replies, config.judge.highest)
+  result['replies_without_score'] = sum(len(r['replies']) for r in ranked) - sum(map(len, replies))
   result['parse_rate'] = sum(j['score'] is not None for j in judgements) / len(judgements)
   if stage.is_first_host():
-    (s.folder / 'agreement.json').write_text(json.dumps(result, indent=1) + '\n')
+    stage.write_json(s.folder / 'agreement.json', result)
   s.finish(**{k: v if v is None or isinstance(v, int) else round(v, 4) for k, v in result.items()})
 
 

@@ -23,6 +23,7 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from srlm_jax import checkpoint, InputError
+from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import config as model_config, hf, llama
 
 CHUNKS_AT_ONCE = 4     # written together, so that several cores compress
@@ -33,6 +34,8 @@ def from_hf(source, out) -> 'Contents':
   """Hugging Face folder -> checkpoint folder `out`, step 0; `out` appears when it is whole."""
   config = model_config.load(source)
   found = hf.find(source, config)
+  if any((pathlib.Path(source) / name).exists() for name in ('tokenizer.model', 'tokenizer.json')):
+    tokenizers.load(source, config.V)  # refuses one that does not match, before hours of work
   contents = Contents()
   with _whole(out) as folder, _progress(found) as progress:
     checkpoint.copy_model_files(source, folder)

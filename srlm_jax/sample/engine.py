@@ -39,7 +39,7 @@ class Sampling:
   max_tokens: int     # generated, at most
 
   def __post_init__(self):
-    if self.temperature < 0:
+    if not 0 <= self.temperature < float('inf'):
       raise InputError(f'temperature is {self.temperature}; it is 0 (greedy) or more')
     if not 0 < self.top_p <= 1:
       raise InputError(f'top_p is {self.top_p}; it is above 0 and at most 1')
@@ -68,6 +68,9 @@ class Engine:
         if not request.ids:
           raise InputError(f'request {request.id} has an empty prompt')
       room = self._model.config.context - sampling.max_tokens
+      if room < 1:
+        raise InputError(f'max_tokens is {sampling.max_tokens}, and the model was made for '
+                         f'{self._model.config.context} in all; lower it')
       fits = [r for r in batch if len(r.ids) <= room]
       sampled = iter(self._sample(fits, sampling) if fits else ())
       yield [next(sampled) if len(r.ids) <= room else Result(r.id, [], [], 'too_long') for r in batch]

@@ -18,8 +18,8 @@ def define_flags():
   flags.DEFINE_float('temperature', 0.7, '0: greedy.')
   flags.DEFINE_float('top_p', 0.9, 'Sample from the smallest set of tokens with at least this mass.')
   flags.DEFINE_integer('max_tokens', 256, 'Generated, at most.')
-  flags.DEFINE_integer('seed', 0, 'Of the randomness.')
-  flags.DEFINE_string('dtype', 'float32', 'Of parameters and activations: float32 or bfloat16.')
+  flags.DEFINE_integer('seed', 0, 'Of the randomness.', lower_bound=0, upper_bound=2**31 - 1)
+  flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of parameters and activations.')
   flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
   flags.DEFINE_bool('json', False, 'Print one line with prompt_ids, ids, text, logps, finish.')
 
@@ -27,6 +27,8 @@ def define_flags():
 def main(argv):
   stage.refuse_arguments(argv)
   f = flags.FLAGS
+  if not 1 <= f.tensor <= jax.device_count():
+    raise InputError(f'--tensor={f.tensor}: there are {jax.device_count()} devices here')
   mesh = sharding.make_mesh(1, 1, f.tensor, jax.devices()[:f.tensor])
   sampling = engine.Sampling(f.temperature, f.top_p, f.max_tokens)
   answer = generate(f.model, f.prompt, f.chat, sampling, f.seed, f.dtype, mesh)

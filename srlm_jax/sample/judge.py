@@ -13,14 +13,17 @@ def run(config, workdir, on: str = ''):
   on = on or config.judge.on
   name, model = ('judge_eval', config.name) if on == 'eval' else ('judge', config.sampler)
   sources, items = _items(config, workdir, on)
-  folder = stage.model_folder(workdir, model)
-  s = stage.Stage(config, workdir, name, ('judge', 'chat', 'sample'), sources, checkpoint.recorded_hash(folder))
+  folder = stage.finished_model(workdir, model)
+  judge = templates.load_judge(config.judge.template, config.judge.lowest, config.judge.highest)
+  s = stage.Stage(config, workdir, name, ('judge', 'chat', 'sample'), sources, checkpoint.recorded_hash(folder),
+                  judge.text)
   if s.done:
     return
-  items = list(items)[jax.process_index()::jax.process_count()]
+  items = list(items)
   if not items:
     raise InputError(f'{sources[0]} holds nothing to judge ({on})')
-  judge = templates.load_judge(config.judge.template, config.judge.lowest, config.judge.highest)
+  items = items[jax.process_index()::jax.process_count()]
+  sampling = engines.Sampling(config.judge.temperature, config.judge.top_p, config.judge.max_tokens)
   s.begin()
   engine, tokenizer = engines.load(config, folder, s.title)
   rows = [(item, j) for item in items for j in range(config.judge.n)]
@@ -34,8 +37,7 @@ def run(config, workdir, on: str = ''):
     return dict(id=result.id, prompt_id=item['prompt_id'], response_id=item['id'], j=j, text=text, score=score,
                 reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('judgements', jax.process_index(), jax.process_count())
-  c = config.judge
-  engines.run(engine, requests, engines.Sampling(c.temperature, c.top_p, c.max_tokens), path, record, s.title)
+  engines.run(engine, requests, sampling, path, record, s.title)
   stage.sync(f'{s.title} sampled')  # so that all shards are there to count
   made = list(records.read_shards(s.folder, 'judgements'))
   reasons = [r['reason'] for r in made if r['reason']]

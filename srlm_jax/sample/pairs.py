@@ -1,7 +1,7 @@
 """Makes preference pairs: of a prompt's candidates the one with the highest mean score against the lowest."""
 from collections import Counter
 
-from srlm_jax import stage
+from srlm_jax import InputError, stage
 from srlm_jax.data import records, scores as scoring
 
 
@@ -15,6 +15,8 @@ def run(config, workdir):
   responses = list(records.read_shards(
       folder / 'respond', 'responses', 'id', 'prompt_id', 'prompt', 'response', 'finish'))
   judgements = list(records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score'))
+  if not responses or not judgements:
+    raise InputError(f'{folder} holds {len(responses)} responses and {len(judgements)} judgements: nothing to pair')
   s.begin()
   if not stage.is_first_host():
     return s.finish()

@@ -19,9 +19,11 @@ def run(config, workdir):
   """The seeds' prompts -> MODEL/prompts/prompts.jsonl, and every attempt with its fate in attempts.jsonl."""
   c = config.prompts
   author = config.sampler if c.author == 'sampler' else c.author
-  folder = stage.model_folder(workdir, author)
+  folder = stage.finished_model(workdir, author)
   sources = [stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')]
-  s = stage.Stage(config, workdir, 'prompts', ('prompts', 'sample'), sources, checkpoint.recorded_hash(folder))
+  template = templates.load_author(c.template)
+  params = checkpoint.recorded_hash(folder)
+  s = stage.Stage(config, workdir, 'prompts', ('prompts', 'sample'), sources, params, template)
   if s.done:
     return
   ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)
@@ -30,21 +32,22 @@ def run(config, workdir):
   if len(shown) < c.seed_shots + c.new_shots:
     raise InputError(f'{sources[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
                      f'{c.seed_shots + c.new_shots} shots; add seeds, or raise config.prompts.shot_words')
-  template = templates.load_author(c.template)
+  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens)
   s.begin()
   if not stage.is_first_host():
     return s.finish()
   # The paper's list: what is held out or judged on may not enter.
   screen = Filter(c, seeds + [r['prompt'] for r in ranked], [r['prompt'] for r in heldout])
   attempts = records.Appender(s.folder / 'attempts.jsonl')
+  before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
   engine = None
   accepted = []
   for round_ in range(-(-c.max_attempts * c.count // config.sample.slots)):
     if len(accepted) >= c.count:
       break
     first = round_ * config.sample.slots
-    known = list(records.read(s.folder / 'attempts.jsonl'))[first:first + config.sample.slots]
-    if len(known) == config.sample.slots:  # a killed run wrote this round
+    known = before[first:first + config.sample.slots]
+    if len(known) == config.sample.slots:
       texts = [(a['text'], a['finish']) for a in known]
     else:
       if engine is None:
@@ -52,7 +55,6 @@ def run(config, workdir):
       shots = [draw_shots(c, shown, accepted, f'{config.seed}/{first + i}') for i in range(config.sample.slots)]
       requests = [engines.Request(str(first + i), [tokenizer.bos_id, *tokenizer.encode(
           template.replace('{shots}', numbered(shot)))]) for i, shot in enumerate(shots)]
-      sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens)
       texts = [(tokenizer.decode(r.ids), r.finish) for results in engine.generate(requests, sampling) for r in results]
     fates = []
     for text, finish in texts:
@@ -65,8 +67,6 @@ def run(config, workdir):
     stage.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first + len(texts)} attempts')
   attempts.close()
   accepted = accepted[:c.count]
-  if not accepted:
-    raise InputError(f'{s.title}: none of {attempts.count} attempts is a usable prompt ({dict(screen.dropped)})')
   records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
   s.finish(prompts=len(accepted), wanted=c.count, attempts=attempts.count, dropped=dict(screen.dropped))
 
@@ -154,11 +154,12 @@ def draw_shots(config, seeds: list[str], accepted: list[str], word: str) -> list
 
 
 def numbered(shots: list[str]) -> str:
-  """
+  """The shots as a list that goes on: after the last comes the next number.
+
   >>> numbered(['Name a fruit.', 'Name a tree.'])
-  '1. Name a fruit.\\n2. Name a tree.'
+  '1. Name a fruit.\\n2. Name a tree.\\n3.'
   """
-  return '\n'.join(f'{i}. {" ".join(shot.split())}' for i, shot in enumerate(shots, 1))
+  return '\n'.join([*(f'{i}. {" ".join(shot.split())}' for i, shot in enumerate(shots, 1)), f'{len(shots) + 1}.'])
 
 
 def _normal(text: str) -> str:

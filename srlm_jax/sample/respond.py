@@ -17,7 +17,7 @@ def run(config, workdir, on: str = 'prompts'):
     source = stage.seeds(workdir) / 'heldout.jsonl'
   else:
     raise InputError(f'--on={on}: it is prompts or heldout')
-  folder = stage.model_folder(workdir, model)
+  folder = stage.finished_model(workdir, model)
   s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', 'sample'), [source],
                   checkpoint.recorded_hash(folder))
   if s.done:
@@ -26,6 +26,7 @@ def run(config, workdir, on: str = 'prompts'):
   if not prompts:
     raise InputError(f'{source} holds no prompt to answer; make prompts first')
   prompts = prompts[jax.process_index()::jax.process_count()]
+  sampling = engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens)
   s.begin()
   engine, tokenizer = engines.load(config, folder, f'{s.title}')
   rows = [(prompt, i) for prompt in prompts for i in range(n)]
@@ -38,8 +39,7 @@ def run(config, workdir, on: str = 'prompts'):
                 response=tokenizer.decode(result.ids).strip(), finish=result.finish, tokens=len(result.ids),
                 logp=round(sum(result.logps), 4))
   path = s.folder / records.shard_name('responses', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens), path,
-              record, s.title)
+  engines.run(engine, requests, sampling, path, record, s.title)
   stage.sync(f'{s.title} sampled')  # so that all shards are there to count
   finishes = [r['finish'] for r in records.read_shards(s.folder, 'responses')]
   s.finish(responses=len(finishes), finished=finishes.count('eos'), cut=finishes.count('length'),

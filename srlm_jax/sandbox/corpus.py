@@ -26,8 +26,7 @@ def documents(seed: int, count: int, exclude: set[str]) -> Iterator[str]:
     kind = rng.choice(list(SHARES), p=list(SHARES.values()))
     if kind == 'tasks':
       tasks = [f'{i}. {_instruction(rng, exclude)}' for i in range(1, SHOTS + 2)]
-      text = author.replace('{shots}', '\n'.join(tasks[:SHOTS]))
-      yield text + tasks[SHOTS].removeprefix(f'{SHOTS + 1}.')
+      yield author.replace('{shots}', '\n'.join(tasks))
     else:
       prompt = _instruction(rng, exclude)
       response = world.answer(prompt, rng, world.quality(rng))

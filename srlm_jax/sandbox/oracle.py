@@ -1,6 +1,4 @@
 """Grades a model's answers to the held-out prompts by the program that knows the rubric."""
-import json
-
 from srlm_jax import stage
 from srlm_jax.data import records, scores as scoring
 from srlm_jax.sandbox import world
@@ -23,7 +21,7 @@ def run(config, workdir):
                 characters=sum(len(a['response']) for a in answers) / count,
                 finished=sum(a['finish'] == 'eos' for a in answers) / count, histogram=scoring.histogram(scores))
   if stage.is_first_host():
-    (s.folder / 'oracle.json').write_text(json.dumps(result, indent=1) + '\n')
+    stage.write_json(s.folder / 'oracle.json', result)
     records.write(s.folder / 'graded.jsonl', (dict(a, score=x) for a, x in zip(answers, scores, strict=True)))
   s.finish(score=round(mean, 3), standard_error=round(result['standard_error'], 3))
 

@@ -3,7 +3,6 @@ import dataclasses
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 
 from srlm_jax import checkpoint, InputError, metrics, sharding, stage
 from srlm_jax.data import batches, records, tokenizer as tokenizers
@@ -22,65 +21,71 @@ def run(config, workdir):
 
 def _train(config, workdir, mesh):
   c = config.train
-  source = stage.model_folder(workdir, c.init) if c.init else workdir / 'data' / 'seeds'
-  shape = _model_config(config, source)
-  files = [data_file(workdir, config.name, name) for name in c.data]
+  source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'seeds'
+  shape = _model_config(config, source, workdir)
+  files = [data_file(workdir, config.name, name) for name in ','.join(c.data).split(',')]
   s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files,
                   checkpoint.recorded_hash(source) if c.init else '')
   if s.done:
     return
 
   tokenizer = tokenizers.load(source, shape.V)
-  rows = _rows(c, config.chat, files, tokenizer)
+  try:
+    rows = _rows(c, config.chat, files, tokenizer)
+  except batches.NothingLeft as error:
+    raise InputError(f'{", ".join(map(str, files))}: {error}') from error
   steps = max(1, round(c.epochs * len(rows) / c.batch))
   _check_rows(config, rows, mesh)
   s.begin()
   stage.say(f'{s.title}: {len(rows)} rows of {rows.tokens.shape[-1]} tokens, {steps} steps of {c.batch}'
             + ''.join(f'; dropped {n} {why}' for why, n in rows.dropped.items()))
 
-  params = _init(config, source, shape, mesh)
-  model = llama.Llama(shape, remat=c.remat)
   tx = train_state.optimizer(c, steps)
-  abstract = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
-  places = sharding.shardings(abstract, mesh)
-  reference = {}
-  if c.loss == 'dpo':  # parameters alone, in the dtype in which both are run
-    reference = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(c.dtype), p))(params)
-  state = jax.jit(lambda p: TrainState.create(p, tx), donate_argnums=0, out_shardings=places)(params)
+  state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(shape))
+  state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
+                       sharding.shardings(state, mesh))
+  step = train_step.make(llama.Llama(shape, remat=c.remat), tx, c, state)
   saver = checkpoint.manager(s.folder, c.keep)
   if saver.latest_step():
     state = _resume(s.folder, saver.latest_step(), state, mesh)
     stage.say(f'{s.title}: continues after step {int(state.step)}')
-  elif stage.is_first_host():
-    if c.init:
-      checkpoint.copy_model_files(source, s.folder)
-    else:
+  else:
+    state = _start(config, source, shape, tx, state, mesh)
+    if stage.is_first_host():
       checkpoint.write_model_files(shape, source, s.folder)
+  # DPO's reference is parameters alone, in the dtype in which both are run
+  reference = checkpoint.restore_params(source, mesh, c.dtype)[0] if c.loss == 'dpo' else {}
+  state = _steps(config, s, step, state, reference, rows, steps, saver, mesh)
+  saver.close()
+  s.finish(steps=steps, loss=round(metrics.last(s.folder)['loss'], 4), params=checkpoint.hash_params(state.params),
+           rows=len(rows), dropped=rows.dropped)
 
-  step = train_step.make(model, tx, c, state)
+
+def _steps(config, s, step, state, reference, rows, steps, saver, mesh) -> TrainState:
+  """Takes the steps that are left, with metrics, progress and checkpoints on the way."""
+  c = config.train
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
   writer = metrics.Writer(s.folder, int(state.step) - 1) if stage.is_first_host() else None
   clock = metrics.Clock()
-  scalars = {}
   for i in range(int(state.step), steps):
     batch = rows.at(i, c.batch, config.seed)
     state, values = step(state, reference, sharding.put_batch(batch, mesh), key)
     clock.add(batch['tokens'].size)
-    if i % c.log_every == 0 or i + 1 == steps:
-      scalars = {name: float(v) for name, v in sorted(values.items())}
+    save = (i + 1) % c.save_every == 0 or i + 1 == steps
+    if i % c.log_every == 0 or save:
+      scalars = metrics.finite(i, values)  # on every host, and before a checkpoint could hold it
       scalars['tokens_per_second'] = clock.tokens_per_second()
       if writer:
         writer.write(i, scalars)
       stage.say(metrics.progress(s.title, i + 1, steps, {
           k: scalars[k] for k in ('loss', 'margin', 'accuracy', 'tokens_per_second') if k in scalars}))
-    if (i + 1) % c.save_every == 0 or i + 1 == steps:
+    if save:
       checkpoint.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
   saver.wait_until_finished()
-  saver.close()
   if writer:
     writer.close()
-  s.finish(steps=steps, loss=round(scalars['loss'], 4), params=checkpoint.hash_params(state.params),
-           rows=len(rows), dropped=rows.dropped)
+  stage.sync(f'{s.title} trained')
+  return state
 
 
 def data_file(workdir, model: str, name: str):
@@ -101,9 +106,9 @@ def refuse_too_large(config):
   if needed > here:
     raise InputError(
         f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} bytes for parameters, '
-        f'gradients{", reference" * (config.train.loss == "dpo")} and AdamW moments, and the {jax.device_count()} '
-        f'devices here have {here:,}; run it on more devices (see launch/), or the whole loop at a size that fits: '
-        f'python -m srlm_jax.loop --size=tiny --workdir=runs/demo')
+        f'gradients{", reference" * (config.train.loss == "dpo")} and AdamW moments, and the devices here '
+        f'({jax.device_count()}) have {here:,}; run it on more devices (see launch/), or the whole loop at a size that '
+        f'fits: python -m srlm_jax.loop --size=tiny --workdir=runs/demo')
 
 
 def _preset(name: str):
@@ -113,41 +118,55 @@ def _preset(name: str):
   return model_config.PRESETS[name]
 
 
-def _model_config(config, source):
+def _model_config(config, source, workdir):
   """The shape of the model, with this run's dtype and dropout; refuses a checkpoint of another model."""
   c = config.train
-  shape = model_config.load(_existing(config, source)) if c.init else _preset(config.model)
+  shape = model_config.load(_existing(config, source, workdir)) if c.init else _preset(config.model)
   if config.model:
     for field in ('D', 'F', 'K', 'G', 'H', 'V', 'layers'):
       found, wanted = getattr(shape, field), getattr(_preset(config.model), field)
       if found != wanted:
         raise InputError(f'{source} has {field} = {found}, and config.model = {config.model} has {wanted}; '
                          f'name the right one, or --config.model= for any')
+  if c.max_length > shape.context:
+    raise InputError(f'config.train.max_length is {c.max_length}, more than the {shape.context} tokens that the model '
+                     f'was made for; lower it')
   return dataclasses.replace(shape, dtype=c.dtype, dropout=c.dropout)
 
 
-def _existing(config, source):
+def _existing(config, source, workdir):
   if not checkpoint.exists(source):
+    inputs = '' if config.data.source == 'sandbox' else ' --m0=FOLDER --data=FILE'
     raise InputError(f'{config.name} starts from {config.train.init}, which has no checkpoint in {source}; make it '
-                     f'first: python -m srlm_jax.loop --size={config.size} runs every stage in order')
+                     f'first, or all in order: '
+                     f'python -m srlm_jax.loop --size={config.size} --workdir={workdir}{inputs}')
   return source
 
 
-def _init(config, source, shape, mesh):
-  """Float32 parameters: those of the init model, or random ones."""
+def _start(config, source, shape, tx, abstract, mesh) -> TrainState:
+  """Step 0: the parameters of the init model, or random ones."""
   if config.train.init:
-    return checkpoint.restore_params(source, mesh, 'float32')[0]
-  places = sharding.shardings(llama.abstract_params(shape), mesh)
-  key = jax.random.key(config.seed)
-  return jax.jit(lambda k: llama.init_params(shape, k), out_shardings=places)(key)
+    params, _ = checkpoint.restore_params(source, mesh, 'float32')
+  else:
+    places = jax.tree.map(lambda x: x.sharding, abstract.params)
+    params = jax.jit(lambda key: llama.init_params(shape, key), out_shardings=places)(jax.random.key(config.seed))
+  places = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(lambda p: TrainState.create(p, tx), donate_argnums=0, out_shardings=places)(params)
+
+
+def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
+  """The state as it was after `step`, straight onto its places."""
+  params, _ = checkpoint.restore_params(folder, mesh, 'float32', step)
+  rest = checkpoint.restore_train(folder, step, dict(opt_state=abstract.opt_state, step=abstract.step))
+  return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
 
 
 def _rows(c, chat, files, tokenizer) -> batches.Rows:
+  if c.data == ('corpus',) and c.loss == 'sft':
+    return batches.corpus(_read(files, 'id', 'text'), tokenizer, c.max_length)
   if c.loss == 'dpo':
     fields = ('id', 'prompt', 'chosen', 'rejected', 'chosen_finish', 'rejected_finish')
     return batches.dpo(_read(files, *fields), tokenizer, chat, c.max_length)
-  if c.data == ('corpus',):
-    return batches.corpus(_read(files, 'id', 'text'), tokenizer, c.max_length)
   return batches.sft(_read(files, 'id', 'prompt', 'response'), tokenizer, chat, c.max_length)
 
 
@@ -159,21 +178,14 @@ def _read(files, *fields):
 def _check_rows(config, rows, mesh):
   c = config.train
   if len(rows) < c.batch:
-    raise InputError(f'{config.name} has {len(rows)} rows to train on, fewer than one batch of {c.batch}; '
-                     f'make more data, or lower --config.train.batch')
+    left = ''.join(f', {n} {why}' for why, n in rows.dropped.items())
+    raise InputError(f'{config.name} has {len(rows)} rows to train on (dropped{left or " none"}), fewer than one batch '
+                     f'of {c.batch}; make more data, or lower config.train.batch')
   parts = c.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
   if c.batch % parts:
     raise InputError(f'config.train.batch = {c.batch} does not divide into {c.accumulate} micro-batches over '
-                     f'{parts // c.accumulate} devices (data x fsdp); choose a multiple of {parts}')
-
-
-def _resume(folder, step: int, state: TrainState, mesh) -> TrainState:
-  """The state as it was after `step`, onto the places of a fresh one."""
-  params, _ = checkpoint.restore_params(folder, mesh, 'float32', step)
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                        dict(opt_state=state.opt_state, step=state.step))
-  rest = checkpoint.restore_train(folder, step, shapes)
-  return TrainState(step=jnp.asarray(rest['step']), params=params, opt_state=rest['opt_state'])
+                     f'{parts // c.accumulate} devices (data x fsdp); choose a multiple of {parts}, or move devices '
+                     f'to config.mesh.tensor')
 
 
 if __name__ == '__main__':
