@@ -44,7 +44,7 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
   params = _restore(path / 'params', abstract)
   recorded = _recorded(folder, step)
   found = hash_params(params)
-  if recorded[dtype] != found:
+  if found not in (recorded.get(dtype), recorded['stored']):
     raise InputError(f'{path}/params does not have the hash that it was saved with; the checkpoint is damaged')
   return params, recorded['stored']
 
