@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 from conftest import forward, init, make_mesh, MESHES
 import jax
@@ -124,3 +125,17 @@ def test_samples_follow_temperature_and_top_p(mesh):
   counts = np.bincount(drawn, minlength=TINY.V)
   assert counts[wanted == 0].sum() == 0
   assert stats.chisquare(counts[wanted > 0], 4000 * wanted[wanted > 0]).pvalue > 1e-3
+
+
+def test_the_cache_is_updated_in_place(mesh):
+  """A cache that rode the layers' scan as input and output would be copied at every token."""
+  config = dataclasses.replace(TINY, context=2048, layers=8)
+  rows = dict(prompts=(16, 32), lengths=(16,), words=(16,))
+  rows = {k: jax.ShapeDtypeStruct(s, jnp.uint32 if k == 'words' else jnp.int32) for k, s in rows.items()}
+  compiled = engines.sample.lower(
+      llama.Llama(config), llama.abstract_params(config), **rows, key=jax.random.key(0), eos=jnp.asarray([60]),
+      temperature=1.0, p=0.9, greedy=False, max_tokens=2016).compile()
+  shape = f'f32[8,16,2048,{TINY.K},{TINY.H}]'
+  loops = compiled.as_text().partition('\nENTRY ')[0]  # every computation but the outermost
+  assert f'{shape}{{4,3,2,1,0}} scatter(' in loops
+  assert not re.search(re.escape(shape) + r'\S* copy\(', loops)
