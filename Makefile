@@ -25,7 +25,7 @@ demo: .venv/.installed  ## the whole loop, M0 to M3, in a small world, on this m
 	$(BIN)/python -m srlm_jax.loop --size=tiny --workdir=$(RUN)
 
 test: .venv/.test
-	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder tests/test_loop.py tests
+	$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder tests/test_loop.py tests srlm_jax
 
 test-slow: .venv/.test  ## the tests that are too slow for every change
 	$(BIN)/python -m pytest -q -m slow

@@ -41,8 +41,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
 def spec(dims: str) -> P:
   """The place of an array by its dimensions; a mesh axis is used once, and the first dimension wins.
 
-  >>> spec('DKGH')
-  PartitionSpec('fsdp', 'tensor', None, None)
+  >>> tuple(spec('DKGH'))
+  ('fsdp', 'tensor', None, None)
   """
   used, entries = set(), []
   for dim in dims:
