@@ -20,12 +20,11 @@ from srlm_jax.sandbox import __main__ as sandbox, oracle
 from srlm_jax.train import __main__ as train
 
 MODELS = dict(m0='sandbox_m0', sft='sft', m1='iter1', m2='iter2', m3='iter3')  # model: its file in configs/
-SIZES = ('tiny', 'stories', '7b', '13b', '70b')
 
 
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-  flags.DEFINE_enum('size', '70b', SIZES, 'Of the model and of everything else.')
+  flags.DEFINE_enum('size', '70b', base.SIZES, 'Of the model and of everything else.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny trains its own).')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
   flags.DEFINE_multi_string('set', [], 'Changes a knob: --set=judge.n=1 for every model, --set=m2,m3:train.epochs=2.')
