@@ -18,7 +18,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.name = name
   c.size = size
   c.seed = 0
-  c.m0 = ''                   # folder of M0: Hugging Face or a checkpoint; '' where the loop trains it (tiny)
+  c.m0 = ''                   # the loop's: Hugging Face folder of M0; '' where it is trained (tiny)
   c.model = f'llama2-{size}'  # what M0 must be: a name of models.config.PRESETS
   c.sampler = dict(m1='sft', m2='m1', m3='m2').get(name, '')  # the model that writes this one's data
   c.chat = 'llama2'           # form of prompt and response: plain, llama2, tokenizer (its own)
@@ -45,7 +45,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.sample.dtype = 'bfloat16'
 
   c.prompts = ConfigDict()    # self-instruction creation, PAPER 2.2 and 3.1
-  c.prompts.author = 'm0'     # a model of the run, or a folder: PAPER uses a fixed Llama-2-Chat-70B
+  c.prompts.author = 'm0'     # fixed: a model of the run or a folder (PAPER: Llama-2-Chat-70B); sampler: M_t
   c.prompts.template = 'list'
   c.prompts.count = 5000      # accepted prompts wanted; not in the paper
   c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
@@ -66,7 +66,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.respond.max_tokens = 1024  # not in the paper
 
   c.judge = ConfigDict()
-  c.judge.template = 'additive'  # or multiple files by path; PAPER figure 2
+  c.judge.template = 'additive'  # srlm_jax/data/judge_*.txt by name, or a file by path
   c.judge.on = 'ranked' if name == 'm1' else 'responses'  # what the judge stage judges
   c.judge.lowest = 0.0
   c.judge.highest = 5.0

@@ -133,28 +133,28 @@ def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) ->
 
 def _set(config: ConfigDict, text: str, change: str):
   """Applies KEY=VALUE; the value takes the type of what stands there."""
-  path, equals, value = text.partition('=')
-  *parents, key = path.split('.')
-  place = config
-  for part in (*parents, key):
-    here = config if part == (*parents, key)[0] else place
-    if not isinstance(here, ConfigDict) or part not in here:
-      known = list(here) if isinstance(here, ConfigDict) else []
+  path, _, value = text.partition('=')
+  place, old = None, config
+  for part in path.split('.'):
+    known = old if isinstance(old, ConfigDict) else ()
+    if part not in known:
       raise InputError(f'--set={change}: the config has no key "{part}"{stage.closest(part, known)}')
-    if part != key:
-      place = here[part]
-  old = place[key]
+    place, old = old, old[part]
   try:
-    if not equals or isinstance(old, ConfigDict):
-      raise ValueError('KEY=VALUE with one value')
-    if isinstance(old, bool):
-      place[key] = {'true': True, 'false': False}[value.lower()]
-    elif isinstance(old, tuple):
-      place[key] = tuple(value.split(','))
-    else:
-      place[key] = type(old)(value)
+    place[part] = _like(old, value)
   except (ValueError, KeyError) as error:
     raise InputError(f'--set={change}: {value!r} is no {type(old).__name__} for {path}') from error
+
+
+def _like(old, value: str):
+  """The text as a value of the type of `old`."""
+  if isinstance(old, ConfigDict):
+    raise ValueError('a section holds several values')
+  if isinstance(old, bool):
+    return {'true': True, 'false': False}[value.lower()]
+  if isinstance(old, tuple):
+    return tuple(value.split(','))
+  return type(old)(value)
 
 
 if __name__ == '__main__':

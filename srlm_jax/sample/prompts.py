@@ -1,5 +1,6 @@
 """Writes new prompts from few shots, and filters them (Self-Instruct, Wang et al. 2023; PAPER 2.2)."""
 from collections import Counter
+import functools
 import random
 import re
 import string
@@ -36,39 +37,36 @@ def run(config, workdir):
   s.begin()
   if not stage.is_first_host():
     return s.finish()
-  # The paper's list: what is held out or judged on may not enter.
+  # What is held out or judged on may not enter.
   screen = Filter(c, seeds + [r['prompt'] for r in ranked], [r['prompt'] for r in heldout])
-  attempts = records.Appender(s.folder / 'attempts.jsonl')
+  out = records.Appender(s.folder / 'attempts.jsonl')
   before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
-  engine = None
-  accepted = []
-  for round_ in range(-(-c.max_attempts * c.count // config.sample.slots)):
-    if len(accepted) >= c.count:
-      break
-    first = round_ * config.sample.slots
-    known = before[first:first + config.sample.slots]
-    if len(known) == config.sample.slots:
-      texts = [(a['text'], a['finish']) for a in known]
-    else:
-      if engine is None:
-        engine, tokenizer = engines.load(config, folder, s.title, stop='\n')
-      shots = [draw_shots(c, shown, accepted, f'{config.seed}/{first + i}') for i in range(config.sample.slots)]
-      requests = [engines.Request(str(first + i), [tokenizer.bos_id, *tokenizer.encode(
-          template.replace('{shots}', numbered(shot)))]) for i, shot in enumerate(shots)]
-      texts = [(tokenizer.decode(r.ids), r.finish) for results in engine.generate(requests, sampling) for r in results]
-    fates = []
-    for text, finish in texts:
+  author_of = functools.cache(lambda: engines.load(config, folder, s.title, stop='\n'))  # when there is work to do
+  accepted, first, size = [], 0, config.sample.slots
+  while len(accepted) < c.count and first < c.max_attempts * c.count:
+    texts = [(a['text'], a['finish']) for a in before[first:first + size]]
+    if len(texts) < size:
+      shots = [draw_shots(c, shown, accepted, f'{config.seed}/{first + i}') for i in range(size)]
+      texts = _write(*author_of(), [template.replace('{shots}', numbered(shot)) for shot in shots], first, sampling)
+    attempts = []
+    for i, (text, finish) in enumerate(texts):
       prompt, why = screen(text, finish)
-      if not why:
-        accepted.append(prompt)
-      fates.append(why)
-    attempts.append(list(dict(id=str(first + i), text=text, finish=finish, dropped=why) for i, ((text, finish), why) in
-                         enumerate(zip(texts, fates, strict=True)))[len(known):])
-    stage.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first + len(texts)} attempts')
-  attempts.close()
+      accepted += [prompt] * (not why)
+      attempts.append(dict(id=str(first + i), text=text, finish=finish, dropped=why))
+    out.append(attempts[max(out.count - first, 0):])
+    first += size
+    stage.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
+  out.close()
   accepted = accepted[:c.count]
   records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
-  s.finish(prompts=len(accepted), wanted=c.count, attempts=attempts.count, dropped=dict(screen.dropped))
+  s.finish(prompts=len(accepted), wanted=c.count, attempts=first, dropped=dict(screen.dropped))
+
+
+def _write(engine, tokenizer, texts: list[str], first: int, sampling) -> list[tuple[str, str]]:
+  """(continuation, finish) of each text; attempts are numbered from `first`."""
+  requests = [engines.Request(str(first + i), [tokenizer.bos_id, *tokenizer.encode(text)])
+              for i, text in enumerate(texts)]
+  return [(tokenizer.decode(r.ids), r.finish) for results in engine.generate(requests, sampling) for r in results]
 
 
 class Filter:
