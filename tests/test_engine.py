@@ -50,11 +50,11 @@ def test_log_probs_at_temperature_1_are_the_trainer_s(mesh):
     row = [*request.ids, *result.ids]
     tokens = jnp.asarray([row + [0] * (32 - len(row))])
     mask = jnp.asarray([[0] * len(request.ids) + [1] * len(result.ids) + [0] * (32 - len(row))])
-    logps = losses.token_logps(forward(llama.Llama(TINY), params, tokens)[0], tokens, mask)
+    logps = jax.jit(losses.token_logps)(forward(llama.Llama(TINY), params, tokens)[0], tokens, mask)
     np.testing.assert_allclose(result.logps, logps[0, len(request.ids):len(row)], atol=1e-4)
 
 
-@pytest.mark.parametrize('sampling', [GREEDY, WARM, Sampling(0.7, 0.9, 12)])
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling(0.7, 0.9, 12)])
 def test_neither_slots_nor_company_nor_order_changes_a_record(sampling):
   wanted = {r.id: r for r in run(make(slots=8)[0], RAGGED, sampling)}
   for slots, requests in ((1, RAGGED), (2, RAGGED[::-1]), (4, RAGGED[2:])):
@@ -71,7 +71,7 @@ def test_other_ids_and_other_seeds_give_other_samples():
 
 @pytest.mark.parametrize('shape', MESHES)
 def test_the_same_tokens_on_every_mesh(shape):
-  for sampling in (GREEDY, WARM):
+  for sampling in (WARM,):
     assert [r.ids for r in run(make(shape, slots=8)[0], RAGGED, sampling)] == [
         r.ids for r in run(make(slots=8)[0], RAGGED, sampling)]
 

@@ -130,14 +130,15 @@ def test_bad_records(tmp_path):
   asked = head_to_head.requests(*[head_to_head.read_answers(answers(tmp_path / 'a', ['x']))] * 2)
   path = tmp_path / 'v.jsonl'
   known = asked[0]['id']
-  for text, word in [('{"id": 3, "text": "Winner: A"}', 'no request'),
+  for text, word in [('{"id": "3", "text": "Winner: A"}', 'no request'),
+                     ('{"id": 3, "text": "Winner: A"}', 'v.jsonl:1: "id" is 3, not a text'),
                      ('{"id": "p0"}', 'v.jsonl:1: no field "text"'), ('nonsense', 'v.jsonl:1'),
-                     (json.dumps(dict(id=known, text=None)), 'no string'),
+                     (json.dumps(dict(id=known, text=None)), 'not a text'),
                      ('\n'.join([json.dumps(dict(id=known, text=''))] * 2), 'two replies')]:
     path.write_text(text)
     with pytest.raises(InputError, match=word):
       head_to_head.read_verdicts(path, asked)
-  for fields, word in [(dict(response=None), 'no string'), (dict(prompt_id='p0'), 'two answers')]:
+  for fields, word in [(dict(response=None), 'not a text'), (dict(prompt_id='p0'), 'two answers')]:
     with pytest.raises(InputError, match=word):
       head_to_head.read_answers(answers(tmp_path / 'b', ['x', 'y'], **fields))
   records.write(tmp_path / 'g' / 'graded.jsonl', [dict(prompt_id='p', prompt='', response='', score='3')])

@@ -17,7 +17,7 @@ from srlm_jax import InputError, metrics
 from srlm_jax.data import records
 
 # The sandbox, small enough for a test: M0 learns the forms and little else.
-CHANGES = ('data.documents=5000', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
+CHANGES = ('data.documents=4500', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
            'data.test_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2', 'm2:train.save_every=2',
            'train.batch=8')
 
@@ -174,7 +174,7 @@ def test_the_loop_ends_cleanly_on_real_weights_and_real_data_that_cannot_judge(s
   said = main('loop', '--size=stories', f'--workdir={tmp_path}', f'--m0={stories}',
               f'--data={DATA / "oasst1" / "validation.en.messages.jsonl.gz"}', '--set=prompts.count=8',
               '--set=data.ranked_eval=4', '--set=data.test_prompts=4', '--set=data.ift=24',
-              '--set=respond.max_tokens=32', '--set=judge.max_tokens=32')
+              '--set=respond.max_tokens=32', '--set=judge.max_tokens=32', '--set=sample.slots=32')
   assert re.search(r'm2 was not trained: \d+ of 96 judgements parsed and \d+ pairs are left', said), said
   assert '--set=judge.template' in said and list(table(said)) == ['m0', 'sft', 'm1']
   assert json.loads((tmp_path / 'results.json').read_text())['stopped']

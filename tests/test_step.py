@@ -1,7 +1,7 @@
 import dataclasses
 import math
 
-from conftest import init, make_mesh, MESHES
+from conftest import init, make_mesh
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +68,7 @@ def test_the_first_dpo_step_gives_ln_2_in_bf16():
 @pytest.mark.parametrize('loss', ['sft', 'dpo'])
 def test_every_mesh_trains_the_same(loss):
   wanted, params = train((1, 1, 1), knobs(loss))
-  for shape in MESHES[2:]:
+  for shape in [(2, 2, 2)]:  # every axis at once; logits on each axis alone: test_llama
     found, placed = train(shape, knobs(loss))
     for a, b in zip(wanted, found, strict=True):
       assert a == pytest.approx(b, abs=2e-5, rel=2e-5)
@@ -96,6 +96,7 @@ def test_the_prompt_and_the_padding_do_not_count():
     params = init(TINY)
     mask = jnp.asarray(batch['loss_mask'])
 
+    @jax.jit
     def loss(tokens):
       return train_step._sft(model, config, params, {}, dict(tokens=tokens, loss_mask=mask), None)[0]
     tokens = jnp.asarray(batch['tokens'])

@@ -75,9 +75,6 @@ def _missing(preference) -> bool:
 
 def _read_answers(folder) -> list[dict]:
   answers = list(records.read_shards(folder, 'responses', 'id', 'prompt', 'response'))
-  for a in answers:
-    if not isinstance(a['prompt'], str) or not isinstance(a['response'], str):
-      raise InputError(f'{folder}: answer {a["id"]} has a prompt or response that is no string')
   if not answers:
     raise InputError(f'{folder} holds no answer; answer the held-out prompts first')
   if len({a['prompt'] for a in answers}) < len(answers):
