@@ -39,15 +39,13 @@ class Stage:
     self.started = time.time()
     self._manifest = json.loads(json.dumps(dict(
         stage=self.title, params=params, inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
-        template=hashlib.sha256(template.encode()).hexdigest()[:16], hosts=jax.process_count(),
+        template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config={k: _plain(config[k]) for k in ('seed', *uses)})))
     path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
     if path.exists():
       before = json.loads(path.read_text())
       before.pop('versions')
-      if self.done:  # then it does not matter how many hosts made it
-        before['hosts'] = self._manifest['hosts']
       for change in _changes(before, self._manifest):
         raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
     for folder in {epath.Path(p).parent for p in inputs}:

@@ -51,6 +51,16 @@ def shard_name(stem: str, index: int, count: int) -> str:
   return f'{stem}-{index:05d}-of-{count:05d}.jsonl'
 
 
+def same_hosts(path):
+  """Raises InputError if a killed run left shards of another number of hosts beside this one."""
+  path = epath.Path(path)
+  count = path.stem.rpartition('-')[2]
+  for other in path.parent.glob('*-of-*.jsonl'):
+    if other.stem.rpartition('-')[2] != count:
+      raise InputError(f'{other} is of a run on {int(other.stem.rpartition("-")[2])} hosts, and this one is on '
+                       f'{int(count)}; finish it on as many, or delete {path.parent}')
+
+
 def write(path, records: Iterable[dict]) -> int:
   """Writes a whole file at once, or nothing; returns how many records."""
   path = epath.Path(path)

@@ -113,6 +113,7 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
 
 def run(engine: Engine, requests: Sequence[Request], sampling: Sampling, path, record: Callable, title: str):
   """Appends `record(i, result)` of every request to a file; what a killed run left there is not made again."""
+  records.same_hosts(path)
   out = records.Appender(path)
   start = out.count // engine.slots * engine.slots
   progress = tqdm.tqdm(total=len(requests), initial=start, desc=title, unit='rows', delay=2, leave=False,
