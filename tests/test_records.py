@@ -57,3 +57,10 @@ def test_shards_are_read_in_order_and_a_missing_one_is_noticed(tmp_path):
   (tmp_path / records.shard_name('r', 0, 2)).unlink()
   with pytest.raises(InputError, match='should hold 2 shards'):
     list(records.read_shards(tmp_path, 'r'))
+
+
+def test_shards_of_another_number_of_hosts_are_refused(tmp_path):
+  records.write(tmp_path / records.shard_name('r', 0, 2), [dict(id='a')])
+  records.same_hosts(tmp_path / records.shard_name('r', 1, 2))
+  with pytest.raises(InputError, match='is of a run on 2 hosts, and this one is on 1'):
+    records.same_hosts(tmp_path / records.shard_name('r', 0, 1))
