@@ -7,6 +7,7 @@ import pathlib
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,9 @@ import sentencepiece
 
 from srlm_jax import sharding
 from srlm_jax.models import llama
+
+hypothesis.settings.register_profile('same', deadline=None, derandomize=True)  # a loaded machine is no failure
+hypothesis.settings.load_profile('same')
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(os.environ.get('SRLM_TEST_DATA', ROOT.parent / 'shared' / 'data'))
