@@ -3,6 +3,8 @@ import functools
 import io
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -58,6 +60,13 @@ def stories():
   if not folder.exists():
     pytest.skip(f'{folder} is absent; set SRLM_TEST_DATA to the folder of test data')
   return folder
+
+
+def run_main(module, *flags):
+  """`python -m srlm_jax.MODULE FLAGS` in a process of its own -> (exit code, stdout, stderr)."""
+  command = [sys.executable, '-m', f'srlm_jax.{module}', *flags]
+  done = subprocess.run(command, capture_output=True, text=True)
+  return done.returncode, done.stdout, done.stderr
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 import doctest
+import functools
 import json
 import math
-import subprocess
-import sys
 
+from conftest import run_main
 import pytest
 
 from srlm_jax import InputError
@@ -18,10 +18,7 @@ def annotation(preference, output='four', **fields):
               preference=preference, raw_completion=None) | fields
 
 
-def run(*flags):
-  command = [sys.executable, '-m', 'srlm_jax.eval.alpaca', *flags]
-  done = subprocess.run(command, capture_output=True, text=True)
-  return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_main, 'eval.alpaca')
 
 
 def test_docstrings():

@@ -1,8 +1,8 @@
 import doctest
+import functools
 import json
-import subprocess
-import sys
 
+from conftest import run_main
 import pytest
 
 from srlm_jax import InputError
@@ -24,10 +24,7 @@ def results(path, shift=0.0, without=(), shots=0, **more):
   return path
 
 
-def run(*flags):
-  command = [sys.executable, '-m', 'srlm_jax.eval.harness', *flags]
-  done = subprocess.run(command, capture_output=True, text=True)
-  return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_main, 'eval.harness')
 
 
 def test_docstrings():

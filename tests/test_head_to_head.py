@@ -1,8 +1,8 @@
 import doctest
+import functools
 import json
-import subprocess
-import sys
 
+from conftest import run_main
 from hypothesis import given, strategies as st
 import pytest
 from scipy import stats
@@ -23,10 +23,7 @@ def answers(folder, responses, **fields):
   return folder
 
 
-def run(*flags):
-  command = [sys.executable, '-m', 'srlm_jax.eval.head_to_head', *flags]
-  done = subprocess.run(command, capture_output=True, text=True)
-  return done.returncode, done.stdout, done.stderr
+run = functools.partial(run_main, 'eval.head_to_head')
 
 
 def test_docstrings():
