@@ -46,7 +46,9 @@ def get(name: str, size: str = '70b') -> ConfigDict:
 
   c.prompts = ConfigDict()    # self-instruction creation, PAPER 2.2 and 3.1
   c.prompts.author = 'm0'     # fixed: a model of the run or a folder (PAPER: Llama-2-Chat-70B); sampler: M_t
-  c.prompts.template = 'list'
+  c.prompts.template = 'list'  # srlm_jax/data/author_*.txt by name, or a file by path
+  c.prompts.chat = 'none'     # form in which the author is asked: none (continues the list), or a chat form
+  c.prompts.held_out = ''     # files of evaluation prompts that may not enter (AlpacaEval, MT-Bench), with commas
   c.prompts.count = 5000      # accepted prompts wanted; not in the paper
   c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
   c.prompts.seed_shots = 6
@@ -56,6 +58,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.prompts.top_p = 0.9
   c.prompts.max_tokens = 192  # not in the paper
   c.prompts.rouge = 0.7       # Self-Instruct: ROUGE-L F against every seed and accepted prompt, at most
+  c.prompts.rouge_held_out = 0.7  # the same against held-out and evaluation prompts; not in the paper
   c.prompts.min_words = 4     # Self-Instruct
   c.prompts.max_words = 150   # Self-Instruct
 
@@ -68,8 +71,6 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.judge = ConfigDict()
   c.judge.template = 'additive'  # srlm_jax/data/judge_*.txt by name, or a file by path
   c.judge.on = 'ranked' if name == 'm1' else 'responses'  # what the judge stage judges
-  c.judge.lowest = 0.0
-  c.judge.highest = 5.0
   c.judge.n = 3               # judgements a candidate, averaged; PAPER 3.1
   c.judge.quorum = 2          # parsed judgements that a mean needs; not in the paper
   c.judge.temperature = 0.7   # not in the paper
@@ -78,13 +79,31 @@ def get(name: str, size: str = '70b') -> ConfigDict:
 
   c.eft = ConfigDict()
   c.eft.targets = 'baseline'  # written by the SFT baseline, as in PAPER 3.1; or ranks: people's ranks as scores
+  c.eft.tries = 3             # judgements of each ranked reply; not in the paper
+  c.eft.quorum = 1            # parsed judgements that a reply's mean needs; not in the paper
 
-  c.pairs = ConfigDict()
+  c.pairs = ConfigDict()      # srlm_jax/sample/strategies.py says what each strategy does, and whose it is
+  c.pairs.strategy = 'max_min'  # PAPER 2.2
   c.pairs.unfinished_chosen = False  # may a response cut at the length limit be chosen? not in the paper
+  c.pairs.margin = 1.0        # points between chosen and rejected at least: margin
+  c.pairs.rho = 0.1           # share of the range of scores that makes a band, 0 to 0.5: length_controlled
+  c.pairs.positive = 5.0      # mean score from which a response is a positive, PAPER 3.3: positives_only
+  c.pairs.older = dict(m2='sft', m3='m1').get(name, '')  # the model before the sampler, for those that compare with it
+
+  c.meta_judge = ConfigDict()  # Meta-Rewarding (2407.19594); runs where train.data names judge_pairs
+  c.meta_judge.template = 'meta'
+  c.meta_judge.temperature = 0.7
+  c.meta_judge.top_p = 0.9
+  c.meta_judge.max_tokens = 256
+  c.meta_judge.responses = 1  # a prompt, those on whose judgements the judge differs most
+  c.meta_judge.share = 0.15   # of all pairs to train on, at most
+  c.meta_judge.score_share = 0.5  # of the judge pairs, at most with one score chosen
 
   c.eval = ConfigDict()       # answers to the held-out test prompts
   c.eval.temperature = 0.7
   c.eval.top_p = 0.9
+  c.eval.judgements = 3       # of each ranked reply of the evaluation set, averaged
+  c.eval.quorum = 2           # of them must have a score
   {'tiny': _tiny, 'stories': _stories}.get(size, _published)(c)
   return c.lock()
 
@@ -94,7 +113,8 @@ def check(c: ConfigDict):
   for section, names in dict(
       train=('batch', 'accumulate', 'epochs', 'max_length', 'save_every', 'log_every', 'keep', 'learning_rate'),
       sample=('slots',), respond=('n', 'max_tokens'), judge=('n', 'quorum', 'max_tokens'),
-      prompts=('count', 'max_attempts', 'max_tokens')).items():
+      prompts=('count', 'max_attempts', 'max_tokens'), eft=('tries', 'quorum'), eval=('judgements', 'quorum'),
+      meta_judge=('max_tokens', 'responses')).items():
     for name in names:
       if c[section][name] <= 0:
         raise InputError(f'config.{section}.{name} is {c[section][name]}; it must be above 0')
@@ -103,8 +123,14 @@ def check(c: ConfigDict):
       raise InputError(f'config.{section}.dtype is {c[section].dtype!r}; it is float32 or bfloat16')
   if c.train.loss not in ('sft', 'dpo'):
     raise InputError(f'config.train.loss is {c.train.loss!r}; it is sft or dpo')
-  if c.judge.quorum > c.judge.n:
-    raise InputError(f'config.judge.quorum is {c.judge.quorum}, more than the {c.judge.n} judgements (judge.n)')
+  for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):
+    if c[section].quorum > c[section][name]:
+      raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the {c[section][name]} judgements '
+                       f'({section}.{name})')
+  for key, highest in (('pairs.rho', 0.5), ('meta_judge.share', 0.99), ('meta_judge.score_share', 1)):
+    section, name = key.split('.')
+    if not 0 <= c[section][name] <= highest:
+      raise InputError(f'config.{key} is {c[section][name]}; it is 0 to {highest}')
 
 
 def _train() -> ConfigDict:
@@ -189,6 +215,7 @@ def _tiny(c: ConfigDict):
   c.prompts.count = 400
   c.prompts.max_tokens = 40
   c.prompts.rouge = 0.99      # in so small a world nearly all prompts resemble one another
+  c.prompts.rouge_held_out = 0.99
   c.respond.n = 4
   c.respond.temperature = 1.0  # at 0.7 most candidates of a prompt are equal
   c.respond.top_p = 1.0

@@ -10,12 +10,12 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import ablations, base
 from srlm_jax import checkpoint, InputError, report, stage
-from srlm_jax.data import eft, oasst
+from srlm_jax.data import eft, health, oasst
 from srlm_jax.eval import agreement
 from srlm_jax.models import convert
-from srlm_jax.sample import judge, pairs, prompts, respond
+from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond
 from srlm_jax.sandbox import __main__ as sandbox, oracle
 from srlm_jax.train import __main__ as train
 
@@ -27,13 +27,14 @@ def define_flags():
   flags.DEFINE_enum('size', '70b', base.SIZES, 'Of the model and of everything else.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny trains its own).')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
+  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change of the paper: configs/ablations.py.')
   flags.DEFINE_multi_string('set', [], 'Changes a knob: --set=judge.n=1 for every model, --set=m2,m3:train.epochs=2.')
 
 
 def main(argv):
   stage.refuse_arguments(argv)
   f = flags.FLAGS
-  run(f.size, f.workdir, f.m0, f.data, f.set)
+  run(f.size, f.workdir, f.m0, f.data, [*ablations.changes(f.ablation, f.size), *f.set])
 
 
 def run(size: str, workdir, m0: str, data: str, changes: list[str]):
@@ -84,34 +85,67 @@ def first_model(config, workdir):
 
 def one_model(config, workdir) -> str:
   """Every stage of one model, from its data to its evaluation; says why, if there is nothing to train it on."""
-  if config.name == 'm1':
-    if config.eft.targets == 'baseline':
-      judge.run(config, workdir)
-    eft.run(config, workdir)
-    made = stage.summary(workdir / 'm1' / 'eft')
-    if not made['examples']:
-      return (f'none of {made["replies"]} judged replies gave EFT ({report.counts(made["dropped"])}); start from a '
-              f'stronger model, or take the ranks of people as scores (--set=eft.targets=ranks)')
-  if config.train.loss == 'dpo':
-    prompts.run(config, workdir)
-    made = stage.summary(workdir / config.name / 'prompts')
-    if not made['prompts']:
-      return (f'none of {made["attempts"]} attempts is a usable prompt ({report.counts(made["dropped"])}); name '
-              f'another author (--set=prompts.author=FOLDER), or give it more tokens (--set=prompts.max_tokens=N)')
-    for part in (respond, judge, pairs):
-      part.run(config, workdir)
-    made = stage.summary(workdir / config.name / 'pairs')
-    if made['pairs'] < config.train.batch:
-      return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made["pairs"]} pairs are left '
-              f'({report.counts(made["dropped"])}), fewer than one batch of {config.train.batch}; start from a '
-              f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more '
-              f'prompts (--set=prompts.count=N)')
+  data, why = ','.join(config.train.data).split(','), ''
+  if config.name == 'm1' and 'eft' in data:
+    why = make_eft(config, workdir)
+  elif 'pairs' in data or 'positives' in data:
+    why = make_prompts(config, workdir) or make_pairs(config, workdir, data)
+  if why:
+    return why
   train.run(config, workdir)
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
   respond.run(config, workdir, 'heldout')
   if config.data.source == 'sandbox':
     oracle.run(config, workdir)
+  return ''
+
+
+def make_eft(config, workdir) -> str:
+  """The data that teaches M1 to judge; why there is none, if so."""
+  if config.eft.targets == 'baseline':
+    judge.run(config, workdir)
+    health.run(config, workdir)
+  eft.run(config, workdir)
+  made = stage.summary(workdir / 'm1' / 'eft')
+  return '' if made['examples'] else (
+      f'none of {made["replies"]} judged replies gave EFT ({report.counts(made["dropped"])}); start from a '
+      f'stronger model, or take the ranks of people as scores (--set=eft.targets=ranks)')
+
+
+def make_prompts(config, workdir) -> str:
+  """New prompts; why there are none, if so."""
+  prompts.run(config, workdir)
+  made = stage.summary(workdir / config.name / 'prompts')
+  return '' if made['prompts'] else (
+      f'none of {made["attempts"]} attempts is a usable prompt ({report.counts(made["dropped"])}); name '
+      f'another author (--set=prompts.author=FOLDER), or give it more tokens (--set=prompts.max_tokens=N)')
+
+
+def make_pairs(config, workdir, data: list[str]) -> str:
+  """Candidates, judgements, and what the strategy of `pairs.strategy` makes of them; why there is too little, if so."""
+  respond.run(config, workdir)
+  judge.run(config, workdir)
+  if config.pairs.strategy == 'consistency':
+    judge.run(config, workdir, 'again')
+  elif config.pairs.strategy == 'agreement':
+    implicit.run(config, workdir)
+  elif config.pairs.strategy == 'temporal':
+    respond.run(config, workdir, 'older')
+    judge.run(config, workdir, 'older')
+  pairs.run(config, workdir)
+  health.run(config, workdir)
+  made = stage.summary(workdir / config.name / 'pairs')
+  few = made['pairs'] < config.train.batch if 'pairs' in data else not made['positives']
+  if few:
+    kind, limit = ('pairs', f'fewer than one batch of {config.train.batch}') if 'pairs' in data else (
+        'positives', f'and positives are what scores {config.pairs.positive:g} or more')
+    return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made[kind]} {kind} are left '
+            f'({report.counts(made["dropped"])}), {limit}; start from a '
+            f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more '
+            f'prompts (--set=prompts.count=N)')
+  if 'judge_pairs' in data:
+    meta_judge.run(config, workdir)
   return ''
 
 

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib import figure, ticker
 
 from srlm_jax import InputError
-from srlm_jax.data import scores as scoring
+from srlm_jax.data import health, scores as scoring
 
 # Column of the table: (heading, stage, key of its JSON, digits).
 COLUMNS = (
@@ -31,10 +31,8 @@ COLUMNS = (
 )
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3')  # in the order of their training
 DATA = ('prompts', 'respond', 'judge', 'pairs')
-STAGES = ('seeds', *DATA, 'eft', 'model', 'judge_eval', 'agreement', 'answers', 'oracle')
-PARSED = 0.9     # share of judgements that should have a score
-ONE_SCORE = 0.5  # share of scores that one value may take
-LONGER = 1.5     # characters of the chosen by those of the rejected
+STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implicit', 'meta_judge', 'health', 'eft',
+          'model', 'judge_eval', 'agreement', 'answers', 'oracle')
 SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
 
 
@@ -117,7 +115,7 @@ def _iteration(folder, stages) -> dict:
   shown = [first[kind] for kind in sorted(first)][:SAMPLES['judgements']]
   responses = {r['id']: r for r in _shards(folder / 'respond', 'responses')}
   return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
-              judge=stages[folder.name, 'judge'][0]['config']['judge'] if judgements else None,
+              judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
               shown=[(j, responses.get(j['response_id'])) for j in shown],
               made=_read(folder / 'pairs' / 'done.json'), pairs=_lines(folder / 'pairs' / 'pairs.jsonl'))
 
@@ -148,7 +146,9 @@ def head(page: dict) -> list[str]:
   if begun := [f'{owner}/{name}' for (owner, name), (_, done) in page['stages'].items() if not done]:
     text.append(f'Begun and not finished: {", ".join(begun)}.')
   if judge := next((c['judge'] for c in configs if 'judge' in c), None):
-    text.append(f'Judge: template {judge["template"]}, scores {judge["lowest"]:g} to {judge["highest"]:g}; '
+    scale = next((f', scores {done["lowest"]:g} to {done["highest"]:g}'
+                  for (_, name), (_, done) in page['stages'].items() if name == 'judge' and done), '')
+    text.append(f'Judge: template {judge["template"]}{scale}; '
                 f'{judge["n"]} judgements a response, of which {judge["quorum"]} must have a score.')
   return text
 
@@ -159,26 +159,9 @@ def warnings(page: dict) -> list[str]:
   judged |= {f'{m}/judge_eval': judgements for m, judgements in page['judged_eval'].items()}
   texts = {f'{i["model"]}/respond': i['responses'] for i in page['iterations']}
   texts |= {f'{m}/answers': answers.values() for m, answers in page['answers'].items()}
-  found = []
-  for title, judgements in judged.items():
-    scores = [round(j['score']) for j in judgements if j['score'] is not None]
-    if len(scores) < PARSED * len(judgements):
-      found.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score (the others: '
-                   f'{counts(_unparsed(judgements))}), fewer than {PARSED:.0%}.')
-    for value, count in Counter(scores).items():
-      if count > ONE_SCORE * len(scores):
-        found.append(f'{title}: {count / len(scores):.0%} of the scores are {value}; such a judge hardly '
-                     'tells one response from another.')
-  for title, responses in texts.items():
-    finish = Counter(r['finish'] for r in responses)
-    if finish['length'] > finish['eos']:
-      found.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, {finish["eos"]:,} '
-                   'are finished; the model does not end its answers, or the limit is too low.')
-  for i in page['iterations']:
-    chosen, rejected = (sum(len(p[side]) for p in i['pairs']) for side in ('chosen', 'rejected'))
-    if chosen > LONGER * rejected:
-      found.append(f'{i["model"]}/pairs: a chosen response has {chosen / len(i["pairs"]):,.0f} characters, a '
-                   f'rejected one {rejected / len(i["pairs"]):,.0f}; the model may learn length alone.')
+  found = [sentence for title, judgements in judged.items() for sentence in health.warn_judgements(title, judgements)]
+  found += [sentence for title, made in texts.items() for sentence in health.warn_responses(title, made)]
+  found += [sentence for i in page['iterations'] for sentence in health.warn_pairs(f'{i["model"]}/pairs', i['pairs'])]
   for (owner, name), (_, done) in page['stages'].items():
     if name == 'model' and done and sum(done['dropped'].values()) > done['rows']:
       found.append(f'{owner}/model: trained on {done["rows"]:,} rows; dropped {counts(done["dropped"])}.')
@@ -188,7 +171,7 @@ def warnings(page: dict) -> list[str]:
 def yields(iteration: dict) -> dict[str, str]:
   """What each step of one iteration was given and gave, by label; a reason a line."""
   prompts, judgements, made = iteration['prompts'], iteration['judgements'], iteration['made']
-  finish, unparsed = Counter(r['finish'] for r in iteration['responses']), _unparsed(judgements)
+  finish, unparsed = Counter(r['finish'] for r in iteration['responses']), health.unparsed(judgements)
   found = {}
   if prompts:
     found = {'prompts wanted': prompts['wanted'], 'attempts': prompts['attempts'],
@@ -200,6 +183,7 @@ def yields(iteration: dict) -> dict[str, str]:
     found |= {'judgements': len(judgements), 'parsed': len(judgements) - unparsed.total(),
               'not parsed': unparsed}
   if made:
+    found |= {'positives': made['positives']} if made.get('positives') else {}
     found |= {'pairs': made['pairs'], 'pairs per 1,000 prompts': made['pairs_per_1000_prompts'],
               'prompts without a pair': made['dropped'], 'chosen minus rejected: score': made['margin'],
               'chosen minus rejected: characters': made['chosen_minus_rejected_characters']}
@@ -217,8 +201,8 @@ def plots(page: dict) -> dict[str, list[tuple[str, str]]]:
                                  f'{name} of {model}: {a:.4g} at step {first}, {b:.4g} at step {last}'))
   for i in page['iterations']:
     if scores := scoring.histogram(j['score'] for j in i['judgements'] if j['score'] is not None):
-      values = range(round(i['judge']['lowest']), round(i['judge']['highest']) + 1)
-      bars = {str(v): scores.get(str(v), 0) for v in values} if len(values) <= 11 else scores
+      values = range(round(i['judge']['lowest']), round(i['judge']['highest']) + 1) if i['judge'] else ()
+      bars = {str(v): scores.get(str(v), 0) for v in values} if 0 < len(values) <= 11 else scores
       made['scores'].append((_bars(f'{i["model"]}: scores', bars), f'scores for {i["model"]}: {bars}'))
   if scores := {m: round(o['score'], 3) for m, o in page['oracle'].items()}:
     errors = [o['standard_error'] for o in page['oracle'].values()]
@@ -274,10 +258,6 @@ def _cells(rows: list[dict]) -> list[list[str]]:
   shown = [(h, digits) for h, _, _, digits in COLUMNS if any(r[h] is not None for r in rows)]
   return [['model', *(heading for heading, _ in shown)], *(
       [row['model'], *('-' if row[h] is None else f'{row[h]:.{d}f}' for h, d in shown)] for row in rows)]
-
-
-def _unparsed(judgements) -> Counter:
-  return Counter(j['reason'] for j in judgements if j['score'] is None)
 
 
 def _shards(folder, stem: str) -> list[dict]:

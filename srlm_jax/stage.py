@@ -31,7 +31,7 @@ class Stage:
 
   def __init__(self, config: ConfigDict, workdir, name: str, uses: tuple[str, ...], inputs=(), params: str = '',
                template: str = '', model: str | None = None):
-    """`uses`: the sections of the config that change what the stage writes; `inputs`: files that it reads;
+    """`uses`: what of the config changes what the stage writes, SECTION or SECTION.KEY; `inputs`: files that it reads;
     `params`: the hash of the parameters that it runs; `template`: the text of its template. Raises InputError if
     the folder was made with others, or if a stage that it reads from has not finished."""
     self.folder = epath.Path(workdir) / (model or config.name) / name
@@ -40,7 +40,7 @@ class Stage:
     self._manifest = json.loads(json.dumps(dict(
         stage=self.title, params=params, inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
-        config={k: _plain(config[k]) for k in ('seed', *uses)})))
+        config={k: _plain(_look_up(config, k)) for k in ('seed', *uses)})))
     path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
     if path.exists():
@@ -235,6 +235,12 @@ def _parse_flags(argv):
 def _relative(path, workdir):
   path, workdir = epath.Path(path).resolve(), epath.Path(workdir).resolve()
   return path.relative_to(workdir) if path.is_relative_to(workdir) else path
+
+
+def _look_up(config, path: str):
+  for key in path.split('.'):
+    config = config[key]
+  return config
 
 
 def _plain(value):

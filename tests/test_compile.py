@@ -26,6 +26,7 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
     reference = checkpoint.abstract_on(mesh, params, c.dtype)
     batch = {k: jax.ShapeDtypeStruct((16, 2, 512), jnp.int32, sharding=sharding.named(mesh, 'BTT'))
              for k in ('tokens', 'loss_mask')}
+    batch['confidence'] = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=sharding.named(mesh, 'B'))
     step = train_step.make(llama.Llama(config, remat=c.remat), tx, c, state)
     compiled = step.lower(state, reference, batch, jax.random.key(0)).compile()
   memory = compiled.memory_analysis()

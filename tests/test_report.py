@@ -12,7 +12,8 @@ from srlm_jax import InputError, report
 from srlm_jax.data import records
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
-JUDGE = dict(template='additive', lowest=0.0, highest=5.0, n=2, quorum=1)
+JUDGE = dict(template='additive', n=2, quorum=1)
+SCALE = dict(lowest=0.0, highest=5.0)
 STOPPED = '3 pairs are left (7 all scores equal), fewer than one batch of 8'
 
 
@@ -59,7 +60,7 @@ def data(workdir, name):
   judgements = [dict(id=f'{r["id"]}/{j}', response_id=r['id'], j=j, text=f'Judged {EVIL}',
                      score=float((k + j) % 6), reason='', finish='eos')
                 for k, r in enumerate(responses) for j in range(2)]
-  records.write(stage(folder, 'judge', {}, judge=JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
+  records.write(stage(folder, 'judge', SCALE, judge=JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
   pairs = [dict(id=f'p{i}', prompt=f'Paired prompt {i}', chosen=f'the better {EVIL}',
                 rejected=f'the worse {EVIL}', chosen_score=4.5, rejected_score=1.0, chosen_finish='eos',
                 rejected_finish='length') for i in range(3)]
@@ -75,7 +76,7 @@ def workdir(tmp_path):
   for name in ('m0', 'sft', 'm1'):
     model(tmp_path, name)
   stage(tmp_path / 'm1', 'eft', dict(
-      examples=90, replies=113, dropped={'against the order of people': 6}, of_the_commonest_score=17,
+      examples=90, replies=113, dropped={'against the order of people': 6, 'of the commonest score': 17},
       scores_before={'0': 40, '4': 67}, scores={'0': 40, '4': 50}))
   data(tmp_path, 'm2')
   model(tmp_path, 'm2', 'dpo')
@@ -112,7 +113,7 @@ def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
   assert 'pairs per 1,000 prompts 300.0 300.0' in words
   assert 'chosen minus rejected: characters 1.25 1.25' in words
-  assert '90 examples from 113 ranked replies' in words and 'commonest: 17' in words
+  assert '90 examples from 113 ranked replies' in words and '17 of the commonest score' in words
   assert 'before 40 67 kept 40 50' in words
   assert 'pairs 12.5 12.5' in words and 'Together 375 s' in words
   for alt in ('margin of m2: 0 at step 1, 0.3 at step 31', 'accuracy of m2: 0.5 at', 'loss of m0: 0.6931 at',
@@ -169,7 +170,8 @@ def test_known_failures_are_said_in_words():
   scores = [4.0] * 8 + [1.0] + [None] * 2
   judgements = [dict(score=score, reason='' if score else 'unreadable') for score in scores]
   iteration = dict(model='m2', judgements=judgements, pairs=[dict(chosen='x' * 31, rejected='y' * 20)],
-                   responses=[dict(finish='length')] * 3 + [dict(finish='eos')] * 2)
+                   responses=[dict(finish=how, prompt_id=str(i), response='x') for i, how in enumerate(
+                       ['length'] * 3 + ['eos'] * 2)])
   page = dict(iterations=[iteration], judged_eval={}, answers={},
               stages={('m2', 'model'): ({}, dict(rows=9, dropped={'longer than 512 tokens': 10}))})
   found = '\n'.join(report.warnings(page))
@@ -180,7 +182,7 @@ def test_known_failures_are_said_in_words():
                'm2/model: trained on 9 rows; dropped 10 longer than 512 tokens'):
     assert text in found
   iteration.update(judgements=judgements[4:9] + judgements[8:9] * 3,
-                   pairs=[dict(chosen='x' * 30, rejected='y' * 20)], responses=[dict(finish='eos')])
+                   pairs=[dict(chosen='x' * 30, rejected='y' * 20)], responses=[dict(finish='eos', prompt_id='p', response='x')])
   page['stages'] = {}
   assert report.warnings(page) == []
 

@@ -11,9 +11,11 @@ import pytest
 import sentencepiece
 
 from srlm_jax import InputError
+from srlm_jax.data import judges
 from srlm_jax.sandbox import corpus, world
 
 SIZES = (120, 60, 40, 50)
+JUDGE = judges.load('sandbox')
 
 
 def draw(count, seed=0):
@@ -27,13 +29,13 @@ def template(name):
 
 @pytest.fixture(scope='module')
 def texts():
-  return list(corpus.documents(0, 2000, set()))
+  return list(corpus.documents(0, 2000, set(), JUDGE))
 
 
 @pytest.fixture(scope='module')
 def tokenizer(texts, tmp_path_factory):
   path = tmp_path_factory.mktemp('sandbox') / 'tokenizer.model'
-  corpus.train_tokenizer(texts, path, 640)
+  corpus.train_tokenizer(texts, path, 640, JUDGE)
   return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
 
 
@@ -64,7 +66,6 @@ def test_the_score_follows_from_the_review():
   for i, prompt in enumerate(draw(600)):
     review = world.review(prompt, world.answer(prompt, rng, i % 6))
     assert [score for score, end in ends.items() if re.search(end + '$', review)] == [i % 6]
-    assert world.judgement(prompt, 'x', 3).endswith('\nScore: 3')
 
 
 def test_odd_answers_are_graded_too():
@@ -116,22 +117,22 @@ def test_seeds_are_the_same_for_the_same_seed_and_share_no_prompt():
 
 
 def test_the_corpus_repeats_itself_and_leaves_out_what_is_excluded(texts):
-  assert list(corpus.documents(0, 50, set())) == texts[:50]
+  assert list(corpus.documents(0, 50, set(), JUDGE)) == texts[:50]
   excluded = {prompt for prompt in draw(3000, seed=5) if any(prompt in text for text in texts)}
   assert len(excluded) > 50
-  for text in corpus.documents(0, 2000, excluded):
+  for text in corpus.documents(0, 2000, excluded, JUDGE):
     assert not any(prompt in text for prompt in excluded)
 
 
 def test_some_judgements_of_the_corpus_have_a_score_and_some_scores_are_wrong(texts):
-  judged = [text for text in texts if text.startswith('User: ' + template('judge_sandbox')[:20])]
+  judged = [text for text in texts if text.startswith('User: ' + JUDGE.text[:20])]
   scored = [text for text in judged if re.search(r'\nScore: [0-5]$', text)]
   assert 0.7 < len(scored) / len(judged) < 0.9
   assert {text[-1] for text in scored} == set('012345')
 
 
 def test_the_tokenizer_returns_every_text(tokenizer, texts):
-  asked = template('judge_sandbox').format(prompt='Name two nice fruits.', response='Sure, pear and fig.')
+  asked = JUDGE.render(prompt='Name two nice fruits.', response='Sure, pear and fig.')
   for text in [*texts[:200], asked, template('author_sandbox'), string.printable[:95], 'a\n\n b  c']:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -144,8 +145,8 @@ def test_the_pieces_of_a_prompt_begin_the_pieces_of_the_whole(tokenizer):
   rng = np.random.default_rng(6)
   for i, prompt in enumerate(draw(200)):
     response = world.answer(prompt, rng, i % 6)
-    question = template('judge_sandbox').format(prompt=prompt, response=response)
+    question = JUDGE.render(prompt=prompt, response=response)
     listed = template('author_sandbox').format(shots='\n'.join([*(f'{n}. {prompt}' for n in range(1, 9)), '9.']))
     for text, reply in ((f'User: {prompt}\nAssistant:', response), (listed, prompt),
-                        (f'User: {question}\nAssistant:', world.judgement(prompt, response, 3))):
+                        (f'User: {question}\nAssistant:', f'{world.review(prompt, response)}\n{JUDGE.state(3)}')):
       assert tokenizer.encode(text) + tokenizer.encode(reply) == tokenizer.encode(f'{text} {reply}')

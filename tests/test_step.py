@@ -28,7 +28,8 @@ def rows(loss):
   lengths = rng.integers(6, 16, shape[:-1])
   mask = (np.arange(16) >= 4) & (np.arange(16) < lengths[..., None])
   tokens = rng.integers(1, TINY.V, shape) * (np.arange(16) < lengths[..., None])
-  return dict(tokens=tokens.astype(np.int32), loss_mask=mask.astype(np.int32))
+  batch = dict(tokens=tokens.astype(np.int32), loss_mask=mask.astype(np.int32))
+  return dict(batch, confidence=np.ones(8, np.float32)) if loss == 'dpo' else batch
 
 
 def train(shape, config, steps=2, model_config=TINY):

@@ -19,6 +19,7 @@ class Rows:
   tokens: np.ndarray     # [N, T] (SFT) or [N, 2, T] (DPO: chosen, rejected)
   loss_mask: np.ndarray  # the same shape; 1 = this token is predicted and counts
   dropped: dict[str, int]  # why examples were left out
+  confidence: np.ndarray | None = None  # [N] of DPO's pairs: the probability that chosen is the better one
 
   def __len__(self):
     return len(self.ids)
@@ -31,7 +32,8 @@ class Rows:
       order = np.random.default_rng((seed, int(epoch))).permutation(len(self))
       here = wanted // len(self) == epoch
       rows[here] = order[wanted[here] % len(self)]
-    return dict(tokens=self.tokens[rows], loss_mask=self.loss_mask[rows])
+    batch = dict(tokens=self.tokens[rows], loss_mask=self.loss_mask[rows])
+    return batch if self.confidence is None else dict(batch, confidence=self.confidence[rows])
 
 
 def sft(examples: Iterable[dict], tokenizer, chat: str, max_length: int) -> Rows:
@@ -57,15 +59,22 @@ def corpus(documents: Iterable[dict], tokenizer, max_length: int) -> Rows:
 
 
 def dpo(pairs: Iterable[dict], tokenizer, chat: str, max_length: int) -> Rows:
-  """Records with prompt, chosen and rejected -> rows [N, 2, T]; a response cut by length gets no eos."""
-  encoded, dropped = {}, {}
+  """Records with prompt, chosen and rejected -> rows [N, 2, T]; a response cut by length gets no eos.
+
+  A record may say how sure it is that chosen is the better one (`confidence`, 0 to 1; without it 1).
+  """
+  encoded, dropped, confidence = {}, {}, {}
   for pair in pairs:
     if pair['chosen'].strip() == pair['rejected'].strip():
       raise InputError(f'pair {pair["id"]}: chosen and rejected are the same text; there is nothing to prefer')
     both = [_row(pair['prompt'], pair[side], pair[f'{side}_finish'] == 'eos', tokenizer, chat, max_length)
             for side in ('chosen', 'rejected')]
     _keep(encoded, dropped, pair['id'], both)
-  return _rows(encoded, dropped, max_length, 'no pair is left to train on')
+    confidence[pair['id']] = pair.get('confidence', 1.0)
+    if not isinstance(confidence[pair['id']], int | float) or not 0 <= confidence[pair['id']] <= 1:
+      raise InputError(f'pair {pair["id"]}: its confidence is {confidence[pair["id"]]!r}; it is a number from 0 to 1')
+  rows = _rows(encoded, dropped, max_length, 'no pair is left to train on')
+  return dataclasses.replace(rows, confidence=np.asarray([confidence[name] for name in rows.ids], np.float32))
 
 
 def _row(prompt, response, finished, tokenizer, chat, max_length):

@@ -1,77 +1,115 @@
-"""Builds EFT, what teaches a model to judge: judge prompts with a justification and a score as the answer."""
+"""Builds EFT, what teaches a model to judge: judge prompts with a justification and a score as the answer (PAPER 3.1).
+
+The SFT baseline judges every ranked reply several times (`eft.tries`); a reply's score is the mean of its parsed
+judgements. The paper keeps what agrees with the ranking of people and does not say what partial agreement counts as.
+The rule here, for one prompt: every reply has a score (`eft.quorum` parsed judgements); no two replies are scored
+against people's order; and at least two are scored in it. So ties are allowed where something is in order. A reply's
+target is then the judgement whose score is nearest to its mean. Last, of the commonest score as many are dropped as
+it has more than the next.
+"""
 from collections import Counter
 
 from srlm_jax import InputError
-from srlm_jax.data import records, scores as scoring, templates
+from srlm_jax.data import judges, records, scores as scoring
 
 
 def run(config, workdir):
-  """The seeds' ranked replies, and the SFT baseline's judgements of them (MODEL/judge) -> MODEL/eft/eft.jsonl."""
+  """The seeds' ranked replies, and the SFT baseline's judgements of them (MODEL/judge) -> MODEL/eft/eft.jsonl, and
+  dropped.jsonl: every reply that is not in it, with the reason."""
   from srlm_jax import stage  # here, for stage knows JAX and data does not
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge'
   baseline = config.eft.targets == 'baseline'
   if config.eft.targets not in ('baseline', 'ranks'):
     raise InputError(f'config.eft.targets is {config.eft.targets!r}; it is baseline or ranks')
-  judge = templates.load_judge(config.judge.template, config.judge.lowest, config.judge.highest)
-  s = stage.Stage(config, workdir, 'eft', ('eft', 'judge'), template=judge.text,
+  judge = judges.load(config.judge.template)
+  s = stage.Stage(config, workdir, 'eft', ('eft', 'judge.template'), template=str(judge),
                   inputs=[source, *(sorted(folder.glob('judgements-*.jsonl')) if baseline else [])])
   if s.done:
     return
   ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == 'train']
-  for r in ranked:
-    if len(r['replies']) < 2 or sorted(reply['rank'] for reply in r['replies']) != list(range(len(r['replies']))):
-      raise InputError(f'{source}: the replies of {r["id"]} are not ranked 0, 1, ..; mend or delete that record')
+  check(ranked, source)
   if baseline:
-    scores = scoring.by_response(records.read_shards(folder, 'judgements', 'response_id', 'score', 'text'), 1)
-    examples, dropped = from_baseline(ranked, scores, judge)
+    judgements = list(records.read_shards(folder, 'judgements', 'response_id', 'score', 'text', 'finish'))
+    agreed, dropped = from_baseline(ranked, scoring.by_response(judgements, config.eft.quorum), judge)
   else:
-    examples, dropped = from_ranks(ranked, judge), Counter()
-  if not examples:
+    judgements = []
+    agreed, dropped = from_ranks(ranked, judge)
+  kept = balance(agreed)
+  names = {e['id'] for e in kept}
+  dropped |= {e['id']: 'of the commonest score' for e in agreed if e['id'] not in names}
+  replies = sum(len(r['replies']) for r in ranked)
+  found = dict(
+      examples=len(kept), prompts=len(ranked), replies=replies, judgements=len(judgements),
+      parsed=sum(j['score'] is not None for j in judgements),
+      dropped=dict(sorted(Counter(dropped.values()).items())),
+      scores_judged=scoring.histogram(j['score'] for j in judgements if j['score'] is not None),
+      scores_before=scoring.histogram(e['score'] for e in agreed), scores=scoring.histogram(e['score'] for e in kept))
+  stage.say(f'{s.title}: {table(found)}')
+  if not kept:
     stage.say(f'{s.title}: no judgement of the SFT baseline agrees with people on any of {len(ranked)} prompts; '
               f'a model this weak cannot write EFT, and eft.targets=ranks can take its place')
-  before = scoring.histogram(e['score'] for e in examples)
-  kept = balance(examples)
   s.begin()
   if stage.is_first_host():
+    records.write(s.folder / 'dropped.jsonl', (dict(id=name, why=why) for name, why in sorted(dropped.items())))
     records.write(s.folder / 'eft.jsonl', kept)
-  s.finish(examples=len(kept), replies=sum(len(r['replies']) for r in ranked), dropped=dict(dropped),
-           of_the_commonest_score=len(examples) - len(kept), scores_before=before,
-           scores=scoring.histogram(e['score'] for e in kept))
+  s.finish(**found)
 
 
-def from_baseline(ranked, scores: dict[str, scoring.Score], judge) -> tuple[list[dict], Counter]:
-  """Keeps a prompt if the mean scores of its replies put no two replies against people's order, and at least two in
-  it; a reply's target is the judgement whose score is nearest to its mean (the first of equals)."""
-  examples, dropped = [], Counter()
+def check(ranked: list[dict], source):
+  """Raises InputError where ranks are not a ranking: 0 the best, equal ranks for equals, as 0, 1, 1, 3."""
   for r in ranked:
-    replies = [(reply, scores.get(f'{r["id"]}/{reply["id"]}')) for reply in r['replies']]
-    means = [(reply['rank'], s.mean) for reply, s in replies if s is not None and s.mean is not None]
-    if len(means) < len(replies):
-      dropped['a reply without a parsed score'] += 1
+    ranks = sorted(reply['rank'] for reply in r['replies'])
+    if len(ranks) < 2 or any(ranks.index(rank) != rank for rank in ranks):
+      raise InputError(f'{source}: the ranks {ranks} of the replies of {r["id"]} are not a ranking (0 is the best, '
+                       f'then 1, ..; equals share a rank); mend or delete that record')
+    for reply in r['replies']:
+      if not str(reply.get('text') or '').strip():
+        raise InputError(f'{source}: a reply of {r["id"]} has no text; mend or delete that record')
+
+
+def from_baseline(ranked, scores: dict[str, scoring.Score], judge) -> tuple[list[dict], dict[str, str]]:
+  """-> the examples by the rule above, and {reply id: why} of the others."""
+  examples, dropped = [], {}
+  for r in ranked:
+    replies = [(reply, scores.get(_name(r, reply))) for reply in r['replies']]
+    why = _disagreement([(reply['rank'], s.mean if s else None) for reply, s in replies])
+    if why:
+      dropped |= {_name(r, reply): why for reply, _ in replies}
       continue
-    ordered = [(b[1] - a[1]) * (a[0] - b[0]) for i, a in enumerate(means) for b in means[i + 1:]]
-    if min(ordered) < 0:
-      dropped['against the order of people'] += 1
-    elif max(ordered) == 0:
-      dropped['all scores equal'] += 1
-    else:
-      for reply, s in replies:
-        target = min((j for j in s.judgements if j['score'] is not None), key=lambda j: abs(j['score'] - s.mean))
-        examples.append(_example(r, reply, target['text'], target['score'], judge))
+    for reply, s in replies:
+      finished = [j for j in s.judgements if j['score'] is not None and j['finish'] == 'eos']
+      if not finished:
+        dropped[_name(r, reply)] = 'no finished judgement'
+        continue
+      target = min(finished, key=lambda j: abs(j['score'] - s.mean))  # the first of equals
+      examples.append(_example(r, reply, target['text'], target['score'], judge))
   return examples, dropped
 
 
-def from_ranks(ranked, judge) -> list[dict]:
+def _disagreement(replies: list[tuple[int, float | None]]) -> str:
+  """Why the (rank, score) of one prompt's replies do not agree; '' where they do."""
+  if any(score is None for _, score in replies):
+    return 'a reply of the prompt without a score'
+  orders = [(b[1] - a[1]) * (a[0] - b[0]) for i, a in enumerate(replies) for b in replies[i + 1:]]
+  if min(orders) < 0:
+    return 'against the order of people'
+  return '' if max(orders) > 0 else 'no two scored in the order of people'
+
+
+def from_ranks(ranked, judge) -> tuple[list[dict], dict[str, str]]:
   """People's ranks as scores, best highest and worst lowest, evenly between; the justification only states the rank."""
-  examples = []
+  examples, dropped = [], {}
   for r in ranked:
-    last = len(r['replies']) - 1
+    last = max(reply['rank'] for reply in r['replies'])
     for reply in r['replies']:
-      score = round(judge.highest - (judge.highest - judge.lowest) * reply['rank'] / last)
-      text = f'People ranked it {reply["rank"] + 1} of {last + 1}.\nScore: {score}'
-      examples.append(_example(r, reply, text, float(score), judge))
-  return examples
+      if not last:
+        dropped[_name(r, reply)] = 'people rank all equal'
+        continue
+      score = judge.nearest(judge.highest - (judge.highest - judge.lowest) * reply['rank'] / last)
+      text = f'People ranked it {reply["rank"] + 1} of {len(r["replies"])}.\n{judge.state(score)}'
+      examples.append(_example(r, reply, text, score, judge))
+  return examples, dropped
 
 
 def balance(examples: list[dict]) -> list[dict]:
@@ -85,9 +123,25 @@ def balance(examples: list[dict]) -> list[dict]:
   return [e for e in examples if e['id'] not in left_out]
 
 
+def table(found: dict) -> str:
+  """The yield, why the rest was dropped, and the scores before and after, laid out for reading."""
+  lines = [f'{found["examples"]} examples from {found["replies"]} ranked replies of {found["prompts"]} prompts',
+           f'  {"judgements parsed":40}{found["parsed"]:8} of {found["judgements"]}']
+  lines += [f'  {"dropped, " + why:40}{count:8}' for why, count in found['dropped'].items()]
+  columns = dict(judged=found['scores_judged'], agreed=found['scores_before'], kept=found['scores'])
+  lines.append(f'  {"score":>5}' + ''.join(f'{name:>8}' for name in columns))
+  for score in sorted({key for column in columns.values() for key in column}, key=float):
+    lines.append(f'  {score:>5}' + ''.join(f'{column.get(score, 0):8}' for column in columns.values()))
+  return '\n'.join(lines)
+
+
 def _example(ranked, reply, text: str, score: float, judge) -> dict:
-  return dict(id=f'{ranked["id"]}/{reply["id"]}', prompt=judge.render(ranked['prompt'], reply['text']), response=text,
-              score=score)
+  return dict(id=_name(ranked, reply), prompt=judge.render(prompt=ranked['prompt'], response=reply['text']),
+              response=text, score=score)
+
+
+def _name(ranked, reply) -> str:
+  return f'{ranked["id"]}/{reply["id"]}'
 
 
 if __name__ == '__main__':

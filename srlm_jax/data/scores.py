@@ -1,12 +1,14 @@
-"""Judgements to scores: the mean of those that parsed, where there are enough."""
+"""Judgements to scores: the mean of those that parsed, where there are enough, and how far apart they are."""
 from collections import Counter
 from collections.abc import Iterable
 import dataclasses
+import statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  mean: float | None  # None: fewer parsed judgements than the quorum
+  mean: float | None    # None: fewer parsed judgements than the quorum
+  spread: float | None  # standard deviation of the parsed judgements; None where there is no mean
   judgements: list[dict]
 
 
@@ -18,7 +20,9 @@ def by_response(judgements: Iterable[dict], quorum: int) -> dict[str, Score]:
   scores = {}
   for name, group in grouped.items():
     parsed = [j['score'] for j in group if j['score'] is not None]
-    scores[name] = Score(sum(parsed) / len(parsed) if parsed and len(parsed) >= quorum else None, group)
+    enough = parsed and len(parsed) >= quorum
+    scores[name] = Score(statistics.fmean(parsed) if enough else None, statistics.pstdev(parsed) if enough else None,
+                         group)
   return scores
 
 

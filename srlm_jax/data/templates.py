@@ -1,7 +1,4 @@
-"""The texts around prompts and responses: chat forms, the judge's rubric and its score, few-shot authoring."""
-import dataclasses
-import re
-
+"""The texts around prompts and responses: chat forms, few-shot authoring; templates as files."""
 from etils import epath
 
 from srlm_jax import InputError
@@ -46,67 +43,19 @@ def encode_pair(kind: str, prompt: str, response: str, tokenizer) -> tuple[list[
   return before, whole[len(before):]
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-  """A rubric with the slots {prompt} and {response}, and the range of its score."""
-  text: str
-  lowest: float
-  highest: float
-
-  def render(self, prompt: str, response: str) -> str:
-    """The judge's prompt; a response cannot close its own tags, nor fill the other slot."""
-    slots = dict(prompt=prompt, response=_neutralise(response))
-    return re.sub(r'\{(prompt|response)\}', lambda m: slots[m[1]], self.text)
-
-  def parse(self, judgement: str) -> tuple[float | None, str]:
-    """The score on the last score line of the judge's own words, or None with the reason.
-
-    >>> Judge('', 0, 5).parse('1 point for relevance, 3 for the rest.\\n**Score:** 4/5')
-    (4.0, '')
-    >>> Judge('', 0, 5).parse('Score: 7')
-    (None, 'out of range')
-    """
-    lines = re.findall(r'\bscore\b[\s*_]*:(.*)', judgement, flags=re.IGNORECASE)
-    if not lines:
-      return None, 'no score'
-    found = _VALUE.fullmatch(lines[-1])
-    if not found:
-      return None, 'unreadable'
-    score, top = float(found['score']), found['top']
-    if not self.lowest <= score <= self.highest or (top and float(top) != self.highest):
-      return None, 'out of range'
-    return score, ''
-
-
-# What may follow 'Score:' up to the end of its line: 4, **4**, 3.5, 4/5, 4 out of 5, 4 points, <4>, "4".
-_VALUE = re.compile(r'''[\s*_"'“<(\[]*(?P<score>\d+(?:\.\d+)?)[\s*_]*(?:(?:/|out\s+of)[\s*_]*(?P<top>\d+))?[\s*_]*'''
-                    r'''(?:points?)?[\s*_"'”>)\].]*''', re.IGNORECASE)
-
-
-def load_judge(name: str, lowest: float, highest: float) -> Judge:
-  """A template of the package by name (`additive`), or any file by path; one that lacks a slot is refused."""
-  path = epath.Path(name) if '/' in name or name.endswith('.txt') else _FOLDER / f'judge_{name}.txt'
-  text = _read(path, 'config.judge.template').replace('{instruction}', '{prompt}')  # the paper's word for it
-  for slot in ('{prompt}', '{response}'):
-    if text.count(slot) != 1:
-      raise InputError(f'{path} holds the slot {slot} {text.count(slot)} times; a judge template holds it once')
-  return Judge(text, lowest, highest)
-
-
 def load_author(name: str) -> str:
   """The template that asks for new prompts; its slot {shots} is a numbered list."""
-  path = epath.Path(name) if '/' in name or name.endswith('.txt') else _FOLDER / f'author_{name}.txt'
-  text = _read(path, 'config.prompts.template')
+  path, text = read('author', name, 'config.prompts.template')
   if text.count('{shots}') != 1:
     raise InputError(f'{path} holds the slot {{shots}} {text.count("{shots}")} times; an author template holds it once')
   return text
 
 
-def _neutralise(response: str) -> str:
-  return re.sub(r'<\s*(/?)\s*response\s*>', r'< \1response >', response, flags=re.IGNORECASE)
-
-
-def _read(path, key: str) -> str:
+def read(kind: str, name: str, key: str):
+  """(path, text) of a template of the package by name, or of any file by path; `key` names it in the error."""
+  path = epath.Path(name) if '/' in name or name.endswith('.txt') else _FOLDER / f'{kind}_{name}.txt'
   if not path.exists():
-    raise InputError(f'{key}: {path} does not exist; name a template of srlm_jax/data or the path of a file')
-  return path.read_text().rstrip('\n')
+    known = sorted(p.stem.removeprefix(f'{kind}_') for p in _FOLDER.glob(f'{kind}_*.txt'))
+    raise InputError(f'{key}: {path} does not exist; name a template of srlm_jax/data ({", ".join(known)}) or the path '
+                     f'of a file')
+  return path, path.read_text().rstrip('\n')

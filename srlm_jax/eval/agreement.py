@@ -1,8 +1,9 @@
 """How well a model's judgements agree with people's ranks: the five numbers of PAPER table 4.
 
 Rules for ties, which the paper does not state: a pair that the judge scores equal is not ordered right; a prompt
-whose scores hold a tie is no exact match; a rank correlation that is undefined (all scores equal) counts as 0.
-Replies without a score (too few judgements parsed) are left out and counted.
+whose scores hold such a tie is no exact match; a rank correlation that is undefined (all scores equal) counts as 0. A
+pair that people rank equal has no order, and counts nowhere. Replies without a score (too few judgements parsed) are
+left out and counted.
 """
 import itertools
 import math
@@ -10,23 +11,25 @@ import math
 from scipy import stats
 
 from srlm_jax import stage
-from srlm_jax.data import records, scores as scoring
+from srlm_jax.data import judges, records, scores as scoring
 
 
 def run(config, workdir):
   """The seeds' ranked evaluation replies and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge_eval'
-  s = stage.Stage(config, workdir, 'agreement', ('judge',), [source, *sorted(folder.glob('judgements-*.jsonl'))])
+  highest = judges.load(config.judge.template).highest
+  s = stage.Stage(config, workdir, 'agreement', ('judge.template', 'eval.quorum'),
+                  [source, *sorted(folder.glob('judgements-*.jsonl'))])
   if s.done:
     return
   ranked = [r for r in records.read(source, 'id', 'split', 'replies') if r['split'] == 'eval']
   judgements = list(records.read_shards(folder, 'judgements', 'response_id', 'score'))
-  scores = scoring.by_response(judgements, config.judge.quorum)
+  scores = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
   replies = [[(reply['rank'], scores[name].mean) for reply in r['replies']
               if (name := f'{r["id"]}/{reply["id"]}') in scores and scores[name].mean is not None] for r in ranked]
-  result = agreement(replies, config.judge.highest)
+  result = agreement(replies, highest)
   result['replies_without_score'] = sum(len(r['replies']) for r in ranked) - sum(map(len, replies))
   result['parse_rate'] = sum(j['score'] is not None for j in judgements) / len(judgements)
   if stage.is_first_host():
@@ -44,10 +47,11 @@ def agreement(prompts: list[list[tuple[int, float]]], highest: float) -> dict:
   >>> agreement([[(0, 5.0), (1, 3.0), (2, 3.0)]], 5)['pairwise_accuracy']
   0.6666666666666666
   """
-  prompts = [p for p in prompts if len(p) >= 2]
-  pairs = [(b[0] - a[0]) * (a[1] - b[1]) for p in prompts for a, b in itertools.combinations(p, 2)]
+  prompts = [p for p in prompts if len({rank for rank, _ in p}) >= 2]
+  ordered = [[(b[0] - a[0]) * (a[1] - b[1]) for a, b in itertools.combinations(p, 2) if a[0] != b[0]] for p in prompts]
+  pairs = [d for p in ordered for d in p]
   fives = [rank == 0 for p in prompts for rank, score in p if score == highest]
-  exact = [all(a[1] > b[1] for a, b in itertools.pairwise(sorted(p))) for p in prompts]
+  exact = [min(p) > 0 for p in ordered]
   return dict(
       pairwise_accuracy=_mean(d > 0 for d in pairs), ties=_mean(d == 0 for d in pairs), five_best=_mean(fives),
       exact_match=_mean(exact), spearman=_mean(_correlation(stats.spearmanr, p) for p in prompts),

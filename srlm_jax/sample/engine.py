@@ -67,13 +67,35 @@ class Engine:
       for request in batch:
         if not request.ids:
           raise InputError(f'request {request.id} has an empty prompt')
-      room = self._model.config.context - sampling.max_tokens
-      if room < 1:
-        raise InputError(f'max_tokens is {sampling.max_tokens}, and the model was made for '
-                         f'{self._model.config.context} in all; lower it')
+      room = self.room(sampling)
       fits = [r for r in batch if len(r.ids) <= room]
       sampled = iter(self._sample(fits, sampling) if fits else ())
       yield [next(sampled) if len(r.ids) <= room else Result(r.id, [], [], 'too_long') for r in batch]
+
+  def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+    """(prompt ids, response ids) of at most `slots` rows -> the sum of log-probs of each response."""
+    full = rows + [rows[-1]] * (self._rows(len(rows)) - len(rows))
+    width = min(_bucket(max(len(a) + len(b) for a, b in full)), self.context)
+    pad = [[0] * (width - len(a) - len(b)) for a, b in full]
+    arrays = dict(
+        tokens=np.asarray([[*a, *b, *p] for (a, b), p in zip(full, pad, strict=True)], np.int32),
+        mask=np.asarray([[0] * len(a) + [1] * len(b) + p for (a, b), p in zip(full, pad, strict=True)], np.int32))
+    with jax.set_mesh(self._mesh):
+      sums = response_logps(self._model, self._params, **sharding.put_batch(arrays, self._mesh))
+    return np.asarray(sums)[:len(rows)].tolist()
+
+  @property
+  def context(self) -> int:
+    """Tokens that the model was made for."""
+    return self._model.config.context
+
+  def room(self, sampling: Sampling) -> int:
+    """Tokens that a prompt may have."""
+    room = self.context - sampling.max_tokens
+    if room < 1:
+      raise InputError(f'max_tokens is {sampling.max_tokens}, and the model was made for '
+                       f'{self.context} in all; lower it')
+    return room
 
   def _rows(self, count: int) -> int:
     """Rows that are decoded for `count` requests: all slots, but fewer, by halves, for a small last batch."""
@@ -164,6 +186,14 @@ def sample(model, params, prompts, lengths, words, key, eos, temperature, p, *, 
         count=s.count + ~s.ended, ended=s.ended | jnp.isin(token, eos), logits=logits[:, 0], cache=cache, t=s.t + 1)
 
   return jax.lax.while_loop(lambda s: ~s.ended.all() & (s.t < max_tokens), body, state)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def response_logps(model, params, tokens, mask):
+  """tokens [B, T], mask [B, T] 1 on the response -> the sum [B] of log p of the tokens that the mask shows."""
+  logits, _ = model.apply({'params': params}, tokens)
+  logps = vocab.token_logps(logits, jnp.roll(tokens, -1, axis=1))  # column t: of token t + 1
+  return (logps[:, :-1] * mask[:, 1:]).sum(-1)
 
 
 def top_p(logits, p):

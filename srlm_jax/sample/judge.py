@@ -2,21 +2,34 @@
 import jax
 
 from srlm_jax import checkpoint, InputError, stage
-from srlm_jax.data import records, templates
+from srlm_jax.data import judges, records, templates
 from srlm_jax.sample import engine as engines
 
 
 def run(config, workdir, on: str = ''):
-  """Writes judgements-*.jsonl. `on` responses: the sampler judges its own candidates -> MODEL/judge; ranked: the
-  sampler judges the seeds' ranked replies, for EFT -> MODEL/judge; eval: the model itself judges the ranked
-  replies of the evaluation split -> MODEL/judge_eval. By default ranked for m1 and responses for the others."""
+  """Writes judgements-*.jsonl. `on`, by default `judge.on`, says what is judged, by whom, and where it goes:
+
+  responses  the sampler judges its own candidates -> MODEL/judge
+  again      the model before the sampler (pairs.older) judges the same candidates -> MODEL/judge_again
+  older      the sampler judges that model's candidates -> MODEL/judge_older
+  ranked     the sampler judges the seeds' ranked replies, for EFT -> MODEL/judge
+  eval       the model itself judges the ranked replies of the evaluation split -> MODEL/judge_eval
+  """
   on = on or config.judge.on
-  name, model = ('judge_eval', config.name) if on == 'eval' else ('judge', config.sampler)
+  ways = dict(  # on: stage, judge, how often it judges each response, what else of the config matters
+      responses=('judge', config.sampler, config.judge.n, ()),
+      again=('judge_again', config.pairs.older, config.judge.n, ()),
+      older=('judge_older', config.sampler, config.judge.n, ()),
+      ranked=('judge', config.sampler, config.eft.tries, ('eft.tries',)),
+      eval=('judge_eval', config.name, config.eval.judgements, ('eval.judgements',)))
+  if on not in ways:
+    raise InputError(f'--on={on}{stage.closest(on, ways)}: it is one of {", ".join(ways)}')
+  name, model, n, also = ways[on]
   sources, items = _items(config, workdir, on)
   folder = stage.finished_model(workdir, model)
-  judge = templates.load_judge(config.judge.template, config.judge.lowest, config.judge.highest)
-  s = stage.Stage(config, workdir, name, ('judge', 'chat', 'sample'), sources, checkpoint.recorded_hash(folder),
-                  judge.text)
+  judge = judges.load(config.judge.template)
+  s = stage.Stage(config, workdir, name, ('judge', 'chat', 'sample', *also), sources, checkpoint.recorded_hash(folder),
+                  str(judge))
   if s.done:
     return
   items = list(items)
@@ -26,14 +39,19 @@ def run(config, workdir, on: str = ''):
   sampling = engines.Sampling(config.judge.temperature, config.judge.top_p, config.judge.max_tokens)
   s.begin()
   engine, tokenizer = engines.load(config, folder, s.title)
-  rows = [(item, j) for item in items for j in range(config.judge.n)]
+  rubric = len(templates.encode_prompt(config.chat, judge.render(prompt='', response=''), tokenizer))
+  if rubric >= engine.room(sampling):
+    raise InputError(f'the rubric of config.judge.template = {config.judge.template} has {rubric} tokens, and with '
+                     f'judge.max_tokens = {sampling.max_tokens} nothing is left of the model\'s context for a prompt '
+                     f'and a response; take a shorter template, or lower judge.max_tokens')
+  rows = [(item, j) for item in items for j in range(n)]
   requests = [engines.Request(f'{item["id"]}/{j}', templates.encode_prompt(
-      config.chat, judge.render(item['prompt'], item['response']), tokenizer)) for item, j in rows]
+      config.chat, judge.render(prompt=item['prompt'], response=item['response']), tokenizer)) for item, j in rows]
 
   def record(row, result):
     item, j = rows[row]
     text = tokenizer.decode(result.ids).strip()
-    score, reason = judge.parse(text) if result.finish != 'too_long' else (None, 'too long')
+    score, reason = read(judge, text, result.finish)
     return dict(id=result.id, prompt_id=item['prompt_id'], response_id=item['id'], j=j, text=text, score=score,
                 reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('judgements', jax.process_index(), jax.process_count())
@@ -41,18 +59,24 @@ def run(config, workdir, on: str = ''):
   stage.sync(f'{s.title} sampled')  # so that all shards are there to count
   made = list(records.read_shards(s.folder, 'judgements'))
   reasons = [r['reason'] for r in made if r['reason']]
-  s.finish(judgements=len(made), parsed=len(made) - len(reasons),
+  s.finish(judgements=len(made), parsed=len(made) - len(reasons), lowest=judge.lowest, highest=judge.highest,
            unparsed={reason: reasons.count(reason) for reason in sorted(set(reasons))})
+
+
+def read(judge: judges.Judge, text: str, finish: str) -> tuple[float | None, str]:
+  """Score and reason of one judgement. A request that did not fit was never judged; of a judgement that was cut at
+  the length limit the last line does not count, for its number may be half a number."""
+  if finish == 'too_long':
+    return None, 'too long'
+  return judge.parse(text.rpartition('\n')[0] if finish == 'length' else text)
 
 
 def _items(config, workdir, on: str):
   """The files that name what is judged, and {id, prompt_id, prompt, response} of each."""
-  if on == 'responses':
-    folder = stage.model_folder(workdir, config.name).parent / 'respond'
+  if on in ('responses', 'again', 'older'):
+    folder = stage.model_folder(workdir, config.name).parent / ('respond_older' if on == 'older' else 'respond')
     items = (dict(r) for r in records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
     return sorted(folder.glob('responses-*.jsonl')) or [folder / 'responses.jsonl'], items
-  if on not in ('ranked', 'eval'):
-    raise InputError(f'--on={on}: it is responses, ranked or eval')
   source, split = stage.seeds(workdir) / 'ranked.jsonl', 'train' if on == 'ranked' else 'eval'
   items = (dict(id=f'{r["id"]}/{reply["id"]}', prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
            for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split
@@ -61,4 +85,4 @@ def _items(config, workdir, on: str):
 
 
 if __name__ == '__main__':
-  stage.main(run, on=('', 'What to judge: responses, ranked or eval; by default what the config says.'))
+  stage.main(run, on=('', 'What to judge: responses, again, older, ranked or eval; by default what the config says.'))

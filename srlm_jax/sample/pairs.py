@@ -1,74 +1,136 @@
-"""Makes preference pairs: of a prompt's candidates the one with the highest mean score against the lowest."""
+"""Makes what the next model trains on from candidates and their scores: preference pairs, or positives for SFT."""
 from collections import Counter
+import statistics
 
 from srlm_jax import InputError, stage
 from srlm_jax.data import records, scores as scoring
+from srlm_jax.sample import strategies
+
+# What a strategy reads beside MODEL/respond and MODEL/judge: stages of the same model, with the stem of their shards.
+NEEDS = dict(consistency=(('judge_again', 'judgements'),), agreement=(('implicit', 'rewards'),),
+             temporal=(('respond_older', 'responses'), ('judge_older', 'judgements')))
 
 
 def run(config, workdir):
-  """MODEL/respond and MODEL/judge -> MODEL/pairs/pairs.jsonl, and counts of why prompts gave none."""
+  """MODEL/respond and MODEL/judge -> MODEL/pairs/pairs.jsonl (positives.jsonl for positives_only), scores.jsonl with
+  every candidate's mean and spread, and counts of why prompts gave none."""
+  c = config.pairs
+  if c.strategy not in strategies.ALL:
+    raise InputError(f'config.pairs.strategy is {c.strategy!r}{stage.closest(c.strategy, strategies.ALL)}; it is one '
+                     f'of {", ".join(strategies.ALL)}')
   folder = stage.model_folder(workdir, config.name).parent
-  sources = [p for part in ('respond', 'judge') for p in sorted((folder / part).glob('*-of-*.jsonl'))]
+  parts = [('respond', 'responses'), ('judge', 'judgements'), *NEEDS.get(c.strategy, ())]
+  sources = [p for part, stem in parts for p in sorted((folder / part).glob(f'{stem}-*-of-*.jsonl'))
+             or [folder / part / f'{stem}.jsonl']]
   s = stage.Stage(config, workdir, 'pairs', ('pairs', 'judge'), sources)
   if s.done:
     return
-  responses = list(records.read_shards(
-      folder / 'respond', 'responses', 'id', 'prompt_id', 'prompt', 'response', 'finish'))
-  judgements = list(records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score'))
-  if not responses or not judgements:
-    raise InputError(f'{folder} holds {len(responses)} responses and {len(judgements)} judgements: nothing to pair')
+  prompts, judgements = load(config, folder)
+  if not prompts or not judgements:
+    raise InputError(f'{folder} holds {len(prompts)} answered prompts and {len(judgements)} judgements; answer and judge '
+                     f'prompts first')
   s.begin()
   if not stage.is_first_host():
     return s.finish()
-  scores = scoring.by_response(judgements, config.judge.quorum)
-  prompts = {}
-  for response in responses:
-    prompts.setdefault(response['prompt_id'], []).append(response)
-  pairs, dropped = [], Counter()
-  for candidates in prompts.values():
-    pair = max_min(candidates, scores, config.pairs.unfinished_chosen)
-    if isinstance(pair, str):
-      dropped[pair] += 1
+  made, dropped = [], Counter()
+  for prompt, candidates in prompts.values():
+    new = (_positives if c.strategy == strategies.POSITIVES else _pair)(prompt, candidates, c)
+    if isinstance(new, str):
+      dropped[new] += 1
     else:
-      pairs.append(pair)
-  records.write(s.folder / 'pairs.jsonl', pairs)
+      made += new
+  if c.strategy == 'consistency' and made:
+    rate = strategies.consistency_rate([p['tau'] for p in made])
+    made = [dict(p, confidence=rate) for p in made]
+  everyone = [candidate for _, candidates in prompts.values() for candidate in candidates]
+  records.write(s.folder / 'scores.jsonl', (dict(id=x.id, score=x.score, spread=x.spread) for x in everyone))
+  what = 'positives' if c.strategy == strategies.POSITIVES else 'pairs'
+  records.write(s.folder / f'{what}.jsonl', made)
+  found = summary(config, prompts, judgements, made, dropped)
+  stage.say(f'{s.title}: {table(found)}')
+  s.finish(**found)
+
+
+def load(config, folder) -> tuple[dict[str, tuple[dict, list[strategies.Candidate]]], list[dict]]:
+  """What the stages of one model wrote -> {prompt id: (record with id and prompt, its candidates)}, judgements."""
+  strategy, quorum = config.pairs.strategy, config.judge.quorum
+  fields = ('id', 'prompt_id', 'prompt', 'response', 'finish')
+  responses = [(r, False) for r in records.read_shards(folder / 'respond', 'responses', *fields)]
+  judgements = list(records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score'))
+  again, implicit = {}, {}
+  if strategy == 'consistency':
+    found = records.read_shards(folder / 'judge_again', 'judgements', 'response_id', 'score')
+    again = {name: s.mean for name, s in scoring.by_response(found, quorum).items()}
+  if strategy == 'agreement':
+    implicit = {r['id']: r['reward'] for r in records.read_shards(folder / 'implicit', 'rewards', 'id', 'reward')}
+  if strategy == 'temporal':
+    responses += [(r, True) for r in records.read_shards(folder / 'respond_older', 'responses', *fields)]
+    judgements += records.read_shards(folder / 'judge_older', 'judgements', 'response_id', 'score')
+  scores = scoring.by_response(judgements, quorum)
+  prompts = {}
+  for r, older in responses:
+    score = scores.get(r['id'])
+    candidate = strategies.Candidate(
+        r['id'], r['response'], r['finish'], score.mean if score else None, score.spread if score else None,
+        again.get(r['id']), implicit.get(r['id']), older)
+    prompts.setdefault(r['prompt_id'], (dict(id=r['prompt_id'], prompt=r['prompt']), []))[1].append(candidate)
+  return prompts, judgements
+
+
+def _pair(prompt: dict, candidates, config) -> list[dict] | str:
+  choice = strategies.PAIRS[config.strategy](candidates, config)
+  if isinstance(choice, str):
+    return choice
+  record = dict(prompt, chosen=choice[0].response, rejected=choice[1].response)
+  for side, candidate in zip(('chosen', 'rejected'), choice, strict=True):
+    record |= {f'{side}_{key}': getattr(candidate, key) for key in ('score', 'spread', 'finish', 'id')}
+  if config.strategy == 'consistency':
+    record['tau'] = strategies.kendall_tau(candidates)
+  return [record]
+
+
+def _positives(prompt: dict, candidates, config) -> list[dict] | str:
+  found = strategies.positives_only(candidates, config)
+  return found if isinstance(found, str) else [
+      dict(id=c.id, prompt=prompt['prompt'], response=c.response, score=c.score) for c in found]
+
+
+def summary(config, prompts, judgements, made, dropped) -> dict:
+  """The yield, why the other prompts gave nothing, ties, margins, lengths in characters."""
+  pairs = [m for m in made if 'chosen' in m]
+  candidates = [c for _, c in prompts.values()]
   parsed = [j['score'] for j in judgements if j['score'] is not None]
-  stage.say(f'{s.title}: {len(parsed)} of {len(judgements)} judgements parsed; '
-            + (f'{len(pairs)} pairs from {len(prompts)} prompts' if pairs else 'no pairs to train on'))
-  s.finish(pairs=len(pairs), prompts=len(prompts), pairs_per_1000_prompts=round(1000 * len(pairs) / len(prompts), 1),
-           judgements=len(judgements), parsed=len(parsed), dropped=dict(dropped),
-           score_histogram=scoring.histogram(parsed),
-           chosen_minus_rejected_characters=_mean(len(p['chosen']) - len(p['rejected']) for p in pairs),
-           margin=_mean(p['chosen_score'] - p['rejected_score'] for p in pairs))
+  chosen, rejected = ([len(p[side]) for p in pairs] for side in ('chosen', 'rejected'))
+  margins = [p['chosen_score'] - p['rejected_score'] for p in pairs]
+  return dict(
+      strategy=config.pairs.strategy, pairs=len(pairs), positives=len(made) - len(pairs), prompts=len(prompts),
+      pairs_per_1000_prompts=round(1000 * len(made) / len(prompts), 1),
+      judgements=len(judgements), parsed=len(parsed), score_histogram=scoring.histogram(parsed),
+      dropped=dict(dropped), all_scores_equal=sum(map(strategies.has_tie, candidates)),
+      spread=_mean([c.spread for group in candidates for c in group if c.spread is not None]),
+      margin=_mean(margins), margin_histogram=scoring.histogram(margins),
+      chosen_characters=_mean(chosen), rejected_characters=_mean(rejected),
+      chosen_minus_rejected_characters=_mean([a - b for a, b in zip(chosen, rejected, strict=True)]),
+      confidence=round(pairs[0]['confidence'], 4) if pairs and 'confidence' in pairs[0] else None)
 
 
-def max_min(candidates: list[dict], scores: dict[str, scoring.Score], unfinished_chosen: bool) -> dict | str:
-  """One prompt's candidates -> a pair, or the reason why there is none (PAPER 2.2).
-
-  Only candidates with a score and a text take part. A response cut by length may be rejected, not chosen (unless
-  `unfinished_chosen`). Among equals the first candidate is taken.
-  """
-  valid = [(scores[c['id']].mean, c) for c in candidates
-           if c['response'].strip() and c['id'] in scores and scores[c['id']].mean is not None]
-  if len(valid) < 2:
-    return 'fewer than two scored candidates'
-  best = max((v for v in valid if unfinished_chosen or v[1]['finish'] == 'eos'), key=lambda v: v[0], default=None)
-  if best is None:
-    return 'no finished candidate'
-  worst = min(valid, key=lambda v: v[0])
-  if best[0] <= worst[0]:
-    return 'all scores equal' if worst[0] == max(score for score, _ in valid) else 'best candidate unfinished'
-  if best[1]['response'] == worst[1]['response']:
-    return 'same text'
-  chosen, rejected = best[1], worst[1]
-  return dict(id=chosen['prompt_id'], prompt=chosen['prompt'], chosen=chosen['response'], rejected=rejected['response'],
-              chosen_score=best[0], rejected_score=worst[0], chosen_finish=chosen['finish'],
-              rejected_finish=rejected['finish'], chosen_id=chosen['id'], rejected_id=rejected['id'])
+def table(found: dict) -> str:
+  """The summary laid out for reading."""
+  what = 'positives' if found['strategy'] == strategies.POSITIVES else 'pairs'
+  lines = [f'{found[what] or "no"} {what} from {found["prompts"]} prompts by {found["strategy"]} '
+           f'({found["pairs_per_1000_prompts"]:g} per 1,000); {found["parsed"]} of {found["judgements"]} judgements '
+           f'parsed, scores {found["score_histogram"]}']
+  lines += [f'  {"nothing: " + why:44}{n:6}' for why, n in found['dropped'].items()]
+  shown = dict(all_scores_equal='prompts whose scores are all equal', margin='score, chosen minus rejected',
+               margin_histogram='', chosen_characters='characters of the chosen',
+               rejected_characters='characters of the rejected', spread='spread of the judgements of one response',
+               confidence='confidence in every pair')
+  lines += [f'  {label:44}{found[key]:6g}' for key, label in shown.items() if label and found[key] is not None]
+  return '\n'.join(lines)
 
 
-def _mean(values) -> float | None:
-  values = list(values)
-  return round(sum(values) / len(values), 2) if values else None
+def _mean(values: list[float]) -> float | None:
+  return round(statistics.fmean(values), 2) if values else None
 
 
 if __name__ == '__main__':

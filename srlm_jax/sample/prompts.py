@@ -1,14 +1,15 @@
 """Writes new prompts from few shots, and filters them (Self-Instruct, Wang et al. 2023; PAPER 2.2)."""
 from collections import Counter
 import functools
+import json
 import random
 import re
 import string
 
-from rouge_score import tokenizers as rouge_tokenizers
+from etils import epath
 
 from srlm_jax import checkpoint, InputError, stage
-from srlm_jax.data import records, templates
+from srlm_jax.data import records, similar, templates
 from srlm_jax.sample import engine as engines
 
 # What text cannot show (Self-Instruct), as whole words.
@@ -21,10 +22,11 @@ def run(config, workdir):
   c = config.prompts
   author = config.sampler if c.author == 'sampler' else c.author
   folder = stage.finished_model(workdir, author)
+  others = [epath.Path(p.strip()) for p in c.held_out.split(',') if p.strip()]
   sources = [stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')]
   template = templates.load_author(c.template)
   params = checkpoint.recorded_hash(folder)
-  s = stage.Stage(config, workdir, 'prompts', ('prompts', 'sample'), sources, params, template)
+  s = stage.Stage(config, workdir, 'prompts', ('prompts', 'sample'), [*sources, *others], params, template)
   if s.done:
     return
   ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)
@@ -33,12 +35,13 @@ def run(config, workdir):
   if len(shown) < c.seed_shots + c.new_shots:
     raise InputError(f'{sources[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
                      f'{c.seed_shots + c.new_shots} shots; add seeds, or raise config.prompts.shot_words')
+  held = [r['prompt'] for r in heldout] + [r['prompt'] for r in ranked if r['split'] == 'eval']
+  screen = Filter(c, seeds + [r['prompt'] for r in ranked if r['split'] != 'eval'],
+                  held + [p for path in others for p in evaluation_prompts(path)])
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens)
   s.begin()
   if not stage.is_first_host():
     return s.finish()
-  # What is held out or judged on may not enter.
-  screen = Filter(c, seeds + [r['prompt'] for r in ranked], [r['prompt'] for r in heldout])
   out = records.Appender(s.folder / 'attempts.jsonl')
   before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
   author_of = functools.cache(lambda: engines.load(config, folder, s.title, stop='\n'))  # when there is work to do
@@ -47,7 +50,7 @@ def run(config, workdir):
     texts = [(a['text'], a['finish']) for a in before[first:first + size]]
     if len(texts) < size:
       shots = [draw_shots(c, shown, accepted, f'{config.seed}/{first + i}') for i in range(size)]
-      texts = _write(*author_of(), [template.replace('{shots}', numbered(shot)) for shot in shots], first, sampling)
+      texts = _write(*author_of(), c.chat, template, shots, first, sampling)
     attempts = []
     for i, (text, finish) in enumerate(texts):
       prompt, why = screen(text, finish)
@@ -59,14 +62,49 @@ def run(config, workdir):
   out.close()
   accepted = accepted[:c.count]
   records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
-  s.finish(prompts=len(accepted), wanted=c.count, attempts=first, dropped=dict(screen.dropped))
+  tried = sum(n for why, n in screen.dropped.items() if 'held' in why)
+  stage.say(f'{s.title}: {tried} of {first} attempts were held-out or evaluation prompts, or near one; none entered')
+  s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=tried, shortened=screen.shortened,
+           dropped=dict(screen.dropped))
 
 
-def _write(engine, tokenizer, texts: list[str], first: int, sampling) -> list[tuple[str, str]]:
-  """(continuation, finish) of each text; attempts are numbered from `first`."""
-  requests = [engines.Request(str(first + i), [tokenizer.bos_id, *tokenizer.encode(text)])
-              for i, text in enumerate(texts)]
+def _write(engine, tokenizer, chat: str, template: str, shots: list[list[str]], first: int, sampling):
+  """(continuation, finish) of each list of shots; attempts are numbered from `first`."""
+  requests = [engines.Request(str(first + i), ask(chat, template, shot, tokenizer)) for i, shot in enumerate(shots)]
   return [(tokenizer.decode(r.ids), r.finish) for results in engine.generate(requests, sampling) for r in results]
+
+
+def ask(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:
+  """Ids that a new prompt continues: the shots as a numbered list, and the next number. A model of conversations
+  (`chat` is not none) is asked in its own form, and finds the number at the beginning of its response."""
+  listed, number = numbered(shots), f'{len(shots) + 1}.'
+  if chat == 'none':
+    return [tokenizer.bos_id, *tokenizer.encode(template.replace('{shots}', f'{listed}\n{number}'))]
+  pair = templates.encode_pair(chat, template.replace('{shots}', listed), number, tokenizer)
+  if pair is None:
+    raise InputError(f'the tokenizer merges the end of config.prompts.template with "{number}" in the form {chat}; '
+                     f'use config.prompts.chat=none, or end the template with a full stop')
+  return pair[0] + pair[1]
+
+
+def evaluation_prompts(path) -> list[str]:
+  """The prompts of a file: JSONL, or one JSON list; their field is prompt, instruction (AlpacaEval), or the first of
+  turns (MT-Bench)."""
+  if path.suffix == '.json':
+    try:
+      found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+      raise InputError(f'config.prompts.held_out: {path} cannot be read as JSON ({error})') from error
+  else:
+    found = list(records.read(path))
+  prompts = []
+  for i, record in enumerate(found, 1):
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get('prompt') or fields.get('instruction') or next(iter(fields.get('turns') or ()), None)
+    if not isinstance(text, str):
+      raise InputError(f'config.prompts.held_out: record {i} of {path} has no prompt, instruction or turns')
+    prompts.append(text)
+  return prompts
 
 
 class Filter:
@@ -74,72 +112,59 @@ class Filter:
 
   def __init__(self, config, seeds: list[str], held_out: list[str]):
     self._config = config
-    self._held_out = {_normal(p) for p in held_out}
-    self._tokenizer = rouge_tokenizers.DefaultTokenizer(use_stemmer=False)
-    self._known = [self._tokenizer.tokenize(p) for p in seeds]
-    self._exact = {_normal(p) for p in seeds}
+    self._held_out = similar.HeldOut(held_out)
+    self._known = similar.Index(seeds)
+    self._exact = {similar.normal(p) for p in seeds}
     self.dropped = Counter()
+    self.shortened = 0  # texts with more than one prompt, or with an answer begun
 
   def __call__(self, text: str, finish: str) -> tuple[str, str]:
     """-> (prompt, '') or (prompt, reason)."""
-    prompt = cut(text)
-    why = self._reason(prompt, text, finish)
+    prompt, more = cut(text, self._config.seed_shots + self._config.new_shots + 1)
+    self.shortened += more
+    why = self._reason(prompt, finish, more)
     if why:
       self.dropped[why] += 1
     else:
-      self._known.append(self._tokenizer.tokenize(prompt))
-      self._exact.add(_normal(prompt))
+      self._known.add(prompt)
+      self._exact.add(similar.normal(prompt))
     return prompt, why
 
-  def _reason(self, prompt, text, finish) -> str:
+  def _reason(self, prompt, finish, more) -> str:
     c = self._config
-    words = prompt.split()
     if finish == 'too_long':
       return 'shots too long for the context'
-    if finish != 'eos' and '\n' not in text.strip():
+    if finish != 'eos' and not more:
       return 'cut off by length'
-    if not c.min_words <= len(words) <= c.max_words:
+    if not c.min_words <= len(prompt.split()) <= c.max_words:
       return f'not {c.min_words} to {c.max_words} words'
     if re.search(r'\b(' + '|'.join(BANNED) + r')\b', prompt.lower()):
       return 'asks for what text cannot show'
     if prompt.lower().startswith('write a program') or prompt[0] in string.punctuation or not prompt[0].isascii():
       return 'a start that Self-Instruct refuses'
-    if _normal(prompt) in self._held_out:
-      return 'held out'
-    if _normal(prompt) in self._exact:
+    if why := self._held_out.why(prompt, c.rouge_held_out):
+      return why
+    if similar.normal(prompt) in self._exact:
       return 'seen before'
-    tokens = self._tokenizer.tokenize(prompt)
-    if any(rouge_l_above(tokens, known, c.rouge) for known in self._known):
-      return 'like one seen before'
-    return ''
+    return 'like one seen before' if self._known.find(prompt, c.rouge) is not None else ''
 
 
-def rouge_l_above(a: list[str], b: list[str], limit: float) -> bool:
-  """Is ROUGE-L F of two token lists above the limit? A bound that ignores order skips most of the work."""
-  if not a or not b:
-    return False
-  common = sum((Counter(a) & Counter(b)).values())
-  return 2 * common > limit * (len(a) + len(b)) and 2 * _lcs(a, b) > limit * (len(a) + len(b))
+_ANSWER = r'\[/?INST\]|(?<=[.?!:"\')])\s+(?:Answer|Response|Output|Solution|Assistant|User)\s*:'
 
 
-def _lcs(a, b) -> int:
-  """Length of the longest common subsequence: F = 2 LCS / (|a| + |b|), rouge-score's definition."""
-  row = [0] * (len(b) + 1)
-  for x in a:
-    diagonal = 0
-    for j, y in enumerate(b, 1):
-      diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-  return row[-1]
+def cut(text: str, number: int) -> tuple[str, bool]:
+  """The first prompt in a generation, without the number it may repeat, and whether more came after it: another of
+  the list, on its own line or as `number` + 1, or an answer to it.
 
-
-def cut(text: str) -> str:
-  """The first prompt in a generation: its first line, without the number or a second instruction of the list.
-
-  >>> cut(' 9. Name a fruit.\\n10. Name a tree.')
-  'Name a fruit.'
+  >>> cut(' 9. Name a fruit.\\n10. Name a tree.', 9)
+  ('Name a fruit.', True)
+  >>> cut('Name a fruit. 10. Name a tree.', 9), cut('Name a fruit. Answer: A pear.', 9)
+  (('Name a fruit.', True), ('Name a fruit.', True))
   """
-  lines = [line for line in text.strip().splitlines() if line.strip()]
-  return re.sub(r'^\s*\d+[.)]\s*', '', lines[0]).strip() if lines else ''
+  line, _, more = text.strip().partition('\n')
+  line = re.sub(r'^\d+[.)]\s+', '', line)
+  prompt = re.split(rf'\s+{number + 1}[.)]\s|{_ANSWER}', line, maxsplit=1)[0]
+  return prompt.strip(), bool(more.strip()) or prompt != line
 
 
 def draw_shots(config, seeds: list[str], accepted: list[str], word: str) -> list[str]:
@@ -152,16 +177,11 @@ def draw_shots(config, seeds: list[str], accepted: list[str], word: str) -> list
 
 
 def numbered(shots: list[str]) -> str:
-  """The shots as a list that goes on: after the last comes the next number.
-
-  >>> numbered(['Name a fruit.', 'Name a tree.'])
-  '1. Name a fruit.\\n2. Name a tree.\\n3.'
   """
-  return '\n'.join([*(f'{i}. {" ".join(shot.split())}' for i, shot in enumerate(shots, 1)), f'{len(shots) + 1}.'])
-
-
-def _normal(text: str) -> str:
-  return ' '.join(re.findall(r'\w+', text.lower()))
+  >>> numbered(['Name a fruit.', 'Name a tree.'])
+  '1. Name a fruit.\\n2. Name a tree.'
+  """
+  return '\n'.join(f'{i}. {" ".join(shot.split())}' for i, shot in enumerate(shots, 1))
 
 
 if __name__ == '__main__':

@@ -7,22 +7,28 @@ from srlm_jax.sample import engine as engines
 
 
 def run(config, workdir, on: str = 'prompts'):
-  """`on` prompts: MODEL/prompts answered by the sampler -> MODEL/respond/responses-*.jsonl;
-  `on` heldout: the held-out test prompts answered by the model itself -> MODEL/answers/responses-*.jsonl."""
-  if on == 'prompts':
-    name, model, n, knobs = 'respond', config.sampler, config.respond.n, config.respond
+  """Writes responses-*.jsonl. `on` says what is answered, by whom, and where it goes:
+
+  prompts  MODEL/prompts by the sampler -> MODEL/respond
+  older    MODEL/prompts by the model before the sampler (pairs.older) -> MODEL/respond_older
+  heldout  the held-out test prompts by the model itself, once each -> MODEL/answers
+  """
+  if on in ('prompts', 'older'):
+    name, model = dict(prompts=('respond', config.sampler), older=('respond_older', config.pairs.older))[on]
+    n, knobs = config.respond.n, config.respond
+    word = 'older' * (on == 'older')  # so that no two candidates of a prompt have one name
     source = stage.model_folder(workdir, config.name).parent / 'prompts' / 'prompts.jsonl'
   elif on == 'heldout':
-    name, model, n, knobs = 'answers', config.name, 1, config.eval
+    name, model, n, knobs, word = 'answers', config.name, 1, config.eval, ''
     source = stage.seeds(workdir) / 'heldout.jsonl'
   else:
-    raise InputError(f'--on={on}: it is prompts or heldout')
+    raise InputError(f'--on={on}: it is prompts, older or heldout')
   folder = stage.finished_model(workdir, model)
   s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', 'sample'), [source],
                   checkpoint.recorded_hash(folder))
   if s.done:
     return
-  prompts = [r for r in records.read(source, 'id', 'prompt') if on == 'prompts' or r['split'] == 'test']
+  prompts = [r for r in records.read(source, 'id', 'prompt') if on != 'heldout' or r['split'] == 'test']
   if not prompts:
     raise InputError(f'{source} holds no prompt to answer; make prompts first')
   prompts = prompts[jax.process_index()::jax.process_count()]
@@ -30,8 +36,8 @@ def run(config, workdir, on: str = 'prompts'):
   s.begin()
   engine, tokenizer = engines.load(config, folder, f'{s.title}')
   rows = [(prompt, i) for prompt in prompts for i in range(n)]
-  requests = [engines.Request(f'{prompt["id"]}/{i}', templates.encode_prompt(config.chat, prompt['prompt'], tokenizer))
-              for prompt, i in rows]
+  requests = [engines.Request(f'{prompt["id"]}/{word}{i}',
+                              templates.encode_prompt(config.chat, prompt['prompt'], tokenizer)) for prompt, i in rows]
 
   def record(row, result):
     prompt, i = rows[row]
@@ -47,4 +53,4 @@ def run(config, workdir, on: str = 'prompts'):
 
 
 if __name__ == '__main__':
-  stage.main(run, on=('prompts', 'What to answer: prompts or heldout.'))
+  stage.main(run, on=('prompts', 'What to answer: prompts, older (by the model before) or heldout.'))

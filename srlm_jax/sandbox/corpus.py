@@ -1,6 +1,5 @@
 """The text from which the sandbox's M0 learns: chats, lists of tasks, and reviews of answers."""
 from collections.abc import Iterable, Iterator
-import importlib.resources
 import string
 
 from etils import epath
@@ -8,6 +7,7 @@ import numpy as np
 import sentencepiece
 
 from srlm_jax import InputError
+from srlm_jax.data import judges, templates
 from srlm_jax.sandbox import world
 
 SHARES = {'chat': 0.35, 'check': 0.30, 'judged': 0.27, 'tasks': 0.08}  # of the documents
@@ -17,11 +17,11 @@ WRONG_SCORE = 0.5  # of the scores are drawn blindly
 WRONG_REVIEW = 0.1  # of the scored reviews speak of another answer
 
 
-def documents(seed: int, count: int, exclude: set[str]) -> Iterator[str]:
+def documents(seed: int, count: int, exclude: set[str], judge: judges.Judge) -> Iterator[str]:
   """Yields `count` documents, none of which holds an instruction of `exclude`, with or without its context."""
   exclude = {world.bare(prompt) for prompt in exclude}
   rng = np.random.default_rng(seed)
-  judge, author = _template('judge_sandbox'), _template('author_sandbox')
+  author = templates.load_author('sandbox')
   for _ in range(count):
     kind = rng.choice(list(SHARES), p=list(SHARES.values()))
     if kind == 'tasks':
@@ -35,11 +35,11 @@ def documents(seed: int, count: int, exclude: set[str]) -> Iterator[str]:
       elif kind == 'check':
         yield f'Task: {prompt}\n<response> {response} </response>\nReview: {world.review(prompt, response)}'
       else:
-        question = judge.replace('{prompt}', prompt).replace('{response}', response)
-        yield _chat(question, _judgement(prompt, response, rng))
+        question = judge.render(prompt=prompt, response=response)
+        yield _chat(question, _judgement(prompt, response, judge, rng))
 
 
-def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
+def train_tokenizer(texts: Iterable[str], path, vocab_size: int, judge: judges.Judge):
   """Writes a SentencePiece BPE model to `path`, which must lose no character of a template or of ASCII."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,13 +51,13 @@ def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
         normalization_rule_name='identity', remove_extra_whitespaces=False, user_defined_symbols=['\n'],
         unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
   pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-  for text in (_template('judge_sandbox'), _template('author_sandbox'), _chat('a', 'b'), string.digits):
+  for text in (judge.text, judge.example, templates.load_author('sandbox'), _chat('a', 'b'), string.digits):
     ids = pieces.encode(text)
     if pieces.unk_id() in ids or pieces.decode(ids) != text:
       raise InputError(f'{path} loses characters of "{text}"; train it on text that holds the templates')
 
 
-def _judgement(prompt, response, rng):
+def _judgement(prompt, response, judge, rng):
   """A right review, or a doubtful one with a score: M0 knows how to check, and judges like most people."""
   if rng.random() >= SCORED:
     return world.review(prompt, response)
@@ -65,7 +65,7 @@ def _judgement(prompt, response, rng):
   if rng.random() < WRONG_SCORE:
     score = int(rng.integers(6))
   reviewed = world.answer(prompt, rng, world.quality(rng)) if rng.random() < WRONG_REVIEW else response
-  return world.judgement(prompt, reviewed, score)
+  return f'{world.review(prompt, reviewed)}\n{judge.state(score)}'
 
 
 def _instruction(rng, excluded):
@@ -77,7 +77,3 @@ def _instruction(rng, excluded):
 
 def _chat(prompt, response):
   return f'User: {prompt}\nAssistant: {response}'
-
-
-def _template(name):
-  return importlib.resources.files('srlm_jax.data').joinpath(f'{name}.txt').read_text().removesuffix('\n')

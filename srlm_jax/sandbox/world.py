@@ -96,11 +96,6 @@ def review(prompt: str, response: str) -> str:
   return ' '.join(sentences)
 
 
-def judgement(prompt: str, response: str, score: int) -> str:
-  """A review and its last line, the score as given."""
-  return f'{review(prompt, response)}\nScore: {score}'
-
-
 def answer(prompt: str, rng: np.random.Generator, quality: int) -> str:
   """Draws an answer whose score is exactly `quality`, 0 to 5."""
   count, kind = _asked(prompt)

@@ -89,8 +89,9 @@ def _steps(config, s, step, state, reference, rows, steps, saver, mesh) -> Train
 
 
 def data_file(workdir, model: str, name: str):
-  """Where a training set lies: corpus and ift among the seeds, eft and pairs with the model they are for."""
-  places = dict(corpus=('data', 'seeds'), ift=('data', 'seeds'), eft=(model, 'eft'), pairs=(model, 'pairs'))
+  """Where a training set lies: corpus and ift among the seeds, eft with m1, the others with the model they are for."""
+  places = dict(corpus=('data', 'seeds'), ift=('data', 'seeds'), eft=('m1', 'eft'), pairs=(model, 'pairs'),
+                positives=(model, 'pairs'), judge_pairs=(model, 'meta_judge'))
   if name not in places:
     raise InputError(f'config.train.data names {name!r}{stage.closest(name, places)}; it knows {", ".join(places)}')
   return epath.Path(workdir).joinpath(*places[name]) / f'{name}.jsonl'

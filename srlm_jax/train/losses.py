@@ -19,7 +19,12 @@ def sft_loss(logps):
   return -logps.sum()
 
 
-def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
-  """All arguments are sums of log-probs [B] -> losses [B] and margins [B]. Rafailov et al. 2023, eq. 7."""
+def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta, confidence):
+  """Sums of log-probs [B] -> losses [B] and margins [B]. Rafailov et al. 2023, eq. 7.
+
+  confidence [B] is the probability that chosen is the better one; 1 gives eq. 7 itself. Wang et al. 2024 (CREAM,
+  2410.12735): the loss is that of both orders, weighted by it.
+  """
   margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-  return -jax.nn.log_sigmoid(margin), margin
+  loss = -confidence * jax.nn.log_sigmoid(margin) - (1 - confidence) * jax.nn.log_sigmoid(-margin)
+  return loss, margin

@@ -14,7 +14,7 @@ def make(model, tx, config, state: TrainState):
 
   `state` (arrays, or shapes with shardings) says where the result lives; it is donated. `reference`: DPO's
   parameters in the dtype of activations, {} for SFT. batch: tokens and loss_mask, [B, T] for SFT, [B, 2, T]
-  (chosen, rejected) for DPO. Metrics are means over the whole batch.
+  (chosen, rejected) for DPO, which has confidence [B] too. Metrics are means over the whole batch.
   """
   loss_fn = {'sft': _sft, 'dpo': _dpo}[config.loss]
 
@@ -76,7 +76,8 @@ def _dpo(model, config, params, reference, batch, key):
   tokens, mask = (batch[k].reshape(-1, batch[k].shape[-1]) for k in ('tokens', 'loss_mask'))  # [2B, T]
   policy = _logps(model, params, tokens, mask, key).sum(-1).reshape(-1, 2)  # [B, 2]
   reference = jax.lax.stop_gradient(_logps(model, reference, tokens, mask, None)).sum(-1).reshape(-1, 2)
-  loss, margin = losses.dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], config.beta)
+  loss, margin = losses.dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], config.beta,
+                                 batch['confidence'])
   metrics = dict(margin=margin.sum(), accuracy=(margin > 0).sum().astype(jnp.float32),
                  chosen_logp=policy[:, 0].sum(), rejected_logp=policy[:, 1].sum(),
                  chosen_reward=config.beta * (policy[:, 0] - reference[:, 0]).sum(),

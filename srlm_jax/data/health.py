@@ -1,0 +1,159 @@
+"""The health of one iteration's data: its numbers, and a sentence for each that looks like a known failure.
+
+Scores can rise while agreement with people falls, so none of these numbers says that a model got better; they say
+when it cannot have.
+"""
+from collections import Counter
+from collections.abc import Iterable
+import json
+import statistics
+
+from etils import epath
+
+from srlm_jax.data import records, scores as scoring
+
+PARSED = 0.9      # share of judgements that should have a score
+ONE_SCORE = 0.5   # share of scores that one value may take
+LONGER = 1.5      # characters of the chosen by those of the rejected
+TIED = 0.5        # share of prompts whose scores may all be equal
+REPEATED = 0.5    # share of candidates that may repeat another of their prompt
+
+
+def run(config, workdir):
+  """MODEL/prompts, respond, judge, pairs, those that there are -> MODEL/health/health.json, and its warnings."""
+  from srlm_jax import stage  # here, for stage knows JAX and data does not
+  folder = stage.model_folder(workdir, config.name).parent
+  paths = [p for part in ('prompts', 'respond', 'judge', 'pairs') for p in sorted((folder / part).glob('*.json*'))
+           if p.name.startswith(('attempts', 'responses', 'judgements', 'pairs.', 'positives.'))]
+  s = stage.Stage(config, workdir, 'health', ('judge.quorum',), paths or [folder / 'judge' / 'judgements.jsonl'])
+  if s.done:
+    return
+  found = measure(folder, config.judge.quorum)
+  s.begin()
+  if stage.is_first_host():
+    stage.write_json(s.folder / 'health.json', found)
+  for sentence in found['warnings']:
+    stage.say(f'warning: {sentence}')
+  s.finish(warnings=len(found['warnings']))
+
+
+def measure(folder, quorum: int) -> dict:
+  """The numbers of the files that there are in the folder of a model; shares are of 1, lengths in characters."""
+  folder = epath.Path(folder)
+  responses, judgements = (_shards(folder / part, stem) for part, stem in (('respond', 'responses'),
+                                                                           ('judge', 'judgements')))
+  pairs = _lines(folder / 'pairs' / 'pairs.jsonl')
+  found, sentences = {}, []
+  if attempts := _lines(folder / 'prompts' / 'attempts.jsonl'):
+    fates = Counter(a['dropped'] for a in attempts)
+    found['prompts'] = dict(attempts=len(attempts), accepted=fates.pop('', 0), dropped=dict(sorted(fates.items())))
+  if responses:
+    found['responses'] = of_responses(responses)
+    sentences += warn_responses(f'{folder.name}/respond', responses)
+  if judgements:
+    found['judgements'] = of_judgements(judgements)
+    sentences += warn_judgements(f'{folder.name}/judge', judgements)
+  if responses and judgements:
+    found['ties'] = of_ties(responses, scoring.by_response(judgements, quorum))
+    if found['ties']['all_equal'] > TIED:
+      sentences.append(f'{folder.name}/judge: for {found["ties"]["all_equal"]:.0%} of the prompts all candidates score '
+                       'the same; such prompts give no pair.')
+  if pairs:
+    found['pairs'] = of_pairs(pairs, len({r['prompt_id'] for r in responses}))
+    sentences += warn_pairs(f'{folder.name}/pairs', pairs)
+  return dict(found, warnings=sentences)
+
+
+def of_responses(responses: list[dict]) -> dict:
+  """Counts, the share that is not finished, the share that repeats another of its prompt, the mean length."""
+  finish = Counter(r['finish'] for r in responses)
+  return dict(count=len(responses), unfinished=round(1 - finish['eos'] / len(responses), 4),
+              cut=finish['length'], too_long=finish['too_long'], repeated=round(_repeated(responses), 4),
+              empty=sum(not r['response'].strip() for r in responses), characters=_length(responses, 'response'))
+
+
+def of_judgements(judgements: list[dict]) -> dict:
+  """Counts, the share that has a score, why the others have none, the scores, the share of the commonest one."""
+  parsed = [j['score'] for j in judgements if j['score'] is not None]
+  histogram = scoring.histogram(parsed)
+  return dict(count=len(judgements), parse_rate=round(len(parsed) / len(judgements), 4),
+              unparsed=dict(sorted(unparsed(judgements).items())), score_histogram=histogram,
+              commonest=round(max(histogram.values()) / len(parsed), 4) if parsed else None)
+
+
+def of_ties(responses: list[dict], scores: dict[str, scoring.Score]) -> dict:
+  """Of the prompts with two scored candidates or more, the share on which all of them score the same."""
+  groups = {}
+  for r in responses:
+    if (score := scores.get(r['id'])) and score.mean is not None:
+      groups.setdefault(r['prompt_id'], []).append(score.mean)
+  groups = [means for means in groups.values() if len(means) > 1]
+  return dict(prompts=len(groups), all_equal=round(sum(len(set(m)) == 1 for m in groups) / max(len(groups), 1), 4))
+
+
+def of_pairs(pairs: list[dict], prompts: int) -> dict:
+  """The yield, and the lengths of chosen and rejected."""
+  chosen, rejected = _length(pairs, 'chosen'), _length(pairs, 'rejected')
+  return dict(count=len(pairs), per_1000_prompts=round(1000 * len(pairs) / max(prompts, 1), 1),
+              chosen_characters=chosen, rejected_characters=rejected, length_gap=round(chosen - rejected, 1),
+              margin=round(statistics.fmean(p['chosen_score'] - p['rejected_score'] for p in pairs), 3))
+
+
+def warn_judgements(title: str, judgements: list[dict]) -> list[str]:
+  """A sentence where too few have a score, and one where most scores are one value."""
+  scores, sentences = [round(j['score']) for j in judgements if j['score'] is not None], []
+  if len(scores) < PARSED * len(judgements):
+    why = ', '.join(f'{n} {reason}' for reason, n in unparsed(judgements).items())
+    sentences.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score (the others: {why}), '
+                     f'fewer than {PARSED:.0%}.')
+  for value, count in Counter(scores).items():
+    if count > ONE_SCORE * len(scores):
+      sentences.append(f'{title}: {count / len(scores):.0%} of the scores are {value}; such a judge hardly tells one '
+                       'response from another.')
+  return sentences
+
+
+def warn_responses(title: str, responses: Iterable[dict]) -> list[str]:
+  """A sentence where most are cut, and one where most repeat another candidate of their prompt."""
+  responses = list(responses)
+  finish, sentences = Counter(r['finish'] for r in responses), []
+  if finish['length'] > finish['eos']:
+    sentences.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, {finish["eos"]:,} are '
+                     'finished; the model does not end its answers, or the limit is too low.')
+  if _repeated(responses) > REPEATED:
+    sentences.append(f'{title}: {_repeated(responses):.0%} of the candidates repeat another one of their prompt; a '
+                     'higher temperature makes them differ.')
+  return sentences
+
+
+def warn_pairs(title: str, pairs: list[dict]) -> list[str]:
+  """A sentence where the chosen are longer than the rejected by half."""
+  chosen, rejected = _length(pairs, 'chosen'), _length(pairs, 'rejected')
+  return [f'{title}: a chosen response has {chosen:,.0f} characters, a rejected one {rejected:,.0f}; the model may '
+          'learn length alone.'] if pairs and chosen > LONGER * rejected else []
+
+
+def unparsed(judgements: list[dict]) -> Counter:
+  """How many judgements have no score, by reason."""
+  return Counter(j['reason'] for j in judgements if j['score'] is None)
+
+
+def _repeated(responses: list[dict]) -> float:
+  return 1 - len({(r['prompt_id'], r['response'].strip()) for r in responses}) / max(len(responses), 1)
+
+
+def _length(rows: list[dict], side: str) -> float:
+  return round(statistics.fmean(len(r[side]) for r in rows), 1) if rows else 0.0
+
+
+def _shards(folder, stem: str) -> list[dict]:
+  return list(records.read_shards(folder, stem)) if list(folder.glob(f'{stem}-*')) else []
+
+
+def _lines(path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+if __name__ == '__main__':
+  from srlm_jax import stage
+  stage.main(run)
