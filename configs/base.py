@@ -26,14 +26,14 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.sample_mesh = ConfigDict(dict(data=1, fsdp=1, tensor=-1))  # sampling, over the devices of each host
 
   c.data = ConfigDict()
-  c.data.source = 'oasst'     # oasst or sandbox
-  c.data.path = ''            # OASST1 files, flat or trees, .jsonl or .gz; commas between several
-  c.data.ift = 3200           # PAPER 3.1: English, first turn, the reply ranked 0
+  c.data.source = 'oasst'     # oasst, ranked (any other ranked replies) or sandbox
+  c.data.path = ''            # .jsonl or .gz; commas between several; oasst: flat or trees; ranked: see data/ranked.py
+  c.data.ift = 3200           # PAPER 3.1: the reply ranked 0; of oasst English, first turn
   c.data.test_prompts = 256   # PAPER 3.1: held out, for head-to-head
   c.data.valid_prompts = 253  # PAPER 3.1: held out, for early stopping
   c.data.ranked_train = 2000  # prompts with ranked replies, from which EFT is made; yields 1,630 in PAPER 3.1
   c.data.ranked_eval = 190    # prompts of the EFT evaluation set: 541 replies at 2.85 a prompt, PAPER 3.1
-  c.data.synthetic = False    # keep what a model wrote
+  c.data.synthetic = False    # of oasst: keep what a model wrote
   c.data.documents = 0        # of the sandbox's corpus
 
   c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
@@ -121,6 +121,8 @@ def check(c: ConfigDict):
   for section in ('train', 'sample'):
     if c[section].dtype not in ('float32', 'bfloat16'):
       raise InputError(f'config.{section}.dtype is {c[section].dtype!r}; it is float32 or bfloat16')
+  if c.data.source not in ('oasst', 'ranked', 'sandbox'):
+    raise InputError(f'config.data.source is {c.data.source!r}; it is oasst, ranked or sandbox')
   if c.train.loss not in ('sft', 'dpo'):
     raise InputError(f'config.train.loss is {c.train.loss!r}; it is sft or dpo')
   for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):

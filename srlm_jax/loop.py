@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import ablations, base
 from srlm_jax import checkpoint, InputError, report, stage
-from srlm_jax.data import eft, health, oasst
+from srlm_jax.data import eft, health, seeds
 from srlm_jax.eval import agreement
 from srlm_jax.models import convert
 from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond
@@ -80,7 +80,7 @@ def first_model(config, workdir):
   else:
     convert.from_hf(config.m0, folder)
     stage.Stage.begun += 1
-  oasst.run(config, workdir)
+  seeds.run(config, workdir)
 
 
 def one_model(config, workdir) -> str:

@@ -73,7 +73,7 @@ class Stage:
       write_json(self.folder / 'done.json', dict(summary, seconds=seconds))
     sync(f'{self.title} is done')  # every host may read done.json
     say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
-                                                       if not isinstance(v, dict | list)))
+                                                       if not isinstance(v, dict | list | None)))
 
 
 def main(run, **extra):

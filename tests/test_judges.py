@@ -23,7 +23,8 @@ def test_the_last_score_line_counts(text, score):
 
 
 @pytest.mark.parametrize('text, reason', [
-    ('Score: 7', 'out of range'), ('Score: -1', 'out of range'), ('Score: 4/0', 'out of range'), ('Score: ٤', 'unreadable'), ('Score: 4 or 5', 'unreadable'),
+    ('Score: 7', 'out of range'), ('Score: -1', 'out of range'), ('Score: 4/0', 'out of range'),
+    ('Score: ٤', 'unreadable'), ('Score: 4 or 5', 'unreadable'),
     ('Score:', 'unreadable'),
     ('', 'no score'), ('I give it 4 of 5.', 'no score'), ('Score: 4/10', 'out of range'), ('Score: four', 'unreadable'),
     ('Score: 3\nScore: 3 to 4', 'unreadable'), ('Scores: 3', 'no score'), ('underscore: 3', 'no score')])

@@ -232,7 +232,7 @@ def test_every_command_of_the_readme_runs(demo, stories, tmp_path):
     words = shlex.split(command)[2:]
     name = re.search(r'configs/(\w+)\.py', command)
     model = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3')[name[1]] if name else ''
-    flags = [] if 'srlm_jax.data.oasst' in command or not name else list(config_flags(model))
+    flags = [] if 'srlm_jax.data.seeds' in command or not name else list(config_flags(model))
     said = main(words[0].removeprefix('srlm_jax.'), *words[1:], *flags)
     assert not flags or 'done before' in said, command
     ran.append(words[0])

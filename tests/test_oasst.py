@@ -1,22 +1,15 @@
 import copy
-import doctest
 import gzip
 import json
-import os
-import pathlib
 import random
-import subprocess
-import sys
 
-import ml_collections
+from conftest import DATA
 import pytest
+import test_seeds
+from test_seeds import check, FILES, PAPER, raw
 
 from srlm_jax import InputError
-from srlm_jax.data import oasst
-
-DATA = pathlib.Path(os.environ.get('SRLM_TEST_DATA') or pathlib.Path(__file__).parents[2] / 'shared' / 'data')
-PAPER = {'ift': 3200, 'test_prompts': 256, 'valid_prompts': 253, 'ranked_train': 1630, 'ranked_eval': 541}
-FILES = ('ift.jsonl', 'heldout.jsonl', 'ranked.jsonl', 'counts.json')
+from srlm_jax.data import oasst, records
 
 
 def message(name, text, **fields):
@@ -51,33 +44,12 @@ def write(path, rows):
   return path
 
 
-def run(path, workdir, seed=0, synthetic=False, **asked):
-  config = {'seed': seed, 'data': PAPER | {'path': str(path), 'synthetic': synthetic} | asked}
-  oasst.make(ml_collections.ConfigDict(config), workdir)
-  folder = pathlib.Path(workdir) / 'data' / 'seeds'
-  assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
-  return {name: [json.loads(line) for line in (folder / name).open()] for name in FILES}
-
-
-def raw(workdir):
-  return {name: (pathlib.Path(workdir) / 'data' / 'seeds' / name).read_bytes() for name in FILES}
-
-
-def check(out):
-  """No prompt serves twice, and every prompt and reply that was read is kept or dropped once."""
-  rows = [r for name in FILES[:3] for r in out[name]]
-  assert len(rows) == len({r['id'] for r in rows}) == len({oasst.normalise(r['prompt']) for r in rows})
+def run(path, workdir, **asked):
+  out = test_seeds.run(path, workdir, source='oasst', **asked)
   for r in out['ranked.jsonl']:
     assert [reply['rank'] for reply in r['replies']] == list(range(len(r['replies'])))
-    assert len(r['replies']) > 1 and r['split'] in ('train', 'eval')
-  assert {r['split'] for r in out['heldout.jsonl']} <= {'test', 'valid'}
-  [counts] = out['counts.json']
-  dropped = {what: sum(reasons.values()) for what, reasons in counts['dropped'].items()}
-  assert counts['read']['prompts'] == len(rows) + dropped['prompts']
-  kept_replies = sum(counts['kept_replies'].values())
-  assert kept_replies == len(out['ift.jsonl']) + sum(len(r['replies']) for r in out['ranked.jsonl'])
-  assert counts['read']['replies'] == kept_replies + dropped['replies']
-  return counts
+  assert {r['source'] for name in ('ift.jsonl', 'ranked.jsonl') for r in out[name]} == {'oasst1'}
+  return out
 
 
 def mixed():
@@ -153,26 +125,22 @@ def test_synthetic_texts_are_kept_on_request(tmp_path):
   assert sum(kept['kept'].values()) == sum(without['kept'].values()) + 2
 
 
-def test_other_content_under_the_same_name_is_prepared_anew(tmp_path):
-  path = write(tmp_path / 'x.jsonl', [tree(f'a{i}', 0, 1) for i in range(4)])
-  assert {r['id'][0] for r in run(path, tmp_path)['ift.jsonl']} == {'a'}
-  assert len(list((tmp_path / 'data' / 'tfds' / 'oasst1').iterdir())) == 1
-  write(path, [tree(f'b{i}', 0, 1) for i in range(4)])
-  assert {r['id'][0] for r in run(path, tmp_path)['ift.jsonl']} == {'b'}
-
-
-def test_the_builder_keeps_every_field(tmp_path):
-  trees = mixed()
+def test_a_turn_says_what_is_dropped_and_why(tmp_path):
+  trees = [mixed()[0], mixed()[-1]]
   trees[0]['prompt']['text'] = 'Ünï\x00çødé 🙂\n\n'
   trees[0]['prompt']['replies'][0] |= {'review_result': None, 'text': ''}
-  path = write(tmp_path / 'x.jsonl', trees)
-  read = sorted(oasst.read_turns((str(path),)), key=lambda t: t['prompt']['id'])
-  back = sorted(oasst.prepared_turns((str(path),), tmp_path), key=lambda t: t['prompt']['id'])
-  assert read == back and len(read) == len(trees)
-  turn = next(t for t in back if t['prompt']['id'] == 'good00')
-  assert turn['prompt'] == {'id': 'good00', 'text': 'Ünï\x00çødé 🙂\n\n', 'lang': 'en', 'rank': -1,
-                            'review_result': 1, 'deleted': False, 'synthetic': False}
-  assert [r['rank'] for r in turn['replies']] == [1, 0, 2] and turn['replies'][0]['review_result'] == -1
+  for rows in (trees, flat(trees)[::-1]):
+    path = write(tmp_path / 'x.jsonl', rows)
+    good, holes = sorted((turn for _, turn in oasst.turns(records.numbered(path), False)), key=lambda t: t['id'])
+    good['replies'].sort(key=lambda reply: reply['id'])
+    assert good == {'id': 'good00', 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
+        {'id': 'good00-0', 'text': '', 'rank': 1, 'dropped': 'empty'},
+        {'id': 'good00-1', 'text': 'Reply 1 to good00', 'rank': 0, 'dropped': ''},
+        {'id': 'good00-2', 'text': 'Reply 2 to good00', 'rank': 2, 'dropped': ''}]}
+    assert holes['dropped'] == '' and {reply['id']: reply['dropped'] for reply in holes['replies']} == {
+        'holes-0': '', 'holes-1': 'deleted', 'holes-2': 'not English', 'holes-3': 'synthetic', 'holes-4': 'empty',
+        'holes-5': 'unranked'}
+    assert {reply['id']: reply['rank'] for reply in holes['replies']}['holes-5'] == -1
 
 
 def broken(**fields):
@@ -206,35 +174,14 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, row, word):
     assert not [p for p in (tmp_path / 'run').rglob('*') if p.is_file()]
 
 
-def test_nothing_to_read_is_an_error(tmp_path):
-  empty = write(tmp_path / 'empty.jsonl', [])
+def test_files_without_a_use_are_an_error(tmp_path):
   spam = write(tmp_path / 'spam.jsonl', [tree('a', 0, 1, state='spam')])
   alone = write(tmp_path / 'alone.jsonl', [tree('a', 0)])
-  for path, word in (('', 'data.path'), (tmp_path / 'no*.jsonl', 'is no file'), (tmp_path, 'is no file'),
-                     (empty, 'no conversation'), (spam, 'yields no ift'), (alone, 'yields no ranked')):
+  empty = write(tmp_path / 'empty.jsonl.gz', [])
+  for path, word in ((empty, 'no conversation'), (spam, 'yields no ift'), (alone, 'yields no ranked')):
     with pytest.raises(InputError, match=word):
       run(path, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'data' / 'seeds').exists()
-
-
-def test_the_division_wastes_nothing_and_keeps_the_proportions():
-  rng = random.Random(0)
-  for _ in range(300):
-    kinds = [rng.choice(((0,), (0, 1), (1, 2))) for _ in range(rng.randrange(40))]
-    prompts = [{'id': str(i), 'ranked': [{'rank': r} for r in ranks]} for i, ranks in enumerate(kinds)]
-    asked = {name: rng.randrange(15) for name in PAPER}
-    sets = oasst.divide(prompts, asked)
-    used = [p['id'] for members in sets.values() for p in members]
-    assert len(used) == len(set(used)) and all(len(sets[name]) <= asked[name] for name in asked)
-    assert all(p['ranked'][0]['rank'] == 0 for name in oasst.BEST_SETS for p in sets[name])
-    assert all(len(p['ranked']) > 1 for name in oasst.RANKED_SETS for p in sets[name])
-    best, several = kinds.count((0,)) + kinds.count((0, 1)), kinds.count((1, 2)) + kinds.count((0, 1))
-    want_best, want_several = (sum(asked[n] for n in ns) for ns in (oasst.BEST_SETS, oasst.RANKED_SETS))
-    assert len(used) == min(len(kinds), best + want_several, want_best + several, want_best + want_several,
-                            min(best, want_best) + min(several, want_several))
-  both = [{'id': str(i), 'ranked': [{'rank': 0}, {'rank': 1}]} for i in range(588)]
-  assert [len(members) for members in oasst.divide(both, PAPER).values()] == [320, 26, 25, 163, 54]
-  assert doctest.testmod(oasst).failed == 0
 
 
 def real(name):
@@ -293,8 +240,3 @@ def test_real_trees(tmp_path):
   random.Random(0).shuffle(rows)
   run(write(tmp_path / 'flat.jsonl.gz', rows), tmp_path / 'flat')
   assert raw(tmp_path / 'flat') == raw(tmp_path)
-
-
-def test_the_module_needs_neither_jax_nor_tensorflow():
-  code = 'import sys, srlm_jax.data.oasst; sys.exit(len({"jax", "tensorflow"} & set(sys.modules)))'
-  assert subprocess.run([sys.executable, '-c', code]).returncode == 0

@@ -1,10 +1,10 @@
-import random
-
+from conftest import DATA
+from etils import epath
 import pytest
-from rouge_score import rouge_scorer
 
 from configs import base
-from srlm_jax.data import templates
+from srlm_jax import InputError
+from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import prompts
 
 
@@ -21,7 +21,9 @@ def screen(seeds=('Name a nice fruit for me.',), held=('Where is the moon now?',
     ('Please go to the shop now.', 'eos', 'asks for what'),
     ('Write a program that sorts numbers.', 'eos', 'a start that'),
     ('"Tell me about old ships."', 'eos', 'a start that'), ('Öl is what you need.', 'eos', 'a start that'),
-    ('where is the MOON now', 'eos', 'held out'), ('Name a nice fruit for me!', 'eos', 'seen before'),
+    ('where is the MOON now', 'eos', 'held out'),
+    ('Say it: where is the moon now', 'eos', 'holds a held-out prompt'),
+    ('Name a nice fruit for me!', 'eos', 'seen before'),
     ('Name a nice fruit for us.', 'eos', 'like one seen before'), ('x', 'too_long', 'shots too long')])
 def test_each_filter_says_why(text, finish, reason):
   prompt, why = screen()(text, finish)
@@ -41,19 +43,59 @@ def test_what_was_accepted_is_known_afterwards():
   assert s.dropped == {'seen before': 1, 'like one seen before': 1}
 
 
-def test_rouge_is_rouge_score_s():
-  scorer = rouge_scorer.RougeScorer(['rougeL'], use_stemmer=False)
-  rng = random.Random(0)
-  for _ in range(500):
-    a, b = ([rng.choice('abcde') for _ in range(rng.randint(1, 9))] for _ in range(2))
-    wanted = scorer.score(' '.join(a), ' '.join(b))['rougeL'].fmeasure
-    assert prompts.rouge_l_above(a, b, wanted - 1e-9) and not prompts.rouge_l_above(a, b, wanted + 1e-9)
+@pytest.mark.parametrize('text, prompt, more', [
+    (' 9. Name a fruit.', 'Name a fruit.', False), ('Name a fruit.\n\n', 'Name a fruit.', False),
+    ('Name a fruit.\n10. Name a tree.', 'Name a fruit.', True),
+    ('Name a fruit. 10. Name a tree.', 'Name a fruit.', True),
+    ('Name a fruit.\nA pear is a fruit.', 'Name a fruit.', True), ('Name a fruit. Answer: pear', 'Name a fruit.', True),
+    ('Name a fruit. [/INST] Sure', 'Name a fruit.', True), ('What is it? Assistant: It is', 'What is it?', True),
+    ('Compare version 2. and 3. of it.', 'Compare version 2. and 3. of it.', False),
+    ('Explain the phrase "The Answer: 42".', 'Explain the phrase "The Answer: 42".', False), ('', '', False)])
+def test_several_prompts_and_a_started_answer_are_cut_off(text, prompt, more):
+  assert prompts.cut(text, 9) == (prompt, more)
+
+
+def test_a_prompt_that_was_cut_by_us_may_have_ended_by_length():
+  s = screen()
+  assert s('Tell me about old ships. 10. Tell me', 'length') == ('Tell me about old ships.', '')
+  assert s('Tell me about new planes and', 'length')[1] == 'cut off by length'
+  assert s.shortened == 1
+
+
+def test_evaluation_prompts_never_enter_and_are_read_from_their_own_files(tmp_path):
+  (tmp_path / 'alpaca.json').write_text('[{"instruction": "Tell me about old ships."}]')
+  (tmp_path / 'mt.jsonl').write_text('{"turns": ["Where did the sun go?", "Why?"]}\n'
+                                     '{"prompt": "Sing a new song now."}\n')
+  found = [p for name in ('alpaca.json', 'mt.jsonl') for p in prompts.evaluation_prompts(epath.Path(tmp_path / name))]
+  assert found == ['Tell me about old ships.', 'Where did the sun go?', 'Sing a new song now.']
+  s = screen(held=found)
+  for text, why in (('Tell me about old ships!', 'held out'), ('Well. Where did the sun go? Say it.', 'holds a held'),
+                    ('Sing a new song right now.', 'like a held')):
+    assert s(text, 'eos')[1].startswith(why)
+  (tmp_path / 'bad.jsonl').write_text('{"text": "x"}\n')
+  with pytest.raises(InputError, match='record 1 of .*bad.jsonl has no prompt, instruction or turns'):
+    prompts.evaluation_prompts(epath.Path(tmp_path / 'bad.jsonl'))
+
+
+def test_mt_bench_itself_is_read():
+  path = DATA / 'prompts' / 'mt_bench_questions.jsonl'
+  if not path.exists():
+    pytest.skip(f'{path} is absent; set SRLM_TEST_DATA')
+  assert len(prompts.evaluation_prompts(epath.Path(path))) == 80
 
 
 @pytest.mark.parametrize('name', ['list', 'sandbox'])
-def test_the_author_is_asked_for_the_next_number(name):
-  asked = templates.load_author(name).replace('{shots}', prompts.numbered([f'Task {i}.' for i in range(8)]))
+def test_a_base_model_goes_on_with_the_list(name, stories):
+  tokenizer, shots = tokenizers.load(stories), [f'Task {i}.' for i in range(8)]
+  asked = tokenizer.decode(prompts.ask('none', templates.load_author(name), shots, tokenizer))
   assert asked.endswith('\n8. Task 7.\n9.')
+
+
+@pytest.mark.parametrize('chat', ['plain', 'llama2'])
+def test_a_chat_model_is_asked_in_its_form_and_its_answer_begins_with_the_number(chat, stories):
+  tokenizer, shots = tokenizers.load(stories), [f'Task {i}.' for i in range(8)]
+  asked = tokenizer.decode(prompts.ask(chat, templates.load_author('chat'), shots, tokenizer))
+  assert asked.endswith({'plain': '\nAssistant: 9.', 'llama2': ' [/INST] 9.'}[chat]) and '8. Task 7.' in asked
 
 
 def test_shots_are_six_seeds_and_two_new_ones_by_a_seed():

@@ -12,6 +12,8 @@ def test_records_survive_the_way_to_disk_and_back(tmp_path):
   assert list(records.read(tmp_path / 'x.jsonl', 'id', 'text')) == rows
   (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress((tmp_path / 'x.jsonl').read_bytes()))
   assert list(records.read(tmp_path / 'x.jsonl.gz')) == rows
+  (tmp_path / 'x.jsonl').write_text('\n{"id": "a"}\n\n{"id": "b"}\n')
+  assert [where.rpartition(':')[2] for where, _ in records.numbered(tmp_path / 'x.jsonl')] == ['2', '4']
 
 
 @pytest.mark.parametrize('line, message', [

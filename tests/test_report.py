@@ -182,7 +182,8 @@ def test_known_failures_are_said_in_words():
                'm2/model: trained on 9 rows; dropped 10 longer than 512 tokens'):
     assert text in found
   iteration.update(judgements=judgements[4:9] + judgements[8:9] * 3,
-                   pairs=[dict(chosen='x' * 30, rejected='y' * 20)], responses=[dict(finish='eos', prompt_id='p', response='x')])
+                   pairs=[dict(chosen='x' * 30, rejected='y' * 20)],
+                   responses=[dict(finish='eos', prompt_id='p', response='x')])
   page['stages'] = {}
   assert report.warnings(page) == []
 

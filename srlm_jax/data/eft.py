@@ -10,7 +10,7 @@ it has more than the next.
 from collections import Counter
 
 from srlm_jax import InputError
-from srlm_jax.data import judges, records, scores as scoring
+from srlm_jax.data import judges, ranked as ranking, records, scores as scoring
 
 
 def run(config, workdir):
@@ -59,8 +59,8 @@ def run(config, workdir):
 def check(ranked: list[dict], source):
   """Raises InputError where ranks are not a ranking: 0 the best, equal ranks for equals, as 0, 1, 1, 3."""
   for r in ranked:
-    ranks = sorted(reply['rank'] for reply in r['replies'])
-    if len(ranks) < 2 or any(ranks.index(rank) != rank for rank in ranks):
+    ranks = [reply['rank'] for reply in r['replies']]
+    if len(ranks) < 2 or ranks != ranking.competition(ranks):
       raise InputError(f'{source}: the ranks {ranks} of the replies of {r["id"]} are not a ranking (0 is the best, '
                        f'then 1, ..; equals share a rank); mend or delete that record')
     for reply in r['replies']:

@@ -95,7 +95,8 @@ class Judge:
 
 # What may follow 'Score:' up to the end of its line: 4, **4**, 3.5, 4/5, 4 out of 5, 4 points, <4>, "4".
 _NUMBER = re.compile(r'''[\s*_"'“<(\[]*(?P<score>[-+]?\d+(?:\.\d+)?)[\s*_]*'''
-                     r'''(?:(?:/|out\s+of)[\s*_]*(?P<top>\d+))?[\s*_]*(?:points?)?[\s*_"'”>)\].]*''', re.IGNORECASE | re.ASCII)
+                     r'''(?:(?:/|out\s+of)[\s*_]*(?P<top>\d+))?[\s*_]*(?:points?)?[\s*_"'”>)\].]*''',
+                     re.IGNORECASE | re.ASCII)
 # What ends a turn of one of the chat forms, or looks like a special token.
 _TURN = re.compile(r'\[(?=/?INST\])|<(?=</?SYS>>)|<(?=/?s>)|<(?=\|[^|<>\s]{1,40}\|>)')
 _SPEAKER = re.compile(r'^([ \t]*(?:User|Assistant)):', re.MULTILINE)

@@ -17,6 +17,12 @@ _TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejecte
 
 def read(path, *fields: str) -> Iterator[dict]:
   """Yields the records of a file, each checked to hold `fields`; a bad line is named by file and number."""
+  for _, record in numbered(path, *fields):
+    yield record
+
+
+def numbered(path, *fields: str) -> Iterator[tuple[str, dict]]:
+  """Yields what `read` yields, each record with its place, file:line."""
   path = epath.Path(path)
   if not path.exists():
     raise InputError(f'{path} does not exist; run the stage that writes it first')
@@ -26,7 +32,7 @@ def read(path, *fields: str) -> Iterator[dict]:
     try:
       for number, line in enumerate(lines, 1):
         if line.strip():
-          yield _parse(line, f'{path}:{number}', fields)
+          yield f'{path}:{number}', _parse(line, f'{path}:{number}', fields)
     except (EOFError, OSError, zlib.error) as error:
       raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it again') from error
 

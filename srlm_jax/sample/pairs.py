@@ -27,8 +27,8 @@ def run(config, workdir):
     return
   prompts, judgements = load(config, folder)
   if not prompts or not judgements:
-    raise InputError(f'{folder} holds {len(prompts)} answered prompts and {len(judgements)} judgements; answer and judge '
-                     f'prompts first')
+    raise InputError(f'{folder} holds {len(prompts)} answered prompts and {len(judgements)} judgements; answer and '
+                     f'judge prompts first')
   s.begin()
   if not stage.is_first_host():
     return s.finish()

@@ -1,0 +1,65 @@
+import json
+
+from configs import base
+from srlm_jax.data import health, records
+
+
+def judgements(*scores):
+  return [dict(id=str(i), response_id=f'p{i % 4}/{i % 2}', prompt_id=f'p{i % 4}', score=s,
+               reason='' if s is not None else 'no score') for i, s in enumerate(scores)]
+
+
+def responses(*texts, finish='eos'):
+  return [dict(id=f'p{i // 2}/{i % 2}', prompt_id=f'p{i // 2}', response=text, finish=finish)
+          for i, text in enumerate(texts)]
+
+
+def test_a_healthy_iteration_has_no_warning():
+  assert not health.warn_judgements('m2/judge', judgements(1, 2, 3, 4, 5, 0, 2, 3, 4, 1))
+  assert not health.warn_responses('m2/respond', responses('a', 'b', 'c', 'd'))
+  assert not health.warn_pairs('m2/pairs', [dict(chosen='x' * 14, rejected='x' * 10)])
+
+
+def test_each_known_failure_is_said_in_words():
+  found = health.warn_judgements('m2/judge', judgements(4, 4, 4, 4, 4, 4, 4, None, None, 1))
+  assert found[0] == 'm2/judge: 8 of 10 judgements have a score (the others: 2 no score), fewer than 90%.'
+  assert found[1].startswith('m2/judge: 88% of the scores are 4; such a judge hardly tells')
+  assert 'are cut at the length limit' in health.warn_responses('m2', responses('a', 'b', finish='length'))[0]
+  assert '75% of the candidates repeat' in health.warn_responses('m2', [dict(r, prompt_id='p') for r in responses(
+      'a', 'a ', 'a', ' a')])[0]
+  assert 'learn length alone' in health.warn_pairs('m2/pairs', [dict(chosen='x' * 16, rejected='x' * 10)])[0]
+
+
+def test_the_numbers_of_an_iteration(tmp_path, capsys):
+  folder = tmp_path / 'm2'
+  records.write(folder / 'prompts' / 'attempts.jsonl', [dict(id=str(i), dropped='' if i else 'held out')
+                                                        for i in range(5)])
+  records.write(folder / 'respond' / 'responses-00000-of-00001.jsonl', responses('a', 'a', 'b', '', finish='eos')[:3]
+                + responses('a', 'a', 'b', 'cc', finish='length')[3:])
+  scores = [dict(id=f'{name}/{j}', response_id=name, prompt_id=name[:2], score=s, reason='' if s is not None else 'x')
+            for name, three in (('p0/0', (3, 3)), ('p0/1', (3, 3)), ('p1/0', (5, 4)), ('p1/1', (1, None)))
+            for j, s in enumerate(three)]
+  records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', scores)
+  pair = dict(chosen='abc', rejected='d', chosen_score=4.5, rejected_score=1)
+  records.write(folder / 'pairs' / 'pairs.jsonl', [pair])
+  for part in ('prompts', 'respond', 'judge', 'pairs'):
+    (folder / part / 'done.json').write_text('{}')
+  health.run(base.get('m2'), tmp_path)
+  found = json.loads((folder / 'health' / 'health.json').read_text())
+  assert found['prompts'] == dict(attempts=5, accepted=4, dropped={'held out': 1})
+  assert [found['responses'][name] for name in ('unfinished', 'repeated', 'cut')] == [0.25, 0.25, 1]
+  assert (found['judgements']['parse_rate'], found['judgements']['unparsed']) == (0.875, {'x': 1})
+  assert found['judgements']['score_histogram'] == {'1': 1, '3': 4, '4': 1, '5': 1}
+  assert found['ties'] == dict(prompts=1, all_equal=1.0)  # of p1 one candidate misses the quorum
+  assert found['pairs'] == dict(count=1, per_1000_prompts=500.0, chosen_characters=3.0, rejected_characters=1.0,
+                                length_gap=2.0, margin=3.5)
+  said = capsys.readouterr().out
+  assert len(found['warnings']) == 4 and all(f'warning: {w}' in said for w in found['warnings'])
+  health.run(base.get('m2'), tmp_path)
+  assert 'm2/health: done before' in capsys.readouterr().out
+
+
+def test_m1_has_only_its_judgements(tmp_path):
+  records.write(tmp_path / 'm1' / 'judge' / 'judgements-00000-of-00001.jsonl', judgements(1, 2, 3, 4))
+  found = health.measure(tmp_path / 'm1', 1)
+  assert set(found) == {'judgements', 'warnings'} and found['warnings'] == []

@@ -1,0 +1,220 @@
+import doctest
+import json
+import pathlib
+import random
+import subprocess
+import sys
+
+from conftest import run_main
+import ml_collections
+import pytest
+
+from srlm_jax import InputError
+from srlm_jax.data import seeds
+
+PAPER = {'ift': 3200, 'test_prompts': 256, 'valid_prompts': 253, 'ranked_train': 1630, 'ranked_eval': 541}
+FILES = ('ift.jsonl', 'heldout.jsonl', 'ranked.jsonl', 'counts.json')
+
+
+def record(name, *ranks, prompt=None):
+  """A prompt with a reply for each rank."""
+  return {'id': name, 'prompt': prompt or f'Prompt {name}?', 'replies': [
+      {'id': f'{name}-{i}', 'text': f'Reply {i} to {name}', 'rank': rank} for i, rank in enumerate(ranks)]}
+
+
+def write(path, rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
+def run(path, workdir, seed=0, source='ranked', synthetic=False, **asked):
+  config = {'seed': seed, 'data': PAPER | {'source': source, 'path': str(path), 'synthetic': synthetic} | asked}
+  seeds.make(ml_collections.ConfigDict(config), workdir)
+  folder = pathlib.Path(workdir) / 'data' / 'seeds'
+  assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+  return {name: [json.loads(line) for line in (folder / name).open()] for name in FILES}
+
+
+def raw(workdir):
+  return {name: (pathlib.Path(workdir) / 'data' / 'seeds' / name).read_bytes() for name in FILES}
+
+
+def check(out):
+  """No prompt serves twice, and every prompt and reply that was read is kept or dropped once."""
+  rows = [r for name in FILES[:3] for r in out[name]]
+  assert len(rows) == len({r['id'] for r in rows}) == len({seeds.normalise(r['prompt']) for r in rows})
+  for r in out['ranked.jsonl']:
+    ranks = [reply['rank'] for reply in r['replies']]
+    assert ranks == [sum(other < rank for other in ranks) for rank in ranks] and ranks == sorted(ranks)
+    assert len(r['replies']) > 1 and ranks[-1] > 0 and r['split'] in ('train', 'eval')
+  assert {r['split'] for r in out['heldout.jsonl']} <= {'test', 'valid'}
+  [counts] = out['counts.json']
+  dropped = {what: sum(reasons.values()) for what, reasons in counts['dropped'].items()}
+  assert counts['read']['prompts'] == len(rows) + dropped['prompts']
+  kept_replies = sum(counts['kept_replies'].values())
+  assert kept_replies == len(out['ift.jsonl']) + sum(len(r['replies']) for r in out['ranked.jsonl'])
+  assert counts['read']['replies'] == kept_replies + dropped['replies']
+  return counts
+
+
+def various():
+  """Prompts that can serve in every set, in one kind, in none; and two pairs with one text."""
+  rows = [record(f'both{i:02d}', 1, 0, 2) for i in range(30)]
+  rows += [record(f'tie{i}', 0, 0, 2) for i in range(6)] + [record(f'alone{i}', 0, *[0] * (i % 2)) for i in range(6)]
+  return rows + [record('none'), record('twin', 0, 1, prompt='  prompt BOTH00? '),
+                 record('twins', 0, 1, prompt='Ｐrompt tie0?')]
+
+
+def test_sets_share_no_prompt_and_take_what_they_need(tmp_path):
+  out = run(write(tmp_path / 'x.jsonl', various()), tmp_path, ift=20, test_prompts=4, valid_prompts=2, ranked_train=10,
+            ranked_eval=4)
+  counts = check(out)
+  assert counts['kept'] == counts['asked']
+  assert counts['dropped']['prompts'] == {
+      'more than asked for': 2, 'no best reply, nor two ranked': 1, 'same text as another': 2}
+  for r in out['ift.jsonl']:
+    # The first of equals.
+    assert r['source'] == 'ranked' and (r['id'].startswith('twin') or r['response'] == (
+        f'Reply {int(r["id"].startswith("both"))} to {r["id"]}'))
+  order = {'both': [1, 0, 2], 'tie': [0, 1, 2], 'twin': [0, 1]}
+  for r in out['ranked.jsonl']:
+    kind = r['id'].rstrip('s0123456789')
+    assert [reply['id'] for reply in r['replies']] == [f'{r["id"]}-{i}' for i in order[kind]]
+    assert [reply['rank'] for reply in r['replies']] == ([0, 0, 2] if kind == 'tie' else list(range(len(order[kind]))))
+
+
+def test_the_seed_alone_decides_and_not_the_order_of_files_and_lines(tmp_path):
+  rows = various()
+  shuffled = random.Random(0).sample(rows, len(rows))
+  paths = [write(tmp_path / 'a.jsonl', rows), write(tmp_path / 'b.jsonl', shuffled)]
+  write(tmp_path / 'c2.jsonl', rows[:20]), write(tmp_path / 'c1.jsonl', rows[20:])
+  paths += [tmp_path / 'c?.jsonl', f'{tmp_path}/c2.jsonl, {tmp_path}/c1.jsonl', paths[0]]
+  outputs = []
+  for i, path in enumerate(paths):
+    check(run(path, tmp_path / str(i), seed=3))
+    outputs.append(raw(tmp_path / str(i)))
+  assert all(output == outputs[0] for output in outputs)
+  check(run(paths[0], tmp_path / 'other', seed=4))
+  assert raw(tmp_path / 'other')['ift.jsonl'] != outputs[0]['ift.jsonl']
+
+
+def test_too_few_prompts_are_divided_in_the_asked_proportions(tmp_path, capsys):
+  path = write(tmp_path / 'x.jsonl', [record(str(i), 0, 1) for i in range(588)])
+  assert tuple(check(run(path, tmp_path))['kept'].values()) == (320, 26, 25, 163, 54)
+  assert 'Fewer than asked, 588 of 5880: divided in proportion' in capsys.readouterr().out
+
+
+def test_the_division_wastes_nothing_and_keeps_the_proportions():
+  def prompts(kinds):
+    return [seeds.Prompt(str(i), str(i), i, str(i), len(ranks), 0 in ranks, len(ranks) > 1)
+            for i, ranks in enumerate(kinds)]
+
+  rng = random.Random(0)
+  for _ in range(300):
+    kinds = [rng.choice(((0,), (0, 1), (1, 2))) for _ in range(rng.randrange(40))]
+    asked = {name: rng.randrange(15) for name in PAPER}
+    sets = seeds.divide(prompts(kinds), asked)
+    used = [p.id for members in sets.values() for p in members]
+    assert len(used) == len(set(used)) and all(len(sets[name]) <= asked[name] for name in asked)
+    assert all(p.best for name in seeds.BEST_SETS for p in sets[name])
+    assert all(p.replies > 1 for name in seeds.RANKED_SETS for p in sets[name])
+    best, several = kinds.count((0,)) + kinds.count((0, 1)), kinds.count((1, 2)) + kinds.count((0, 1))
+    want_best, want_several = (sum(asked[n] for n in ns) for ns in (seeds.BEST_SETS, seeds.RANKED_SETS))
+    assert len(used) == min(len(kinds), best + want_several, want_best + several, want_best + want_several,
+                            min(best, want_best) + min(several, want_several))
+  sets = seeds.divide(prompts([(0, 1)] * 588), PAPER)
+  assert [len(members) for members in sets.values()] == [320, 26, 25, 163, 54]
+  assert doctest.testmod(seeds).failed == 0
+
+
+def test_other_content_under_the_same_name_is_prepared_anew(tmp_path):
+  path = write(tmp_path / 'x.jsonl', [record(f'a{i}', 0, 1) for i in range(4)])
+  assert {r['id'][0] for r in run(path, tmp_path)['ift.jsonl']} == {'a'}
+  assert len(list((tmp_path / 'data' / 'tfds' / 'seed_turns').iterdir())) == 1
+  write(path, [record(f'b{i}', 0, 1) for i in range(4)])
+  assert {r['id'][0] for r in run(path, tmp_path)['ift.jsonl']} == {'b'}
+
+
+def test_the_copy_keeps_every_field_over_several_shards(tmp_path, monkeypatch):
+  monkeypatch.setattr(seeds, 'SHARD', 4)
+  rows = [record(str(i), 0, 1) for i in range(9)] + [record('none')]
+  rows[0]['prompt'] = rows[0]['replies'][0]['text'] = 'Ünï\x00çødé 🙂\n\n'
+  files = seeds.Files(source='ranked', paths=(str(write(tmp_path / 'x.jsonl', rows)),))
+  turns = seeds.Turns(files, tmp_path)
+  assert len(list(tmp_path.rglob('*.array_record-*'))) == 3
+  back = [turns[i] for i in (9, *range(9))]
+  assert back == [*files.turns()][9:] + [*files.turns()][:9] and len(turns) == 10
+  assert back[1] == {'id': '0', 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
+      {'id': '0-0', 'text': 'Ünï\x00çødé 🙂\n\n', 'rank': 0, 'dropped': ''},
+      {'id': '0-1', 'text': 'Reply 1 to 0', 'rank': 1, 'dropped': ''}]}
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+  empty = write(tmp_path / 'empty.jsonl', [])
+  bare = write(tmp_path / 'bare.jsonl', [record('a')])
+  alone = write(tmp_path / 'alone.jsonl', [record('a', 0)])
+  for path, word in (('', 'data.path'), (tmp_path / 'no*.jsonl', 'is no file'), (tmp_path, 'is no file'),
+                     (empty, 'no conversation'), (bare, 'yields no ift'), (alone, 'yields no ranked')):
+    with pytest.raises(InputError, match=word):
+      run(path, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'data' / 'seeds').exists()
+
+
+def test_the_source_is_refused_by_name(tmp_path):
+  flags = ['--config=configs/sft.py:stories', f'--workdir={tmp_path}/run', '--config.data.path=x.jsonl']
+  for source, word in (('sandbox', 'python -m srlm_jax.sandbox'), ('oast', "'oast'; it is oasst, ranked or sandbox")):
+    with pytest.raises(InputError, match=word):
+      run('x.jsonl', tmp_path / 'run', source=source)
+  code, said, wrong = run_main('data.seeds', *flags, '--config.data.source=sandbox')
+  assert code == 1 and wrong.startswith('error: ') and wrong.count('\n') == 1 and 'srlm_jax.sandbox' in wrong
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_module_needs_neither_jax_nor_tensorflow():
+  code = 'import sys, srlm_jax.data.seeds; sys.exit(len({"jax", "tensorflow"} & set(sys.modules)))'
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def published(path, trees, flat):
+  """Made-up OASST1 of the published size for 10,000 trees: 9 messages of 680 letters a tree, 60 MB of text."""
+  rng = random.Random(0)
+  words = ' '.join(''.join(rng.choices('etaoinshrdlu', k=rng.randint(2, 9))) for _ in range(100_000))
+
+  def message(name, parent, role, rank=None):
+    start = rng.randrange(len(words) - 1360)
+    return {'message_id': f'{name:036d}', 'parent_id': parent and f'{parent:036d}', 'role': role, 'lang': 'en',
+            'text': words[start:start + rng.randrange(1360)] + '.', 'rank': rank, 'deleted': False, 'synthetic': False,
+            'review_result': True, 'tree_state': 'ready_for_export'}
+
+  with path.open('w') as f:
+    for i in range(0, trees * 10, 10):
+      prompt = message(i + 1, None, 'prompter')
+      replies = [message(i + 2 + rank, i + 1, 'assistant', rank) for rank in range(3)]
+      deeper = [message(i + 5 + j, i + 2, 'prompter') for j in range(5)]
+      if flat:
+        rows = [*deeper, *replies, prompt]  # every reply before its prompt
+      else:
+        rows = [{'tree_state': 'ready_for_export', 'prompt': prompt | {'replies': replies}}]
+        replies[0]['replies'] = deeper
+      f.writelines(json.dumps(row) + '\n' for row in rows)
+  return path
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data(tmp_path):
+  launch = ('import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); '
+            'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)')  # small, for a child starts with its peak
+
+  def peak(path, workdir, *flags):
+    """MB of `python -m srlm_jax.data.seeds` on a file."""
+    command = [sys.executable, '-m', 'srlm_jax.data.seeds', f'--workdir={tmp_path / workdir}',
+               '--config=configs/sft.py:70b', f'--config.data.path={path}', *flags]
+    return int(subprocess.check_output([sys.executable, '-c', launch, *command])) * 1024 / 1e6
+
+  floor = peak(write(tmp_path / 'few.jsonl', various()), 'few', '--config.data.source=ranked')
+  for kind in ('trees', 'flat'):
+    sizes = [published(tmp_path / f'{kind}{n}.jsonl', n, kind == 'flat') for n in (10_000, 40_000)]
+    once, four_times = (peak(path, path.stem) for path in sizes)
+    print(f'{kind}: {[round(path.stat().st_size / 1e6) for path in sizes]} MB of file; '
+          f'peak {floor:.0f} MB on 45 prompts, {once:.0f} on 10,000 trees, {four_times:.0f} on 40,000')
+    assert once < floor + 50 and four_times < once + 50

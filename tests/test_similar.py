@@ -1,0 +1,63 @@
+import random
+
+from hypothesis import given, strategies as st
+import pytest
+from rouge_score import rouge_scorer
+
+from srlm_jax.data import similar
+
+WORDS = st.lists(st.sampled_from(['a', 'b', 'c', 'the', 'Cat', 'dog.', 'of']), max_size=8).map(' '.join)
+SCORER = rouge_scorer.RougeScorer(['rougeL'], use_stemmer=False)
+
+
+def brute(known, text, limit):
+  return any(SCORER.score(k, text)['rougeL'].fmeasure > limit for k in known)
+
+
+@given(st.lists(WORDS, max_size=8), WORDS, st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.8, 0.99]))
+def test_the_index_finds_what_rouge_score_finds_by_brute_force(known, text, limit):
+  found = similar.Index(known).find(text, limit)
+  assert (found is not None) == brute(known, text, limit)
+  assert found is None or SCORER.score(found, text)['rougeL'].fmeasure > limit
+
+
+@pytest.mark.parametrize('limit', [0.3, 0.5, 0.7, 0.9])
+def test_and_so_on_texts_that_grow_one_from_another_as_prompts_do(limit):
+  rng = random.Random(0)
+  words = [f'w{i}' for i in range(60)]
+  known, index, hits = [], similar.Index(), 0
+  for _ in range(300):
+    text = rng.choice(known).split() if known and rng.random() < 0.7 else rng.choices(words, k=rng.randint(4, 20))
+    text = ' '.join(rng.choice(words) if rng.random() < 0.25 else word for word in text)
+    found = index.find(text, limit) is not None
+    assert found == brute(known, text, limit)
+    hits += found
+    if not found:
+      known.append(text)
+      index.add(text)
+  assert 5 < hits < 295
+  assert index.compared < 0.5 * len(known) * 300  # most were never compared word for word
+
+
+def test_a_text_without_words_is_like_none():
+  assert similar.Index(['', '漢字']).find('漢字', 0.0) is None and similar.Index([]).find('a b', 0.0) is None
+
+
+HELD = ('Where is the moon now?', 'Name two nice fruits for a party.', 'Hello there')
+
+
+@pytest.mark.parametrize('text, why', [
+    ('where is THE moon, now', 'held out'), ('Hello, there!', 'held out'),
+    ('It is late. Where is the moon now? Answer briefly.', 'holds a held-out prompt'),
+    ('Name two nice fruits.', 'part of a held-out prompt'),
+    ('two nice fruits for a party', 'part of a held-out prompt'),
+    ('Where is the moon right now?', 'like a held-out prompt'),
+    ('Name two nice tools for my work.', ''), ('Why?', ''), ('the moon', ''), ('', '')])
+def test_a_held_out_prompt_is_known_in_other_clothes(text, why):
+  assert similar.HeldOut(HELD).why(text, 0.7) == why
+
+
+@given(st.lists(st.sampled_from('abcdef'), min_size=4, max_size=9), st.lists(st.sampled_from('abcdef'), max_size=5),
+       st.lists(st.sampled_from('abcdef'), max_size=5))
+def test_no_words_before_or_after_hide_a_held_out_prompt(held, before, after):
+  assert similar.HeldOut([' '.join(held)]).why(' '.join(before + held + after), 1.0)
