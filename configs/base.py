@@ -240,6 +240,8 @@ def _tiny(c: ConfigDict):
 def _small(c: ConfigDict):
   """What every size for a laptop's CPU shares."""
   c.chat = 'plain'
+  c.meta_judge.template = 'meta_short'
+  c.meta_judge.max_tokens = 24
   c.sample_mesh.data, c.sample_mesh.tensor = -1, 1
   c.sample.slots = 128
   c.sample.dtype = 'float32'

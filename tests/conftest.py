@@ -3,8 +3,10 @@ import functools
 import io
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -85,3 +87,54 @@ def tokenizer_folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('tokenizer')
   (folder / 'tokenizer.model').write_bytes(tokenizer_bytes())
   return folder
+
+
+# The sandbox, small enough for a test: M0 learns the forms and little else.
+CHANGES = ('data.documents=4500', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
+           'data.test_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2', 'm2:train.save_every=2',
+           'train.batch=8')
+
+
+CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # the same programs, process after process
+
+
+def main(module, *flags, code=0):
+  """What `python -m srlm_jax.MODULE` prints; it must end with `code`, and never with a traceback."""
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
+                     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
+  ran = subprocess.run([sys.executable, '-m', f'srlm_jax.{module}', *flags], cwd=ROOT, env=environment,
+                       capture_output=True, text=True)
+  assert ran.returncode == code and 'Traceback' not in ran.stderr, ran.stdout + ran.stderr
+  return ran.stdout + ran.stderr * (code != 0)
+
+
+def config_flags(name):
+  """CHANGES as flags of one model's config."""
+  for change in CHANGES:
+    models, _, rest = change.rpartition(':')
+    if not models or name in models.split(','):
+      yield f'--config.{rest}'
+
+
+@pytest.fixture(scope='session')
+def demo(tmp_path_factory):
+  """A finished loop of the sandbox, and what it printed."""
+  workdir = tmp_path_factory.mktemp('demo')
+  return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *(f'--set={c}' for c in CHANGES))
+
+
+OTHERS = dict(  # stages that only some strategies need, and the meta-judge: module, flags, the shards it appends to
+    judge_again=('sample.judge', ['--on=again'], ['judgements']),
+    implicit=('sample.implicit', [], ['logp', 'older_logp']),
+    respond_older=('sample.respond', ['--on=older'], ['responses']),
+    judge_older=('sample.judge', ['--on=older'], ['judgements']), meta_judge=('sample.meta_judge', [], ['comparisons']))
+
+
+@pytest.fixture(scope='session')
+def others(demo, tmp_path_factory):
+  """The demo with the stages of OTHERS for m2."""
+  workdir = tmp_path_factory.mktemp('others') / 'run'
+  shutil.copytree(demo[0], workdir)
+  for module, flags, _ in OTHERS.values():
+    main(module, '--config=configs/iter2.py:tiny', f'--workdir={workdir}', *flags, *config_flags('m2'))
+  return workdir

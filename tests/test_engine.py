@@ -54,6 +54,15 @@ def test_log_probs_at_temperature_1_are_the_trainer_s(mesh):
     np.testing.assert_allclose(result.logps, logps[0, len(request.ids):len(row)], atol=1e-4)
 
 
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+def test_the_log_probs_of_given_responses_are_those_they_were_sampled_with(shape):
+  results = run(make()[0], RAGGED, WARM)
+  given = [(list(request.ids), result.ids) for request, result in zip(RAGGED, results, strict=True)]
+  engine = make(shape)[0]
+  found = [logp for i in range(0, 5, engine.slots) for logp in engine.logps(given[i:i + engine.slots])]
+  np.testing.assert_allclose(found, [sum(r.logps) for r in results], atol=1e-4)
+
+
 @pytest.mark.parametrize('sampling', [GREEDY, Sampling(0.7, 0.9, 12)])
 def test_neither_slots_nor_company_nor_order_changes_a_record(sampling):
   wanted = {r.id: r for r in run(make(slots=8)[0], RAGGED, sampling)}

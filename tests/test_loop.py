@@ -7,47 +7,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 
-from conftest import DATA, ROOT
+from conftest import CHANGES, config_flags, DATA, main, OTHERS, ROOT
 import numpy as np
 import pytest
 
-from srlm_jax import InputError, metrics
+from configs import ablations, base
+from srlm_jax import InputError, loop, metrics
 from srlm_jax.data import records
-
-# The sandbox, small enough for a test: M0 learns the forms and little else.
-CHANGES = ('data.documents=4500', 'data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24',
-           'data.test_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2', 'm2:train.save_every=2',
-           'train.batch=8')
-
-
-CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # the same programs, process after process
-
-
-def main(module, *flags, code=0):
-  """What `python -m srlm_jax.MODULE` prints; it must end with `code`, and never with a traceback."""
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
-                     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
-  ran = subprocess.run([sys.executable, '-m', f'srlm_jax.{module}', *flags], cwd=ROOT, env=environment,
-                       capture_output=True, text=True)
-  assert ran.returncode == code and 'Traceback' not in ran.stderr, ran.stdout + ran.stderr
-  return ran.stdout + ran.stderr * (code != 0)
-
-
-def config_flags(name):
-  """CHANGES as flags of one model's config."""
-  for change in CHANGES:
-    models, _, rest = change.rpartition(':')
-    if not models or name in models.split(','):
-      yield f'--config.{rest}'
-
-
-@pytest.fixture(scope='session')
-def demo(tmp_path_factory):
-  """A finished loop of the sandbox, and what it printed."""
-  workdir = tmp_path_factory.mktemp('demo')
-  return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *(f'--set={c}' for c in CHANGES))
+from srlm_jax.sample import pairs
 
 
 def table(printed):
@@ -87,7 +55,8 @@ def test_every_stage_ran_the_parameters_that_it_should(demo):
 def test_dpo_starts_at_ln_2_and_metrics_are_in_both_places(demo):
   for model in ('m2', 'm3'):
     lines = list(map(json.loads, (demo[0] / model / 'model' / 'metrics.jsonl').read_text().splitlines()))
-    assert lines[0]['step'] == 0 and lines[0]['margin'] == 0
+    # policy and reference are equal, but the compiler may add up their log-probs in another order
+    assert lines[0]['step'] == 0 and lines[0]['margin'] == pytest.approx(0, abs=1e-6)
     assert lines[0]['loss'] == pytest.approx(np.log(2), abs=1e-6)
     assert list((demo[0] / model / 'model' / 'tensorboard').glob('events*'))
 
@@ -136,6 +105,89 @@ def test_a_killed_stage_does_only_what_is_missing_and_ends_byte_identical(demo, 
   main(module, '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *config_flags('m2'))
   assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
   assert json.loads((folder / 'done.json').read_text())['seconds'] > 0
+
+
+def test_the_older_model_judges_the_same_candidates_and_writes_its_own(others):
+  params = {m: json.loads((others / m / 'model' / 'done.json').read_text())['params'] for m in ('sft', 'm1')}
+  for stage, model in (('judge_again', 'sft'), ('respond_older', 'sft'), ('judge_older', 'm1'), ('meta_judge', 'm1')):
+    assert json.loads((others / 'm2' / stage / 'manifest.json').read_text())['params'] == params[model]
+  def ids(stage, stem, key):
+    return {r[key] for r in records.read_shards(others / 'm2' / stage, stem)}
+  assert ids('judge_again', 'judgements', 'response_id') == ids('respond', 'responses', 'id')
+  assert ids('judge_older', 'judgements', 'response_id') == ids('respond_older', 'responses', 'id')
+  assert not ids('respond_older', 'responses', 'id') & ids('respond', 'responses', 'id')
+
+
+def test_the_implicit_reward_is_of_the_sampler_s_own_log_probs(others):
+  sampled = {r['id']: r for r in records.read_shards(others / 'm2' / 'respond', 'responses')}
+  rewards = list(records.read_shards(others / 'm2' / 'implicit', 'rewards'))
+  assert [r['id'] for r in rewards] == list(sampled)
+  same = [abs(r['logp'] - sampled[r['id']]['logp']) < 0.01 for r in rewards if r['logp'] is not None]
+  assert len(same) > 0.9 * len(rewards) and sum(same) > 0.9 * len(same)  # not where other pieces spell the same text
+  assert all(r['reward'] == r['logp'] - r['older_logp'] for r in rewards if r['reward'] is not None)
+  assert np.std([r['reward'] for r in rewards if r['reward'] is not None]) > 0.1
+
+
+def test_the_meta_judge_compares_in_both_orders_and_keeps_every_text(others):
+  compared = list(records.read_shards(others / 'm2' / 'meta_judge', 'comparisons'))
+  pairs = {(c['first'], c['second']) for c in compared}
+  assert pairs and pairs == {(b, a) for a, b in pairs} and all(a != b for a, b in pairs)
+  assert all((c['winner'] is None) == bool(c['reason']) and isinstance(c['text'], str) for c in compared)
+  done = json.loads((others / 'm2' / 'meta_judge' / 'done.json').read_text())
+  assert done['comparisons'] == len(compared) and done['judge_pairs'] == sum(
+      1 for _ in records.read(others / 'm2' / 'meta_judge' / 'judge_pairs.jsonl'))
+
+
+@pytest.mark.parametrize('strategy', ['consistency', 'agreement', 'temporal', 'length_controlled', 'positives_only'])
+def test_every_strategy_makes_its_pairs(others, tmp_path, strategy):
+  shutil.copytree(others / 'm2', tmp_path / 'm2', ignore=shutil.ignore_patterns('pairs', 'model', 'health'))
+  config = loop.load_config('m2', 'tiny', '', '', [*CHANGES, f'pairs.strategy={strategy}', 'pairs.positive=4'])
+  pairs.run(config, tmp_path)
+  done = json.loads((tmp_path / 'm2' / 'pairs' / 'done.json').read_text())
+  made = done['positives' if strategy == 'positives_only' else 'pairs']
+  assert 0 < made and done['strategy'] == strategy and made + sum(done['dropped'].values()) >= done['prompts']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', OTHERS)
+def test_these_too_end_byte_identical_when_killed(others, tmp_path, stage):
+  module, flags, stems = OTHERS[stage]
+  shutil.copytree(others, tmp_path / 'run')
+  folder = tmp_path / 'run' / 'm2' / stage
+  whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
+  for name in whole:
+    if name.startswith(stems[-1]):
+      (folder / name).write_bytes(whole[name][:len(whole[name]) * 2 // 3])
+    elif not name.startswith(tuple(stems)):
+      (folder / name).unlink()
+  (folder / 'done.json').unlink()
+  main(module, '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *flags, *config_flags('m2'))
+  assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
+
+
+@pytest.mark.parametrize('size', base.SIZES)
+@pytest.mark.parametrize('name', ['', *ablations.ABLATIONS])
+def test_every_ablation_is_a_valid_config_at_every_size(name, size):
+  changes = list(ablations.changes(name, size))
+  for model in loop.MODELS:
+    changed = loop.load_config(model, size, '', '', changes)
+    assert (changed == loop.load_config(model, size, '', '', [])) == (not any(
+        ':' not in c.partition('=')[0] or model in c.partition(':')[0].split(',') for c in changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags', [
+    *([f'--ablation={name}'] for name in ablations.ABLATIONS),
+    ['--set=m2,m3:train.data=pairs,judge_pairs'], ['--set=m2,m3:pairs.strategy=consistency']], ids=' '.join)
+def test_the_loop_runs_every_ablation_and_the_meta_judge(demo, tmp_path, flags):
+  if 'multiple' not in flags[0]:  # which has an M0 of its own, taught to judge by letters
+    for part in ('data', 'm0', 'sft'):
+      shutil.copytree(demo[0] / part, tmp_path / part)
+  said = main('loop', '--size=tiny', f'--workdir={tmp_path}', *(f'--set={c}' for c in CHANGES), *flags)
+  assert 'm1' in table(said) and ('m3' in table(said) or 'was not trained' in said), said
+  for model in ('m2', 'm3'):
+    if model in table(said):
+      assert (tmp_path / model / 'health' / 'health.json').exists()
 
 
 @pytest.mark.slow

@@ -38,12 +38,12 @@ class Index:
       self.add(text)
 
   def add(self, text: str):
-    tokens = _TOKENIZER.tokenize(text)
-    for key in _bag(tokens):
+    words = tokens(text)
+    for key in _bag(words):
       self._places.setdefault(key, array.array('l')).append(len(self.texts))
     self.texts.append(text)
-    self._tokens.append(tokens)
-    self._lengths.append(len(tokens))
+    self._tokens.append(words)
+    self._lengths.append(len(words))
 
   def find(self, text: str, limit: float) -> str | None:
     """A text whose ROUGE-L F with this one is above the limit, or None.
@@ -51,16 +51,16 @@ class Index:
     >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).find('Why is the sea blue?', 0.7)
     'Why is the sky blue?'
     """
-    tokens = _TOKENIZER.tokenize(text)
-    places = [np.frombuffer(self._places[key], np.int_) for key in _bag(tokens) if key in self._places]
+    words = tokens(text)
+    places = [np.frombuffer(self._places[key], np.int_) for key in _bag(words) if key in self._places]
     if not places:
       return None
     common = np.bincount(np.concatenate(places), minlength=len(self.texts))  # words in common with each text
     lengths = np.frombuffer(self._lengths, np.int_)
-    near = np.flatnonzero(2 * common > (limit - _BELOW) * (len(tokens) + lengths))
+    near = np.flatnonzero(2 * common > (limit - _BELOW) * (len(words) + lengths))
     for i in near[np.argsort(-common[near], kind='stable')]:
       self.compared += 1
-      if _SCORER.score(self._tokens[i], tokens)['rougeL'].fmeasure > limit:
+      if rouge_l(self._tokens[i], words) > limit:
         return self.texts[i]
     return None
 
@@ -99,11 +99,21 @@ class HeldOut:
     return 'like a held-out prompt' if self._index.find(text, limit) is not None else ''
 
 
+def tokens(text: str) -> list[str]:
+  """The words as rouge-score sees them: a to z and digits, in lower case, no stemming."""
+  return _TOKENIZER.tokenize(text)
+
+
+def rouge_l(a: list[str], b: list[str]) -> float:
+  """ROUGE-L F of two token lists."""
+  return _SCORER.score(a, b)['rougeL'].fmeasure
+
+
 def normal(text: str) -> str:
   """The words in lower case, without punctuation."""
   return ' '.join(re.findall(r'\w+', text.lower()))
 
 
-def _bag(tokens: list[str]) -> list[tuple[str, int]]:
+def _bag(words: list[str]) -> list[tuple[str, int]]:
   """Every word with its how-manieth, so that the common elements of two such sets are the common bag of words."""
-  return [(word, i) for word, count in Counter(tokens).items() for i in range(count)]
+  return [(word, i) for word, count in Counter(words).items() for i in range(count)]

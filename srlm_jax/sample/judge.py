@@ -37,13 +37,13 @@ def run(config, workdir, on: str = ''):
     raise InputError(f'{sources[0]} holds nothing to judge ({on})')
   items = items[jax.process_index()::jax.process_count()]
   sampling = engines.Sampling(config.judge.temperature, config.judge.top_p, config.judge.max_tokens)
-  s.begin()
   engine, tokenizer = engines.load(config, folder, s.title)
   rubric = len(templates.encode_prompt(config.chat, judge.render(prompt='', response=''), tokenizer))
   if rubric >= engine.room(sampling):
     raise InputError(f'the rubric of config.judge.template = {config.judge.template} has {rubric} tokens, and with '
                      f'judge.max_tokens = {sampling.max_tokens} nothing is left of the model\'s context for a prompt '
                      f'and a response; take a shorter template, or lower judge.max_tokens')
+  s.begin()
   rows = [(item, j) for item in items for j in range(n)]
   requests = [engines.Request(f'{item["id"]}/{j}', templates.encode_prompt(
       config.chat, judge.render(prompt=item['prompt'], response=item['response']), tokenizer)) for item, j in rows]

@@ -43,10 +43,12 @@ def run(config, workdir):
   chosen = doubtful(scoring.by_response(judgements, config.judge.quorum), c.responses)
   if not chosen:
     raise InputError(f'{folder / "judge"} holds no response with two different judgements; set judge.n to 2 or more')
-  s.begin()
   mine = chosen[jax.process_index()::jax.process_count()]
   rows = [(a, b) for group in mine for a, b in itertools.permutations(group, 2)]
   engine, tokenizer = engines.load(config, model, s.title)
+  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens)
+  engine.room(sampling)  # raises where there is none
+  s.begin()
   requests = [engines.Request(f'{a["id"]}:{b["id"]}', templates.encode_prompt(config.chat, meta.render(
       request=asked[a['response_id']], first=a['text'], second=b['text']), tokenizer)) for a, b in rows]
 
@@ -57,7 +59,7 @@ def run(config, workdir):
     return dict(id=result.id, response_id=first['response_id'], first=first['id'], second=second['id'], text=text,
                 winner=winner, reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('comparisons', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, engines.Sampling(c.temperature, c.top_p, c.max_tokens), path, record, s.title)
+  engines.run(engine, requests, sampling, path, record, s.title)
   stage.sync(f'{s.title} sampled')
   if not stage.is_first_host():
     return s.finish()

@@ -33,8 +33,9 @@ def run(config, workdir, on: str = 'prompts'):
     raise InputError(f'{source} holds no prompt to answer; make prompts first')
   prompts = prompts[jax.process_index()::jax.process_count()]
   sampling = engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens)
+  engine, tokenizer = engines.load(config, folder, s.title)
+  engine.room(sampling)  # raises where there is none
   s.begin()
-  engine, tokenizer = engines.load(config, folder, f'{s.title}')
   rows = [(prompt, i) for prompt in prompts for i in range(n)]
   requests = [engines.Request(f'{prompt["id"]}/{word}{i}',
                               templates.encode_prompt(config.chat, prompt['prompt'], tokenizer)) for prompt, i in rows]

@@ -23,8 +23,8 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta, confi
   """Sums of log-probs [B] -> losses [B] and margins [B]. Rafailov et al. 2023, eq. 7.
 
   confidence [B] is the probability that chosen is the better one; 1 gives eq. 7 itself. Wang et al. 2024 (CREAM,
-  2410.12735): the loss is that of both orders, weighted by it.
+  2410.12735): the loss is that of both orders, weighted by it: -c log s(m) - (1 - c) log s(-m), and log s(-m) is
+  log s(m) - m.
   """
   margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-  loss = -confidence * jax.nn.log_sigmoid(margin) - (1 - confidence) * jax.nn.log_sigmoid(-margin)
-  return loss, margin
+  return -jax.nn.log_sigmoid(margin) + (1 - confidence) * margin, margin
