@@ -6,6 +6,7 @@ those of AdamW, counts are of examples unless said. `# not in the paper` marks w
 from ml_collections import ConfigDict
 
 from srlm_jax import InputError
+from srlm_jax.data import templates
 
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
 
@@ -113,8 +114,8 @@ def check(c: ConfigDict):
   for section, names in dict(
       train=('batch', 'accumulate', 'epochs', 'max_length', 'save_every', 'log_every', 'keep', 'learning_rate'),
       sample=('slots',), respond=('n', 'max_tokens'), judge=('n', 'quorum', 'max_tokens'),
-      prompts=('count', 'max_attempts', 'max_tokens'), eft=('tries', 'quorum'), eval=('judgements', 'quorum'),
-      meta_judge=('max_tokens', 'responses')).items():
+      prompts=('count', 'max_attempts', 'max_tokens', 'min_words'), eft=('tries', 'quorum'),
+      eval=('judgements', 'quorum'), meta_judge=('max_tokens', 'responses')).items():
     for name in names:
       if c[section][name] <= 0:
         raise InputError(f'config.{section}.{name} is {c[section][name]}; it must be above 0')
@@ -123,6 +124,11 @@ def check(c: ConfigDict):
       raise InputError(f'config.{section}.dtype is {c[section].dtype!r}; it is float32 or bfloat16')
   if c.data.source not in ('oasst', 'ranked', 'sandbox'):
     raise InputError(f'config.data.source is {c.data.source!r}; it is oasst, ranked or sandbox')
+  if c.eft.targets not in ('baseline', 'ranks'):
+    raise InputError(f'config.eft.targets is {c.eft.targets!r}; it is baseline or ranks')
+  if c.chat not in templates.CHATS or c.prompts.chat not in ('none', *templates.CHATS):
+    raise InputError(f'config.chat is {c.chat!r} and config.prompts.chat {c.prompts.chat!r}; they are one of '
+                     f'{", ".join(templates.CHATS)}, and config.prompts.chat may be none')
   if c.train.loss not in ('sft', 'dpo'):
     raise InputError(f'config.train.loss is {c.train.loss!r}; it is sft or dpo')
   for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):
@@ -138,7 +144,7 @@ def check(c: ConfigDict):
 def _train() -> ConfigDict:
   t = ConfigDict()
   t.init = ''                 # the model that it starts from; DPO's reference too
-  t.data = ('',)              # the files that it reads: corpus, ift, eft or pairs
+  t.data = ('',)              # the files that it reads: corpus, ift, eft, positives (SFT); pairs, judge_pairs (DPO)
   t.batch = 16                # examples or pairs a step, PAPER 3.1
   t.accumulate = 1            # micro-batches a step: same result, fewer activations at a time
   t.epochs = 1.0              # passes over the data; not in the paper

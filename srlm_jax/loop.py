@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from configs import ablations, base
 from srlm_jax import checkpoint, InputError, report, stage
-from srlm_jax.data import eft, health, seeds
+from srlm_jax.data import eft, health, judges, seeds, templates
 from srlm_jax.eval import agreement
 from srlm_jax.models import convert
-from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond
+from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond, strategies
 from srlm_jax.sandbox import __main__ as sandbox, oracle
 from srlm_jax.train import __main__ as train
 
@@ -42,6 +42,8 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str]):
   started, begun = time.time(), stage.Stage.begun
   workdir = epath.Path(workdir)
   every = {name: load_config(name, size, m0, data, changes) for name in MODELS}
+  for config in every.values():
+    refuse_mistakes(config)
   train.refuse_too_large(every['m2'])
   first_model(every['m0'], workdir)
   stopped = ''
@@ -59,6 +61,22 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str]):
   if stage.Stage.begun == begun:
     stage.say(f'nothing to do: every stage of {workdir} was done before')
   stage.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
+
+
+def refuse_mistakes(config):
+  """Raises InputError for what a later stage would find wrong with the config, hours from here."""
+  judges.load(config.judge.template)
+  judges.load(config.meta_judge.template, meta_judge.SLOTS, 'config.meta_judge.template')
+  templates.load_author(config.prompts.template)
+  strategies.check(config.pairs.strategy)
+  if config.name not in ('m2', 'm3'):
+    return
+  kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
+  data, loss = ','.join(config.train.data).split(','), dict(pairs='dpo', positives='sft')[kind]
+  if kind not in data or config.train.loss != loss:
+    raise InputError(f'config.pairs.strategy = {config.pairs.strategy} makes {kind} for {config.name}, and it trains '
+                     f'on {", ".join(data)} with the loss {config.train.loss}; set train.data to hold {kind} and '
+                     f'train.loss={loss} (--ablation=positives_only sets all that positives need)')
 
 
 def first_model(config, workdir):

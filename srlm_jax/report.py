@@ -116,6 +116,7 @@ def _iteration(folder, stages) -> dict:
   responses = {r['id']: r for r in _shards(folder / 'respond', 'responses')}
   return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
               judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
+              quorum=stages[folder.name, 'judge'][0]['config']['judge']['quorum'] if judgements else 0,
               shown=[(j, responses.get(j['response_id'])) for j in shown],
               made=_read(folder / 'pairs' / 'done.json'), pairs=_lines(folder / 'pairs' / 'pairs.jsonl'))
 
@@ -161,7 +162,11 @@ def warnings(page: dict) -> list[str]:
   texts |= {f'{m}/answers': answers.values() for m, answers in page['answers'].items()}
   found = [sentence for title, judgements in judged.items() for sentence in health.warn_judgements(title, judgements)]
   found += [sentence for title, made in texts.items() for sentence in health.warn_responses(title, made)]
-  found += [sentence for i in page['iterations'] for sentence in health.warn_pairs(f'{i["model"]}/pairs', i['pairs'])]
+  for i in page['iterations']:
+    if i['responses'] and i['judgements']:
+      found += health.warn_ties(f'{i["model"]}/judge', i['responses'], i['judgements'], i['quorum'])
+    if i['made'] and not i['made'].get('positives'):
+      found += health.warn_pairs(f'{i["model"]}/pairs', i['pairs'], i['made']['prompts'])
   for (owner, name), (_, done) in page['stages'].items():
     if name == 'model' and done and sum(done['dropped'].values()) > done['rows']:
       found.append(f'{owner}/model: trained on {done["rows"]:,} rows; dropped {counts(done["dropped"])}.')

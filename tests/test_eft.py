@@ -38,7 +38,7 @@ def test_ties_are_allowed_where_something_is_in_order():
 def test_ranks_as_scores_run_from_highest_to_lowest_and_parse():
   examples, dropped = eft.from_ranks([ranked(3), dict(ranked(2), id='q')], JUDGE)
   assert not dropped
-  assert [e['score'] for e in examples] == [5, 2, 0, 5, 0]
+  assert [e['score'] for e in examples] == [5, 3, 0, 5, 0]
   assert all(JUDGE.parse(e['response']) == (e['score'], '') for e in examples)
 
 
@@ -90,3 +90,13 @@ def test_the_table_says_the_yield_the_reasons_and_the_scores_before_and_after():
                         scores_before={'4': 5}, scores={'4': 3}, dropped={'against the order of people': 3}))
   assert '3 examples from 8 ranked replies of 3 prompts' in said and 'against the order of people' in said
   assert [line.split() for line in said.splitlines()[-2:]] == [['0', '2', '0', '0'], ['4', '18', '5', '3']]
+
+
+@pytest.mark.parametrize('replies', [
+    None, ['a', 'b'], [dict(id='0', text='a'), dict(id='1', text='b')],
+    [dict(id='0', text='a', rank=None), dict(id='1', text='b', rank=1)],
+    [dict(id='0', text='a', rank=0.0), dict(id='1', text='b', rank=True)],
+    [dict(id='0', text=3, rank=0), dict(id='1', text='b', rank=1)], [dict(text='a', rank=0), dict(text='b', rank=1)]])
+def test_records_of_another_form_are_one_sentence(replies):
+  with pytest.raises(InputError, match='r.jsonl: .* of p'):
+    eft.check([dict(ranked(), replies=replies)], 'r.jsonl')

@@ -17,7 +17,7 @@ def responses(*texts, finish='eos'):
 def test_a_healthy_iteration_has_no_warning():
   assert not health.warn_judgements('m2/judge', judgements(1, 2, 3, 4, 5, 0, 2, 3, 4, 1))
   assert not health.warn_responses('m2/respond', responses('a', 'b', 'c', 'd'))
-  assert not health.warn_pairs('m2/pairs', [dict(chosen='x' * 14, rejected='x' * 10)])
+  assert not health.warn_pairs('m2/pairs', [dict(chosen='x' * 14, rejected='x' * 10)], 10)
 
 
 def test_each_known_failure_is_said_in_words():
@@ -27,26 +27,28 @@ def test_each_known_failure_is_said_in_words():
   assert 'are cut at the length limit' in health.warn_responses('m2', responses('a', 'b', finish='length'))[0]
   assert '75% of the candidates repeat' in health.warn_responses('m2', [dict(r, prompt_id='p') for r in responses(
       'a', 'a ', 'a', ' a')])[0]
-  assert 'learn length alone' in health.warn_pairs('m2/pairs', [dict(chosen='x' * 16, rejected='x' * 10)])[0]
+  assert 'learn length alone' in health.warn_pairs('m2/pairs', [dict(chosen='x' * 16, rejected='x' * 10)], 9)[0]
+  assert health.warn_pairs('m2/pairs', [], 20) == ['m2/pairs: 0 pairs from 20 prompts, fewer than 100 of 1,000.']
 
 
 def test_the_numbers_of_an_iteration(tmp_path, capsys):
   folder = tmp_path / 'm2'
   records.write(folder / 'prompts' / 'attempts.jsonl', [dict(id=str(i), dropped='' if i else 'held out')
                                                         for i in range(5)])
+  records.write(folder / 'prompts' / 'prompts.jsonl', [dict(id='p0', prompt='x\u2028y'), dict(id='p1', prompt='z')])
   records.write(folder / 'respond' / 'responses-00000-of-00001.jsonl', responses('a', 'a', 'b', '', finish='eos')[:3]
                 + responses('a', 'a', 'b', 'cc', finish='length')[3:])
   scores = [dict(id=f'{name}/{j}', response_id=name, prompt_id=name[:2], score=s, reason='' if s is not None else 'x')
             for name, three in (('p0/0', (3, 3)), ('p0/1', (3, 3)), ('p1/0', (5, 4)), ('p1/1', (1, None)))
             for j, s in enumerate(three)]
   records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', scores)
-  pair = dict(chosen='abc', rejected='d', chosen_score=4.5, rejected_score=1)
+  pair = dict(chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1)
   records.write(folder / 'pairs' / 'pairs.jsonl', [pair])
   for part in ('prompts', 'respond', 'judge', 'pairs'):
     (folder / part / 'done.json').write_text('{}')
   health.run(base.get('m2'), tmp_path)
   found = json.loads((folder / 'health' / 'health.json').read_text())
-  assert found['prompts'] == dict(attempts=5, accepted=4, dropped={'held out': 1})
+  assert found['prompts'] == dict(attempts=5, accepted=2, dropped={'held out': 1, 'more than wanted': 2})
   assert [found['responses'][name] for name in ('unfinished', 'repeated', 'cut')] == [0.25, 0.25, 1]
   assert (found['judgements']['parse_rate'], found['judgements']['unparsed']) == (0.875, {'x': 1})
   assert found['judgements']['score_histogram'] == {'1': 1, '3': 4, '4': 1, '5': 1}

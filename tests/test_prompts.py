@@ -49,6 +49,7 @@ def test_what_was_accepted_is_known_afterwards():
     ('Name a fruit. 10. Name a tree.', 'Name a fruit.', True),
     ('Name a fruit.\nA pear is a fruit.', 'Name a fruit.', True), ('Name a fruit. Answer: pear', 'Name a fruit.', True),
     ('Name a fruit. [/INST] Sure', 'Name a fruit.', True), ('What is it? Assistant: It is', 'What is it?', True),
+    ('Count from 1 to 10. Then count back.', 'Count from 1 to 10. Then count back.', False),
     ('Compare version 2. and 3. of it.', 'Compare version 2. and 3. of it.', False),
     ('Explain the phrase "The Answer: 42".', 'Explain the phrase "The Answer: 42".', False), ('', '', False)])
 def test_several_prompts_and_a_started_answer_are_cut_off(text, prompt, more):
@@ -62,12 +63,17 @@ def test_a_prompt_that_was_cut_by_us_may_have_ended_by_length():
   assert s.shortened == 1
 
 
+def test_a_held_out_prompt_is_counted_as_one_whatever_else_is_wrong_with_it():
+  s = screen(held=['Draw a map of the city please.', 'Where is the moon now'])
+  assert s('Draw a map of the city please.', 'eos')[1] == s('Where is the moon now', 'length')[1] == 'held out'
+
+
 def test_evaluation_prompts_never_enter_and_are_read_from_their_own_files(tmp_path):
   (tmp_path / 'alpaca.json').write_text('[{"instruction": "Tell me about old ships."}]')
   (tmp_path / 'mt.jsonl').write_text('{"turns": ["Where did the sun go?", "Why?"]}\n'
                                      '{"prompt": "Sing a new song now."}\n')
   found = [p for name in ('alpaca.json', 'mt.jsonl') for p in prompts.evaluation_prompts(epath.Path(tmp_path / name))]
-  assert found == ['Tell me about old ships.', 'Where did the sun go?', 'Sing a new song now.']
+  assert found == ['Tell me about old ships.', 'Where did the sun go?', 'Why?', 'Sing a new song now.']
   s = screen(held=found)
   for text, why in (('Tell me about old ships!', 'held out'), ('Well. Where did the sun go? Say it.', 'holds a held'),
                     ('Sing a new song right now.', 'like a held')):
@@ -81,7 +87,7 @@ def test_mt_bench_itself_is_read():
   path = DATA / 'prompts' / 'mt_bench_questions.jsonl'
   if not path.exists():
     pytest.skip(f'{path} is absent; set SRLM_TEST_DATA')
-  assert len(prompts.evaluation_prompts(epath.Path(path))) == 80
+  assert len(prompts.evaluation_prompts(epath.Path(path))) == 160  # of two turns
 
 
 @pytest.mark.parametrize('name', ['list', 'sandbox'])

@@ -169,8 +169,11 @@ def test_old_reasons_to_stop_are_not_repeated(workdir, undrawn):
 def test_known_failures_are_said_in_words():
   scores = [4.0] * 8 + [1.0] + [None] * 2
   judgements = [dict(score=score, reason='' if score else 'unreadable') for score in scores]
-  iteration = dict(model='m2', judgements=judgements, pairs=[dict(chosen='x' * 31, rejected='y' * 20)],
-                   responses=[dict(finish=how, prompt_id=str(i), response='x') for i, how in enumerate(
+  judgements = [dict(j, response_id=f'{i // 2}/{i % 2}') for i, j in enumerate(judgements)]
+  iteration = dict(model='m2', judgements=judgements, quorum=1, made=dict(prompts=1),
+                   pairs=[dict(chosen='x' * 31, rejected='y' * 20)],
+                   responses=[dict(id=f'{i // 2}/{i % 2}', finish=how, prompt_id=str(i // 2), response=str(i))
+                              for i, how in enumerate(
                        ['length'] * 3 + ['eos'] * 2)])
   page = dict(iterations=[iteration], judged_eval={}, answers={},
               stages={('m2', 'model'): ({}, dict(rows=9, dropped={'longer than 512 tokens': 10}))})
@@ -183,7 +186,7 @@ def test_known_failures_are_said_in_words():
     assert text in found
   iteration.update(judgements=judgements[4:9] + judgements[8:9] * 3,
                    pairs=[dict(chosen='x' * 30, rejected='y' * 20)],
-                   responses=[dict(finish='eos', prompt_id='p', response='x')])
+                   responses=[dict(id='p/0', finish='eos', prompt_id='p', response='x')])
   page['stages'] = {}
   assert report.warnings(page) == []
 

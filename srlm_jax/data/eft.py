@@ -20,8 +20,6 @@ def run(config, workdir):
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge'
   baseline = config.eft.targets == 'baseline'
-  if config.eft.targets not in ('baseline', 'ranks'):
-    raise InputError(f'config.eft.targets is {config.eft.targets!r}; it is baseline or ranks')
   judge = judges.load(config.judge.template)
   s = stage.Stage(config, workdir, 'eft', ('eft', 'judge.template'), template=str(judge),
                   inputs=[source, *(sorted(folder.glob('judgements-*.jsonl')) if baseline else [])])
@@ -57,15 +55,19 @@ def run(config, workdir):
 
 
 def check(ranked: list[dict], source):
-  """Raises InputError where ranks are not a ranking: 0 the best, equal ranks for equals, as 0, 1, 1, 3."""
+  """Raises InputError where ranks are not a ranking (0 the best, equal ranks for equals, as 0, 1, 1, 3), or where a
+  reply has no text."""
   for r in ranked:
-    ranks = [reply['rank'] for reply in r['replies']]
-    if len(ranks) < 2 or ranks != ranking.competition(ranks):
+    if not isinstance(r['replies'], list) or not all(isinstance(reply, dict) for reply in r['replies']):
+      raise InputError(f'{source}: the replies of {r["id"]} are no list of {{"id", "text", "rank"}}; mend that record')
+    ranks = [reply.get('rank') for reply in r['replies']]
+    if len(ranks) < 2 or not all(type(rank) is int for rank in ranks) or ranks != ranking.competition(ranks):
       raise InputError(f'{source}: the ranks {ranks} of the replies of {r["id"]} are not a ranking (0 is the best, '
                        f'then 1, ..; equals share a rank); mend or delete that record')
     for reply in r['replies']:
-      if not str(reply.get('text') or '').strip():
-        raise InputError(f'{source}: a reply of {r["id"]} has no text; mend or delete that record')
+      for field in ('id', 'text'):
+        if not isinstance(reply.get(field), str) or not reply[field].strip():
+          raise InputError(f'{source}: a reply of {r["id"]} has no {field}; mend or delete that record')
 
 
 def from_baseline(ranked, scores: dict[str, scoring.Score], judge) -> tuple[list[dict], dict[str, str]]:
@@ -114,11 +116,11 @@ def from_ranks(ranked, judge) -> tuple[list[dict], dict[str, str]]:
 
 def balance(examples: list[dict]) -> list[dict]:
   """Drops of the commonest score what it has more than the next, so that scores are not skewed (PAPER 3.1)."""
-  counts = Counter(round(e['score']) for e in examples).most_common()
+  counts = Counter(scoring.whole(e['score']) for e in examples).most_common()
   if len(counts) < 2:
     return examples
   commonest, limit = counts[0][0], counts[1][1]
-  of_it = sorted((e['id'] for e in examples if round(e['score']) == commonest), key=records.digest)
+  of_it = sorted((e['id'] for e in examples if scoring.whole(e['score']) == commonest), key=records.digest)
   left_out = set(of_it[limit:])
   return [e for e in examples if e['id'] not in left_out]
 

@@ -5,7 +5,6 @@ when it cannot have.
 """
 from collections import Counter
 from collections.abc import Iterable
-import json
 import statistics
 
 from etils import epath
@@ -16,6 +15,7 @@ PARSED = 0.9      # share of judgements that should have a score
 ONE_SCORE = 0.5   # share of scores that one value may take
 LONGER = 1.5      # characters of the chosen by those of the rejected
 TIED = 0.5        # share of prompts whose scores may all be equal
+FEW = 100         # pairs that 1,000 prompts should give at least
 REPEATED = 0.5    # share of candidates that may repeat another of their prompt
 
 
@@ -24,7 +24,7 @@ def run(config, workdir):
   from srlm_jax import stage  # here, for stage knows JAX and data does not
   folder = stage.model_folder(workdir, config.name).parent
   paths = [p for part in ('prompts', 'respond', 'judge', 'pairs') for p in sorted((folder / part).glob('*.json*'))
-           if p.name.startswith(('attempts', 'responses', 'judgements', 'pairs.', 'positives.'))]
+           if p.name.startswith(('attempts', 'prompts.', 'responses', 'judgements', 'pairs.', 'positives.'))]
   s = stage.Stage(config, workdir, 'health', ('judge.quorum',), paths or [folder / 'judge' / 'judgements.jsonl'])
   if s.done:
     return
@@ -46,7 +46,9 @@ def measure(folder, quorum: int) -> dict:
   found, sentences = {}, []
   if attempts := _lines(folder / 'prompts' / 'attempts.jsonl'):
     fates = Counter(a['dropped'] for a in attempts)
-    found['prompts'] = dict(attempts=len(attempts), accepted=fates.pop('', 0), dropped=dict(sorted(fates.items())))
+    kept, passed = len(_lines(folder / 'prompts' / 'prompts.jsonl')), fates.pop('', 0)
+    fates['more than wanted'] = passed - kept
+    found['prompts'] = dict(attempts=len(attempts), accepted=kept, dropped=dict(sorted((+fates).items())))
   if responses:
     found['responses'] = of_responses(responses)
     sentences += warn_responses(f'{folder.name}/respond', responses)
@@ -54,13 +56,14 @@ def measure(folder, quorum: int) -> dict:
     found['judgements'] = of_judgements(judgements)
     sentences += warn_judgements(f'{folder.name}/judge', judgements)
   if responses and judgements:
-    found['ties'] = of_ties(responses, scoring.by_response(judgements, quorum))
-    if found['ties']['all_equal'] > TIED:
-      sentences.append(f'{folder.name}/judge: for {found["ties"]["all_equal"]:.0%} of the prompts all candidates score '
-                       'the same; such prompts give no pair.')
-  if pairs:
-    found['pairs'] = of_pairs(pairs, len({r['prompt_id'] for r in responses}))
-    sentences += warn_pairs(f'{folder.name}/pairs', pairs)
+    found['ties'] = of_ties(responses, judgements, quorum)
+    sentences += warn_ties(f'{folder.name}/judge', responses, judgements, quorum)
+  prompts = len({r['prompt_id'] for r in responses})
+  if (folder / 'pairs' / 'positives.jsonl').exists():
+    found['positives'] = len(_lines(folder / 'pairs' / 'positives.jsonl'))
+  elif (folder / 'pairs' / 'pairs.jsonl').exists():
+    found['pairs'] = of_pairs(pairs, prompts)
+    sentences += warn_pairs(f'{folder.name}/pairs', pairs, prompts)
   return dict(found, warnings=sentences)
 
 
@@ -81,9 +84,9 @@ def of_judgements(judgements: list[dict]) -> dict:
               commonest=round(max(histogram.values()) / len(parsed), 4) if parsed else None)
 
 
-def of_ties(responses: list[dict], scores: dict[str, scoring.Score]) -> dict:
+def of_ties(responses: list[dict], judgements: list[dict], quorum: int) -> dict:
   """Of the prompts with two scored candidates or more, the share on which all of them score the same."""
-  groups = {}
+  scores, groups = scoring.by_response(judgements, quorum), {}
   for r in responses:
     if (score := scores.get(r['id'])) and score.mean is not None:
       groups.setdefault(r['prompt_id'], []).append(score.mean)
@@ -94,14 +97,15 @@ def of_ties(responses: list[dict], scores: dict[str, scoring.Score]) -> dict:
 def of_pairs(pairs: list[dict], prompts: int) -> dict:
   """The yield, and the lengths of chosen and rejected."""
   chosen, rejected = _length(pairs, 'chosen'), _length(pairs, 'rejected')
+  margins = [p['chosen_score'] - p['rejected_score'] for p in pairs]
   return dict(count=len(pairs), per_1000_prompts=round(1000 * len(pairs) / max(prompts, 1), 1),
               chosen_characters=chosen, rejected_characters=rejected, length_gap=round(chosen - rejected, 1),
-              margin=round(statistics.fmean(p['chosen_score'] - p['rejected_score'] for p in pairs), 3))
+              margin=round(statistics.fmean(margins), 3) if margins else None)
 
 
 def warn_judgements(title: str, judgements: list[dict]) -> list[str]:
   """A sentence where too few have a score, and one where most scores are one value."""
-  scores, sentences = [round(j['score']) for j in judgements if j['score'] is not None], []
+  scores, sentences = [scoring.whole(j['score']) for j in judgements if j['score'] is not None], []
   if len(scores) < PARSED * len(judgements):
     why = ', '.join(f'{n} {reason}' for reason, n in unparsed(judgements).items())
     sentences.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score (the others: {why}), '
@@ -126,11 +130,20 @@ def warn_responses(title: str, responses: Iterable[dict]) -> list[str]:
   return sentences
 
 
-def warn_pairs(title: str, pairs: list[dict]) -> list[str]:
-  """A sentence where the chosen are longer than the rejected by half."""
+def warn_ties(title: str, responses: list[dict], judgements: list[dict], quorum: int) -> list[str]:
+  """A sentence where for most prompts all candidates score the same."""
+  share = of_ties(responses, judgements, quorum)['all_equal']
+  return [f'{title}: for {share:.0%} of the prompts all candidates score the same; such prompts give no '
+          'pair.'] if share > TIED else []
+
+
+def warn_pairs(title: str, pairs: list[dict], prompts: int) -> list[str]:
+  """A sentence where the prompts gave few pairs, and one where the chosen are longer than the rejected by half."""
   chosen, rejected = _length(pairs, 'chosen'), _length(pairs, 'rejected')
-  return [f'{title}: a chosen response has {chosen:,.0f} characters, a rejected one {rejected:,.0f}; the model may '
-          'learn length alone.'] if pairs and chosen > LONGER * rejected else []
+  few = [f'{title}: {len(pairs):,} pairs from {prompts:,} prompts, fewer than {FEW} of 1,000.'] * (
+      1000 * len(pairs) < FEW * prompts)
+  return few + [f'{title}: a chosen response has {chosen:,.0f} characters, a rejected one {rejected:,.0f}; the model '
+                'may learn length alone.'] * (bool(pairs) and chosen > LONGER * rejected)
 
 
 def unparsed(judgements: list[dict]) -> Counter:
@@ -151,7 +164,7 @@ def _shards(folder, stem: str) -> list[dict]:
 
 
 def _lines(path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return list(records.read(path)) if path.exists() else []
 
 
 if __name__ == '__main__':

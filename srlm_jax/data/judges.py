@@ -11,6 +11,7 @@ A template is a text file with slots. It travels with its score in a header of T
 """
 from collections.abc import Mapping
 import dataclasses
+import math
 import re
 import tomllib
 
@@ -28,7 +29,8 @@ class Judge:
   slots: tuple[str, ...]
   lowest: float
   highest: float
-  patterns: tuple[str, ...]     # regular expressions, one group each: the values whose mean is the score
+  patterns: tuple[tuple[str, ...], ...]  # of each value whose mean is the score: regular expressions of one group, the
+                                         # first that matches anything counts
   words: Mapping[str, float]    # points of each word, in lower case; empty: values are numbers
   example: str
 
@@ -46,11 +48,11 @@ class Judge:
     (None, 'out of range')
     """
     values = []
-    for pattern in self.patterns:
-      found = re.findall(pattern, judgement)
+    for ways in self.patterns:
+      found = _last(ways, judgement)
       if not found:
         return None, 'no score'
-      value, reason = self._value(found[-1])
+      value, reason = self._value(found[1])
       if reason:
         return None, reason
       values.append(value)
@@ -64,27 +66,32 @@ class Judge:
     """
     value = min(self.words, key=lambda w: abs(self.words[w] - score)) if self.words else f'{score:g}'
     lines = []
-    for pattern in self.patterns:
-      match = list(re.finditer(pattern, self.example))[-1]
+    for ways in self.patterns:
+      match = _last(ways, self.example)
       start, end = match.span(1)
       written = match[1].strip()
       value = value.upper() if written.isupper() else value
       before = self.example[:start] + match[1][:len(match[1]) - len(match[1].lstrip())]
       lines.append(before.rpartition('\n')[2] + value + self.example[end:].partition('\n')[0])
-    return '\n'.join(lines)
+    stated = '\n'.join(lines)
+    if self.parse(stated)[0] is None:
+      raise InputError(f'the judge template can read its example and not the line "{stated}" of it; '
+                       f'write pattern so that it matches within one line')
+    return stated
 
   def nearest(self, score: float) -> float:
     """The score that the template can state nearest to this one: a whole number, or the points of a word."""
-    return float(min(self.words.values(), key=lambda p: abs(p - score)) if self.words else round(score))
+    return float(min(self.words.values(), key=lambda p: abs(p - score)) if self.words else math.floor(score + 0.5))
 
   def _value(self, text: str) -> tuple[float | None, str]:
+    plain = ' '.join(_MARKUP.sub(' ', text).split())
     if self.words:
-      value = self.words.get(text.strip(' \t*_"\'“”<>()[].').lower())
+      value = self.words.get(plain.rstrip('.').strip().lower())
       return (None, 'unreadable') if value is None else (float(value), '')
-    found = _NUMBER.fullmatch(text)
+    found = _NUMBER.fullmatch(plain)
     if not found:
       return None, 'unreadable'
-    score, top = float(found['score']), found['top']
+    score, top = float(found[1]), found[2]
     if not self.lowest <= score <= self.highest or (top and float(top) != self.highest):
       return None, 'out of range'
     return score, ''
@@ -93,13 +100,13 @@ class Judge:
     return set(re.findall(r'</?\s*([A-Za-z_][\w-]*)\s*>', self.text))
 
 
-# What may follow 'Score:' up to the end of its line: 4, **4**, 3.5, 4/5, 4 out of 5, 4 points, <4>, "4".
-_NUMBER = re.compile(r'''[\s*_"'“<(\[]*(?P<score>[-+]?\d+(?:\.\d+)?)[\s*_]*'''
-                     r'''(?:(?:/|out\s+of)[\s*_]*(?P<top>\d+))?[\s*_]*(?:points?)?[\s*_"'”>)\].]*''',
-                     re.IGNORECASE | re.ASCII)
-# What ends a turn of one of the chat forms, or looks like a special token.
-_TURN = re.compile(r'\[(?=/?INST\])|<(?=</?SYS>>)|<(?=/?s>)|<(?=\|[^|<>\s]{1,40}\|>)')
-_SPEAKER = re.compile(r'^([ \t]*(?:User|Assistant)):', re.MULTILINE)
+_MARKUP = re.compile(r'''[*_`|"'“”<>()\[\]]''')
+_NUMBER = re.compile(r'([-+]?[0-9]+(?:\.[0-9]+)?)(?: ?(?:/|out of) ?([0-9]+(?:\.[0-9]+)?))?(?: ?points?)? ?\.?',
+                     re.IGNORECASE)
+# What begins or ends a turn of one of the chat forms, or looks like a special token.
+_TURN = re.compile(r'\[(?=/?INST\])|<(?=</?SYS>>)|<(?=/?s>)|<(?=\|[^|<>]{1,40}\|>)', re.IGNORECASE)
+_SPEAKER = re.compile(r'^([^\S\n]*(?:User|Assistant)):', re.MULTILINE)
+_HIDDEN = '\u200b-\u200f\u2060\ufeff'  # characters without width
 
 
 def load(name: str, slots: tuple[str, ...] = ('prompt', 'response'), key: str = 'config.judge.template') -> Judge:
@@ -112,7 +119,7 @@ def load(name: str, slots: tuple[str, ...] = ('prompt', 'response'), key: str = 
       raise InputError(f'{path} holds the slot {{{slot}}} {text.count(f"{{{slot}}}")} times; '
                        f'a judge template holds it once')
   if header is None:
-    if not re.search(_line('Score'), text):
+    if not _last(_line('Score'), text):
       raise InputError(f'{path} has no header and does not ask for a line "Score: <points>"; say in a header between '
                        f'two lines +++ how its score is written (scale, lines or pattern, example)')
     header = _DEFAULT
@@ -128,8 +135,9 @@ def _judge(path, header: dict, text: str, slots) -> Judge:
     raise InputError(f'{path}: scale is {scale}; it is [lowest, highest], two numbers')
   if ('lines' in header) == ('pattern' in header):
     raise InputError(f'{path}: the header names either lines (labels of score lines) or a pattern, one of the two')
-  if not isinstance(words, dict) or not all(_number(p) and scale[0] <= p <= scale[1] for p in words.values()):
-    raise InputError(f'{path}: words is {words}; it gives each word its points on the scale {scale}')
+  if not isinstance(words, dict) or len({w.lower() for w in words}) < len(words) or not all(
+      _number(p) and scale[0] <= p <= scale[1] for p in words.values()):
+    raise InputError(f'{path}: words is {words}; it gives each word, in any case, its points on the scale {scale}')
   if 'lines' in header:
     labels = header['lines']
     if not labels or not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
@@ -141,7 +149,7 @@ def _judge(path, header: dict, text: str, slots) -> Judge:
         raise InputError(f'{path}: the pattern {header["pattern"]!r} must have one group, the value')
     except (re.error, TypeError) as error:
       raise InputError(f'{path}: {header["pattern"]!r} is no regular expression ({error})') from error
-    patterns = (header['pattern'],)
+    patterns = ((header['pattern'],),)
   judge = Judge(text, slots, float(scale[0]), float(scale[1]), patterns, {w.lower(): p for w, p in words.items()},
                 str(example))
   score, reason = judge.parse(judge.example)
@@ -153,20 +161,27 @@ def _judge(path, header: dict, text: str, slots) -> Judge:
 
 def _split(path, text: str) -> tuple[dict | None, str]:
   """The header, None if there is none, and the text after it."""
-  if not text.startswith('+++\n'):
+  parts = re.split(r'^\+\+\+[ \t]*\n', text.lstrip('\ufeff \t\n'), maxsplit=2, flags=re.MULTILINE)
+  if len(parts) == 1:
     return None, text
-  header, end, text = text.removeprefix('+++\n').partition('\n+++\n')
-  if not end:
-    raise InputError(f'{path}: the header that begins with +++ does not end with another line +++')
+  if len(parts) < 3 or parts[0]:
+    raise InputError(f'{path}: a header stands at the beginning of the file, between two lines +++')
   try:
-    return tomllib.loads(header), text
+    return tomllib.loads(parts[1]), parts[2]
   except tomllib.TOMLDecodeError as error:
     raise InputError(f'{path}: the header between the lines +++ is not TOML ({error})') from error
 
 
-def _line(label: str) -> str:
-  """Matches `label: value` to the end of the line, whatever markdown is around the label."""
-  return rf'(?i)\b{re.escape(label.strip())}\b[\s*_]*:(.*)'
+def _line(label: str) -> tuple[str, str]:
+  """Matches `label: value` to the end of the line, whatever markdown is around the label: where the label begins the
+  line, or else anywhere in it."""
+  rest = rf'{re.escape(label.strip())}(?![^\W_])[\s*_`"]*:(.*)'
+  return rf'(?im)^(?:[^\w\n]|_)*(?:(?:final|total|overall)\s+)*{rest}', rf'(?i)(?<![^\W_])(?<!\w-){rest}'
+
+
+def _last(ways: tuple[str, ...], text: str) -> re.Match | None:
+  """The last match of the first of several expressions that matches at all."""
+  return next((found[-1] for way in ways if (found := list(re.finditer(way, text)))), None)
 
 
 def _slot(slots) -> str:
@@ -175,12 +190,12 @@ def _slot(slots) -> str:
 
 def _neutralise(text: str, tags: set[str]) -> str:
   """Breaks by a space what could end the text's place: the template's tags, the chat forms' marks."""
+  text = re.sub('\r\n?|[\x85\u2028\u2029]', '\n', text)  # so that a line begins where a model may see one begin
   if tags:
     names = '|'.join(map(re.escape, sorted(tags)))
-    text = re.sub(rf'<\s*(/?)\s*({names})\b([^<>]*)>', lambda m: f'< {m[1]}{m[2]}{m[3].rstrip()} >', text,
-                  flags=re.IGNORECASE)
+    text = re.sub(rf'<[\s{_HIDDEN}]*(?=[\s/{_HIDDEN}]*(?:{names})(?![\w-]))', '< ', text, flags=re.IGNORECASE)
   return _SPEAKER.sub(r'\1 :', _TURN.sub(lambda m: f'{m[0]} ', text))
 
 
 def _number(x) -> bool:
-  return isinstance(x, int | float) and not isinstance(x, bool)
+  return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

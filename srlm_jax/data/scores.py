@@ -2,6 +2,7 @@
 from collections import Counter
 from collections.abc import Iterable
 import dataclasses
+import math
 import statistics
 
 
@@ -32,4 +33,13 @@ def histogram(values: Iterable[float]) -> dict[str, int]:
   >>> histogram([4.0, 3.7, 2.0])
   {'2': 1, '4': 2}
   """
-  return {str(k): n for k, n in sorted(Counter(round(v) for v in values).items())}
+  return {str(k): n for k, n in sorted(Counter(map(whole, values)).items())}
+
+
+def whole(value: float) -> int:
+  """Rounded to a whole score, halves up: of word scores, which often end in .5, every whole one gets its share.
+
+  >>> whole(2.5), whole(3.5)
+  (3, 4)
+  """
+  return math.floor(value + 0.5)

@@ -58,4 +58,7 @@ def read(kind: str, name: str, key: str):
     known = sorted(p.stem.removeprefix(f'{kind}_') for p in _FOLDER.glob(f'{kind}_*.txt'))
     raise InputError(f'{key}: {path} does not exist; name a template of srlm_jax/data ({", ".join(known)}) or the path '
                      f'of a file')
-  return path, path.read_text().rstrip('\n')
+  try:
+    return path, path.read_text().replace('\r\n', '\n').rstrip('\n')
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f'{key}: {path} cannot be read as text ({error}); name a file of UTF-8 text') from error

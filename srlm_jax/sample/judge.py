@@ -2,7 +2,7 @@
 import jax
 
 from srlm_jax import checkpoint, InputError, stage
-from srlm_jax.data import judges, records, templates
+from srlm_jax.data import eft, judges, records, templates
 from srlm_jax.sample import engine as engines
 
 
@@ -78,10 +78,10 @@ def _items(config, workdir, on: str):
     items = (dict(r) for r in records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
     return sorted(folder.glob('responses-*.jsonl')) or [folder / 'responses.jsonl'], items
   source, split = stage.seeds(workdir) / 'ranked.jsonl', 'train' if on == 'ranked' else 'eval'
-  items = (dict(id=f'{r["id"]}/{reply["id"]}', prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
-           for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split
-           for reply in r['replies'])
-  return [source], items
+  ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]
+  eft.check(ranked, source)
+  return [source], (dict(id=f'{r["id"]}/{reply["id"]}', prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
+                    for r in ranked for reply in r['replies'])
 
 
 if __name__ == '__main__':

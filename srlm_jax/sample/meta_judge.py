@@ -35,14 +35,15 @@ def run(config, workdir):
                   sources, checkpoint.recorded_hash(model), f'{judge} {meta}')
   if s.done:
     return
+  if config.judge.n < 2:
+    raise InputError(f'config.judge.n is {config.judge.n}: with one judgement a response there are none to compare; '
+                     f'set it to 2 or more')
   asked = {r['id']: judge.render(prompt=r['prompt'], response=r['response'])
            for r in records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response')}
   judgements = records.read_shards(folder / 'judge', 'judgements', 'id', 'prompt_id', 'response_id', 'text', 'score',
                                    'finish')
   pairs = sum(1 for _ in records.read(sources[-1]))
   chosen = doubtful(scoring.by_response(judgements, config.judge.quorum), c.responses)
-  if not chosen:
-    raise InputError(f'{folder / "judge"} holds no response with two different judgements; set judge.n to 2 or more')
   mine = chosen[jax.process_index()::jax.process_count()]
   rows = [(a, b) for group in mine for a, b in itertools.permutations(group, 2)]
   engine, tokenizer = engines.load(config, model, s.title)
@@ -78,6 +79,9 @@ def run(config, workdir):
   kept = bounded(made, pairs, c.share, c.score_share)
   dropped['above the shares'] = len(made) - len(kept)
   records.write(s.folder / 'judge_pairs.jsonl', kept)
+  if not kept:
+    stage.say(f'{s.title}: no pair of judgements; of {len(chosen)} responses with two different judgements '
+              f'{", ".join(f"{n} {why}" for why, n in (+dropped).items()) or "none was dropped"}')
   reasons = Counter(x['reason'] for x in comparisons if x['reason'])
   s.finish(judge_pairs=len(kept), responses=len(chosen), comparisons=len(comparisons),
            parsed=len(comparisons) - reasons.total(), unparsed=dict(sorted(reasons.items())),

@@ -15,9 +15,7 @@ def run(config, workdir):
   """MODEL/respond and MODEL/judge -> MODEL/pairs/pairs.jsonl (positives.jsonl for positives_only), scores.jsonl with
   every candidate's mean and spread, and counts of why prompts gave none."""
   c = config.pairs
-  if c.strategy not in strategies.ALL:
-    raise InputError(f'config.pairs.strategy is {c.strategy!r}{stage.closest(c.strategy, strategies.ALL)}; it is one '
-                     f'of {", ".join(strategies.ALL)}')
+  strategies.check(c.strategy)
   folder = stage.model_folder(workdir, config.name).parent
   parts = [('respond', 'responses'), ('judge', 'judgements'), *NEEDS.get(c.strategy, ())]
   sources = [p for part, stem in parts for p in sorted((folder / part).glob(f'{stem}-*-of-*.jsonl'))
@@ -40,7 +38,8 @@ def run(config, workdir):
     else:
       made += new
   if c.strategy == 'consistency' and made:
-    rate = strategies.consistency_rate([p['tau'] for p in made])
+    taus = [strategies.kendall_tau(candidates) for _, candidates in prompts.values()]
+    rate = strategies.consistency_rate([tau for tau in taus if tau is not None])
     made = [dict(p, confidence=rate) for p in made]
   everyone = [candidate for _, candidates in prompts.values() for candidate in candidates]
   records.write(s.folder / 'scores.jsonl', (dict(id=x.id, score=x.score, spread=x.spread) for x in everyone))
@@ -108,7 +107,7 @@ def summary(config, prompts, judgements, made, dropped) -> dict:
       judgements=len(judgements), parsed=len(parsed), score_histogram=scoring.histogram(parsed),
       dropped=dict(dropped), all_scores_equal=sum(map(strategies.has_tie, candidates)),
       spread=_mean([c.spread for group in candidates for c in group if c.spread is not None]),
-      margin=_mean(margins), margin_histogram=scoring.histogram(margins),
+      margin=_mean(margins), smallest_margin=round(min(margins), 2) if margins else None,
       chosen_characters=_mean(chosen), rejected_characters=_mean(rejected),
       chosen_minus_rejected_characters=_mean([a - b for a, b in zip(chosen, rejected, strict=True)]),
       confidence=round(pairs[0]['confidence'], 4) if pairs and 'confidence' in pairs[0] else None)
@@ -122,10 +121,10 @@ def table(found: dict) -> str:
            f'parsed, scores {found["score_histogram"]}']
   lines += [f'  {"nothing: " + why:44}{n:6}' for why, n in found['dropped'].items()]
   shown = dict(all_scores_equal='prompts whose scores are all equal', margin='score, chosen minus rejected',
-               margin_histogram='', chosen_characters='characters of the chosen',
+               smallest_margin='the smallest of them', chosen_characters='characters of the chosen',
                rejected_characters='characters of the rejected', spread='spread of the judgements of one response',
                confidence='confidence in every pair')
-  lines += [f'  {label:44}{found[key]:6g}' for key, label in shown.items() if label and found[key] is not None]
+  lines += [f'  {label:44}{found[key]:6g}' for key, label in shown.items() if found[key] is not None]
   return '\n'.join(lines)
 
 

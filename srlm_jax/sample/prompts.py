@@ -60,12 +60,12 @@ def run(config, workdir):
     first += size
     stage.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
   out.close()
-  accepted = accepted[:c.count]
+  surplus, accepted = max(len(accepted) - c.count, 0), accepted[:c.count]
   records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
   tried = sum(n for why, n in screen.dropped.items() if 'held' in why)
   stage.say(f'{s.title}: {tried} of {first} attempts were held-out or evaluation prompts, or near one; none entered')
   s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=tried, shortened=screen.shortened,
-           dropped=dict(screen.dropped))
+           dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))
 
 
 def _write(engine, tokenizer, chat: str, template: str, shots: list[list[str]], first: int, sampling):
@@ -88,8 +88,8 @@ def ask(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:
 
 
 def evaluation_prompts(path) -> list[str]:
-  """The prompts of a file: JSONL, or one JSON list; their field is prompt, instruction (AlpacaEval), or the first of
-  turns (MT-Bench)."""
+  """The prompts of a file: JSONL, or one JSON list; their field is prompt, instruction (AlpacaEval) or turns (MT-Bench,
+  a list)."""
   if path.suffix == '.json':
     try:
       found = json.loads(path.read_text())
@@ -100,10 +100,10 @@ def evaluation_prompts(path) -> list[str]:
   prompts = []
   for i, record in enumerate(found, 1):
     fields = record if isinstance(record, dict) else {}
-    text = fields.get('prompt') or fields.get('instruction') or next(iter(fields.get('turns') or ()), None)
-    if not isinstance(text, str):
+    texts = fields.get('turns') or [fields.get('prompt') or fields.get('instruction')]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
       raise InputError(f'config.prompts.held_out: record {i} of {path} has no prompt, instruction or turns')
-    prompts.append(text)
+    prompts += texts
   return prompts
 
 
@@ -134,6 +134,8 @@ class Filter:
     c = self._config
     if finish == 'too_long':
       return 'shots too long for the context'
+    if prompt and (why := self._held_out.why(prompt, c.rouge_held_out)):
+      return why  # first, so that all that tried are counted
     if finish != 'eos' and not more:
       return 'cut off by length'
     if not c.min_words <= len(prompt.split()) <= c.max_words:
@@ -142,14 +144,13 @@ class Filter:
       return 'asks for what text cannot show'
     if prompt.lower().startswith('write a program') or prompt[0] in string.punctuation or not prompt[0].isascii():
       return 'a start that Self-Instruct refuses'
-    if why := self._held_out.why(prompt, c.rouge_held_out):
-      return why
     if similar.normal(prompt) in self._exact:
       return 'seen before'
     return 'like one seen before' if self._known.find(prompt, c.rouge) is not None else ''
 
 
-_ANSWER = r'\[/?INST\]|(?<=[.?!:"\')])\s+(?:Answer|Response|Output|Solution|Assistant|User)\s*:'
+_END = r'(?<=[.?!:"\')])'  # of a sentence
+_ANSWER = rf'\[/?INST\]|{_END}\s+(?:Answer|Response|Output|Solution|Assistant|User)\s*:'
 
 
 def cut(text: str, number: int) -> tuple[str, bool]:
@@ -163,7 +164,7 @@ def cut(text: str, number: int) -> tuple[str, bool]:
   """
   line, _, more = text.strip().partition('\n')
   line = re.sub(r'^\d+[.)]\s+', '', line)
-  prompt = re.split(rf'\s+{number + 1}[.)]\s|{_ANSWER}', line, maxsplit=1)[0]
+  prompt = re.split(rf'{_END}\s+{number + 1}[.)]\s|{_ANSWER}', line, maxsplit=1)[0]
   return prompt.strip(), bool(more.strip()) or prompt != line
 
 

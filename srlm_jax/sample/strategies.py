@@ -2,14 +2,17 @@
 
 Every strategy takes the scored candidates of one prompt and gives (chosen, rejected), or the reason why there is
 none. What holds for all of them: only candidates with text and a score take part; a response that was cut at the
-length limit may be rejected, and chosen only if the config says so; the chosen one's score is the higher; of equals
-the first candidate is taken.
+length limit may be rejected, and chosen only if the config says so; the chosen one's score is the higher, and its text
+another; of equals the first candidate is taken.
 """
 from collections.abc import Callable
 import dataclasses
+import difflib
 import itertools
 
 from scipy import stats
+
+from srlm_jax import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +57,18 @@ def length_controlled(candidates: list[Candidate], config) -> Choice:
     return choice
   high, low = choice[0].score, choice[1].score
   top = [c for c in candidates if _choosable(c, config) and c.score >= (1 - config.rho) * high + config.rho * low]
-  bottom = [c for c in candidates if c.valid and c.score <= (1 - config.rho) * low + config.rho * high]
-  chosen, rejected = min(top, key=_length), max(bottom, key=_length)
-  if chosen.score <= rejected.score:
-    return 'bands meet'
-  return 'same text' if chosen.response == rejected.response else (chosen, rejected)
+  chosen = min(top, key=_length)
+  bottom = [c for c in candidates if c.valid and c.response != chosen.response
+            and c.score <= (1 - config.rho) * low + config.rho * high]
+  if not bottom:
+    return 'same text'
+  rejected = max(bottom, key=_length)
+  return 'bands meet' if chosen.score <= rejected.score else (chosen, rejected)
 
 
 def consistency(candidates: list[Candidate], config) -> Choice:
   """`max_min`; its pairs are trained on with the confidence of `consistency_rate`: Wang et al. 2024 (CREAM,
-  2410.12735)."""
+  2410.12735), who rank by the likelihood under the two models; here both judge."""
   choice = max_min(candidates, config)
   if not isinstance(choice, str) and kendall_tau(candidates) is None:
     return 'not ranked by the older model'
@@ -92,7 +97,15 @@ PAIRS: dict[str, Callable[[list[Candidate], object], Choice]] = dict(
     max_min=max_min, margin=margin, length_controlled=length_controlled, consistency=consistency, agreement=agreement,
     temporal=temporal)
 POSITIVES = 'positives_only'
-ALL = (*PAIRS, POSITIVES)
+
+
+def check(strategy: str):
+  """Raises InputError for a strategy that there is not."""
+  names = (*PAIRS, POSITIVES)
+  if strategy not in names:
+    close = difflib.get_close_matches(strategy, names, n=1)
+    hint = f' (did you mean "{close[0]}"?)' if close else ''
+    raise InputError(f'config.pairs.strategy is {strategy!r}{hint}; it is one of {", ".join(names)}')
 
 
 def positives_only(candidates: list[Candidate], config) -> list[Candidate] | str:
@@ -124,11 +137,6 @@ def has_tie(candidates: list[Candidate]) -> bool:
   return len(scores) == 1 and sum(c.valid for c in candidates) > 1
 
 
-def duplicates(candidates: list[Candidate]) -> int:
-  """Candidates whose text one before has too."""
-  return len(candidates) - len({c.response.strip() for c in candidates})
-
-
 def _best_and_worst(highs: list[Candidate], lows: list[Candidate], config) -> Choice:
   scored = [c for c in {c.id: c for c in itertools.chain(highs, lows)}.values() if c.valid]
   highs, lows = [c for c in highs if c.valid], [c for c in lows if c.valid]
@@ -137,12 +145,16 @@ def _best_and_worst(highs: list[Candidate], lows: list[Candidate], config) -> Ch
   finished = [c for c in highs if _choosable(c, config)]
   if not finished:
     return 'no finished candidate'
-  chosen, rejected = max(finished, key=lambda c: c.score), min(lows, key=lambda c: c.score)
+  chosen = max(finished, key=lambda c: c.score)
+  others = [c for c in lows if c.response != chosen.response]
+  if not others:
+    return 'same text'
+  rejected = min(others, key=lambda c: c.score)
   if chosen.score <= rejected.score:
-    if max(c.score for c in highs) > rejected.score:
+    if max(c.score for c in highs) > chosen.score:
       return 'best candidate unfinished'
     return 'not better than the older model' if rejected.older else 'all scores equal'
-  return 'same text' if chosen.response == rejected.response else (chosen, rejected)
+  return chosen, rejected
 
 
 def _choosable(candidate: Candidate, config) -> bool:
