@@ -199,6 +199,14 @@ def test_a_score_that_cannot_be_stated_in_one_line_is_said():
     judge.state(2.0)
 
 
+def test_words_may_be_several_and_a_group_may_be_absent():
+  header = dict(scale=[0, 2], pattern=r'Verdict(?:: (.*))?', words={"Don't know": 0, 'very good': 2},
+                example='Verdict: very good')
+  judge = judges._judge('j.txt', header, 'x', ())
+  assert judge.parse("Verdict: **Don't  know.**") == (0, '') and judge.parse('Verdict') == (None, 'unreadable')
+  assert judge.state(2.0) == 'Verdict: very good'
+
+
 @pytest.mark.parametrize('text', ['Score: 4' + '*' * 50_000 + 'x', 'Score: ' * 5_000, '*' * 50_000, '\n' * 50_000])
 def test_a_judge_in_a_loop_does_not_stall_the_parser(text):
   assert JUDGE.parse(text)[0] is None

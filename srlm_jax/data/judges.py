@@ -52,7 +52,7 @@ class Judge:
       found = _last(ways, judgement)
       if not found:
         return None, 'no score'
-      value, reason = self._value(found[1])
+      value, reason = self._value(found[1] or '')
       if reason:
         return None, reason
       values.append(value)
@@ -84,7 +84,7 @@ class Judge:
     return float(min(self.words.values(), key=lambda p: abs(p - score)) if self.words else math.floor(score + 0.5))
 
   def _value(self, text: str) -> tuple[float | None, str]:
-    plain = ' '.join(_MARKUP.sub(' ', text).split())
+    plain = _plain(text)
     if self.words:
       value = self.words.get(plain.rstrip('.').strip().lower())
       return (None, 'unreadable') if value is None else (float(value), '')
@@ -150,8 +150,8 @@ def _judge(path, header: dict, text: str, slots) -> Judge:
     except (re.error, TypeError) as error:
       raise InputError(f'{path}: {header["pattern"]!r} is no regular expression ({error})') from error
     patterns = ((header['pattern'],),)
-  judge = Judge(text, slots, float(scale[0]), float(scale[1]), patterns, {w.lower(): p for w, p in words.items()},
-                str(example))
+  words = {_plain(word).lower(): points for word, points in words.items()}
+  judge = Judge(text, slots, float(scale[0]), float(scale[1]), patterns, words, str(example))
   score, reason = judge.parse(judge.example)
   if score is None:
     raise InputError(f'{path}: the {"pattern" if "pattern" in header else "lines"} of its header give no score in its '
@@ -182,6 +182,11 @@ def _line(label: str) -> tuple[str, str]:
 def _last(ways: tuple[str, ...], text: str) -> re.Match | None:
   """The last match of the first of several expressions that matches at all."""
   return next((found[-1] for way in ways if (found := list(re.finditer(way, text)))), None)
+
+
+def _plain(text: str) -> str:
+  """Without markdown, quotes and brackets, and with single spaces."""
+  return ' '.join(_MARKUP.sub(' ', text).split())
 
 
 def _slot(slots) -> str:
