@@ -8,7 +8,7 @@ from srlm_jax import InputError
 from srlm_jax.data import judges
 
 JUDGE = judges.load('additive')
-NAMES = ('additive', 'multiple_choice', 'word_categories', 'short', 'sandbox', 'sandbox_choice')
+NAMES = ('additive', 'multiple_choice', 'word_categories', 'short', 'short_choice', 'sandbox', 'sandbox_choice')
 
 
 @pytest.mark.parametrize('text, score', [
