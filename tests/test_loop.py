@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 from conftest import CHANGES, config_flags, DATA, main, OTHERS, ROOT
 import numpy as np
@@ -158,18 +159,20 @@ def test_a_stage_killed_by_the_system_again_and_again_ends_byte_identical(demo, 
   shutil.rmtree(folder)
   command = [sys.executable, '-m', f'srlm_jax.{module}', '--config=configs/iter2.py:tiny',
              f'--workdir={tmp_path / "run"}', *config_flags('m2')]
-  killed = 0
-  for seconds in (4, 6, 8, 10, 12, 60):
+  def size():
+    return (folder / name).stat().st_size if (folder / name).exists() else 0
+  kills, ended = 0, None
+  while ended is None:
+    before = size()
     process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-      assert process.wait(seconds) == 0
-      break
-    except subprocess.TimeoutExpired:
-      process.kill()
-      process.wait()
-      killed += 1
-  assert killed and {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
+    while process.poll() is None and size() <= before:  # until it has written something
+      time.sleep(0.01)
+    ended = process.poll()
+    process.kill()
+    process.wait()
+    kills += ended is None
+  assert ended == 0 and kills and {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
 
 
 @pytest.mark.slow
