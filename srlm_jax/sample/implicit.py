@@ -30,7 +30,7 @@ def run(config, workdir):
     path = s.folder / records.shard_name(name, jax.process_index(), jax.process_count())
     logps[name] = _logps(config, folder, responses, path, f'{s.title} {name}')
   records.write(s.folder / records.shard_name('rewards', jax.process_index(), jax.process_count()), (
-      dict(id=r['id'], reward=None if None in pair else pair[0] - pair[1], logp=pair[0], older_logp=pair[1])
+      dict(id=r['id'], reward=None if None in pair else round(pair[0] - pair[1], 4), logp=pair[0], older_logp=pair[1])
       for r, pair in zip(responses, zip(*logps.values(), strict=True), strict=True)))
   stage.sync(f'{s.title} scored')
   rewards = [r['reward'] for r in records.read_shards(s.folder, 'rewards')]
@@ -47,7 +47,7 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
   for at in tqdm.trange(start, len(responses), engine.slots, desc=title, unit='batch', delay=2, leave=False):
     batch = encoded[at:at + engine.slots]
     values = iter(engine.logps([row for row in batch if row]) if any(batch) else ())
-    new = [dict(id=r['id'], logp=next(values) if row else None)
+    new = [dict(id=r['id'], logp=round(next(values), 4) if row else None)
            for r, row in zip(responses[at:at + engine.slots], batch, strict=True)]
     out.append(new[max(out.count - at, 0):])
   out.close()

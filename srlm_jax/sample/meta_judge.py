@@ -92,14 +92,15 @@ def run(config, workdir):
 
 def doubtful(scores: dict[str, scoring.Score], responses: int) -> list[list[dict]]:
   """Of each prompt the `responses` on whose judgements the judge differs most -> their finished, parsed judgements of
-  different texts, two or more of each."""
+  different texts, two or more of each. In the order of ids, however many hosts wrote them."""
   groups = {}
   for score in scores.values():
     texts = {j['text']: j for j in reversed(score.judgements) if j['score'] is not None and j['finish'] == 'eos'}
     if score.mean is not None and len(texts) > 1:
-      groups.setdefault(score.judgements[0]['prompt_id'], []).append((score.spread, list(reversed(texts.values()))))
-  return [judged for group in groups.values()
-          for _, judged in sorted(group, key=lambda one: -one[0])[:responses]]
+      judgement = score.judgements[0]
+      groups.setdefault(judgement['prompt_id'], []).append(
+          (-score.spread, judgement['response_id'], list(reversed(texts.values()))))
+  return [judged for _, group in sorted(groups.items()) for _, _, judged in sorted(group)[:responses]]
 
 
 def position_weights(comparisons: list[dict]) -> tuple[float, float]:
