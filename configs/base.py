@@ -109,6 +109,11 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   return c.lock()
 
 
+def training_data(c: ConfigDict) -> list[str]:
+  """The names in `train.data`, which a flag writes as one text with commas."""
+  return ','.join(c.train.data).split(',')
+
+
 def check(c: ConfigDict):
   """Raises InputError for a value that no stage can work with, by name."""
   for section, names in dict(

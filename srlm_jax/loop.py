@@ -72,7 +72,7 @@ def refuse_mistakes(config):
   if config.name not in ('m2', 'm3'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
-  data, loss = ','.join(config.train.data).split(','), dict(pairs='dpo', positives='sft')[kind]
+  data, loss = base.training_data(config), dict(pairs='dpo', positives='sft')[kind]
   if kind not in data or config.train.loss != loss:
     raise InputError(f'config.pairs.strategy = {config.pairs.strategy} makes {kind} for {config.name}, and it trains '
                      f'on {", ".join(data)} with the loss {config.train.loss}; set train.data to hold {kind} and '
@@ -103,7 +103,7 @@ def first_model(config, workdir):
 
 def one_model(config, workdir) -> str:
   """Every stage of one model, from its data to its evaluation; says why, if there is nothing to train it on."""
-  data, why = ','.join(config.train.data).split(','), ''
+  data, why = base.training_data(config), ''
   if config.name == 'm1' and 'eft' in data:
     why = make_eft(config, workdir)
   elif 'pairs' in data or 'positives' in data:

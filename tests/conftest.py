@@ -64,10 +64,10 @@ def stories():
   return folder
 
 
-def run_main(module, *flags):
+def run_main(module, *flags, **how):
   """`python -m srlm_jax.MODULE FLAGS` in a process of its own -> (exit code, stdout, stderr)."""
   command = [sys.executable, '-m', f'srlm_jax.{module}', *flags]
-  done = subprocess.run(command, capture_output=True, text=True)
+  done = subprocess.run(command, capture_output=True, text=True, **how)
   return done.returncode, done.stdout, done.stderr
 
 
@@ -102,10 +102,9 @@ def main(module, *flags, code=0):
   """What `python -m srlm_jax.MODULE` prints; it must end with `code`, and never with a traceback."""
   environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
                      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
-  ran = subprocess.run([sys.executable, '-m', f'srlm_jax.{module}', *flags], cwd=ROOT, env=environment,
-                       capture_output=True, text=True)
-  assert ran.returncode == code and 'Traceback' not in ran.stderr, ran.stdout + ran.stderr
-  return ran.stdout + ran.stderr * (code != 0)
+  ended, out, err = run_main(module, *flags, cwd=ROOT, env=environment)
+  assert ended == code and 'Traceback' not in err, out + err
+  return out + err * (code != 0)
 
 
 def config_flags(name):

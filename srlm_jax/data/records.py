@@ -49,6 +49,12 @@ def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
     yield from read(path, *fields)
 
 
+def shards(folder, stem: str) -> list:
+  """The shards of a stage; where there is none, the name of what is missing, for whoever asks to say so."""
+  folder = epath.Path(folder)
+  return sorted(folder.glob(f'{stem}-*-of-*.jsonl')) or [folder / f'{stem}.jsonl']
+
+
 def shard_name(stem: str, index: int, count: int) -> str:
   """
   >>> shard_name('responses', 3, 16)

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 from fractions import Fraction
 import functools
-import hashlib
 import io
 import itertools
 import os
@@ -85,7 +84,8 @@ class Files(tfds.core.BuilderConfig):
   synthetic: bool = False
 
   def __post_init__(self):
-    self.name = records.digest(self.source, str(self.synthetic), *sorted(map(_hash, self.paths)))
+    from srlm_jax import stage  # here, for stage knows JAX and data does not
+    self.name = records.digest(self.source, str(self.synthetic), *sorted(map(stage.hash_file, self.paths)))
 
   def __str__(self):
     return f'{self.source} files {self.name}'  # for the log
@@ -276,14 +276,6 @@ def find_files(spec: str) -> tuple[str, ...]:
       raise InputError(f'data.path: "{part}" is no file; give, say, 2023-04-12_oasst_ready.trees.jsonl.gz')
     paths += map(os.fspath, found)
   return tuple(dict.fromkeys(paths))
-
-
-def _hash(path: str) -> str:
-  digest = hashlib.sha256()
-  with epath.Path(path).open('rb') as f:
-    while block := f.read(1 << 20):
-      digest.update(block)
-  return digest.hexdigest()
 
 
 def _plain(value):

@@ -25,6 +25,13 @@ def token_logps(logits, tokens):
   return jax.shard_map(local, in_specs=(spec('BTV'), spec('BT')), out_specs=spec('BT'))(logits, tokens)
 
 
+def next_logps(logits, tokens):
+  """log p of every token after the first, given those before: logits [B, T, V], tokens [B, T] -> [B, T]; column 0 is
+  0, nothing predicts it."""
+  logps = token_logps(logits, jnp.roll(tokens, -1, axis=1))  # column t: of token t + 1
+  return jnp.roll(logps, 1, axis=1).at[:, 0].set(0)
+
+
 def _local(tokens, size):
   """The index of each token in this chip's block of the vocabulary, and whether it is there."""
   i = tokens - jax.lax.axis_index('tensor') * size

@@ -192,8 +192,7 @@ def sample(model, params, prompts, lengths, words, key, eos, temperature, p, *, 
 def response_logps(model, params, tokens, mask):
   """tokens [B, T], mask [B, T] 1 on the response -> the sum [B] of log p of the tokens that the mask shows."""
   logits, _ = model.apply({'params': params}, tokens)
-  logps = vocab.token_logps(logits, jnp.roll(tokens, -1, axis=1))  # column t: of token t + 1
-  return (logps[:, :-1] * mask[:, 1:]).sum(-1)
+  return (vocab.next_logps(logits, tokens) * mask).sum(-1)
 
 
 def top_p(logits, p):

@@ -18,7 +18,7 @@ def run(config, workdir):
              for name, model in (('logp', config.sampler), ('older_logp', config.pairs.older))}
   source = stage.model_folder(workdir, config.name).parent / 'respond'
   s = stage.Stage(config, workdir, 'implicit', ('chat', 'sample', 'pairs.older'),
-                  sorted(source.glob('responses-*.jsonl')) or [source / 'responses.jsonl'],
+                  records.shards(source, 'responses'),
                   '-'.join(map(checkpoint.recorded_hash, folders.values())))
   if s.done:
     return

@@ -2,7 +2,7 @@
 import jax
 
 from srlm_jax import checkpoint, InputError, stage
-from srlm_jax.data import eft, judges, records, templates
+from srlm_jax.data import eft, health, judges, records, templates
 from srlm_jax.sample import engine as engines
 
 
@@ -58,9 +58,9 @@ def run(config, workdir, on: str = ''):
   engines.run(engine, requests, sampling, path, record, s.title)
   stage.sync(f'{s.title} sampled')  # so that all shards are there to count
   made = list(records.read_shards(s.folder, 'judgements'))
-  reasons = [r['reason'] for r in made if r['reason']]
-  s.finish(judgements=len(made), parsed=len(made) - len(reasons), lowest=judge.lowest, highest=judge.highest,
-           unparsed={reason: reasons.count(reason) for reason in sorted(set(reasons))})
+  reasons = health.unparsed(made)
+  s.finish(judgements=len(made), parsed=len(made) - reasons.total(), lowest=judge.lowest, highest=judge.highest,
+           unparsed=dict(sorted(reasons.items())))
 
 
 def read(judge: judges.Judge, text: str, finish: str) -> tuple[float | None, str]:
@@ -76,7 +76,7 @@ def _items(config, workdir, on: str):
   if on in ('responses', 'again', 'older'):
     folder = stage.model_folder(workdir, config.name).parent / ('respond_older' if on == 'older' else 'respond')
     items = (dict(r) for r in records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
-    return sorted(folder.glob('responses-*.jsonl')) or [folder / 'responses.jsonl'], items
+    return records.shards(folder, 'responses'), items
   source, split = stage.seeds(workdir) / 'ranked.jsonl', 'train' if on == 'ranked' else 'eval'
   ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]
   eft.check(ranked, source)

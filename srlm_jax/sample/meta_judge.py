@@ -27,7 +27,7 @@ def run(config, workdir):
   and judge_pairs.jsonl, records as of pairs.jsonl whose prompt is the judge's."""
   c = config.meta_judge
   folder = stage.model_folder(workdir, config.name).parent
-  sources = [*_shards(folder / 'respond', 'responses'), *_shards(folder / 'judge', 'judgements'),
+  sources = [*records.shards(folder / 'respond', 'responses'), *records.shards(folder / 'judge', 'judgements'),
              folder / 'pairs' / 'pairs.jsonl']
   model = stage.finished_model(workdir, config.sampler)
   judge, meta = judges.load(config.judge.template), judges.load(c.template, SLOTS, 'config.meta_judge.template')
@@ -169,10 +169,6 @@ def _pair(prompt: str, best: dict, worst: dict) -> dict:
   for side, judgement in (('chosen', best), ('rejected', worst)):
     record |= {f'{side}_{key}': judgement[key] for key in ('score', 'elo', 'finish', 'id')}
   return record
-
-
-def _shards(folder, stem: str):
-  return sorted(folder.glob(f'{stem}-*-of-*.jsonl')) or [folder / f'{stem}.jsonl']
 
 
 if __name__ == '__main__':

@@ -18,8 +18,7 @@ def run(config, workdir):
   strategies.check(c.strategy)
   folder = stage.model_folder(workdir, config.name).parent
   parts = [('respond', 'responses'), ('judge', 'judgements'), *NEEDS.get(c.strategy, ())]
-  sources = [p for part, stem in parts for p in sorted((folder / part).glob(f'{stem}-*-of-*.jsonl'))
-             or [folder / part / f'{stem}.jsonl']]
+  sources = [p for part, stem in parts for p in records.shards(folder / part, stem)]
   s = stage.Stage(config, workdir, 'pairs', ('pairs', 'judge'), sources)
   if s.done:
     return
@@ -38,9 +37,9 @@ def run(config, workdir):
     else:
       made += new
   if c.strategy == 'consistency' and made:
-    taus = [strategies.kendall_tau(candidates) for _, candidates in prompts.values()]
-    rate = strategies.consistency_rate([tau for tau in taus if tau is not None])
-    made = [dict(p, confidence=rate) for p in made]
+    taus = {name: strategies.kendall_tau(candidates) for name, (_, candidates) in prompts.items()}
+    rate = strategies.consistency_rate([tau for tau in taus.values() if tau is not None])
+    made = [dict(p, tau=taus[p['id']], confidence=rate) for p in made]
   everyone = [candidate for _, candidates in prompts.values() for candidate in candidates]
   records.write(s.folder / 'scores.jsonl', (dict(id=x.id, score=x.score, spread=x.spread) for x in everyone))
   what = 'positives' if c.strategy == strategies.POSITIVES else 'pairs'
@@ -83,8 +82,6 @@ def _pair(prompt: dict, candidates, config) -> list[dict] | str:
   record = dict(prompt, chosen=choice[0].response, rejected=choice[1].response)
   for side, candidate in zip(('chosen', 'rejected'), choice, strict=True):
     record |= {f'{side}_{key}': getattr(candidate, key) for key in ('score', 'spread', 'finish', 'id')}
-  if config.strategy == 'consistency':
-    record['tau'] = strategies.kendall_tau(candidates)
   return [record]
 
 

@@ -62,9 +62,10 @@ def run(config, workdir):
   out.close()
   surplus, accepted = max(len(accepted) - c.count, 0), accepted[:c.count]
   records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
-  tried = sum(n for why, n in screen.dropped.items() if 'held' in why)
-  stage.say(f'{s.title}: {tried} of {first} attempts were held-out or evaluation prompts, or near one; none entered')
-  s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=tried, shortened=screen.shortened,
+  stage.say(f'{s.title}: {screen.near_held_out} of {first} attempts were held-out or evaluation prompts, or near one; '
+            f'none entered')
+  s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=screen.near_held_out,
+           shortened=screen.shortened,
            dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))
 
 
@@ -116,6 +117,7 @@ class Filter:
     self._known = similar.Index(seeds)
     self._exact = {similar.normal(p) for p in seeds}
     self.dropped = Counter()
+    self.near_held_out = 0  # texts that were held-out prompts, or near one
     self.shortened = 0  # texts with more than one prompt, or with an answer begun
 
   def __call__(self, text: str, finish: str) -> tuple[str, str]:
@@ -135,7 +137,8 @@ class Filter:
     if finish == 'too_long':
       return 'shots too long for the context'
     if prompt and (why := self._held_out.why(prompt, c.rouge_held_out)):
-      return why  # first, so that all that tried are counted
+      self.near_held_out += 1  # asked first, so that all that tried are counted
+      return why
     if finish != 'eos' and not more:
       return 'cut off by length'
     if not c.min_words <= len(prompt.split()) <= c.max_words:

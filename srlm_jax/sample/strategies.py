@@ -7,12 +7,11 @@ another; of equals the first candidate is taken.
 """
 from collections.abc import Callable
 import dataclasses
-import difflib
 import itertools
 
 from scipy import stats
 
-from srlm_jax import InputError
+from srlm_jax import InputError, stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +102,8 @@ def check(strategy: str):
   """Raises InputError for a strategy that there is not."""
   names = (*PAIRS, POSITIVES)
   if strategy not in names:
-    close = difflib.get_close_matches(strategy, names, n=1)
-    hint = f' (did you mean "{close[0]}"?)' if close else ''
-    raise InputError(f'config.pairs.strategy is {strategy!r}{hint}; it is one of {", ".join(names)}')
+    raise InputError(f'config.pairs.strategy is {strategy!r}{stage.closest(strategy, names)}; it is one of '
+                     f'{", ".join(names)}')
 
 
 def positives_only(candidates: list[Candidate], config) -> list[Candidate] | str:

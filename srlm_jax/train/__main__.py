@@ -4,6 +4,7 @@ import dataclasses
 from etils import epath
 import jax
 
+from configs import base
 from srlm_jax import checkpoint, InputError, metrics, sharding, stage
 from srlm_jax.data import batches, records, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
@@ -23,7 +24,7 @@ def _train(config, workdir, mesh):
   c = config.train
   source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'seeds'
   shape = _model_config(config, source, workdir)
-  files = [data_file(workdir, config.name, name) for name in ','.join(c.data).split(',')]
+  files = [data_file(workdir, config.name, name) for name in base.training_data(config)]
   s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files,
                   checkpoint.recorded_hash(source) if c.init else '')
   if s.done:

@@ -1,6 +1,5 @@
 """Losses: log-probabilities in, sums over examples out."""
 import jax
-import jax.numpy as jnp
 
 from srlm_jax.models import vocab
 
@@ -10,8 +9,7 @@ def token_logps(logits, tokens, loss_mask):
 
   logits [B, T, V], tokens and loss_mask [B, T] -> [B, T]; column 0 is 0, nothing predicts it.
   """
-  logps = vocab.token_logps(logits, jnp.roll(tokens, -1, axis=1))  # column t: of token t + 1
-  return jnp.roll(logps, 1, axis=1).at[:, 0].set(0) * loss_mask.at[:, 0].set(0)
+  return vocab.next_logps(logits, tokens) * loss_mask
 
 
 def sft_loss(logps):
