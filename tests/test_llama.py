@@ -74,8 +74,6 @@ def test_changing_any_field_of_the_config_changes_the_output(mesh, field):
 def test_the_context_is_a_limit(mesh):
   with pytest.raises(ValueError, match='made for 8'):
     output(dataclasses.replace(TINY, context=8))
-  with pytest.raises(ValueError, match='made for 8'):
-    llama.Cache.empty(dataclasses.replace(TINY, context=8), 1, 9)
 
 
 def test_the_rope_of_llama_3_keeps_fast_turns_and_slows_slow_ones():
@@ -87,21 +85,6 @@ def test_the_rope_of_llama_3_keeps_fast_turns_and_slows_slow_ones():
   between = (wavelength > 8192 / 4) & (wavelength < 8192)
   share = (8192 / wavelength[between] - 1) / (4 - 1)
   np.testing.assert_allclose(slow[between], (1 - share) * freq[between] / 8 + share * freq[between], rtol=1e-5)
-
-
-@pytest.mark.parametrize('config', [TINY, dataclasses.replace(TINY, tied=True, attention_bias=True)])
-def test_cached_decoding_equals_the_full_forward_pass_for_ragged_rows(mesh, config):
-  params = init(config)
-  model = llama.Llama(config)
-  tokens = jax.random.randint(jax.random.key(1), (3, 20), 1, config.V)
-  lengths = jnp.asarray([4, 9, 12])
-  full, _ = forward(model, params, tokens)
-  logits, cache = forward(model, params, tokens[:, :12], cache=llama.Cache.empty(config, 3, 20), at=lengths - 1)
-  np.testing.assert_allclose(logits[:, 0], full[jnp.arange(3), lengths - 1], atol=1e-5)
-  for t in range(8):
-    at = lengths + t
-    logits, cache = forward(model, params, tokens[jnp.arange(3), at][:, None], at[:, None], cache)
-    np.testing.assert_allclose(logits[:, 0], full[jnp.arange(3), at], atol=1e-5)
 
 
 @pytest.mark.parametrize('shape', MESHES)

@@ -1,8 +1,20 @@
-"""Attention over grouped heads, and the rotary embedding of positions."""
+"""Attention over grouped heads, by plain XLA, and the rotary embedding of positions.
+
+The sampler attends in two ways, `prefill` and `decode`, over keys of a row's own and over a prefix that all rows share.
+`models/kernels.py` has what an accelerator does instead, and chooses.
+"""
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 from srlm_jax.models.config import RopeScaling
+
+BLOCK = 64  # keys that plain decoding reads at a time
+ROWS = 2  # rows that a CPU reads together: few wait for a longer one, and a block of their keys stays in its cache
 
 
 def attend(q, k, v, visible):
@@ -16,6 +28,106 @@ def attend(q, k, v, visible):
 def causal(positions, size: int):
   """positions [B, T], the query's place in the row -> visible [B, T, S = size]: keys up to and including it."""
   return jnp.arange(size) <= positions[..., None]
+
+
+def prefill(q, k, v, prefix_k, prefix_v, shared):
+  """q [B, T, K, G, H] over k, v [B, T, K, H] of the same tokens and the first shared [B] of prefix [K, P, H] ->
+  [B, T, K, G, H]."""
+  B, T, P = *k.shape[:2], prefix_k.shape[1]
+  before = (jnp.broadcast_to(x.swapaxes(0, 1), (B, P, *k.shape[2:])) for x in (prefix_k, prefix_v))
+  k, v = (jnp.concatenate([x.astype(y.dtype), y], 1) for x, y in zip(before, (k, v), strict=True))
+  seen = jnp.broadcast_to(jnp.arange(P) < shared[:, None, None], (B, T, P))
+  own = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
+  return attend(q, k, v, jnp.concatenate([seen, own], -1))
+
+
+def decode(q, k, v, layer, length, prefix_k, prefix_v, shared, *, together: int | None):
+  """One token a row: q [B, K, G, H] over the first length [B] keys of layer [] of the cache k, v [L, B, K, S, H] and
+  the first shared [B] of prefix [K, P, H] -> [B, K, G, H].
+
+  The prefix is one matrix product for all rows. A row's own keys are read block by block, `together` rows at once
+  (None: all), as many blocks as the longest of them has: the cache's empty end is not read, nor a layer of it copied.
+  """
+  B, (K, S, H) = q.shape[0], k.shape[2:]
+  block, size = math.gcd(S, BLOCK), math.gcd(B, together or B)
+
+  def product(equation, a, b):
+    a = a.astype(b.dtype)
+    if together:  # on a CPU, which has no product of bfloat16 rows with a float32 result
+      a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+  scores = product('BKGH,KPH->BKGP', q, prefix_k) * H ** -0.5
+  seen = (jnp.arange(prefix_k.shape[1]) < shared[:, None])[:, None, None]
+  sums = _Sums.empty(q.shape).add(jnp.where(seen, scores, -jnp.inf), lambda w: product('BKGP,KPH->BKGH', w, prefix_v))
+
+  def rows(first):
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
+    mine, n = take(q), take(length)
+
+    def read(i, sums):
+      at, shape = (layer, first, 0, i * block, 0), (1, size, K, block, H)
+      keys, values = (jax.lax.dynamic_slice(x, at, shape)[0] for x in (k, v))
+      visible = (i * block + jnp.arange(block) < n[:, None])[:, None, None]
+      scores = jnp.where(visible, product('BKGH,BKSH->BKGS', mine, keys) * H ** -0.5, -jnp.inf)
+      return sums.add(scores, lambda w: product('BKGS,BKSH->BKGH', w, values))
+    return jax.lax.fori_loop(0, -(-n.max() // block), read, jax.tree.map(take, sums)).mean()
+
+  if size == B:
+    return rows(0).astype(q.dtype)
+  return jax.lax.map(rows, jnp.arange(0, B, size)).reshape(q.shape).astype(q.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Sums:
+  """A softmax-weighted mean of values under way (Milakov and Gimelshein 2018): weights are relative to `peak`."""
+  peak: jax.Array    # [B, K, G] highest score so far
+  weight: jax.Array  # [B, K, G]
+  value: jax.Array   # [B, K, G, H]
+
+  @classmethod
+  def empty(cls, shape):
+    return cls(jnp.full(shape[:-1], -1e30), jnp.zeros(shape[:-1]), jnp.zeros(shape))  # finite, for inf - inf is none
+
+  def add(self, scores, values):
+    """scores [B, K, G, S], -inf where unseen; values: weights of that shape -> [B, K, G, H]."""
+    peak = jnp.maximum(self.peak, scores.max(-1, initial=-1e30))
+    old, new = jnp.exp(self.peak - peak), jnp.exp(scores - peak[..., None])
+    return _Sums(peak, self.weight * old + new.sum(-1), self.value * old[..., None] + values(new))
+
+  def mean(self):
+    """[B, K, G, H]; zeros where nothing was seen."""
+    return self.value / jnp.maximum(self.weight, 1e-30)[..., None]
+
+
+def append(cache_k, cache_v, k, v, layer, position):
+  """Writes k, v [B, K, H] at position [B] of layer [] of caches [L, B, K, S, H]; beyond S nothing is written."""
+  rows = jnp.arange(k.shape[0])
+  return tuple(cache.at[layer, rows, :, position].set(new.astype(cache.dtype), mode='drop')
+               for cache, new in ((cache_k, k), (cache_v, v)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+  """How a platform samples: functions as those above, and the shapes that they want."""
+  name: str
+  prefill: Callable
+  decode: Callable
+  append: Callable
+  width: int  # a prefill's tokens a row are a multiple of it
+  group: int  # tokens that are prefilled together, where rows have fewer
+  block: int  # a cache's tokens a row are a multiple of it
+  unrolled: bool  # wants every layer's arrays on their own
+  formats: Callable | None = None  # parameters -> where and in which layout they are wanted, if not as they come
+
+
+XLA = Kernels('xla', prefill, functools.partial(decode, together=None), append, width=16, group=256, block=BLOCK,
+              unrolled=False)
+# A CPU's loop over stacked layers copies each layer's weights and cache out of the stack at every token; and a small
+# product costs it no more a token than a large one.
+CPU = dataclasses.replace(XLA, name='xla for a cpu', decode=functools.partial(decode, together=ROWS), group=32,
+                          unrolled=True)
 
 
 def rope(x, positions, theta: float, scaling: RopeScaling | None):

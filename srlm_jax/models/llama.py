@@ -6,34 +6,13 @@
 """
 import math
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models import attention, vocab
+from srlm_jax.models import attention, int8, vocab
 from srlm_jax.models.config import Config
 from srlm_jax.sharding import constrain
-
-
-@flax.struct.dataclass
-class Cache:
-  """Keys and values of the tokens seen so far; a row is valid up to its own length."""
-  k: jax.Array  # [L, B, S, K, H]
-  v: jax.Array  # [L, B, S, K, H]
-
-  @classmethod
-  def empty(cls, config: Config, batch: int, size: int):
-    if size > config.context:
-      raise ValueError(f'a cache of {size} tokens; the model was made for {config.context}')
-    zeros = jnp.zeros((config.layers, batch, size, config.K, config.H), config.dtype)
-    return cls(k=constrain(zeros, 'LBSKH'), v=constrain(zeros, 'LBSKH'))
-
-  def write(self, layer, k, v, positions):
-    """Puts k and v [B, T, K, H] at each row's positions [B, T] of one layer; the rest stays in place."""
-    rows = jnp.arange(k.shape[0])[:, None]
-    return Cache(k=self.k.at[layer, rows, positions].set(k.astype(self.k.dtype), mode='drop'),
-                 v=self.v.at[layer, rows, positions].set(v.astype(self.v.dtype), mode='drop'))
 
 
 class Module(nn.Module):
@@ -43,7 +22,11 @@ class Module(nn.Module):
     """A parameter named after its dimensions, e.g. wq_DKGH, in the dtype of activations."""
     shape = tuple(getattr(self.config, d) for d in dims)
     w = self.param(f'{name}_{dims}', init or nn.initializers.normal(self.config.D ** -0.5), shape, jnp.float32)
-    return w.astype(self.config.dtype)
+    return w if isinstance(w, int8.Int8) else w.astype(self.config.dtype)
+
+  def dense(self, equation: str, x, name: str, dtype=None):
+    """x times a parameter, whose dimensions are the equation's second term."""
+    return int8.product(equation, x, self.weight(name, equation.partition(',')[2].partition('->')[0]), dtype)
 
 
 class RMSNorm(Module):
@@ -55,24 +38,26 @@ class RMSNorm(Module):
 
 
 class Attention(Module):
+  kernels: attention.Kernels
+
   @nn.compact
-  def __call__(self, x, positions, cache, layer):
-    """x [B, T, D], positions [B, T], cache or None, layer [] -> [B, T, D] and the cache."""
+  def __call__(self, x, positions, cache, prefix, layer, view):
+    """x [B, T, D], positions [B, T], layer [] -> [B, T, D] and the cache; without one (view is None), causal."""
     c = self.config
-    q = jnp.einsum('BTD,DKGH->BTKGH', x, self.weight('wq', 'DKGH'))
-    k = jnp.einsum('BTD,DKH->BTKH', x, self.weight('wk', 'DKH'))
-    v = jnp.einsum('BTD,DKH->BTKH', x, self.weight('wv', 'DKH'))
+    q = self.dense('BTD,DKGH->BTKGH', x, 'wq')
+    k = self.dense('BTD,DKH->BTKH', x, 'wk')
+    v = self.dense('BTD,DKH->BTKH', x, 'wv')
     if c.attention_bias:
       q += self.weight('bq', 'KGH', nn.initializers.zeros)
       k += self.weight('bk', 'KH', nn.initializers.zeros)
       v += self.weight('bv', 'KH', nn.initializers.zeros)
     q = attention.rope(q, positions, c.rope_theta, c.rope_scaling)
     k = attention.rope(k, positions, c.rope_theta, c.rope_scaling)
-    if cache is not None:
-      cache = cache.write(layer, k, v, positions)
-      k, v = cache.k[layer], cache.v[layer]
-    out = attention.attend(q, k, v, attention.causal(positions, k.shape[1]))
-    out = jnp.einsum('BTKGH,KGHD->BTD', out, self.weight('wo', 'KGHD'))
+    if view is None:
+      out = attention.attend(q, k, v, attention.causal(positions, k.shape[1]))
+    else:
+      out, cache = view.attend(self.kernels, q, k, v, cache, prefix, layer)
+    out = self.dense('BTKGH,KGHD->BTD', out, 'wo')
     if c.attention_bias:
       out += self.weight('bo', 'D', nn.initializers.zeros)
     return out, cache
@@ -81,18 +66,20 @@ class Attention(Module):
 class MLP(Module):
   @nn.compact
   def __call__(self, x):
-    gate = jnp.einsum('BTD,DF->BTF', x, self.weight('gate', 'DF'))
-    up = jnp.einsum('BTD,DF->BTF', x, self.weight('up', 'DF'))
-    return jnp.einsum('BTF,FD->BTD', nn.silu(gate) * up, self.weight('down', 'FD'))
+    gate = self.dense('BTD,DF->BTF', x, 'gate')
+    up = self.dense('BTD,DF->BTF', x, 'up')
+    return self.dense('BTF,FD->BTD', nn.silu(gate) * up, 'down')
 
 
 class Block(Module):
+  kernels: attention.Kernels
+
   @nn.compact
-  def __call__(self, carry, layer, positions):
+  def __call__(self, carry, layer, positions, prefix, view):
     x, cache = carry
     x = constrain(x, 'BTD')
-    y, cache = Attention(self.config, name='attention')(
-        RMSNorm(self.config, name='attention_norm')(x), positions, cache, layer)
+    y, cache = Attention(self.config, self.kernels, name='attention')(
+        RMSNorm(self.config, name='attention_norm')(x), positions, cache, prefix, layer, view)
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
     x = x + drop(y)
     x = x + drop(MLP(self.config, name='mlp')(RMSNorm(self.config, name='mlp_norm')(x)))
@@ -100,38 +87,53 @@ class Block(Module):
 
 
 class Llama(Module):
+  kernels: attention.Kernels = attention.XLA  # to sample with; unrolled ones want parameters as from `unroll`
   remat: bool = False  # recompute each layer in the backward pass
 
   @nn.compact
-  def __call__(self, tokens, positions=None, cache=None, at=None):
+  def __call__(self, tokens, positions=None, cache=None, prefix=None, view=None):
     """tokens [B, T] -> logits [B, T, V], float32, and the cache (None without one).
 
-    positions [B, T]: each token's place in its row, by default 0, 1, ..; at [B]: the one column whose
-    logits are wanted, [B, 1, V] then.
+    positions [B, T]: each token's place in its row, by default 0, 1, .. The sampler passes a cache, the prefix that
+    its rows share, and a view of them: `cache.Prefill` or `cache.Decode`.
     """
     c = self.config
-    if tokens.shape[1] > c.context:
+    if view is None and tokens.shape[1] > c.context:  # the sampler's rows are padded, and measured by it
       raise ValueError(f'a row of {tokens.shape[1]} tokens; the model was made for {c.context}')
     if positions is None:
       positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     table = self.weight('embed', 'VD')
     x = vocab.embed(table, tokens)
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-    layers = nn.scan(
-        block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-        in_axes=(0, nn.broadcast), length=c.layers)
-    (x, cache), _ = layers(c, name='layers')((x, cache), jnp.arange(c.layers), positions)
+    if self.kernels.unrolled:
+      caches = []
+      for i in range(c.layers):
+        own = (None, None) if view is None else (cache[i], prefix[i])
+        (x, new), _ = block(c, self.kernels, name=f'layer_{i}')((x, own[0]), 0, positions, own[1], view)
+        caches.append(new)
+      cache = tuple(caches)
+    else:
+      layers = nn.scan(
+          block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)
+      (x, cache), _ = layers(c, self.kernels, name='layers')((x, cache), jnp.arange(c.layers), positions, prefix, view)
     x = RMSNorm(c, name='final_norm')(x)
-    if at is not None:
-      x = jnp.take_along_axis(x, at[:, None, None], axis=1)  # [B, 1, D]
-    head = table.T if c.tied else self.weight('lm_head', 'DV')
-    logits = jnp.einsum('BTD,DV->BTV', x, head, preferred_element_type=jnp.float32)
+    logits = (jnp.einsum('BTD,VD->BTV', x, table, preferred_element_type=jnp.float32) if c.tied else
+              self.dense('BTD,DV->BTV', x, 'lm_head', jnp.float32))
     return constrain(logits, 'BTV'), cache
+
+
+@jax.jit
+def unroll(params):
+  """Parameters of stacked layers -> the same with every layer's on their own, for a model that is `unrolled`."""
+  rest = {name: x for name, x in params.items() if name != 'layers'}
+  layers, form = jax.tree.flatten(params['layers'])
+  return rest | {f'layer_{i}': form.unflatten([x[i] for x in layers]) for i in range(len(layers[0]))}
 
 
 def abstract_params(config: Config):
   """The parameters as shapes, without memory; a mesh must be set."""
-  return jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+  return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def init_params(config: Config, key):
