@@ -42,14 +42,18 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft'), m2=('pairs',), m3=('pairs',))[name]
 
   c.sample = ConfigDict()
-  c.sample.slots = 16         # rows decoded together on a host; not in the paper
+  c.sample.slots = 64         # rows decoded together on a host; not in the paper
+  c.sample.size = 4096        # tokens that a row of the cache holds, prompt and response; at most the model's context
+  c.sample.steps = 8          # tokens a call, between which ended rows make room; not in the paper
   c.sample.dtype = 'bfloat16'
+  c.sample.int8 = False       # weights of 8 bits: half the memory, once loaded; bench/int8.py prints what changes
 
   c.prompts = ConfigDict()    # self-instruction creation, PAPER 2.2 and 3.1
   c.prompts.author = 'm0'     # fixed: a model of the run or a folder (PAPER: Llama-2-Chat-70B); sampler: M_t
   c.prompts.template = 'list'  # srlm_jax/data/author_*.txt by name, or a file by path
   c.prompts.chat = 'none'     # form in which the author is asked: none (continues the list), or a chat form
   c.prompts.held_out = ''     # files of evaluation prompts that may not enter (AlpacaEval, MT-Bench), with commas
+  c.prompts.round = 256       # attempts that are shown the same accepted prompts; not in the paper
   c.prompts.count = 5000      # accepted prompts wanted; not in the paper
   c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
   c.prompts.seed_shots = 6
@@ -57,6 +61,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.prompts.shot_words = 150  # longer seeds are not shown; not in the paper
   c.prompts.temperature = 0.6
   c.prompts.top_p = 0.9
+  c.prompts.top_k = 0  # 0: all
   c.prompts.max_tokens = 192  # not in the paper
   c.prompts.rouge = 0.7       # Self-Instruct: ROUGE-L F against every seed and accepted prompt, at most
   c.prompts.rouge_held_out = 0.7  # the same against held-out and evaluation prompts; not in the paper
@@ -67,6 +72,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.respond.n = 4             # candidates a prompt, PAPER 3.1
   c.respond.temperature = 0.7
   c.respond.top_p = 0.9
+  c.respond.top_k = 0  # 0: all
   c.respond.max_tokens = 1024  # not in the paper
 
   c.judge = ConfigDict()
@@ -76,6 +82,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.judge.quorum = 2          # parsed judgements that a mean needs; not in the paper
   c.judge.temperature = 0.7   # not in the paper
   c.judge.top_p = 0.9         # not in the paper
+  c.judge.top_k = 0  # 0: all
   c.judge.max_tokens = 256    # up to 100 words of reasons, then the score
 
   c.eft = ConfigDict()
@@ -95,6 +102,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.meta_judge.template = 'meta'
   c.meta_judge.temperature = 0.7
   c.meta_judge.top_p = 0.9
+  c.meta_judge.top_k = 0  # 0: all
   c.meta_judge.max_tokens = 256
   c.meta_judge.responses = 1  # a prompt, those on whose judgements the judge differs most
   c.meta_judge.share = 0.15   # of all pairs to train on, at most
@@ -103,6 +111,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.eval = ConfigDict()       # answers to the held-out test prompts
   c.eval.temperature = 0.7
   c.eval.top_p = 0.9
+  c.eval.top_k = 0  # 0: all
   c.eval.judgements = 3       # of each ranked reply of the evaluation set, averaged
   c.eval.quorum = 2           # of them must have a score
   {'tiny': _tiny, 'stories': _stories}.get(size, _published)(c)
@@ -118,8 +127,8 @@ def check(c: ConfigDict):
   """Raises InputError for a value that no stage can work with, by name."""
   for section, names in dict(
       train=('batch', 'accumulate', 'epochs', 'max_length', 'save_every', 'log_every', 'keep', 'learning_rate'),
-      sample=('slots',), respond=('n', 'max_tokens'), judge=('n', 'quorum', 'max_tokens'),
-      prompts=('count', 'max_attempts', 'max_tokens', 'min_words'), eft=('tries', 'quorum'),
+      sample=('slots', 'size', 'steps'), respond=('n', 'max_tokens'), judge=('n', 'quorum', 'max_tokens'),
+      prompts=('round', 'count', 'max_attempts', 'max_tokens', 'min_words'), eft=('tries', 'quorum'),
       eval=('judgements', 'quorum'), meta_judge=('max_tokens', 'responses')).items():
     for name in names:
       if c[section][name] <= 0:
@@ -205,6 +214,7 @@ def _stories(c: ConfigDict):
   c.train.learning_rate, c.train.learning_rate_end = (1e-4, 1e-5) if c.train.loss == 'sft' else (1e-5, 1e-6)
   c.train.batch = 8
   c.prompts.count = 40
+  c.prompts.round = 20
   c.prompts.shot_words = 12   # 8 shots and an answer in 512 tokens
   c.prompts.max_tokens = 160
   c.respond.max_tokens = 96
@@ -226,6 +236,7 @@ def _tiny(c: ConfigDict):
   c.data.documents = 40_000   # of the corpus from which M0 is trained
   c.prompts.template = 'sandbox'
   c.prompts.count = 400
+  c.prompts.round = 128
   c.prompts.max_tokens = 40
   c.prompts.rouge = 0.99      # in so small a world nearly all prompts resemble one another
   c.prompts.rouge_held_out = 0.99

@@ -1,17 +1,20 @@
 import dataclasses
+import pathlib
 import re
+import weakref
 
 from conftest import forward, init, make_mesh, MESHES
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
-from srlm_jax import InputError, sharding
+from configs import base
+from srlm_jax import checkpoint, InputError, sharding
+from srlm_jax.data import records
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, programs
 from srlm_jax.sample.engine import Request, Sampling
 from srlm_jax.train import losses
 
@@ -20,16 +23,17 @@ GREEDY, WARM = Sampling(0.0, 1.0, 12), Sampling(1.0, 1.0, 12)
 RAGGED = [Request(f'r{i}', list(range(1, 3 + 3 * i))) for i in range(5)]
 
 
-def make(shape=(1, 1, 1), slots=4, eos=(60,), config=TINY, seed=0):
+def make(shape=(1, 1, 1), slots=4, eos=(60,), config=TINY, seed=0, size=128, steps=5, **how):
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
     params = jax.tree.map(lambda x: x * 4, init(TINY))  # far from uniform
     params = jax.tree.map(sharding.put, params, sharding.shardings(params, mesh))
-  return engines.Engine(llama.Llama(config), params, mesh, slots, eos, seed, 'test'), params
+  return engines.Engine(llama.Llama(config), params, mesh, eos, seed, 'test', slots=slots, size=size, steps=steps,
+                        **how), params
 
 
 def run(engine, requests, sampling):
-  return [r for results in engine.generate(requests, sampling) for r in results]
+  return [r for _, results in engine.generate(requests, sampling) for r in results]
 
 
 def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass_for_ragged_prompts(mesh):
@@ -59,20 +63,110 @@ def test_the_log_probs_of_given_responses_are_those_they_were_sampled_with(shape
   results = run(make()[0], RAGGED, WARM)
   given = [(list(request.ids), result.ids) for request, result in zip(RAGGED, results, strict=True)]
   engine = make(shape)[0]
-  found = [logp for i in range(0, 5, engine.slots) for logp in engine.logps(given[i:i + engine.slots])]
-  np.testing.assert_allclose(found, [sum(r.logps) for r in results], atol=1e-4)
+  np.testing.assert_allclose(engine.logps(given), [sum(r.logps) for r in results], atol=1e-4)
 
 
-@pytest.mark.parametrize('sampling', [GREEDY, Sampling(0.7, 0.9, 12)])
-def test_neither_slots_nor_company_nor_order_changes_a_record(sampling):
-  wanted = {r.id: r for r in run(make(slots=8)[0], RAGGED, sampling)}
-  for slots, requests in ((1, RAGGED), (2, RAGGED[::-1]), (4, RAGGED[2:])):
-    for result in run(make(slots=slots)[0], requests, sampling):
-      assert (result.ids, result.finish) == (wanted[result.id].ids, wanted[result.id].finish)
+RUBRIC = list(range(3, 43))  # that some requests share
+MIXED = [Request('j0', RUBRIC + [44, 45, 46], 3), Request('own', [9, 8, 7], 2), Request('j1', RUBRIC + [50], 3),
+         Request('two', RUBRIC[:20] + [51, 52], 1), Request('j2', RUBRIC + [2] * 30, 4), Request('one', [5], 2)]
+SHARING = [r for r in MIXED if r.id[0] == 'j']
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling(0.8, 0.9, 12, 40)])
+def test_neither_slots_nor_order_nor_steps_nor_sharing_nor_refill_changes_a_record(sampling):
+  def records(requests, **how):
+    return {(r.id, i): (x.ids, x.finish) for r, results in make(**how)[0].generate(requests, sampling)
+            for i, x in enumerate(results)}
+  wanted = records(MIXED, slots=16, share=False)
+  assert len({tuple(wanted['j2', i][0]) for i in range(4)}) == (1 if sampling == GREEDY else 4)
+  for requests, how in ((MIXED, dict(slots=1, steps=1)), (MIXED[::-1], dict(slots=2, steps=3)),
+                        (MIXED, dict(slots=5, refill=False)), (MIXED[2:], dict(slots=4, steps=16)),
+                        (SHARING, dict(slots=4)), (SHARING[::-1], dict(slots=8, shape=(2, 2, 2))),
+                        (SHARING, dict(slots=4, share=False, refill=False))):
+    found = records(requests, **how)
+    assert found == {key: wanted[key] for key in found} and len(found) == sum(r.n for r in requests)
+
+
+def test_the_prefix_is_found_and_computed_once_and_a_prompt_once_for_its_samples():
+  engine, _ = make(slots=4)
+  run(engine, SHARING, GREEDY)
+  work, own = engine.work, [len(r.ids) - len(RUBRIC) - 1 for r in SHARING]
+  assert work.naive == sum(r.n * len(r.ids) for r in SHARING)
+  assert own == [2, 0, 29] and work.prefilled == 48 + 2 * 32  # the prefix, and two ends; of one prompt nothing is left
+  apart, _ = make(slots=4, share=False)
+  run(apart, SHARING, GREEDY)
+  assert apart.work.prefilled > 2 * work.prefilled
+
+
+def test_other_beginnings_after_the_first_look_cost_work_and_change_nothing(monkeypatch):
+  monkeypatch.setattr(engines, 'WINDOW', 2)
+  late = [MIXED[0], MIXED[2], *MIXED]  # the first two share a rubric that the rest may not
+  (found, work), (wanted, most) = (
+      ([x.ids for x in run(engine, late, WARM)], engine.work.prefilled) for engine in (make()[0], make(share=False)[0]))
+  assert found == wanted and work < most
+
+
+def test_ended_rows_make_room():
+  """Every place brings a token but at the very end; in static batches the longest decides."""
+  rng = np.random.default_rng(0)
+  lengths = np.minimum(np.exp(rng.normal(size=200) * 0.8 + np.log(8)).astype(int) + 1, 64)
+  asked = [Request(f'r{i}', [1, 2, i % 50], lengths=[int(n)]) for i, n in enumerate(lengths)]
+  occupancy = {}
+  for refill in (True, False):
+    engine, _ = make(slots=8, steps=1, eos=(), refill=refill)
+    assert [len(x.ids) for x in run(engine, asked, Sampling(1.0, 1.0, 64))] == lengths.tolist()
+    assert engine.work.generated == lengths.sum()
+    occupancy[refill] = engine.work.occupancy
+  assert occupancy[True] > 0.9 and occupancy[False] < 0.6
+
+
+def test_few_programs_are_compiled_however_many_requests_there_are():
+  """Prompts of 1 to 60 tokens: widths of 16, 32, 48 and 64, one program to decode."""
+  programs.prefill.clear_cache(), programs.decode.clear_cache()
+  engine, _ = make(slots=8, size=96)
+  def compiled(first, count):
+    asked = (Request(str(i), [1 + i % 59] * (1 + i * 7 % 60)) for i in range(first, first + count))
+    for _ in engine.generate(asked, Sampling(1.0, 1.0, 3)):
+      pass
+    return programs.prefill._cache_size(), programs.decode._cache_size()
+  assert compiled(0, 100) == compiled(100, 1000) == (4, 1)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_compile_nothing_more_and_take_no_more_memory():
+  programs.prefill.clear_cache(), programs.decode.clear_cache()
+  engine, seen = make(slots=8, size=96)[0], {}
+  asked = (Request(str(i), [1 + i % 59] * (1 + i * 7 % 60), 2) for i in range(10_000))
+  for i, _ in enumerate(engine.generate(asked, Sampling(1.0, 1.0, 6)), 1):
+    if i in (100, 1000, 10_000):
+      resident = int(re.search(r'VmRSS:\s+(\d+)', pathlib.Path('/proc/self/status').read_text())[1]) / 1024
+      seen[i] = programs.prefill._cache_size(), programs.decode._cache_size(), resident
+  print(seen)
+  assert seen[100][:2] == seen[10_000][:2] == (4, 1)
+  assert seen[10_000][2] < seen[1000][2] + 8  # MB
+
+
+def test_prompts_stream_in_and_results_stream_out():
+  """No more requests are read than may wait, and each can be let go when it has left."""
+  asked, most, read, left = [], 0, 0, 0
+
+  def stream():
+    nonlocal read
+    for i in range(3000):
+      request = Request(str(i), [1, 2, 3], lengths=[1 + i % 3])
+      asked.append(weakref.ref(request))
+      read += 1
+      yield request
+  for _ in make(slots=4, steps=4, eos=())[0].generate(stream(), Sampling(1.0, 1.0, 3)):
+    left += 1
+    most = max(most, read - left)
+    if left == 2000:
+      assert sum(ref() is not None for ref in asked) <= engines.WINDOW + engines.HELD * 4
+  assert left == 3000 and most <= engines.WINDOW + engines.HELD * 4
 
 
 def test_other_ids_and_other_seeds_give_other_samples():
-  same = [Request(f'x{i}', [1, 2, 3]) for i in range(4)]
+  same = [Request('x', [1, 2, 3], 2), Request('y', [1, 2, 3], 2)]
   first = run(make()[0], same, WARM)
   assert len({tuple(r.ids) for r in first}) == 4
   assert [r.ids for r in first] != [r.ids for r in run(make(seed=1)[0], same, WARM)]
@@ -80,9 +174,8 @@ def test_other_ids_and_other_seeds_give_other_samples():
 
 @pytest.mark.parametrize('shape', MESHES)
 def test_the_same_tokens_on_every_mesh(shape):
-  for sampling in (WARM,):
-    assert [r.ids for r in run(make(shape, slots=8)[0], RAGGED, sampling)] == [
-        r.ids for r in run(make(slots=8)[0], RAGGED, sampling)]
+  assert [r.ids for r in run(make(shape, slots=8)[0], RAGGED, WARM)] == [
+      r.ids for r in run(make(slots=8)[0], RAGGED, WARM)]
 
 
 def test_a_row_ends_at_any_of_its_eos_ids():
@@ -92,59 +185,100 @@ def test_a_row_ends_at_any_of_its_eos_ids():
   assert cut.ids == free.ids[:free.ids.index(end) + 1] and cut.finish == 'eos'
 
 
-def test_a_prompt_without_room_is_named_and_skipped():
-  config = dataclasses.replace(TINY, context=16)
-  results = run(make(config=config)[0], [Request('long', list(range(1, 8))), Request('short', [1, 2])], GREEDY)
-  found = [(r.id, r.finish == 'too_long', bool(r.ids)) for r in results]
-  assert found == [('long', True, False), ('short', False, True)]
+def test_a_prompt_without_room_is_named_and_skipped(tmp_path, capsys):
+  engine, out = make(size=16)[0], tmp_path / 'x-00000-of-00001.jsonl'
+  asked = [Request('long', list(range(1, 8)), 2), Request('short', [1, 2])]
+  engines.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(id=f'{request.id}/{i}', finish=x.finish,
+                                                                        ids=x.ids))
+  found = [(r['id'], r['finish'] == 'too_long', bool(r['ids'])) for r in records.read(out)]
+  assert found == [('long/0', True, False), ('long/1', True, False), ('short/0', False, True)]
+  assert capsys.readouterr().out.count('test: the prompt of long has 7 tokens, more than the 4') == 1
 
 
-def test_bad_requests_are_refused_by_name():
-  with pytest.raises(InputError, match='request r has an empty prompt'):
-    run(make()[0], [Request('r', [])], GREEDY)
-  for bad in ((-0.1, 1.0, 5), (1.0, 0.0, 5), (1.0, 1.1, 5), (1.0, 1.0, 0)):
-    with pytest.raises(InputError, match='temperature|top_p|max_tokens'):
-      Sampling(*bad)
+def test_prompts_that_are_all_too_long_and_alike_are_skipped():
+  asked = [Request(str(i), [7] * 300 + [i]) for i in range(4)]
+  assert [r.finish for r in run(make()[0], asked, GREEDY)] == ['too_long'] * 4
+  found = run(make()[0], [*asked, *SHARING], GREEDY)
+  assert [r.ids for r in found[4:]] == [r.ids for r in run(make()[0], SHARING, GREEDY)]
 
 
-def numpy_top_p(logits, p):
-  order = np.argsort(-logits)
-  probs = np.exp(logits[order] - logits.max())
-  keep = order[:(np.cumsum(probs / probs.sum()) < p).sum() + 1]
-  out = np.zeros(len(logits))
-  out[keep] = np.exp(logits[keep] - logits.max())
-  return out / out.sum()
+@pytest.mark.parametrize('n', [1, 3])
+def test_a_prompt_may_leave_room_for_exactly_what_is_generated(n, mesh):
+  """The last token of the last place; with a shared beginning, with none, and with one that is all but the last."""
+  for share in (True, False):
+    for asked in ([Request(str(i), [3] * 115 + [i], n) for i in range(4)], [Request('a', [3] * 116, n)],
+                  [Request(str(i), [3] * 64 + [i] * 52, n) for i in range(4)]):
+      engine, params = make(size=128, share=share, eos=())
+      for request, results in engine.generate(asked, GREEDY):
+        row = [*request.ids, *results[-1].ids]
+        assert len(row) == 128
+        logits, _ = forward(llama.Llama(TINY), params, jnp.asarray([row]))
+        assert row[116:] == logits[0, 115:127].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize('p', [0.05, 0.5, 0.9, 0.999])
-def test_top_p_is_the_smallest_set_with_the_mass(p):
-  logits = np.random.default_rng(0).normal(size=(20, 200)).astype(np.float32) * 3
-  masked = np.asarray(jax.jit(engines.top_p)(logits, p))
-  for row, found in zip(logits, masked, strict=True):
-    np.testing.assert_array_equal(np.isfinite(found), numpy_top_p(row, p) > 0)
+def test_a_file_that_a_kill_cut_is_completed_to_the_same_bytes(tmp_path):
+  """At any place, in the middle of a request's samples too; what was there is not sampled again."""
+  def record(request, i, x):
+    return dict(id=f'{request.id}/{i}', ids=x.ids, logp=round(sum(x.logps), 4))
+  path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
+  engines.run(make()[0], MIXED, total, WARM, path, record)
+  whole = path.read_bytes()
+  lines = whole.splitlines(keepends=True)
+  for kept in range(total):
+    path.write_bytes(b''.join(lines[:kept]) + lines[kept][:5])
+    engine = make()[0]
+    engines.run(engine, MIXED, total, WARM, path, record)
+    assert path.read_bytes() == whole
+  assert engine.work.generated < 30  # the last request alone
 
 
-def test_samples_follow_temperature_and_top_p(mesh):
-  """Chi-square of 4,000 first tokens against numpy's distribution."""
-  engine, params = make(slots=500)
-  sampling = Sampling(0.8, 0.9, 1)
-  drawn = [r.ids[0] for r in run(engine, [Request(f'd{i}', [5, 6, 7]) for i in range(4000)], sampling)]
-  logits = np.asarray(forward(llama.Llama(TINY), params, jnp.asarray([[5, 6, 7]]))[0][0, 2]) / 0.8
-  wanted = numpy_top_p(logits, 0.9)
-  counts = np.bincount(drawn, minlength=TINY.V)
-  assert counts[wanted == 0].sum() == 0
-  assert stats.chisquare(counts[wanted > 0], 4000 * wanted[wanted > 0]).pvalue > 1e-3
+def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path, tokenizer_folder):
+  """Written by fsdp 4 x tensor 2 in float32, read straight by data 4 x tensor 2; with weights of 8 bits too."""
+  training = make_mesh(1, 4, 2)
+  with jax.set_mesh(training):
+    params = jax.tree.map(lambda x: x * 4, init(TINY))
+    params = jax.tree.map(sharding.put, params, sharding.shardings(params, training))
+    saver = checkpoint.manager(tmp_path, keep=1)
+    checkpoint.save(saver, 3, params)
+    saver.close()
+    checkpoint.write_model_files(TINY, tokenizer_folder, tmp_path)
+  config = base.get('m2', 'tiny')
+  with config.unlocked():
+    config.sample_mesh.data, config.sample_mesh.tensor, config.sample.dtype = 4, 2, 'bfloat16'
+  engine, tokenizer = engines.load(config, tmp_path, 'test')
+  found = [r.ids for r in run(engine, RAGGED, GREEDY)]
+  one = make_mesh(1, 1, 1)
+  with jax.set_mesh(one):
+    half = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.bfloat16), params)
+  alone = engines.Engine(llama.Llama(dataclasses.replace(TINY, dtype='bfloat16')), half, one, tokenizer.eos_ids, 0,
+                         'test', slots=4, size=128, steps=4)
+  wanted = [r.ids for r in run(alone, RAGGED, GREEDY)]
+  same = [a == b for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=False)]
+  assert np.mean(same) > 0.9  # bfloat16 rounds by the order of a sum
+  config.sample.slots = 10**9
+  with pytest.raises(InputError, match='for 1000000000 rows of 128 tokens, and this host has .*lower config.sample'):
+    engines.load(config, tmp_path, 'test')
+  config.sample.int8, config.sample.slots = True, 4
+  assert all(r.ids for r in run(engines.load(config, tmp_path, 'test')[0], RAGGED, GREEDY))
 
 
-def test_the_cache_is_updated_in_place(mesh):
-  """A cache that rode the layers' scan as input and output would be copied at every token."""
-  config = dataclasses.replace(TINY, context=2048, layers=8)
-  rows = dict(prompts=(16, 32), lengths=(16,), words=(16,))
-  rows = {k: jax.ShapeDtypeStruct(s, jnp.uint32 if k == 'words' else jnp.int32) for k, s in rows.items()}
-  compiled = engines.sample.lower(
-      llama.Llama(config), llama.abstract_params(config), **rows, key=jax.random.key(0), eos=jnp.asarray([60]),
-      temperature=1.0, p=0.9, greedy=False, max_tokens=2016).compile()
-  shape = f'f32[8,16,2048,{TINY.K},{TINY.H}]'
-  loops = compiled.as_text().partition('\nENTRY ')[0]  # every computation but the outermost
-  assert f'{shape}{{4,3,2,1,0}} scatter(' in loops
-  assert not re.search(re.escape(shape) + r'\S* copy\(', loops)
+@pytest.mark.parametrize('context', [100, 128])
+def test_a_width_beyond_the_context_is_no_error(context):
+  config = dataclasses.replace(TINY, context=context)
+  assert all(r.ids for r in run(make(config=config)[0], [Request(str(i), [7] * 85 + [i]) for i in range(3)], GREEDY))
+
+
+def test_log_probs_that_are_no_numbers_end_the_run_by_name():
+  engine, _ = make()
+  engine._params = engine._params | dict(embed_VD=engine._params['embed_VD'].at[63].set(jnp.nan))
+  with pytest.raises(InputError, match='log-probs of bad are not finite'):
+    run(engine, [Request('good', [1, 2]), Request('bad', [1, 63, 3])], WARM)
+
+
+def test_bad_engines_are_refused_by_name():
+  with pytest.raises(InputError, match='eos id 64 is not a token of the model, whose vocabulary has 64'):
+    make(eos=(60, 64))
+  with pytest.raises(InputError, match='max_tokens is 12, and a row may have 12 tokens in all'):
+    run(make(size=12)[0], RAGGED, GREEDY)
+
+

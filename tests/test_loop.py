@@ -297,9 +297,12 @@ def test_every_command_of_the_documents_runs(others, stories, tmp_path):
   shutil.copytree(others, tmp_path / 'runs' / 'demo')
   ran = []
   for command in COMMANDS:
-    if not command.startswith('python -m srlm_jax.') or 'srlm_jax.loop' in command:
+    if not command.startswith('python ') or 'srlm_jax.loop' in command:
       continue  # the loop has tests of its own, above
     command = command.replace('runs/', f'{tmp_path}/runs/').replace('$DATA', str(DATA))
+    if command.startswith('python bench/'):
+      assert subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT).returncode == 0, command
+      continue
     words = shlex.split(command)[2:]
     name = re.search(r'configs/(\w+)\.py', command)
     model = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3')[name[1]] if name else ''

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import gzip
 import hashlib
 import json
+import os
 import zlib
 
 from etils import epath
@@ -93,11 +94,15 @@ class Appender:
   def __init__(self, path):
     self.path = epath.Path(path)
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    data = self.path.read_bytes() if self.path.exists() else b''
-    whole = data[:data.rfind(b'\n') + 1]
-    if len(whole) < len(data) or not self.path.exists():
-      self.path.write_bytes(whole)  # drops a line cut by the kill
-    self.count = whole.count(b'\n')
+    self.path.open('ab').close()
+    self.count, whole, size = 0, 0, 0  # lines; bytes of whole lines; bytes
+    with self.path.open('rb') as file:
+      for line in file:
+        size += len(line)
+        if line.endswith(b'\n'):
+          self.count, whole = self.count + 1, size
+    if whole < size:  # a line cut by the kill
+      os.truncate(self.path, whole)
     self._file = self.path.open('a')
 
   def append(self, records: Iterable[dict]):

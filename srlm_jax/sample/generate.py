@@ -10,6 +10,8 @@ from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, convert, llama
 from srlm_jax.sample import engine
 
+STEPS = 16  # tokens a call
+
 
 def define_flags():
   flags.DEFINE_string('model', None, 'Folder of a checkpoint, or of a Hugging Face model.', required=True)
@@ -17,6 +19,7 @@ def define_flags():
   flags.DEFINE_enum('chat', 'none', ('none', *templates.CHATS), 'The form around the prompt; none: continue the text.')
   flags.DEFINE_float('temperature', 0.7, '0: greedy.')
   flags.DEFINE_float('top_p', 0.9, 'Sample from the smallest set of tokens with at least this mass.')
+  flags.DEFINE_integer('top_k', 0, 'Sample from this many most likely tokens; 0: all.')
   flags.DEFINE_integer('max_tokens', 256, 'Generated, at most.')
   flags.DEFINE_integer('seed', 0, 'Of the randomness.', lower_bound=0, upper_bound=2**31 - 1)
   flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'), 'Of parameters and activations.')
@@ -30,7 +33,7 @@ def main(argv):
   if not 1 <= f.tensor <= jax.device_count():
     raise InputError(f'--tensor={f.tensor}: there are {jax.device_count()} devices here')
   mesh = sharding.make_mesh(1, 1, f.tensor, jax.devices()[:f.tensor])
-  sampling = engine.Sampling(f.temperature, f.top_p, f.max_tokens)
+  sampling = engine.Sampling(f.temperature, f.top_p, f.max_tokens, f.top_k)
   answer = generate(f.model, f.prompt, f.chat, sampling, f.seed, f.dtype, mesh)
   print(json.dumps(answer) if f.json else answer['text'])
 
@@ -48,8 +51,9 @@ def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, see
   with jax.set_mesh(mesh):
     params = (checkpoint.restore_params(folder, mesh, dtype)[0] if checkpoint.exists(folder) else
               convert.load_hf(folder, mesh, dtype))
-    model = engine.Engine(llama.Llama(shape), params, mesh, 1, tokenizer.eos_ids, seed, 'generate')
-    (result,), = model.generate([engine.Request(prompt, ids)], sampling)
+  model = engine.Engine(llama.Llama(shape), params, mesh, tokenizer.eos_ids, seed, 'generate', slots=1,
+                        size=len(ids) + sampling.max_tokens, steps=STEPS)
+  (_, (result,)), = model.generate([engine.Request(prompt, ids)], sampling)
   text = tokenizer.decode([*ids, *result.ids])[len(tokenizer.decode(ids)):]
   return dict(prompt_ids=ids, ids=result.ids, text=text, logps=result.logps, finish=result.finish)
 

@@ -17,7 +17,7 @@ def run(config, workdir):
   folders = {name: stage.finished_model(workdir, model)
              for name, model in (('logp', config.sampler), ('older_logp', config.pairs.older))}
   source = stage.model_folder(workdir, config.name).parent / 'respond'
-  s = stage.Stage(config, workdir, 'implicit', ('chat', 'sample', 'pairs.older'),
+  s = stage.Stage(config, workdir, 'implicit', ('chat', *engines.KNOBS, 'pairs.older'),
                   records.shards(source, 'responses'),
                   '-'.join(map(checkpoint.recorded_hash, folders.values())))
   if s.done:
@@ -43,12 +43,12 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
   out = records.Appender(path)
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
-  start = out.count // engine.slots * engine.slots
-  for at in tqdm.trange(start, len(responses), engine.slots, desc=title, unit='batch', delay=2, leave=False):
-    batch = encoded[at:at + engine.slots]
+  start = out.count // engines.SCORED * engines.SCORED
+  for at in tqdm.trange(start, len(responses), engines.SCORED, desc=title, unit='batch', delay=2, leave=False):
+    batch = encoded[at:at + engines.SCORED]
     values = iter(engine.logps([row for row in batch if row]) if any(batch) else ())
     new = [dict(id=r['id'], logp=round(next(values), 4) if row else None)
-           for r, row in zip(responses[at:at + engine.slots], batch, strict=True)]
+           for r, row in zip(responses[at:at + engines.SCORED], batch, strict=True)]
     out.append(new[max(out.count - at, 0):])
   out.close()
   return [r['logp'] for r in records.read(path, 'id', 'logp')]

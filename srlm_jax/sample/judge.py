@@ -1,8 +1,11 @@
 """Judges responses with the rubric: several judgements each, every raw text kept."""
+from collections import Counter
+import itertools
+
 import jax
 
 from srlm_jax import checkpoint, InputError, stage
-from srlm_jax.data import eft, health, judges, records, templates
+from srlm_jax.data import eft, judges, records, templates
 from srlm_jax.sample import engine as engines
 
 
@@ -28,15 +31,15 @@ def run(config, workdir, on: str = ''):
   sources, items = _items(config, workdir, on)
   folder = stage.finished_model(workdir, model)
   judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, name, ('judge', 'chat', 'sample', *also), sources, checkpoint.recorded_hash(folder),
-                  str(judge))
+  s = stage.Stage(config, workdir, name, ('judge', 'chat', *engines.KNOBS, *also), sources,
+                  checkpoint.recorded_hash(folder), str(judge))
   if s.done:
     return
-  items = list(items)
-  if not items:
+  total = sum(1 for _ in items())
+  if not total:
     raise InputError(f'{sources[0]} holds nothing to judge ({on})')
-  items = items[jax.process_index()::jax.process_count()]
-  sampling = engines.Sampling(config.judge.temperature, config.judge.top_p, config.judge.max_tokens)
+  sampling = engines.Sampling(config.judge.temperature, config.judge.top_p, config.judge.max_tokens,
+                              config.judge.top_k)
   engine, tokenizer = engines.load(config, folder, s.title)
   rubric = len(templates.encode_prompt(config.chat, judge.render(prompt='', response=''), tokenizer))
   if rubric >= engine.room(sampling):
@@ -44,22 +47,22 @@ def run(config, workdir, on: str = ''):
                      f'judge.max_tokens = {sampling.max_tokens} nothing is left of the model\'s context for a prompt '
                      f'and a response; take a shorter template, or lower judge.max_tokens')
   s.begin()
-  rows = [(item, j) for item in items for j in range(n)]
-  requests = [engines.Request(f'{item["id"]}/{j}', templates.encode_prompt(
-      config.chat, judge.render(prompt=item['prompt'], response=item['response']), tokenizer)) for item, j in rows]
+  requests = (engines.Request(item['id'], templates.encode_prompt(
+      config.chat, judge.render(prompt=item['prompt'], response=item['response']), tokenizer), n, item)
+      for item in itertools.islice(items(), *stage.share(total)))
 
-  def record(row, result):
-    item, j = rows[row]
+  def record(request, j, result):
+    item = request.about
     text = tokenizer.decode(result.ids).strip()
     score, reason = read(judge, text, result.finish)
-    return dict(id=result.id, prompt_id=item['prompt_id'], response_id=item['id'], j=j, text=text, score=score,
-                reason=reason, finish=result.finish)
+    return dict(id=f'{item["id"]}/{j}', prompt_id=item['prompt_id'], response_id=item['id'], j=j, text=text,
+                score=score, reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('judgements', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, sampling, path, record, s.title)
+  engines.run(engine, requests, n * len(range(*stage.share(total))), sampling, path, record)
   stage.sync(f'{s.title} sampled')  # so that all shards are there to count
-  made = list(records.read_shards(s.folder, 'judgements'))
-  reasons = health.unparsed(made)
-  s.finish(judgements=len(made), parsed=len(made) - reasons.total(), lowest=judge.lowest, highest=judge.highest,
+  reasons = Counter(j['reason'] if j['score'] is None else '' for j in records.read_shards(s.folder, 'judgements'))
+  made, parsed = reasons.total(), reasons.pop('', 0)
+  s.finish(judgements=made, parsed=parsed, lowest=judge.lowest, highest=judge.highest,
            unparsed=dict(sorted(reasons.items())))
 
 
@@ -72,16 +75,19 @@ def read(judge: judges.Judge, text: str, finish: str) -> tuple[float | None, str
 
 
 def _items(config, workdir, on: str):
-  """The files that name what is judged, and {id, prompt_id, prompt, response} of each."""
+  """The files that name what is judged, and a function that reads {id, prompt_id, prompt, response} of each."""
   if on in ('responses', 'again', 'older'):
     folder = stage.model_folder(workdir, config.name).parent / ('respond_older' if on == 'older' else 'respond')
-    items = (dict(r) for r in records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
-    return records.shards(folder, 'responses'), items
+    return records.shards(folder, 'responses'), lambda: records.read_shards(
+        folder, 'responses', 'id', 'prompt_id', 'prompt', 'response')
   source, split = stage.seeds(workdir) / 'ranked.jsonl', 'train' if on == 'ranked' else 'eval'
-  ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]
-  eft.check(ranked, source)
-  return [source], (dict(id=f'{r["id"]}/{reply["id"]}', prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
-                    for r in ranked for reply in r['replies'])
+
+  def replies():
+    ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]
+    eft.check(ranked, source)
+    return (dict(id=f'{r["id"]}/{reply["id"]}', prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
+            for r in ranked for reply in r['replies'])
+  return [source], replies
 
 
 if __name__ == '__main__':

@@ -31,8 +31,9 @@ def run(config, workdir):
              folder / 'pairs' / 'pairs.jsonl']
   model = stage.finished_model(workdir, config.sampler)
   judge, meta = judges.load(config.judge.template), judges.load(c.template, SLOTS, 'config.meta_judge.template')
-  s = stage.Stage(config, workdir, 'meta_judge', ('meta_judge', 'judge.template', 'judge.quorum', 'chat', 'sample'),
-                  sources, checkpoint.recorded_hash(model), f'{judge} {meta}')
+  s = stage.Stage(config, workdir, 'meta_judge',
+                  ('meta_judge', 'judge.template', 'judge.quorum', 'chat', *engines.KNOBS), sources,
+                  checkpoint.recorded_hash(model), f'{judge} {meta}')
   if s.done:
     return
   if config.judge.n < 2:
@@ -46,21 +47,21 @@ def run(config, workdir):
   chosen = doubtful(scoring.by_response(judgements, config.judge.quorum), c.responses)
   mine = chosen[jax.process_index()::jax.process_count()]
   rows = [(a, b) for group in mine for a, b in itertools.permutations(group, 2)]
+  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   engine, tokenizer = engines.load(config, model, s.title)
-  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens)
   engine.room(sampling)  # raises where there is none
   s.begin()
-  requests = [engines.Request(f'{a["id"]}:{b["id"]}', templates.encode_prompt(config.chat, meta.render(
-      request=asked[a['response_id']], first=a['text'], second=b['text']), tokenizer)) for a, b in rows]
+  requests = (engines.Request(f'{a["id"]}:{b["id"]}', templates.encode_prompt(config.chat, meta.render(
+      request=asked[a['response_id']], first=a['text'], second=b['text']), tokenizer), about=(a, b)) for a, b in rows)
 
-  def record(row, result):
-    first, second = rows[row]
+  def record(request, _, result):
+    first, second = request.about
     text = tokenizer.decode(result.ids).strip()
     winner, reason = judge_stage.read(meta, text, result.finish)
-    return dict(id=result.id, response_id=first['response_id'], first=first['id'], second=second['id'], text=text,
+    return dict(id=request.id, response_id=first['response_id'], first=first['id'], second=second['id'], text=text,
                 winner=winner, reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('comparisons', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, sampling, path, record, s.title)
+  engines.run(engine, requests, len(rows), sampling, path, record)
   stage.sync(f'{s.title} sampled')
   if not stage.is_first_host():
     return s.finish()

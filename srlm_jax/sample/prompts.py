@@ -26,7 +26,7 @@ def run(config, workdir):
   sources = [stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')]
   template = templates.load_author(c.template)
   params = checkpoint.recorded_hash(folder)
-  s = stage.Stage(config, workdir, 'prompts', ('prompts', 'sample'), [*sources, *others], params, template)
+  s = stage.Stage(config, workdir, 'prompts', ('prompts', *engines.KNOBS), [*sources, *others], params, template)
   if s.done:
     return
   ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)
@@ -38,14 +38,14 @@ def run(config, workdir):
   held = [r['prompt'] for r in heldout] + [r['prompt'] for r in ranked if r['split'] == 'eval']
   screen = Filter(c, seeds + [r['prompt'] for r in ranked if r['split'] != 'eval'],
                   held + [p for path in others for p in evaluation_prompts(path)])
-  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens)
+  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   s.begin()
   if not stage.is_first_host():
     return s.finish()
   out = records.Appender(s.folder / 'attempts.jsonl')
   before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
   author_of = functools.cache(lambda: engines.load(config, folder, s.title, stop='\n'))  # when there is work to do
-  accepted, first, size = [], 0, config.sample.slots
+  accepted, first, size = [], 0, c.round
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = [(a['text'], a['finish']) for a in before[first:first + size]]
     if len(texts) < size:
@@ -72,7 +72,7 @@ def run(config, workdir):
 def _write(engine, tokenizer, chat: str, template: str, shots: list[list[str]], first: int, sampling):
   """(continuation, finish) of each list of shots; attempts are numbered from `first`."""
   requests = [engines.Request(str(first + i), ask(chat, template, shot, tokenizer)) for i, shot in enumerate(shots)]
-  return [(tokenizer.decode(r.ids), r.finish) for results in engine.generate(requests, sampling) for r in results]
+  return [(tokenizer.decode(r.ids), r.finish) for _, (r,) in engine.generate(requests, sampling)]
 
 
 def ask(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:

@@ -1,4 +1,7 @@
 """Answers prompts: N candidates for the next round's pairs, or one answer to each held-out prompt."""
+from collections import Counter
+import itertools
+
 import jax
 
 from srlm_jax import checkpoint, InputError, stage
@@ -24,33 +27,33 @@ def run(config, workdir, on: str = 'prompts'):
   else:
     raise InputError(f'--on={on}: it is prompts, older or heldout')
   folder = stage.finished_model(workdir, model)
-  s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', 'sample'), [source],
+  s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', *engines.KNOBS), [source],
                   checkpoint.recorded_hash(folder))
   if s.done:
     return
-  prompts = [r for r in records.read(source, 'id', 'prompt') if on != 'heldout' or r['split'] == 'test']
-  if not prompts:
+  def prompts():
+    return (r for r in records.read(source, 'id', 'prompt') if on != 'heldout' or r['split'] == 'test')
+  total = sum(1 for _ in prompts())
+  if not total:
     raise InputError(f'{source} holds no prompt to answer; make prompts first')
-  prompts = prompts[jax.process_index()::jax.process_count()]
-  sampling = engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens)
+  sampling = engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens, knobs.top_k)
   engine, tokenizer = engines.load(config, folder, s.title)
   engine.room(sampling)  # raises where there is none
   s.begin()
-  rows = [(prompt, i) for prompt in prompts for i in range(n)]
-  requests = [engines.Request(f'{prompt["id"]}/{word}{i}',
-                              templates.encode_prompt(config.chat, prompt['prompt'], tokenizer)) for prompt, i in rows]
+  requests = (engines.Request(r['id'], templates.encode_prompt(config.chat, r['prompt'], tokenizer), n, r)
+              for r in itertools.islice(prompts(), *stage.share(total)))
 
-  def record(row, result):
-    prompt, i = rows[row]
-    return dict(id=result.id, prompt_id=prompt['id'], n=i, prompt=prompt['prompt'],
+  def record(request, i, result):
+    prompt = request.about
+    return dict(id=f'{prompt["id"]}/{word}{i}', prompt_id=prompt['id'], n=i, prompt=prompt['prompt'],
                 response=tokenizer.decode(result.ids).strip(), finish=result.finish, tokens=len(result.ids),
                 logp=round(sum(result.logps), 4))
   path = s.folder / records.shard_name('responses', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, sampling, path, record, s.title)
+  engines.run(engine, requests, n * len(range(*stage.share(total))), sampling, path, record)
   stage.sync(f'{s.title} sampled')  # so that all shards are there to count
-  finishes = [r['finish'] for r in records.read_shards(s.folder, 'responses')]
-  s.finish(responses=len(finishes), finished=finishes.count('eos'), cut=finishes.count('length'),
-           too_long=finishes.count('too_long'))
+  finishes = Counter(r['finish'] for r in records.read_shards(s.folder, 'responses'))
+  s.finish(responses=finishes.total(), finished=finishes['eos'], cut=finishes['length'],
+           too_long=finishes['too_long'])
 
 
 if __name__ == '__main__':
