@@ -1,8 +1,11 @@
 """Eight fake devices, before JAX wakes up; where the real data is; small models and tokenizers."""
+import dataclasses
 import functools
 import io
+import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +21,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import sharding
-from srlm_jax.models import llama
+from srlm_jax import checkpoint, sharding
+from srlm_jax.models import cache as caches, llama
+from srlm_jax.sample import programs
 
 hypothesis.settings.register_profile('same', deadline=None, derandomize=True)  # a loaded machine is no failure
 hypothesis.settings.load_profile('same')
@@ -42,9 +46,37 @@ def init(config, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def forward(model, params, tokens, positions=None, cache=None, at=None):
-  """Logits and cache."""
-  return model.apply({'params': params}, tokens, positions, cache, at)
+def forward(model, params, tokens, positions=None):
+  """Logits and no cache."""
+  return model.apply({'params': params}, tokens, positions)
+
+
+def shape(mesh, dims, *sizes, dtype=jnp.int32):
+  """An array that is not there, in its place."""
+  return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding.named(mesh, dims))
+
+
+def sampler(config, kernels, mesh, rows, size, prefix):
+  """What the sampler's programs take, as shapes: model, parameters, cache and prefix; and the rows. A mesh is set."""
+  params = checkpoint.abstract_on(mesh, llama.abstract_params(config), config.dtype)
+  layers, heads = config.layers, config.K
+  cache = [shape(mesh, 'LBKSH', layers, rows, heads, size, config.H, dtype=config.dtype)] * 2
+  shared = [shape(mesh, 'LKSH', layers, heads, prefix, config.H, dtype=config.dtype)] * 2
+  cache, shared = caches.Cache(*cache), caches.Cache(*shared)
+  if kernels.unrolled:
+    params = jax.eval_shape(llama.unroll, params)
+    cache, shared = ((jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding),
+                                   one),) * layers for one in (cache, shared))
+  kinds = dict(word=jnp.uint32, live=jnp.bool, ended=jnp.bool)
+  state = programs.Rows(**{f.name: shape(mesh, 'B', rows, dtype=kinds.get(f.name, jnp.int32))
+                           for f in dataclasses.fields(programs.Rows)})
+  return (llama.Llama(config, kernels=kernels), params, cache, shared), state
+
+
+def gathered(compiled) -> set[int]:
+  """Elements of every all-gather of a program."""
+  found = re.findall(r'= \(?\w+\[([\d,]*)\]\S* all-gather', compiled.as_text())
+  return {math.prod(map(int, dims.split(','))) for dims in found}
 
 
 @pytest.fixture
