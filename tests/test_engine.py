@@ -63,7 +63,10 @@ def test_the_log_probs_of_given_responses_are_those_they_were_sampled_with(shape
   results = run(make()[0], RAGGED, WARM)
   given = [(list(request.ids), result.ids) for request, result in zip(RAGGED, results, strict=True)]
   engine = make(shape)[0]
-  np.testing.assert_allclose(engine.logps(given), [sum(r.logps) for r in results], atol=1e-4)
+  found = engine.logps(given)
+  np.testing.assert_allclose(found, [sum(r.logps) for r in results], atol=1e-4)
+  long = ([3] * 60, [4] * 50)
+  assert engine.logps([given[4], long, given[0]])[::2] == [found[4], found[0]]  # to the bit, in any company
 
 
 RUBRIC = list(range(3, 43))  # that some requests share

@@ -218,13 +218,7 @@ def test_two_hosts_write_the_records_of_one(others, tmp_path):
     subprocess.run([ROOT / 'launch' / 'local.sh', '2', sys.executable, '-m', f'srlm_jax.sample.{stage}',
                     '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *config_flags('m2')],
                    cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''), check=True)
-    found = sorted(line for p in folder.glob(f'{stem}*.jsonl') for line in p.read_text().splitlines())
-    if stage == 'implicit':  # rows are scored in other batches, padded to other widths: the last digit may differ
-      found, whole = (list(map(json.loads, lines)) for lines in (found, whole))
-      assert [r['id'] for r in found] == [r['id'] for r in whole]
-      np.testing.assert_allclose(*([r['reward'] or 0 for r in rows] for rows in (found, whole)), atol=3e-4)
-    else:
-      assert found == whole
+    assert sorted(line for p in folder.glob(f'{stem}*.jsonl') for line in p.read_text().splitlines()) == whole
     assert stage == 'prompts' or len(list(folder.glob(f'{stem}-*-of-00002.jsonl'))) == 2
 
 

@@ -198,16 +198,24 @@ class Engine:
     return room
 
   def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-    """(prompt ids, response ids) of at most `SCORED` rows -> the sum of log-probs of each response."""
-    full = rows + [rows[-1]] * (_up(SCORED, self._parts) - len(rows))
-    width = min(bucket(max(len(a) + len(b) for a, b in full)), self.context)
-    pad = [[0] * (width - len(a) - len(b)) for a, b in full]
-    arrays = dict(
-        tokens=np.asarray([[*a, *b, *p] for (a, b), p in zip(full, pad, strict=True)], np.int32),
-        mask=np.asarray([[0] * len(a) + [1] * len(b) + p for (a, b), p in zip(full, pad, strict=True)], np.int32))
-    with jax.set_mesh(self._mesh):
-      sums = programs.response_logps(self._model, self._params, **sharding.put_batch(arrays, self._mesh))
-    return np.asarray(sums)[:len(rows)].tolist()
+    """(prompt ids, response ids) -> the sum of log-probs of each response, the same in any company."""
+    places = defaultdict(list)  # by width, which a row's own length decides
+    for i, (before, after) in enumerate(rows):
+      places[min(bucket(len(before) + len(after)), self.context)].append(i)
+    size, sums = _up(SCORED, self._parts), [0.0] * len(rows)
+    for width, group in places.items():
+      for some in (group[i:i + size] for i in range(0, len(group), size)):
+        tokens, mask = np.zeros((2, size, width), np.int32)
+        for row, i in enumerate(some):
+          before, after = rows[i]
+          end = len(before) + len(after)
+          tokens[row, :end], mask[row, len(before):end] = [*before, *after], 1
+        with jax.set_mesh(self._mesh):
+          found = programs.response_logps(
+              self._model, self._params, **sharding.put_batch(dict(tokens=tokens, mask=mask), self._mesh))
+        for i, logp in zip(some, np.asarray(found).tolist(), strict=False):  # the rest are empty rows
+          sums[i] = logp
+    return sums
 
 
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
