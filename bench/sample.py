@@ -67,9 +67,10 @@ class Plan:
   small: Config
   trace: Kind | None
   slots: int = 20  # of the trace: 1,000 requests are 50 for each, so that the last ones to end matter little
+  trace_steps: int = 2
 
 
-SMALL = Config(D=256, F=768, K=4, G=2, H=32, V=8000, layers=8, context=2048)
+SMALL = Config(D=256, F=768, K=1, G=8, H=32, V=8000, layers=8, context=2048)  # heads grouped as those of 70B
 TINY = Config(D=64, F=128, K=2, G=2, H=16, V=512, layers=2, context=2048)
 PLANS = dict(
     # Of 60M parameters; lengths are a quarter of a real run's. The trace's cap is 2,048 by 4, its mean a ninth of that.
@@ -219,11 +220,35 @@ def compare(name: str, kind: Kind, work: Work, plan: Plan, peer: Peer, peak) -> 
   return found
 
 
+def peers(plan: Plan, mesh, device: str, quick: bool) -> dict:
+  """Both kinds of work, against transformers and the machine; prints as it goes."""
+  config = plan.config
+  params = make(config, mesh)
+  peer = Peer(config, params, device)
+  peak = roofline.peaks(config, device, quick)
+  print(f'{peak[0] / 1e9:.0f} GB/s, {peak[1] / 1e9:,.0f} Gflop/s; a Llama of '
+        f'{llama.param_count(config) / 1e6:,.1f}M parameters, {config.dtype}', flush=True)
+  print(f'{"":8} {"samples":>8} {"tokens":>8} {"ours/s":>8} {"slots":>6} {"theirs/s":>9} {"rows":>5} {"ratio":>6} '
+        f'{"of floor":>9}')
+  rows = []
+  for kind, requests in ((plan.respond, respond(plan.respond, config.V)), (plan.judge, judge(plan.judge, config.V))):
+    work = Work(plan, config, params, mesh, requests, kind.cap)
+    check(work, peer, config)
+    r = compare('judge' if kind.rubric else 'respond', kind, work, plan, peer, peak)
+    rate = r['tokens_per_second']
+    print(f'{r["work"]:8} {r["samples"]:8,} {r["tokens"]:8,} {rate["ours"]:8,.0f} {r["slots"]:6} '
+          f'{rate["transformers"]:9,.0f} {r["peer_rows"]:5} {r["ratio"]:5.2f}x {r["of_floor"]:8.0%}', flush=True)
+    rows.append(r)
+  print(f'share: the judge computes {r["computed"]:.2f} of its prompt tokens, and is {r["share_speed"]:.2f}x as fast')
+  return dict(bytes_per_second=peak[0], flops_per_second=peak[1], parameters=llama.param_count(config), rows=rows)
+
+
 def refill(plan: Plan, mesh) -> dict:
   """The trace, with and without refill."""
   config, kind = plan.small, plan.trace
   params = make(config, mesh)
-  work = Work(plan, config, params, mesh, respond(kind, config.V, 1), kind.cap)
+  work = Work(dataclasses.replace(plan, steps=plan.trace_steps), config, params, mesh, respond(kind, config.V, 1),
+              kind.cap)
   pair = {name: work.engine(plan.slots, work.requests, refill=name == 'refill') for name in ('refill', 'static')}
   taken = medians({name: functools.partial(run, engine, work.requests, work.sampling)
                    for name, engine in pair.items()}, 1)
@@ -241,6 +266,7 @@ def make(config: Config, mesh):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--json', help='file to write the numbers to')
+  parser.add_argument('--refill', action='store_true', help='that part alone')
   parser.add_argument('--quick', action='store_true', help='every path, no numbers worth reading')
   f = parser.parse_args()
   began = time.perf_counter()
@@ -250,26 +276,11 @@ def main():
   on = jax.devices()[0]
   device = 'cuda' if on.platform == 'gpu' else 'cpu'
   plan = PLANS['quick' if f.quick else on.platform]
-  config, mesh = plan.config, sharding.make_mesh(1, 1, 1, [on])
-  params = make(config, mesh)
-  peer = Peer(config, params, device)
-  peak = roofline.peaks(config, device, f.quick)
-  name = roofline.name(cores) if device == 'cpu' else on.device_kind
-  print(f'{name}: {peak[0] / 1e9:.0f} GB/s, {peak[1] / 1e9:,.0f} Gflop/s; a Llama of '
-        f'{llama.param_count(config) / 1e6:,.1f}M parameters, {config.dtype}', flush=True)
-  found = dict(machine=name, bytes_per_second=peak[0], flops_per_second=peak[1],
-               parameters=llama.param_count(config), rows=[])
-  print(f'{"":8} {"samples":>8} {"tokens":>8} {"ours/s":>8} {"slots":>6} {"theirs/s":>9} {"rows":>5} {"ratio":>6} '
-        f'{"of floor":>9}')
-  for kind, requests in ((plan.respond, respond(plan.respond, config.V)), (plan.judge, judge(plan.judge, config.V))):
-    work = Work(plan, config, params, mesh, requests, kind.cap)
-    check(work, peer, config)
-    r = compare('judge' if kind.rubric else 'respond', kind, work, plan, peer, peak)
-    rate = r['tokens_per_second']
-    print(f'{r["work"]:8} {r["samples"]:8,} {r["tokens"]:8,} {rate["ours"]:8,.0f} {r["slots"]:6} '
-          f'{rate["transformers"]:9,.0f} {r["peer_rows"]:5} {r["ratio"]:5.2f}x {r["of_floor"]:8.0%}', flush=True)
-    found['rows'].append(r)
-  print(f'share: the judge computes {r["computed"]:.2f} of its prompt tokens, and is {r["share_speed"]:.2f}x as fast')
+  mesh = sharding.make_mesh(1, 1, 1, [on])
+  found = dict(machine=roofline.name(cores) if device == 'cpu' else on.device_kind)
+  print(found['machine'], flush=True)
+  if not f.refill:
+    found |= peers(plan, mesh, device, f.quick)
   if plan.trace:
     r = found['refill'] = refill(plan, mesh)
     print(f'refill: {r["requests"]:,} requests, {r["slots"]} slots: {r["occupancy"]["refill"]:.2f} of the places make '
