@@ -7,7 +7,7 @@ import jax
 from configs import base
 from srlm_jax import checkpoint, InputError, metrics, sharding, stage
 from srlm_jax.data import batches, records, tokenizer as tokenizers
-from srlm_jax.models import config as model_config, llama
+from srlm_jax.models import attention, config as model_config, llama
 from srlm_jax.train import state as train_state, step as train_step
 from srlm_jax.train.state import TrainState
 
@@ -22,7 +22,7 @@ def run(config, workdir):
 
 def _train(config, workdir, mesh):
   c = config.train
-  source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'seeds'
+  source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'corpus'
   shape = _model_config(config, source, workdir)
   files = [data_file(workdir, config.name, name) for name in base.training_data(config)]
   s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files,
@@ -45,7 +45,9 @@ def _train(config, workdir, mesh):
   state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(shape))
   state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
                        sharding.shardings(state, mesh))
-  step = train_step.make(llama.Llama(shape, remat=c.remat), tx, c, state)
+  # a CPU's loop over layers copies each layer's weights, gradients and activations
+  kernels = attention.CPU if jax.default_backend() == 'cpu' else attention.XLA
+  step = train_step.make(llama.Llama(shape, kernels, c.remat), tx, c, state)
   saver = checkpoint.manager(s.folder, c.keep)
   if saver.latest_step():
     state = _resume(s.folder, saver.latest_step(), state, mesh)
@@ -91,7 +93,7 @@ def _steps(config, s, step, state, reference, rows, steps, saver, mesh) -> Train
 
 def data_file(workdir, model: str, name: str):
   """Where a training set lies: corpus and ift among the seeds, eft with m1, the others with the model they are for."""
-  places = dict(corpus=('data', 'seeds'), ift=('data', 'seeds'), eft=('m1', 'eft'), pairs=(model, 'pairs'),
+  places = dict(corpus=('data', 'corpus'), ift=('data', 'seeds'), eft=('m1', 'eft'), pairs=(model, 'pairs'),
                 positives=(model, 'pairs'), judge_pairs=(model, 'meta_judge'))
   if name not in places:
     raise InputError(f'config.train.data names {name!r}{stage.closest(name, places)}; it knows {", ".join(places)}')
@@ -169,7 +171,16 @@ def _rows(c, chat, files, tokenizer) -> batches.Rows:
   if c.loss == 'dpo':
     fields = ('id', 'prompt', 'chosen', 'rejected', 'chosen_finish', 'rejected_finish')
     return batches.dpo(_read(files, *fields), tokenizer, chat, c.max_length)
-  return batches.sft(_read(files, 'id', 'prompt', 'response'), tokenizer, chat, c.max_length)
+  return batches.sft(_examples(files), tokenizer, chat, c.max_length)
+
+
+def _examples(files):
+  """What SFT reads; of pairs the chosen response, which is nothing of DPO but its first half."""
+  for file in files:
+    if file.name == 'pairs.jsonl':
+      yield from (dict(r, response=r['chosen']) for r in records.read(file, 'id', 'prompt', 'chosen'))
+    else:
+      yield from records.read(file, 'id', 'prompt', 'response')
 
 
 def _read(files, *fields):

@@ -5,6 +5,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from srlm_jax import sharding
+from srlm_jax.models import llama
 from srlm_jax.train import losses
 from srlm_jax.train.state import TrainState
 
@@ -88,5 +89,6 @@ def _dpo(model, config, params, reference, batch, key):
 def _logps(model, params, tokens, mask, key):
   """Token log-probs [B, T]; dropout is on where there is a key."""
   dropout = key is not None and model.config.dropout > 0
+  params = llama.unroll(params) if model.kernels.unrolled else params
   logits, _ = model.apply({'params': params}, tokens, rngs={'dropout': key} if dropout else None)
   return losses.token_logps(logits, tokens, mask)
