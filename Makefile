@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo test test-slow aot lint clean
+.PHONY: setup demo sandbox-m0 test test-slow aot lint clean
 
 setup: .venv/.installed
 
@@ -28,6 +28,15 @@ setup: .venv/.installed
 
 demo: .venv/.installed  ## the whole loop, M0 to M3, in a small world, on this machine
 	$(BIN)/python -m srlm_jax.loop --size=tiny --workdir=$(RUN)
+
+M0 := srlm_jax/sandbox/m0
+sandbox-m0: .venv/.installed  ## trains the sandbox's M0 anew and puts it into the package; about 40 minutes
+	$(BIN)/python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
+	$(BIN)/python -m srlm_jax.train --config=configs/sandbox_m0.py --workdir=runs/m0
+	rm -rf runs/m0/hf
+	$(BIN)/python -m srlm_jax.models.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
+	mkdir -p $(M0)
+	cp runs/m0/hf/* runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
 
 test: .venv/.test
 	$(BIN)/python -m pytest -q -m 'not slow and not aot' -n 2 --dist loadfile --no-loadscope-reorder tests/test_loop.py tests srlm_jax

@@ -12,16 +12,16 @@ SIZES = ('tiny', 'stories', '7b', '13b', '70b')
 
 
 def get(name: str, size: str = '70b') -> ConfigDict:
-  """The config of model `name` (m0, sft, m1, m2 or m3), locked: an unknown key is refused."""
+  """The config of model `name` (m0, sft, m1, m2, m3 or m4), locked: an unknown key is refused."""
   if size not in SIZES:
     raise InputError(f'size {size!r} is unknown; it is one of {", ".join(SIZES)}')
   c = ConfigDict()
   c.name = name
   c.size = size
   c.seed = 0
-  c.m0 = ''                   # the loop's: Hugging Face folder of M0; '' where it is trained (tiny)
+  c.m0 = ''                   # the loop's: Hugging Face folder of M0; '': the sandbox's own (tiny)
   c.model = f'llama2-{size}'  # what M0 must be: a name of models.config.PRESETS
-  c.sampler = dict(m1='sft', m2='m1', m3='m2').get(name, '')  # the model that writes this one's data
+  c.sampler = dict(m1='sft', m2='m1', m3='m2', m4='m3').get(name, '')  # the model that writes this one's data
   c.chat = 'llama2'           # form of prompt and response: plain, llama2, tokenizer (its own)
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))         # training, over all devices; -1: what is left
   c.sample_mesh = ConfigDict(dict(data=1, fsdp=1, tensor=-1))  # sampling, over the devices of each host
@@ -38,8 +38,8 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.data.documents = 0        # of the sandbox's corpus
 
   c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
-  c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2')[name]
-  c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft'), m2=('pairs',), m3=('pairs',))[name]
+  c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2', m4='m3')[name]
+  c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft')).get(name, ('pairs',))
 
   c.sample = ConfigDict()
   c.sample.slots = 64         # rows decoded together on a host; not in the paper
@@ -78,6 +78,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.judge = ConfigDict()
   c.judge.template = 'additive'  # srlm_jax/data/judge_*.txt by name, or a file by path
   c.judge.on = 'ranked' if name == 'm1' else 'responses'  # what the judge stage judges
+  c.judge.by = 'model'        # the sampler; or, to compare with: oracle, random (sandbox)
   c.judge.n = 3               # judgements a candidate, averaged; PAPER 3.1
   c.judge.quorum = 2          # parsed judgements that a mean needs; not in the paper
   c.judge.temperature = 0.7   # not in the paper
@@ -96,7 +97,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.pairs.margin = 1.0        # points between chosen and rejected at least: margin
   c.pairs.rho = 0.1           # share of the range of scores that makes a band, 0 to 0.5: length_controlled
   c.pairs.positive = 5.0      # mean score from which a response is a positive, PAPER 3.3: positives_only
-  c.pairs.older = dict(m2='sft', m3='m1').get(name, '')  # the model before the sampler, for those that compare with it
+  c.pairs.older = dict(m2='sft', m3='m1', m4='m2').get(name, '')  # the model before the sampler, to compare with
 
   c.meta_judge = ConfigDict()  # Meta-Rewarding (2407.19594); runs where train.data names judge_pairs
   c.meta_judge.template = 'meta'
@@ -108,7 +109,8 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.meta_judge.share = 0.15   # of all pairs to train on, at most
   c.meta_judge.score_share = 0.5  # of the judge pairs, at most with one score chosen
 
-  c.eval = ConfigDict()       # answers to the held-out test prompts
+  c.eval = ConfigDict()       # answers to held-out prompts
+  c.eval.split = 'test'       # valid: to tune on
   c.eval.temperature = 0.7
   c.eval.top_p = 0.9
   c.eval.top_k = 0  # 0: all
@@ -136,6 +138,10 @@ def check(c: ConfigDict):
   for section in ('train', 'sample'):
     if c[section].dtype not in ('float32', 'bfloat16'):
       raise InputError(f'config.{section}.dtype is {c[section].dtype!r}; it is float32 or bfloat16')
+  if c.judge.by not in ('model', *('oracle', 'random') * (c.data.source == 'sandbox')):
+    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model, and in the sandbox also oracle or random')
+  if c.eval.split not in ('test', 'valid'):
+    raise InputError(f'config.eval.split is {c.eval.split!r}; it is test or valid')
   if c.data.source not in ('oasst', 'ranked', 'sandbox'):
     raise InputError(f'config.data.source is {c.data.source!r}; it is oasst, ranked or sandbox')
   if c.eft.targets not in ('baseline', 'ranks'):
@@ -224,39 +230,41 @@ def _stories(c: ConfigDict):
 
 
 def _tiny(c: ConfigDict):
-  """The sandbox: a small world whose answers a program grades. All of it: not in the paper."""
+  """The sandbox: a small world whose answers a program grades. Not in the paper; docs/sandbox.md says why."""
   _small(c)
   c.model = 'sandbox'
   c.data.source = 'sandbox'
-  c.data.ift = 600
-  c.data.ranked_train = 400
-  c.data.ranked_eval = 150
-  c.data.test_prompts = 200
-  c.data.valid_prompts = 0
-  c.data.documents = 40_000   # of the corpus from which M0 is trained
+  c.data.ift = 800
+  c.data.ranked_train = 500
+  c.data.ranked_eval = 300
+  c.data.test_prompts = 400
+  c.data.valid_prompts = 400
+  c.data.documents = 260_000  # of the corpus from which M0 was trained
   c.prompts.template = 'sandbox'
-  c.prompts.count = 400
+  c.prompts.count = 500
   c.prompts.round = 128
-  c.prompts.max_tokens = 40
+  c.prompts.max_tokens = 48
   c.prompts.rouge = 0.99      # in so small a world nearly all prompts resemble one another
   c.prompts.rouge_held_out = 0.99
   c.respond.n = 4
   c.respond.temperature = 1.0  # at 0.7 most candidates of a prompt are equal
   c.respond.top_p = 1.0
-  c.respond.max_tokens = 40
+  c.respond.max_tokens = 32
   c.judge.template = 'sandbox'
-  c.judge.max_tokens = 56
+  c.judge.max_tokens = 80
+  c.eft.tries = 6             # M0 has seen few verdicts: most judgements of the baseline have no score
   t = c.train
   t.max_length = 192
   t.weight_decay = 0.1
   t.dropout = 0.0
   if c.name == 'm0':
-    t.batch, t.learning_rate, t.learning_rate_end, t.warmup = 8, 2e-3, 1e-4, 50
-    t.log_every, t.save_every = 50, 500
+    t.batch, t.learning_rate, t.learning_rate_end, t.warmup = 8, 2e-3, 1e-4, 100
+    t.log_every, t.save_every = 50, 1000
   elif t.loss == 'sft':
     t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 2.0, 3e-4, 3e-5
   else:
-    t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 3.0, 1e-4, 1e-5
+    t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 3.0, 3e-5, 3e-6
+    t.beta = 0.4              # at 0.1 the judge forgets how to judge while it learns to answer
 
 
 def _small(c: ConfigDict):

@@ -1,4 +1,4 @@
-"""Runs every stage of every model in order, M0 to M3, skips what is done, and ends with a table of all models.
+"""Runs every stage of every model in order, M0 to M3 (or M4), skips what is done, and ends with a table of all models.
 
 `python -m srlm_jax.loop --size=tiny --workdir=runs/demo`
 """
@@ -16,16 +16,17 @@ from srlm_jax.data import eft, health, judges, seeds, templates
 from srlm_jax.eval import agreement
 from srlm_jax.models import convert
 from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond, strategies
-from srlm_jax.sandbox import __main__ as sandbox, oracle
+from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
 from srlm_jax.train import __main__ as train
 
-MODELS = dict(m0='sandbox_m0', sft='sft', m1='iter1', m2='iter2', m3='iter3')  # model: its file in configs/
+MODELS = dict(m0='sandbox_m0', sft='sft', m1='iter1', m2='iter2', m3='iter3', m4='iter4')  # model: its file in configs/
 
 
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
   flags.DEFINE_enum('size', '70b', base.SIZES, 'Of the model and of everything else.')
-  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny trains its own).')
+  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
+  flags.DEFINE_enum('last', 'm3', ['sft', 'm1', 'm2', 'm3', 'm4'], 'The last model to train.')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
   flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change of the paper: configs/ablations.py.')
   flags.DEFINE_multi_string('set', [], 'Changes a knob: --set=judge.n=1 for every model, --set=m2,m3:train.epochs=2.')
@@ -34,20 +35,21 @@ def define_flags():
 def main(argv):
   stage.refuse_arguments(argv)
   f = flags.FLAGS
-  run(f.size, f.workdir, f.m0, f.data, [*ablations.changes(f.ablation, f.size), *f.set])
+  run(f.size, f.workdir, f.m0, f.data, [*ablations.changes(f.ablation, f.size), *f.set], f.last)
 
 
-def run(size: str, workdir, m0: str, data: str, changes: list[str]):
+def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 'm3'):
   """All stages; ends with the table on stdout, results.json and report.html in the workdir."""
   started, begun = time.time(), stage.Stage.begun
   workdir = epath.Path(workdir)
-  every = {name: load_config(name, size, m0, data, changes) for name in MODELS}
+  stage.keep_compiled(workdir)
+  every = {name: load_config(name, size, m0, data, changes) for name in [*MODELS][:[*MODELS].index(last) + 1]}
   for config in every.values():
     refuse_mistakes(config)
-  train.refuse_too_large(every['m2'])
-  first_model(every['m0'], workdir)
+  train.refuse_too_large(every[last])
+  first_model(every['m0'], every['sft'], workdir)
   stopped = ''
-  for name in ('sft', 'm1', 'm2', 'm3'):
+  for name in [*every][1:]:
     stopped = one_model(every[name], workdir)
     if stopped:
       break
@@ -60,6 +62,8 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str]):
     report.write(workdir, rows, stopped)
   if stage.Stage.begun == begun:
     stage.say(f'nothing to do: every stage of {workdir} was done before')
+  spent = report.seconds(workdir)
+  stage.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in sorted(spent, key=spent.get, reverse=True)))
   stage.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
 
 
@@ -69,36 +73,33 @@ def refuse_mistakes(config):
   judges.load(config.meta_judge.template, meta_judge.SLOTS, 'config.meta_judge.template')
   templates.load_author(config.prompts.template)
   strategies.check(config.pairs.strategy)
-  if config.name not in ('m2', 'm3'):
+  if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
-  data, loss = base.training_data(config), dict(pairs='dpo', positives='sft')[kind]
-  if kind not in data or config.train.loss != loss:
+  data, losses = base.training_data(config), dict(pairs=('dpo', 'sft'), positives=('sft',))[kind]
+  if kind not in data or config.train.loss not in losses:
     raise InputError(f'config.pairs.strategy = {config.pairs.strategy} makes {kind} for {config.name}, and it trains '
                      f'on {", ".join(data)} with the loss {config.train.loss}; set train.data to hold {kind} and '
-                     f'train.loss={loss} (--ablation=positives_only sets all that positives need)')
+                     f'train.loss={" or ".join(losses)} (--ablation=positives_only sets all that positives need)')
 
 
-def first_model(config, workdir):
-  """The seeds, and M0: trained here (sandbox), or converted."""
-  folder = stage.model_folder(workdir, 'm0')
-  if config.data.source == 'sandbox':
-    sandbox.run(config, workdir)
-    train.run(config, workdir)
-    return
-  if not config.data.path:
+def first_model(config, seeded, workdir):
+  """M0, converted, and the seeds, by the config of the first model that reads them."""
+  folder, sandboxed = stage.model_folder(workdir, 'm0'), config.data.source == 'sandbox'
+  source = config.m0 or (sandbox.M0 if config.model == 'sandbox' else '')
+  if not sandboxed and not config.data.path:
     raise InputError('--data is missing: the OASST1 file to make seeds from, 2023-04-12_oasst_ready.trees.jsonl.gz')
   if checkpoint.exists(folder):
     stage.say('m0/model: done before')
-  elif not config.m0:
+  elif not source:
     raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
   elif jax.process_count() > 1:
     raise InputError(f'convert M0 on one host first: '
-                     f'python -m srlm_jax.models.convert --from_hf={config.m0} --out={folder}')
+                     f'python -m srlm_jax.models.convert --from_hf={source} --out={folder}')
   else:
-    convert.from_hf(config.m0, folder)
+    convert.from_hf(source, folder)
     stage.Stage.begun += 1
-  seeds.run(config, workdir)
+  (sandbox.make_seeds if sandboxed else seeds.run)(seeded, workdir)
 
 
 def one_model(config, workdir) -> str:
@@ -115,6 +116,7 @@ def one_model(config, workdir) -> str:
   agreement.run(config, workdir)
   respond.run(config, workdir, 'heldout')
   if config.data.source == 'sandbox':
+    respond.run(config, workdir, 'greedy')
     oracle.run(config, workdir)
   return ''
 
@@ -143,7 +145,7 @@ def make_prompts(config, workdir) -> str:
 def make_pairs(config, workdir, data: list[str]) -> str:
   """Candidates, judgements, and what the strategy of `pairs.strategy` makes of them; why there is too little, if so."""
   respond.run(config, workdir)
-  judge.run(config, workdir)
+  (judge if config.judge.by == 'model' else control).run(config, workdir)
   if config.pairs.strategy == 'consistency':
     judge.run(config, workdir, 'again')
   elif config.pairs.strategy == 'agreement':
@@ -153,6 +155,8 @@ def make_pairs(config, workdir, data: list[str]) -> str:
     judge.run(config, workdir, 'older')
   pairs.run(config, workdir)
   health.run(config, workdir)
+  if config.data.source == 'sandbox':
+    audit.run(config, workdir)
   made = stage.summary(workdir / config.name / 'pairs')
   few = made['pairs'] < config.train.batch if 'pairs' in data else not made['positives']
   if few:

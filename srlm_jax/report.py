@@ -6,6 +6,7 @@ import base64
 from collections import Counter
 import io
 import json
+import statistics
 
 from absl import flags
 from etils import epath
@@ -20,6 +21,11 @@ from srlm_jax.data import health, scores as scoring
 COLUMNS = (
     ('oracle 0-5', 'oracle/oracle.json', 'score', 2),
     ('+-', 'oracle/oracle.json', 'standard_error', 2),
+    ('greedy', 'oracle/oracle.json', 'greedy', 2),
+    ('gain', '', 'gain', 2),
+    ('of gain +-', '', 'gain_error', 2),
+    ('wins', '', 'wins', 2),
+    ('losses', '', 'losses', 2),
     ('answer chars', 'oracle/oracle.json', 'characters', 1),
     ('judge: pairwise', 'agreement/agreement.json', 'pairwise_accuracy', 3),
     ('ties', 'agreement/agreement.json', 'ties', 3),
@@ -28,11 +34,16 @@ COLUMNS = (
     ('kendall', 'agreement/agreement.json', 'kendall_tau', 3),
     ('parsed', 'agreement/agreement.json', 'parse_rate', 3),
     ('pairs', 'pairs/done.json', 'pairs', 0),
+    ('right', 'audit/audit.json', 'right', 2),
+    ('wrong', 'audit/audit.json', 'wrong', 2),
+    ('judge mean', 'audit/audit.json', 'judge_mean', 2),
+    ('oracle mean', 'audit/audit.json', 'oracle_mean', 2),
 )
-MODELS = ('m0', 'sft', 'm1', 'm2', 'm3')  # in the order of their training
+ON_PAGE = ('exact', 'spearman', 'kendall')  # columns that the terminal's table is too narrow for
+MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 DATA = ('prompts', 'respond', 'judge', 'pairs')
-STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implicit', 'meta_judge', 'health', 'eft',
-          'model', 'judge_eval', 'agreement', 'answers', 'oracle')
+STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implicit', 'meta_judge', 'health', 'audit',
+          'eft', 'model', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle')
 SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
 
 
@@ -61,14 +72,39 @@ def results(workdir, models: list[str]) -> list[dict]:
   for model in models:
     folder = epath.Path(workdir) / model
     if (folder / 'model' / 'done.json').exists() or model == 'm0' and (folder / 'model' / 'config.json').exists():
-      numbers = {heading: _read(folder / file).get(key) for heading, file, key, _ in COLUMNS}
+      paired = compared(workdir, model, [r['model'] for r in rows])
+      numbers = {heading: (_read(folder / file) if file else paired).get(key) for heading, file, key, _ in COLUMNS}
       rows.append(dict(model=model, **numbers))
   return rows
 
 
-def text_table(rows: list[dict]) -> str:
-  """The rows as aligned text, columns without any number left out."""
-  lines = _cells(rows)
+def compared(workdir, model: str, before: list[str]) -> dict:
+  """Graded answers of a model prompt by prompt: the mean gain over the model before it with its standard error, and the
+  shares of prompts on which it wins and loses against the SFT baseline; {} where there is nothing to compare."""
+  graded = {m: {r['prompt_id']: r['score'] for r in _lines(epath.Path(workdir) / m / 'oracle' / 'graded.jsonl')}
+            for m in (*before, model)}
+  mine, found = graded.pop(model), {}
+  if mine and before and (last := graded[before[-1]]):
+    gains = [mine[p] - last[p] for p in mine if p in last]
+    found = dict(gain=statistics.fmean(gains), gain_error=statistics.stdev(gains) / len(gains) ** 0.5)
+  if mine and (base := graded.get('sft')):
+    found |= dict(wins=statistics.fmean(mine[p] > base[p] for p in mine),
+                  losses=statistics.fmean(mine[p] < base[p] for p in mine))
+  return found
+
+
+def seconds(workdir) -> dict[str, float]:
+  """What every kind of stage took, of all models together."""
+  spent = Counter()
+  for owner in ('data', *MODELS):
+    for name in STAGES:
+      spent[name] += _read(epath.Path(workdir) / owner / name / 'done.json').get('seconds', 0)
+  return {name: taken for name, taken in spent.items() if taken >= 0.5}
+
+
+def text_table(rows: list[dict], but=ON_PAGE) -> str:
+  """The rows as aligned text; without the columns `but`, and those that have no number."""
+  lines = _cells(rows, but)
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
@@ -79,8 +115,7 @@ def counts(dropped: dict) -> str:
 
 def write(workdir, rows, stopped: str):
   """Writes workdir/report.html, one page that needs no other file; returns its path."""
-  path = epath.Path(workdir) / 'report.html'
-  path.write_text(render(dict(collect(workdir), rows=rows, stopped=stopped)))
+  (path := epath.Path(workdir) / 'report.html').write_text(render(dict(collect(workdir), rows=rows, stopped=stopped)))
   return path
 
 
@@ -135,7 +170,7 @@ def render(page: dict) -> str:
 def head(page: dict) -> list[str]:
   """What ran, which models there are, where it stopped and why: a few sentences."""
   made = [r['model'] for r in page['rows']]
-  missing = [m for m in MODELS if m not in made]
+  missing = [m for m in MODELS[:MODELS.index('m4')] if m not in made]  # m4 is made where it is asked for
   configs = [manifest['config'] for manifest, _ in page['stages'].values()]
   model = next((c['model'] for c in configs if c.get('model')), '')
   size = f', size {page["size"]}' * bool(page['size']) + f', model {model}' * bool(model)
@@ -259,8 +294,8 @@ def _text(value) -> str:
   return '-' if value is None else value if isinstance(value, str) else f'{value:,}'
 
 
-def _cells(rows: list[dict]) -> list[list[str]]:
-  shown = [(h, digits) for h, _, _, digits in COLUMNS if any(r[h] is not None for r in rows)]
+def _cells(rows: list[dict], but=()) -> list[list[str]]:
+  shown = [(h, digits) for h, _, _, digits in COLUMNS if h not in but and any(r[h] is not None for r in rows)]
   return [['model', *(heading for heading, _ in shown)], *(
       [row['model'], *('-' if row[h] is None else f'{row[h]:.{d}f}' for h, d in shown)] for row in rows)]
 

@@ -95,8 +95,17 @@ def main(run, **extra):
       raise InputError(f'--config={file} cannot be read; run from the folder that holds configs/') from error
     base.check(flags.FLAGS.config)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
+    keep_compiled(workdir)
     run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
+
+
+def keep_compiled(workdir):
+  """Keeps compiled programs in the workdir, so that no stage compiles what another has (unless JAX's own setting says
+  where)."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(epath.Path(workdir) / 'compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def run_app(start):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import ablations
-from srlm_jax import InputError, loop, metrics
+from srlm_jax import checkpoint, InputError, loop, metrics
 from srlm_jax.data import records
 from srlm_jax.sample import pairs
 
@@ -38,15 +38,14 @@ def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
     assert float(rows[model]['oracle 0-5']) == pytest.approx(kept[model]['oracle 0-5'], abs=0.006)
     assert 0 < kept[model]['oracle 0-5'] <= 5
   assert (workdir / 'report.html').stat().st_size > 10_000
-  hashes = [json.loads((workdir / m / 'model' / 'done.json').read_text())['params'] for m in rows]
+  hashes = [checkpoint.recorded_hash(workdir / m / 'model') for m in rows]
   assert len(set(hashes)) == 5, 'a model did not change'
 
 
 def test_every_stage_ran_the_parameters_that_it_should(demo):
   """The failure elsewhere: the base model answered and judged in every iteration."""
   workdir, _ = demo
-  params = {m: json.loads((workdir / m / 'model' / 'done.json').read_text())['params']
-            for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
+  params = {m: checkpoint.recorded_hash(workdir / m / 'model') for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
   for folder, model in (('m1/judge', 'sft'), ('m1/model', 'm0'), ('sft/judge_eval', 'sft'), ('m1/answers', 'm1'),
                         ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),
                         ('m3/respond', 'm2'), ('m3/judge', 'm2'), ('m3/model', 'm2'), ('m3/judge_eval', 'm3')):
@@ -197,9 +196,8 @@ def test_these_too_end_byte_identical_when_killed(others, tmp_path, stage):
     *([f'--ablation={name}'] for name in ablations.ABLATIONS),
     ['--set=m2,m3:train.data=pairs,judge_pairs'], ['--set=m2,m3:pairs.strategy=consistency']], ids=' '.join)
 def test_the_loop_runs_every_ablation_and_the_meta_judge(demo, tmp_path, flags):
-  if 'multiple' not in flags[0]:  # which has an M0 of its own, taught to judge by letters
-    for part in ('data', 'm0', 'sft'):
-      shutil.copytree(demo[0] / part, tmp_path / part)
+  for part in ('data', 'm0') + ('sft',) * ('multiple' not in flags[0]):  # its baseline judges by letters
+    shutil.copytree(demo[0] / part, tmp_path / part)
   said = main('loop', '--size=tiny', f'--workdir={tmp_path}', *(f'--set={c}' for c in CHANGES), *flags)
   assert 'm1' in table(said) and ('m3' in table(said) or 'was not trained' in said), said
   for model in ('m2', 'm3'):
@@ -297,7 +295,7 @@ def test_every_command_of_the_documents_runs(others, stories, tmp_path):
   shutil.copytree(others, tmp_path / 'runs' / 'demo')
   ran = []
   for command in COMMANDS:
-    if not command.startswith('python ') or 'srlm_jax.loop' in command:
+    if not command.startswith('python ') or 'srlm_jax.loop' in command or 'srlm_jax.study' in command:
       continue  # the loop has tests of its own, above
     command = command.replace('runs/', f'{tmp_path}/runs/').replace('$DATA', str(DATA))
     if command.startswith('python bench/'):
@@ -305,7 +303,7 @@ def test_every_command_of_the_documents_runs(others, stories, tmp_path):
       continue
     words = shlex.split(command)[2:]
     name = re.search(r'configs/(\w+)\.py', command)
-    model = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3')[name[1]] if name else ''
+    model = dict(sft='sft', iter1='m1', iter2='m2', iter3='m3')[name[1]] if name else ''
     flags = [] if 'srlm_jax.data.seeds' in command or not name else list(config_flags(model))
     said = main(words[0].removeprefix('srlm_jax.'), *words[1:], *flags)
     assert not flags or 'done before' in said, command

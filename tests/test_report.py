@@ -107,7 +107,7 @@ def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir
   words = plain(page)
   assert f'm3 was not trained: {STOPPED}.' in words
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
-  for line in report.text_table(report.results(workdir, report.MODELS)).splitlines():
+  for line in report.text_table(report.results(workdir, report.MODELS), ()).splitlines():
     assert ' '.join(line.split()) in words
   assert '31 steps on 248 rows' in words
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words

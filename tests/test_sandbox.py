@@ -1,8 +1,8 @@
-"""The world grades what it writes, the seeds share no prompt, and the tokenizer loses nothing."""
+"""The world grades what it writes, held-out prompts are in no text, and the tokenizer and M0 of the package fit."""
 import collections
 import doctest
-import importlib.resources
 import itertools
+import json
 import re
 import string
 
@@ -11,31 +11,25 @@ import pytest
 import sentencepiece
 
 from srlm_jax import InputError
-from srlm_jax.data import judges
-from srlm_jax.sandbox import corpus, world
+from srlm_jax.data import judges, records, templates
+from srlm_jax.models import config as model_config, hf
+from srlm_jax.sandbox import __main__ as sandbox, audit, control, corpus, people, world
 
-SIZES = (120, 60, 40, 50)
+SIZES = (120, 60, 40, 50, 30)
 JUDGE = judges.load('sandbox')
 
 
-def draw(count, seed=0):
+def draw(count, seed=0, split='train'):
   rng = np.random.default_rng(seed)
-  return [world.instruction(rng) for _ in range(count)]
-
-
-def template(name):
-  return importlib.resources.files('srlm_jax.data').joinpath(f'{name}.txt').read_text().removesuffix('\n')
+  return [world.instruction(rng, split) for _ in range(count)]
 
 
 @pytest.fixture(scope='module')
 def texts():
-  return list(corpus.documents(0, 2000, set(), JUDGE))
+  return list(corpus.documents(0, 3000))
 
 
-@pytest.fixture(scope='module')
-def tokenizer(texts, tmp_path_factory):
-  path = tmp_path_factory.mktemp('sandbox') / 'tokenizer.model'
-  corpus.train_tokenizer(texts, path, 640, JUDGE)
+def pieces(path):
   return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
 
 
@@ -43,10 +37,23 @@ def test_the_examples_in_the_world_are_true():
   assert doctest.testmod(world).failed == 0
 
 
+def test_there_are_ten_families_and_a_hundred_thousand_instructions():
+  prompts = set(draw(30_000))
+  cores = {core for prompt in prompts if (core := world.bare(prompt)).count(' ') > 2}
+  around = [(a, b) for a in ('', *world.CONTEXTS) for b in ('', *world.CLOSINGS)]
+  core = 'What do cows eat?'
+  assert {world.bare(world.join(a, core, b)) for a, b in around} == {core}  # so all these are different
+  assert len(cores) * len(around) > 100_000
+  assert min(len(prompt.split()) for prompt in prompts) >= 4
+  families = collections.Counter(world.parse(prompt).family for prompt in prompts)
+  assert set(families) == set(world.FAMILIES) and len(families) >= 10
+  assert min(families.values()) > 0.02 * len(prompts)
+
+
 def test_an_answer_has_the_quality_asked_for_and_the_points_are_nested():
   rng = np.random.default_rng(1)
-  for i, prompt in enumerate(draw(3000)):
-    response = world.answer(prompt, rng, i % 6)
+  for i, prompt in enumerate(draw(6000)):
+    response = people.answer(prompt, rng, i % 6)
     points = world.grade(prompt, response)
     assert sum(points) == i % 6, (prompt, response)
     assert points == tuple(sorted(points, reverse=True))
@@ -54,50 +61,53 @@ def test_an_answer_has_the_quality_asked_for_and_the_points_are_nested():
 
 def test_people_write_answers_of_every_score_and_of_middling_quality():
   rng = np.random.default_rng(2)
-  counts = collections.Counter(world.quality(rng) for _ in range(5000))
-  assert min(counts[score] for score in range(1, 6)) > 0.08 * 5000
-  assert 2.7 < sum(score * count for score, count in counts.items()) / 5000 < 3.3
+  counts = collections.Counter(people.quality(rng) for _ in range(5000))
+  assert min(counts[score] for score in range(6)) > 0.08 * 5000
+  assert 2.5 < sum(score * count for score, count in counts.items()) / 5000 < 3.3
 
 
 def test_the_score_follows_from_the_review():
-  ends = {0: 'It is off topic.', 1: r'It hardly names any\.', 2: r'It names (\d) of (?!\1)\d\.',
-          3: r'It (is blunt|has no stop)\.', 4: 'It has an odd end.', 5: 'It is clean.'}
+  ends = {0: r'It is off topic\.', 1: r'It says nothing\.', 2: r'It is wrong\.', 3: r'It (is blunt|has no stop)\.',
+          4: r'It is not clean\.', 5: r'It is clean\.'}
   rng = np.random.default_rng(3)
   for i, prompt in enumerate(draw(600)):
-    review = world.review(prompt, world.answer(prompt, rng, i % 6))
+    review = world.review(prompt, people.answer(prompt, rng, i % 6))
     assert [score for score, end in ends.items() if re.search(end + '$', review)] == [i % 6]
+    assert not re.search('score|point', review)
 
 
-def test_odd_answers_are_graded_too():
-  prompt = 'Name three nice fruits.'
-  assert sum(world.grade(prompt, '')) == 0
-  assert sum(world.grade(prompt, 'pear')) == 1
-  assert sum(world.grade(prompt, 'Sure, pear, pear and fig.')) == 2
-  assert sum(world.grade(prompt, 'Sure, pear, fig and plum.')) == 5
-  assert sum(world.grade(prompt, 'Sure, pear, fig, plum and dog.')) == 4
-  assert sum(world.grade(prompt, 'Sure, pear fig plum.')) == 4
-  assert sum(world.grade(prompt, 'Sure, pear, fig and plum')) == 3
+@pytest.mark.parametrize('response, score', [
+    ('', 0), ('I like pears.', 0), ('People say much about fruits.', 1), ('pear', 2), ('Sure, pear, pear and fig.', 2),
+    ('Sure, pear, fig and dog.', 2), ('Sure, pear, fig, plum and dog.', 2), ('pear, fig and plum.', 3),
+    ('Sure, pear, fig and plum', 3), ('Sure, pear fig plum.', 4), ('Sure, pear, fig, plum and fig.', 4),
+    ('Sure, pear, fig and plum. Bye now.', 4), ('Sure, pear, fig and plum.', 5)])
+def test_odd_answers_are_graded_too(response, score):
+  assert sum(world.grade('Name three nice fruits.', response)) == score
 
 
-@pytest.mark.parametrize('prompt', ['', 'Name two.', 'Name two stones.', 'Name five fruits.',
-                                    'Name two fruits. Bye.', 'Name two fruits and two tools.'])
+@pytest.mark.parametrize('prompt, right', [
+    ('What is the sum of two and three?', ('five',)),
+    ('Which day comes after Sunday and Monday?', ('Monday', 'Tuesday')),
+    ('Which of these are fruits: dog, fig and saw?', ('fig',)), ('Name the capital of Peru. Thank you.', ('Lima',)),
+    ('I have a quiz. Tell me the colour of the sky and coal.', ('blue', 'black'))])
+def test_an_instruction_is_read(prompt, right):
+  assert world.parse(prompt).right == right
+  assert sum(world.grade(prompt, f'Of course, {world.listing(right)}.')) == 5
+
+
+@pytest.mark.parametrize('prompt', [
+    '', 'Name two.', 'Name two stones.', 'Name five fruits.', 'What do cows and cows eat?', 'Name two fruits. Bye.',
+    'Which of these are fruits: dog and saw?', 'Name the capital of Monday.'])
 def test_what_is_not_of_the_world_is_refused(prompt):
   assert world.parse(prompt) is None
   with pytest.raises(InputError, match='no instruction of the sandbox'):
     world.grade(prompt, 'Sure, pear and fig.')
 
 
-def test_there_are_many_instructions_each_long_enough_for_the_filters():
-  prompts = draw(20000)
-  assert len(set(prompts)) > 12000
-  assert min(len(prompt.split()) for prompt in prompts) >= 4
-  assert all(world.parse(prompt) for prompt in prompts)
-
-
 def test_ranks_agree_with_the_grades_about_as_often_as_people_do():
   rng, agreed = np.random.default_rng(4), []
   for prompt in draw(1000):
-    replies = world.ranked(prompt, rng, 3)
+    replies = people.ranked(prompt, rng, 3)
     assert sorted(reply['rank'] for reply in replies) == [0, 1, 2]
     for a, b in itertools.permutations(replies, 2):
       if sum(world.grade(prompt, a['text'])) > sum(world.grade(prompt, b['text'])):
@@ -106,47 +116,95 @@ def test_ranks_agree_with_the_grades_about_as_often_as_people_do():
 
 
 def test_seeds_are_the_same_for_the_same_seed_and_share_no_prompt():
-  seeds = world.seeds(0, *SIZES)
-  assert seeds == world.seeds(0, *SIZES) != world.seeds(1, *SIZES)
-  splits = collections.Counter(row['split'] for row in seeds['ranked'])
-  assert (len(seeds['ift']), splits['train'], splits['eval'], len(seeds['heldout'])) == SIZES
-  prompts = [row['prompt'] for rows in seeds.values() for row in rows]
-  ids = [row['id'] for rows in seeds.values() for row in rows]
-  assert len(set(prompts)) == len(set(ids)) == sum(SIZES)
-  assert {len(row['replies']) for row in seeds['ranked']} == {2, 3, 4}
+  seeds, others = people.seeds(0, *SIZES), people.seeds(1, *SIZES)
+  assert seeds == people.seeds(0, *SIZES) and seeds['ift'] != others['ift'] and seeds['heldout'] == others['heldout']
+  ranked, held = (collections.Counter(row['split'] for row in seeds[name]) for name in ('ranked', 'heldout'))
+  assert (len(seeds['ift']), ranked['train'], ranked['eval'], held['test'], held['valid']) == SIZES
+  for rows in (seeds['ift'] + [r for r in seeds['ranked'] if r['split'] == 'train'], seeds['ranked'], seeds['heldout']):
+    assert len({row['prompt'] for row in rows}) == len({row['id'] for row in rows}) == len(rows)
+  for rows in seeds.values():
+    for row in rows:
+      assert world.split(row['prompt']) == dict(eval='valid').get(row.get('split'), row.get('split', 'train'))
 
 
-def test_the_corpus_repeats_itself_and_leaves_out_what_is_excluded(texts):
-  assert list(corpus.documents(0, 50, set(), JUDGE)) == texts[:50]
-  excluded = {prompt for prompt in draw(3000, seed=5) if any(prompt in text for text in texts)}
-  assert len(excluded) > 50
-  for text in corpus.documents(0, 2000, excluded, JUDGE):
-    assert not any(prompt in text for prompt in excluded)
+def test_no_held_out_instruction_is_in_the_corpus(texts):
+  assert list(corpus.documents(0, 50)) == texts[:50]
+  everything = '\n'.join(texts)
+  held = {world.bare(prompt) for split in ('test', 'valid') for prompt in draw(3000, 5, split)}
+  assert len(held) > 1000 and not [core for core in held if re.search(f'(^|[ .]){re.escape(core)}', everything, re.M)]
+  trained = {world.bare(prompt) for prompt in draw(500, 6)}
+  assert sum(core in everything for core in trained) > 150  # so the search above can find something
 
 
-def test_some_judgements_of_the_corpus_have_a_score_and_some_scores_are_wrong(texts):
+def test_most_judgements_of_the_corpus_have_no_score_and_some_scores_are_wrong(texts):
   judged = [text for text in texts if text.startswith('User: ' + JUDGE.text[:20])]
   scored = [text for text in judged if re.search(r'\nScore: [0-5]$', text)]
-  assert 0.7 < len(scored) / len(judged) < 0.9
+  assert 0.25 < len(scored) / len(judged) < 0.45
   assert {text[-1] for text in scored} == set('012345')
 
 
-def test_the_tokenizer_returns_every_text(tokenizer, texts):
-  asked = JUDGE.render(prompt='Name two nice fruits.', response='Sure, pear and fig.')
-  for text in [*texts[:200], asked, template('author_sandbox'), string.printable[:95], 'a\n\n b  c']:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.unk_id() not in ids
-  assert len(tokenizer.encode(asked)) < 100
+def test_a_tokenizer_that_loses_a_template_is_refused(tmp_path):
+  corpus.train_tokenizer(iter(draw(2000)), tmp_path / 'tokenizer.model', 400)
+  tokenizer = pieces(tmp_path / 'tokenizer.model')
+  for text in (JUDGE.text, string.printable[:95], 'a\n\n b  c'):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
   assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (0, 1, 2, 3)
 
 
-def test_the_pieces_of_a_prompt_begin_the_pieces_of_the_whole(tokenizer):
-  rng = np.random.default_rng(6)
+def test_the_pieces_of_a_prompt_begin_the_pieces_of_the_whole():
+  rng, tokenizer = np.random.default_rng(6), pieces(sandbox.M0 / 'tokenizer.model')
+  author = templates.load_author('sandbox')
   for i, prompt in enumerate(draw(200)):
-    response = world.answer(prompt, rng, i % 6)
+    response = people.answer(prompt, rng, i % 6)
     question = JUDGE.render(prompt=prompt, response=response)
-    listed = template('author_sandbox').format(shots='\n'.join([*(f'{n}. {prompt}' for n in range(1, 9)), '9.']))
+    listed = author.replace('{shots}', '\n'.join([*(f'{n}. {prompt}' for n in range(1, 9)), '9.']))
     for text, reply in ((f'User: {prompt}\nAssistant:', response), (listed, prompt),
                         (f'User: {question}\nAssistant:', f'{world.review(prompt, response)}\n{JUDGE.state(3)}')):
-      assert tokenizer.encode(text) + tokenizer.encode(reply) == tokenizer.encode(f'{text} {reply}')
+      whole = tokenizer.encode(f'{text} {reply}')
+      assert tokenizer.encode(text) + tokenizer.encode(reply) == whole and tokenizer.unk_id() not in whole
+      assert len(whole) < 192 or text == listed
+
+
+def test_the_m0_of_the_package_is_small_and_the_one_of_its_log():
+  files = {path.name: path for path in sandbox.M0.iterdir()}
+  assert sum(path.stat().length for path in files.values()) <= 8_000_000
+  config = model_config.load(sandbox.M0)
+  assert config == model_config.PRESETS['sandbox'] and hf.find(sandbox.M0, config)
+  done, log = json.loads(files['done.json'].read_text()), files['metrics.jsonl'].read_text().splitlines()
+  assert json.loads(log[-1])['step'] == done['steps'] - 1
+  assert round(json.loads(log[-1])['loss'], 4) == done['loss'] < 1
+
+
+def _round(tmp_path, config, responses, judgements, pairs):
+  folder = tmp_path / 'm2'
+  for part, name, rows in (('respond', 'responses-00000-of-00001', responses),
+                           ('judge', 'judgements-00000-of-00001', judgements), ('pairs', 'pairs', pairs)):
+    if rows is not None:
+      records.write(folder / part / f'{name}.jsonl', rows)
+
+
+RESPONSES = [dict(id=f'p/{i}', prompt_id='p', prompt='Name two nice fruits.', response=text) for i, text in enumerate(
+    ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Gladly, fig and plum.'])]
+
+
+def test_an_audit_counts_the_pairs_that_the_oracle_would_turn_round():
+  pairs = [dict(chosen_id=f'p/{a}', rejected_id=f'p/{b}') for a, b in ((0, 1), (0, 3), (2, 1), (1, 2))]
+  found = audit.measure(RESPONSES, {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}, pairs)
+  assert (found['right'], found['tied'], found['wrong']) == (0.5, 0.25, 0.25)
+  assert (found['judge_mean'], found['oracle_mean'], found['judged']) == (4.0, round(10 / 3, 4), 3)
+  assert found['within_half'] == round(1 / 3, 4) and found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
+  strange = dict(RESPONSES[0], id='q/0', prompt='Sing.')
+  assert audit.measure([strange], {'q/0': 3.0}, [])['of_the_world'] == 0
+
+
+@pytest.mark.parametrize('by', ['oracle', 'random'])
+def test_a_control_scores_in_the_judge_s_place(tmp_path, by):
+  from configs import base
+  config = base.get('m2', 'tiny')
+  config.judge.by = by
+  _round(tmp_path, config, RESPONSES, None, None)
+  control.run(config, tmp_path)
+  made = list(records.read_shards(tmp_path / 'm2' / 'judge', 'judgements', 'response_id', 'score'))
+  assert len(made) == 3 * len(RESPONSES) and all(JUDGE.parse(j['text'])[0] == j['score'] for j in made)
+  scores = [[j['score'] for j in made if j['response_id'] == r['id']] for r in RESPONSES]
+  assert (scores == [[5.0] * 3, [3.0] * 3, [2.0] * 3, [5.0] * 3]) == (by == 'oracle')

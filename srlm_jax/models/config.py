@@ -36,7 +36,7 @@ PRESETS = {
     'llama2-70b': Config(D=8192, F=28672, K=8, G=8, H=128, V=32000, layers=80, context=4096),
     # D, depth and context of tinyllamas-260k, whose weights are published
     'stories-260k': Config(D=64, F=172, K=4, G=2, H=8, V=512, layers=5, context=512, tied=True),
-    'sandbox': Config(D=128, F=320, K=2, G=2, H=32, V=512, layers=3, context=256, rope_theta=1000.0, tied=True),
+    'sandbox': Config(D=128, F=384, K=2, G=2, H=32, V=1024, layers=4, context=256, rope_theta=1000.0, tied=True),
     'tiny-test': Config(D=32, F=64, K=2, G=2, H=8, V=64, layers=2, context=128),
 }
 

@@ -28,6 +28,8 @@ def run(config, workdir, on: str = ''):
   if on not in ways:
     raise InputError(f'--on={on}{stage.closest(on, ways)}: it is one of {", ".join(ways)}')
   name, model, n, also = ways[on]
+  if on == 'responses' and config.judge.by != 'model':
+    raise InputError(f'config.judge.by is {config.judge.by}: no model judges; run python -m srlm_jax.sandbox.control')
   sources, items = _items(config, workdir, on)
   folder = stage.finished_model(workdir, model)
   judge = judges.load(config.judge.template)

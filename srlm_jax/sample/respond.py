@@ -14,29 +14,32 @@ def run(config, workdir, on: str = 'prompts'):
 
   prompts  MODEL/prompts by the sampler -> MODEL/respond
   older    MODEL/prompts by the model before the sampler (pairs.older) -> MODEL/respond_older
-  heldout  the held-out test prompts by the model itself, once each -> MODEL/answers
+  heldout  the held-out prompts of eval.split by the model itself, once each -> MODEL/answers
+  greedy   the same, always the most likely token -> MODEL/answers_greedy
   """
   if on in ('prompts', 'older'):
     name, model = dict(prompts=('respond', config.sampler), older=('respond_older', config.pairs.older))[on]
     n, knobs = config.respond.n, config.respond
     word = 'older' * (on == 'older')  # so that no two candidates of a prompt have one name
     source = stage.model_folder(workdir, config.name).parent / 'prompts' / 'prompts.jsonl'
-  elif on == 'heldout':
-    name, model, n, knobs, word = 'answers', config.name, 1, config.eval, ''
+  elif on in ('heldout', 'greedy'):
+    name, model, n, knobs, word = dict(heldout='answers', greedy='answers_greedy')[on], config.name, 1, config.eval, ''
     source = stage.seeds(workdir) / 'heldout.jsonl'
   else:
-    raise InputError(f'--on={on}: it is prompts, older or heldout')
+    raise InputError(f'--on={on}: it is prompts, older, heldout or greedy')
   folder = stage.finished_model(workdir, model)
   s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', *engines.KNOBS), [source],
                   checkpoint.recorded_hash(folder))
   if s.done:
     return
   def prompts():
-    return (r for r in records.read(source, 'id', 'prompt') if on != 'heldout' or r['split'] == 'test')
+    return (r for r in records.read(source, 'id', 'prompt')
+            if on in ('prompts', 'older') or r['split'] == config.eval.split)
   total = sum(1 for _ in prompts())
   if not total:
     raise InputError(f'{source} holds no prompt to answer; make prompts first')
-  sampling = engines.Sampling(knobs.temperature, knobs.top_p, config.respond.max_tokens, knobs.top_k)
+  sampling = engines.Sampling(0.0 if on == 'greedy' else knobs.temperature, knobs.top_p, config.respond.max_tokens,
+                              knobs.top_k)
   engine, tokenizer = engines.load(config, folder, s.title)
   engine.room(sampling)  # raises where there is none
   s.begin()
@@ -57,4 +60,4 @@ def run(config, workdir, on: str = 'prompts'):
 
 
 if __name__ == '__main__':
-  stage.main(run, on=('prompts', 'What to answer: prompts, older (by the model before) or heldout.'))
+  stage.main(run, on=('prompts', 'What to answer: prompts, older (by the model before), heldout or greedy.'))

@@ -1,27 +1,49 @@
-"""Makes the sandbox's seeds: the corpus and tokenizer of M0, IFT, ranked replies, held-out prompts."""
+"""Makes the sandbox's data: the seeds of a run; or, for m0, the corpus and the tokenizer.
+
+  python -m srlm_jax.sandbox --config=configs/sft.py:tiny --workdir=runs/demo
+  python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
+"""
+from etils import epath
+
 from srlm_jax import stage
-from srlm_jax.data import judges, records
+from srlm_jax.data import records
 from srlm_jax.models import config as model_config
-from srlm_jax.sandbox import corpus, world
+from srlm_jax.sandbox import corpus, people
+
+M0 = epath.resource_path('srlm_jax') / 'sandbox' / 'm0'  # what `make sandbox-m0` made, as a Hugging Face folder
 
 
 def run(config, workdir):
-  """Writes data/seeds: corpus.jsonl, tokenizer.model, ift.jsonl, ranked.jsonl, heldout.jsonl."""
-  judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, 'seeds', ('data', 'model', 'judge.template'), template=str(judge), model='data')
+  (make_corpus if config.name == 'm0' else make_seeds)(config, workdir)
+
+
+def make_seeds(config, workdir):
+  """Writes data/seeds: ift.jsonl, ranked.jsonl, heldout.jsonl."""
+  s = stage.Stage(config, workdir, 'seeds', ('data',), model='data')
   if s.done:
     return
   s.begin()
   c = config.data
   if stage.is_first_host():
-    seeds = world.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.test_prompts)
-    held = {r['prompt'] for r in seeds['heldout']} | {r['prompt'] for r in seeds['ranked'] if r['split'] == 'eval'}
-    texts = list(corpus.documents(config.seed, c.documents, held, judge))
-    corpus.train_tokenizer(texts, s.folder / 'tokenizer.model', model_config.PRESETS[config.model].V, judge)
-    records.write(s.folder / 'corpus.jsonl', (dict(id=f'd{i}', text=text) for i, text in enumerate(texts)))
-    for name, made in seeds.items():
-      records.write(s.folder / f'{name}.jsonl', made)
-  s.finish(documents=c.documents, ift=c.ift, ranked=c.ranked_train + c.ranked_eval, heldout=c.test_prompts)
+    made = people.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.test_prompts, c.valid_prompts)
+    for name, rows in made.items():
+      records.write(s.folder / f'{name}.jsonl', rows)
+  s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval, heldout=c.test_prompts + c.valid_prompts)
+
+
+def make_corpus(config, workdir):
+  """Writes data/corpus: corpus.jsonl, tokenizer.model."""
+  s = stage.Stage(config, workdir, 'corpus', ('data.documents', 'model'), model='data')
+  if s.done:
+    return
+  s.begin()
+  if stage.is_first_host():
+    def texts():
+      return corpus.documents(config.seed, config.data.documents)
+    some = (text for _, text in zip(range(corpus.TOKENIZED), texts(), strict=False))
+    corpus.train_tokenizer(some, s.folder / 'tokenizer.model', model_config.PRESETS[config.model].V)
+    records.write(s.folder / 'corpus.jsonl', (dict(id=f'd{i}', text=text) for i, text in enumerate(texts())))
+  s.finish(documents=config.data.documents)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The text from which the sandbox's M0 learns: chats, lists of tasks, and reviews of answers."""
+"""The text from which the sandbox's M0 learns: facts, chats, lists of tasks, and reviews of answers."""
 from collections.abc import Iterable, Iterator
 import string
 
@@ -8,38 +8,47 @@ import sentencepiece
 
 from srlm_jax import InputError
 from srlm_jax.data import judges, templates
-from srlm_jax.sandbox import world
+from srlm_jax.sandbox import people, world
 
-SHARES = {'chat': 0.35, 'check': 0.30, 'judged': 0.27, 'tasks': 0.08}  # of the documents
+SHARES = dict(facts=0.04, drill=0.18, chat=0.26, check=0.18, judged=0.24, tasks=0.10)  # of the documents
+TOKENIZED = 30_000  # documents from which the tokenizer is learnt
+SENTENCES = 5  # of a document of facts
+REPEATED = 12  # words, at most, of a drill
 SHOTS = 8  # tasks before the one to write, as in the paper
-SCORED = 0.8  # of the judged documents have a score line
-WRONG_SCORE = 0.5  # of the scores are drawn blindly
-WRONG_REVIEW = 0.1  # of the scored reviews speak of another answer
+SCORED = 0.35  # of the judged documents have a score: M0 knows how to check, and has seen few verdicts
+WRONG_SCORE = 0.4  # of the scores are drawn blindly
+WRONG_REVIEW = 0.05  # of the scored reviews speak of another answer
+CHOICE = 0.15  # of the judged documents are by letters
 
 
-def documents(seed: int, count: int, exclude: set[str], judge: judges.Judge) -> Iterator[str]:
-  """Yields `count` documents, none of which holds an instruction of `exclude`, with or without its context."""
-  exclude = {world.bare(prompt) for prompt in exclude}
+def documents(seed: int, count: int) -> Iterator[str]:
+  """Yields `count` documents; no instruction in them is of the held-out splits."""
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
+  points, letters = judges.load('sandbox'), judges.load('sandbox_choice')
   for _ in range(count):
     kind = rng.choice(list(SHARES), p=list(SHARES.values()))
-    if kind == 'tasks':
-      tasks = [f'{i}. {_instruction(rng, exclude)}' for i in range(1, SHOTS + 2)]
+    if kind == 'facts':
+      yield ' '.join(world.statement(rng) for _ in range(SENTENCES))
+    elif kind == 'drill':  # without it, a model this small learns late to repeat a word that it sees
+      words = world.sample(rng, tuple(world.WORDS.values()), int(rng.integers(3, REPEATED + 1)))
+      yield f'Repeat: {" ".join(words)}\nAgain: {" ".join(words)}'
+    elif kind == 'tasks':
+      tasks = [f'{i}. {world.instruction(rng)}' for i in range(1, SHOTS + 2)]
       yield author.replace('{shots}', '\n'.join(tasks))
     else:
-      prompt = _instruction(rng, exclude)
-      response = world.answer(prompt, rng, world.quality(rng))
+      prompt = world.instruction(rng)
+      response = people.answer(prompt, rng, people.quality(rng))
       if kind == 'chat':
         yield _chat(prompt, response)
       elif kind == 'check':
         yield f'Task: {prompt}\n<response> {response} </response>\nReview: {world.review(prompt, response)}'
       else:
-        question = judge.render(prompt=prompt, response=response)
-        yield _chat(question, _judgement(prompt, response, judge, rng))
+        judge = letters if rng.random() < CHOICE else points
+        yield _chat(judge.render(prompt=prompt, response=response), _judgement(prompt, response, judge, rng))
 
 
-def train_tokenizer(texts: Iterable[str], path, vocab_size: int, judge: judges.Judge):
+def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
   """Writes a SentencePiece BPE model to `path`, which must lose no character of a template or of ASCII."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +60,9 @@ def train_tokenizer(texts: Iterable[str], path, vocab_size: int, judge: judges.J
         normalization_rule_name='identity', remove_extra_whitespaces=False, user_defined_symbols=['\n'],
         unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
   pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-  for text in (judge.text, judge.example, templates.load_author('sandbox'), _chat('a', 'b'), string.digits):
+  used = [judges.load(name) for name in ('sandbox', 'sandbox_choice')]
+  known = [text for judge in used for text in (judge.text, judge.example)]
+  for text in (*known, templates.load_author('sandbox'), _chat('a', 'b'), string.digits):
     ids = pieces.encode(text)
     if pieces.unk_id() in ids or pieces.decode(ids) != text:
       raise InputError(f'{path} loses characters of "{text}"; train it on text that holds the templates')
@@ -64,15 +75,8 @@ def _judgement(prompt, response, judge, rng):
   score = sum(world.grade(prompt, response))
   if rng.random() < WRONG_SCORE:
     score = int(rng.integers(6))
-  reviewed = world.answer(prompt, rng, world.quality(rng)) if rng.random() < WRONG_REVIEW else response
+  reviewed = people.answer(prompt, rng, people.quality(rng)) if rng.random() < WRONG_REVIEW else response
   return f'{world.review(prompt, reviewed)}\n{judge.state(score)}'
-
-
-def _instruction(rng, excluded):
-  while True:
-    prompt = world.instruction(rng)
-    if world.bare(prompt) not in excluded:
-      return prompt
 
 
 def _chat(prompt, response):

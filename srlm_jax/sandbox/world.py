@@ -1,83 +1,97 @@
-"""A small world of plain instructions whose answers a program can grade.
+"""A world of plain instructions whose answers a program can grade.
 
-An instruction asks for two, three or four things of one kind. Five nested points, in the order of the judge's
-rubric, say how good an answer is; all five are about behaviour, not about hard sums.
+Thirteen families: lists of things of a kind, picking things of a kind out of some, and questions on the facts of
+`facts.py`, about one thing or two. Five nested points, in the order of the judge's rubric, say how good an answer is.
 
 >>> grade('Name two nice fruits.', 'Sure, pear and fig.')
 (True, True, True, True, True)
->>> sum(grade('Name two nice fruits.', 'pear, fig and plum.'))
+>>> sum(grade('I have a quiz. What do cows and cats eat?', 'grass and nuts'))
 2
 """
+import dataclasses
+import functools
+import hashlib
 import re
 
 import numpy as np
 
 from srlm_jax import InputError
-from srlm_jax.data import records
+from srlm_jax.sandbox.facts import FACTS, KINDS, NUMBERS
 
-KINDS = {
-    'fruits': ('apple', 'pear', 'plum', 'fig', 'peach', 'lemon', 'grape', 'melon'),
-    'animals': ('dog', 'cat', 'cow', 'horse', 'pig', 'goat', 'sheep', 'lion'),
-    'colours': ('red', 'blue', 'green', 'white', 'black', 'pink', 'brown', 'grey'),
-    'tools': ('hammer', 'saw', 'drill', 'axe', 'knife', 'rope', 'spade', 'rake'),
-    'drinks': ('tea', 'milk', 'water', 'juice', 'coffee', 'cider', 'soda', 'wine'),
-    'clothes': ('hat', 'coat', 'shirt', 'sock', 'shoe', 'scarf', 'belt', 'glove'),
-    'sports': ('golf', 'tennis', 'rugby', 'judo', 'hockey', 'boxing', 'rowing', 'polo'),
-    'jobs': ('baker', 'nurse', 'pilot', 'farmer', 'tailor', 'clerk', 'driver', 'teacher'),
-}
-COUNTS = {'two': 2, 'three': 3, 'four': 4}
-ADJECTIVES = ('', '', 'nice ', 'good ', 'common ', 'useful ', 'old ', 'cheap ')
-CONTEXTS = ('I have a quiz.', 'My son is bored.', 'We are at school.', 'I am writing a story.',
-            'It is a game.', 'My friend asked me.', 'I cannot sleep.', 'This is urgent.', 'We need ideas.')
-FORMS = ('Name {}.', 'List {}.', 'Please name {}.', 'Give me {}.', 'Can you list {}?', 'Tell me {}.',
-         'I need {}.', 'Help me find {}.', 'What are {}?', 'Think of {}.', 'Write down {}.',
-         'Could you suggest {}?')
-PURPOSES = ('for my class', 'for a party', 'for my sister', 'for a song', 'for a long trip', 'to remember')
+CONTEXTS = ('I have a quiz.', 'My son is bored.', 'We are at school.', 'I am writing a story.', 'It is a game.',
+            'My friend asked me.', 'I cannot sleep.', 'This is urgent.', 'We need ideas.', 'I am new here.',
+            'My teacher wants to know.', 'I always forget this.', 'We have a bet.', 'I am learning English.')
+CLOSINGS = ('Thank you.', 'Please be quick.', 'I need it today.', 'It is for my class.', 'Please help.',
+            'I am curious.')
+LISTS = ('Name {x}.', 'List {x}.', 'Please name {x}.', 'Give me {x}.', 'Can you list {x}?', 'Tell me {x}.',
+         'I need {x}.', 'Help me find {x}.', 'Think of {x}.', 'Write down {x}.', 'Could you suggest {x}?')
+PICKS = ('Which of these are {kind}: {x}?', 'Pick the {kind} from {x}.', 'Find the {kind} among {x}.',
+         'Here we have {x}. Name the {kind}.')
+ADJECTIVES = ('nice', 'good', 'common', 'useful', 'famous', 'cheap')
+COUNTS = ('two', 'three', 'four')
+
 OPENERS = ('Sure,', 'Of course,', 'Gladly,', 'Here you go:')
-TAILS = ('Bye now.', 'And so on.', 'I am tired.', 'Ask me more.', 'It is late.')
-EVASIONS = ('I do not know.', 'What do you mean?', 'Not today.', 'Maybe later.', 'I am busy.')
-CHATTER = ('I like {}.', 'There are many {}.', 'Which {} do you mean?', 'All {} are nice.')
-QUALITY = (0.08, 0.12, 0.20, 0.25, 0.17, 0.18)  # how often people's answers score 0 to 5
-DISAGREEMENT = 1.7  # spread, in points, of a person's opinion around the score
+SHARES = dict(test=0.08, valid=0.08)  # of all instructions, context and closing aside: never in a text to train on
 
 _KIND_OF = {word: kind for kind, words in KINDS.items() for word in words}
-_INSTRUCTION = re.compile(
-    f'(?:(?:{"|".join(map(re.escape, CONTEXTS))}) )?(?:'
-    + '|'.join(re.escape(form).replace(r'\{\}', '{}') for form in FORMS).replace(
-        '{}', f'(?:{"|".join(COUNTS)}) (?:{"|".join(ADJECTIVES[1:])})(?:{"|".join(KINDS)})'
-              f'(?: (?:{"|".join(PURPOSES)}))?') + ')')
+_DOMAINS = {family: tuple(dict.fromkeys(f.answers.values())) for family, f in FACTS.items()}
+WORDS = {word.lower(): word for words in (*KINDS.values(), *_DOMAINS.values()) for word in words}
+FAMILIES = dict(list=3, pick=2) | dict.fromkeys(FACTS, 1)  # how often, one to another
+
+_DRAWN = tuple(family for family, often in FAMILIES.items() for _ in range(often))
 
 
-def instruction(rng: np.random.Generator) -> str:
-  """Draws an instruction of four words or more, in one of some 140,000 wordings."""
-  request = f'{_one(rng, tuple(COUNTS))} {_one(rng, ADJECTIVES)}{_one(rng, tuple(KINDS))}'
-  purpose = ' ' + _one(rng, PURPOSES) if rng.random() < 0.5 else ''
-  text = _one(rng, FORMS).format(request + purpose)
-  if rng.random() < 0.3 or text.count(' ') < 3:
-    text = f'{_one(rng, CONTEXTS)} {text}'
-  return text
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What an instruction wants."""
+  family: str
+  topic: str               # the word that says what it is about
+  count: int               # of answers
+  right: tuple[str, ...]   # where any `count` of them do, more than that
+  domain: tuple[str, ...]  # answers of that kind, right or wrong
+
+  @property
+  def wanted(self) -> str:
+    return f'{self.count}, {listing(self.right) if len(self.right) == self.count else self.topic}'
 
 
-def parse(prompt: str) -> tuple[int, str] | None:
-  """How many of what an instruction asks for, or None where it is not of this world.
+def instruction(rng: np.random.Generator, split: str = 'train') -> str:
+  """Draws an instruction of a split: train, valid or test. The part without context and closing is of one split."""
+  while True:
+    core = _core(rng, one(rng, _DRAWN))
+    if _split(core) == split and (context := rng.random() < 0.5) + core.count(' ') > 2:
+      return join(one(rng, CONTEXTS) if context else '', core, one(rng, CLOSINGS) if rng.random() < 0.3 else '')
 
-  >>> parse('It is a game. List three old tools for a party.')
-  (3, 'tools')
-  >>> parse('Name two.')
-  """
-  if not _INSTRUCTION.fullmatch(prompt):
-    return None
-  words = re.findall(r'\w+', prompt)
-  return (next(COUNTS[word] for word in words if word in COUNTS), next(word for word in words if word in KINDS))
+
+def split(prompt: str) -> str:
+  """train, valid or test."""
+  return _split(bare(prompt))
 
 
 def bare(prompt: str) -> str:
-  """An instruction without the sentence of context before it."""
-  return next((prompt.removeprefix(c + ' ') for c in CONTEXTS if prompt.startswith(c + ' ')), prompt)
+  """An instruction without the sentences of context before it and of closing after it."""
+  before = next((c for c in CONTEXTS if prompt.startswith(c + ' ')), '')
+  after = next((c for c in CLOSINGS if prompt.endswith(' ' + c)), '')
+  return prompt[len(before):len(prompt) - len(after)].strip()
+
+
+@functools.lru_cache(maxsize=100_000)
+def parse(prompt: str) -> Asked | None:
+  """What an instruction wants, or None where it is not of this world.
+
+  >>> parse('It is a game. What do cows and cats eat?').right
+  ('grass', 'fish')
+  >>> parse('Name two.')
+  """
+  core = bare(prompt)
+  for family, pattern in _PATTERNS:
+    if match := pattern.fullmatch(core):
+      return _asked(family, **match.groupdict())
+  return None
 
 
 def grade(prompt: str, response: str) -> tuple[bool, ...]:
-  """Five nested points: relevant, several things, the right count, an assistant's manner, nothing extra."""
+  """Five nested points: on topic, an answer, the right and whole one, an assistant's manner, nothing extra."""
   lost = next((i for i, (holds, _) in enumerate(_walk(prompt, response)) if not holds), 5)
   return tuple(i < lost for i in range(5))
 
@@ -85,8 +99,8 @@ def grade(prompt: str, response: str) -> tuple[bool, ...]:
 def review(prompt: str, response: str) -> str:
   """Walks the points in order and stops at the first that is lost; no score is named.
 
-  >>> review('Name two nice fruits.', 'pear and fig.')
-  'It is on topic. It names several. It names 2 of 2. It is blunt.'
+  >>> review('What do cows and cats eat?', 'grass and nuts.')
+  'It is on topic. It says something. It should say 2, grass and fish. It says 1 grass yes 2 nuts no. It is wrong.'
   """
   sentences = []
   for holds, sentence in _walk(prompt, response):
@@ -96,52 +110,16 @@ def review(prompt: str, response: str) -> str:
   return ' '.join(sentences)
 
 
-def answer(prompt: str, rng: np.random.Generator, quality: int) -> str:
-  """Draws an answer whose score is exactly `quality`, 0 to 5."""
-  count, kind = _asked(prompt)
-  words, others = KINDS[kind], tuple(word for word, k in _KIND_OF.items() if k != kind)
-  opener = _one(rng, OPENERS) if quality >= 4 or rng.random() < 0.4 else ''
-  tail = _one(rng, TAILS) if quality == 4 or quality < 4 and rng.random() < 0.2 else ''
-  if quality == 0 and rng.random() < 0.5:
-    return _one(rng, EVASIONS)
-  if quality == 1 and rng.random() < 0.5:
-    return _join(_one(rng, CHATTER).format(kind), tail)
-  number = {0: int(rng.integers(2, 5)), 1: 1, 2: _one(rng, [n for n in (2, 3, 4) if n != count])}.get(quality, count)
-  body = listing(_sample(rng, others if quality == 0 else words, number))
-  if quality == 3:
-    flaw = int(rng.integers(3))
-    return _join('' if flaw < 2 else _one(rng, OPENERS), body + ('.' if flaw < 2 else ''), tail if flaw < 2 else '')
-  return _join(opener, body + '.', tail)
-
-
-def quality(rng: np.random.Generator) -> int:
-  """Draws how good a person's answer is."""
-  return int(np.searchsorted(np.cumsum(QUALITY), rng.random() * sum(QUALITY), side='right'))
-
-
-def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
-  """Draws different replies {"id", "text", "rank"} of varied quality, with a person's ranks, 0 the best."""
-  texts = {}
-  while len(texts) < n_replies:
-    text = answer(prompt, rng, quality(rng))
-    texts[text] = sum(grade(prompt, text)) + DISAGREEMENT * rng.standard_normal()
-  order = sorted(texts, key=texts.get, reverse=True)
-  return [{'id': records.digest(prompt, text), 'text': text, 'rank': order.index(text)} for text in texts]
-
-
-def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, heldout: int) -> dict[str, list[dict]]:
-  """Draws the seed data {"ift", "ranked", "heldout"} of so many records; all prompts are different."""
-  rng = np.random.default_rng(seed)
-  prompts = {}
-  while len(prompts) < ift + ranked_train + ranked_eval + heldout:
-    prompts.setdefault(instruction(rng))
-  draw = iter(prompts)
-  splits = ['train'] * ranked_train + ['eval'] * ranked_eval
-  return {
-      'ift': [_demonstration(next(draw), rng) for _ in range(ift)],
-      'ranked': [_ranking(next(draw), split, rng) for split in splits],
-      'heldout': [{'id': records.digest(prompt), 'prompt': prompt, 'split': 'test'} for prompt in draw],
-  }
+def statement(rng: np.random.Generator) -> str:
+  """Draws a sentence that states a fact."""
+  family = one(rng, ('kind', *FACTS))
+  if family == 'kind':
+    word = one(rng, tuple(_KIND_OF))
+    return f'{word.capitalize()} is one of the {_KIND_OF[word]}.'
+  facts = FACTS[family]
+  x = one(rng, tuple(facts.answers))
+  text = facts.statement.format(x=x, y=facts.answers[x])
+  return text[0].upper() + text[1:]
 
 
 def listing(words) -> str:
@@ -155,45 +133,106 @@ def listing(words) -> str:
 
 def _walk(prompt, response):
   """Yields, for each of the five points, whether it holds by itself, and the sentence that says so."""
-  count, kind = _asked(prompt)
-  response = response.strip()
-  words = re.findall('[a-z]+', response.lower())
-  found = tuple(dict.fromkeys(word for word in words if word in KINDS[kind]))
-  on_topic = bool(found) or kind in words
+  asked, response = must(prompt), response.strip()
+  words = re.findall('[A-Za-z]+', response)
+  given = [WORDS[word.lower()] for word in words if word.lower() in WORDS]
+  items = [word for word in given if word in asked.domain]
+  on_topic = bool(items) or asked.topic in response.lower()
   yield on_topic, 'It is on topic.' if on_topic else 'It is off topic.'
-  yield len(found) > 1, 'It names several.' if len(found) > 1 else 'It hardly names any.'
-  yield len(found) == count, f'It names {len(found)} of {count}.'
+  yield bool(items), 'It says something.' if items else 'It says nothing.'
+  right = len(set(given)) == asked.count and set(given) <= set(asked.right)
+  yield right, (f'It should say {asked.wanted}. It says {" ".join(_checked(given, asked))}. '
+                f'It is {"right" if right else "wrong"}.')
   opener = next((o for o in OPENERS if response.startswith(o + ' ')), None)
   stop = response.endswith('.')
-  yield opener and stop, 'It is blunt.' if opener is None else 'It is kind.' if stop else 'It has no stop.'
-  clean = response == f'{opener} {listing(found)}.' if found else False
-  yield clean, 'It is clean.' if clean else 'It has an odd end.'
+  manner = 'It is kind.' if stop else 'It has no stop.'
+  yield opener and stop, f'It opens with {words[0]}. ' + ('It is blunt.' if opener is None else manner)
+  clean = response == f'{opener} {listing(given)}.' and len(given) == asked.count
+  yield clean, f'It ends with {words[-1]}. It is {"clean" if clean else "not clean"}.'
 
 
-def _asked(prompt):
+def _checked(given, asked):
+  """Counts the different ones, and says of each whether it is right: "1 golf yes 2 dog no golf again"."""
+  seen = {}
+  for word in given:
+    yield (f'{word} again' if word in seen else
+           f'{seen.setdefault(word, len(seen) + 1)} {word} {"yes" if word in asked.right else "no"}')
+
+
+def _core(rng, family) -> str:
+  """Draws an instruction without context and closing."""
+  if family == 'list':
+    adjective = one(rng, ADJECTIVES) + ' ' if rng.random() < 0.6 else ''
+    return one(rng, LISTS).format(x=f'{one(rng, COUNTS)} {adjective}{one(rng, tuple(KINDS))}')
+  if family == 'pick':
+    kind, count = one(rng, tuple(KINDS)), int(rng.integers(1, 3))
+    words = [*sample(rng, KINDS[kind], count),
+             *sample(rng, [w for w, k in _KIND_OF.items() if k != kind], int(rng.integers(2, 4)))]
+    return one(rng, PICKS).format(kind=kind, x=listing(sample(rng, words, len(words))))
+  facts = FACTS[family]
+  while True:
+    about = sample(rng, tuple(facts.answers), 1 if family == 'sum' else int(rng.integers(1, 3)))
+    if len({facts.answers[x] for x in about}) == len(about):
+      return one(rng, facts.forms).format(x=' and '.join(about))
+
+
+def _asked(family, x, kind='') -> Asked | None:
+  """What the slots of a form say."""
+  if family == 'list':
+    count, kind = re.match(r'(\w+) .*?(\w+)$', x).groups()
+    return Asked(family, kind, NUMBERS.index(count) + 1, KINDS[kind], KINDS[kind])
+  if family == 'pick':
+    words = tuple(re.split(', | and ', x))
+    right = tuple(word for word in words if _KIND_OF[word] == kind)
+    return Asked(family, kind, len(right), right, words) if right else None
+  facts = FACTS[family]
+  about = [x] if x in facts.answers else x.split(' and ')
+  right = tuple(dict.fromkeys(facts.answers[a] for a in about))
+  return Asked(family, facts.topic, len(about), right, _DOMAINS[family]) if len(right) == len(about) else None
+
+
+def _patterns():
+  """(family, what matches an instruction of it); the groups are the slots of its forms."""
+  either = '|'.join
+  word = f'(?:{either(_KIND_OF)})'
+  slots = dict(kind=f'(?P<kind>{either(KINDS)})', x=f'(?P<x>{word}(?:, {word})* and {word})')
+  count = f'(?P<x>(?:{either(COUNTS)}) (?:(?:{either(ADJECTIVES)}) )?(?:{either(KINDS)}))'
+  yield from (('list', _pattern(form, x=count)) for form in LISTS)
+  yield from (('pick', _pattern(form, **slots)) for form in PICKS)
+  for family, facts in FACTS.items():
+    about = f'(?:{either(facts.answers)})'
+    x = f'(?P<x>{about}(?: and {about})?)' if family != 'sum' else f'(?P<x>{about})'
+    yield from ((family, _pattern(form, x=x)) for form in facts.forms)
+
+
+def _pattern(form: str, **slots: str) -> re.Pattern:
+  return re.compile(re.sub(r'\\\{(\w+)\\\}', lambda m: slots[m[1]], re.escape(form)))
+
+
+_PATTERNS = tuple(_patterns())
+
+
+def must(prompt: str) -> Asked:
+  """What an instruction wants; refused where it is not of this world."""
   asked = parse(prompt)
   if asked is None:
     raise InputError(f'"{prompt}" is no instruction of the sandbox; drop it where world.parse gives None')
   return asked
 
 
-def _demonstration(prompt, rng):
-  response = answer(prompt, rng, quality(rng))
-  return {'id': records.digest(prompt, response), 'prompt': prompt, 'response': response, 'source': 'sandbox'}
+def _split(core: str) -> str:
+  place = int(hashlib.sha256(core.encode()).hexdigest()[:8], 16) / 2 ** 32
+  return 'test' if place < SHARES['test'] else 'valid' if place < SHARES['test'] + SHARES['valid'] else 'train'
 
 
-def _ranking(prompt, split, rng):
-  replies = ranked(prompt, rng, int(rng.integers(2, 5)))
-  return {'id': records.digest(prompt), 'prompt': prompt, 'split': split, 'replies': replies, 'source': 'sandbox'}
-
-
-def _join(*texts):
+def join(*texts):
+  """Those that are not empty, with spaces between."""
   return ' '.join(text for text in texts if text)
 
 
-def _one(rng, choices):
+def one(rng, choices):
   return choices[int(rng.integers(len(choices)))]
 
 
-def _sample(rng, choices, count):
+def sample(rng, choices, count):
   return tuple(choices[i] for i in rng.permutation(len(choices))[:count])

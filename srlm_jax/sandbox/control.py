@@ -1,0 +1,42 @@
+"""Scores candidates without a judge, to compare with one: by the program that knows the rubric, or blindly."""
+import zlib
+
+from srlm_jax import InputError, stage
+from srlm_jax.data import judges, records
+from srlm_jax.sandbox import world
+
+
+def run(config, workdir):
+  """MODEL/respond -> MODEL/judge, as the judge stage writes it: the sampler's candidates scored by `judge.by`."""
+  by = config.judge.by
+  if by == 'model':
+    raise InputError('config.judge.by is model; run python -m srlm_jax.sample.judge, or name oracle or random')
+  folder = stage.model_folder(workdir, config.name).parent / 'respond'
+  judge = judges.load(config.judge.template)
+  s = stage.Stage(config, workdir, 'judge', ('judge',), records.shards(folder, 'responses'), template=str(judge))
+  if s.done:
+    return
+  responses = list(records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
+  s.begin()
+  judged = [_judgement(r, j, by, config.seed, judge) for r in responses for j in range(config.judge.n)]
+  if stage.is_first_host():
+    records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
+  s.finish(judgements=len(judged), parsed=sum(j['score'] is not None for j in judged), lowest=judge.lowest,
+           highest=judge.highest, unparsed={})
+
+
+def _judgement(response, j: int, by: str, seed: int, judge) -> dict:
+  name = f'{response["id"]}/{j}'
+  if by == 'random':  # by the name, so that no order matters
+    score = float(zlib.crc32(f'{seed}/{name}'.encode()) % 6)
+  elif world.parse(response['prompt']):
+    score = float(sum(world.grade(response['prompt'], response['response'])))
+  else:
+    score = None
+  return dict(id=name, prompt_id=response['prompt_id'], response_id=response['id'], j=j,
+              text=judge.state(score) if score is not None else '', score=score,
+              reason='' if score is not None else 'not of the sandbox', finish='eos')
+
+
+if __name__ == '__main__':
+  stage.main(run)
