@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import ablations, base
-from srlm_jax import checkpoint, InputError, report, stage
+from srlm_jax import checkpoint, InputError, report, results, stage
 from srlm_jax.data import eft, health, judges, seeds, templates
 from srlm_jax.eval import agreement
 from srlm_jax.models import convert
@@ -53,8 +53,8 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 
     stopped = one_model(every[name], workdir)
     if stopped:
       break
-  rows = report.results(workdir, list(MODELS))
-  stage.say('\n' + report.text_table(rows))
+  rows = results.of_models(workdir, list(MODELS))
+  stage.say('\n' + results.text_table(rows))
   if stopped:
     stage.say(f'\n{name} was not trained: {stopped}')
   if stage.is_first_host():
@@ -62,7 +62,7 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 
     report.write(workdir, rows, stopped)
   if stage.Stage.begun == begun:
     stage.say(f'nothing to do: every stage of {workdir} was done before')
-  spent = report.seconds(workdir)
+  spent = results.seconds(workdir)
   stage.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in sorted(spent, key=spent.get, reverse=True)))
   stage.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
 

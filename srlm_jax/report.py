@@ -1,12 +1,10 @@
-"""What a run found: the table of all models, and one HTML page of tables, plots and samples.
+"""What a run found, as one HTML page of tables, plots and samples.
 
 `python -m srlm_jax.report --workdir=runs/demo` makes the page again from the files of the run.
 """
 import base64
 from collections import Counter
 import io
-import json
-import statistics
 
 from absl import flags
 from etils import epath
@@ -14,36 +12,9 @@ import jinja2
 import matplotlib
 from matplotlib import figure, ticker
 
-from srlm_jax import InputError
+from srlm_jax import InputError, results
 from srlm_jax.data import health, scores as scoring
 
-# Column of the table: (heading, stage, key of its JSON, digits).
-COLUMNS = (
-    ('oracle 0-5', 'oracle/oracle.json', 'score', 2),
-    ('+-', 'oracle/oracle.json', 'standard_error', 2),
-    ('greedy', 'oracle/oracle.json', 'greedy', 2),
-    ('gain', '', 'gain', 2),
-    ('of gain +-', '', 'gain_error', 2),
-    ('wins', '', 'wins', 2),
-    ('losses', '', 'losses', 2),
-    ('answer chars', 'oracle/oracle.json', 'characters', 1),
-    ('judge: pairwise', 'agreement/agreement.json', 'pairwise_accuracy', 3),
-    ('ties', 'agreement/agreement.json', 'ties', 3),
-    ('exact', 'agreement/agreement.json', 'exact_match', 3),
-    ('spearman', 'agreement/agreement.json', 'spearman', 3),
-    ('kendall', 'agreement/agreement.json', 'kendall_tau', 3),
-    ('parsed', 'agreement/agreement.json', 'parse_rate', 3),
-    ('pairs', 'pairs/done.json', 'pairs', 0),
-    ('right', 'audit/audit.json', 'right', 2),
-    ('wrong', 'audit/audit.json', 'wrong', 2),
-    ('judge mean', 'audit/audit.json', 'judge_mean', 2),
-    ('oracle mean', 'audit/audit.json', 'oracle_mean', 2),
-)
-ON_PAGE = ('exact', 'spearman', 'kendall')  # columns that the terminal's table is too narrow for
-MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
-DATA = ('prompts', 'respond', 'judge', 'pairs')
-STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implicit', 'meta_judge', 'health', 'audit',
-          'eft', 'model', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle')
 SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
 
 
@@ -59,54 +30,11 @@ def main(argv):
 
 def remake(workdir):
   """Writes report.html from the files of a run, finished or not; returns its path."""
-  rows, before = results(workdir, MODELS), _read(epath.Path(workdir) / 'results.json')
+  rows, before = results.of_models(workdir, results.MODELS), results.read(epath.Path(workdir) / 'results.json')
   if not rows:
     raise InputError(f'{workdir} holds no model; the loop makes them: python -m srlm_jax.loop --help')
   same = [r['model'] for r in before.get('models', ())] == [r['model'] for r in rows]  # else older
   return write(workdir, rows, before['stopped'] if same else '')
-
-
-def results(workdir, models: list[str]) -> list[dict]:
-  """One row a model that was trained: every column's number, None where the run has none."""
-  rows = []
-  for model in models:
-    folder = epath.Path(workdir) / model
-    if (folder / 'model' / 'done.json').exists() or model == 'm0' and (folder / 'model' / 'config.json').exists():
-      paired = compared(workdir, model, [r['model'] for r in rows])
-      numbers = {heading: (_read(folder / file) if file else paired).get(key) for heading, file, key, _ in COLUMNS}
-      rows.append(dict(model=model, **numbers))
-  return rows
-
-
-def compared(workdir, model: str, before: list[str]) -> dict:
-  """Graded answers of a model prompt by prompt: the mean gain over the model before it with its standard error, and the
-  shares of prompts on which it wins and loses against the SFT baseline; {} where there is nothing to compare."""
-  graded = {m: {r['prompt_id']: r['score'] for r in _lines(epath.Path(workdir) / m / 'oracle' / 'graded.jsonl')}
-            for m in (*before, model)}
-  mine, found = graded.pop(model), {}
-  if mine and before and (last := graded[before[-1]]):
-    gains = [mine[p] - last[p] for p in mine if p in last]
-    found = dict(gain=statistics.fmean(gains), gain_error=statistics.stdev(gains) / len(gains) ** 0.5)
-  if mine and (base := graded.get('sft')):
-    found |= dict(wins=statistics.fmean(mine[p] > base[p] for p in mine),
-                  losses=statistics.fmean(mine[p] < base[p] for p in mine))
-  return found
-
-
-def seconds(workdir) -> dict[str, float]:
-  """What every kind of stage took, of all models together."""
-  spent = Counter()
-  for owner in ('data', *MODELS):
-    for name in STAGES:
-      spent[name] += _read(epath.Path(workdir) / owner / name / 'done.json').get('seconds', 0)
-  return {name: taken for name, taken in spent.items() if taken >= 0.5}
-
-
-def text_table(rows: list[dict], but=ON_PAGE) -> str:
-  """The rows as aligned text; without the columns `but`, and those that have no number."""
-  lines = _cells(rows, but)
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
 def counts(dropped: dict) -> str:
@@ -122,27 +50,28 @@ def write(workdir, rows, stopped: str):
 def collect(workdir) -> dict:
   """All that the page shows, read from the files that are there."""
   workdir = epath.Path(workdir)
-  stages = {(owner, name): (_read(folder / 'manifest.json'), _read(folder / 'done.json'))
-            for owner in ('data', *MODELS) for name in STAGES
+  stages = {(owner, name): (results.read(folder / 'manifest.json'), results.read(folder / 'done.json'))
+            for owner in ('data', *results.MODELS) for name in results.STAGES
             if ((folder := workdir / owner / name) / 'manifest.json').exists()}
   parts = dict(
-      curves=lambda folder: _lines(folder / 'model' / 'metrics.jsonl'),
+      curves=lambda folder: results.lines(folder / 'model' / 'metrics.jsonl'),
       judged_eval=lambda folder: _shards(folder / 'judge_eval', 'judgements'),
       answers=lambda folder: {r['prompt_id']: r for r in _shards(folder / 'answers', 'responses')},
-      oracle=lambda folder: _read(folder / 'oracle' / 'oracle.json'),
-      graded=lambda folder: {r['prompt_id']: r['score'] for r in _lines(folder / 'oracle' / 'graded.jsonl')},
-      eft=lambda folder: _read(folder / 'eft' / 'done.json'))
+      oracle=lambda folder: results.read(folder / 'oracle' / 'oracle.json'),
+      graded=lambda folder: {r['prompt_id']: r['score'] for r in results.lines(folder / 'oracle' / 'graded.jsonl')},
+      eft=lambda folder: results.read(folder / 'eft' / 'done.json'))
   return dict(
-      workdir=workdir.name, size=_read(workdir / 'results.json').get('size', ''), stages=stages,
-      iterations=[_iteration(workdir / m, stages) for m in MODELS if any((m, n) in stages for n in DATA)],
-      **{part: {m: found for m in MODELS if (found := read(workdir / m))} for part, read in parts.items()})
+      workdir=workdir.name, size=results.read(workdir / 'results.json').get('size', ''), stages=stages,
+      iterations=[_iteration(workdir / m, stages) for m in results.MODELS
+                  if any((m, n) in stages for n in results.DATA)],
+      **{part: {m: found for m in results.MODELS if (found := read(workdir / m))} for part, read in parts.items()})
 
 
 def _iteration(folder, stages) -> dict:
   """What one model's data was made from: its records, and the counts of prompts and pairs."""
   manifest, prompts = stages.get((folder.name, 'prompts'), ({}, {}))
   if manifest and not prompts:  # killed, or at work
-    fates = Counter(a['dropped'] for a in _lines(folder / 'prompts' / 'attempts.jsonl'))
+    fates = Counter(a['dropped'] for a in results.lines(folder / 'prompts' / 'attempts.jsonl'))
     prompts = dict(wanted=manifest['config']['prompts']['count'], attempts=fates.total(),
                    prompts=fates.pop('', 0), dropped=fates)
   judgements = _shards(folder / 'judge', 'judgements')
@@ -153,7 +82,7 @@ def _iteration(folder, stages) -> dict:
               judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
               quorum=stages[folder.name, 'judge'][0]['config']['judge']['quorum'] if judgements else 0,
               shown=[(j, responses.get(j['response_id'])) for j in shown],
-              made=_read(folder / 'pairs' / 'done.json'), pairs=_lines(folder / 'pairs' / 'pairs.jsonl'))
+              made=results.read(folder / 'pairs' / 'done.json'), pairs=results.lines(folder / 'pairs' / 'pairs.jsonl'))
 
 
 def render(page: dict) -> str:
@@ -163,14 +92,14 @@ def render(page: dict) -> str:
   template = environment.from_string((epath.resource_path('srlm_jax') / 'report.html').read_text())
   made = {i['model']: yields(i) for i in page['iterations']}
   labels = dict.fromkeys(label for found in made.values() for label in found)  # in order, each once
-  return template.render(page, head=head(page), warnings=warnings(page), table=_cells(page['rows']),
-                         labels=labels, yields=made, plots=plots(page), names=STAGES, shown=SAMPLES)
+  return template.render(page, head=head(page), warnings=warnings(page), table=results.cells(page['rows']),
+                         labels=labels, yields=made, plots=plots(page), names=results.STAGES, shown=SAMPLES)
 
 
 def head(page: dict) -> list[str]:
   """What ran, which models there are, where it stopped and why: a few sentences."""
   made = [r['model'] for r in page['rows']]
-  missing = [m for m in MODELS[:MODELS.index('m4')] if m not in made]  # m4 is made where it is asked for
+  missing = [m for m in results.MODELS if m not in (*made, 'm4')]  # m4 is made where it is asked for
   configs = [manifest['config'] for manifest, _ in page['stages'].values()]
   model = next((c['model'] for c in configs if c.get('model')), '')
   size = f', size {page["size"]}' * bool(page['size']) + f', model {model}' * bool(model)
@@ -294,24 +223,8 @@ def _text(value) -> str:
   return '-' if value is None else value if isinstance(value, str) else f'{value:,}'
 
 
-def _cells(rows: list[dict], but=()) -> list[list[str]]:
-  shown = [(h, digits) for h, _, _, digits in COLUMNS if h not in but and any(r[h] is not None for r in rows)]
-  return [['model', *(heading for heading, _ in shown)], *(
-      [row['model'], *('-' if row[h] is None else f'{row[h]:.{d}f}' for h, d in shown)] for row in rows)]
-
-
 def _shards(folder, stem: str) -> list[dict]:
-  return [r for path in sorted(folder.glob(f'{stem}-*-of-*.jsonl')) for r in _lines(path)]
-
-
-def _lines(path) -> list[dict]:
-  """The whole lines of a file, without the one at which a kill cut it; none where there is no file."""
-  data = path.read_bytes() if path.exists() else b''
-  return [json.loads(line) for line in data.split(b'\n')[:-1] if line.strip()]
-
-
-def _read(path) -> dict:
-  return json.loads(path.read_text()) if path.exists() else {}
+  return [r for path in sorted(folder.glob(f'{stem}-*-of-*.jsonl')) for r in results.lines(path)]
 
 
 if __name__ == '__main__':

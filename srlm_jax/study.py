@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from configs import ablations, base
-from srlm_jax import InputError, loop, report, stage
+from srlm_jax import InputError, loop, results, stage
 from srlm_jax.data import records
 
 SHARED = ('data', 'm0', 'sft', 'm1')
@@ -50,7 +50,7 @@ def main(argv):
     if all(change.startswith('m2') for change in changes):
       take(folder / f'loop-{seed}', run)
     loop.run(f.size, run, f.m0, f.data, [*changes, f'seed={seed}'], f.last)
-  rows = table([report.results(run, list(loop.MODELS)) for run in runs], gains(runs, list(loop.MODELS)))
+  rows = table([results.of_models(run, list(loop.MODELS)) for run in runs], gains(runs, list(loop.MODELS)))
   stage.write_json(folder / f'{name}.json', dict(name=name, seeds=f.seeds, changes=changes, models=rows))
   stage.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n{folder / f"{name}.json"}')
 
@@ -71,20 +71,20 @@ def gains(runs, models: list[str]) -> dict[str, dict[str, list[float]]]:
               for p in graded[m][0]} for last, m in zip(names, names[1:], strict=False)}
 
 
-def table(results: list[list[dict]], gained) -> list[dict]:
+def table(runs: list[list[dict]], gained) -> list[dict]:
   """One row a model that all runs have: means over the runs; the gain over the model before, its standard error over
   prompts (each the mean of its runs), and the least and greatest gain of a run."""
   rows = []
-  for same in zip(*results, strict=False):
+  for same in zip(*runs, strict=False):
     row = dict(model=same[0]['model'])
     for heading, (column, _) in COLUMNS.items():
       values = [r[column] for r in same if r[column] is not None]
       row[heading] = statistics.fmean(values) if values else None
     if by_prompt := gained.get(row['model']):
       means = [statistics.fmean(values) for values in by_prompt.values()]
-      runs = [statistics.fmean(values) for values in zip(*by_prompt.values(), strict=True)]
+      by_run = [statistics.fmean(values) for values in zip(*by_prompt.values(), strict=True)]
       row |= dict(gain=statistics.fmean(means), gain_error=statistics.stdev(means) / len(means) ** 0.5,
-                  gain_least=min(runs), gain_most=max(runs))
+                  gain_least=min(by_run), gain_most=max(by_run))
     rows.append(row)
   return rows
 

@@ -17,6 +17,7 @@ from configs import ablations
 from srlm_jax import checkpoint, InputError, loop, metrics
 from srlm_jax.data import records
 from srlm_jax.sample import pairs
+from srlm_jax.sandbox import __main__ as sandbox
 
 
 def table(printed):
@@ -46,6 +47,7 @@ def test_every_stage_ran_the_parameters_that_it_should(demo):
   """The failure elsewhere: the base model answered and judged in every iteration."""
   workdir, _ = demo
   params = {m: checkpoint.recorded_hash(workdir / m / 'model') for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
+  assert params['m0'] == json.loads((sandbox.M0 / 'done.json').read_text())['params']  # of its training
   for folder, model in (('m1/judge', 'sft'), ('m1/model', 'm0'), ('sft/judge_eval', 'sft'), ('m1/answers', 'm1'),
                         ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),
                         ('m3/respond', 'm2'), ('m3/judge', 'm2'), ('m3/model', 'm2'), ('m3/judge_eval', 'm3')):

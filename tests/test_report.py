@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from srlm_jax import InputError, report
+from srlm_jax import InputError, report, results
 from srlm_jax.data import records
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
@@ -81,7 +81,7 @@ def workdir(tmp_path):
   data(tmp_path, 'm2')
   model(tmp_path, 'm2', 'dpo')
   data(tmp_path, 'm3')
-  rows = report.results(tmp_path, report.MODELS)
+  rows = results.of_models(tmp_path, results.MODELS)
   (tmp_path / 'results.json').write_text(json.dumps(dict(size='tiny', models=rows, stopped=STOPPED)))
   return tmp_path
 
@@ -107,7 +107,7 @@ def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir
   words = plain(page)
   assert f'm3 was not trained: {STOPPED}.' in words
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
-  for line in report.text_table(report.results(workdir, report.MODELS), ()).splitlines():
+  for line in results.text_table(results.of_models(workdir, results.MODELS), ()).splitlines():
     assert ' '.join(line.split()) in words
   assert '31 steps on 248 rows' in words
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
@@ -138,7 +138,7 @@ def test_model_text_is_escaped_and_the_page_needs_no_other_file(workdir):
   assert page == page_of(workdir)  # the same files, the same page
 
 
-@pytest.mark.parametrize('missing', [*report.STAGES, 'done.json', 'results.json', 'metrics.jsonl'])
+@pytest.mark.parametrize('missing', [*results.STAGES, 'done.json', 'results.json', 'metrics.jsonl'])
 def test_a_run_may_have_stopped_anywhere(workdir, undrawn, missing):
   for path in sorted(workdir.rglob(missing)):
     if path.name == 'model':  # a converted model has no more than this
@@ -204,4 +204,4 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
 
 def test_the_models_are_those_of_the_loop():
   source = pathlib.Path(report.__file__).with_name('loop.py').read_text()  # not imported: it loads all stages
-  assert report.MODELS == tuple(re.findall(r"(\w+)='", re.search(r'^MODELS = dict\((.*)\)', source, re.M)[1]))
+  assert results.MODELS == tuple(re.findall(r"(\w+)='", re.search(r'^MODELS = dict\((.*)\)', source, re.M)[1]))

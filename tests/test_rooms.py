@@ -45,7 +45,7 @@ def test_every_module_has_a_test_of_its_own():
   tested = {p.stem.removeprefix('test_') for p in (ROOT / 'tests').glob('test_*.py')}
   elsewhere = dict(attention='llama', hf='convert', scores='pairs', generate='llama', losses='losses', state='step',
                    world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
-                   control='sandbox', oracle='loop', respond='loop', judge='loop', metrics='loop',
+                   control='sandbox', results='report', oracle='loop', respond='loop', judge='loop', metrics='loop',
                    implicit='strategies', programs='engine')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):

@@ -50,9 +50,8 @@ def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
 
 
 def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, test: int, valid: int) -> dict[str, list[dict]]:
-  """Draws the seed data {"ift", "ranked", "heldout"} of so many records; all prompts are different.
-
-  Held-out prompts are the same for every seed: what models are compared on.
+  """Draws the seed data {"ift", "ranked", "heldout"} of so many records. The prompts to learn from are all different,
+  and those to measure on are of other splits and the same for every seed.
   """
   rng, fixed = np.random.default_rng(seed), np.random.default_rng(0)
   train = iter(_different(rng, 'train', ift + ranked_train))
