@@ -19,7 +19,8 @@ from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond
 from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
 from srlm_jax.train import __main__ as train
 
-MODELS = dict(m0='sandbox_m0', sft='sft', m1='iter1', m2='iter2', m3='iter3', m4='iter4')  # model: its file in configs/
+CONFIGS = ('sandbox_m0', 'sft', 'iter1', 'iter2', 'iter3', 'iter4')
+MODELS = dict(zip(results.MODELS, CONFIGS, strict=True))  # model: its file in configs/
 
 
 def define_flags():
@@ -53,7 +54,7 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 
     stopped = one_model(every[name], workdir)
     if stopped:
       break
-  rows = results.of_models(workdir, list(MODELS))
+  rows = results.of_models(workdir)
   stage.say('\n' + results.text_table(rows))
   if stopped:
     stage.say(f'\n{name} was not trained: {stopped}')

@@ -30,7 +30,7 @@ def main(argv):
 
 def remake(workdir):
   """Writes report.html from the files of a run, finished or not; returns its path."""
-  rows, before = results.of_models(workdir, results.MODELS), results.read(epath.Path(workdir) / 'results.json')
+  rows, before = results.of_models(workdir), results.read(epath.Path(workdir) / 'results.json')
   if not rows:
     raise InputError(f'{workdir} holds no model; the loop makes them: python -m srlm_jax.loop --help')
   same = [r['model'] for r in before.get('models', ())] == [r['model'] for r in rows]  # else older
@@ -58,7 +58,7 @@ def collect(workdir) -> dict:
       judged_eval=lambda folder: _shards(folder / 'judge_eval', 'judgements'),
       answers=lambda folder: {r['prompt_id']: r for r in _shards(folder / 'answers', 'responses')},
       oracle=lambda folder: results.read(folder / 'oracle' / 'oracle.json'),
-      graded=lambda folder: {r['prompt_id']: r['score'] for r in results.lines(folder / 'oracle' / 'graded.jsonl')},
+      graded=results.graded,
       eft=lambda folder: results.read(folder / 'eft' / 'done.json'))
   return dict(
       workdir=workdir.name, size=results.read(workdir / 'results.json').get('size', ''), stages=stages,

@@ -5,6 +5,8 @@ import statistics
 
 from etils import epath
 
+from srlm_jax.data import scores
+
 # Column of the table: (heading, stage, key of its JSON, digits).
 COLUMNS = (
     ('oracle 0-5', 'oracle/oracle.json', 'score', 2),
@@ -27,6 +29,7 @@ COLUMNS = (
     ('judge mean', 'audit/audit.json', 'judge_mean', 2),
     ('oracle mean', 'audit/audit.json', 'oracle_mean', 2),
 )
+DIGITS = {heading: digits for heading, _, _, digits in COLUMNS}
 ON_PAGE = ('exact', 'spearman', 'kendall')  # columns that the terminal's table is too narrow for
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 DATA = ('prompts', 'respond', 'judge', 'pairs')
@@ -34,29 +37,33 @@ STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implic
           'eft', 'model', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle')
 
 
-def of_models(workdir, models: list[str]) -> list[dict]:
+def of_models(workdir) -> list[dict]:
   """One row a model that was trained: every column's number, None where the run has none."""
-  rows = []
-  for model in models:
+  rows, last, base = [], {}, {}
+  for model in MODELS:
     folder = epath.Path(workdir) / model
     if (folder / 'model' / 'done.json').exists() or model == 'm0' and (folder / 'model' / 'config.json').exists():
-      paired = compared(workdir, model, [r['model'] for r in rows])
+      mine = graded(folder)
+      paired = compared(mine, last, base)
+      last, base = mine, mine if model == 'sft' else base
       numbers = {heading: (read(folder / file) if file else paired).get(key) for heading, file, key, _ in COLUMNS}
       rows.append(dict(model=model, **numbers))
   return rows
 
 
-def compared(workdir, model: str, before: list[str]) -> dict:
+def graded(folder) -> dict[str, float]:
+  """MODEL/oracle -> {prompt id: score of the sampled answer}; {} where there is none."""
+  return {r['prompt_id']: r['score'] for r in lines(folder / 'oracle' / 'graded.jsonl')}
+
+
+def compared(mine: dict[str, float], last: dict[str, float], base: dict[str, float]) -> dict:
   """Graded answers of a model prompt by prompt: the mean gain over the model before it with its standard error, and the
   shares of prompts on which it wins and loses against the SFT baseline; {} where there is nothing to compare."""
-  graded = {m: {r['prompt_id']: r['score'] for r in lines(epath.Path(workdir) / m / 'oracle' / 'graded.jsonl')}
-            for m in (*before, model)}
-  mine, found = graded.pop(model), {}
-  if mine and before and (last := graded[before[-1]]):
-    gains = [mine[p] - last[p] for p in mine if p in last]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
-    found = dict(gain=statistics.fmean(gains), gain_error=error)
-  if mine and (base := graded.get('sft')):
+  found = {}
+  if mine and last:
+    gains = [mine[p] - last[p] for p in mine]
+    found |= dict(gain=statistics.fmean(gains), gain_error=scores.standard_error(gains))
+  if mine and base:
     found |= dict(wins=statistics.fmean(mine[p] > base[p] for p in mine),
                   losses=statistics.fmean(mine[p] < base[p] for p in mine))
   return found
@@ -73,15 +80,24 @@ def seconds(workdir) -> dict[str, float]:
 
 def text_table(rows: list[dict], but=ON_PAGE) -> str:
   """The rows as aligned text; without the columns `but`, and those that have no number."""
-  lines = cells(rows, but)
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+  return aligned(cells(rows, but))
+
+
+def aligned(table: list[list[str]]) -> str:
+  """Rows of cells as lines of text, each column as wide as its widest cell."""
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table)
 
 
 def cells(rows: list[dict], but=()) -> list[list[str]]:
-  shown = [(h, digits) for h, _, _, digits in COLUMNS if h not in but and any(r[h] is not None for r in rows)]
-  return [['model', *(heading for heading, _ in shown)], *(
-      [row['model'], *('-' if row[h] is None else f'{row[h]:.{d}f}' for h, d in shown)] for row in rows)]
+  """The same as a heading and a row a model."""
+  shown = [h for h in DIGITS if h not in but and any(r[h] is not None for r in rows)]
+  return [['model', *shown], *([row['model'], *(number(row[h], h) for h in shown)] for row in rows)]
+
+
+def number(value: float | None, heading: str) -> str:
+  """A column's number with its digits."""
+  return '-' if value is None else f'{value:.{DIGITS[heading]}f}'
 
 
 def lines(path) -> list[dict]:

@@ -4,8 +4,11 @@
   python -m srlm_jax.study --workdir=runs/study --seeds=3 --ablation=oracle_judge
 
 The runs are WORKDIR/loop-0, loop-1, .., or WORKDIR/ABLATION-0, ..; those that are done are only read. A change of M2
-and later alone takes data, M0, SFT and M1 from the loop of the same seed, where that is there.
+and later alone takes data, M0, SFT and M1 from the loop of the same seed, where that is there; one more model
+(--last=m4 --name=fourth) takes all. Ends with a line for every study of the folder, each held against the loops of the
+same seeds.
 """
+import json
 import shutil
 import statistics
 
@@ -14,13 +17,12 @@ from etils import epath
 
 from configs import ablations, base
 from srlm_jax import InputError, loop, results, stage
-from srlm_jax.data import records
+from srlm_jax.data import scores
 
+LOOP = 'loop'  # the name of the runs without a change
 SHARED = ('data', 'm0', 'sft', 'm1')
-COLUMNS = {  # heading: (column of the loop's table, digits)
-    'oracle 0-5': ('oracle 0-5', 2), 'greedy': ('greedy', 2), 'wins': ('wins', 2), 'losses': ('losses', 2),
-    'chars': ('answer chars', 1), 'judge: pairwise': ('judge: pairwise', 3), 'pairs': ('pairs', 0),
-    'right': ('right', 2), 'wrong': ('wrong', 2), 'judge mean': ('judge mean', 2), 'oracle mean': ('oracle mean', 2)}
+COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'pairs', 'right', 'wrong',
+           'judge mean', 'oracle mean')  # of the loop's table
 
 
 def define_flags():
@@ -39,66 +41,89 @@ def main(argv):
   stage.refuse_arguments(argv)
   f = flags.FLAGS
   changes = [*ablations.changes(f.ablation, f.size), *f.set]
-  name = f.name or f.ablation or 'loop'
-  if changes and name == 'loop':
+  name = f.name or f.ablation or LOOP
+  if changes and name == LOOP:
     raise InputError('these runs differ from the loop; call them something else: --name=NAME')
   folder = epath.Path(f.workdir)
   stage.keep_compiled(folder)
   runs = [folder / f'{name}-{seed}' for seed in range(f.seeds)]
   for seed, run in enumerate(runs):
     stage.say(f'{run}:')
-    if all(change.startswith('m2') for change in changes):
-      take(folder / f'loop-{seed}', run)
+    if name != LOOP and all(change.startswith('m2') for change in changes):
+      take(folder / f'{LOOP}-{seed}', run, SHARED if changes else ('data', *results.MODELS))
     loop.run(f.size, run, f.m0, f.data, [*changes, f'seed={seed}'], f.last)
-  rows = table([results.of_models(run, list(loop.MODELS)) for run in runs], gains(runs, list(loop.MODELS)))
+  rows = table(runs, [folder / f'{LOOP}-{seed}' for seed in range(f.seeds)])
   stage.write_json(folder / f'{name}.json', dict(name=name, seeds=f.seeds, changes=changes, models=rows))
-  stage.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n{folder / f"{name}.json"}')
+  stage.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{folder / f"{name}.json"}')
 
 
-def take(source, run):
+def take(source, run, parts):
   """Copies what does not depend on the change, unless it is there; the stages check that it fits."""
-  for part in SHARED:
-    if source != run and (source / part).exists() and not (run / part).exists():
+  for part in parts:
+    if (source / part).exists() and not (run / part).exists():
       shutil.copytree(source / part, run / part)
 
 
-def gains(runs, models: list[str]) -> dict[str, dict[str, list[float]]]:
-  """{model: {prompt: by how much its answer is better than that of the model before, in each run}}."""
-  graded = {m: [{r['prompt_id']: r['score'] for r in records.read(run / m / 'oracle' / 'graded.jsonl')} for run in runs]
-            for m in models if all((run / m / 'oracle' / 'done.json').exists() for run in runs)}
-  names = list(graded)
-  return {m: {p: [after[p] - before[p] for before, after in zip(graded[last], graded[m], strict=True)]
-              for p in graded[m][0]} for last, m in zip(names, names[1:], strict=False)}
+def table(runs, loops) -> list[dict]:
+  """One row a model: means over the runs that trained it, how many they are, and how its answers differ from those of
+  the model before it (`gain`) and from those of the same model of the loops of the same seeds (`against`)."""
+  found = [{row['model']: row for row in results.of_models(run)} for run in runs]
+  made = [model for model in results.MODELS if any(model in rows for rows in found)]
+  return [dict(model=model, **means(model, found), gain=paired(runs, model, runs, last),
+               against=paired(runs, model, loops, model) if runs != loops else None)
+          for last, model in zip(['', *made], made, strict=False)]
 
 
-def table(runs: list[list[dict]], gained) -> list[dict]:
-  """One row a model that all runs have: means over the runs; the gain over the model before, its standard error over
-  prompts (each the mean of its runs), and the least and greatest gain of a run."""
-  rows = []
-  for same in zip(*runs, strict=False):
-    row = dict(model=same[0]['model'])
-    for heading, (column, _) in COLUMNS.items():
-      values = [r[column] for r in same if r[column] is not None]
-      row[heading] = statistics.fmean(values) if values else None
-    if by_prompt := gained.get(row['model']):
-      means = [statistics.fmean(values) for values in by_prompt.values()]
-      by_run = [statistics.fmean(values) for values in zip(*by_prompt.values(), strict=True)]
-      row |= dict(gain=statistics.fmean(means), gain_error=statistics.stdev(means) / len(means) ** 0.5,
-                  gain_least=min(by_run), gain_most=max(by_run))
-    rows.append(row)
-  return rows
+def means(model: str, found: list[dict[str, dict]]) -> dict:
+  rows = [of_run[model] for of_run in found if model in of_run]
+  values = {heading: [r[heading] for r in rows if r[heading] is not None] for heading in COLUMNS}
+  return dict(runs=len(rows), **{h: statistics.fmean(v) if v else None for h, v in values.items()})
+
+
+def paired(runs, model: str, others, other: str) -> dict | None:
+  """By how much the oracle's score of a model's answers is above that of another's, over the runs that have both: the
+  mean, its standard error over prompts (each the mean of its runs), the least and the greatest mean of a run."""
+  differences = []  # {prompt: difference} of each run
+  for run, against in zip(runs, others, strict=True):
+    mine, theirs = results.graded(run / model), results.graded(against / other) if other else {}
+    if mine and theirs:
+      differences.append({prompt: mine[prompt] - theirs[prompt] for prompt in mine})
+  if not differences:
+    return None
+  by_prompt = [statistics.fmean(run[prompt] for run in differences) for prompt in differences[0]]
+  by_run = [statistics.fmean(run.values()) for run in differences]
+  return dict(mean=statistics.fmean(by_prompt), error=scores.standard_error(by_prompt), least=min(by_run),
+              most=max(by_run))
 
 
 def text(rows: list[dict]) -> str:
   """Aligned for reading."""
-  lines = [['model', *COLUMNS, 'gain', '+-', 'runs']]
-  for row in rows:
-    gain = ([f'{row["gain"]:+.3f}', f'{row["gain_error"]:.3f}', f'{row["gain_least"]:+.2f} to {row["gain_most"]:+.2f}']
-            if 'gain' in row else ['-'] * 3)
-    cells = ['-' if row[h] is None else f'{row[h]:.{d}f}' for h, (_, d) in COLUMNS.items()]
-    lines.append([row['model'], *cells, *gain])
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+  return results.aligned([['model', 'runs', *COLUMNS, 'gain', '+-', 'of a run'], *(
+      [row['model'], str(row['runs']), *(results.number(row[h], h) for h in COLUMNS), *_difference(row['gain'])]
+      for row in rows)])
+
+
+def overview(folder) -> str:
+  """A line for every study of the folder, the loop's first: each model's score, and of the last the rest."""
+  studies = sorted((json.loads(path.read_text()) for path in folder.glob('*.json')),
+                   key=lambda made: (made['name'] != LOOP, made['name']))
+  models = results.MODELS[2:]
+  lines = [['study', 'seeds', *models, 'above the loop', '+-', 'of a run', 'wins', 'losses', 'pairs', 'right',
+            'judge: pairwise']]
+  for made in studies:
+    rows = {row['model']: row for row in made['models']}
+    last = made['models'][-1]
+    lines.append([made['name'], str(made['seeds']),
+                  *(results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models),
+                  *_difference(last['against']),
+                  *(results.number(last[h], h) for h in ('wins', 'losses', 'pairs', 'right', 'judge: pairwise'))])
+  return results.aligned(lines)
+
+
+def _difference(found: dict | None) -> list[str]:
+  if not found:
+    return ['-'] * 3
+  return [f'{found["mean"]:+.3f}', f'{found["error"]:.3f}', f'{found["least"]:+.2f} to {found["most"]:+.2f}']
 
 
 if __name__ == '__main__':

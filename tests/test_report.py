@@ -1,6 +1,5 @@
 """The page holds what the files hold, wherever the run stopped, and no text of a model becomes markup."""
 import json
-import pathlib
 import re
 import shutil
 import subprocess
@@ -81,7 +80,7 @@ def workdir(tmp_path):
   data(tmp_path, 'm2')
   model(tmp_path, 'm2', 'dpo')
   data(tmp_path, 'm3')
-  rows = results.of_models(tmp_path, results.MODELS)
+  rows = results.of_models(tmp_path)
   (tmp_path / 'results.json').write_text(json.dumps(dict(size='tiny', models=rows, stopped=STOPPED)))
   return tmp_path
 
@@ -107,7 +106,7 @@ def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir
   words = plain(page)
   assert f'm3 was not trained: {STOPPED}.' in words
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
-  for line in results.text_table(results.of_models(workdir, results.MODELS), ()).splitlines():
+  for line in results.text_table(results.of_models(workdir), ()).splitlines():
     assert ' '.join(line.split()) in words
   assert '31 steps on 248 rows' in words
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
@@ -200,8 +199,3 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
   assert not list(tmp_path.iterdir())
   with pytest.raises(InputError):
     report.remake(tmp_path / 'absent')
-
-
-def test_the_models_are_those_of_the_loop():
-  source = pathlib.Path(report.__file__).with_name('loop.py').read_text()  # not imported: it loads all stages
-  assert results.MODELS == tuple(re.findall(r"(\w+)='", re.search(r'^MODELS = dict\((.*)\)', source, re.M)[1]))

@@ -4,37 +4,54 @@ import json
 from conftest import CHANGES, main
 import pytest
 
-from srlm_jax import study
-from srlm_jax.data import records
+from srlm_jax import stage, study
+from srlm_jax.data import records, scores
 
 
-def graded(workdir, **scores):
-  for model, values in scores.items():
+def graded(workdir, **models):
+  for model, values in models.items():
+    (workdir / model / 'model').mkdir(parents=True)
+    stage.write_json(workdir / model / 'model' / 'done.json', {})
     records.write(workdir / model / 'oracle' / 'graded.jsonl',
                   (dict(prompt_id=f'p{i}', score=x) for i, x in enumerate(values)))
-    (workdir / model / 'oracle' / 'done.json').write_text('{}')
 
 
 def test_a_gain_is_paired_by_prompt_and_its_error_is_over_prompts(tmp_path):
-  graded(tmp_path / 'a', sft=[1, 2, 3], m1=[2, 2, 5])
-  graded(tmp_path / 'b', sft=[1, 1, 1], m1=[4, 1, 1])
-  gained = study.gains([tmp_path / 'a', tmp_path / 'b'], ['m0', 'sft', 'm1', 'm2'])
-  assert gained == dict(m1=dict(p0=[1, 3], p1=[0, 0], p2=[2, 0]))
-  empty = {heading: None for heading, _ in study.COLUMNS.values()}
-  results = [[dict(empty, model='sft'), dict(empty, model='m1', pairs=n)] for n in (10, 20)]
-  _, row = study.table(results, gained)
-  assert row['gain'] == 1 and row['gain_error'] == pytest.approx(1 / 3 ** 0.5) and row['pairs'] == 15
-  assert (row['gain_least'], row['gain_most']) == (1, 1)
-  assert '+1.000' in study.text([row]) and '+1.00 to +1.00' in study.text([row])
+  runs, loops = [tmp_path / 'a', tmp_path / 'b'], [tmp_path / 'c', tmp_path / 'd']
+  graded(runs[0], sft=[1, 2, 3], m1=[2, 2, 5])
+  graded(runs[1], sft=[1, 1, 1], m1=[5, 1, 1], m2=[1, 1, 3])
+  graded(loops[0], sft=[1, 2, 3], m1=[2, 2, 4])
+  sft, m1, m2 = study.table(runs, loops)
+  error = scores.standard_error
+  assert m1['gain'] == pytest.approx(dict(mean=7 / 6, error=error([2.5, 0, 1]), least=1, most=4 / 3))
+  assert sft['gain'] is None and sft['against'] == dict(mean=0, error=0, least=0, most=0)
+  assert m1['against'] == pytest.approx(dict.fromkeys(('mean', 'error', 'least', 'most'), 1 / 3))  # d has no M1
+  assert (m1['runs'], m2['runs']) == (2, 1) and m2['against'] is None
+  assert m2['gain'] == pytest.approx(dict(mean=-2 / 3, error=error([-4, 0, 2]), least=-2 / 3, most=-2 / 3))
+  assert (m1['wins'], m1['losses']) == (pytest.approx(1 / 2), 0)  # two prompts of the one run, one of the other
+  assert '+1.167' in study.text([sft, m1]) and '+1.00 to +1.33' in study.text([m1])
+  assert study.table(loops, loops)[1]['against'] is None
+
+
+def test_every_study_of_the_folder_has_a_line(tmp_path):
+  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, against=dict(mean=-0.5, error=0.1, least=-1, most=0))
+  stage.write_json(tmp_path / 'blind.json', dict(name='blind', seeds=3, models=[dict(row, model='m2', wins=0.25)]))
+  stage.write_json(tmp_path / 'loop.json', dict(name='loop', seeds=5, models=[dict(row, model='m1', against=None),
+                                                                            dict(row, model='m2', against=None)]))
+  _, first, second = study.overview(tmp_path).splitlines()
+  assert first.split()[:2] == ['loop', '5'] and second.split()[:2] == ['blind', '3']
+  assert '-0.500  0.100  -1.00 to +0.00  0.25' in second
 
 
 def test_what_does_not_depend_on_a_change_is_taken_once(tmp_path):
   (tmp_path / 'loop-0' / 'm1' / 'model').mkdir(parents=True)
+  (tmp_path / 'loop-0' / 'm2').mkdir()
   (tmp_path / 'blind-0' / 'm0').mkdir(parents=True)
   (tmp_path / 'loop-0' / 'm0').mkdir()
   (tmp_path / 'loop-0' / 'm0' / 'config.json').write_text('{}')
-  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0')
+  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', study.SHARED)
   assert (tmp_path / 'blind-0' / 'm1' / 'model').exists() and not any((tmp_path / 'blind-0' / 'm0').iterdir())
+  assert not (tmp_path / 'blind-0' / 'm2').exists()
 
 
 @pytest.mark.slow

@@ -27,6 +27,11 @@ def by_response(judgements: Iterable[dict], quorum: int) -> dict[str, Score]:
   return scores
 
 
+def standard_error(values: list[float]) -> float:
+  """Of the mean; 0 of a single value."""
+  return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def histogram(values: Iterable[float]) -> dict[str, int]:
   """How often each value occurs, rounded to a whole score.
 

@@ -3,6 +3,8 @@
   python -m srlm_jax.sandbox --config=configs/sft.py:tiny --workdir=runs/demo
   python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
 """
+import itertools
+
 from etils import epath
 
 from srlm_jax import stage
@@ -38,11 +40,10 @@ def make_corpus(config, workdir):
     return
   s.begin()
   if stage.is_first_host():
-    def texts():
-      return corpus.documents(config.seed, config.data.documents)
-    some = (text for _, text in zip(range(corpus.TOKENIZED), texts(), strict=False))
+    texts = corpus.documents(config.seed, config.data.documents)
+    records.write(s.folder / 'corpus.jsonl', (dict(id=f'd{i}', text=text) for i, text in enumerate(texts)))
+    some = (row['text'] for row in itertools.islice(records.read(s.folder / 'corpus.jsonl'), corpus.TOKENIZED))
     corpus.train_tokenizer(some, s.folder / 'tokenizer.model', model_config.PRESETS[config.model].V)
-    records.write(s.folder / 'corpus.jsonl', (dict(id=f'd{i}', text=text) for i, text in enumerate(texts())))
   s.finish(documents=config.data.documents)
 
 

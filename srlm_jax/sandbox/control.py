@@ -28,7 +28,7 @@ def run(config, workdir):
 def _judgement(response, j: int, by: str, seed: int, judge) -> dict:
   name = f'{response["id"]}/{j}'
   if by == 'random':  # by the name, so that no order matters
-    score = float(zlib.crc32(f'{seed}/{name}'.encode()) % 6)
+    score = float(judge.lowest + zlib.crc32(f'{seed}/{name}'.encode()) % (judge.highest - judge.lowest + 1))
   elif world.parse(response['prompt']):
     score = float(sum(world.grade(response['prompt'], response['response'])))
   else:

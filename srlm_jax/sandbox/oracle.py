@@ -20,7 +20,7 @@ def run(config, workdir):
   points = [world.grade(a['prompt'], a['response']) for a in answers]
   scores = [sum(p) for p in points]
   count = len(scores)
-  result = dict(score=statistics.fmean(scores), standard_error=standard_error(scores), prompts=count,
+  result = dict(score=statistics.fmean(scores), standard_error=scoring.standard_error(scores), prompts=count,
                 greedy=statistics.fmean(sum(world.grade(a['prompt'], a['response'])) for a in greedy),
                 points=[sum(p[i] for p in points) / count for i in range(5)],
                 characters=sum(len(a['response']) for a in answers) / count,
@@ -30,11 +30,6 @@ def run(config, workdir):
     records.write(s.folder / 'graded.jsonl', (dict(a, score=x) for a, x in zip(answers, scores, strict=True)))
   s.finish(score=round(result['score'], 3), standard_error=round(result['standard_error'], 3),
            greedy=round(result['greedy'], 3))
-
-
-def standard_error(values: list[float]) -> float:
-  """Of the mean; 0 of a single value."""
-  return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 if __name__ == '__main__':
