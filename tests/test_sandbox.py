@@ -61,9 +61,10 @@ def test_an_answer_has_the_quality_asked_for_and_the_points_are_nested():
 
 def test_people_write_answers_of_every_score_and_of_middling_quality():
   rng = np.random.default_rng(2)
-  counts = collections.Counter(people.quality(rng) for _ in range(5000))
-  assert min(counts[score] for score in range(6)) > 0.08 * 5000
-  assert 2.5 < sum(score * count for score, count in counts.items()) / 5000 < 3.3
+  for shares, least, lowest, highest in ((people.QUALITY, 0.08, 2.5, 3.3), (people.SEED_QUALITY, 0.05, 2.0, 2.7)):
+    counts = collections.Counter(people.quality(rng, shares) for _ in range(5000))
+    assert min(counts[score] for score in range(6)) > least * 5000
+    assert lowest < sum(score * count for score, count in counts.items()) / 5000 < highest
 
 
 def test_the_score_follows_from_the_review():

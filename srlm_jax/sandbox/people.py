@@ -11,6 +11,7 @@ TAILS = ('Bye now.', 'And so on.', 'I am tired.', 'Ask me more.', 'It is late.')
 EVASIONS = ('I do not know.', 'What do you mean?', 'Not today.', 'Maybe later.', 'I am busy.')
 CHATTER = ('You ask about {}.', 'I like to talk about {}.', 'Do you like {}?', 'People say much about {}.')
 QUALITY = (0.12, 0.13, 0.20, 0.22, 0.16, 0.17)  # how often people's answers score 0 to 5
+SEED_QUALITY = (0.14, 0.15, 0.25, 0.24, 0.15, 0.07)  # of IFT's: where the baseline is flawless, nothing can win
 DISAGREEMENT = 1.7  # spread, in points, of a person's opinion around the score
 
 
@@ -34,9 +35,9 @@ def answer(prompt: str, rng: np.random.Generator, quality: int) -> str:
   return join(opener, body + '.', tail)
 
 
-def quality(rng: np.random.Generator) -> int:
+def quality(rng: np.random.Generator, shares=QUALITY) -> int:
   """Draws how good a person's answer is."""
-  return int(np.searchsorted(np.cumsum(QUALITY), rng.random() * sum(QUALITY), side='right'))
+  return int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares), side='right'))
 
 
 def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
@@ -108,7 +109,7 @@ def _held_out(rng, split: str, count: int) -> list[str]:
 
 
 def _demonstration(prompt, rng):
-  response = answer(prompt, rng, quality(rng))
+  response = answer(prompt, rng, quality(rng, SEED_QUALITY))
   return {'id': records.digest(prompt, response), 'prompt': prompt, 'response': response, 'source': 'sandbox'}
 
 
