@@ -165,7 +165,8 @@ def _train() -> ConfigDict:
   t = ConfigDict()
   t.init = ''                 # the model that it starts from; DPO's reference too
   t.data = ('',)              # the files that it reads: corpus, ift, eft, positives (SFT); pairs, judge_pairs (DPO)
-  t.batch = 16                # examples or pairs a step, PAPER 3.1
+  t.batch = 16                # examples or pairs a step, PAPER 3.1; packed, on average
+  t.pack = True               # several examples a row; False: one each, padded
   t.accumulate = 1            # micro-batches a step: same result, fewer activations at a time
   t.epochs = 1.0              # passes over the data; not in the paper
   t.warmup = 0                # steps; not in the paper

@@ -1,75 +1,89 @@
+import collections
+
 import numpy as np
 import pytest
 
 from srlm_jax import InputError
-from srlm_jax.data import batches, tokenizer as tokenizers
+from srlm_jax.data import batches
+from srlm_jax.data.batches import Batches
+from srlm_jax.data.examples import Example
 
 
-@pytest.fixture(scope='module')
-def tokenizer(tokenizer_folder):
-  return tokenizers.load(tokenizer_folder)
+def draw(count, responses=1, seed=0, longest=40):
+  """Examples of varied length, most of them short, all tokens of each its number and 1."""
+  rng = np.random.default_rng(seed)
+  def size():
+    return int(np.clip(rng.lognormal(2, 0.8), 1, longest))
+  return [Example(f'e{i}', [i + 1] * size(), tuple([i + 1] * size() for _ in range(responses)), 0.5 + i / 100)
+          for i in range(count)]
 
 
-def example(name, prompt='Name a fruit.', response='pear'):
-  return dict(id=name, prompt=prompt, response=response)
+def test_a_row_of_a_prompt_and_a_pair_and_another_by_hand():
+  row = batches.layout([Example('a', [1, 2], ([3], [4, 5])), Example('b', [6], ([7], [8]))])
+  assert row == dict(
+      tokens=[1, 2, 3, 4, 5, 6, 7, 8],
+      positions=[0, 1, 2, 2, 3, 0, 1, 1],  # rejected goes on where the prompt ends
+      segments=[1, 1, 1, 2, 2, 3, 3, 4],
+      shared=[2, 2, 0, 0, 0, 4, 0, 0],
+      at=[1, 1, 3, 5, 5], label=[3, 4, 5, 7, 8], response=[0, 1, 1, 2, 3])
 
 
-def pair(name, chosen='pear', rejected='fig plum', **finish):
-  return dict(id=name, prompt='Name a fruit.', chosen=chosen, rejected=rejected, **dict(
-      dict(chosen_finish='eos', rejected_finish='eos'), **finish))
+def test_rows_of_single_responses_by_hand():
+  row = batches.layout([Example('a', [1, 2], ([3, 4],)), Example('b', [5], ([6],))])
+  assert row['segments'] == [1, 1, 1, 1, 2, 2] and row['shared'] == [0] * 6
+  assert row['at'] == [1, 2, 4] and row['label'] == [3, 4, 6] and row['response'] == [0, 0, 1]
 
 
-def counted(rows, tokenizer, *where):
-  """The tokens that the loss counts."""
-  return rows.tokens[where][rows.loss_mask[where] == 1].tolist()
+def test_a_batch_holds_the_rows_and_nothing_else():
+  examples = draw(20, responses=2)
+  made = Batches(examples, 4, 1, 0, 128)
+  for step in range(len(made)):
+    batch, ids = made.at(step), made.ids(step)
+    assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype.name) for name, x in made.at(0).items()}  # so it compiles once
+    mine = [e for e in examples if e.id in ids]
+    assert (batch['segments'] > 0).sum() == sum(map(len, mine))
+    assert (batch['response'] >= 0).sum() == sum(len(r) for e in mine for r in e.responses)
+    assert batch['pair'].sum() == len(ids)
+    assert sorted(batch['confidence'][batch['pair'] == 1]) == pytest.approx(sorted(e.confidence for e in mine))
+    assert not batch['tokens'][batch['segments'] == 0].any()
+    for b, n in zip(*np.nonzero(batch['pair']), strict=True):  # a pair's responses are its own
+      own = batch['label'][b][np.isin(batch['response'][b], (2 * n, 2 * n + 1))]
+      (number,) = set(own.tolist())
+      assert len(own) == sum(map(len, examples[number - 1].responses))
 
 
-def test_the_loss_is_on_the_response_and_its_eos_alone(tokenizer):
-  rows = batches.sft([example('a'), example('b', response='pear fig plum')], tokenizer, 'plain', 64)
-  assert rows.tokens.shape == (2, 32) and rows.tokens[0, 0] == tokenizer.bos_id
-  assert counted(rows, tokenizer, 0)[-1] == tokenizer.eos_ids[0]
-  assert tokenizer.decode(counted(rows, tokenizer, 0)).strip() == 'pear'
-  start = rows.loss_mask[0].argmax()
-  assert tokenizer.decode(rows.tokens[0, :start].tolist()) == 'User: Name a fruit.\nAssistant:'
+@pytest.mark.parametrize('pack', [0, 256])
+def test_every_pass_sees_every_example_once_in_another_order(pack):
+  examples = draw(96)
+  made = Batches(examples, 8, 2, 3, pack)
+  seen = [name for step in range(len(made)) for name in made.ids(step)]
+  assert collections.Counter(seen) == {e.id: 2 for e in examples} and made.seen == 192
+  if not pack:
+    assert set(seen[:96]) == set(seen[96:]) == {e.id for e in examples} and seen[:96] != seen[96:]
+    assert len(made) == 24
+  again = Batches(examples, 8, 2, 3, pack)
+  assert [again.ids(s) for s in range(len(again))] == [made.ids(s) for s in range(len(made))]
+  assert Batches(examples, 8, 2, 4, pack).ids(0) != made.ids(0)
 
 
-def test_a_response_cut_by_length_has_no_eos(tokenizer):
-  rows = batches.dpo([pair('a', rejected_finish='length')], tokenizer, 'plain', 64)
-  assert rows.tokens.shape[:2] == (1, 2)
-  assert counted(rows, tokenizer, 0, 0)[-1] == tokenizer.eos_ids[0] != counted(rows, tokenizer, 0, 1)[-1]
+def test_a_packed_step_holds_the_batch_on_average_and_little_else():
+  made = Batches(draw(2000), 64, 1, 0, 256)
+  assert made.real > 0.9
+  assert made.seen / (len(made) - 1) == pytest.approx(64, rel=0.1)
+  assert made.width <= 256 and Batches(draw(2000), 64, 1, 0).real < 0.5  # a row for each
 
 
-def test_a_corpus_fills_its_rows(tokenizer):
-  rows = batches.corpus([dict(id=str(i), text='pear fig plum') for i in range(30)], tokenizer, 32)
-  assert rows.loss_mask.all() and rows.tokens.shape[1] == 32
-  assert tokenizer.decode(rows.tokens[0].tolist()).startswith('pear fig plum')
-  with pytest.raises(InputError, match='fewer than one row'):
-    batches.corpus([dict(id='a', text='pear')], tokenizer, 32)
+def test_rows_are_a_multiple_of_what_divides_them_and_a_step_is_no_larger_for_it():
+  made = Batches(draw(200), 16, 1, 0, 256, parts=8)
+  assert made.rows == 8 and made.seen / (len(made) - 1) == pytest.approx(16, rel=0.25)
+  long = Batches([*draw(200), Example('long', [1], ([1] * 400,))], 16, 1, 0, 256, parts=8)
+  assert long.width >= 401 and max(len(long.ids(s)) for s in range(len(long))) == 16
+  with pytest.raises(InputError, match=r'config.train.batch = 12 rows do not divide by 8'):
+    Batches(draw(200), 12, 1, 0, parts=8)
 
 
-def test_what_is_too_long_or_empty_is_dropped_and_counted(tokenizer):
-  examples = [example('a'), example('b', response='pear ' * 60), example('c', response=' ')]
-  rows = batches.sft(examples, tokenizer, 'plain', 64)
-  assert rows.ids == ['a'] and rows.dropped == {'longer than 64 tokens': 1, 'empty response': 1}
-
-
-def test_rows_that_cannot_be_are_refused(tokenizer):
-  with pytest.raises(InputError, match='no example is left to train on: 1 empty response'):
-    batches.sft([example('a', response='')], tokenizer, 'plain', 64)
-  with pytest.raises(InputError, match='the files are empty'):
-    batches.dpo([], tokenizer, 'plain', 64)
-  with pytest.raises(InputError, match='pair a: chosen and rejected are the same text'):
-    batches.dpo([pair('a', rejected='pear ')], tokenizer, 'plain', 64)
-  with pytest.raises(InputError, match='two training records have the id a'):
-    batches.sft([example('a'), example('a')], tokenizer, 'plain', 64)
-
-
-def test_every_pass_sees_every_row_once_in_another_order_and_any_step_can_be_asked_for(tokenizer):
-  rows = batches.sft([example(str(i), response=f'{i // 4} {i % 4}') for i in range(10)], tokenizer, 'plain', 64)
-  def seen(step):
-    return [int(np.flatnonzero((rows.tokens == t).all(-1))[0]) for t in rows.at(step, 5, seed=3)['tokens']]
-  first, second = seen(0) + seen(1), seen(2) + seen(3)
-  assert sorted(first) == sorted(second) == list(range(10)) and first != second
-  assert seen(2) == seen(2)
-  across = batches.Rows(rows.ids[:7], rows.tokens[:7], rows.loss_mask[:7], {}).at(1, 5, seed=3)
-  assert across['tokens'].shape == (5, 32)  # a batch across the seam of two passes
+def test_what_has_no_room_is_not_forgotten_at_the_end():
+  examples = [Example(f'e{i}', [1], ([1] * 60,)) for i in range(7)]
+  made = Batches(examples, 2, 1, 0, 64)
+  assert made.rows == 2 and [len(made.ids(s)) for s in range(len(made))] == [2, 2, 2, 2]

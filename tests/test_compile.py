@@ -8,6 +8,8 @@ import pytest
 
 from configs import base
 from srlm_jax import checkpoint, sharding
+from srlm_jax.data.batches import Batches
+from srlm_jax.data.examples import Example
 from srlm_jax.models import attention, cache as caches, llama
 from srlm_jax.models.config import PRESETS
 from srlm_jax.sample import programs
@@ -19,6 +21,7 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
   c = base.get('m2', '70b').train
   mesh = make_mesh(2, 2, 2)
   config = dataclasses.replace(PRESETS['llama2-70b'], dtype=c.dtype, dropout=c.dropout)
+  made = Batches([Example(f'e{i}', [1] * 128, ([2] * 96, [3] * 96)) for i in range(16)], 16, 1, 0, 640, parts=4)
   with jax.set_mesh(mesh):
     params = llama.abstract_params(config)
     tx = train_state.optimizer(c, 100)
@@ -26,9 +29,7 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                          sharding.shardings(state, mesh))
     reference = checkpoint.abstract_on(mesh, params, c.dtype)
-    batch = {k: jax.ShapeDtypeStruct((16, 2, 512), jnp.int32, sharding=sharding.named(mesh, 'BTT'))
-             for k in ('tokens', 'loss_mask')}
-    batch['confidence'] = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=sharding.named(mesh, 'B'))
+    batch = {k: shape(mesh, 'BT', *x.shape, dtype=x.dtype) for k, x in made.at(0).items()}
     step = train_step.make(llama.Llama(config, remat=c.remat), tx, c, state)
     compiled = step.lower(state, reference, batch, jax.random.key(0)).compile()
   memory = compiled.memory_analysis()

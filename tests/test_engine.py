@@ -12,11 +12,13 @@ import pytest
 from configs import base
 from srlm_jax import checkpoint, InputError, sharding
 from srlm_jax.data import records
+from srlm_jax.data.batches import Batches
+from srlm_jax.data.examples import Example
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 from srlm_jax.sample import engine as engines, programs
 from srlm_jax.sample.engine import Request, Sampling
-from srlm_jax.train import losses
+from srlm_jax.train import step as train_step
 
 TINY = PRESETS['tiny-test']
 GREEDY, WARM = Sampling(0.0, 1.0, 12), Sampling(1.0, 1.0, 12)
@@ -51,11 +53,9 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass_for_ragged_prompt
 def test_log_probs_at_temperature_1_are_the_trainer_s(mesh):
   engine, params = make()
   for request, result in zip(RAGGED, run(engine, RAGGED, WARM), strict=True):
-    row = [*request.ids, *result.ids]
-    tokens = jnp.asarray([row + [0] * (32 - len(row))])
-    mask = jnp.asarray([[0] * len(request.ids) + [1] * len(result.ids) + [0] * (32 - len(row))])
-    logps = jax.jit(losses.token_logps)(forward(llama.Llama(TINY), params, tokens)[0], tokens, mask)
-    np.testing.assert_allclose(result.logps, logps[0, len(request.ids):len(row)], atol=1e-4)
+    example = Example('', request.ids, (result.ids,))
+    logps = train_step.logps(llama.Llama(TINY), params, Batches([example], 1, 1, 0).at(0))
+    np.testing.assert_allclose(result.logps, logps[0, :len(result.ids)], atol=1e-4)
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])

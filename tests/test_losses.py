@@ -5,15 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax.train import losses
+from srlm_jax.data import batches
+from srlm_jax.data.examples import Example
+from srlm_jax.models import vocab
+from srlm_jax.train import losses, step as train_step
 
 
 def test_sft_by_hand_on_three_tokens(mesh):
   # Row: bos, prompt token 1, response tokens 2 and 0. Column t of the logits predicts token t + 1.
   logits = jnp.log(jnp.asarray([[[.2, .5, .3], [.1, .2, .7], [.6, .3, .1], [.9, .05, .05]]]))
-  tokens, mask = jnp.asarray([[0, 1, 2, 0]]), jnp.asarray([[0, 0, 1, 1]])
-  logps = losses.token_logps(logits, tokens, mask)
-  np.testing.assert_allclose(logps, [[0, 0, math.log(.7), math.log(.6)]], rtol=1e-5)  # shifted, prompt masked
+  row = batches.layout([Example('', [0, 1], ([2, 0],))])
+  logps = vocab.logps(logits[:, jnp.asarray(row['at'])], jnp.eye(3), jnp.asarray([row['label']]))
+  np.testing.assert_allclose(logps, [[math.log(.7), math.log(.6)]], rtol=1e-5)  # shifted, without the prompt
   assert float(losses.sft_loss(logps)) == pytest.approx(-math.log(.7) - math.log(.6), rel=1e-5)
 
 
@@ -40,6 +43,12 @@ def test_dpo_takes_sums_not_means():
   """Two tokens of log-prob -1 each weigh twice one of -1."""
   one, two = (losses.dpo_loss(jnp.asarray([x]), *(jnp.zeros(1),) * 3, 1.0, 1.0)[1] for x in (-1., -2.))
   assert float(two[0]) == 2 * float(one[0])
+
+
+def test_log_probs_are_summed_by_response_and_pair():
+  batch = dict(response=jnp.asarray([[0, 0, 1, 2, 3, -1]]), pair=jnp.asarray([[1, 1, 0]]))
+  sums = train_step.response_logps(jnp.asarray([[-1., -2., -4., -8., -16., 0.]]), batch)
+  np.testing.assert_array_equal(sums, [[[-3, -4], [-8, -16], [0, 0]]])
 
 
 def test_confidence_mixes_the_losses_of_both_orders():

@@ -1,4 +1,6 @@
+"""The step on every mesh; packed rows against rows of one example; shared prompts against repeated ones."""
 import dataclasses
+import functools
 import math
 
 from conftest import init, make_mesh
@@ -9,34 +11,43 @@ import pytest
 
 from configs import base
 from srlm_jax import sharding
-from srlm_jax.models import llama
+from srlm_jax.data.batches import Batches
+from srlm_jax.data.examples import Example
+from srlm_jax.models import attention, llama, vocab
 from srlm_jax.models.config import PRESETS
 from srlm_jax.train import state as train_state, step as train_step
 
 TINY = PRESETS['tiny-test']
+WIDE = dataclasses.replace(TINY, K=8)  # a head for each of eight chips
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
 def knobs(loss, **changes):
   config = base.dpo() if loss == 'dpo' else base.sft()
-  config.update(batch=8, dropout=0.0, learning_rate=1e-3, learning_rate_end=1e-3, **changes)
+  config.update(batch=16, dropout=0.0, learning_rate=1e-3, learning_rate_end=1e-3, **changes)
   return config
 
 
-def rows(loss):
-  rng = np.random.default_rng(0)
-  shape = (8, 2, 16) if loss == 'dpo' else (8, 16)
-  lengths = rng.integers(6, 16, shape[:-1])
-  mask = (np.arange(16) >= 4) & (np.arange(16) < lengths[..., None])
-  tokens = rng.integers(1, TINY.V, shape) * (np.arange(16) < lengths[..., None])
-  batch = dict(tokens=tokens.astype(np.int32), loss_mask=mask.astype(np.int32))
-  return dict(batch, confidence=np.ones(8, np.float32)) if loss == 'dpo' else batch
+def draw(loss, count=16, seed=0):
+  rng = np.random.default_rng(seed)
+  def tokens():
+    return rng.integers(1, TINY.V, int(rng.integers(2, 8))).tolist()
+  return [Example(f'e{i}', tokens(), tuple(tokens() for _ in range(1 + (loss == 'dpo')))) for i in range(count)]
+
+
+def rows(loss, width=32, parts=8):
+  """All of draw's examples in one batch."""
+  made = Batches(draw(loss), 16, 1, 0, width, parts, multiple=8)
+  batch = made.at(0)
+  assert len(made) == 1 and (not width or (batch['segments'].max(1) > 1 + (loss == 'dpo')).any())
+  return batch
 
 
 def train(shape, config, steps=2, model_config=TINY):
   """Metrics of each step and the last parameters, from the same start on any mesh."""
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
-    params = jax.tree.map(np.asarray, init(TINY))
+    params = jax.tree.map(np.asarray, init(model_config))
     place = sharding.shardings(params, mesh)
     tx = train_state.optimizer(config, 10)
     abstract = jax.eval_shape(lambda p: train_state.TrainState.create(p, tx), params)
@@ -54,6 +65,69 @@ def train(shape, config, steps=2, model_config=TINY):
   return history, jax.tree.map(np.asarray, state.params)
 
 
+@functools.cache
+def gradient(loss, shape, config=WIDE):
+  """Metrics and the gradient of one batch, the reference another model."""
+  mesh = make_mesh(*shape)
+  loss_fn = dict(sft=train_step._sft, dpo=train_step._dpo)[loss]
+  with jax.set_mesh(mesh):
+    params, reference = (jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
+                         for tree in (init(config), init(config, seed=1)))
+    grad, metrics = jax.jit(lambda p, r, b: train_step._gradient(
+        loss_fn, llama.Llama(config), knobs(loss), p, r, b, jax.random.key(0)))(
+            params, reference, sharding.put_batch(rows(loss), mesh))
+  return jax.tree.map(np.asarray, (grad, metrics))
+
+
+@pytest.mark.parametrize('shape', MESHES)
+@pytest.mark.parametrize('loss', ['sft', 'dpo'])
+def test_losses_and_gradients_are_the_same_on_every_mesh(loss, shape):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+               gradient(loss, (1, 1, 1)), gradient(loss, shape))
+
+
+def values(batch, params, weights, model):
+  """Log-probs of every response by its tokens, and the gradient of their weighted sum."""
+  def total(params):
+    logps = train_step.logps(model, params, batch)
+    return (logps * weights).sum(), logps
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    (_, logps), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+  return np.asarray(logps), grad
+
+
+def by_response(batch, logps):
+  """{tokens of a response: their log-probs}."""
+  return {tuple(batch['label'][b][own]): logps[b][own] for b in range(len(logps))
+          for n in range(batch['response'].max() + 1) if (own := batch['response'][b] == n).any()}
+
+
+@pytest.mark.parametrize('unrolled', [False, True])
+@pytest.mark.parametrize('loss', ['sft', 'dpo'])
+def test_packed_rows_equal_rows_of_one_response_each(loss, unrolled, monkeypatch):
+  """Log-probs and gradients: so a response sees its own prompt and itself, from position 0, and no one else."""
+  monkeypatch.setattr(vocab, 'CHUNK', 8)  # several chunks of log-probs
+  model = llama.Llama(TINY, attention.CPU if unrolled else attention.XLA)
+  alone = [Example(f'{e.id}/{n}', e.prompt, (r,)) for e in draw(loss) for n, r in enumerate(e.responses)]
+  packed, separate = rows(loss), Batches(alone, len(alone), 1, 0, multiple=8).at(0)
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params = init(TINY)
+  weight = {tuple(r): 0.5 + i + n for i, e in enumerate(draw(loss)) for n, r in enumerate(e.responses)}
+  found = []
+  for batch in (packed, separate):
+    weights = np.zeros(batch['label'].shape, np.float32)
+    for b, n in {(b, n) for b, row in enumerate(batch['response']) for n in row if n >= 0}:
+      own = batch['response'][b] == n
+      weights[b][own] = weight[tuple(batch['label'][b][own])] / len(weight)
+    logps, grad = values(batch, params, weights, model)
+    found.append((by_response(batch, logps), grad))
+  (logps, grad), (wanted, wanted_grad) = found
+  assert logps.keys() == wanted.keys() and len(logps) == len(alone)
+  for response, values_ in logps.items():
+    np.testing.assert_allclose(values_, wanted[response], atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grad, wanted_grad)
+
+
 def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
   history, _ = train((1, 1, 1), knobs('dpo'))
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
@@ -64,16 +138,6 @@ def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
 def test_the_first_dpo_step_gives_ln_2_in_bf16():
   history, _ = train((1, 1, 1), knobs('dpo'), 1, dataclasses.replace(TINY, dtype='bfloat16'))
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
-
-
-@pytest.mark.parametrize('loss', ['sft', 'dpo'])
-def test_every_mesh_trains_the_same(loss):
-  wanted, params = train((1, 1, 1), knobs(loss))
-  for shape in [(2, 2, 2)]:  # every axis at once; logits on each axis alone: test_llama
-    found, placed = train(shape, knobs(loss))
-    for a, b in zip(wanted, found, strict=True):
-      assert a == pytest.approx(b, abs=2e-5, rel=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, placed)
 
 
 @pytest.mark.parametrize('loss', ['sft', 'dpo'])
@@ -91,19 +155,25 @@ def test_accumulation_equals_the_large_batch(loss):
 
 
 def test_the_prompt_and_the_padding_do_not_count():
-  config = knobs('sft')
-  model, batch = llama.Llama(TINY), rows('sft')
+  config, batch = knobs('sft'), rows('sft')
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params = init(TINY)
-    mask = jnp.asarray(batch['loss_mask'])
 
     @jax.jit
-    def loss(tokens):
-      return train_step._sft(model, config, params, {}, dict(tokens=tokens, loss_mask=mask), None)[0]
-    tokens = jnp.asarray(batch['tokens'])
-    after = tokens.at[:, 15].set(jnp.where(mask[:, 15] == 0, 7, tokens[:, 15]))  # padding
-    np.testing.assert_allclose(loss(tokens), loss(after), rtol=1e-6)
-    assert abs(float(loss(tokens) - loss(tokens.at[0, 5].set((tokens[0, 5] + 1) % TINY.V)))) > 1e-3  # response
+    def loss(**changed):
+      return train_step._sft(llama.Llama(TINY), config, params, {}, dict(batch, **changed), None)[0]
+    plain = loss()
+    assert float(loss(tokens=np.where(batch['segments'] == 0, 7, batch['tokens']))) == pytest.approx(float(plain))
+    labels = np.where(batch['response'] < 0, 7, batch['label'])
+    assert float(loss(label=labels)) == pytest.approx(float(plain))
+    changed = batch['label'].copy()
+    changed[0, 0] = (changed[0, 0] + 1) % TINY.V
+    assert abs(float(loss(label=changed)) - float(plain)) > 1e-3
+
+
+def test_weights_of_a_batch_are_its_response_tokens_or_its_pairs():
+  for loss, wanted in (('sft', sum(len(e.responses[0]) for e in draw('sft'))), ('dpo', 16)):
+    assert float(train_step._weight(rows(loss), loss)) == wanted
 
 
 def test_dropout_acts_on_the_policy_alone():

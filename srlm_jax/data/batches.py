@@ -1,114 +1,141 @@
-"""Records to batches of fixed shape: which rows, in which order, tokens and masks."""
-from collections.abc import Iterable
-import dataclasses
+"""Examples to batches of fixed shape: which examples, in which order, in which row, and who sees whom.
+
+A row holds one example after the other, each as [prompt | response] or, of a pair, [prompt | chosen | rejected].
+Responses are numbered within their row from 1, and a token's segment is the number of its response. The prompt of a
+pair belongs to two: `segments` has the first of them and `shared` the second. See `models/packed.py` for the mask.
+"""
+import bisect
+from collections import deque
+from collections.abc import Iterator
+import itertools
+import math
 
 import numpy as np
 
 from srlm_jax import InputError
-from srlm_jax.data import templates
+from srlm_jax.data.examples import Example
+
+AHEAD = 32  # examples that fit into no row and wait for the next step, before a step is called full
+FULL = 0.96  # of a step's places hold a token, about, where rows are packed
 
 
-class NothingLeft(InputError):
-  """Every example was dropped, or there was none."""
+class Batches:
+  """The batches of a run: every example once a pass, each pass in an order of its own, passes chained without a gap.
 
+  Packed, a step holds `batch` examples on average, or at most, where the longest example or the mesh ask for larger
+  steps; else a row for each.
+  """
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """Rows of one dataset, right-padded with 0: what every step draws from."""
-  ids: list[str]
-  tokens: np.ndarray     # [N, T] (SFT) or [N, 2, T] (DPO: chosen, rejected)
-  loss_mask: np.ndarray  # the same shape; 1 = this token is predicted and counts
-  dropped: dict[str, int]  # why examples were left out
-  confidence: np.ndarray | None = None  # [N] of DPO's pairs: the probability that chosen is the better one
+  def __init__(self, examples: list[Example], batch: int, epochs: float, seed: int, width: int = 0, parts: int = 1,
+               multiple: int = 32):
+    """`width`: of a row that holds several examples, at most, or the longest example; 0: a row for every example.
+    `parts`: rows are a multiple of it; `multiple`: a row's tokens are."""
+    sizes = list(map(len, examples))
+    if width:
+      tokens = batch * sum(sizes) / len(sizes) / FULL
+      self.rows = _round_up(tokens / max(width, *sizes), parts)
+      self.width = _round_up(max(*sizes, tokens / self.rows), multiple)
+      limit = batch if self.rows * self.width > 1.25 * tokens else None
+    else:
+      self.rows, self.width, limit = batch, _round_up(max(sizes), multiple), None
+      sizes = [self.width] * len(sizes)
+      if batch % parts:
+        raise InputError(f'config.train.batch = {batch} rows do not divide by {parts}, config.train.accumulate times '
+                         f'data x fsdp of config.mesh; choose a multiple, or move devices to config.mesh.tensor')
+    self._examples = examples
+    order = _order(len(examples), max(1, round(epochs * len(examples) / batch)) * batch, seed)
+    self._steps = list(_fill(order, sizes, self.width, self.rows, limit))
+    rows = [[examples[i] for i in row] for step in self._steps for row in step]
+    self.seen = sum(map(len, rows))  # examples, of all steps
+    self.real = sum(len(e) for row in rows for e in row) / (len(rows) * self.width)  # of the places: a token is there
+    self._responses = max(sum(len(e.responses) for e in row) for row in rows)
+    self._targets = _round_up(max(sum(len(r) for e in row for r in e.responses) for row in rows), 16)
 
   def __len__(self):
-    return len(self.ids)
+    """Steps."""
+    return len(self._steps)
 
-  def at(self, step: int, batch: int, seed: int) -> dict[str, np.ndarray]:
-    """The batch of one step: passes over the data, each in an order of its own, chained without a gap."""
-    wanted = np.arange(step * batch, (step + 1) * batch)
-    rows = np.empty(batch, np.int64)
-    for epoch in np.unique(wanted // len(self)):
-      order = np.random.default_rng((seed, int(epoch))).permutation(len(self))
-      here = wanted // len(self) == epoch
-      rows[here] = order[wanted[here] % len(self)]
-    batch = dict(tokens=self.tokens[rows], loss_mask=self.loss_mask[rows])
-    return batch if self.confidence is None else dict(batch, confidence=self.confidence[rows])
+  def ids(self, step: int) -> list[str]:
+    return [self._examples[i].id for row in self._steps[step] for i in row]
+
+  def at(self, step: int) -> dict[str, np.ndarray]:
+    """The batch of one step; absent examples, responses and tokens are 0 (`response`: -1).
+
+    tokens, positions, segments, shared [B, T]; and of the R tokens that the loss counts [B, R]: `at`, the place of the
+    token that predicts one, `label`, the token, and `response`, whose it is (0, 1, .. within the row). Of pairs,
+    [B, N / 2]: `pair`, whether there is one, and its `confidence`.
+    """
+    B, T, R, N = self.rows, self.width, self._targets, self._responses
+    batch = {name: np.zeros((B, T), np.int32) for name in ('tokens', 'positions', 'segments', 'shared')}
+    batch |= {name: np.full((B, R), fill, np.int32) for name, fill in (('at', 0), ('label', 0), ('response', -1))}
+    pairs = len(self._examples[0].responses) == 2
+    if pairs:
+      batch |= dict(pair=np.zeros((B, N // 2), np.int32), confidence=np.zeros((B, N // 2), np.float32))
+    for b, row in enumerate(self._steps[step]):
+      examples = [self._examples[i] for i in row]
+      for name, values in layout(examples).items():
+        batch[name][b, :len(values)] = values
+      if pairs:
+        batch['pair'][b, :len(examples)] = 1
+        batch['confidence'][b, :len(examples)] = [e.confidence for e in examples]
+    return batch
 
 
-def sft(examples: Iterable[dict], tokenizer, chat: str, max_length: int) -> Rows:
-  """Records with prompt and response -> rows [N, T] whose loss is on the response and the eos after it."""
-  encoded, dropped = {}, {}
+def layout(examples: list[Example]) -> dict[str, list[int]]:
+  """One row, without its padding: `Batches.at` says of what."""
+  row = {name: [] for name in ('tokens', 'positions', 'segments', 'shared', 'at', 'label', 'response')}
+  number = 0
   for example in examples:
-    row = _row(example['prompt'], example['response'], True, tokenizer, chat, max_length)
-    _keep(encoded, dropped, example['id'], [row])
-  rows = _rows(encoded, dropped, max_length, 'no example is left to train on')
-  return dataclasses.replace(rows, tokens=rows.tokens[:, 0], loss_mask=rows.loss_mask[:, 0])
+    first, size = len(row['tokens']), len(example.prompt)
+    _append(row, example.prompt, 0, number + 1, number + 2 if len(example.responses) == 2 else 0)
+    for response in example.responses:
+      number += 1
+      start = len(row['tokens'])
+      _append(row, response, size, number, 0)
+      row['at'] += [first + size - 1, *range(start, start + len(response) - 1)]
+      row['label'] += response
+      row['response'] += [number - 1] * len(response)
+  return row
 
 
-def corpus(documents: Iterable[dict], tokenizer, max_length: int) -> Rows:
-  """Records with text -> rows [N, T = max_length] filled end to end with documents, loss on every token."""
-  stream = []
-  for document in documents:
-    stream += [tokenizer.bos_id, *tokenizer.encode(document['text']), tokenizer.eos_ids[0]]
-  count = len(stream) // max_length
-  if not count:
-    raise InputError(f'the corpus has {len(stream)} tokens, fewer than one row of {max_length}')
-  tokens = np.asarray(stream[:count * max_length], np.int32).reshape(count, max_length)
-  return Rows([f'row{i}' for i in range(count)], tokens, np.ones_like(tokens), {})
+def _append(row, tokens, position: int, segment: int, shared: int):
+  row['tokens'] += tokens
+  row['positions'] += range(position, position + len(tokens))
+  row['segments'] += [segment] * len(tokens)
+  row['shared'] += [shared] * len(tokens)
 
 
-def dpo(pairs: Iterable[dict], tokenizer, chat: str, max_length: int) -> Rows:
-  """Records with prompt, chosen and rejected -> rows [N, 2, T]; a response cut by length gets no eos.
-
-  A record may say how sure it is that chosen is the better one (`confidence`, 0 to 1; without it 1).
-  """
-  encoded, dropped, confidence = {}, {}, {}
-  for pair in pairs:
-    if pair['chosen'].strip() == pair['rejected'].strip():
-      raise InputError(f'pair {pair["id"]}: chosen and rejected are the same text; there is nothing to prefer')
-    both = [_row(pair['prompt'], pair[side], pair[f'{side}_finish'] == 'eos', tokenizer, chat, max_length)
-            for side in ('chosen', 'rejected')]
-    _keep(encoded, dropped, pair['id'], both)
-    confidence[pair['id']] = pair.get('confidence', 1.0)
-    if not isinstance(confidence[pair['id']], int | float) or not 0 <= confidence[pair['id']] <= 1:
-      raise InputError(f'pair {pair["id"]}: its confidence is {confidence[pair["id"]]!r}; it is a number from 0 to 1')
-  rows = _rows(encoded, dropped, max_length, 'no pair is left to train on')
-  return dataclasses.replace(rows, confidence=np.asarray([confidence[name] for name in rows.ids], np.float32))
+def _order(count: int, wanted: int, seed: int) -> Iterator[int]:
+  """Indices of the examples of all passes."""
+  passes = (np.random.default_rng((seed, epoch)).permutation(count) for epoch in itertools.count())
+  return itertools.islice((int(i) for order in passes for i in order), wanted)
 
 
-def _row(prompt, response, finished, tokenizer, chat, max_length):
-  """(ids, loss mask), or the reason why there is none."""
-  if not response.strip():
-    return 'empty response'
-  seam = templates.encode_pair(chat, prompt, response, tokenizer)
-  if seam is None:
-    return 'tokenizer merges across the seam'
-  before, after = seam
-  after = after + [tokenizer.eos_ids[0]] * finished
-  if len(before) + len(after) > max_length:
-    return f'longer than {max_length} tokens'
-  return before + after, [0] * len(before) + [1] * len(after)
+def _fill(order: Iterator[int], sizes, width: int, rows: int, limit: int | None) -> Iterator[list[list[int]]]:
+  """Puts examples, in order, into the rows of step after step, at most `limit` a step, each into the fullest row that
+  has room; what has no room begins the next step."""
+  waiting = deque()
+  while True:
+    step = [[] for _ in range(rows)]
+    free = [(width, row) for row in range(rows)]  # sorted
+    skipped, placed = [], 0
+    while len(skipped) < AHEAD and placed != limit:
+      index = waiting.popleft() if waiting else next(order, None)
+      if index is None:
+        break
+      at = bisect.bisect_left(free, (sizes[index], 0))
+      if at == len(free):
+        skipped.append(index)
+        continue
+      space, row = free.pop(at)
+      bisect.insort(free, (space - sizes[index], row))
+      step[row].append(index)
+      placed += 1
+    waiting.extendleft(reversed(skipped))
+    if not placed:
+      return
+    yield step
 
 
-def _keep(encoded, dropped, name, sides):
-  """Keeps an example whose every side could be encoded; counts the reason otherwise."""
-  reason = next((side for side in sides if isinstance(side, str)), None)
-  if reason:
-    dropped[reason] = dropped.get(reason, 0) + 1
-  elif name in encoded:
-    raise InputError(f'two training records have the id {name}; ids name records')
-  else:
-    encoded[name] = sides
-
-
-def _rows(encoded, dropped, max_length, nothing) -> Rows:
-  """Pads to the longest row of all, rounded up to 32 so that compiled shapes repeat between runs."""
-  if not encoded:
-    why = ', '.join(f'{n} {reason}' for reason, n in dropped.items()) or 'the files are empty'
-    raise NothingLeft(f'{nothing}: {why}')
-  longest = max(len(ids) for sides in encoded.values() for ids, _ in sides)
-  width = min(-(-longest // 32) * 32, max_length)
-  tokens, mask = (np.asarray([[side[part] + [0] * (width - len(side[part])) for side in sides]
-                              for sides in encoded.values()], np.int32) for part in (0, 1))  # [N, sides, T]
-  return Rows(list(encoded), tokens, mask, dropped)
+def _round_up(value: float, multiple: int) -> int:
+  return math.ceil(value / multiple) * multiple

@@ -30,6 +30,17 @@ def causal(positions, size: int):
   return jnp.arange(size) <= positions[..., None]
 
 
+def train(q, k, v, segments, shared):
+  """q [B, T, K, G, H] over k, v [B, T, K, H] of the same tokens, as `packed.Packed` says -> [B, T, K, G, H]."""
+  return attend(q, k, v, visible(segments, shared))
+
+
+def visible(segments, shared):
+  """segments, shared [B, T] -> [B, T, S]: whether a query sees a key (`packed.Packed`)."""
+  query = segments[:, :, None]
+  return jnp.tri(segments.shape[1], dtype=bool) & ((query == segments[:, None]) | (query == shared[:, None]))
+
+
 def prefill(q, k, v, prefix_k, prefix_v, shared):
   """q [B, T, K, G, H] over k, v [B, T, K, H] of the same tokens and the first shared [B] of prefix [K, P, H] ->
   [B, T, K, G, H]."""
@@ -110,8 +121,9 @@ def append(cache_k, cache_v, k, v, layer, position):
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """How a platform samples: functions as those above, and the shapes that they want."""
+  """How a platform attends: functions as those above, and the shapes that they want."""
   name: str
+  train: Callable
   prefill: Callable
   decode: Callable
   append: Callable
@@ -122,7 +134,7 @@ class Kernels:
   formats: Callable | None = None  # parameters -> where and in which layout they are wanted, if not as they come
 
 
-XLA = Kernels('xla', prefill, functools.partial(decode, together=None), append, width=16, group=256, block=BLOCK,
+XLA = Kernels('xla', train, prefill, functools.partial(decode, together=None), append, width=16, group=256, block=BLOCK,
               unrolled=False)
 # A CPU's loop over stacked layers copies each layer's weights and cache out of the stack at every token; and a small
 # product costs it no more a token than a large one.

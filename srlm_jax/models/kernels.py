@@ -23,10 +23,10 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   if platform == 'cpu':
     return attention.CPU
   if platform == 'tpu' and config.H % 128 == 0:
-    return attention.Kernels('splash attention and pallas', tpu_prefill, tpu_decode, tpu_append, width=128,
-                             group=256, block=512, unrolled=False, formats=tpu_formats)
+    return attention.Kernels('splash attention and pallas', attention.train, tpu_prefill, tpu_decode, tpu_append,
+                             width=128, group=256, block=512, unrolled=False, formats=tpu_formats)
   if platform in ('gpu', 'cuda') and config.H in (16, 32, 64, 128) and config.dtype == 'bfloat16':
-    return attention.Kernels('cudnn and pallas', gpu_prefill, gpu_decode, attention.append, width=16,
+    return attention.Kernels('cudnn and pallas', attention.train, gpu_prefill, gpu_decode, attention.append, width=16,
                              group=256, block=512, unrolled=True)  # a loop over layers would copy each out of the stack
   return attention.XLA
 

@@ -91,11 +91,12 @@ class Llama(Module):
   remat: bool = False  # recompute each layer in the backward pass
 
   @nn.compact
-  def __call__(self, tokens, positions=None, cache=None, prefix=None, view=None):
+  def __call__(self, tokens, positions=None, cache=None, prefix=None, view=None, targets=None):
     """tokens [B, T] -> logits [B, T, V], float32, and the cache (None without one).
 
-    positions [B, T]: each token's place in its row, by default 0, 1, .. The sampler passes a cache, the prefix that
-    its rows share, and a view of them: `cache.Prefill` or `cache.Decode`.
+    positions [B, T]: each token's place in its example, by default 0, 1, .. The sampler passes a cache, the prefix that
+    its rows share, and a view of them: `cache.Prefill` or `cache.Decode`. Training passes `packed.Packed`, and targets
+    (at, label) [B, R], and has the log-probs [B, R] of the labels as predicted by the tokens at those places.
     """
     c = self.config
     if view is None and tokens.shape[1] > c.context:  # the sampler's rows are padded, and measured by it
@@ -108,7 +109,7 @@ class Llama(Module):
     if self.kernels.unrolled:
       caches = []
       for i in range(c.layers):
-        own = (None, None) if view is None else (cache[i], prefix[i])
+        own = (None, None) if cache is None else (cache[i], prefix[i])
         (x, new), _ = block(c, self.kernels, name=f'layer_{i}')((x, own[0]), 0, positions, own[1], view)
         caches.append(new)
       cache = tuple(caches)
@@ -118,6 +119,10 @@ class Llama(Module):
           in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)
       (x, cache), _ = layers(c, self.kernels, name='layers')((x, cache), jnp.arange(c.layers), positions, prefix, view)
     x = RMSNorm(c, name='final_norm')(x)
+    if targets is not None:
+      at, label = targets
+      head = table.T if c.tied else self.weight('lm_head', 'DV')
+      return vocab.logps(jnp.take_along_axis(x, at[..., None], 1), head, label), cache
     logits = (jnp.einsum('BTD,VD->BTV', x, table, preferred_element_type=jnp.float32) if c.tied else
               self.dense('BTD,DV->BTV', x, 'lm_head', jnp.float32))
     return constrain(logits, 'BTV'), cache

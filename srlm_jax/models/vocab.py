@@ -3,7 +3,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from srlm_jax.sharding import spec
+from srlm_jax.sharding import constrain, spec
+
+CHUNK = 256  # tokens of a row whose logits are there together
 
 
 def embed(table, tokens):
@@ -23,6 +25,29 @@ def token_logps(logits, tokens):
     picked = jnp.take_along_axis(logits, i[..., None], -1)[..., 0]
     return jax.lax.psum(jnp.where(here, picked, 0), 'tensor') - log_z
   return jax.shard_map(local, in_specs=(spec('BTV'), spec('BT')), out_specs=spec('BT'))(logits, tokens)
+
+
+def logps(x, w, labels):
+  """log p(labels) under the logits x @ w: x [B, R, D], w [D, V], labels [B, R] -> [B, R], float32.
+
+  CHUNK tokens of a row at a time, and again in the backward pass: there are never more logits than those.
+  """
+  R = labels.shape[1]
+  parts = -(-R // CHUNK)
+  w = jax.lax.with_sharding_constraint(w, P(None, 'tensor'))  # gathered once, not in every part
+
+  def one(x, labels):
+    logits = jnp.einsum('BTD,DV->BTV', x, w, preferred_element_type=jnp.float32)
+    return token_logps(constrain(logits, 'BTV'), labels)
+  if parts == 1:
+    return one(x, labels)
+  size = -(-R // parts)
+
+  def cut(a):
+    a = jnp.pad(a, ((0, 0), (0, parts * size - R), *[(0, 0)] * (a.ndim - 2)))
+    return jnp.moveaxis(a.reshape(a.shape[0], parts, size, *a.shape[2:]), 1, 0)
+  _, found = jax.lax.scan(lambda _, part: (None, jax.checkpoint(one)(*part)), None, (cut(x), cut(labels)))
+  return jnp.moveaxis(found, 0, 1).reshape(labels.shape[0], -1)[:, :R]
 
 
 def next_logps(logits, tokens):

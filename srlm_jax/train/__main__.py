@@ -6,7 +6,7 @@ import jax
 
 from configs import base
 from srlm_jax import checkpoint, InputError, metrics, sharding, stage
-from srlm_jax.data import batches, records, tokenizer as tokenizers
+from srlm_jax.data import batches, examples as training, records, tokenizer as tokenizers
 from srlm_jax.models import attention, config as model_config, llama
 from srlm_jax.train import state as train_state, step as train_step
 from srlm_jax.train.state import TrainState
@@ -32,21 +32,21 @@ def _train(config, workdir, mesh):
 
   tokenizer = tokenizers.load(source, shape.V)
   try:
-    rows = _rows(c, config.chat, files, tokenizer)
-  except batches.NothingLeft as error:
+    data = _examples(c, config.chat, files, tokenizer)
+  except training.NothingLeft as error:
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
-  steps = max(1, round(c.epochs * len(rows) / c.batch))
-  _check_rows(config, rows, mesh)
+  # a CPU's loop over layers copies each layer's weights, gradients and activations
+  kernels = attention.CPU if jax.default_backend() == 'cpu' else attention.XLA
+  rows = _batches(config, data, mesh)
   s.begin()
-  stage.say(f'{s.title}: {len(rows)} rows of {rows.tokens.shape[-1]} tokens, {steps} steps of {c.batch}'
-            + ''.join(f'; dropped {n} {why}' for why, n in rows.dropped.items()))
+  stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
+            f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
+            + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
 
-  tx = train_state.optimizer(c, steps)
+  tx = train_state.optimizer(c, len(rows))
   state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(shape))
   state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
                        sharding.shardings(state, mesh))
-  # a CPU's loop over layers copies each layer's weights, gradients and activations
-  kernels = attention.CPU if jax.default_backend() == 'cpu' else attention.XLA
   step = train_step.make(llama.Llama(shape, kernels, c.remat), tx, c, state)
   saver = checkpoint.manager(s.folder, c.keep)
   if saver.latest_step():
@@ -58,20 +58,20 @@ def _train(config, workdir, mesh):
       checkpoint.write_model_files(shape, source, s.folder)
   # DPO's reference is parameters alone, in the dtype in which both are run
   reference = checkpoint.restore_params(source, mesh, c.dtype)[0] if c.loss == 'dpo' else {}
-  state = _steps(config, s, step, state, reference, rows, steps, saver, mesh)
+  state = _steps(config, s, step, state, reference, rows, saver, mesh)
   saver.close()
-  s.finish(steps=steps, loss=round(metrics.last(s.folder)['loss'], 4), params=checkpoint.hash_params(state.params),
-           rows=len(rows), dropped=rows.dropped)
+  s.finish(steps=len(rows), loss=round(metrics.last(s.folder)['loss'], 4), params=checkpoint.hash_params(state.params),
+           examples=len(data.examples), real=round(rows.real, 3), dropped=data.dropped)
 
 
-def _steps(config, s, step, state, reference, rows, steps, saver, mesh) -> TrainState:
+def _steps(config, s, step, state, reference, rows, saver, mesh) -> TrainState:
   """Takes the steps that are left, with metrics, progress and checkpoints on the way."""
   c = config.train
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
   writer = metrics.Writer(s.folder, int(state.step) - 1) if stage.is_first_host() else None
-  clock = metrics.Clock()
+  clock, steps = metrics.Clock(), len(rows)
   for i in range(int(state.step), steps):
-    batch = rows.at(i, c.batch, config.seed)
+    batch = rows.at(i)
     state, values = step(state, reference, sharding.put_batch(batch, mesh), key)
     clock.add(batch['tokens'].size)
     save = (i + 1) % c.save_every == 0 or i + 1 == steps
@@ -165,16 +165,16 @@ def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
   return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
 
 
-def _rows(c, chat, files, tokenizer) -> batches.Rows:
+def _examples(c, chat, files, tokenizer) -> training.Examples:
   if c.data == ('corpus',) and c.loss == 'sft':
-    return batches.corpus(_read(files, 'id', 'text'), tokenizer, c.max_length)
+    return training.corpus(_read(files, 'id', 'text'), tokenizer, c.max_length)
   if c.loss == 'dpo':
     fields = ('id', 'prompt', 'chosen', 'rejected', 'chosen_finish', 'rejected_finish')
-    return batches.dpo(_read(files, *fields), tokenizer, chat, c.max_length)
-  return batches.sft(_examples(files), tokenizer, chat, c.max_length)
+    return training.dpo(_read(files, *fields), tokenizer, chat, c.max_length)
+  return training.sft(_responses(files), tokenizer, chat, c.max_length)
 
 
-def _examples(files):
+def _responses(files):
   """What SFT reads; of pairs the chosen response, which is nothing of DPO but its first half."""
   for file in files:
     if file.name == 'pairs.jsonl':
@@ -188,17 +188,14 @@ def _read(files, *fields):
     yield from records.read(file, *fields)
 
 
-def _check_rows(config, rows, mesh):
+def _batches(config, data: training.Examples, mesh) -> batches.Batches:
   c = config.train
-  if len(rows) < c.batch:
-    left = ''.join(f', {n} {why}' for why, n in rows.dropped.items())
-    raise InputError(f'{config.name} has {len(rows)} rows to train on (dropped{left or " none"}), fewer than one batch '
-                     f'of {c.batch}; make more data, or lower config.train.batch')
-  parts = c.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
-  if c.batch % parts:
-    raise InputError(f'config.train.batch = {c.batch} does not divide into {c.accumulate} micro-batches over '
-                     f'{parts // c.accumulate} devices (data x fsdp); choose a multiple of {parts}, or move devices '
-                     f'to config.mesh.tensor')
+  if len(data.examples) < c.batch:
+    left = ''.join(f', {n} {why}' for why, n in data.dropped.items())
+    raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped{left or " none"}), fewer '
+                     f'than one batch of {c.batch}; make more data, or lower config.train.batch')
+  return batches.Batches(data.examples, c.batch, c.epochs, config.seed, c.max_length if c.pack else 0,
+                         parts=c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'])
 
 
 if __name__ == '__main__':

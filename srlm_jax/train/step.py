@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from srlm_jax import sharding
-from srlm_jax.models import llama
+from srlm_jax.models import llama, packed
 from srlm_jax.train import losses
 from srlm_jax.train.state import TrainState
 
@@ -14,8 +14,8 @@ def make(model, tx, config, state: TrainState):
   """-> step(state, reference, batch, key) -> (state, metrics), compiled once.
 
   `state` (arrays, or shapes with shardings) says where the result lives; it is donated. `reference`: DPO's
-  parameters in the dtype of activations, {} for SFT. batch: tokens and loss_mask, [B, T] for SFT, [B, 2, T]
-  (chosen, rejected) for DPO, which has confidence [B] too. Metrics are means over the whole batch.
+  parameters in the dtype of activations, {} for SFT. `batch`: as `data.batches` makes it. Metrics are means over the
+  whole batch.
   """
   loss_fn = {'sft': _sft, 'dpo': _dpo}[config.loss]
 
@@ -62,33 +62,40 @@ def _cut(x, parts: int):
 
 def _weight(batch, loss: str):
   """What the sums of a batch are divided by: response tokens (SFT) or pairs (DPO)."""
-  mask = batch['loss_mask']
-  return mask[:, 1:].sum().astype(jnp.float32) if loss == 'sft' else jnp.float32(mask.shape[0])
+  return (batch['response'] >= 0 if loss == 'sft' else batch['pair']).sum().astype(jnp.float32)
 
 
 def _sft(model, config, params, reference, batch, key):
-  """Sum of negative log-likelihoods over the response tokens of batch [B, T]."""
-  logps = _logps(model, params, batch['tokens'], batch['loss_mask'], key)
-  return losses.sft_loss(logps), {}
+  """Sum of negative log-likelihoods over the response tokens."""
+  return losses.sft_loss(logps(model, params, batch, key)), {}
 
 
 def _dpo(model, config, params, reference, batch, key):
-  """Sum of DPO losses over pairs [B, 2, T], policy and reference in one program."""
-  tokens, mask = (batch[k].reshape(-1, batch[k].shape[-1]) for k in ('tokens', 'loss_mask'))  # [2B, T]
-  policy = _logps(model, params, tokens, mask, key).sum(-1).reshape(-1, 2)  # [B, 2]
-  reference = jax.lax.stop_gradient(_logps(model, reference, tokens, mask, None)).sum(-1).reshape(-1, 2)
-  loss, margin = losses.dpo_loss(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], config.beta,
+  """Sum of DPO losses over pairs, policy and reference in one program."""
+  policy = response_logps(logps(model, params, batch, key), batch)  # [B, pairs, 2]
+  reference = jax.lax.stop_gradient(response_logps(logps(model, reference, batch, None), batch))
+  loss, margin = losses.dpo_loss(policy[..., 0], policy[..., 1], reference[..., 0], reference[..., 1], config.beta,
                                  batch['confidence'])
-  metrics = dict(margin=margin.sum(), accuracy=(margin > 0).sum().astype(jnp.float32),
-                 chosen_logp=policy[:, 0].sum(), rejected_logp=policy[:, 1].sum(),
-                 chosen_reward=config.beta * (policy[:, 0] - reference[:, 0]).sum(),
-                 rejected_reward=config.beta * (policy[:, 1] - reference[:, 1]).sum())
-  return loss.sum(), metrics
+  reward = config.beta * (policy - reference)
+  each = dict(loss=loss, margin=margin, accuracy=(margin > 0).astype(jnp.float32),
+              chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
+              chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
+  sums = {name: (values * batch['pair']).sum() for name, values in each.items()}
+  return sums.pop('loss'), sums
 
 
-def _logps(model, params, tokens, mask, key):
-  """Token log-probs [B, T]; dropout is on where there is a key."""
+def logps(model, params, batch, key=None):
+  """log p [B, R] of the tokens that the loss counts, 0 where there is none; dropout is on where there is a key."""
   dropout = key is not None and model.config.dropout > 0
   params = llama.unroll(params) if model.kernels.unrolled else params
-  logits, _ = model.apply({'params': params}, tokens, rngs={'dropout': key} if dropout else None)
-  return losses.token_logps(logits, tokens, mask)
+  found, _ = model.apply({'params': params}, batch['tokens'], batch['positions'],
+                         view=packed.Packed(batch['segments'], batch['shared']), targets=(batch['at'], batch['label']),
+                         rngs={'dropout': key} if dropout else None)
+  return jnp.where(batch['response'] >= 0, found, 0)
+
+
+def response_logps(logps, batch):
+  """log p of the tokens [B, R] -> their sums over the responses of every pair, [B, pairs, 2]."""
+  B, pairs = batch['pair'].shape
+  own = jax.nn.one_hot(batch['response'], 2 * pairs, dtype=logps.dtype)
+  return jnp.einsum('BR,BRN->BN', logps, own, precision='highest').reshape(B, pairs, 2)

@@ -1,0 +1,58 @@
+import pytest
+
+from srlm_jax import InputError
+from srlm_jax.data import examples, tokenizer as tokenizers
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tokenizer_folder):
+  return tokenizers.load(tokenizer_folder)
+
+
+def record(name, prompt='Name a fruit.', response='pear'):
+  return dict(id=name, prompt=prompt, response=response)
+
+
+def pair(name, chosen='pear', rejected='fig plum', **finish):
+  return dict(id=name, prompt='Name a fruit.', chosen=chosen, rejected=rejected, **dict(
+      dict(chosen_finish='eos', rejected_finish='eos'), **finish))
+
+
+def test_the_loss_is_on_the_response_and_its_eos_alone(tokenizer):
+  first, _ = examples.sft([record('a'), record('b', response='pear fig plum')], tokenizer, 'plain', 64).examples
+  (response,) = first.responses
+  assert first.prompt[0] == tokenizer.bos_id and response[-1] == tokenizer.eos_ids[0]
+  assert tokenizer.decode(response).strip() == 'pear'
+  assert tokenizer.decode(first.prompt) == 'User: Name a fruit.\nAssistant:'
+
+
+def test_a_response_cut_by_length_has_no_eos(tokenizer):
+  (made,) = examples.dpo([pair('a', rejected_finish='length')], tokenizer, 'plain', 64).examples
+  chosen, rejected = made.responses
+  assert chosen[-1] == tokenizer.eos_ids[0] != rejected[-1]
+  assert len(made) == len(made.prompt) + len(chosen) + len(rejected)  # the prompt once
+
+
+def test_a_corpus_fills_its_rows(tokenizer):
+  made = examples.corpus([dict(id=str(i), text='pear fig plum') for i in range(30)], tokenizer, 32).examples
+  assert {(len(e.prompt), len(e)) for e in made} == {(1, 32)}  # all but the first token are predicted
+  assert tokenizer.decode(made[0].prompt + made[0].responses[0]).startswith('pear fig plum')
+  with pytest.raises(InputError, match='fewer than one row'):
+    examples.corpus([dict(id='a', text='pear')], tokenizer, 32)
+
+
+def test_what_is_too_long_or_empty_is_dropped_and_counted(tokenizer):
+  records = [record('a'), record('b', response='pear ' * 60), record('c', response=' ')]
+  made = examples.sft(records, tokenizer, 'plain', 64)
+  assert [e.id for e in made.examples] == ['a'] and made.dropped == {'longer than 64 tokens': 1, 'empty response': 1}
+
+
+def test_examples_that_cannot_be_are_refused(tokenizer):
+  with pytest.raises(InputError, match='no example is left to train on: 1 empty response'):
+    examples.sft([record('a', response='')], tokenizer, 'plain', 64)
+  with pytest.raises(InputError, match='the files are empty'):
+    examples.dpo([], tokenizer, 'plain', 64)
+  with pytest.raises(InputError, match='pair a: chosen and rejected are the same text'):
+    examples.dpo([pair('a', rejected='pear ')], tokenizer, 'plain', 64)
+  with pytest.raises(InputError, match='two training records have the id a'):
+    examples.sft([record('a'), record('a')], tokenizer, 'plain', 64)
