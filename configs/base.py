@@ -242,7 +242,7 @@ def _tiny(c: ConfigDict):
   c.data.valid_prompts = 400
   c.data.documents = 260_000  # of the corpus from which M0 was trained
   c.prompts.template = 'sandbox'
-  c.prompts.count = 500
+  c.prompts.count = 600
   c.prompts.round = 128
   c.prompts.max_tokens = 48
   c.prompts.rouge = 0.99      # in so small a world nearly all prompts resemble one another

@@ -132,8 +132,8 @@ def warnings(page: dict) -> list[str]:
     if i['made'] and not i['made'].get('positives'):
       found += health.warn_pairs(f'{i["model"]}/pairs', i['pairs'], i['made']['prompts'])
   for (owner, name), (_, done) in page['stages'].items():
-    if name == 'model' and done and sum(done['dropped'].values()) > done['rows']:
-      found.append(f'{owner}/model: trained on {done["rows"]:,} rows; dropped {counts(done["dropped"])}.')
+    if name == 'model' and done and sum(done['dropped'].values()) > done['examples']:
+      found.append(f'{owner}/model: trained on {done["examples"]:,} examples; dropped {counts(done["dropped"])}.')
   return found
 
 

@@ -30,7 +30,7 @@ def model(workdir, name, loss='sft'):
   steps = [dict(step=10 * i, loss=0.6931 / (i + 1), tokens_per_second=100.0) for i in range(4)]
   if loss == 'dpo':
     steps = [dict(s, margin=0.1 * i, accuracy=0.5 + 0.1 * i) for i, s in enumerate(steps)]
-  done = dict(steps=31, loss=0.17, rows=248, dropped={})
+  done = dict(steps=31, loss=0.17, examples=248, dropped={})
   folder = stage(workdir / name, 'model', done, model='sandbox')
   (folder / 'config.json').write_text('{}')
   records.write(folder / 'metrics.jsonl', steps)
@@ -175,13 +175,13 @@ def test_known_failures_are_said_in_words():
                               for i, how in enumerate(
                        ['length'] * 3 + ['eos'] * 2)])
   page = dict(iterations=[iteration], judged_eval={}, answers={},
-              stages={('m2', 'model'): ({}, dict(rows=9, dropped={'longer than 512 tokens': 10}))})
+              stages={('m2', 'model'): ({}, dict(examples=9, dropped={'longer than 512 tokens': 10}))})
   found = '\n'.join(report.warnings(page))
   for text in ('m2/judge: 9 of 11 judgements have a score (the others: 2 unreadable), fewer than 90%',
                'm2/judge: 89% of the scores are 4',
                'm2/respond: 3 responses are cut at the length limit, 2 are finished',
                'm2/pairs: a chosen response has 31 characters, a rejected one 20',
-               'm2/model: trained on 9 rows; dropped 10 longer than 512 tokens'):
+               'm2/model: trained on 9 examples; dropped 10 longer than 512 tokens'):
     assert text in found
   iteration.update(judgements=judgements[4:9] + judgements[8:9] * 3,
                    pairs=[dict(chosen='x' * 30, rejected='y' * 20)],

@@ -27,7 +27,7 @@ class Batches:
   """
 
   def __init__(self, examples: list[Example], batch: int, epochs: float, seed: int, width: int = 0, parts: int = 1,
-               multiple: int = 32):
+               multiple: int = 16):
     """`width`: of a row that holds several examples, at most, or the longest example; 0: a row for every example.
     `parts`: rows are a multiple of it; `multiple`: a row's tokens are."""
     sizes = list(map(len, examples))

@@ -37,7 +37,7 @@ def _train(config, workdir, mesh):
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
   # a CPU's loop over layers copies each layer's weights, gradients and activations
   kernels = attention.CPU if jax.default_backend() == 'cpu' else attention.XLA
-  rows = _batches(config, data, mesh)
+  rows = _batches(config, data, mesh, kernels.width)
   s.begin()
   stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
             f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
@@ -188,14 +188,14 @@ def _read(files, *fields):
     yield from records.read(file, *fields)
 
 
-def _batches(config, data: training.Examples, mesh) -> batches.Batches:
+def _batches(config, data: training.Examples, mesh, multiple: int) -> batches.Batches:
   c = config.train
   if len(data.examples) < c.batch:
     left = ''.join(f', {n} {why}' for why, n in data.dropped.items())
     raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped{left or " none"}), fewer '
                      f'than one batch of {c.batch}; make more data, or lower config.train.batch')
   return batches.Batches(data.examples, c.batch, c.epochs, config.seed, c.max_length if c.pack else 0,
-                         parts=c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'])
+                         c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'], multiple)
 
 
 if __name__ == '__main__':
