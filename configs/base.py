@@ -149,6 +149,8 @@ def check(c: ConfigDict):
   if c.chat not in templates.CHATS or c.prompts.chat not in ('none', *templates.CHATS):
     raise InputError(f'config.chat is {c.chat!r} and config.prompts.chat {c.prompts.chat!r}; they are one of '
                      f'{", ".join(templates.CHATS)}, and config.prompts.chat may be none')
+  if c.train.reference not in ('step', 'cached'):
+    raise InputError(f'config.train.reference is {c.train.reference!r}; it is step or cached')
   if c.train.loss not in ('sft', 'dpo'):
     raise InputError(f'config.train.loss is {c.train.loss!r}; it is sft or dpo')
   for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):
@@ -189,13 +191,17 @@ def sft() -> ConfigDict:
   t.loss = 'sft'              # on response tokens alone
   t.learning_rate = 5.5e-6    # PAPER 3.1, cosine from ..
   t.learning_rate_end = 1.1e-6  # .. to
-  t.beta = 0.0                # DPO's alone
+  t.beta = t.nll = 0.0        # DPO's alone ..
+  t.reference, t.by_length = 'step', False  # .. these too
   return t
 
 
 def dpo() -> ConfigDict:
   t = _train()
   t.loss = 'dpo'              # sums of log-probs, reference = init
+  t.reference = 'step'        # its log-probs: in every step; or 'cached': once, before, and its parameters go
+  t.nll = 0.0                 # weight of the chosen response's NLL by token (Iterative RPO); not in the paper
+  t.by_length = False         # log-probs by token instead of sums (length-normalised DPO); not in the paper
   t.learning_rate = 1e-6      # PAPER 3.1
   t.learning_rate_end = 1e-7  # PAPER 3.1
   t.beta = 0.1                # PAPER 3.1

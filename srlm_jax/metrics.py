@@ -32,13 +32,48 @@ class Writer:
     self._board.close()
 
 
-def finite(step: int, values: dict) -> dict:
-  """Arrays [] -> floats, by name; raises InputError at the first that is not a number."""
+def finite(where: str, values: dict) -> dict:
+  """Arrays [] -> floats, by name; raises InputError at the first that is not a number, saying where."""
   scalars = {name: float(value) for name, value in sorted(values.items())}
   for name, value in scalars.items():
     if not math.isfinite(value):
-      raise InputError(f'step {step}: {name} is {value}; lower config.train.learning_rate or look at the data')
+      raise InputError(f'{where}: {name} is {value}; lower config.train.learning_rate or look at the data')
   return scalars
+
+
+class Alarms:
+  """What the curves of DPO show and their reader may not: each alarm is a scalar, 0 or 1, and a sentence when it rises.
+
+  `chosen_falling`: over the last WINDOW looks, the chosen responses are less likely than under the reference, and less
+  than over the WINDOW before. `margin_without_accuracy`: the mean margin is above MARGIN, and less than ACCURACY of the
+  pairs have one above 0: a few pairs make it.
+  """
+  WINDOW, MARGIN, ACCURACY = 5, 0.1, 0.55
+
+  def __init__(self):
+    self._seen, self._on = [], {}
+
+  def look(self, scalars: dict) -> tuple[dict[str, int], list[str]]:
+    """Metrics of a step -> the alarms, and the sentences of those that have just gone off; none for SFT."""
+    if 'margin' not in scalars:
+      return {}, []
+    self._seen = [*self._seen, scalars][-2 * self.WINDOW:]
+    before, now = self._seen[:-self.WINDOW], self._seen[-self.WINDOW:]
+    def mean(part, name):
+      return sum(s[name] for s in part) / len(part)
+    full = len(before) == self.WINDOW
+    chosen, margin, accuracy = (mean(now, name) for name in ('chosen_reward', 'margin', 'accuracy'))
+    found = dict(
+        chosen_falling=full and chosen < min(0, mean(before, 'chosen_reward')),
+        margin_without_accuracy=full and margin > self.MARGIN and accuracy < self.ACCURACY)
+    sentences = dict(
+        chosen_falling=f'the chosen responses become less likely, too (chosen_reward {chosen:.3g}); lower the learning '
+                       f'rate, or add train.nll',
+        margin_without_accuracy=f'the mean margin is {margin:.3g}, and {accuracy:.0%} of the pairs have one above 0; a '
+                                f'few pairs make it')
+    new = [sentences[name] for name, on in found.items() if on and not self._on.get(name)]
+    self._on = found
+    return {f'alarm_{name}': int(on) for name, on in found.items()}, new
 
 
 def last(folder) -> dict:

@@ -259,8 +259,8 @@ def test_what_is_missing_is_said(tmp_path):
 def test_metrics_of_steps_after_the_checkpoint_are_dropped_and_nan_stops(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 1.0}\n{"step": 9, "lo')
   writer = metrics.Writer(tmp_path, 4)
-  with pytest.raises(InputError, match='step 6: loss is nan'):
-    metrics.finite(6, dict(grad_norm=1.0, loss=float('nan')))
+  with pytest.raises(InputError, match='step 6, of a: loss is nan'):
+    metrics.finite('step 6, of a', dict(grad_norm=1.0, loss=float('nan')))
   writer.write(5, dict(loss=0.5))
   writer.close()
   assert (tmp_path / 'metrics.jsonl').read_text() == '{"step": 0, "loss": 2.0}\n{"step": 5, "loss": 0.5}\n'

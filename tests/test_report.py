@@ -108,7 +108,7 @@ def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
   for line in results.text_table(results.of_models(workdir), ()).splitlines():
     assert ' '.join(line.split()) in words
-  assert '31 steps on 248 rows' in words
+  assert '31 steps on 248 examples' in words
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
   assert 'pairs per 1,000 prompts 300.0 300.0' in words
   assert 'chosen minus rejected: characters 1.25 1.25' in words

@@ -42,7 +42,8 @@ class Batches:
       if batch % parts:
         raise InputError(f'config.train.batch = {batch} rows do not divide by {parts}, config.train.accumulate times '
                          f'data x fsdp of config.mesh; choose a multiple, or move devices to config.mesh.tensor')
-    self._examples = examples
+    self.examples = examples
+    self.reference = None  # {id of a pair: log-probs of both under DPO's reference}, where they are known
     order = _order(len(examples), max(1, round(epochs * len(examples) / batch)) * batch, seed)
     self._steps = list(_fill(order, sizes, self.width, self.rows, limit))
     rows = [[examples[i] for i in row] for step in self._steps for row in step]
@@ -55,29 +56,34 @@ class Batches:
     """Steps."""
     return len(self._steps)
 
-  def ids(self, step: int) -> list[str]:
-    return [self._examples[i].id for row in self._steps[step] for i in row]
+  def ids(self, step: int) -> list[list[str]]:
+    """Of the examples of each row."""
+    return [[self.examples[i].id for i in row] for row in self._steps[step]]
 
   def at(self, step: int) -> dict[str, np.ndarray]:
     """The batch of one step; absent examples, responses and tokens are 0 (`response`: -1).
 
     tokens, positions, segments, shared [B, T]; and of the R tokens that the loss counts [B, R]: `at`, the place of the
     token that predicts one, `label`, the token, and `response`, whose it is (0, 1, .. within the row). Of pairs,
-    [B, N / 2]: `pair`, whether there is one, and its `confidence`.
+    [B, N / 2]: `pair`, whether there is one, its `confidence`, and `reference` [B, N / 2, 2], where it is known.
     """
     B, T, R, N = self.rows, self.width, self._targets, self._responses
     batch = {name: np.zeros((B, T), np.int32) for name in ('tokens', 'positions', 'segments', 'shared')}
     batch |= {name: np.full((B, R), fill, np.int32) for name, fill in (('at', 0), ('label', 0), ('response', -1))}
-    pairs = len(self._examples[0].responses) == 2
+    pairs = len(self.examples[0].responses) == 2
     if pairs:
       batch |= dict(pair=np.zeros((B, N // 2), np.int32), confidence=np.zeros((B, N // 2), np.float32))
+    if self.reference:
+      batch['reference'] = np.zeros((B, N // 2, 2), np.float32)
     for b, row in enumerate(self._steps[step]):
-      examples = [self._examples[i] for i in row]
+      examples = [self.examples[i] for i in row]
       for name, values in layout(examples).items():
         batch[name][b, :len(values)] = values
       if pairs:
         batch['pair'][b, :len(examples)] = 1
         batch['confidence'][b, :len(examples)] = [e.confidence for e in examples]
+      if self.reference and examples:
+        batch['reference'][b, :len(examples)] = [self.reference[e.id] for e in examples]
     return batch
 
 

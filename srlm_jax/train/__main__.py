@@ -8,7 +8,7 @@ from configs import base
 from srlm_jax import checkpoint, InputError, metrics, sharding, stage
 from srlm_jax.data import batches, examples as training, records, tokenizer as tokenizers
 from srlm_jax.models import attention, config as model_config, llama
-from srlm_jax.train import state as train_state, step as train_step
+from srlm_jax.train import reference, state as train_state, step as train_step
 from srlm_jax.train.state import TrainState
 
 
@@ -37,7 +37,11 @@ def _train(config, workdir, mesh):
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
   # a CPU's loop over layers copies each layer's weights, gradients and activations
   kernels = attention.CPU if jax.default_backend() == 'cpu' else attention.XLA
+  model = llama.Llama(shape, kernels, c.remat)
   rows = _batches(config, data, mesh, kernels.width)
+  if c.reference == 'cached':
+    once = _batches(config, data, mesh, kernels.width, epochs=1)
+    rows.reference = reference.cached(config, workdir, files, source, model, once, mesh)
   s.begin()
   stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
             f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
@@ -47,7 +51,7 @@ def _train(config, workdir, mesh):
   state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(shape))
   state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
                        sharding.shardings(state, mesh))
-  step = train_step.make(llama.Llama(shape, kernels, c.remat), tx, c, state)
+  step = train_step.make(model, tx, c, state)
   saver = checkpoint.manager(s.folder, c.keep)
   if saver.latest_step():
     state = _resume(s.folder, saver.latest_step(), state, mesh)
@@ -57,27 +61,33 @@ def _train(config, workdir, mesh):
     if stage.is_first_host():
       checkpoint.write_model_files(shape, source, s.folder)
   # DPO's reference is parameters alone, in the dtype in which both are run
-  reference = checkpoint.restore_params(source, mesh, c.dtype)[0] if c.loss == 'dpo' else {}
-  state = _steps(config, s, step, state, reference, rows, saver, mesh)
+  in_step = c.loss == 'dpo' and c.reference == 'step'
+  older = checkpoint.restore_params(source, mesh, c.dtype)[0] if in_step else {}
+  state = _steps(config, s, step, state, older, rows, saver, mesh)
   saver.close()
   s.finish(steps=len(rows), loss=round(metrics.last(s.folder)['loss'], 4), params=checkpoint.hash_params(state.params),
            examples=len(data.examples), real=round(rows.real, 3), dropped=data.dropped)
 
 
-def _steps(config, s, step, state, reference, rows, saver, mesh) -> TrainState:
+def _steps(config, s, step, state, older, rows, saver, mesh) -> TrainState:
   """Takes the steps that are left, with metrics, progress and checkpoints on the way."""
   c = config.train
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
   writer = metrics.Writer(s.folder, int(state.step) - 1) if stage.is_first_host() else None
-  clock, steps = metrics.Clock(), len(rows)
+  clock, alarms, steps, waiting = metrics.Clock(), metrics.Alarms(), len(rows), {}
   for i in range(int(state.step), steps):
     batch = rows.at(i)
-    state, values = step(state, reference, sharding.put_batch(batch, mesh), key)
-    clock.add(batch['tokens'].size)
+    state, waiting[i] = step(state, older, sharding.put_batch(batch, mesh), key)
+    clock.add(int((batch['segments'] > 0).sum()))
     save = (i + 1) % c.save_every == 0 or i + 1 == steps
     if i % c.log_every == 0 or save:
-      scalars = metrics.finite(i, values)  # on every host, and before a checkpoint could hold it
-      scalars['tokens_per_second'] = clock.tokens_per_second()
+      for at, values in waiting.items():  # on every host, and before a checkpoint could hold it
+        scalars = metrics.finite(f'step {at}, of {_few(rows.ids(at))}', values)
+      waiting = {}
+      raised, sentences = alarms.look(scalars)
+      scalars |= raised | dict(tokens_per_second=clock.tokens_per_second())
+      for sentence in sentences:
+        stage.say(f'{s.title}  {i + 1}/{steps}  alarm: {sentence}')
       if writer:
         writer.write(i, scalars)
       stage.say(metrics.progress(s.title, i + 1, steps, {
@@ -89,6 +99,11 @@ def _steps(config, s, step, state, reference, rows, saver, mesh) -> TrainState:
     writer.close()
   stage.sync(f'{s.title} trained')
   return state
+
+
+def _few(rows: list[list[str]], most: int = 20) -> str:
+  names = [name for row in rows for name in row]
+  return ', '.join(names[:most]) + f' and {len(names) - most} more' * (len(names) > most)
 
 
 def data_file(workdir, model: str, name: str):
@@ -105,12 +120,13 @@ def refuse_too_large(config):
   if not config.model:
     return
   count = llama.param_count(_preset(config.model))
-  needed = train_state.bytes_needed(count, config.train.loss)
+  with_reference = config.train.loss == 'dpo' and config.train.reference == 'step'
+  needed = train_state.bytes_needed(count, with_reference)
   here = stage.memory()
   if needed > here:
     raise InputError(
         f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} bytes for parameters, '
-        f'gradients{", reference" * (config.train.loss == "dpo")} and AdamW moments, and the devices here '
+        f'gradients{", reference" * with_reference} and AdamW moments, and the devices here '
         f'({jax.device_count()}) have {here:,}; run it on more devices (see launch/), or the whole loop at a size that '
         f'fits: python -m srlm_jax.loop --size=tiny --workdir=runs/demo')
 
@@ -188,13 +204,13 @@ def _read(files, *fields):
     yield from records.read(file, *fields)
 
 
-def _batches(config, data: training.Examples, mesh, multiple: int) -> batches.Batches:
+def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float = 0) -> batches.Batches:
   c = config.train
   if len(data.examples) < c.batch:
     left = ''.join(f', {n} {why}' for why, n in data.dropped.items())
     raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped{left or " none"}), fewer '
                      f'than one batch of {c.batch}; make more data, or lower config.train.batch')
-  return batches.Batches(data.examples, c.batch, c.epochs, config.seed, c.max_length if c.pack else 0,
+  return batches.Batches(data.examples, c.batch, epochs or c.epochs, config.seed, c.max_length if c.pack else 0,
                          c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'], multiple)
 
 

@@ -32,9 +32,9 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
                   mask=lambda params: jax.tree_util.tree_map_with_path(_is_matrix, params)))
 
 
-def bytes_needed(params: int, loss: str) -> int:
-  """Parameters, gradients and two moments in float32; for DPO the reference's parameters in bf16."""
-  return params * (16 + 2 * (loss == 'dpo'))
+def bytes_needed(params: int, reference: bool) -> int:
+  """Parameters, gradients and two moments in float32; of a reference the parameters in bf16."""
+  return params * (16 + 2 * reference)
 
 
 def _is_matrix(path, _):

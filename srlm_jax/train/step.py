@@ -14,7 +14,8 @@ def make(model, tx, config, state: TrainState):
   """-> step(state, reference, batch, key) -> (state, metrics), compiled once.
 
   `state` (arrays, or shapes with shardings) says where the result lives; it is donated. `reference`: DPO's
-  parameters in the dtype of activations, {} for SFT. `batch`: as `data.batches` makes it. Metrics are means over the
+  parameters in the dtype of activations; {} for SFT, and where the batch holds its log-probs. `batch`: as
+  `data.batches` makes it. Metrics are means over the
   whole batch.
   """
   loss_fn = {'sft': _sft, 'dpo': _dpo}[config.loss]
@@ -71,12 +72,18 @@ def _sft(model, config, params, reference, batch, key):
 
 
 def _dpo(model, config, params, reference, batch, key):
-  """Sum of DPO losses over pairs, policy and reference in one program."""
+  """Sum of DPO losses over pairs; the reference's log-probs are in the batch, or computed in the same program."""
   policy = response_logps(logps(model, params, batch, key), batch)  # [B, pairs, 2]
-  reference = jax.lax.stop_gradient(response_logps(logps(model, reference, batch, None), batch))
-  loss, margin = losses.dpo_loss(policy[..., 0], policy[..., 1], reference[..., 0], reference[..., 1], config.beta,
-                                 batch['confidence'])
-  reward = config.beta * (policy - reference)
+  if 'reference' in batch:
+    reference = batch['reference']
+  else:
+    reference = jax.lax.stop_gradient(response_logps(logps(model, reference, batch, None), batch))
+  lengths = jnp.maximum(response_logps(jnp.ones_like(batch['at'], jnp.float32), batch), 1)
+  ratios = (policy - reference) / (lengths if config.by_length else 1)
+  reward = config.beta * ratios
+  loss, margin = losses.dpo_loss(ratios, config.beta, batch['confidence'])
+  if config.nll:
+    loss += config.nll * losses.nll(policy[..., 0], lengths[..., 0])
   each = dict(loss=loss, margin=margin, accuracy=(margin > 0).astype(jnp.float32),
               chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
               chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])

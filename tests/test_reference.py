@@ -1,0 +1,103 @@
+"""DPO with cached log-probs of the reference trains as with the reference in the step; the alarms of its curves."""
+import json
+
+from conftest import init, make_mesh
+import jax
+import pytest
+
+from configs import base
+from srlm_jax import checkpoint, InputError, metrics, stage
+from srlm_jax.data import records
+from srlm_jax.models import config as model_config
+from srlm_jax.train import __main__ as train, reference
+
+WORDS = ('pear', 'fig', 'plum', 'fruit', 'Name', 'pear fig', 'fig plum pear', 'a fruit')
+
+
+def pairs(count=20):
+  for i in range(count):
+    yield dict(id=f'p{i}', prompt=f'Name {WORDS[i % 3]} {i}.', chosen=f'{WORDS[i % 8]} {i}', rejected=WORDS[-1 - i % 7],
+               chosen_finish='eos', rejected_finish='eos')
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer_folder):
+  """A function that trains M2 of a small run, and returns its metrics."""
+  def start(name, changed=lambda rows: rows, **knobs):
+    workdir = tmp_path / name
+    config = base.get('m2', 'tiny').copy_and_resolve_references().unlock()
+    config.model = ''
+    config.train.update(batch=4, epochs=1, max_length=64, log_every=1, **knobs)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    if not (workdir / 'm1').exists():
+      shape = model_config.PRESETS['tiny-test']
+      with jax.set_mesh(make_mesh(1, 1, 1)):
+        saver = checkpoint.manager(workdir / 'm1' / 'model', 1)
+        checkpoint.save(saver, 0, init(shape))
+        saver.close()
+      checkpoint.write_model_files(shape, tokenizer_folder, workdir / 'm1' / 'model')
+    records.write(workdir / 'm2' / 'pairs' / 'pairs.jsonl', changed(list(pairs())))
+    train.run(config, workdir)
+    return workdir, [json.loads(line) for line in (workdir / 'm2' / 'model' / 'metrics.jsonl').read_text().splitlines()]
+  return start
+
+
+def test_cached_log_probs_train_as_those_of_the_step_and_are_gone_on_with_after_a_kill(run, capsys):
+  _, wanted = run('step')
+  workdir, found = run('cached', reference='cached')
+  assert len(wanted) == len(found) >= 4 and wanted[0]['margin'] == 0
+  for a, b in zip(wanted, found, strict=True):
+    a.pop('tokens_per_second'), b.pop('tokens_per_second')
+    assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
+  folder = workdir / 'm2' / 'reference'
+  whole = (folder / reference.FILE).read_text()
+  assert {json.loads(line)['id'] for line in whole.splitlines()} == {f'p{i}' for i in range(20)}
+
+  (folder / 'done.json').unlink()  # killed while it wrote a line; and the training with it
+  (folder / reference.FILE).write_text(whole[:len(whole) // 2])
+  (workdir / 'm2' / 'model').rename(workdir / 'm2' / 'before')
+  capsys.readouterr()
+  run('cached', reference='cached')
+  assert 'm2/reference: starts' in capsys.readouterr().out
+  assert sorted((folder / reference.FILE).read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_cached_log_probs_of_other_pairs_or_another_model_are_refused(run):
+  workdir, _ = run('x', reference='cached')
+  (workdir / 'm2' / 'model').rename(workdir / 'm2' / 'before')
+  def reworded(rows):
+    return [dict(row, chosen=row['chosen'] + ' fig') for row in rows]
+  with pytest.raises(InputError, match='m2/reference was made with another inputs.m2/pairs/pairs.jsonl'):
+    run('x', reworded, reference='cached')
+  with pytest.raises(InputError, match='m2/reference was made with another config.train.dtype'):
+    run('x', reference='cached', dtype='bfloat16')
+  lines = (workdir / 'm2' / 'reference' / reference.FILE).read_text().splitlines()
+  (workdir / 'm2' / 'reference' / reference.FILE).write_text('\n'.join(lines[1:]) + '\n')
+  with pytest.raises(InputError, match='does not hold every pair'):
+    run('x', reference='cached')
+  assert not (workdir / 'm2' / 'model').exists()
+  stage.write_json(workdir / 'm2' / 'reference' / 'manifest.json', dict(
+      json.loads((workdir / 'm2' / 'reference' / 'manifest.json').read_text()), params='of another model'))
+  with pytest.raises(InputError, match='made with another params'):
+    run('x', reference='cached')
+
+
+def test_nan_stops_the_run_with_the_step_and_its_pairs(run):
+  with pytest.raises(InputError, match=r'step 1, of p\d+, p\d+.*: \w+ is nan; lower config.train.learning_rate'):
+    run('nan', learning_rate=float('nan'))
+
+
+def looked(alarms, count, **scalars):
+  return [alarms.look(dict(dict(chosen_reward=0.0, margin=0.0, accuracy=0.9), **scalars)) for _ in range(count)][-1]
+
+
+def test_alarms_rise_once_and_fall_again():
+  alarms = metrics.Alarms()
+  assert looked(alarms, 9) == (dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=0), [])
+  raised, sentences = looked(alarms, 1, chosen_reward=-1.0)
+  assert raised['alarm_chosen_falling'] == 1 and 'become less likely' in sentences[0]
+  assert looked(alarms, 1, chosen_reward=-1.0)[1] == []  # said once
+  raised, sentences = looked(alarms, 10, margin=0.5, accuracy=0.5)
+  assert raised == dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=1)
+  assert looked(metrics.Alarms(), 9, margin=0.5, accuracy=0.5)[0]['alarm_margin_without_accuracy'] == 0  # too early
+  assert metrics.Alarms().look(dict(loss=1.0)) == ({}, [])  # SFT
