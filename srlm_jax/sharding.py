@@ -5,11 +5,13 @@ One letter names one dimension, everywhere: in einsums, in the names of paramete
 import math
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from srlm_jax import InputError
 
+NAMES = ('data', 'fsdp', 'tensor')
 AXES = {
     'B': ('data', 'fsdp'),  # batch
     'T': (),                # query position
@@ -25,7 +27,8 @@ AXES = {
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
-  """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: what is left of the devices."""
+  """A mesh with axes data, fsdp, tensor; one of the sizes may be -1: what is left of the devices. Of several slices,
+  each holds its part of data."""
   devices = jax.devices() if devices is None else devices
   shape = [data, fsdp, tensor]
   given = math.prod(n for n in shape if n != -1)
@@ -35,7 +38,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
   if math.prod(shape) != len(devices):
     raise InputError(f'config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not use exactly the '
                      f'{len(devices)} devices here; make the product {len(devices)}')
-  return jax.make_mesh(shape, ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3, devices=devices)
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  if shape[0] % slices:  # what crosses slices is slow: gradients alone may, once a step
+    raise InputError(f'config.mesh.data = {shape[0]} does not divide over the {slices} slices here; make it a multiple')
+  placed = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices)
+  return Mesh(placed, NAMES, axis_types=(AxisType.Auto,) * 3)
 
 
 def spec(dims: str) -> P:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from srlm_jax import checkpoint, sharding
+from srlm_jax import checkpoint
 from srlm_jax.data.batches import Batches
 from srlm_jax.data.examples import Example
 from srlm_jax.models import attention, cache as caches, llama
@@ -23,12 +23,9 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
   config = dataclasses.replace(PRESETS['llama2-70b'], dtype=c.dtype, dropout=c.dropout)
   made = Batches([Example(f'e{i}', [1] * 128, ([2] * 96, [3] * 96)) for i in range(16)], 16, 1, 0, 640, parts=4)
   with jax.set_mesh(mesh):
-    params = llama.abstract_params(config)
     tx = train_state.optimizer(c, 100)
-    state = jax.eval_shape(lambda p: train_state.TrainState.create(p, tx), params)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
-                         sharding.shardings(state, mesh))
-    reference = checkpoint.abstract_on(mesh, params, c.dtype)
+    state = train_state.abstract(config, tx, mesh)
+    reference = checkpoint.abstract_on(mesh, state.params, c.dtype)
     batch = {k: shape(mesh, 'BT', *x.shape, dtype=x.dtype) for k, x in made.at(0).items()}
     step = train_step.make(llama.Llama(config, remat=c.remat), tx, c, state)
     compiled = step.lower(state, reference, batch, jax.random.key(0)).compile()

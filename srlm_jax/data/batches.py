@@ -63,27 +63,26 @@ class Batches:
   def at(self, step: int) -> dict[str, np.ndarray]:
     """The batch of one step; absent examples, responses and tokens are 0 (`response`: -1).
 
-    tokens, positions, segments, shared [B, T]; and of the R tokens that the loss counts [B, R]: `at`, the place of the
-    token that predicts one, `label`, the token, and `response`, whose it is (0, 1, .. within the row). Of pairs,
-    [B, N / 2]: `pair`, whether there is one, its `confidence`, and `reference` [B, N / 2, 2], where it is known.
+    tokens, positions, segments and, of pairs, shared [B, T]. Of the R tokens that the loss counts [B, R]: `at`, the
+    place of the token that predicts one, `label`, the token, and `response`, whose it is (0, 1, .. within the row). Of
+    pairs [B, P]: `pair`, whether there is one, its `confidence`, and `reference` [B, P, 2], where it is known.
     """
-    B, T, R, N = self.rows, self.width, self._targets, self._responses
-    batch = {name: np.zeros((B, T), np.int32) for name in ('tokens', 'positions', 'segments', 'shared')}
+    B, T, R, P = self.rows, self.width, self._targets, self._responses // 2
+    of_pairs = len(self.examples[0].responses) == 2
+    batch = {name: np.zeros((B, T), np.int32) for name in ('tokens', 'positions', 'segments', *['shared'] * of_pairs)}
     batch |= {name: np.full((B, R), fill, np.int32) for name, fill in (('at', 0), ('label', 0), ('response', -1))}
-    pairs = len(self.examples[0].responses) == 2
-    if pairs:
-      batch |= dict(pair=np.zeros((B, N // 2), np.int32), confidence=np.zeros((B, N // 2), np.float32))
+    if of_pairs:
+      batch |= dict(pair=np.zeros((B, P), np.int32), confidence=np.zeros((B, P), np.float32))
     if self.reference:
-      batch['reference'] = np.zeros((B, N // 2, 2), np.float32)
+      batch |= dict(reference=np.zeros((B, P, 2), np.float32))
     for b, row in enumerate(self._steps[step]):
       examples = [self.examples[i] for i in row]
-      for name, values in layout(examples).items():
-        batch[name][b, :len(values)] = values
-      if pairs:
-        batch['pair'][b, :len(examples)] = 1
-        batch['confidence'][b, :len(examples)] = [e.confidence for e in examples]
-      if self.reference and examples:
-        batch['reference'][b, :len(examples)] = [self.reference[e.id] for e in examples]
+      values = dict(layout(examples), pair=[1] * len(row), confidence=[e.confidence for e in examples])
+      if self.reference:
+        values['reference'] = [self.reference[e.id] for e in examples]
+      for name in batch:
+        if values[name]:  # else the row is empty
+          batch[name][b, :len(values[name])] = values[name]
     return batch
 
 

@@ -30,15 +30,16 @@ def causal(positions, size: int):
   return jnp.arange(size) <= positions[..., None]
 
 
-def train(q, k, v, segments, shared):
+def train(q, k, v, segments, shared=None):
   """q [B, T, K, G, H] over k, v [B, T, K, H] of the same tokens, as `packed.Packed` says -> [B, T, K, G, H]."""
   return attend(q, k, v, visible(segments, shared))
 
 
-def visible(segments, shared):
+def visible(segments, shared=None):
   """segments, shared [B, T] -> [B, T, S]: whether a query sees a key (`packed.Packed`)."""
   query = segments[:, :, None]
-  return jnp.tri(segments.shape[1], dtype=bool) & ((query == segments[:, None]) | (query == shared[:, None]))
+  same = query == segments[:, None] if shared is None else (query == segments[:, None]) | (query == shared[:, None])
+  return jnp.tri(segments.shape[1], dtype=bool) & same
 
 
 def prefill(q, k, v, prefix_k, prefix_v, shared):

@@ -3,6 +3,7 @@
 Every function sees local arrays: inside jax.shard_map over (B: data, K: tensor), with check_vma=False. Beside its
 own keys, query row b sees the first shared[b] keys of one prefix, the same matrix for all rows.
 """
+import dataclasses
 import functools
 
 import jax
@@ -12,23 +13,29 @@ from jax.experimental.pallas import tpu as pltpu, triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 import jax.numpy as jnp
 
-from srlm_jax.models import attention
+from srlm_jax.models import attention, packed
 from srlm_jax.models.config import Config
 
 HIDDEN = -1e30  # finite: a row that sees nothing stays a number
 
 
 def choose(platform: str, config: Config) -> attention.Kernels:
-  """How a model of this shape samples on cpu, tpu or gpu; where its heads or numbers do not fit the kernels, by XLA."""
+  """How a model of this shape attends on cpu, tpu or gpu; where its heads or numbers do not fit the kernels, by XLA."""
   if platform == 'cpu':
     return attention.CPU
   if platform == 'tpu' and config.H % 128 == 0:
-    return attention.Kernels('splash attention and pallas', attention.train, tpu_prefill, tpu_decode, tpu_append,
+    return attention.Kernels('splash attention and pallas', packed.tpu_train, tpu_prefill, tpu_decode, tpu_append,
                              width=128, group=256, block=512, unrolled=False, formats=tpu_formats)
   if platform in ('gpu', 'cuda') and config.H in (16, 32, 64, 128) and config.dtype == 'bfloat16':
-    return attention.Kernels('cudnn and pallas', attention.train, gpu_prefill, gpu_decode, attention.append, width=16,
+    return attention.Kernels('cudnn and pallas', packed.gpu_train, gpu_prefill, gpu_decode, attention.append, width=16,
                              group=256, block=512, unrolled=True)  # a loop over layers would copy each out of the stack
   return attention.XLA
+
+
+def to_train(platform: str, config: Config) -> attention.Kernels:
+  """The same to train with: but for a CPU, whose loop over layers copies each layer's weights, gradients and
+  activations, the layers stay stacked."""
+  return dataclasses.replace(choose(platform, config), unrolled=platform == 'cpu')
 
 
 def tpu_formats(params):

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from srlm_jax.sharding import constrain, spec
+from srlm_jax.sharding import AXES, spec
 
 CHUNK = 256  # tokens of a row whose logits are there together
 
@@ -18,13 +18,7 @@ def embed(table, tokens):
 
 def token_logps(logits, tokens):
   """log p(tokens) under float32 logits [B, T, V] -> [B, T]; no chip ever holds a whole row of logits."""
-  def local(logits, tokens):
-    i, here = _local(tokens, logits.shape[-1])
-    peak = jax.lax.pmax(jax.lax.stop_gradient(logits).max(-1), 'tensor')
-    log_z = jnp.log(jax.lax.psum(jnp.exp(logits - peak[..., None]).sum(-1), 'tensor')) + peak
-    picked = jnp.take_along_axis(logits, i[..., None], -1)[..., 0]
-    return jax.lax.psum(jnp.where(here, picked, 0), 'tensor') - log_z
-  return jax.shard_map(local, in_specs=(spec('BTV'), spec('BT')), out_specs=spec('BT'))(logits, tokens)
+  return jax.shard_map(_token_logps, in_specs=(spec('BTV'), spec('BT')), out_specs=spec('BT'))(logits, tokens)
 
 
 def logps(x, w, labels):
@@ -32,22 +26,34 @@ def logps(x, w, labels):
 
   CHUNK tokens of a row at a time, and again in the backward pass: there are never more logits than those.
   """
-  R = labels.shape[1]
-  parts = -(-R // CHUNK)
-  w = jax.lax.with_sharding_constraint(w, P(None, 'tensor'))  # gathered once, not in every part
+  def local(x, w, labels):
+    # its gradient is added up in float32 over the chunks, and then over the chips
+    w = jax.lax.pcast(w, AXES['B'], to='varying').astype(jnp.float32)
 
-  def one(x, labels):
-    logits = jnp.einsum('BTD,DV->BTV', x, w, preferred_element_type=jnp.float32)
-    return token_logps(constrain(logits, 'BTV'), labels)
-  if parts == 1:
-    return one(x, labels)
-  size = -(-R // parts)
+    def one(x, labels):
+      return _token_logps(jnp.einsum('BTD,DV->BTV', x, w.astype(x.dtype), preferred_element_type=jnp.float32), labels)
+    R = labels.shape[1]
+    parts = -(-R // CHUNK)
+    if parts == 1:
+      return one(x, labels)
+    size = -(-R // parts)
 
-  def cut(a):
-    a = jnp.pad(a, ((0, 0), (0, parts * size - R), *[(0, 0)] * (a.ndim - 2)))
-    return jnp.moveaxis(a.reshape(a.shape[0], parts, size, *a.shape[2:]), 1, 0)
-  _, found = jax.lax.scan(lambda _, part: (None, jax.checkpoint(one)(*part)), None, (cut(x), cut(labels)))
-  return jnp.moveaxis(found, 0, 1).reshape(labels.shape[0], -1)[:, :R]
+    def cut(a):
+      a = jnp.pad(a, ((0, 0), (0, parts * size - R), *[(0, 0)] * (a.ndim - 2)))
+      return jnp.moveaxis(a.reshape(a.shape[0], parts, size, *a.shape[2:]), 1, 0)
+    _, found = jax.lax.scan(lambda _, part: (None, jax.checkpoint(one)(*part)), None, (cut(x), cut(labels)))
+    return jnp.moveaxis(found, 0, 1).reshape(labels.shape[0], -1)[:, :R]
+  # w is whole but for the vocabulary: it is gathered once, not for every chunk
+  return jax.shard_map(local, in_specs=(spec('BTD'), P(None, 'tensor'), spec('BT')), out_specs=spec('BT'))(x, w, labels)
+
+
+def _token_logps(logits, tokens):
+  """`token_logps` of one chip: logits [B, T, V on this chip]."""
+  i, here = _local(tokens, logits.shape[-1])
+  peak = jax.lax.pmax(jax.lax.stop_gradient(logits).max(-1), 'tensor')
+  log_z = jnp.log(jax.lax.psum(jnp.exp(logits - peak[..., None]).sum(-1), 'tensor')) + peak
+  picked = jnp.take_along_axis(logits, i[..., None], -1)[..., 0]
+  return jax.lax.psum(jnp.where(here, picked, 0), 'tensor') - log_z
 
 
 def next_logps(logits, tokens):

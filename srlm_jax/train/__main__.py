@@ -7,7 +7,7 @@ import jax
 from configs import base
 from srlm_jax import checkpoint, InputError, metrics, sharding, stage
 from srlm_jax.data import batches, examples as training, records, tokenizer as tokenizers
-from srlm_jax.models import attention, config as model_config, llama
+from srlm_jax.models import config as model_config, kernels, llama
 from srlm_jax.train import reference, state as train_state, step as train_step
 from srlm_jax.train.state import TrainState
 
@@ -35,12 +35,11 @@ def _train(config, workdir, mesh):
     data = _examples(c, config.chat, files, tokenizer)
   except training.NothingLeft as error:
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
-  # a CPU's loop over layers copies each layer's weights, gradients and activations
-  kernels = attention.CPU if jax.default_backend() == 'cpu' else attention.XLA
-  model = llama.Llama(shape, kernels, c.remat)
-  rows = _batches(config, data, mesh, kernels.width)
+  choice = kernels.to_train(jax.default_backend(), shape)
+  model = llama.Llama(shape, choice, c.remat)
+  rows = _batches(config, data, mesh, choice.width)
   if c.reference == 'cached':
-    once = _batches(config, data, mesh, kernels.width, epochs=1)
+    once = _batches(config, data, mesh, choice.width, epochs=1)
     rows.reference = reference.cached(config, workdir, files, source, model, once, mesh)
   s.begin()
   stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
@@ -48,9 +47,7 @@ def _train(config, workdir, mesh):
             + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
 
   tx = train_state.optimizer(c, len(rows))
-  state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(shape))
-  state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
-                       sharding.shardings(state, mesh))
+  state = train_state.abstract(shape, tx, mesh)
   step = train_step.make(model, tx, c, state)
   saver = checkpoint.manager(s.folder, c.keep)
   if saver.latest_step():

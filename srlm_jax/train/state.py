@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from srlm_jax import sharding
+from srlm_jax.models import llama
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -14,6 +17,13 @@ class TrainState:
   @classmethod
   def create(cls, params, tx):
     return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+
+
+def abstract(config, tx, mesh) -> TrainState:
+  """The state of a model of this shape as shapes with their places on `mesh`, which must be set; without memory."""
+  state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(config))
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state,
+                      sharding.shardings(state, mesh))
 
 
 def schedule(config, steps: int):

@@ -96,8 +96,8 @@ def logps(model, params, batch, key=None):
   dropout = key is not None and model.config.dropout > 0
   params = llama.unroll(params) if model.kernels.unrolled else params
   found, _ = model.apply({'params': params}, batch['tokens'], batch['positions'],
-                         view=packed.Packed(batch['segments'], batch['shared']), targets=(batch['at'], batch['label']),
-                         rngs={'dropout': key} if dropout else None)
+                         view=packed.Packed(batch['segments'], batch.get('shared')),
+                         targets=(batch['at'], batch['label']), rngs={'dropout': key} if dropout else None)
   return jnp.where(batch['response'] >= 0, found, 0)
 
 
