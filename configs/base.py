@@ -182,6 +182,7 @@ def _train() -> ConfigDict:
   t.remat = True
   t.save_every = 200          # steps, PAPER 3.1
   t.keep = 2                  # checkpoints kept
+  t.select = ''               # the last; or of all the best by 'agreement', or by a command: srlm_jax/selection.py
   t.log_every = 10            # steps
   return t
 

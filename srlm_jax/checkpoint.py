@@ -17,11 +17,12 @@ from srlm_jax.models import config as model_config, llama
 
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
                    'generation_config.json', 'chat_template.jinja')
+SELECTED = 'selected.json'  # in a folder, of whose steps one was chosen
 CHUNK_BYTES = 2**24  # of a stored array, compressed as one
 
 
-def manager(folder, keep: int) -> ocp.CheckpointManager:
-  """Orbax's manager of `folder`/steps: saves in the background, keeps the last `keep` steps."""
+def manager(folder, keep: int | None) -> ocp.CheckpointManager:
+  """Orbax's manager of `folder`/steps: saves in the background, keeps the last `keep` steps (None: all)."""
   options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
   return ocp.CheckpointManager(epath.Path(folder).resolve() / 'steps', options=options)
 
@@ -60,13 +61,29 @@ def restore_train(folder, step: int, abstract):
   return _restore(epath.Path(folder).resolve() / 'steps' / str(step) / 'train', abstract)
 
 
+def steps(folder) -> list[int]:
+  """The whole steps of a checkpoint folder, in order."""
+  place = epath.Path(folder) / 'steps'
+  return sorted(int(p.name) for p in place.iterdir() if p.name.isdigit()) if place.exists() else []
+
+
 def latest(folder) -> int:
-  """The last whole step of a checkpoint folder."""
-  steps = epath.Path(folder) / 'steps'
-  found = [int(p.name) for p in steps.iterdir() if p.name.isdigit()] if steps.exists() else []
-  if not found:
+  """The step that is meant by the model of a checkpoint folder: the one selected, or else the last."""
+  if not (found := steps(folder)):
     raise InputError(f'no checkpoint in {folder}; train or convert that model first')
-  return max(found)
+  selected = epath.Path(folder) / SELECTED
+  return json.loads(selected.read_text())['step'] if selected.exists() else found[-1]
+
+
+def select(folder, step: int):
+  """Makes a step the one that is meant, and deletes the others."""
+  path = epath.Path(folder) / SELECTED
+  partial = path.parent / f'{SELECTED}.partial'
+  partial.write_text(json.dumps(dict(step=step)) + '\n')
+  partial.replace(path)
+  for other in steps(folder):
+    if other != step:
+      (epath.Path(folder) / 'steps' / str(other)).rmtree()
 
 
 def exists(folder) -> bool:

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import ablations, base
-from srlm_jax import checkpoint, InputError, report, results, stage
+from srlm_jax import checkpoint, InputError, report, results, selection, stage
 from srlm_jax.data import eft, health, judges, seeds, templates
 from srlm_jax.eval import agreement
 from srlm_jax.models import convert
@@ -113,6 +113,8 @@ def one_model(config, workdir) -> str:
   if why:
     return why
   train.run(config, workdir)
+  if config.train.select:
+    selection.run(config, workdir)
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
   respond.run(config, workdir, 'heldout')

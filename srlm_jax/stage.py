@@ -151,9 +151,14 @@ def model_folder(workdir, name: str):
 
 
 def finished_model(workdir, name: str):
-  """The checkpoint folder of a model that another stage runs; refused while its training has not finished."""
+  """The checkpoint folder of a model that another stage runs; refused while its training has not finished, or no
+  checkpoint of it was selected that should be."""
   folder = model_folder(workdir, name)
   require_finished(folder)
+  trained = json.loads(path.read_text()) if (path := folder / 'manifest.json').exists() else {}
+  if trained.get('config', {}).get('train', {}).get('select') and not (folder / 'selected.json').exists():
+    raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
+                     f'srlm_jax.selection with the config of {name}')
   return folder
 
 

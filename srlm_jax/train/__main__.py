@@ -49,7 +49,7 @@ def _train(config, workdir, mesh):
   tx = train_state.optimizer(c, len(rows))
   state = train_state.abstract(shape, tx, mesh)
   step = train_step.make(model, tx, c, state)
-  saver = checkpoint.manager(s.folder, c.keep)
+  saver = checkpoint.manager(s.folder, None if c.select else c.keep)
   if saver.latest_step():
     state = _resume(s.folder, saver.latest_step(), state, mesh)
     stage.say(f'{s.title}: continues after step {int(state.step)}')

@@ -1,0 +1,94 @@
+"""Chooses the checkpoint of a trained model that later stages use.
+
+`python -m srlm_jax.selection --config=configs/iter2.py --workdir=runs/x`
+
+Training with `train.select` keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1). Here each is measured,
+and the best, of equal ones the earliest, is written to MODEL/model/selected.json; of the others the folders go.
+
+  agreement  pairwise accuracy of the model as a judge of the seeds' ranked evaluation replies
+  a command  of yours: {checkpoint} in it becomes a checkpoint folder, and the last line that it prints is the measure,
+             the higher the better. It runs beside this process, which holds the accelerators.
+"""
+import math
+import os
+import shlex
+import subprocess
+
+from srlm_jax import checkpoint, InputError, stage
+from srlm_jax.data import records
+from srlm_jax.eval import agreement
+from srlm_jax.sample import judge
+
+
+def run(config, workdir):
+  """MODEL/model/steps/* -> MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
+  by = config.train.select
+  if not by:
+    raise InputError('config.train.select is empty: the last checkpoint is used; name agreement, or a command')
+  folder = stage.model_folder(workdir, config.name)
+  if not (folder / 'done.json').exists():
+    raise InputError(f'{folder} is not finished; run python -m srlm_jax.train first')
+  s = stage.Stage(config, workdir, 'selection', ('train.select', 'eval', 'judge'), (),
+                  params=stage.summary(folder)['params'])
+  if s.done:
+    return
+  s.begin()
+  path = s.folder / 'measures.jsonl'
+  out = records.Appender(path) if stage.is_first_host() else None
+  stage.sync(f'{s.title} was opened')
+  have = {r['step'] for r in records.read(path)}
+  stage.sync(f'{s.title} was read')
+  for step in checkpoint.steps(folder):
+    if step in have:
+      continue
+    candidate = alone(workdir, s.folder / str(step), config.name, step)
+    measure = _agreement(config, candidate) if by == 'agreement' else _command(by, candidate / config.name / 'model')
+    stage.say(f'{s.title}: step {step}, {measure:.4f}')
+    if out:
+      out.append([dict(step=step, measure=measure)])
+    stage.sync(f'{s.title} {step}')
+  found = {r['step']: r['measure'] for r in records.read(path)}
+  best = min(found, key=lambda step: (-found[step], step))
+  if out:
+    out.close()
+    checkpoint.select(folder, best)
+  s.finish(step=best, measure=round(found[best], 4), measured=len(found))
+
+
+def alone(workdir, folder, name: str, step: int):
+  """A workdir in `folder` that holds the seeds, and of the model one step; the files themselves stay where they are."""
+  source, model = stage.model_folder(workdir, name), folder / name / 'model'
+  if stage.is_first_host() and not model.exists():
+    (model / 'steps').mkdir(parents=True)
+    checkpoint.copy_model_files(source, model)
+    for link, place in ((folder / 'data', stage.seeds(workdir).parent), (model / 'steps' / str(step),
+                                                                         source / 'steps' / str(step))):
+      os.symlink(place.resolve(), link)
+  stage.sync(f'{folder} is made')
+  return folder
+
+
+def _agreement(config, workdir) -> float:
+  judge.run(config, workdir, 'eval')
+  agreement.run(config, workdir)
+  return stage.summary(workdir / config.name / 'agreement')['pairwise_accuracy'] or 0.0
+
+
+def _command(command: str, folder) -> float:
+  """What the command prints last; on the first host, the others take it from the file."""
+  if not stage.is_first_host():
+    return math.nan
+  words = [word.replace('{checkpoint}', str(folder)) for word in shlex.split(command)]
+  try:
+    done = subprocess.run(words, capture_output=True, text=True)
+    value = float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else math.nan
+  except (OSError, ValueError, IndexError) as error:
+    raise InputError(f'config.train.select: {shlex.join(words)} gave no number ({error})') from error
+  if not math.isfinite(value):
+    raise InputError(f'config.train.select: {shlex.join(words)} ended with {done.returncode} and gave no number: '
+                     f'{(done.stderr or done.stdout).strip()[-300:]}')
+  return value
+
+
+if __name__ == '__main__':
+  stage.main(run)
