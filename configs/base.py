@@ -271,8 +271,8 @@ def _tiny(c: ConfigDict):
   elif t.loss == 'sft':
     t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 2.0, 3e-4, 3e-5
   else:
-    t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 3.0, 3e-5, 3e-6
-    t.beta = 0.4              # at 0.1 the judge forgets how to judge while it learns to answer
+    t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 3.0, 4e-5, 4e-6
+    t.beta = 2.0              # at 0.1 the judge forgets how to judge while it learns to answer
 
 
 def _small(c: ConfigDict):
