@@ -57,12 +57,12 @@ class Program:
 
 PROGRAMS = (
     Program('7b', 'dpo', 'v5p-8', (1, 4, 1), 'step'),
-    Program('70b', 'dpo', 'v5p-256', (1, 128, 1), 'step'),
-    Program('70b', 'dpo', 'v5p-256', (1, 128, 1), 'cached'),
-    Program('70b', 'dpo', 'v4-256', (1, 128, 1), 'step'),
-    Program('70b', 'dpo', 'v4-256', (1, 128, 1), 'cached'),
-    Program('70b', 'sft', 'v6e-256', (1, 256, 1)),
-    Program('70b', 'dpo', '2 x v5p-128', (2, 64, 1), 'step'))
+    Program('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step'),
+    Program('70b', 'dpo', 'v5p-256', (1, 16, 8), 'cached'),
+    Program('70b', 'dpo', 'v4-256', (1, 16, 8), 'step'),
+    Program('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
+    Program('70b', 'sft', 'v6e-256', (1, 32, 8)),
+    Program('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'))
 
 
 def compile(program: Program, mesh, rows: int):

@@ -1,0 +1,269 @@
+"""Training against TRL, against the machine, and without what makes it fast.
+
+`python bench/train.py` makes a random Llama, the same in our step and in TRL's trainers, and takes steps on the same
+tokens, all cores, dropout off:
+
+  dpo, sft  pairs or examples a second of ours and of DPOTrainer and SFTTrainer; MFU: operations that the real tokens
+            need, by the peak of a product of matrices, measured in the same run
+  shared    DPO with the prompt of a pair in the row once, against twice, for prompt : response of 1:4, 1:1 and 4:1
+  logits    the temporaries of a DPO step with log-probs in chunks, and with all logits at once
+
+Sides take turns; numbers are medians of the rounds. It prints tables and a line of JSON; `--json=PATH` also writes it
+there, `--quick` runs everything on next to nothing, `--only=shared` a part.
+"""
+import argparse
+from collections.abc import Callable
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+import time
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # on a GPU torch wants memory too
+
+import datasets
+import jax
+import numpy as np
+import roofline
+from sample import Peer
+import tokenizers
+import torch
+import transformers
+import trl
+
+from configs import base
+from srlm_jax import sharding
+from srlm_jax.data.batches import Batches, layout
+from srlm_jax.data.examples import Example
+from srlm_jax.models import kernels, llama, vocab
+from srlm_jax.models.config import Config
+from srlm_jax.train import state as train_state, step as train_step
+
+RATIOS = ((1, 4), (1, 1), (4, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All that depends on the machine."""
+  config: Config
+  batch: int    # examples a step
+  prompt: int   # tokens, median
+  response: int
+  steps: int    # a round
+  rounds: int
+  width: int    # of a packed row, at most
+
+
+PLANS = dict(
+    cpu=Plan(Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048), 8, 60, 60, 2, 3, 512),
+    gpu=Plan(Config(D=2048, F=5632, K=4, G=8, H=64, V=32000, layers=22, context=2048, dtype='bfloat16'), 16, 250, 250,
+             8, 3, 2048),
+    quick=Plan(Config(D=64, F=128, K=2, G=2, H=16, V=512, layers=2, context=256), 4, 10, 10, 1, 1, 128))
+
+
+def draw(plan: Plan, responses: int) -> list[Example]:
+  """A step's examples a round; lengths are log-normal, as those of people's prompts and answers."""
+  rng = np.random.default_rng(0)
+  def tokens(median):
+    size = int(np.clip(rng.lognormal(np.log(median), 0.6), 4, plan.width // 4))
+    return rng.integers(1, plan.config.V, size).tolist()
+  return [Example(f'e{i}', tokens(plan.prompt), tuple(tokens(plan.response) for _ in range(responses)))
+          for i in range(plan.batch * plan.steps)]
+
+
+def knobs(loss: str, plan: Plan):
+  c = base.dpo() if loss == 'dpo' else base.sft()
+  c.update(batch=plan.batch, dropout=0.0, remat=False, dtype=plan.config.dtype)
+  return c
+
+
+class Ours:
+  """Our step, and its batches on the device."""
+
+  def __init__(self, loss: str, plan: Plan, params, mesh, batches: list[dict], real: int):
+    self.c, self.mesh, self.real = knobs(loss, plan), mesh, real
+    choice = kernels.to_train(jax.default_backend(), plan.config)
+    self.model = llama.Llama(plan.config, choice, self.c.remat)
+    tx = train_state.optimizer(self.c, 100)
+    self.state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=jax.tree.map(
+        lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh)))(params)
+    self.older = jax.tree.map(lambda x: x.astype(plan.config.dtype), params) if loss == 'dpo' else {}
+    self.step = train_step.make(self.model, tx, self.c, self.state)
+    self.batches = [sharding.put_batch(b, mesh) for b in batches]
+
+  def run(self):
+    for batch in self.batches:
+      self.state, metrics = self.step(self.state, self.older, batch, jax.random.key(0))
+    jax.block_until_ready(metrics)
+    return float(metrics['loss'])
+
+  def temporaries(self) -> int:
+    """Bytes, beside the state."""
+    lowered = self.step.lower(self.state, self.older, self.batches[0], jax.random.key(0))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def packed(loss: str, plan: Plan, examples: list[Example]) -> tuple[list[dict], int]:
+  made = Batches(examples, plan.batch, 1, 0, plan.width)
+  return [made.at(i) for i in range(len(made))], sum(map(len, examples))
+
+
+class Theirs:
+  """TRL's trainer on the same tokens; its clock runs from the first step of a round to its last."""
+
+  def __init__(self, loss: str, plan: Plan, params, examples: list[Example], device: str):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({'<pad>': 0, '<eos>': 1}, '<pad>')),
+        pad_token='<pad>', eos_token='<eos>')
+    how = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=plan.batch, max_steps=plan.steps,
+               learning_rate=1e-6, logging_strategy='no', save_strategy='no', report_to=[], disable_tqdm=True,
+               gradient_checkpointing=False, bf16=plan.config.dtype == 'bfloat16', use_cpu=device == 'cpu',
+               max_length=plan.config.context, dataloader_pin_memory=False)
+    model = Peer(plan.config, params, device).model.train()
+    if loss == 'dpo':
+      rows = [dict(prompt_ids=e.prompt, chosen_ids=e.responses[0], rejected_ids=e.responses[1]) for e in examples]
+      made, config, also = _Dpo, trl.DPOConfig(beta=0.1, **how), dict(ref_model=Peer(plan.config, params, device).model)
+    else:
+      rows = [dict(input_ids=e.prompt + e.responses[0],
+                   completion_mask=[0] * len(e.prompt) + [1] * len(e.responses[0])) for e in examples]
+      made, config, also = trl.SFTTrainer, trl.SFTConfig(completion_only_loss=True, **how), {}
+    self.clock = _Clock()
+    self.trainer = made(model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
+                        processing_class=tokenizer, callbacks=[self.clock], **also)
+
+  def run(self) -> float:
+    """Seconds of a round's steps."""
+    self.clock.first = None
+    self.trainer.train()
+    return self.clock.last - self.clock.first
+
+
+class _Dpo(trl.DPOTrainer):
+  def _prepare_dataset(self, dataset, *_):
+    return dataset  # tokens already
+
+
+class _Clock(transformers.TrainerCallback):
+  def on_step_begin(self, *_, **__):
+    self.first = self.first or time.perf_counter()
+
+  def on_step_end(self, *_, **__):
+    if torch.cuda.is_available():
+      torch.cuda.synchronize()
+    self.last = time.perf_counter()
+
+
+def operations(config: Config, examples: list[Example], loss: str) -> float:
+  """Of the forward and backward pass over the real tokens, and of DPO's reference: 2 for each weight and token, for the
+  head of response tokens alone, and 4 H for each query head, layer, token and key that it sees; thrice that with the
+  backward pass. Nothing is counted that a step computes twice."""
+  c = config
+  layers = c.layers * (2 * c.D * c.K * (c.G + 1) * c.H + 3 * c.D * c.F)
+  total = 0
+  for e in examples:
+    sizes = [len(r) for r in e.responses]
+    keys = len(e.prompt) * (len(e.prompt) + 1) / 2 + sum(n * len(e.prompt) + n * (n + 1) / 2 for n in sizes)
+    total += 2 * layers * len(e) + 2 * c.D * c.V * sum(sizes) + 4 * c.layers * c.K * c.G * c.H * keys
+  return total * (4 if loss == 'dpo' else 3)
+
+
+def medians(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+  """Seconds of each, which either a side returns or are taken here; a round has all of them."""
+  taken = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+  return {name: statistics.median(one[name] for one in taken) for name in sides}
+
+
+def compare(loss: str, plan: Plan, params, mesh, device: str, peak: float) -> dict:
+  examples = draw(plan, 1 + (loss == 'dpo'))
+  batches, real = packed(loss, plan, examples)
+  ours, theirs = Ours(loss, plan, params, mesh, batches, real), Theirs(loss, plan, params, examples, device)
+  ours.run(), theirs.run()  # to compile, and to warm up
+  found = medians(dict(ours=lambda: roofline.seconds(ours.run), trl=theirs.run), plan.rounds)
+  flops = operations(plan.config, examples, loss)
+  return dict(loss=loss, real=real / sum(b['tokens'].size for b in batches),
+              **{f'{side}_per_second': len(examples) / s for side, s in found.items()},
+              ratio=found['trl'] / found['ours'], **{f'{side}_mfu': flops / s / peak for side, s in found.items()})
+
+
+def sharing(plan: Plan, params, mesh) -> list[dict]:
+  """Pairs a second with the prompt once and twice; of both every row is full."""
+  rows, rng = [], np.random.default_rng(0)
+  for prompt, response in RATIOS:
+    unit = plan.width // 2 // (2 * (prompt + response))
+    def tokens(n, unit=unit):
+      return rng.integers(1, plan.config.V, n * unit).tolist()
+    pairs = [Example(f'e{i}', tokens(prompt), (tokens(response), tokens(response))) for i in range(plan.batch)]
+    shared = Batches(pairs, plan.batch, 1, 0, plan.width)
+    sides = dict(shared=Ours('dpo', plan, params, mesh, [shared.at(i) for i in range(len(shared))], 0),
+                 repeated=Ours('dpo', plan, params, mesh, [repeated(pairs, plan)], 0))
+    losses = {name: side.run() for name, side in sides.items()}
+    assert np.isclose(*losses.values(), rtol=1e-3), losses
+    found = medians({name: lambda side=side: roofline.seconds(side.run) for name, side in sides.items()}, plan.rounds)
+    rows.append(dict(prompt=prompt, response=response, ratio=found['repeated'] / found['shared'],
+                     **{f'{name}_per_second': plan.batch / s for name, s in found.items()}))
+  return rows
+
+
+def repeated(pairs: list[Example], plan: Plan) -> dict:
+  """The batch in which each response has a prompt of its own, two pairs a row."""
+  each = 2
+  wide = [layout([Example('', e.prompt, (r,)) for e in pairs[i:i + each] for r in e.responses])
+          for i in range(0, len(pairs), each)]
+  batch = {name: np.asarray([row[name] for row in wide], np.int32)
+           for name in ('tokens', 'positions', 'segments', 'at', 'label', 'response')}
+  ones = np.ones((len(wide), each))
+  return dict(batch, pair=ones.astype(np.int32), confidence=ones.astype(np.float32))
+
+
+def logits(plan: Plan, params, mesh) -> dict:
+  """GiB of temporaries of one step with long responses."""
+  half = plan.width // 3
+  pairs = [Example(f'e{i}', [1] * half, ([2] * half, [3] * half)) for i in range(plan.batch)]
+  made, found, chunk = Batches(pairs, plan.batch, 1, 0), {}, vocab.CHUNK
+  for name, size in (('chunks', min(chunk, half // 2)), ('at_once', 10**9)):
+    vocab.CHUNK = size
+    found[name] = Ours('dpo', plan, params, mesh, [made.at(0)], 0).temporaries() / 2**30
+  vocab.CHUNK = chunk
+  return found
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--json')
+  parser.add_argument('--quick', action='store_true')
+  parser.add_argument('--only', choices=['dpo', 'sft', 'shared', 'logits'])
+  flags = parser.parse_args()
+  device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'
+  plan = PLANS['quick' if flags.quick else 'gpu' if device == 'cuda' else 'cpu']
+  torch.set_num_threads(os.cpu_count())
+  mesh = sharding.make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    params = jax.jit(lambda key: llama.init_params(plan.config, key))(jax.random.key(0))
+    _, peak = roofline.peaks(plan.config, device, flags.quick)
+    print(f'{roofline.name(os.cpu_count())}; peak {peak / 1e9:,.0f} GFLOP/s; '
+          f'{llama.param_count(plan.config):,} parameters')
+    out = dict(peak=peak)
+    for loss in ('dpo', 'sft'):
+      if flags.only in (None, loss):
+        row = out[loss] = compare(loss, plan, params, mesh, device, peak)
+        print(f'{loss}: ours {row["ours_per_second"]:.2f} a second, TRL {row["trl_per_second"]:.2f}: '
+              f'{row["ratio"]:.2f}x; MFU {row["ours_mfu"]:.0%} and {row["trl_mfu"]:.0%}; {row["real"]:.0%} of our '
+              f'places hold a token', flush=True)
+    if flags.only in (None, 'shared'):
+      out['shared'] = sharing(plan, params, mesh)
+      for row in out['shared']:
+        print(f'prompt : response {row["prompt"]}:{row["response"]}: {row["shared_per_second"]:.2f} pairs a second, '
+              f'{row["repeated_per_second"]:.2f} with the prompt twice: {row["ratio"]:.2f}x', flush=True)
+    if flags.only in (None, 'logits'):
+      found = out['logits'] = logits(plan, params, mesh)
+      print(f'temporaries: {found["chunks"]:.2f} GiB in chunks, {found["at_once"]:.2f} GiB with all logits at once')
+  line = json.dumps(out)
+  print(line)
+  if flags.json:
+    with open(flags.json, 'w') as file:
+      file.write(line + '\n')
+
+
+if __name__ == '__main__':
+  main()
