@@ -46,6 +46,7 @@ test-slow: .venv/.test  ## the tests that are too slow for every change
 
 aot: .venv-aot/.installed  ## the 70B programs, compiled for TPUs that are not here
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py
+	.venv-aot/bin/python bench/scale.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
