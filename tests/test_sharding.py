@@ -1,3 +1,5 @@
+import types
+
 from conftest import make_mesh
 import jax
 import jax.numpy as jnp
@@ -49,3 +51,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(shape):
 
 def test_what_is_left_of_the_devices():
   assert dict(sharding.make_mesh(2, -1, 2).shape) == dict(data=2, fsdp=2, tensor=2)
+
+
+def test_every_slice_holds_its_part_of_data():
+  devices = [types.SimpleNamespace(slice_index=i // 3) for i in range(6)]
+  with pytest.raises(InputError, match='config.mesh.data = 3 does not divide over the 2 slices'):
+    sharding.make_mesh(3, 2, 1, devices)
