@@ -2,7 +2,7 @@
 
   python bench/scale.py                     # all of PROGRAMS; about half an hour on 2 cores
   python bench/scale.py --only=7b           # those whose name holds it
-  python bench/scale.py --largest           # more rows a chip, twice and twice again, until they do not fit
+  python bench/scale.py --largest           # more rows, twice and twice again, until they do not fit
 
 Exits with 1 if a program does not fit any more, or all-reduces a whole weight in a loop.
 """
@@ -66,7 +66,7 @@ PROGRAMS = (
 
 
 def compile(program: Program, mesh, rows: int):
-  """The step with `rows` rows a chip, each of one example of the greatest length, compiled."""
+  """The step with `rows` rows in each part of (data, fsdp), each of one example of the greatest length, compiled."""
   c = base.get('m2' if program.loss == 'dpo' else 'm1', program.size).train
   c = c.copy_and_resolve_references().unlock()
   c.reference = program.reference or 'step'
@@ -123,8 +123,6 @@ def measure(program: Program, rows: int) -> dict:
   weights = {x.size // (x.shape[0] if path[0].key == 'layers' else 1)
              for path, x in jax.tree_util.tree_leaves_with_path(params) if x.ndim > 1 + (path[0].key == 'layers')}
   kinds, whole = collectives(compiled.as_text(), weights)
-  if os.environ.get('DUMP'):
-    open(os.environ['DUMP'], 'w').write(compiled.as_text())
   total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
   return dict(fits=total < memory * GIB, arguments=used.argument_size_in_bytes / GIB,
               temporaries=used.temp_size_in_bytes / GIB, total=total / GIB, seconds=seconds, kinds=kinds, whole=whole)
@@ -135,7 +133,7 @@ def main():
   parser.add_argument('--only', default='')
   parser.add_argument('--largest', action='store_true')
   flags = parser.parse_args()
-  print('| program | pod | data, fsdp, tensor | rows a chip | state and reference, GiB | temporaries | total of | '
+  print('| program | pod | data, fsdp, tensor | rows | state and reference, GiB | temporaries | total of | '
         'collectives | seconds |\n|---|---|---|---|---|---|---|---|---|', flush=True)
   bad = []
   for program in PROGRAMS:

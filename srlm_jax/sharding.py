@@ -39,11 +39,13 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
     raise InputError(f'config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not use exactly the '
                      f'{len(devices)} devices here; make the product {len(devices)}')
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
-  if slices == 1:
-    return jax.make_mesh(shape, NAMES, axis_types=(AxisType.Auto,) * 3, devices=devices)
   if shape[0] % slices:  # what crosses slices is slow: gradients alone may, once a step
     raise InputError(f'config.mesh.data = {shape[0]} does not divide over the {slices} slices here; make it a multiple')
-  placed = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices)
+  split = dict(allow_split_physical_axes=True)  # a tensor axis of 8 on a torus of 16 x 16
+  if slices == 1:
+    placed = mesh_utils.create_device_mesh(shape, devices, **split)
+  else:
+    placed = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices, **split)
   return Mesh(placed, NAMES, axis_types=(AxisType.Auto,) * 3)
 
 
