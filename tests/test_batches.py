@@ -1,10 +1,11 @@
 import collections
 
+from conftest import DATA, main
 import numpy as np
 import pytest
 
 from srlm_jax import InputError
-from srlm_jax.data import batches
+from srlm_jax.data import batches, examples as training, records, tokenizer
 from srlm_jax.data.batches import Batches
 from srlm_jax.data.examples import Example
 
@@ -91,3 +92,14 @@ def test_what_has_no_room_is_not_forgotten_at_the_end():
   examples = [Example(f'e{i}', [1], ([1] * 60,)) for i in range(7)]
   made = Batches(examples, 2, 1, 0, 64)
   assert made.rows == 2 and [len(names(made, s)) for s in range(len(made))] == [2, 2, 2, 2]
+
+
+def test_people_s_prompts_and_answers_fill_their_rows(stories, tmp_path):
+  """OASST1: at least nine places in ten hold a token, at the paper's batch."""
+  main('data.seeds', '--config=configs/sft.py:stories', f'--workdir={tmp_path}', '--config.data.ift=400',
+       f'--config.data.path={DATA}/oasst1/validation.en.messages.jsonl.gz')
+  rows = records.read(tmp_path / 'data' / 'seeds' / 'ift.jsonl')
+  found = training.sft(rows, tokenizer.load(stories, 512), 'plain', 2048).examples
+  packed, alone = Batches(found, 16, 20, 0, 2048), Batches(found, 16, 20, 0)
+  assert len(found) > 100 and packed.real > 0.9 and alone.real < 0.5
+  assert packed.seen / len(packed) == pytest.approx(16, rel=0.1)
