@@ -43,7 +43,8 @@ def counts(dropped: dict) -> str:
 
 def write(workdir, rows, stopped: str):
   """Writes workdir/report.html, one page that needs no other file; returns its path."""
-  (path := epath.Path(workdir) / 'report.html').write_text(render(dict(collect(workdir), rows=rows, stopped=stopped)))
+  path = epath.Path(workdir) / 'report.html'
+  path.write_text(render(dict(collect(workdir), rows=rows, stopped=stopped)))
   return path
 
 
