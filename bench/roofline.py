@@ -3,6 +3,7 @@ from collections.abc import Callable, Sequence
 import itertools
 import pathlib
 import platform
+import statistics
 import time
 
 import jax
@@ -64,6 +65,13 @@ def seconds(side: Callable) -> float:
   start = time.perf_counter()
   side()
   return time.perf_counter() - start
+
+
+def medians(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+  """Of the seconds that each side returns. A round has all of them, so that the machine's slow minutes are
+  everyone's."""
+  taken = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+  return {name: statistics.median(one[name] for one in taken) for name in sides}
 
 
 def name(cores: int) -> str:

@@ -21,7 +21,6 @@ import functools
 import json
 import os
 import pathlib
-import statistics
 import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # on a GPU torch wants memory too
@@ -175,10 +174,9 @@ def run(engine: engines.Engine, requests: Sequence[Request], sampling: Sampling)
   return [result.ids for _, results in engine.generate(requests, sampling) for result in results]
 
 
-def medians(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-  """Seconds of each. A round has all of them, so that the machine's slow minutes are everyone's."""
-  taken = [{name: roofline.seconds(side) for name, side in sides.items()} for _ in range(rounds)]
-  return {name: statistics.median(one[name] for one in taken) for name in sides}
+def timed(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
+  """The median seconds of each."""
+  return roofline.medians({name: functools.partial(roofline.seconds, side) for name, side in sides.items()}, rounds)
 
 
 def check(work: Work, peer: Peer, config: Config):
@@ -208,7 +206,7 @@ def compare(name: str, kind: Kind, work: Work, plan: Plan, peer: Peer, peak) -> 
   if kind.rubric:
     alone = work.engine(slots, work.requests, share=False)
     sides['unshared'] = lambda: run(alone, work.requests, work.sampling)
-  taken = medians(sides, plan.rounds)
+  taken = timed(sides, plan.rounds)
   least = roofline.floor(plan.config, work.requests, slots, *peak)
   found = dict(work=name, samples=sum(r.n for r in work.requests), tokens=work.tokens, slots=slots, peer_rows=rows,
                seconds=taken, tried=dict(ours=ours, transformers=theirs),
@@ -250,8 +248,8 @@ def refill(plan: Plan, mesh) -> dict:
   work = Work(dataclasses.replace(plan, steps=plan.trace_steps), config, params, mesh, respond(kind, config.V, 1),
               kind.cap)
   pair = {name: work.engine(plan.slots, work.requests, refill=name == 'refill') for name in ('refill', 'static')}
-  taken = medians({name: functools.partial(run, engine, work.requests, work.sampling)
-                   for name, engine in pair.items()}, 1)
+  taken = timed({name: functools.partial(run, engine, work.requests, work.sampling)
+                 for name, engine in pair.items()}, 1)
   return dict(requests=kind.count, tokens=work.tokens, cap=kind.cap, slots=plan.slots, seconds=taken,
               occupancy={name: engine.work.occupancy for name, engine in pair.items()},
               ratio=taken['static'] / taken['refill'])

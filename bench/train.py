@@ -12,13 +12,12 @@ Sides take turns; numbers are medians of the rounds. It prints tables and a line
 there, `--quick` runs everything on next to nothing, `--only=shared` a part.
 """
 import argparse
-from collections.abc import Callable
 import dataclasses
 import json
 import os
-import statistics
 import tempfile
 import time
+import warnings
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # on a GPU torch wants memory too
 
@@ -47,66 +46,73 @@ RATIOS = ((1, 4), (1, 1), (4, 1))
 class Plan:
   """All that depends on the machine."""
   config: Config
-  batch: int    # examples a step
+  batch: int    # examples a step, of ours on average
   prompt: int   # tokens, median
   response: int
-  steps: int    # a round
+  steps: int    # of ours a round
   rounds: int
   width: int    # of a packed row, at most
 
 
 PLANS = dict(
-    cpu=Plan(Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048), 8, 60, 60, 2, 3, 512),
+    cpu=Plan(Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048), 8, 60, 60, 4, 3, 512),
     gpu=Plan(Config(D=2048, F=5632, K=4, G=8, H=64, V=32000, layers=22, context=2048, dtype='bfloat16'), 16, 250, 250,
              8, 3, 2048),
     quick=Plan(Config(D=64, F=128, K=2, G=2, H=16, V=512, layers=2, context=256), 4, 10, 10, 1, 1, 128))
 
 
 def draw(plan: Plan, responses: int) -> list[Example]:
-  """A step's examples a round; lengths are log-normal, as those of people's prompts and answers."""
+  """More than a round's examples; lengths are log-normal, as those of people's prompts and answers."""
   rng = np.random.default_rng(0)
   def tokens(median):
     size = int(np.clip(rng.lognormal(np.log(median), 0.6), 4, plan.width // 4))
     return rng.integers(1, plan.config.V, size).tolist()
   return [Example(f'e{i}', tokens(plan.prompt), tuple(tokens(plan.response) for _ in range(responses)))
-          for i in range(plan.batch * plan.steps)]
+          for i in range(4 * plan.batch * plan.steps)]
 
 
 def knobs(loss: str, plan: Plan):
   c = base.dpo() if loss == 'dpo' else base.sft()
   c.update(batch=plan.batch, dropout=0.0, remat=False, dtype=plan.config.dtype)
+  c.update(learning_rate=0.0, learning_rate_end=0.0)  # every round computes the same, and so do both sides
   return c
 
 
 class Ours:
   """Our step, and its batches on the device."""
 
-  def __init__(self, loss: str, plan: Plan, params, mesh, batches: list[dict], real: int):
-    self.c, self.mesh, self.real = knobs(loss, plan), mesh, real
-    choice = kernels.to_train(jax.default_backend(), plan.config)
-    self.model = llama.Llama(plan.config, choice, self.c.remat)
-    tx = train_state.optimizer(self.c, 100)
+  def __init__(self, loss: str, plan: Plan, params, mesh, batches: list[dict]):
+    c = knobs(loss, plan)
+    model = llama.Llama(plan.config, kernels.to_train(jax.default_backend(), plan.config), c.remat)
+    tx = train_state.optimizer(c, 100)
     self.state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=jax.tree.map(
         lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh)))(params)
     self.older = jax.tree.map(lambda x: x.astype(plan.config.dtype), params) if loss == 'dpo' else {}
-    self.step = train_step.make(self.model, tx, self.c, self.state)
+    self.step = train_step.make(model, tx, c, self.state)
     self.batches = [sharding.put_batch(b, mesh) for b in batches]
 
-  def run(self):
+  def steps(self) -> list[dict]:
+    """Takes every batch once -> metrics."""
+    metrics = []
     for batch in self.batches:
-      self.state, metrics = self.step(self.state, self.older, batch, jax.random.key(0))
-    jax.block_until_ready(metrics)
-    return float(metrics['loss'])
+      self.state, found = self.step(self.state, self.older, batch, jax.random.key(0))
+      metrics.append(found)
+    return jax.device_get(metrics)
+
+  def run(self) -> float:
+    """Seconds of a round's steps."""
+    return roofline.seconds(self.steps)
+
+  def value(self, loss: str) -> float:
+    """What the other side must find, too: the mean log-prob of a chosen response, or the loss of a token."""
+    weights = [(b['response'] >= 0 if loss == 'sft' else b['pair']).sum() for b in self.batches]
+    name = 'loss' if loss == 'sft' else 'chosen_logp'
+    return float(np.average([m[name] for m in self.steps()], weights=weights))
 
   def temporaries(self) -> int:
     """Bytes, beside the state."""
     lowered = self.step.lower(self.state, self.older, self.batches[0], jax.random.key(0))
     return lowered.compile().memory_analysis().temp_size_in_bytes
-
-
-def packed(loss: str, plan: Plan, examples: list[Example]) -> tuple[list[dict], int]:
-  made = Batches(examples, plan.batch, 1, 0, plan.width)
-  return [made.at(i) for i in range(len(made))], sum(map(len, examples))
 
 
 class Theirs:
@@ -116,8 +122,9 @@ class Theirs:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({'<pad>': 0, '<eos>': 1}, '<pad>')),
         pad_token='<pad>', eos_token='<eos>')
-    how = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=plan.batch, max_steps=plan.steps,
-               learning_rate=1e-6, logging_strategy='no', save_strategy='no', report_to=[], disable_tqdm=True,
+    self.sizes = [len(examples[i:i + plan.batch]) for i in range(0, len(examples), plan.batch)]  # of its batches
+    how = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=plan.batch, max_steps=len(self.sizes),
+               learning_rate=0.0, logging_steps=1, save_strategy='no', report_to=[], disable_tqdm=True,
                gradient_checkpointing=False, bf16=plan.config.dtype == 'bfloat16', use_cpu=device == 'cpu',
                max_length=plan.config.context, dataloader_pin_memory=False)
     model = Peer(plan.config, params, device).model.train()
@@ -131,12 +138,19 @@ class Theirs:
     self.clock = _Clock()
     self.trainer = made(model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
                         processing_class=tokenizer, callbacks=[self.clock], **also)
+    self.trainer.remove_callback(transformers.PrinterCallback)
 
   def run(self) -> float:
     """Seconds of a round's steps."""
     self.clock.first = None
     self.trainer.train()
     return self.clock.last - self.clock.first
+
+  def value(self, loss: str) -> float:
+    """As `Ours.value`."""
+    self.trainer.train()
+    name = 'loss' if loss == 'sft' else 'logps/chosen'
+    return float(np.average([r[name] for r in self.trainer.state.log_history if name in r], weights=self.sizes))
 
 
 class _Dpo(trl.DPOTrainer):
@@ -145,6 +159,8 @@ class _Dpo(trl.DPOTrainer):
 
 
 class _Clock(transformers.TrainerCallback):
+  first = last = None
+
   def on_step_begin(self, *_, **__):
     self.first = self.first or time.perf_counter()
 
@@ -168,51 +184,48 @@ def operations(config: Config, examples: list[Example], loss: str) -> float:
   return total * (4 if loss == 'dpo' else 3)
 
 
-def medians(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-  """Seconds of each, which either a side returns or are taken here; a round has all of them."""
-  taken = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
-  return {name: statistics.median(one[name] for one in taken) for name in sides}
-
-
 def compare(loss: str, plan: Plan, params, mesh, device: str, peak: float) -> dict:
-  examples = draw(plan, 1 + (loss == 'dpo'))
-  batches, real = packed(loss, plan, examples)
-  ours, theirs = Ours(loss, plan, params, mesh, batches, real), Theirs(loss, plan, params, examples, device)
-  ours.run(), theirs.run()  # to compile, and to warm up
-  found = medians(dict(ours=lambda: roofline.seconds(ours.run), trl=theirs.run), plan.rounds)
+  rows = Batches(draw(plan, 1 + (loss == 'dpo')), plan.batch, 1, 0, plan.width)
+  ids = {name for step in range(plan.steps) for row in rows.ids(step) for name in row}
+  examples = [e for e in rows.examples if e.id in ids]  # those of our first steps
+  batches = [rows.at(step) for step in range(plan.steps)]
+  ours, theirs = Ours(loss, plan, params, mesh, batches), Theirs(loss, plan, params, examples, device)
+  values = ours.value(loss), theirs.value(loss)  # this compiles and warms up, too
+  assert np.isclose(*values, rtol=0.002 if plan.config.dtype == 'float32' else 0.02), values
+  found = roofline.medians(dict(ours=ours.run, trl=theirs.run), plan.rounds)
   flops = operations(plan.config, examples, loss)
-  return dict(loss=loss, real=real / sum(b['tokens'].size for b in batches),
+  return dict(loss=loss, values=values, examples=len(examples),
+              real=sum(map(len, examples)) / sum(b['tokens'].size for b in batches),
               **{f'{side}_per_second': len(examples) / s for side, s in found.items()},
               ratio=found['trl'] / found['ours'], **{f'{side}_mfu': flops / s / peak for side, s in found.items()})
 
 
 def sharing(plan: Plan, params, mesh) -> list[dict]:
-  """Pairs a second with the prompt once and twice; of both every row is full."""
-  rows, rng = [], np.random.default_rng(0)
+  """Pairs a second with the prompt once and twice, two pairs a row; every place holds a token."""
+  found, rng = [], np.random.default_rng(0)
   for prompt, response in RATIOS:
-    unit = plan.width // 2 // (2 * (prompt + response))
+    unit = plan.width // (4 * (prompt + response))
     def tokens(n, unit=unit):
       return rng.integers(1, plan.config.V, n * unit).tolist()
     pairs = [Example(f'e{i}', tokens(prompt), (tokens(response), tokens(response))) for i in range(plan.batch)]
-    shared = Batches(pairs, plan.batch, 1, 0, plan.width)
-    sides = dict(shared=Ours('dpo', plan, params, mesh, [shared.at(i) for i in range(len(shared))], 0),
-                 repeated=Ours('dpo', plan, params, mesh, [repeated(pairs, plan)], 0))
-    losses = {name: side.run() for name, side in sides.items()}
-    assert np.isclose(*losses.values(), rtol=1e-3), losses
-    found = medians({name: lambda side=side: roofline.seconds(side.run) for name, side in sides.items()}, plan.rounds)
-    rows.append(dict(prompt=prompt, response=response, ratio=found['repeated'] / found['shared'],
-                     **{f'{name}_per_second': plan.batch / s for name, s in found.items()}))
-  return rows
+    twice = [[Example('', e.prompt, (r,)) for r in e.responses] for e in pairs]
+    sides = dict(shared=Ours('dpo', plan, params, mesh, [two_a_row([[e] for e in pairs])]),
+                 repeated=Ours('dpo', plan, params, mesh, [two_a_row(twice)]))
+    values = [side.value('dpo') for side in sides.values()]
+    assert np.isclose(*values, rtol=1e-3), values
+    taken = roofline.medians({name: side.run for name, side in sides.items()}, plan.rounds)
+    found.append(dict(prompt=prompt, response=response, ratio=taken['repeated'] / taken['shared'],
+                      **{f'{name}_per_second': plan.batch / s for name, s in taken.items()}))
+  return found
 
 
-def repeated(pairs: list[Example], plan: Plan) -> dict:
-  """The batch in which each response has a prompt of its own, two pairs a row."""
-  each = 2
-  wide = [layout([Example('', e.prompt, (r,)) for e in pairs[i:i + each] for r in e.responses])
-          for i in range(0, len(pairs), each)]
-  batch = {name: np.asarray([row[name] for row in wide], np.int32)
-           for name in ('tokens', 'positions', 'segments', 'at', 'label', 'response')}
-  ones = np.ones((len(wide), each))
+def two_a_row(pairs: list[list[Example]]) -> dict:
+  """The batch of pairs of equal lengths, each of them one example or, with the prompt for either response, two."""
+  rows = [layout(pairs[i] + pairs[i + 1]) for i in range(0, len(pairs), 2)]
+  batch = {name: np.asarray([row[name] for row in rows], np.int32) for name in rows[0]}
+  if not batch['shared'].any():
+    del batch['shared']  # as in a batch of which no prompt is in two
+  ones = np.ones((len(rows), 2))
   return dict(batch, pair=ones.astype(np.int32), confidence=ones.astype(np.float32))
 
 
@@ -223,7 +236,7 @@ def logits(plan: Plan, params, mesh) -> dict:
   made, found, chunk = Batches(pairs, plan.batch, 1, 0), {}, vocab.CHUNK
   for name, size in (('chunks', min(chunk, half // 2)), ('at_once', 10**9)):
     vocab.CHUNK = size
-    found[name] = Ours('dpo', plan, params, mesh, [made.at(0)], 0).temporaries() / 2**30
+    found[name] = Ours('dpo', plan, params, mesh, [made.at(0)]).temporaries() / 2**30
   vocab.CHUNK = chunk
   return found
 
@@ -237,6 +250,9 @@ def main():
   device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'
   plan = PLANS['quick' if flags.quick else 'gpu' if device == 'cuda' else 'cpu']
   torch.set_num_threads(os.cpu_count())
+  transformers.logging.set_verbosity_error()
+  datasets.disable_progress_bars()
+  warnings.simplefilter('ignore')
   mesh = sharding.make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
     params = jax.jit(lambda key: llama.init_params(plan.config, key))(jax.random.key(0))
