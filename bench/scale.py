@@ -84,7 +84,7 @@ def compile(program: Program, mesh, rows: int):
     older = checkpoint.abstract_on(mesh, state.params, c.dtype) if program.reference == 'step' else {}
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, 'B' + 'T' * (x.ndim - 1)))
              for name, x in made.at(0).items()}
-    model = llama.Llama(config, kernels.to_train('tpu', config), c.remat)
+    model = llama.Llama(config, kernels.to_train('tpu', config, c.remat), c.remat)
     step = train_step.make(model, tx, c, state)
     lowered = step.lower(state, older, batch, jax.eval_shape(jax.random.key, 0))
     return lowered.compile(), state.params

@@ -73,7 +73,7 @@ def draw(plan: Plan, responses: int) -> list[Example]:
 
 def knobs(loss: str, plan: Plan):
   c = base.dpo() if loss == 'dpo' else base.sft()
-  c.update(batch=plan.batch, dropout=0.0, remat=False, dtype=plan.config.dtype)
+  c.update(batch=plan.batch, dropout=0.0, dtype=plan.config.dtype)
   c.update(learning_rate=0.0, learning_rate_end=0.0)  # every round computes the same, and so do both sides
   return c
 
@@ -81,9 +81,9 @@ def knobs(loss: str, plan: Plan):
 class Ours:
   """Our step, and its batches on the device."""
 
-  def __init__(self, loss: str, plan: Plan, params, mesh, batches: list[dict]):
+  def __init__(self, loss: str, plan: Plan, params, mesh, batches: list[dict], remat: bool = False):
     c = knobs(loss, plan)
-    model = llama.Llama(plan.config, kernels.to_train(jax.default_backend(), plan.config), c.remat)
+    model = llama.Llama(plan.config, kernels.to_train(jax.default_backend(), plan.config, remat), remat)
     tx = train_state.optimizer(c, 100)
     self.state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=jax.tree.map(
         lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh)))(params)
@@ -230,13 +230,13 @@ def two_a_row(pairs: list[list[Example]]) -> dict:
 
 
 def logits(plan: Plan, params, mesh) -> dict:
-  """GiB of temporaries of one step with long responses."""
+  """GiB of temporaries of one step with long responses, layers recomputed in the backward pass."""
   half = plan.width // 3
   pairs = [Example(f'e{i}', [1] * half, ([2] * half, [3] * half)) for i in range(plan.batch)]
   made, found, chunk = Batches(pairs, plan.batch, 1, 0), {}, vocab.CHUNK
   for name, size in (('chunks', min(chunk, half // 2)), ('at_once', 10**9)):
     vocab.CHUNK = size
-    found[name] = Ours('dpo', plan, params, mesh, [made.at(0)]).temporaries() / 2**30
+    found[name] = Ours('dpo', plan, params, mesh, [made.at(0)], remat=True).temporaries() / 2**30
   vocab.CHUNK = chunk
   return found
 

@@ -75,17 +75,6 @@ def latest(folder) -> int:
   return json.loads(selected.read_text())['step'] if selected.exists() else found[-1]
 
 
-def select(folder, step: int):
-  """Makes a step the one that is meant, and deletes the others."""
-  path = epath.Path(folder) / SELECTED
-  partial = path.parent / f'{SELECTED}.partial'
-  partial.write_text(json.dumps(dict(step=step)) + '\n')
-  partial.replace(path)
-  for other in steps(folder):
-    if other != step:
-      (epath.Path(folder) / 'steps' / str(other)).rmtree()
-
-
 def exists(folder) -> bool:
   try:
     return latest(folder) >= 0

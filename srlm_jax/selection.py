@@ -51,8 +51,16 @@ def run(config, workdir):
   best = min(found, key=lambda step: (-found[step], step))
   if out:
     out.close()
-    checkpoint.select(folder, best)
+    select(folder, best)
   s.finish(step=best, measure=round(found[best], 4), measured=len(found))
+
+
+def select(folder, step: int):
+  """Makes a step the one that is meant by the model in `folder`, and deletes the others."""
+  stage.write_json(folder / checkpoint.SELECTED, dict(step=step))
+  for other in checkpoint.steps(folder):
+    if other != step:
+      (folder / 'steps' / str(other)).rmtree()
 
 
 def alone(workdir, folder, name: str, step: int):

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags, ConfigDict
 
 from configs import base
-from srlm_jax import InputError
+from srlm_jax import checkpoint, InputError
 
 _VERSIONS = ('srlm_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
 
@@ -156,7 +156,7 @@ def finished_model(workdir, name: str):
   folder = model_folder(workdir, name)
   require_finished(folder)
   trained = json.loads(path.read_text()) if (path := folder / 'manifest.json').exists() else {}
-  if trained.get('config', {}).get('train', {}).get('select') and not (folder / 'selected.json').exists():
+  if trained.get('config', {}).get('train', {}).get('select') and not (folder / checkpoint.SELECTED).exists():
     raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
                      f'srlm_jax.selection with the config of {name}')
   return folder

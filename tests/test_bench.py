@@ -1,9 +1,13 @@
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import make_mesh, ROOT
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import pytest
 
 
@@ -35,3 +39,28 @@ def test_the_sampling_bench_runs_every_part(tmp_path):
   assert [row['work'] for row in found['rows']] == ['respond', 'judge']
   assert all(row['ratio'] > 0 and 0 < row['of_floor'] for row in found['rows'])
   assert found['refill']['occupancy']['refill'] > found['refill']['occupancy']['static']
+
+
+def test_a_weight_all_reduced_in_a_loop_is_found(monkeypatch):
+  with monkeypatch.context() as patched:
+    patched.setattr(os, 'environ', dict(os.environ))  # the bench sets what the TPU's compiler reads
+    spec = importlib.util.spec_from_file_location('scale', ROOT / 'bench/scale.py')
+    scale = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scale)
+  mesh = make_mesh(8, 1, 1)
+
+  def compiled(reduce):
+    """A loop over 3 layers [16, 32] that are equal on all chips, rows split: the text of the gradient's program."""
+    def local(weights, x):
+      def layer(_, one):
+        w, x = one
+        return _, reduce(jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w))
+      return jax.lax.scan(layer, 0, (weights, x))[1]
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(None, 'data')), out_specs=P(), check_vma=False)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 16, 32), (3, 8, 16))]
+    return jax.jit(run).lower(*shapes).compile().as_text()
+
+  kinds, whole = scale.collectives(compiled(lambda grad: jax.lax.psum(grad, 'data')), {16 * 32})
+  assert kinds['all-reduce'] == 1 and len(whole) == 1 and '[16,32]' in whole[0]
+  kinds, whole = scale.collectives(compiled(lambda grad: jax.lax.psum(jnp.sum(grad), 'data') + 0 * grad), {16 * 32})
+  assert kinds['all-reduce'] == 1 and not whole  # a sum of one number

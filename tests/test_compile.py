@@ -10,7 +10,7 @@ from configs import base
 from srlm_jax import checkpoint
 from srlm_jax.data.batches import Batches
 from srlm_jax.data.examples import Example
-from srlm_jax.models import attention, cache as caches, llama
+from srlm_jax.models import attention, cache as caches, kernels, llama, vocab
 from srlm_jax.models.config import PRESETS
 from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
@@ -37,20 +37,20 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
   assert memory.alias_size_in_bytes == pytest.approx(count * 12 / split, rel=0.01)  # the state is updated in place
 
 
-def decode(config, kernels, mesh, rows, size):
+def decode(config, choice, mesh, rows, size):
   """The compiled decoding program, and the bytes of its cache on one device."""
   with jax.set_mesh(mesh):
-    given, state = sampler(config, kernels, mesh, rows, size, 384)
+    given, state = sampler(config, choice, mesh, rows, size, 384)
     compiled = programs.decode.lower(*given, state, jax.eval_shape(jax.random.key, 0), shape(mesh, 'L', 1),
                                      sampling=Sampling(0.7, 0.9, 1), steps=8).compile()
   return compiled, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given[2])) / mesh.size
 
 
-@pytest.mark.parametrize('kernels', [attention.CPU, attention.XLA])
-def test_a_prefill_copies_into_the_cache_in_place(kernels):
+@pytest.mark.parametrize('choice', [attention.CPU, attention.XLA])
+def test_a_prefill_copies_into_the_cache_in_place(choice):
   config, mesh, number = dataclasses.replace(PRESETS['tiny-test'], context=2048), make_mesh(1, 1, 1), jnp.int32
   with jax.set_mesh(mesh):
-    given, _ = sampler(config, kernels, mesh, 64, 2048, 384)
+    given, _ = sampler(config, choice, mesh, 64, 2048, 384)
     view = caches.Prefill(shape(mesh, 'B', 2), *[jax.ShapeDtypeStruct((64,), number)] * 2,
                           jax.ShapeDtypeStruct((), number))
     memory = programs.prefill.lower(*given, shape(mesh, 'BT', 2, 64), view).compile().memory_analysis()
@@ -59,11 +59,11 @@ def test_a_prefill_copies_into_the_cache_in_place(kernels):
   assert memory.temp_size_in_bytes < 0.1 * cache
 
 
-@pytest.mark.parametrize('kernels', [attention.CPU, attention.XLA])
-def test_decoding_updates_the_cache_in_place(kernels):
+@pytest.mark.parametrize('choice', [attention.CPU, attention.XLA])
+def test_decoding_updates_the_cache_in_place(choice):
   """No second copy of it, nor of a layer: the temporaries are what one token of every row needs."""
   config = dataclasses.replace(PRESETS['tiny-test'], context=2048)
-  compiled, cache = decode(config, kernels, make_mesh(1, 1, 1), 64, 2048)
+  compiled, cache = decode(config, choice, make_mesh(1, 1, 1), 64, 2048)
   memory = compiled.memory_analysis()
   assert memory.alias_size_in_bytes == pytest.approx(cache, rel=0.01)
   assert memory.temp_size_in_bytes < 0.05 * cache
@@ -77,3 +77,18 @@ def test_the_70b_decoding_compiles_with_its_cache_split_and_no_weights_gathered(
   weights = llama.param_count(config) * 2 / 8
   assert memory.argument_size_in_bytes == pytest.approx(weights + cache, rel=0.01)
   assert max(gathered(compiled), default=0) <= 64 * config.V  # logits, to draw from
+
+
+def test_layers_that_are_recomputed_and_log_probs_in_chunks_take_less_memory(monkeypatch):
+  config = dataclasses.replace(PRESETS['tiny-test'], layers=8, V=8192, context=512)
+  batch = Batches([Example(f'e{i}', [1] * 16, ([2] * 496,)) for i in range(4)], 4, 1, 0).at(0)
+
+  def temporaries(remat, chunk=vocab.CHUNK):
+    monkeypatch.setattr(vocab, 'CHUNK', chunk)
+    model = llama.Llama(config, kernels.to_train('cpu', config, remat), remat)
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+      grad = jax.jit(jax.grad(lambda params: train_step.logps(model, params, batch).sum()))
+      return grad.lower(llama.abstract_params(config)).compile().memory_analysis().temp_size_in_bytes
+  chunks = temporaries(True, 64)
+  assert chunks < 0.5 * temporaries(False, 64)
+  assert chunks < 0.6 * temporaries(True, 512)

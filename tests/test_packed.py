@@ -75,6 +75,7 @@ def test_widths_that_splash_cannot_cut_are_refused():
 def test_each_platform_trains_with_its_own():
   big = PRESETS['llama2-70b']
   half = dataclasses.replace(big, dtype='bfloat16')
-  assert kernels.to_train('tpu', half).train is packed.tpu_train and not kernels.to_train('tpu', half).unrolled
-  assert kernels.to_train('cuda', half).train is packed.gpu_train and not kernels.to_train('cuda', half).unrolled
-  assert kernels.to_train('cpu', half).train is attention.train and kernels.to_train('cpu', half).unrolled
+  for platform, train in (('tpu', packed.tpu_train), ('cuda', packed.gpu_train), ('cpu', attention.train)):
+    for remat in (False, True):
+      choice = kernels.to_train(platform, half, remat)
+      assert choice.train is train and choice.unrolled == (platform == 'cpu' and not remat)

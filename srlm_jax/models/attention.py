@@ -143,6 +143,17 @@ CPU = dataclasses.replace(XLA, name='xla for a cpu', decode=functools.partial(de
                           unrolled=True)
 
 
+def divisor(size: int, most: int) -> int:
+  """The largest multiple of 128 up to `most` that divides `size`.
+
+  >>> divisor(4096 + 384, 1024), divisor(4096, 1024)
+  (896, 1024)
+  """
+  if size % 128:
+    raise ValueError(f'the kernels want multiples of 128 keys, not {size}')
+  return max(n for n in range(128, max(most, 128) + 1, 128) if size % n == 0)
+
+
 def rope(x, positions, theta: float, scaling: RopeScaling | None):
   """Rotates pairs of features by angles of their position. x [B, T, ..., H], positions [B, T]."""
   half = x.shape[-1] // 2

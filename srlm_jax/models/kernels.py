@@ -32,10 +32,10 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   return attention.XLA
 
 
-def to_train(platform: str, config: Config) -> attention.Kernels:
-  """The same to train with: but for a CPU, whose loop over layers copies each layer's weights, gradients and
-  activations, the layers stay stacked."""
-  return dataclasses.replace(choose(platform, config), unrolled=platform == 'cpu')
+def to_train(platform: str, config: Config, remat: bool) -> attention.Kernels:
+  """The same to train with. The layers stay stacked, but for a CPU, whose loop over them copies each layer's weights,
+  gradients and activations; with `remat`, for it too: where no loop bounds them, XLA recomputes all layers at once."""
+  return dataclasses.replace(choose(platform, config), unrolled=platform == 'cpu' and not remat)
 
 
 def tpu_formats(params):
@@ -63,7 +63,7 @@ def tpu_prefill(q, k, v, prefix_k, prefix_v, shared, *, interpret=False):
   mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((T, width), offset=P)] * G)
   kernel = splash_attention_kernel.make_splash_mqa_single_device(
       mask, interpret=interpret,
-      block_sizes=splash_attention_kernel.BlockSizes(block_q=divisor(T, 512), block_kv=block))
+      block_sizes=splash_attention_kernel.BlockSizes(block_q=attention.divisor(T, 512), block_kv=block))
   q = jnp.einsum('BTKGH->BKGTH', q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # splash does not scale
   # the heads' transpose copies the keys anyway, so the prefix's copy into every row rides along
   k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), prefix, width) for own, prefix in ((k, prefix_k), (v, prefix_v)))
@@ -85,7 +85,7 @@ def tpu_decode(q, k, v, layer, length, prefix_k, prefix_v, shared, *, interpret=
   check_width(H, interpret)
   # A grid step costs about as much as 512 KiB of DMA, and a row's last block is read whole: larger blocks waste bytes,
   # smaller ones steps.
-  block = divisor(S, max(128, 256 * 1024 // (K * H * k.dtype.itemsize)))
+  block = attention.divisor(S, max(128, 256 * 1024 // (K * H * k.dtype.itemsize)))
   steps = jnp.maximum(pl.cdiv(jnp.max(length), block), 1)  # a batch of short rows ends early
 
   def row(b, j, layer, length):
@@ -224,7 +224,7 @@ def gpu_decode(q, k, v, layer, length, prefix_k, prefix_v, shared, *, interpret=
   """As tpu_decode, by Triton; H is a power of two, at least 16."""
   B, K, G, H = q.shape
   L, S = k.shape[0], k.shape[3]
-  split = divisor(S, 512)  # one row alone must occupy many processors
+  split = attention.divisor(S, 512)  # one row alone must occupy many processors
   width = max(16, pl.next_power_of_2(G))  # Triton's least matrix
   padded = jnp.pad(q, ((0, 0), (0, 0), (0, width - G), (0, 0)))
   keys = pl.BlockSpec((L, None, None, split, H), lambda b, h, j: (0, b, h, j, 0))
@@ -298,14 +298,3 @@ def check_width(H: int, interpret):
   """A ValueError for heads that fill no TPU lanes: XLA would pad, thus copy, the whole cache for every call."""
   if H % 128 and not interpret:
     raise ValueError(f'the TPU kernels read the cache in place if heads are a multiple of 128 wide, not {H}')
-
-
-def divisor(size: int, most: int) -> int:
-  """The largest multiple of 128 up to `most` that divides `size`.
-
-  >>> divisor(4096 + 384, 1024), divisor(4096, 1024)
-  (896, 1024)
-  """
-  if size % 128:
-    raise ValueError(f'the kernels want multiples of 128 keys, not {size}')
-  return max(n for n in range(128, max(most, 128) + 1, 128) if size % n == 0)

@@ -40,7 +40,7 @@ def tpu_train(q, k, v, segments, shared=None, *, interpret=False):
     copies, keys = 2, jnp.concatenate([segments, jnp.where(shared > 0, shared, -1)], 1)
   # what comes later is hidden; and of the second copy most blocks are no one's, but that is known too late to skip them
   mask = splash_attention_mask.NumpyMask(np.tile(np.tri(T, dtype=bool), copies))
-  block = max(n for n in range(128, BLOCK + 1, 128) if T % n == 0)
+  block = attention.divisor(T, BLOCK)
   sizes = dict.fromkeys(('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv',
                          'block_kv_dkv_compute', 'block_q_dq', 'block_kv_dq'), block)
   kernel = splash_attention_kernel.make_splash_mqa_single_device(

@@ -35,7 +35,7 @@ def _train(config, workdir, mesh):
     data = _examples(c, config.chat, files, tokenizer)
   except training.NothingLeft as error:
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
-  choice = kernels.to_train(jax.default_backend(), shape)
+  choice = kernels.to_train(jax.default_backend(), shape, c.remat)
   model = llama.Llama(shape, choice, c.remat)
   rows = _batches(config, data, mesh, choice.width)
   if c.reference == 'cached':
