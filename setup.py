@@ -35,7 +35,7 @@ setup(
         'gpu': ['jax[cuda13]>=0.10.2,<0.12'],
         'test': ['pytest>=8,<10', 'pytest-xdist>=3,<4', 'hypothesis>=6,<7', 'pyyaml>=6,<7'],
         'lint': ['ruff>=0.14,<0.18'],
-        'bench': ['torch>=2.6,<3', 'trl>=0.20'],
+        'bench': ['torch>=2.6,<3', 'trl>=1.16,<2'],
         'eval': ['lm-eval>=0.4,<0.5', 'alpaca-eval>=0.6,<0.7'],
         'aot': ['jax[tpu]==0.10.2'],
     },

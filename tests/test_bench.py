@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
+from srlm_jax import checkpoint
+from srlm_jax.models import llama
+from srlm_jax.models.config import PRESETS
+
 
 def quick(name, tmp_path) -> dict:
   """What a bench finds with --quick."""
@@ -60,7 +64,16 @@ def test_a_weight_all_reduced_in_a_loop_is_found(monkeypatch):
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 16, 32), (3, 8, 16))]
     return jax.jit(run).lower(*shapes).compile().as_text()
 
-  kinds, whole = scale.collectives(compiled(lambda grad: jax.lax.psum(grad, 'data')), {16 * 32})
-  assert kinds['all-reduce'] == 1 and len(whole) == 1 and '[16,32]' in whole[0]
-  kinds, whole = scale.collectives(compiled(lambda grad: jax.lax.psum(jnp.sum(grad), 'data') + 0 * grad), {16 * 32})
+  weights = {(16, 32): 0.5}
+  kinds, whole = scale.collectives(compiled(lambda grad: jax.lax.psum(grad, 'data')), weights)
+  assert kinds['all-reduce'] == 1 and list(whole.values()) == [0.5] and '[16,32]' in next(iter(whole))
+  kinds, whole = scale.collectives(compiled(lambda grad: jax.lax.psum(jnp.sum(grad), 'data') + 0 * grad), weights)
   assert kinds['all-reduce'] == 1 and not whole  # a sum of one number
+
+  with jax.set_mesh(mesh := make_mesh(1, 4, 2)):
+    shapes = llama.abstract_params(PRESETS['tiny-test'])
+    found = scale.matrices(checkpoint.abstract_on(mesh, shapes, 'float32'))
+  c = PRESETS['tiny-test']
+  layer = c.D * c.H * c.K * (2 * c.G + 2) + 3 * c.D * c.F
+  assert found[tuple(sorted((c.D, c.F // 2)))] == pytest.approx(c.D * c.F / layer)
+  assert tuple(sorted((c.D, c.F))) not in found
