@@ -3,6 +3,9 @@
 `get(name, size)` is the config of one model of the paper's table at one size. Lengths are in tokens, rates are
 those of AdamW, counts are of examples unless said. `# not in the paper` marks what we chose.
 """
+import math
+import shlex
+
 from ml_collections import ConfigDict
 
 from srlm_jax import InputError
@@ -149,10 +152,7 @@ def check(c: ConfigDict):
   if c.chat not in templates.CHATS or c.prompts.chat not in ('none', *templates.CHATS):
     raise InputError(f'config.chat is {c.chat!r} and config.prompts.chat {c.prompts.chat!r}; they are one of '
                      f'{", ".join(templates.CHATS)}, and config.prompts.chat may be none')
-  if c.train.reference not in ('step', 'cached'):
-    raise InputError(f'config.train.reference is {c.train.reference!r}; it is step or cached')
-  if c.train.loss not in ('sft', 'dpo'):
-    raise InputError(f'config.train.loss is {c.train.loss!r}; it is sft or dpo')
+  _check_train(c.train)
   for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):
     if c[section].quorum > c[section][name]:
       raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the {c[section][name]} judgements '
@@ -161,6 +161,27 @@ def check(c: ConfigDict):
     section, name = key.split('.')
     if not 0 <= c[section][name] <= highest:
       raise InputError(f'config.{key} is {c[section][name]}; it is 0 to {highest}')
+
+
+def _check_train(t: ConfigDict):
+  if t.reference not in ('step', 'cached'):
+    raise InputError(f'config.train.reference is {t.reference!r}; it is step or cached')
+  if t.loss not in ('sft', 'dpo'):
+    raise InputError(f'config.train.loss is {t.loss!r}; it is sft or dpo')
+  if t.select not in ('', 'agreement'):
+    try:
+      command = any('{checkpoint}' in word for word in shlex.split(t.select))
+    except ValueError:  # a quote that is not closed
+      command = False
+    if not command:
+      raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a command with '
+                       '{checkpoint} in it')
+  for name, good, what in (('dropout', 0 <= t.dropout < 1, '0 or more, and less than 1'),
+                           ('beta', t.loss == 'sft' or t.beta > 0, 'above 0'),
+                           ('clip', t.clip > 0, 'above 0'), ('warmup', t.warmup >= 0, '0 or more'),
+                           ('learning_rate', math.isfinite(t.learning_rate), 'finite')):
+    if not good:
+      raise InputError(f'config.train.{name} is {t[name]}; it must be {what}')
 
 
 def _train() -> ConfigDict:

@@ -1,9 +1,11 @@
 """Scalars of a run: metrics.jsonl, TensorBoard, and one progress line."""
+from collections.abc import Sequence
 import json
 import math
 import time
 
 from etils import epath
+import numpy as np
 import tensorboardX
 
 from srlm_jax import InputError
@@ -16,6 +18,7 @@ class Writer:
     self._path = epath.Path(folder) / 'metrics.jsonl'
     kept = [line for line in (self._path.read_text().splitlines() if self._path.exists() else [])
             if line.endswith('}') and json.loads(line)['step'] <= step]
+    self.kept = list(map(json.loads, kept))  # the scalars of the steps before
     self._path.write_text(''.join(line + '\n' for line in kept))
     self._file = self._path.open('a')
     self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / 'tensorboard'), purge_step=step + 1)
@@ -44,31 +47,35 @@ def finite(where: str, values: dict) -> dict:
 class Alarms:
   """What the curves of DPO show and their reader may not: each alarm is a scalar, 0 or 1, and a sentence when it rises.
 
-  `chosen_falling`: over the last WINDOW looks, the chosen responses are less likely than under the reference, and less
-  than over the WINDOW before. `margin_without_accuracy`: the mean margin is above MARGIN, and less than ACCURACY of the
+  `chosen_falling`: over the last WINDOW looks, the chosen responses are less likely than over the first WINDOW of the
+  run, by more than ERRORS standard errors. (Not than under the reference: dropout is on in the policy alone, and makes
+  every response less likely.) `margin_without_accuracy`: the mean margin is above MARGIN, and less than ACCURACY of the
   pairs have one above 0: a few pairs make it.
   """
-  WINDOW, MARGIN, ACCURACY = 5, 0.1, 0.55
+  WINDOW, ERRORS, MARGIN, ACCURACY = 5, 3, 0.1, 0.55
 
-  def __init__(self):
-    self._seen, self._on = [], {}
+  def __init__(self, before: Sequence[dict] = ()):
+    """`before`: the scalars of earlier looks."""
+    self._seen, self._on = [scalars for scalars in before if 'margin' in scalars], {}
 
   def look(self, scalars: dict) -> tuple[dict[str, int], list[str]]:
     """Metrics of a step -> the alarms, and the sentences of those that have just gone off; none for SFT."""
     if 'margin' not in scalars:
       return {}, []
-    self._seen = [*self._seen, scalars][-2 * self.WINDOW:]
-    before, now = self._seen[:-self.WINDOW], self._seen[-self.WINDOW:]
-    def mean(part, name):
-      return sum(s[name] for s in part) / len(part)
-    full = len(before) == self.WINDOW
-    chosen, margin, accuracy = (mean(now, name) for name in ('chosen_reward', 'margin', 'accuracy'))
+    self._seen = [*self._seen, scalars]
+    full = len(self._seen) >= 2 * self.WINDOW
+    def values(name):
+      return np.array([s[name] for s in self._seen])
+    first, now = values('chosen_reward')[:self.WINDOW], values('chosen_reward')[-self.WINDOW:]
+    fall = first.mean() - now.mean()
+    error = np.sqrt((first.var(ddof=1) + now.var(ddof=1)) / self.WINDOW) if full else 0
+    margin, accuracy = (values(name)[-self.WINDOW:].mean() for name in ('margin', 'accuracy'))
     found = dict(
-        chosen_falling=full and chosen < min(0, mean(before, 'chosen_reward')),
-        margin_without_accuracy=full and margin > self.MARGIN and accuracy < self.ACCURACY)
+        chosen_falling=bool(full and fall > self.ERRORS * error),
+        margin_without_accuracy=bool(full and margin > self.MARGIN and accuracy < self.ACCURACY))
     sentences = dict(
-        chosen_falling=f'the chosen responses become less likely, too (chosen_reward {chosen:.3g}); lower the learning '
-                       f'rate, or add train.nll',
+        chosen_falling=f'the chosen responses become less likely, too (chosen_reward {now.mean():.3g}, at first '
+                       f'{first.mean():.3g}); lower the learning rate, or add train.nll',
         margin_without_accuracy=f'the mean margin is {margin:.3g}, and {accuracy:.0%} of the pairs have one above 0; a '
                                 f'few pairs make it')
     new = [sentences[name] for name, on in found.items() if on and not self._on.get(name)]

@@ -34,7 +34,7 @@ ON_PAGE = ('exact', 'spearman', 'kendall')  # columns that the terminal's table 
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 DATA = ('prompts', 'respond', 'judge', 'pairs')
 STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implicit', 'meta_judge', 'health', 'audit',
-          'eft', 'model', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle')
+          'eft', 'reference', 'model', 'selection', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle')
 
 
 def of_models(workdir) -> list[dict]:

@@ -1,6 +1,6 @@
 """Chooses the checkpoint of a trained model that later stages use.
 
-`python -m srlm_jax.selection --config=configs/iter2.py --workdir=runs/x`
+`python -m srlm_jax.selection --config=configs/iter2.py --workdir=runs/x --config.train.select=agreement`
 
 Training with `train.select` keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1). Here each is measured,
 and the best, of equal ones the earliest, is written to MODEL/model/selected.json; of the others the folders go.
@@ -9,6 +9,7 @@ and the best, of equal ones the earliest, is written to MODEL/model/selected.jso
   a command  of yours: {checkpoint} in it becomes a checkpoint folder, and the last line that it prints is the measure,
              the higher the better. It runs beside this process, which holds the accelerators.
 """
+import json
 import math
 import os
 import shlex
@@ -28,6 +29,10 @@ def run(config, workdir):
   folder = stage.model_folder(workdir, config.name)
   if not (folder / 'done.json').exists():
     raise InputError(f'{folder} is not finished; run python -m srlm_jax.train first')
+  trained = json.loads((folder / 'manifest.json').read_text())['config']['train']['select']
+  if trained != by:
+    raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
+                     f'with it keeps every checkpoint')
   s = stage.Stage(config, workdir, 'selection', ('train.select', 'eval', 'judge'), (),
                   params=stage.summary(folder)['params'])
   if s.done:
@@ -66,12 +71,13 @@ def select(folder, step: int):
 def alone(workdir, folder, name: str, step: int):
   """A workdir in `folder` that holds the seeds, and of the model one step; the files themselves stay where they are."""
   source, model = stage.model_folder(workdir, name), folder / name / 'model'
-  if stage.is_first_host() and not model.exists():
-    (model / 'steps').mkdir(parents=True)
+  if stage.is_first_host():
+    (model / 'steps').mkdir(parents=True, exist_ok=True)
     checkpoint.copy_model_files(source, model)
     for link, place in ((folder / 'data', stage.seeds(workdir).parent), (model / 'steps' / str(step),
                                                                          source / 'steps' / str(step))):
-      os.symlink(place.resolve(), link)
+      if not link.exists():
+        os.symlink(place.resolve(), link)
   stage.sync(f'{folder} is made')
   return folder
 
@@ -79,7 +85,11 @@ def alone(workdir, folder, name: str, step: int):
 def _agreement(config, workdir) -> float:
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
-  return stage.summary(workdir / config.name / 'agreement')['pairwise_accuracy'] or 0.0
+  measure = stage.summary(workdir / config.name / 'agreement')['pairwise_accuracy']
+  if measure is None:
+    raise InputError(f'config.train.select = agreement: no two judgements of one prompt have scores to compare, see '
+                     f'{workdir}; choose by a command, or look at what the model was trained on')
+  return measure
 
 
 def _command(command: str, folder) -> float:

@@ -54,5 +54,7 @@ def test_examples_that_cannot_be_are_refused(tokenizer):
     examples.dpo([], tokenizer, 'plain', 64)
   with pytest.raises(InputError, match='pair a: chosen and rejected are the same text'):
     examples.dpo([pair('a', rejected='pear ')], tokenizer, 'plain', 64)
+  same = pair('b', chosen='\u4e00', rejected='\u4e01')  # both unknown to the tokenizer
+  assert examples.dpo([pair('a'), same], tokenizer, 'plain', 64).dropped == {'chosen and rejected the same tokens': 1}
   with pytest.raises(InputError, match='two training records have the id a'):
     examples.sft([record('a'), record('a')], tokenizer, 'plain', 64)

@@ -3,6 +3,7 @@ import json
 
 from conftest import init, make_mesh
 import jax
+import numpy as np
 import pytest
 
 from configs import base
@@ -14,7 +15,7 @@ from srlm_jax.train import __main__ as train, reference
 WORDS = ('pear', 'fig', 'plum', 'fruit', 'Name', 'pear fig', 'fig plum pear', 'a fruit')
 
 
-def pairs(count=20):
+def pairs(count=21):  # no multiple of the batch
   for i in range(count):
     yield dict(id=f'p{i}', prompt=f'Name {WORDS[i % 3]} {i}.', chosen=f'{WORDS[i % 8]} {i}', rejected=WORDS[-1 - i % 7],
                chosen_finish='eos', rejected_finish='eos')
@@ -51,7 +52,7 @@ def test_cached_log_probs_train_as_those_of_the_step_and_are_gone_on_with_after_
     assert a == pytest.approx(b, abs=1e-5, rel=1e-5)
   folder = workdir / 'm2' / 'reference'
   whole = (folder / reference.FILE).read_text()
-  assert {json.loads(line)['id'] for line in whole.splitlines()} == {f'p{i}' for i in range(20)}
+  assert {json.loads(line)['id'] for line in whole.splitlines()} == {f'p{i}' for i in range(21)}
 
   (folder / 'done.json').unlink()  # killed while it wrote a line; and the training with it
   (folder / reference.FILE).write_text(whole[:len(whole) // 2])
@@ -94,10 +95,21 @@ def looked(alarms, count, **scalars):
 def test_alarms_rise_once_and_fall_again():
   alarms = metrics.Alarms()
   assert looked(alarms, 9) == (dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=0), [])
-  raised, sentences = looked(alarms, 1, chosen_reward=-1.0)
-  assert raised['alarm_chosen_falling'] == 1 and 'become less likely' in sentences[0]
-  assert looked(alarms, 1, chosen_reward=-1.0)[1] == []  # said once
+  sentences = [line for _ in range(9) for line in looked(alarms, 1, chosen_reward=-1.0)[1]]
+  assert len(sentences) == 1 and 'become less likely' in sentences[0]  # said once
   raised, sentences = looked(alarms, 10, margin=0.5, accuracy=0.5)
   assert raised == dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=1)
   assert looked(metrics.Alarms(), 9, margin=0.5, accuracy=0.5)[0]['alarm_margin_without_accuracy'] == 0  # too early
   assert metrics.Alarms().look(dict(loss=1.0)) == ({}, [])  # SFT
+
+
+def test_the_noise_of_dropout_is_no_falling_and_a_kill_forgets_nothing():
+  rng = np.random.default_rng(0)
+  noise = [dict(chosen_reward=float(x), margin=0.0, accuracy=0.5) for x in rng.normal(-0.7, 0.2, 40)]
+  alarms = metrics.Alarms()
+  assert sum(alarms.look(scalars)[0]['alarm_chosen_falling'] for scalars in noise) == 0
+  fallen = [dict(chosen_reward=-2 - i / 10, margin=0.0, accuracy=0.5) for i in range(5)]
+  found = [alarms.look(scalars)[0] for scalars in fallen]
+  assert found[-1]['alarm_chosen_falling'] == 1
+  resumed = metrics.Alarms([*noise, *fallen[:3]])
+  assert [resumed.look(scalars)[0] for scalars in fallen[3:]] == found[3:]

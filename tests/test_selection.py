@@ -32,6 +32,7 @@ def trained(tmp_path, tokenizer_folder, mesh):
   def config(select):
     c = base.get('m2', 'tiny').copy_and_resolve_references().unlock()
     c.train.select = select
+    stage.write_json(folder / 'manifest.json', dict(config=dict(train=dict(select=select))))
     return c
   return tmp_path, folder, config
 
@@ -39,15 +40,19 @@ def trained(tmp_path, tokenizer_folder, mesh):
 def test_the_best_by_a_command_is_chosen_and_the_others_go(trained):
   workdir, folder, config = trained
   assert checkpoint.latest(folder) == 4
-  stage.write_json(folder / 'manifest.json', dict(config=dict(train=dict(select=GRADE))))
+  with pytest.raises(InputError, match="trained with config.train.select = 'agreement', not"):
+    c = config(GRADE)
+    config('agreement')
+    selection.run(c, workdir)
+  c = config(GRADE)
   with pytest.raises(InputError, match='nothing is selected'):
     stage.finished_model(workdir, 'm2')
-  selection.run(config(GRADE), workdir)
+  selection.run(c, workdir)
   assert checkpoint.latest(folder) == 2 and checkpoint.steps(folder) == [2]
   assert stage.finished_model(workdir, 'm2') == folder
   measures = list(records.read(workdir / 'm2' / 'selection' / 'measures.jsonl'))
   assert measures == [dict(step=s, measure=m) for s, m in ((1, 0.5), (2, 0.75), (3, 0.6), (4, 0.75))]
-  selection.run(config(GRADE), workdir)  # done before
+  selection.run(c, workdir)  # done before
 
 
 def test_what_a_kill_left_is_gone_on_with(trained):
@@ -58,6 +63,7 @@ def test_what_a_kill_left_is_gone_on_with(trained):
   assert [r['step'] for r in records.read(path)] == [1, 2] and checkpoint.steps(folder) == [1, 2, 3, 4]
   path.write_text(path.read_text().replace('0.75', '0.95'))  # so it is not measured again
   (workdir / 'm2' / 'selection' / 'manifest.json').unlink()  # as if with the same command
+  (workdir / 'm2' / 'selection' / '3' / 'data').unlink()  # as if the kill had come before this link was made
   selection.run(config(GRADE), workdir)
   assert next(r for r in records.read(path) if r['step'] == 2)['measure'] == 0.95
 
@@ -68,6 +74,17 @@ def test_a_command_that_gives_no_number_is_named(trained, command):
   workdir, folder, config = trained
   with pytest.raises(InputError, match='config.train.select'):
     selection.run(config(command), workdir)
+  assert checkpoint.steps(folder) == [1, 2, 3, 4]
+
+
+def test_a_model_that_cannot_judge_has_no_measure(trained, monkeypatch):
+  workdir, folder, config = trained
+  monkeypatch.setattr(selection.judge, 'run', lambda *_: None)
+  monkeypatch.setattr(selection.agreement, 'run', lambda config, workdir: stage.write_json(
+      (workdir / 'm2' / 'agreement').mkdir() or workdir / 'm2' / 'agreement' / 'done.json',
+      dict(pairwise_accuracy=None)))
+  with pytest.raises(InputError, match='no two judgements of one prompt have scores'):
+    selection.run(config('agreement'), workdir)
   assert checkpoint.steps(folder) == [1, 2, 3, 4]
 
 

@@ -54,6 +54,15 @@ def test_what_is_left_of_the_devices():
 
 
 def test_every_slice_holds_its_part_of_data():
-  devices = [types.SimpleNamespace(slice_index=i // 3) for i in range(6)]
+  devices = [types.SimpleNamespace(slice_index=i // 3, platform='tpu') for i in range(6)]
   with pytest.raises(InputError, match='config.mesh.data = 3 does not divide over the 2 slices'):
     sharding.make_mesh(3, 2, 1, devices)
+
+
+def test_a_part_of_fsdp_may_lie_on_another_host_of_gpus():
+  class Device(types.SimpleNamespace):
+    __hash__ = object.__hash__
+  devices = [Device(slice_index=i // 8, platform='gpu', device_kind='H100', process_index=i // 8, id=i)
+             for i in range(32)]
+  mesh = sharding.make_mesh(1, -1, 8, devices)
+  assert mesh.devices.shape == (1, 4, 8) and [d.id for d in mesh.devices.flat] == list(range(32))

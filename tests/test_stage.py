@@ -83,7 +83,11 @@ def test_another_template_is_noticed(tmp_path):
 
 @pytest.mark.parametrize('key, value, message', [
     ('train.batch', 0, 'train.batch is 0; it must be above 0'), ('train.dtype', 'fl32', "train.dtype is 'fl32'"),
-    ('train.loss', 'ppo', "train.loss is 'ppo'"), ('judge.quorum', 4, 'quorum is 4, more than the 3'),
+    ('train.loss', 'ppo', "train.loss is 'ppo'"), ('train.select', 'agreemnt', "select is 'agreemnt'; it is empty"),
+    ('train.select', "grade '{checkpoint}", 'or a command with {checkpoint}'),
+    ('train.dropout', -0.1, 'dropout is -0.1; it must be 0 or more'), ('train.beta', 0.0, 'beta is 0.0; it must be'),
+    ('train.clip', 0.0, 'clip is 0.0'), ('train.learning_rate', float('nan'), 'learning_rate is nan'),
+    ('judge.quorum', 4, 'quorum is 4, more than the 3'),
     ('train.learning_rate', -1.0, 'learning_rate'), ('judge.n', 0, 'judge.n is 0')])
 def test_a_value_that_no_stage_can_work_with_is_refused_by_name(key, value, message):
   c = base.get('m2', 'tiny')

@@ -177,9 +177,14 @@ def test_weights_of_a_batch_are_its_response_tokens_or_its_pairs():
 
 
 def test_dropout_acts_on_the_policy_alone():
-  changed = dataclasses.replace(TINY, dropout=0.3)
-  history, _ = train((1, 1, 1), knobs('dpo'), 1, changed)
-  assert history[0]['loss'] != pytest.approx(math.log(2), abs=1e-4)
+  config = knobs('dpo')
+  (plain,), _ = train((1, 1, 1), config, 1)
+  (dropped,), _ = train((1, 1, 1), config, 1, dataclasses.replace(TINY, dropout=0.3))
+  assert dropped['loss'] != pytest.approx(math.log(2), abs=1e-4)
+  for side in ('chosen', 'rejected'):
+    assert abs(dropped[f'{side}_logp'] - plain[f'{side}_logp']) > 1e-3
+    reference = dropped[f'{side}_logp'] - dropped[f'{side}_reward'] / config.beta
+    assert reference == pytest.approx(plain[f'{side}_logp'], rel=1e-4)
 
 
 def test_the_learning_rate_goes_by_a_cosine_from_one_value_to_the_other():

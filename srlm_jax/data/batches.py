@@ -7,6 +7,7 @@ pair belongs to two: `segments` has the first of them and `shared` the second. S
 import bisect
 from collections import deque
 from collections.abc import Iterator
+import functools
 import itertools
 import math
 
@@ -16,36 +17,43 @@ from srlm_jax import InputError
 from srlm_jax.data.examples import Example
 
 AHEAD = 32  # examples that fit into no row and wait for the next step, before a step is called full
-FULL = 0.96  # of a step's places hold a token, about, where rows are packed
+NEAR = 0.97  # of `batch`, the examples that a packed step holds on average, at least
+TRIAL = 50  # steps that say whether it does
 
 
 class Batches:
   """The batches of a run: every example once a pass, each pass in an order of its own, passes chained without a gap.
 
-  Packed, a step holds `batch` examples on average, or at most, where the longest example or the mesh ask for larger
-  steps; else a row for each.
+  A step holds `batch` examples, packed on average; the last one what is left.
   """
 
   def __init__(self, examples: list[Example], batch: int, epochs: float, seed: int, width: int = 0, parts: int = 1,
-               multiple: int = 16):
+               multiple: int = 16, shape: tuple[int, int] | None = None):
     """`width`: of a row that holds several examples, at most, or the longest example; 0: a row for every example.
-    `parts`: rows are a multiple of it; `multiple`: a row's tokens are."""
+    `parts`: rows are a multiple of it; `multiple`: a row's tokens are. `shape`: rows and their width, where a run that
+    began with them goes on; InputError where they are no such multiples."""
     sizes = list(map(len, examples))
-    if width:
-      tokens = batch * sum(sizes) / len(sizes) / FULL
-      self.rows = _round_up(tokens / max(width, *sizes), parts)
-      self.width = _round_up(max(*sizes, tokens / self.rows), multiple)
-      limit = batch if self.rows * self.width > 1.25 * tokens else None
-    else:
-      self.rows, self.width, limit = batch, _round_up(max(sizes), multiple), None
-      sizes = [self.width] * len(sizes)
+    longest = max(sizes)
+    if not width:
+      sizes = [_round_up(longest, multiple)] * len(sizes)
+    total = max(1, round(epochs * len(examples)))
+    fill = functools.partial(_fill, sizes, batch, total, seed)
+    if shape:
+      self.rows, self.width = shape
+      if self.rows % parts or self.width % multiple:
+        raise InputError(
+            f'the run began with steps of {self.rows} rows of {self.width} tokens; here rows must divide by {parts}, '
+            f'config.train.accumulate times data x fsdp of config.mesh, and tokens by {multiple}; choose another mesh')
+    elif not width:
+      self.rows, self.width = batch, sizes[0]
       if batch % parts:
         raise InputError(f'config.train.batch = {batch} rows do not divide by {parts}, config.train.accumulate times '
                          f'data x fsdp of config.mesh; choose a multiple, or move devices to config.mesh.tensor')
+    else:
+      self.rows, self.width = _shape(fill, sizes, min(batch, total), max(width, longest), parts, multiple)
     self.examples = examples
     self.reference = None  # {id of a pair: log-probs of both under DPO's reference}, where they are known
-    order = _order(len(examples), max(1, round(epochs * len(examples) / batch)) * batch, seed)
-    self._steps = list(_fill(order, sizes, self.width, self.rows, limit))
+    self._steps = list(fill(self.width, self.rows))
     rows = [[examples[i] for i in row] for step in self._steps for row in step]
     self.seen = sum(map(len, rows))  # examples, of all steps
     self.real = sum(len(e) for row in rows for e in row) / (len(rows) * self.width)  # of the places: a token is there
@@ -110,21 +118,30 @@ def _append(row, tokens, position: int, segment: int, shared: int):
   row['shared'] += [shared] * len(tokens)
 
 
-def _order(count: int, wanted: int, seed: int) -> Iterator[int]:
-  """Indices of the examples of all passes."""
-  passes = (np.random.default_rng((seed, epoch)).permutation(count) for epoch in itertools.count())
-  return itertools.islice((int(i) for order in passes for i in order), wanted)
+def _shape(fill, sizes, batch: int, width: int, parts: int, multiple: int) -> tuple[int, int]:
+  """As few rows, and then as narrow ones, as hold `batch` examples a step, by a trial of some steps."""
+  def holds(rows, width):
+    steps = [sum(map(len, step)) for step in itertools.islice(fill(width, rows), TRIAL)]
+    whole = steps[:-1] or steps  # the last of all may hold less
+    return sum(whole) >= NEAR * batch * len(whole)
+  tokens, most = batch * sum(sizes) / len(sizes), _round_up(width, multiple)
+  rows = next(n for n in itertools.count(_round_up(tokens / most, parts), parts) if holds(n, most))
+  narrow = _round_up(max(*sizes, tokens / rows), multiple)
+  return rows, next(n for n in range(narrow, most + 1, multiple) if holds(rows, n))
 
 
-def _fill(order: Iterator[int], sizes, width: int, rows: int, limit: int | None) -> Iterator[list[list[int]]]:
-  """Puts examples, in order, into the rows of step after step, at most `limit` a step, each into the fullest row that
-  has room; what has no room begins the next step."""
-  waiting = deque()
+def _fill(sizes, batch: int, total: int, seed: int, width: int, rows: int) -> Iterator[list[list[int]]]:
+  """Puts `total` examples, pass after pass, into the rows of step after step, each into the fullest row that has room;
+  what has no room begins the next step. After k steps there are at most k times `batch`."""
+  passes = (np.random.default_rng((seed, epoch)).permutation(len(sizes)) for epoch in itertools.count())
+  order = itertools.islice((int(i) for order in passes for i in order), total)
+  waiting, limit = deque(), 0
   while True:
     step = [[] for _ in range(rows)]
     free = [(width, row) for row in range(rows)]  # sorted
     skipped, placed = [], 0
-    while len(skipped) < AHEAD and placed != limit:
+    limit += batch
+    while len(skipped) < AHEAD and placed < limit:
       index = waiting.popleft() if waiting else next(order, None)
       if index is None:
         break
@@ -139,6 +156,7 @@ def _fill(order: Iterator[int], sizes, width: int, rows: int, limit: int | None)
     waiting.extendleft(reversed(skipped))
     if not placed:
       return
+    limit -= placed
     yield step
 
 

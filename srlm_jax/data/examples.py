@@ -87,6 +87,8 @@ class _Kept:
 
   def add(self, name, sides, confidence=1.0):
     reason = next((side for side in sides if isinstance(side, str)), None)
+    if not reason and len(sides) == 2 and sides[0] == sides[1]:
+      reason = 'chosen and rejected the same tokens'
     if reason:
       self._dropped[reason] = self._dropped.get(reason, 0) + 1
     elif name in self._examples:

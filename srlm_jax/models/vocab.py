@@ -27,7 +27,7 @@ def logps(x, w, labels):
   CHUNK tokens of a row at a time, and again in the backward pass: there are never more logits than those.
   """
   def local(x, w, labels):
-    # its gradient is added up in float32 over the chunks, and then over the chips
+    # its gradient is added up in float32 over the chunks; and over the chips once, in w's own dtype like all others
     w = jax.lax.pcast(w, AXES['B'], to='varying').astype(jnp.float32)
 
     def one(x, labels):

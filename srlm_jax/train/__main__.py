@@ -1,5 +1,6 @@
 """Trains one model of the table: `python -m srlm_jax.train --config=configs/iter2.py --workdir=runs/x`."""
 import dataclasses
+import json
 
 from etils import epath
 import jax
@@ -10,6 +11,8 @@ from srlm_jax.data import batches, examples as training, records, tokenizer as t
 from srlm_jax.models import config as model_config, kernels, llama
 from srlm_jax.train import reference, state as train_state, step as train_step
 from srlm_jax.train.state import TrainState
+
+ROWS = 'rows.json'  # in the model's folder: how many rows a step has, and how wide they are
 
 
 def run(config, workdir):
@@ -37,17 +40,17 @@ def _train(config, workdir, mesh):
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
   choice = kernels.to_train(jax.default_backend(), shape, c.remat)
   model = llama.Llama(shape, choice, c.remat)
-  rows = _batches(config, data, mesh, choice.width)
-  if c.reference == 'cached':
-    once = _batches(config, data, mesh, choice.width, epochs=1)
+  rows = _batches(config, data, mesh, choice.width, c.epochs, s.folder if checkpoint.steps(s.folder) else None)
+  tx = train_state.optimizer(c, len(rows))
+  state = train_state.abstract(shape, tx, mesh)
+  if c.loss == 'dpo' and c.reference == 'cached':
+    once = _batches(config, data, mesh, choice.width, 1)
     rows.reference = reference.cached(config, workdir, files, source, model, once, mesh)
   s.begin()
   stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
             f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
-            + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
+            f', attention by {choice.name}' + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
 
-  tx = train_state.optimizer(c, len(rows))
-  state = train_state.abstract(shape, tx, mesh)
   step = train_step.make(model, tx, c, state)
   saver = checkpoint.manager(s.folder, None if c.select else c.keep)
   if saver.latest_step():
@@ -57,6 +60,7 @@ def _train(config, workdir, mesh):
     state = _start(config, source, shape, tx, state, mesh)
     if stage.is_first_host():
       checkpoint.write_model_files(shape, source, s.folder)
+      stage.write_json(s.folder / ROWS, dict(shape=(rows.rows, rows.width)))
   # DPO's reference is parameters alone, in the dtype in which both are run
   in_step = c.loss == 'dpo' and c.reference == 'step'
   older = checkpoint.restore_params(source, mesh, c.dtype)[0] if in_step else {}
@@ -71,7 +75,7 @@ def _steps(config, s, step, state, older, rows, saver, mesh) -> TrainState:
   c = config.train
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
   writer = metrics.Writer(s.folder, int(state.step) - 1) if stage.is_first_host() else None
-  clock, alarms, steps, waiting = metrics.Clock(), metrics.Alarms(), len(rows), {}
+  clock, alarms, steps, waiting = metrics.Clock(), metrics.Alarms(writer.kept if writer else []), len(rows), {}
   for i in range(int(state.step), steps):
     batch = rows.at(i)
     state, waiting[i] = step(state, older, sharding.put_batch(batch, mesh), key)
@@ -201,14 +205,16 @@ def _read(files, *fields):
     yield from records.read(file, *fields)
 
 
-def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float = 0) -> batches.Batches:
+def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float, begun=None) -> batches.Batches:
+  """`begun`: the folder of a model that goes on with the rows that it began with, on whatever mesh."""
   c = config.train
   if len(data.examples) < c.batch:
     left = ''.join(f', {n} {why}' for why, n in data.dropped.items())
     raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped{left or " none"}), fewer '
                      f'than one batch of {c.batch}; make more data, or lower config.train.batch')
-  return batches.Batches(data.examples, c.batch, epochs or c.epochs, config.seed, c.max_length if c.pack else 0,
-                         c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'], multiple)
+  shape = json.loads((begun / ROWS).read_text())['shape'] if begun else None
+  return batches.Batches(data.examples, c.batch, epochs, config.seed, c.max_length if c.pack else 0,
+                         c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'], multiple, shape)
 
 
 if __name__ == '__main__':
