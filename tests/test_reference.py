@@ -24,12 +24,12 @@ def pairs(count=21):  # no multiple of the batch
 @pytest.fixture
 def run(tmp_path, tokenizer_folder):
   """A function that trains M2 of a small run, and returns its metrics."""
-  def start(name, changed=lambda rows: rows, **knobs):
+  def start(name, changed=lambda rows: rows, mesh=(2, 2, 2), **knobs):
     workdir = tmp_path / name
     config = base.get('m2', 'tiny').copy_and_resolve_references().unlock()
     config.model = ''
     config.train.update(batch=4, epochs=1, max_length=64, log_every=1, **knobs)
-    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.mesh.update(**dict(zip(('data', 'fsdp', 'tensor'), mesh, strict=True)))
     if not (workdir / 'm1').exists():
       shape = model_config.PRESETS['tiny-test']
       with jax.set_mesh(make_mesh(1, 1, 1)):
@@ -81,6 +81,36 @@ def test_cached_log_probs_of_other_pairs_or_another_model_are_refused(run):
       json.loads((workdir / 'm2' / 'reference' / 'manifest.json').read_text()), params='of another model'))
   with pytest.raises(InputError, match='made with another params'):
     run('x', reference='cached')
+
+
+def test_a_killed_run_goes_on_with_its_rows_on_another_mesh_or_is_refused(run):
+  def kill(workdir):
+    """As it was after two steps."""
+    folder = workdir / 'm2' / 'model'
+    (folder / 'done.json').unlink()
+    for step in checkpoint.steps(folder):
+      if step > 2:
+        (folder / 'steps' / str(step)).rename(folder / str(step))
+
+  knobs = dict(save_every=2, keep=99)
+  workdir, wanted = run('wide', mesh=(8, 1, 1), **knobs)
+  kill(workdir)
+  _, found = run('wide', mesh=(2, 2, 2), **knobs)  # where a new run would have half the rows
+  assert len(wanted) == len(found) > 4
+  for a, b in zip(wanted, found, strict=True):
+    a.pop('tokens_per_second'), b.pop('tokens_per_second')
+    assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
+
+  workdir, _ = run('narrow', mesh=(2, 2, 2), **knobs)
+  kill(workdir)
+  with pytest.raises(InputError, match='began with steps of 4 rows .* here rows must divide by 8'):
+    run('narrow', mesh=(8, 1, 1), **knobs)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_written(run, tmp_path):
+  with pytest.raises(InputError, match='dimension K = 2 does not divide over tensor = 8'):
+    run('x', mesh=(1, 1, 8), reference='cached')
+  assert sorted(path.name for path in (tmp_path / 'x' / 'm2').iterdir()) == ['pairs']
 
 
 def test_nan_stops_the_run_with_the_step_and_its_pairs(run):

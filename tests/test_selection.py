@@ -91,7 +91,7 @@ def test_a_model_that_cannot_judge_has_no_measure(trained, monkeypatch):
 @pytest.mark.slow
 def test_the_loop_goes_on_from_the_checkpoint_that_judges_best(tmp_path):
   main('loop', '--size=tiny', f'--workdir={tmp_path}', '--last=m2', *(f'--set={c}' for c in CHANGES),
-       '--set=m1:train.select=agreement', '--set=m1:train.save_every=12')
+       '--set=m1:train.select=agreement', '--set=m1:train.save_every=12', '--set=train.reference=cached')
   measures = {r['step']: r['measure'] for r in records.read(tmp_path / 'm1' / 'selection' / 'measures.jsonl')}
   best = checkpoint.latest(tmp_path / 'm1' / 'model')
   assert len(measures) > 1 and measures[best] == max(measures.values())
@@ -99,3 +99,4 @@ def test_the_loop_goes_on_from_the_checkpoint_that_judges_best(tmp_path):
   assert agreed == pytest.approx(measures[best], abs=1e-4)
   manifest = json.loads((tmp_path / 'm2' / 'model' / 'manifest.json').read_text())
   assert manifest['params'] == checkpoint.recorded_hash(tmp_path / 'm1' / 'model')
+  assert (tmp_path / 'm2' / 'reference' / 'done.json').exists() and not (tmp_path / 'm1' / 'reference').exists()
