@@ -212,6 +212,8 @@ def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float
     left = ''.join(f', {n} {why}' for why, n in data.dropped.items())
     raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped{left or " none"}), fewer '
                      f'than one batch of {c.batch}; make more data, or lower config.train.batch')
+  if begun and not (begun / ROWS).exists():
+    raise InputError(f'{begun} has checkpoints and no {ROWS}, so it cannot go on; delete it to train anew')
   shape = json.loads((begun / ROWS).read_text())['shape'] if begun else None
   return batches.Batches(data.examples, c.batch, epochs, config.seed, c.max_length if c.pack else 0,
                          c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'], multiple, shape)
