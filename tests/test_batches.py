@@ -108,6 +108,7 @@ def test_rows_are_a_multiple_of_what_divides_them_and_a_step_is_no_larger_for_it
 def test_what_has_no_room_is_not_forgotten_at_the_end():
   examples = [Example(f'e{i}', [1], ([1] * 60,)) for i in range(7)]
   made = Batches(examples, 2, 1, 0, 64)
+  assert Batches(examples[:1], 1, 1, 0, 64).seen == 1
   assert made.rows == 2 and [len(names(made, s)) for s in range(len(made))] == [2, 2, 2, 1]
 
 

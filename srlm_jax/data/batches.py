@@ -126,7 +126,7 @@ def _shape(fill, sizes, batch: int, width: int, parts: int, multiple: int) -> tu
     return sum(whole) >= NEAR * batch * len(whole)
   tokens, most = batch * sum(sizes) / len(sizes), _round_up(width, multiple)
   rows = next(n for n in itertools.count(_round_up(tokens / most, parts), parts) if holds(n, most))
-  narrow = _round_up(max(*sizes, tokens / rows), multiple)
+  narrow = _round_up(max(max(sizes), tokens / rows), multiple)
   return rows, next(n for n in range(narrow, most + 1, multiple) if holds(rows, n))
 
 

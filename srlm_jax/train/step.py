@@ -15,8 +15,7 @@ def make(model, tx, config, state: TrainState):
 
   `state` (arrays, or shapes with shardings) says where the result lives; it is donated. `reference`: DPO's
   parameters in the dtype of activations; {} for SFT, and where the batch holds its log-probs. `batch`: as
-  `data.batches` makes it. Metrics are means over the
-  whole batch.
+  `data.batches` makes it. Metrics are means over the whole batch.
   """
   loss_fn = {'sft': _sft, 'dpo': _dpo}[config.loss]
 
