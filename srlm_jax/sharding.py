@@ -39,7 +39,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
     raise InputError(f'config.mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which does not use exactly the '
                      f'{len(devices)} devices here; make the product {len(devices)}')
   # GPUs have a slice_index too, of their host
-  slices = len({d.slice_index for d in devices}) if devices[0].platform == 'tpu' else 1
+  slices = len({getattr(d, 'slice_index', 0) for d in devices}) if devices[0].platform == 'tpu' else 1
   if shape[0] % slices:  # what crosses slices is slow: gradients alone may, once a step
     raise InputError(f'config.mesh.data = {shape[0]} does not divide over the {slices} slices here; make it a multiple')
   split = dict(allow_split_physical_axes=True)  # a tensor axis of 8 on a torus of 16 x 16
