@@ -58,7 +58,7 @@ PLANS = dict(
     cpu=Plan(Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048), 8, 60, 60, 4, 3, 512),
     gpu=Plan(Config(D=2048, F=5632, K=4, G=8, H=64, V=32000, layers=22, context=2048, dtype='bfloat16'), 16, 250, 250,
              8, 3, 2048),
-    quick=Plan(Config(D=64, F=128, K=2, G=2, H=16, V=512, layers=2, context=256), 4, 10, 10, 1, 1, 128))
+    quick=Plan(Config(D=64, F=128, K=2, G=2, H=16, V=8192, layers=2, context=256), 4, 10, 10, 1, 1, 128))
 
 
 def draw(plan: Plan, responses: int) -> list[Example]:

@@ -64,12 +64,13 @@ class Alarms:
       return {}, []
     self._seen = [*self._seen, scalars]
     full = len(self._seen) >= 2 * self.WINDOW
-    def values(name):
-      return np.array([s[name] for s in self._seen])
-    first, now = values('chosen_reward')[:self.WINDOW], values('chosen_reward')[-self.WINDOW:]
+    def values(part, name):
+      return np.array([s[name] for s in part])
+    last = self._seen[-self.WINDOW:]
+    first, now = (values(part, 'chosen_reward') for part in (self._seen[:self.WINDOW], last))
     fall = first.mean() - now.mean()
     error = np.sqrt((first.var(ddof=1) + now.var(ddof=1)) / self.WINDOW) if full else 0
-    margin, accuracy = (values(name)[-self.WINDOW:].mean() for name in ('margin', 'accuracy'))
+    margin, accuracy = (values(last, name).mean() for name in ('margin', 'accuracy'))
     found = dict(
         chosen_falling=bool(full and fall > self.ERRORS * error),
         margin_without_accuracy=bool(full and margin > self.MARGIN and accuracy < self.ACCURACY))

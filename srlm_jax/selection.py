@@ -9,7 +9,6 @@ and the best, of equal ones the earliest, is written to MODEL/model/selected.jso
   a command  of yours: {checkpoint} in it becomes a checkpoint folder, and the last line that it prints is the measure,
              the higher the better. It runs beside this process, which holds the accelerators.
 """
-import json
 import math
 import os
 import shlex
@@ -29,8 +28,7 @@ def run(config, workdir):
   folder = stage.model_folder(workdir, config.name)
   if not (folder / 'done.json').exists():
     raise InputError(f'{folder} is not finished; run python -m srlm_jax.train first')
-  trained = json.loads((folder / 'manifest.json').read_text())['config']['train']['select']
-  if trained != by:
+  if (trained := stage.selects_by(folder)) != by:
     raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
                      f'with it keeps every checkpoint')
   s = stage.Stage(config, workdir, 'selection', ('train.select', 'eval', 'judge'), (),

@@ -155,11 +155,16 @@ def finished_model(workdir, name: str):
   checkpoint of it was selected that should be."""
   folder = model_folder(workdir, name)
   require_finished(folder)
-  trained = json.loads(path.read_text()) if (path := folder / 'manifest.json').exists() else {}
-  if trained.get('config', {}).get('train', {}).get('select') and not (folder / checkpoint.SELECTED).exists():
+  if selects_by(folder) and not (folder / checkpoint.SELECTED).exists():
     raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
                      f'srlm_jax.selection with the config of {name}')
   return folder
+
+
+def selects_by(folder) -> str:
+  """The train.select that the model in `folder` was trained with; '' too for one that was not trained here."""
+  trained = json.loads(path.read_text()) if (path := folder / 'manifest.json').exists() else {}
+  return trained.get('config', {}).get('train', {}).get('select', '')
 
 
 def require_finished(folder):

@@ -77,6 +77,7 @@ def test_every_pass_sees_every_example_once_in_another_order(count, pack):
 def test_a_packed_step_holds_the_batch_on_average_and_little_else():
   made = Batches(draw(2000), 64, 1, 0, 256)
   assert made.real > 0.9
+  assert made.seen / (len(made) - 1) == pytest.approx(64, rel=0.1)
   assert made.width <= 256 and Batches(draw(2000), 64, 1, 0).real < 0.5  # a row for each
 
 
@@ -94,7 +95,7 @@ def test_whatever_the_lengths_and_the_mesh_a_packed_step_holds_the_batch_on_aver
 
 def test_rows_are_a_multiple_of_what_divides_them_and_a_step_is_no_larger_for_it():
   made = Batches(draw(200), 16, 1, 0, 256, parts=8)
-  assert made.rows == 8
+  assert made.rows == 8 and made.seen / (len(made) - 1) == pytest.approx(16, rel=0.25)
   long = Batches([*draw(200), Example('long', [1], ([1] * 400,))], 16, 1, 0, 256, parts=8)
   assert long.width >= 401 and max(len(names(long, s)) for s in range(len(long))) == 16
   again = Batches(draw(200), 16, 1, 0, 256, parts=2, shape=(made.rows, made.width))  # begun on another mesh

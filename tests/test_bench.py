@@ -33,7 +33,7 @@ def test_the_training_bench_runs_every_part(tmp_path):
   found = quick('train.py', tmp_path)
   assert all(found[loss]['ratio'] > 0 and 0.5 < found[loss]['real'] <= 1 for loss in ('dpo', 'sft'))
   assert [(row['prompt'], row['response']) for row in found['shared']] == [(1, 4), (1, 1), (4, 1)]
-  assert found['logits'].keys() == {'chunks', 'at_once'}  # test_compile compares them, at a size where it matters
+  assert found['logits']['chunks'] <= found['logits']['at_once']
 
 
 @pytest.mark.slow

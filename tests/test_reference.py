@@ -125,8 +125,10 @@ def looked(alarms, count, **scalars):
 def test_alarms_rise_once_and_fall_again():
   alarms = metrics.Alarms()
   assert looked(alarms, 9) == (dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=0), [])
-  sentences = [line for _ in range(9) for line in looked(alarms, 1, chosen_reward=-1.0)[1]]
+  looks = [looked(alarms, 1, chosen_reward=-1.0) for _ in range(9)]
+  sentences = [line for _, lines in looks for line in lines]
   assert len(sentences) == 1 and 'become less likely' in sentences[0]  # said once
+  assert looks[-1][0]['alarm_chosen_falling'] == 1 and looks[-1][1] == []
   raised, sentences = looked(alarms, 10, margin=0.5, accuracy=0.5)
   assert raised == dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=1)
   assert looked(metrics.Alarms(), 9, margin=0.5, accuracy=0.5)[0]['alarm_margin_without_accuracy'] == 0  # too early
