@@ -57,6 +57,20 @@ def test_a_held_out_prompt_is_known_in_other_clothes(text, why):
   assert similar.HeldOut(HELD).why(text, 0.7) == why
 
 
+@pytest.mark.parametrize('held, text, why', [
+    ('Name two jobs.', 'We have a bet. Name two jobs.', 'holds a held-out prompt'),
+    ('Name two jobs.', 'My teacher said: "Name two jobs!" Please help.', 'holds a held-out prompt'),
+    ('Name two jobs.', 'name two jobs\nThank you.', 'holds a held-out prompt'),
+    ('Hi. Why not?', 'I ask you. Hi! Why not? Tell me.', 'holds a held-out prompt'),
+    ('Name two jobs.', 'Please name two jobs for a baker.', ''),
+    ('Name two jobs.', 'Name two jobs and a fruit.', ''),
+    ('Name two.', 'Name two. Jobs are hard.', 'holds a held-out prompt'),
+    ('We have a bet. Name two jobs.', 'Name two jobs.', 'part of a held-out prompt'),
+    ('...', 'We have a bet. Name two jobs.', '')])
+def test_a_short_held_out_prompt_is_found_as_whole_sentences(held, text, why):
+  assert similar.HeldOut([held]).why(text, .99) == why
+
+
 @given(st.lists(st.sampled_from('abcdef'), min_size=4, max_size=9), st.lists(st.sampled_from('abcdef'), max_size=5),
        st.lists(st.sampled_from('abcdef'), max_size=5))
 def test_no_words_before_or_after_hide_a_held_out_prompt(held, before, after):

@@ -1,7 +1,7 @@
 """Texts that resemble one another: ROUGE-L against many at once, and copies with words before or after them."""
 import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import re
 
 import numpy as np
@@ -33,7 +33,7 @@ class Index:
     self.compared = 0      # texts compared word for word, of all calls
     self._tokens = []
     self._lengths = array.array('l')
-    self._places = {}      # (word, its how-manieth) -> the texts that hold it
+    self._places = {}      # (word, its index among equal words) -> texts that hold it
     for text in texts:
       self.add(text)
 
@@ -66,16 +66,22 @@ class Index:
 
 
 class HeldOut:
-  """Texts that may not be met again: neither as they are, nor within others, nor in other words of the same order."""
+  """Finds held-out texts in others: as they are, inside a longer text, as a part, or reworded.
 
-  SHORTEST = 4  # words of a text that is looked for within others
+  A held-out text of at least `SHORTEST` words is found anywhere inside another. A shorter one is
+  found only as whole sentences, because its words alone are common ("name two jobs").
+  """
+
+  SHORTEST = 4  # words
 
   def __init__(self, texts: Iterable[str]):
     texts = list(texts)
     self._index = Index(texts)
     self._exact = {normal(t) for t in texts}
+    self._short = {t for t in self._exact if 0 < len(t.split()) < self.SHORTEST}
+    self._short_parts = {part for t in texts for part in _sentence_runs(t, self.SHORTEST - 1)}
     self._words = [normal(t).split() for t in texts]
-    self._starts = {}  # the first or any four words -> (text, position)
+    self._starts = {}  # every four words in a row -> (text, position)
     for i, words in enumerate(self._words):
       for at in range(len(words) - self.SHORTEST + 1):
         self._starts.setdefault(tuple(words[at:at + self.SHORTEST]), []).append((i, at))
@@ -86,9 +92,13 @@ class HeldOut:
     >>> HeldOut(['Where is the moon?']).why('It is late. Where is the moon? Tell me.', 0.7)
     'holds a held-out prompt'
     """
-    if normal(text) in self._exact:
+    if (whole := normal(text)) in self._exact:
       return 'held out'
-    words = normal(text).split()
+    if not self._short.isdisjoint(_sentence_runs(text, self.SHORTEST - 1)):
+      return 'holds a held-out prompt'
+    if whole in self._short_parts:
+      return 'part of a held-out prompt'
+    words = whole.split()
     for at in range(len(words) - self.SHORTEST + 1):
       for i, start in self._starts.get(tuple(words[at:at + self.SHORTEST]), ()):
         held = self._words[i]
@@ -114,6 +124,22 @@ def normal(text: str) -> str:
   return ' '.join(re.findall(r'\w+', text.lower()))
 
 
+def _sentence_runs(text: str, longest: int) -> Iterator[str]:
+  """Yields every run of whole sentences that has at most `longest` words, normalised.
+
+  >>> list(_sentence_runs('We have a bet. Name two jobs. Hurry!', 4))
+  ['we have a bet', 'name two jobs', 'name two jobs hurry', 'hurry']
+  """
+  sentences = [words for part in re.split(r'[.?!:;\n"“”]+', text) if (words := normal(part).split())]
+  for start in range(len(sentences)):
+    run = []
+    for words in sentences[start:]:
+      run += words
+      if len(run) > longest:
+        break
+      yield ' '.join(run)
+
+
 def _bag(words: list[str]) -> list[tuple[str, int]]:
-  """Every word with its how-manieth, so that the common elements of two such sets are the common bag of words."""
+  """Every word with its index among equal ones: two such sets share what the two bags of words share."""
   return [(word, i) for word, count in Counter(words).items() for i in range(count)]
