@@ -33,6 +33,12 @@ def test_a_response_cut_by_length_has_no_eos(tokenizer):
   assert len(made) == len(made.prompt) + len(chosen) + len(rejected)  # the prompt once
 
 
+@pytest.mark.parametrize('finish, ends', [(dict(), True), (dict(finish='eos'), True), (dict(finish='length'), False)])
+def test_sft_adds_no_eos_to_a_response_cut_by_length(tokenizer, finish, ends):
+  (made,) = examples.sft([dict(record('a'), **finish)], tokenizer, 'plain', 64).examples
+  assert (made.responses[0][-1] == tokenizer.eos_ids[0]) == ends
+
+
 def test_a_corpus_fills_its_rows(tokenizer):
   made = examples.corpus([dict(id=str(i), text='pear fig plum') for i in range(30)], tokenizer, 32).examples
   assert {(len(e.prompt), len(e)) for e in made} == {(1, 32)}  # all but the first token are predicted

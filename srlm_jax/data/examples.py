@@ -30,10 +30,15 @@ class Examples:
 
 
 def sft(records: Iterable[dict], tokenizer, chat: str, max_length: int) -> Examples:
-  """Records with prompt and response -> examples whose loss is on the response and the eos after it."""
+  """Records with prompt and response -> examples with the loss on the response and the eos after it.
+
+  A record whose `finish` is not eos was cut at the length limit: its response gets no eos. A record
+  without `finish` was written by a person, and is whole.
+  """
   kept = _Kept()
   for record in records:
-    kept.add(record['id'], [_encode(record['prompt'], record['response'], True, tokenizer, chat, max_length)])
+    finished = record.get('finish', 'eos') == 'eos'
+    kept.add(record['id'], [_encode(record['prompt'], record['response'], finished, tokenizer, chat, max_length)])
   return kept.examples('no example is left to train on')
 
 

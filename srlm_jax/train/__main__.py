@@ -192,10 +192,13 @@ def _examples(c, chat, files, tokenizer) -> training.Examples:
 
 
 def _responses(files):
-  """What SFT reads; of pairs the chosen response, which is nothing of DPO but its first half."""
+  """The records that SFT trains on; of pairs the chosen response, and whether it was finished."""
   for file in files:
     if file.name == 'pairs.jsonl':
-      yield from (dict(r, response=r['chosen']) for r in records.read(file, 'id', 'prompt', 'chosen'))
+      for pair in records.read(file, 'id', 'prompt', 'chosen', 'chosen_finish'):
+        yield dict(id=pair['id'], prompt=pair['prompt'], response=pair['chosen'], finish=pair['chosen_finish'])
+    elif file.name == 'positives.jsonl':
+      yield from records.read(file, 'id', 'prompt', 'response', 'finish')
     else:
       yield from records.read(file, 'id', 'prompt', 'response')
 
