@@ -31,6 +31,14 @@ def test_the_rest_is_dropped_with_a_reason(lists, reason):
   assert eft.from_baseline([ranked()], scores(*lists), JUDGE) == ([], {f'p/{i}': reason for i in range(3)})
 
 
+def test_targets_too_keep_the_order_of_people():
+  """Means of 3.5 and 3.33 are in order; the judgements nearest to them, 3 and 4, are not."""
+  examples, dropped = eft.from_baseline([ranked(2)], scores([3, 4], [4, 4, 2]), JUDGE)
+  assert not examples and set(dropped.values()) == {'targets against the order of people'}
+  examples, dropped = eft.from_baseline([ranked(2)], scores([4, 3], [4, 4, 2]), JUDGE)  # the first of equals is 4
+  assert [e['score'] for e in examples] == [4, 4] and not dropped
+
+
 def test_ties_are_allowed_where_something_is_in_order():
   assert len(eft.from_baseline([ranked()], scores([4] * 3, [4] * 3, [1] * 3), JUDGE)[0]) == 3
 

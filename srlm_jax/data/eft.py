@@ -4,8 +4,8 @@ The SFT baseline judges every ranked reply several times (`eft.tries`); a reply'
 judgements. The paper keeps what agrees with the ranking of people and does not say what partial agreement counts as.
 The rule here, for one prompt: every reply has a score (`eft.quorum` parsed judgements); no two replies are scored
 against people's order; and at least two are scored in it. So ties are allowed where something is in order. A reply's
-target is then the judgement whose score is nearest to its mean. Last, of the commonest score as many are dropped as
-it has more than the next.
+target is then the judgement whose score is nearest to its mean. The targets, too, must not contradict people's order,
+or the prompt is dropped. Last, the most frequent score is downsampled to the runner-up's count.
 """
 from collections import Counter
 
@@ -79,13 +79,18 @@ def from_baseline(ranked, scores: dict[str, scoring.Score], judge) -> tuple[list
     if why:
       dropped |= {_name(r, reply): why for reply, _ in replies}
       continue
+    targets = []
     for reply, s in replies:
       finished = [j for j in s.judgements if j['score'] is not None and j['finish'] == 'eos']
-      if not finished:
+      if finished:
+        targets.append((reply, min(finished, key=lambda j: abs(j['score'] - s.mean))))  # the first of equals
+      else:
         dropped[_name(r, reply)] = 'no finished judgement'
-        continue
-      target = min(finished, key=lambda j: abs(j['score'] - s.mean))  # the first of equals
-      examples.append(_example(r, reply, target['text'], target['score'], judge))
+    # Means in people's order can still give single judgements that are not: 3.5 and 3.3 may give 3 and 4.
+    if min(scoring.orders([(reply['rank'], target['score']) for reply, target in targets]), default=0) < 0:
+      dropped |= {_name(r, reply): 'targets against the order of people' for reply, _ in targets}
+    else:
+      examples += [_example(r, reply, target['text'], target['score'], judge) for reply, target in targets]
   return examples, dropped
 
 
@@ -93,10 +98,10 @@ def _disagreement(replies: list[tuple[int, float | None]]) -> str:
   """Why the (rank, score) of one prompt's replies do not agree; '' where they do."""
   if any(score is None for _, score in replies):
     return 'a reply of the prompt without a score'
-  orders = [(b[1] - a[1]) * (a[0] - b[0]) for i, a in enumerate(replies) for b in replies[i + 1:]]
-  if min(orders) < 0:
+  orders = scoring.orders(replies)
+  if min(orders, default=0) < 0:
     return 'against the order of people'
-  return '' if max(orders) > 0 else 'no two scored in the order of people'
+  return '' if max(orders, default=0) > 0 else 'no two scored in the order of people'
 
 
 def from_ranks(ranked, judge) -> tuple[list[dict], dict[str, str]]:
@@ -115,7 +120,7 @@ def from_ranks(ranked, judge) -> tuple[list[dict], dict[str, str]]:
 
 
 def balance(examples: list[dict]) -> list[dict]:
-  """Drops of the commonest score what it has more than the next, so that scores are not skewed (PAPER 3.1)."""
+  """Downsamples the most frequent score to the runner-up's count, so that scores are not skewed (PAPER 3.1)."""
   counts = Counter(scoring.whole(e['score']) for e in examples).most_common()
   if len(counts) < 2:
     return examples

@@ -2,6 +2,7 @@
 from collections import Counter
 from collections.abc import Iterable
 import dataclasses
+import itertools
 import math
 import statistics
 
@@ -25,6 +26,16 @@ def by_response(judgements: Iterable[dict], quorum: int) -> dict[str, Score]:
     scores[name] = Score(statistics.fmean(parsed) if enough else None, statistics.pstdev(parsed) if enough else None,
                          group)
   return scores
+
+
+def orders(replies: list[tuple[float, float]]) -> list[float]:
+  """(rank, score) of each reply, rank 0 the best -> a number for every two replies of different rank: above 0 where
+  their scores have the order of the ranks, below 0 where they have the opposite one, 0 where the scores tie.
+
+  >>> orders([(0, 5.0), (1, 3.0), (1, 4.0), (2, 3.0)])
+  [2.0, 1.0, 4.0, 0.0, 1.0]
+  """
+  return [(b[0] - a[0]) * (a[1] - b[1]) for a, b in itertools.combinations(replies, 2) if a[0] != b[0]]
 
 
 def standard_error(values: list[float]) -> float:
