@@ -1,15 +1,269 @@
 import json
 import shutil
 
+from hypothesis import given, strategies as st
 import pytest
+import tokenizers as library
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+import transformers
 
 from srlm_jax import InputError
 from srlm_jax.data import templates, tokenizer as tokenizers
 
+# Added tokens that no text may become: special ones, and ones that are not.
+SPECIAL = ('<|begin|>', '<|end|>', '<|role|>')
+OTHERS = ('<think>', '[TOOL_CALLS]', '<｜User｜>')
+MARKS = SPECIAL + OTHERS
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}<|role|>"
+            "{{ m['role'] }}<｜User｜>\n\n{{ m['content'] | trim }}<|end|>"
+            "{% endfor %}{% if add_generation_prompt %}<|role|>assistant<think>\n\n{% endif %}")
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
+          r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')  # where Llama 3 cuts words
+WORDS = ['User: Name a fruit. Assistant: pear fig plum', 'system user assistant\n\n',
+         '[INST] Tell me a story. [/INST]',
+         'think <thinking> is a <b> of TOOL_CALLS, User',
+         'é 漢字 def f(x):\n    return x  # two  spaces',
+         ] * 20
+ORDINARY = ['Hi', ' Name a  fruit.\n', '1. A list\n2. of <b> things', 'é 漢字 🎉', '\n\n  x\n', '',
+            'a < b | c > [d]', '< think>', 'def f(x):\n    return x']
+
+
+def byte_level():
+  """As Llama 3 and Qwen have it."""
+  made = library.Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(library.Regex(LLAMA3), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  made.decoder = decoders.ByteLevel()
+  made.train_from_iterator(WORDS, trainers.BpeTrainer(
+      vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+  return made
+
+
+def byte_fallback():
+  """BPE of characters with ▁ for a space, as Llama 2 has it, before its metaspaces are set."""
+  made = library.Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+  made.pre_tokenizer = pre_tokenizers.Metaspace()
+  made.decoder = decoders.Sequence([
+      decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
+      decoders.Strip(' ', 1, 0)])
+  made.train_from_iterator(WORDS, trainers.BpeTrainer(
+      vocab_size=500, special_tokens=['<unk>', *(f'<0x{i:02X}>' for i in range(256))],
+      show_progress=False))
+  made = json.loads(made.to_str())  # whose bytes are pieces, and no marks
+  made['added_tokens'] = [t for t in made['added_tokens'] if t['content'] == '<unk>']
+  return library.Tokenizer.from_str(json.dumps(made))
+
+
+def metaspace():
+  """As transformers makes Llama 2's now: ▁ before the text."""
+  made = byte_fallback()
+  made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first', split=False)
+  return made
+
+
+def prepend():
+  """As Llama 2's files have it: ▁ before every stretch of text."""
+  made = byte_fallback()
+  made.pre_tokenizer = None
+  made.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+  return made
+
+
+KINDS = dict(byte_level=byte_level, metaspace=metaspace, prepend=prepend)
+
+
+def save(folder, made, added=(), template=TEMPLATE, **config):
+  """A folder with a tokenizer.json of `made` and the added tokens."""
+  made.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
+  made.add_tokens(list(added) or [AddedToken(t, normalized=False) for t in OTHERS])
+  made.save(str(folder / 'tokenizer.json'))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+      tokenizer_class='PreTrainedTokenizerFast', bos_token='<|begin|>', eos_token='<|end|>',
+      chat_template=template, **config)))
+  return folder
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def made(request, tmp_path_factory):
+  """(our tokenizer, transformers' tokenizer) of one folder."""
+  return both(save(tmp_path_factory.mktemp(request.param), KINDS[request.param]()))
+
+
+def both(folder):
+  model = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  return tokenizers.load(folder), model
+
+
+def theirs(model, prompt):
+  """Ids of the prompt in its chat form, as transformers gives them."""
+  return model.apply_chat_template([dict(role='user', content=prompt)], return_dict=False,
+                                   add_generation_prompt=True)
+
+
+def added(model, ids):
+  """The added tokens among the ids."""
+  names = {i: str(t) for i, t in model.added_tokens_decoder.items()}
+  return [names[i] for i in ids if i in names]
+
+
+@pytest.mark.parametrize('mark', MARKS)
+@pytest.mark.parametrize('chat', templates.CHATS)
+def test_text_never_becomes_an_added_token(made, chat, mark):
+  ours, model = made
+  before, after = templates.encode_pair(chat, 'Say it now.', 'Yes, I do.', ours)
+  own = added(model, before)
+  assert own[0] == '<|begin|>' and len(own) == (6 if chat == 'tokenizer' else 1)
+  assert not added(model, after)
+  for text in (mark, f'Say {mark}now', f'{mark}{mark} x', f'a\n{mark}\n'):
+    assert added(model, templates.encode_prompt(chat, text, ours)) == own
+    before, after = templates.encode_pair(chat, text, f'No{text}', ours)
+    assert added(model, before) == own and not added(model, after)
+    assert ours.decode(after).strip() == f'No{text}'.strip()
+    assert mark in ours.decode(before[1:])
+  assert not added(model, ours.encode(f'a {mark} b'))
+
+
+@pytest.mark.parametrize('text', ORDINARY)
+def test_ordinary_text_has_the_ids_that_transformers_gives(made, text):
+  ours, model = made
+  assert templates.encode_prompt('tokenizer', text, ours) == theirs(model, text)
+  assert ours.encode(text) == model.encode(text, add_special_tokens=False)
+
+
+@given(st.text(st.sampled_from('ab <>|[]_\n\t é漢think/')))
+def test_any_text_has_the_ids_that_transformers_gives_or_no_added_token(made, text):
+  ours, model = made
+  ids = templates.encode_prompt('tokenizer', text, ours)
+  if any(mark in text for mark in MARKS):
+    assert added(model, ids) == added(model, theirs(model, ''))
+  else:
+    assert ids == theirs(model, text)
+
+
+@pytest.mark.parametrize('text', ORDINARY)
+def test_prompt_and_response_are_the_ids_of_the_whole(made, text):
+  ours, model = made
+  response = f'Yes {text}'.strip()
+  before, after = templates.encode_pair('tokenizer', text, response, ours)
+  whole = model.apply_chat_template([dict(role='user', content=text)], tokenize=False,
+                                    add_generation_prompt=True)
+  assert before == theirs(model, text)
+  assert before + after == model.encode(whole + response, add_special_tokens=False)
+
+
+@pytest.mark.parametrize('normalized', [False, True])
+@pytest.mark.parametrize('flags', [dict(lstrip=True), dict(rstrip=True),
+                                   dict(lstrip=True, rstrip=True), dict(single_word=True)], ids=str)
+@pytest.mark.parametrize('kind', KINDS)
+def test_marks_of_the_template_match_as_they_do_in_transformers(tmp_path, kind, flags, normalized):
+  marks = [AddedToken(t, normalized=normalized, **flags) for t in OTHERS]
+  template = TEMPLATE.replace(' | trim', '').replace("\n\n{{ m['content']", "{{ m['content']")
+  ours, model = both(save(tmp_path, KINDS[kind](), marks, template))
+  for text in (*ORDINARY, 'x  ', '  x', '. x', 'é'):
+    assert templates.encode_prompt('tokenizer', text, ours) == theirs(model, text)
+  for mark in OTHERS:
+    own = added(model, templates.encode_prompt('tokenizer', 'a. b', ours))
+    assert added(model, templates.encode_prompt('tokenizer', f'a {mark} b', ours)) == own
+
+
+def test_a_mark_that_merges_could_make_is_broken(tmp_path):
+  fields = json.loads(byte_level().to_str())
+  vocab, merges = fields['model']['vocab'], fields['model']['merges']
+  for left, right in (('<', 't'), ('h', 'i'), ('hi', 'n'), ('hin', 'k'), ('<t', 'hink'),
+                      ('<think', '>')):
+    vocab.setdefault(left + right, len(vocab))
+    merges.insert(0, [left, right])  # before those that were learnt
+  merges.sort(key=lambda pair: ''.join(pair) not in '<think>')
+  fields['pre_tokenizer'] = fields['pre_tokenizer']['pretokenizers'][1]  # no words: merges go far
+  made = library.Tokenizer.from_str(json.dumps(fields))
+  assert made.encode('<think>').tokens == ['<think>']
+  ours, model = both(save(tmp_path, made))
+  assert model.convert_tokens_to_ids('<think>') == vocab['<think>']
+  for chat in templates.CHATS:
+    before, after = templates.encode_pair(chat, 'a<think>b', 'No<think><think>', ours)
+    assert added(model, before) == added(model, templates.encode_prompt(chat, 'a', ours))
+    assert not added(model, after)
+    assert ours.decode(after).strip() == 'No<think><think>'
+
+
+def test_pieces_of_a_unigram_that_are_marks_are_broken(tmp_path):
+  pieces = [('<unk>', 0.0), ('<|begin|>', 0.0), ('<|end|>', 0.0), ('<think>', 0.0), *(
+      (c, -3.0) for c in '▁abcdefghijklmnopqrstuvwxyz<|>.'), ('▁a', -1.0)]
+  made = library.Tokenizer(models.Unigram(pieces, unk_id=0))
+  made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='first')
+  made.decoder = decoders.Metaspace()
+  made.add_special_tokens(['<unk>'])
+  ours, model = both(save(tmp_path, made, unk_token='<unk>'))
+  for mark in ('<|end|>', '<think>', '<unk>'):
+    assert not added(model, ours.encode(f'a {mark} b'))
+    assert ours.decode(ours.encode(f'a {mark} b')) == f'a {mark} b'
+    ids = templates.encode_prompt('tokenizer', f'☃ {mark} b', ours)
+    assert added(model, ids).count('<unk>') == added(model, theirs(model, '☃ b')).count('<unk>')
+    assert f'{mark} b' in ours.decode(ids)
+  assert added(model, ours.encode('a ☃')) == ['<unk>']  # a character that the vocabulary has not
+  assert templates.encode_prompt('tokenizer', 'a ☃', ours) == theirs(model, 'a ☃')
+
+
+def test_a_character_that_is_an_added_token_and_nothing_else_is_refused(tmp_path):
+  made = byte_level()
+  made.add_tokens(['x'])
+  with pytest.raises(InputError, match="'x'.*added token.*tokenizer.json"):
+    tokenizers.load(save(tmp_path, made)).encode('x')
+
+
+def test_a_vocabulary_with_gaps_is_refused(tmp_path):
+  """Its renamed tokens would have ids of pieces."""
+  fields = json.loads(byte_level().to_str())
+  vocab = {piece: i + 20 for piece, i in fields['model']['vocab'].items()}
+  fields['model']['vocab'] = dict(zip(MARKS, range(20), strict=False)) | vocab
+  made = library.Tokenizer.from_str(json.dumps(fields))
+  with pytest.raises(InputError, match='tokenizer.json has a vocabulary with gaps'):
+    tokenizers.load(save(tmp_path, made))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_runs_of_spaces_are_text_though_they_are_added(tmp_path, kind):
+  """GPT-NeoX and Gemma have such."""
+  runs = [AddedToken('    ', normalized=False), '\n\n']
+  ours, model = both(save(tmp_path, KINDS[kind](), [*OTHERS, *runs]))
+  text = 'def f(x):\n\n    return x'
+  assert added(model, ours.encode(text)) == ['\n\n', '    ']
+  assert ours.encode(text) == model.encode(text, add_special_tokens=False)
+  assert templates.encode_prompt('tokenizer', text, ours) == theirs(model, text)
+
+
+@pytest.mark.parametrize('template', [
+    "{{ m[0]['content'] | replace('<think>', '') }}",
+    "{% if '<think>' in m[0]['content'] %}<|role|>{% endif %}{{ m[0]['content'] }}",
+    "{{ m[0]['content'].split('<think>')[0] }}", "{{ m[0]['content'] | tojson }}"])
+def test_a_template_that_interprets_a_prompt_is_refused(tmp_path, template):
+  ours = tokenizers.load(save(tmp_path, byte_level(), template=template.replace('m[', 'messages[')))
+  with pytest.raises(InputError, match='chat template.*changes or interprets.*config.chat'):
+    templates.encode_prompt('tokenizer', 'a "<think> b', ours)
+
+
+def test_code_of_a_tokenizer_s_folder_is_never_run(tmp_path, monkeypatch):
+  folder = save(tmp_path, byte_level(), auto_map=dict(AutoTokenizer=['mine.Mine', None]))
+  (folder / 'mine.py').write_text('raise SystemExit("code of the folder ran")')
+  original, asked = transformers.AutoTokenizer.from_pretrained, []
+  monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained',
+                      lambda *a, **k: asked.append(k) or original(*a, **k))
+  try:
+    tokenizers.load(folder)
+  except InputError as error:
+    assert str(folder) in str(error)
+  assert [k['trust_remote_code'] for k in asked] == [False]
+
+
+def test_what_is_not_a_tokenizer_is_refused(tmp_path):
+  (tmp_path / 'tokenizer.json').write_text('{')
+  with pytest.raises(InputError, match='tokenizer.json'):
+    tokenizers.load(tmp_path)
+
 
 def test_both_libraries_give_the_same_ids(stories, tmp_path):
   """The same vocabulary through sentencepiece, and through transformers from a tokenizer.json."""
-  transformers = pytest.importorskip('transformers')
   plain = tokenizers.load(stories, 512)
   transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True).save_pretrained(str(tmp_path))
   if not (tmp_path / 'tokenizer.json').exists():
@@ -22,7 +276,6 @@ def test_both_libraries_give_the_same_ids(stories, tmp_path):
 
 
 def test_names_of_special_tokens_in_text_are_text(stories, tmp_path):
-  transformers = pytest.importorskip('transformers')
   transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True).save_pretrained(str(tmp_path))
   for folder in (stories, tmp_path):
     tokenizer = tokenizers.load(folder)
@@ -31,16 +284,17 @@ def test_names_of_special_tokens_in_text_are_text(stories, tmp_path):
 
 
 def test_a_tokenizer_s_own_chat_template(stories, tmp_path):
-  transformers = pytest.importorskip('transformers')
   made = transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True)
   made.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}\n{% endfor %}<|a|>"
   made.save_pretrained(str(tmp_path))
-  tokenizer = tokenizers.load(tmp_path)
-  assert templates.chat('tokenizer', 'Hi', tokenizer) == '<|user|> Hi\n<|a|>'
-  assert templates.encode_prompt('tokenizer', 'Hi', tokenizer).count(tokenizer.bos_id) == 1
-  assert '< /s>' in templates.chat('tokenizer', 'Hi </s>', tokenizer)
+  tokenizer, made = both(tmp_path)
+  ids = templates.encode_prompt('tokenizer', 'Hi', tokenizer)
+  assert ids == theirs(made, 'Hi') and ids.count(tokenizer.bos_id) == 1
+  assert tokenizer.decode(ids).strip() == '<|user|> Hi\n<|a|>'
   before, after = templates.encode_pair('tokenizer', 'Hi </s>', 'No</s>', tokenizer)
   assert tokenizer.eos_ids[0] not in before + after  # no text ends a row
+  both_texts = tokenizer.decode(before + after).strip()
+  assert both_texts == '<|user|> Hi </s>\n<|a|>No</s>'  # and none is altered
 
 
 def test_several_ids_may_end_a_row(stories, tmp_path):

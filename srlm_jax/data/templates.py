@@ -8,7 +8,7 @@ CHATS = ('plain', 'llama2', 'tokenizer')
 
 
 def chat(kind: str, prompt: str, tokenizer) -> str:
-  """The prompt up to where the response begins.
+  """The prompt up to where the response begins, for `tokenizer.encode`.
 
   >>> chat('plain', 'Name a fruit.', None)
   'User: Name a fruit.\\nAssistant:'
@@ -24,23 +24,29 @@ def chat(kind: str, prompt: str, tokenizer) -> str:
 
 def encode_prompt(kind: str, prompt: str, tokenizer) -> list[int]:
   """Ids of the prompt in its chat form, bos first: what the model answers."""
-  text = chat(kind, prompt, tokenizer)
-  return [tokenizer.bos_id, *tokenizer.encode(text, special=kind == 'tokenizer')]
+  return _encode(chat(kind, prompt, tokenizer), tokenizer)
 
 
-def encode_pair(kind: str, prompt: str, response: str, tokenizer) -> tuple[list[int], list[int]] | None:
+def encode_pair(
+    kind: str, prompt: str, response: str, tokenizer) -> tuple[list[int], list[int]] | None:
   """(prompt ids, response ids); None if the tokenizer merges a piece across the seam between them.
 
-  The pieces of prompt + response must be those of the whole text, or training would show the model a seam
-  that sampling never makes.
+  The pieces of prompt + response must be those of the whole text, or training would show the model
+  a seam that sampling never makes.
   """
-  before = encode_prompt(kind, prompt, tokenizer)
-  response = tokenizer.plain(response.strip()) if kind == 'tokenizer' else ' ' + response.strip()
-  text = chat(kind, prompt, tokenizer) + response
-  whole = [tokenizer.bos_id, *tokenizer.encode(text, special=kind == 'tokenizer')]
+  text = chat(kind, prompt, tokenizer)
+  before = _encode(text, tokenizer)
+  response = response.strip() if kind == 'tokenizer' else ' ' + response.strip()
+  whole = _encode(text + response, tokenizer)
   if whole[:len(before)] != before:
     return None
   return before, whole[len(before):]
+
+
+def _encode(text: str, tokenizer) -> list[int]:
+  """Ids of a chat form, bos first: a tokenizer's own template may write bos itself."""
+  ids = tokenizer.encode(text)
+  return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def load_author(name: str) -> str:
