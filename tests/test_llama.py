@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
-from srlm_jax import sharding
+from srlm_jax import InputError, sharding
 from srlm_jax.models import attention, config as model_config, convert, llama
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
 from srlm_jax.sample import engine, generate
@@ -99,3 +100,62 @@ def test_logits_are_the_same_on_every_mesh(shape):
     batch = sharding.put_batch(dict(tokens=tokens), mesh)
     found = jax.jit(lambda p, t: llama.Llama(TINY).apply({'params': p}, t)[0])(placed, batch['tokens'])
   np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+ROPE = Config(D=32, F=48, K=4, G=1, H=8, V=64, layers=2, context=32)
+STRETCH = dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=16)
+NESTED = dict(absent=None, empty={}, default=dict(type='default'), stretch=STRETCH,
+              theta=dict(rope_theta=7.0), stretch_theta=STRETCH | dict(rope_theta=7.0),
+              other_theta=STRETCH | dict(rope_theta=500_000))
+
+
+@pytest.mark.parametrize('parameters', NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize('scaling', NESTED.values(), ids=NESTED)
+@pytest.mark.parametrize('theta', [None, 7, 500_000.0])
+def test_rotary_fields_are_read_as_transformers_reads_them(tmp_path, theta, scaling, parameters):
+  def theirs(**rope):
+    plain = {k: v for k, v in model_config.to_hf(ROPE).items() if not k.startswith('rope')}
+    fields = plain | {k: v for k, v in rope.items() if v is not None}
+    (tmp_path / 'config.json').write_text(json.dumps(fields))
+    found = dict(transformers.LlamaConfig.from_pretrained(str(tmp_path)).rope_parameters)
+    found.pop('type', None)
+    return found
+
+  nested = [x for x in (scaling, parameters) if x]
+  differ = any(theta is not None and x.get('rope_theta', theta) != theta for x in nested)
+  if len(nested) == 2:  # transformers drops one of them without a word
+    differ |= (theirs(rope_theta=theta, rope_scaling=scaling) !=
+               theirs(rope_theta=theta, rope_parameters=parameters))
+  expected = theirs(rope_theta=theta, rope_scaling=scaling, rope_parameters=parameters)
+  if differ:
+    with pytest.raises(InputError, match='config.json: .* and .* differ; keep the one'):
+      model_config.load(tmp_path)
+    return
+  found = model_config.load(tmp_path)
+  assert found.rope_theta == expected.pop('rope_theta')
+  assert (found.rope_scaling is None) == (expected == dict(rope_type='default'))
+  if found.rope_scaling:
+    assert dataclasses.astuple(found.rope_scaling) == tuple(expected[k] for k in list(STRETCH)[1:])
+
+
+def test_two_values_of_rope_theta_are_named(tmp_path):
+  fields = model_config.to_hf(ROPE)
+  for given, message in ((dict(rope_scaling=STRETCH | dict(rope_theta=7.0)),
+                          r'rope_theta = 10000.0 and rope_scaling.rope_theta = 7.0 differ'),
+                         (dict(rope_parameters=dict(rope_theta=5)),
+                          r'rope_theta = 10000.0 and rope_parameters.rope_theta = 5.0 differ'),
+                         (dict(rope_theta=None, rope_scaling=dict(rope_theta=7.0),
+                               rope_parameters=dict(rope_theta=5)),
+                          r'rope_scaling.rope_theta = 7.0 and rope_parameters.rope_theta = 5.0'),
+                         (dict(rope_scaling=3), 'rope_scaling = 3 is not a set of fields')):
+    with pytest.raises(InputError, match=message):
+      model_config.from_hf(fields | given)
+
+
+@pytest.mark.parametrize('name', ['rope_scaling', 'rope_parameters'])
+def test_a_nested_rope_theta_changes_the_config(name):
+  fields = model_config.to_hf(ROPE)
+  del fields['rope_theta']
+  read = [model_config.from_hf(fields | {name: STRETCH | dict(rope_theta=x)}) for x in (7.0, 8.0)]
+  assert [x.rope_theta for x in read] == [7.0, 8.0]

@@ -1,5 +1,6 @@
 """The shape of a Llama, and its `config.json` in Hugging Face's words."""
 import dataclasses
+import itertools
 import json
 
 from etils import epath
@@ -108,16 +109,38 @@ def to_hf(config: Config, dtype: str = 'float32') -> dict:
 
 
 def _rope(f: dict):
-  """Takes the rotary fields out of `f`, in transformers' old form (rope_theta, rope_scaling) or new."""
-  new = dict(f.pop('rope_parameters', None) or {})
-  theta = f.pop('rope_theta', None)
-  theta = new.pop('rope_theta', 10_000.0 if theta is None else theta)
-  scaling = dict(f.pop('rope_scaling', None) or {}) or new
-  kind = scaling.pop('rope_type', scaling.pop('type', 'default'))
-  scaling.pop('type', None)
-  scaling.pop('rope_theta', None)
+  """Takes the rotary fields out of `f` -> (RopeScaling or None, theta), as transformers reads them.
+
+  `rope_theta` stands at the top or in `rope_scaling` or `rope_parameters`, and is 10,000 where none
+  states it (`RotaryEmbeddingConfigMixin` of modeling_rope_utils.py). transformers silently prefers
+  the nested value, and `rope_scaling` to `rope_parameters`; here values that differ are refused.
+  """
+  top = f.pop('rope_theta', None)
+  theta = 10_000.0 if top is None else float(top)
+  stated, read = [] if top is None else [('rope_theta', theta)], []
+  for name in ('rope_scaling', 'rope_parameters'):
+    fields = f.pop(name, None) or {}
+    if not isinstance(fields, dict):
+      raise InputError(f'{name} = {fields!r} is not a set of fields; write {{"rope_type": ..}}')
+    if not fields:
+      continue
+    fields = dict(fields)
+    kind = fields.pop('type', 'default')
+    kind = fields.pop('rope_type', kind)
+    inner = fields.pop('rope_theta', None)
+    inner = theta if inner is None else float(inner)
+    stated.append((f'{name}.rope_theta', inner))
+    read.append((inner, kind, fields))
+  for (name, value), (other, another) in itertools.pairwise(stated):
+    if value != another:
+      raise InputError(f'{name} = {value} and {other} = {another} differ; keep the one that the '
+                       f'model was trained with')
+  if len(read) == 2 and read[0] != read[1]:
+    raise InputError(f'rope_scaling = {read[0][1:]} and rope_parameters = {read[1][1:]} differ; '
+                     f'keep the one that the model was trained with')
+  theta, kind, scaling = read[0] if read else (theta, 'default', {})
   if kind == 'default' and not scaling:
-    return None, float(theta)
+    return None, theta
   if kind != 'llama3':
     raise InputError(f'rope_scaling of type {kind!r} is not supported, only llama3 is')
   try:
@@ -129,4 +152,4 @@ def _rope(f: dict):
     raise InputError(f'rope_scaling lacks the field {error}') from error
   if scaling:
     raise InputError(f'rope_scaling field {sorted(scaling)[0]!r} is not supported')
-  return result, float(theta)
+  return result, theta
