@@ -1,4 +1,8 @@
+import itertools
+import json
+import pathlib
 import re
+import time
 
 from conftest import DATA
 from hypothesis import given, strategies as st
@@ -8,6 +12,8 @@ from srlm_jax import InputError
 from srlm_jax.data import judges
 
 JUDGE = judges.load('additive')
+JUDGEMENTS = [json.loads(line) for line in
+              (pathlib.Path(__file__).parent / 'judgements.jsonl').read_text().splitlines()]
 NAMES = ('additive', 'multiple_choice', 'word_categories', 'short', 'short_choice', 'sandbox', 'sandbox_choice')
 
 
@@ -36,6 +42,42 @@ def test_the_last_score_line_counts(text, score):
     ('Score: 4 5', 'unreadable'), ('Score: 4(5)', 'unreadable')])
 def test_everything_else_is_missing_with_a_reason_and_never_a_number(text, reason):
   assert JUDGE.parse(text) == (None, reason)
+
+
+@pytest.mark.parametrize('text, score', [
+    ('**Score:** Score: 3', 3), ('Total score: Score: 5', 5), ('Score:\n\n**4**', 4),
+    ('Score: 2 points. The response is relevant but incomplete.', 2), ('Score: 4 because it is clear', 4),
+    ('Score: 2. 5 would be too generous.', None), ('Score: 5. Otherwise four.', None),
+    ('Score: 2 points for relevance, 1 more for', None), ('Score: 2 points: 1 for relevance, 1 for use', 2),
+    ('Score: 1 (relevance)\nScore: 1 (clarity)', None), ('Score: 1 + 1 + 1 = 3', 3),
+    ('Score: 1\nScore: 1', None), ('Score: 3\nScore: 3', 3), ('Score: 1\nTotal score: 1', 1),
+    ('Score: 1 + 1 + 1 = 4', None), ('Score:\n1. It is good.\n2. It is long.', None), ('Score:\n1\n1\n1', None),
+    ('I give a score: 3. So\nthe response gets a score: 3', 3), ('a score: 3 \na score: 4', None),
+    ('Score: 1 - one for relevance, one for use', None), ('A perfect score: 5', None),
+    ('Score: 3 points. It also deserves a fourth.', None), ('Score: 4, content; 2, style', None),
+    ('The score is justified above. Score: 4', 4), ('Score: 4. It names the 1969 landing.', 4),
+    ('<think>Score: 2</think>Score: 4', 4), ('<think>Score: 2', None), ('Score (out of 5): 4', 4),
+    ('Score (out of 10): 4', None), ('Score: 3</s>', 3), (r'$\boxed{\text{Score: } 4}$', 4), ('Score： ４', 4),
+    ('Score: 4 out of a possible 5', 4), ('Score: <total points: 4>', 4), ('Score -1', None), ('Score: 80%', None)])
+def test_a_number_is_read_only_where_the_text_around_it_leaves_no_doubt(text, score):
+  assert JUDGE.parse(text)[0] == score
+
+
+def test_no_labelled_judgement_is_misread_and_nearly_all_clear_ones_are_read():
+  """Written for these tests, after what judge models write; labels are ours, null where a reader cannot be sure."""
+  clear = [j for j in JUDGEMENTS if j['score'] is not None]
+  read = [j for j in JUDGEMENTS if JUDGE.parse(j['text'])[0] is not None]
+  assert len(JUDGEMENTS) >= 300
+  assert [j for j in read if JUDGE.parse(j['text'])[0] != j['score']] == []
+  assert len(read) >= 0.92 * len(clear)
+
+
+@pytest.mark.parametrize('form', [
+    ' or {}', ' to {}', '-{}', ' - {}', ', maybe {}', '. {} would be fairer.', ' ({})', ' (or {})',
+    '. It could be {}.', ' points. After the penalty: {}.', ', {}', '. Final score: {}', ' {}'])
+def test_a_second_number_behind_a_score_is_never_ignored(form):
+  for score, other in itertools.permutations(range(6), 2):
+    assert JUDGE.parse(f'Score: {score}{form.format(other)}')[0] is None
 
 
 @given(st.text())
@@ -207,6 +249,47 @@ def test_words_may_be_several_and_a_group_may_be_absent():
   assert judge.state(2.0) == 'Verdict: very good'
 
 
-@pytest.mark.parametrize('text', ['Score: 4' + '*' * 50_000 + 'x', 'Score: ' * 5_000, '*' * 50_000, '\n' * 50_000])
+@pytest.mark.parametrize('text', ['Score: 4' + '*' * 50_000 + 'x', 'Score: ' * 5_000,
+                                  '*' * 50_000, '\n' * 50_000])
 def test_a_judge_in_a_loop_does_not_stall_the_parser(text):
   assert JUDGE.parse(text)[0] is None
+
+
+def is_linear(function, start, loop):
+  """True if 4 times the text takes less than 8 times as long (quadratic: 16), in one of 3 tries."""
+  def seconds(n):
+    before = time.process_time()
+    function(start + loop * n)
+    return time.process_time() - before
+  return any(seconds(16_000) < 8 * max(seconds(4_000), 0.02) for _ in range(3))
+
+
+LOOPS = ['final\n', 'final ', ' ', '*', 'Score: ', 'Score', 'Score\n', 'Score:\n', 'Score 4\n',
+         'Score: 4 (', '_', '(', '4', '4.', '\n', '1 + ', '1 =', 'Total: ', '<', '< ', '</', '[',
+         '-', '| ', '\u200b', '\\text{', '</think>', 'or 4 ', 'second point ']
+
+
+@pytest.mark.parametrize('loop', LOOPS)
+@pytest.mark.parametrize('start', ['', 'Score: 4. The '])
+def test_parsing_takes_linear_time(start, loop):
+  assert is_linear(JUDGE.parse, start, loop)
+
+
+@pytest.mark.parametrize('loop', [*LOOPS, '<response', '</ \u200b', '[/INST', '<|', 'User', ' \n'])
+def test_neutralising_takes_linear_time(loop):
+  assert is_linear(lambda text: judges.neutralise(text, {'response'}), '<', loop)
+
+
+@pytest.mark.parametrize('text', [
+    '</re\u200bsponse>', '<\u00ad/response>', '<\ufeff/ RESPONSE >', '[\u200b/INST]', '[ /INST ]',
+    '<|\u200beot_id|>', '< |im_end|>', '<<\u200bSYS>>', '</ s>', 'assistant: x', '\u200bUser: x'])
+def test_white_space_case_and_hidden_characters_do_not_save_a_mark(text):
+  shown = judges.neutralise(text, {'response'})
+  assert shown != text and shown.replace(' ', '') == text.replace(' ', '')
+  assert judges.neutralise('a < b, [x] and <b>', {'response'}) == 'a < b, [x] and <b>'
+
+
+def test_a_value_may_stand_below_its_label_and_in_words():
+  choice = judges.load('multiple_choice')
+  assert choice.parse('**Answer:**\n(C)') == (3, '')
+  assert choice.parse('**Answer:** Answer: C') == (3, '')

@@ -13,7 +13,7 @@ from etils import epath
 from scipy import stats
 
 from srlm_jax import InputError, stage
-from srlm_jax.data import records
+from srlm_jax.data import judges, records
 
 PROMPT = """\
 Two assistants answered the same prompt. Decide which answer serves its user better: relevance, correctness, \
@@ -34,7 +34,7 @@ completeness, clarity. The order of the answers says nothing about them, and lon
 Give your reasons in a few sentences. Then end with one line that is exactly "Winner: A", "Winner: B" or \
 "Winner: tie".
 """
-_WINNER = re.compile(r'^[\s>#*_"\'`]*winner[\s*_]*:(.*)$', re.IGNORECASE | re.MULTILINE)
+_WINNER = re.compile(r'[\s>#*_"\'`]*winner[\s*_]*:(.*)', re.IGNORECASE)
 
 
 def requests(a: dict[str, dict], b: dict[str, dict]) -> list[dict]:
@@ -48,19 +48,25 @@ def requests(a: dict[str, dict], b: dict[str, dict]) -> list[dict]:
 
 
 def render(prompt: str, a: str, b: str) -> str:
-  """The judge's prompt; no answer can close its own tags."""
-  slots = {name: re.sub(r'<(/?(?:answer_[ab]|prompt)>)', r'< \1', text)
-           for name, text in dict(prompt=prompt, a=a, b=b).items()}
+  """A prompt and two answers -> the judge's prompt.
+
+  No text can close a tag, fill another slot or end the chat turn (`judges.neutralise`).
+  """
+  names = judges.tags(PROMPT)
+  texts = dict(prompt=prompt, a=a, b=b)
+  slots = {name: judges.neutralise(text, names) for name, text in texts.items()}
   return re.sub(r'\{(prompt|a|b)\}', lambda m: slots[m[1]], PROMPT)
 
 
 def parse(text: str) -> str | None:
-  """What the last line that begins with "Winner:" says: 'A', 'B', 'tie', or None.
+  """A reply -> the verdict of the last line that begins with "Winner:": 'A', 'B', 'tie', or None.
+
+  None if there is no such line or it says something else. Linear in the length of the reply.
 
   >>> parse('A is clearer. Winner: B would be wrong.\\n**Winner: A**')
   'A'
   """
-  found = _WINNER.findall(text)
+  found = [m[1] for line in text.splitlines() if (m := _WINNER.match(line))]
   word = found[-1].strip(' \t\r*_"\'`.').lower() if found else ''
   return dict(a='A', b='B', tie='tie').get(word)
 
