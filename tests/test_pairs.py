@@ -49,6 +49,22 @@ def test_pairs_scores_and_counts_of_a_run(tmp_path, capsys):
   assert 'nothing: all scores equal' in said and 'characters of the rejected' in said
 
 
+def test_pairs_do_not_depend_on_how_many_hosts_sampled(tmp_path):
+  write(tmp_path / '1', [[[i % 3, 4, 4], [1, i % 5, 2]] for i in range(7)])
+  source, made = tmp_path / '1' / 'm2', []
+  for hosts in (1, 2, 3):
+    folder = tmp_path / str(hosts) / 'm2'
+    for part, stem, of in (('respond', 'responses', 'prompt_id'), ('judge', 'judgements', 'response_id')):
+      rows = list(records.read(source / part / f'{stem}-00000-of-00001.jsonl'))
+      names = list(dict.fromkeys(r[of] for r in rows))
+      for host in range(hosts):
+        records.write(folder / part / records.shard_name(stem, host, hosts),
+                      [r for r in rows if r[of] in names[host::hosts]])
+    pairs.run(config(), tmp_path / str(hosts))
+    made.append([(folder / 'pairs' / name).read_bytes() for name in ('pairs.jsonl', 'scores.jsonl')])
+  assert made[0] == made[1] == made[2] and len(made[0][0].splitlines()) > 3
+
+
 def test_consistency_writes_cream_s_rate_into_every_pair(tmp_path):
   write(tmp_path, [[[5] * 3, [1] * 3], [[5] * 3, [1] * 3]])
   again = [dict(id=f'{i}', response_id=name, score=score) for i, (name, score) in enumerate(

@@ -4,7 +4,7 @@ import pytest
 
 from configs import base
 from srlm_jax import InputError
-from srlm_jax.data import templates, tokenizer as tokenizers
+from srlm_jax.data import records, templates, tokenizer as tokenizers
 from srlm_jax.sample import prompts
 
 
@@ -104,9 +104,22 @@ def test_a_chat_model_is_asked_in_its_form_and_its_answer_begins_with_the_number
   assert asked.endswith({'plain': '\nAssistant: 9.', 'llama2': ' [/INST] 9.'}[chat]) and '8. Task 7.' in asked
 
 
-def test_shots_are_six_seeds_and_two_new_ones_by_a_seed():
-  config, seeds, new = base.get('m2').prompts, [f's{i}' for i in range(50)], [f'n{i}' for i in range(9)]
-  shots = prompts.draw_shots(config, seeds, new, '0/3')
-  assert len(set(shots)) == 8 and sum(s.startswith('n') for s in shots) == 2
-  assert shots == prompts.draw_shots(config, seeds, new, '0/3') != prompts.draw_shots(config, seeds, new, '0/4')
-  assert sum(s.startswith('s') for s in prompts.draw_shots(config, seeds, [], '0/3')) == 8
+def test_a_prompt_of_an_earlier_round_is_not_written_again(tmp_path):
+  assert prompts.earlier_rounds(tmp_path, 'm3') == []
+  for model in ('m2', 'm3', 'm4'):
+    records.write(tmp_path / model / 'prompts' / 'prompts.jsonl', [dict(id=model, prompt=f'Tell me of {model}.')])
+  found = {name: [path.parent.parent.name for path in prompts.earlier_rounds(tmp_path, name)]
+           for name in ('m2', 'm3', 'm4')}
+  assert found == dict(m2=[], m3=['m2'], m4=['m2', 'm3'])
+
+
+def test_shots_are_six_seeds_and_two_new_ones_and_differ_between_attempts_seeds_and_rounds():
+  seeds, new = [f's{i}' for i in range(50)], [f'n{i}' for i in range(9)]
+  def draw(model, seed, attempt, new=new):
+    config = base.get(model)
+    config.seed = seed
+    return prompts.draw_shots(config, seeds, new, attempt)
+  shots = draw('m2', 0, 3)
+  assert len(set(shots)) == 8 and sum(s.startswith('n') for s in shots) == 2 and shots == draw('m2', 0, 3)
+  assert len({tuple(sorted(x)) for x in (shots, draw('m2', 0, 4), draw('m2', 1, 3), draw('m3', 0, 3))}) == 4
+  assert sum(s.startswith('s') for s in draw('m2', 0, 3, [])) == 8

@@ -13,9 +13,9 @@ import sentencepiece
 from srlm_jax import InputError
 from srlm_jax.data import judges, records, templates
 from srlm_jax.models import config as model_config, hf
-from srlm_jax.sandbox import __main__ as sandbox, audit, control, corpus, people, world
+from srlm_jax.sandbox import __main__ as sandbox, audit, control, corpus, oracle, people, world
 
-SIZES = (120, 60, 40, 50, 30)
+SIZES = (120, 60, 40, 35, 50, 30)
 JUDGE = judges.load('sandbox')
 
 
@@ -120,12 +120,14 @@ def test_seeds_are_the_same_for_the_same_seed_and_share_no_prompt():
   seeds, others = people.seeds(0, *SIZES), people.seeds(1, *SIZES)
   assert seeds == people.seeds(0, *SIZES) and seeds['ift'] != others['ift'] and seeds['heldout'] == others['heldout']
   ranked, held = (collections.Counter(row['split'] for row in seeds[name]) for name in ('ranked', 'heldout'))
-  assert (len(seeds['ift']), ranked['train'], ranked['eval'], held['test'], held['valid']) == SIZES
+  assert (len(seeds['ift']), ranked['train'], ranked['eval'], ranked['tune'], held['test'], held['valid']) == SIZES
+  cores = {split: {world.bare(r['prompt']) for r in seeds['ranked'] if r['split'] == split} for split in ranked}
+  assert not cores['tune'] & cores['eval'] and others['ranked'][-35:] == seeds['ranked'][-35:]
   for rows in (seeds['ift'] + [r for r in seeds['ranked'] if r['split'] == 'train'], seeds['ranked'], seeds['heldout']):
     assert len({row['prompt'] for row in rows}) == len({row['id'] for row in rows}) == len(rows)
   for rows in seeds.values():
     for row in rows:
-      assert world.split(row['prompt']) == dict(eval='valid').get(row.get('split'), row.get('split', 'train'))
+      assert world.split(row['prompt']) == dict(eval='valid', tune='valid').get(row.get('split'), row.get('split', 'train'))
 
 
 def test_no_held_out_instruction_is_in_the_corpus(texts):
@@ -196,6 +198,19 @@ def test_an_audit_counts_the_pairs_that_the_oracle_would_turn_round():
   assert found['within_half'] == round(1 / 3, 4) and found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
   strange = dict(RESPONSES[0], id='q/0', prompt='Sing.')
   assert audit.measure([strange], {'q/0': 3.0}, [])['of_the_world'] == 0
+
+
+def test_a_judge_is_measured_against_the_oracle_and_the_ranks_have_a_ceiling():
+  texts = ['Sure, pear and fig.', 'pear and fig.', 'pear.']  # 5, 3, 2 points
+  ranked = [dict(id='p', prompt='Name two nice fruits.',
+                 replies=[dict(id=str(i), text=text, rank=rank) for i, (text, rank) in enumerate(zip(texts, (1, 0, 2), strict=True))])]
+  perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0})
+  assert (perfect['judge_pairwise'], perfect['judge_exact']) == (1, 1)
+  assert (perfect['ceiling'], perfect['ceiling_pairs']) == (pytest.approx(2 / 3), 3)  # people prefer the blunt one
+  found = oracle.of_judge(ranked, {'p/0': 2.6, 'p/1': 2.6, 'p/2': None})
+  assert (found['judge_pairwise'], found['judge_pairs']) == (0, 1)  # a tie is an error
+  assert (found['judge_exact'], found['judge_replies'], found['ceiling']) == (1 / 2, 2, perfect['ceiling'])
+  assert oracle.of_judge([], {})['judge_pairwise'] is None
 
 
 @pytest.mark.parametrize('by', ['oracle', 'random'])

@@ -1,61 +1,114 @@
-"""How well a model's judgements agree with people's ranks: the five numbers of PAPER table 4.
+"""How well a model's judgements agree with people's ranks: the five measures of PAPER table 4.
 
-Rules for ties, which the paper does not state: a pair that the judge scores equal is not ordered right; a prompt
-whose scores hold such a tie is no exact match; a rank correlation that is undefined (all scores equal) counts as 0. A
-pair that people rank equal has no order, and counts nowhere. Replies without a score (too few judgements parsed) are
-left out and counted.
+Rules for ties, which the paper does not state: ties of scores count as errors; a prompt with a tied or wrong pair is no
+exact match; a rank correlation that is undefined (all scores equal) counts as 0. Replies that people rank equal form no
+pair. A reply without a score (too few judgements parsed) takes part in one measure alone, `pairwise_accuracy_all`,
+which counts its pairs as errors.
+
+Every measure is a sum over prompts divided by another, and has a 95 % interval: the percentiles of that ratio when
+whole prompts are drawn with replacement (the bootstrap of Efron 1979), because the pairs of one prompt are not
+independent.
 """
-import itertools
 import math
 
+import numpy as np
 from scipy import stats
 
+from configs import base
 from srlm_jax import stage
 from srlm_jax.data import judges, records, scores as scoring
 
+DRAWS = 4000  # of the bootstrap
+MEASURES = ('pairwise_accuracy', 'pairwise_accuracy_all', 'ties', 'five_best', 'exact_match', 'spearman', 'kendall_tau')
+
 
 def run(config, workdir):
-  """The seeds' ranked evaluation replies and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
+  """The seeds' ranked replies of `base.ranked_split` and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge_eval'
   highest = judges.load(config.judge.template).highest
-  s = stage.Stage(config, workdir, 'agreement', ('judge.template', 'eval.quorum'),
+  s = stage.Stage(config, workdir, 'agreement', ('judge.template', 'eval.quorum', 'eval.split'),
                   [source, *sorted(folder.glob('judgements-*.jsonl'))])
   if s.done:
     return
-  ranked = [r for r in records.read(source, 'id', 'split', 'replies') if r['split'] == 'eval']
+  split = base.ranked_split(config)
+  ranked = [r for r in records.read(source, 'id', 'split', 'replies') if r['split'] == split]
   judgements = list(records.read_shards(folder, 'judgements', 'response_id', 'score'))
   scores = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
-  replies = [[(reply['rank'], scores[name].mean) for reply in r['replies']
-              if (name := f'{r["id"]}/{reply["id"]}') in scores and scores[name].mean is not None] for r in ranked]
+  missing = scoring.Score(None, None, [])
+  replies = [[(reply['rank'], scores.get(f'{r["id"]}/{reply["id"]}', missing).mean) for reply in r['replies']]
+             for r in ranked]
   result = agreement(replies, highest)
-  result['replies_without_score'] = sum(len(r['replies']) for r in ranked) - sum(map(len, replies))
+  result['split'] = split
+  result['replies_without_score'] = sum(score is None for prompt in replies for _, score in prompt)
   result['parse_rate'] = sum(j['score'] is not None for j in judgements) / len(judgements)
   if stage.is_first_host():
     stage.write_json(s.folder / 'agreement.json', result)
-  s.finish(**{k: v if v is None or isinstance(v, int) else round(v, 4) for k, v in result.items()})
+  stage.say(f'{s.title}: {table(result)}')
+  s.finish(**{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
 
 
-def agreement(prompts: list[list[tuple[int, float]]], highest: float) -> dict:
-  """Per prompt the (rank, score) of each scored reply, rank 0 best -> the five measures; None where undefined.
+def agreement(prompts: list[list[tuple[int, float | None]]], highest: float) -> dict:
+  """Per prompt the (rank, score) of each reply, rank 0 the best, score None where there is none -> the measures.
 
-  pairwise_accuracy: share of pairs of replies that the scores order as people do; ties: share of pairs with
-  equal scores; five_best: of the replies with the highest score, the share that people rank first; exact_match:
-  share of prompts whose whole order is right; spearman, kendall_tau (tau-b): means over prompts.
+  pairwise_accuracy: share of the `pairs` of scored replies that the scores order as people do; pairwise_accuracy_all:
+  the same of all `pairs_all`, those with an unscored reply as errors; ties: share of pairs with equal scores;
+  five_best: of the `fives`, replies with the highest score, the share that people rank first; exact_match: share of
+  `prompts` whose whole order is right; spearman, kendall_tau (tau-b): means over prompts. None where undefined.
+  intervals: {measure: [low, high]}, None where undefined. prompts: those with a pair of scored replies.
 
-  >>> agreement([[(0, 5.0), (1, 3.0), (2, 3.0)]], 5)['pairwise_accuracy']
-  0.6666666666666666
+  >>> agreement([[(0, 5.0), (1, 3.0), (2, 3.0), (3, None)]], 5)['pairwise_accuracy_all']
+  0.3333333333333333
   """
-  prompts = [p for p in prompts if len({rank for rank, _ in p}) >= 2]
-  ordered = [[(b[0] - a[0]) * (a[1] - b[1]) for a, b in itertools.combinations(p, 2) if a[0] != b[0]] for p in prompts]
-  pairs = [d for p in ordered for d in p]
-  fives = [rank == 0 for p in prompts for rank, score in p if score == highest]
-  exact = [min(p) > 0 for p in ordered]
+  parts = [_parts(p, highest) for p in prompts]
+  sums, counts = (np.array([[part[m][i] for m in MEASURES] for part in parts], float).reshape(-1, len(MEASURES))
+                  for i in range(2))
+  totals = dict(zip(MEASURES, counts.sum(0).astype(int).tolist(), strict=True))
+  found = {m: float(s / n) if n else None for m, s, n in zip(MEASURES, sums.sum(0), counts.sum(0), strict=True)}
+  return dict(found, pairs=totals['pairwise_accuracy'], pairs_all=totals['pairwise_accuracy_all'],
+              fives=totals['five_best'], prompts=totals['exact_match'], intervals=_intervals(sums, counts))
+
+
+def _parts(replies: list[tuple[int, float | None]], highest: float) -> dict[str, tuple[float, int]]:
+  """What one prompt adds to each measure: (numerator, denominator)."""
+  scored = [(rank, score) for rank, score in replies if score is not None]
+  orders = scoring.orders(scored)
+  right, pairs = sum(d > 0 for d in orders), len(orders)
+  some = int(pairs > 0)
+  fives = [rank == 0 for rank, score in scored if score == highest] if some else []
   return dict(
-      pairwise_accuracy=_mean(d > 0 for d in pairs), ties=_mean(d == 0 for d in pairs), five_best=_mean(fives),
-      exact_match=_mean(exact), spearman=_mean(_correlation(stats.spearmanr, p) for p in prompts),
-      kendall_tau=_mean(_correlation(stats.kendalltau, p) for p in prompts), pairs=len(pairs), prompts=len(prompts))
+      pairwise_accuracy=(right, pairs), pairwise_accuracy_all=(right, len(scoring.orders([(r, 0) for r, _ in replies]))),
+      ties=(sum(d == 0 for d in orders), pairs), five_best=(sum(fives), len(fives)),
+      exact_match=(int(right == pairs) * some, some),
+      spearman=(_correlation(stats.spearmanr, scored) if some else 0.0, some),
+      kendall_tau=(_correlation(stats.kendalltau, scored) if some else 0.0, some))
+
+
+def _intervals(sums, counts) -> dict[str, list[float] | None]:
+  """Of each column of two [prompts, measures] arrays: the 2.5 and 97.5 percentiles of the ratio of their sums, over
+  drawn prompts. The draws are the same in every run."""
+  if not len(sums):
+    return dict.fromkeys(MEASURES)
+  drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), DRAWS)
+  above, below = drawn @ sums, drawn @ counts
+  return {m: np.percentile(above[:, i][holds] / below[:, i][holds], (2.5, 97.5)).tolist()
+          if (holds := below[:, i] > 0).any() else None for i, m in enumerate(MEASURES)}
+
+
+def table(found: dict) -> str:
+  """The measures with their intervals and counts, laid out for reading."""
+  counts = dict(pairwise_accuracy=('pairs', 'pairs'), pairwise_accuracy_all=('pairs_all', 'pairs, unscored are errors'),
+                ties=('pairs', 'pairs'), five_best=('fives', 'replies with the highest score'))
+  lines = [f'agreement with the ranks of the {found["split"]} split, and 95 % intervals over prompts']
+  for m in MEASURES:
+    if found[m] is not None:
+      low, high = found['intervals'][m]
+      key, what = counts.get(m, ('prompts', 'prompts'))
+      lines.append(f'  {m:22}{found[m]:7.3f}  [{low:.3f}, {high:.3f}]  {found[key]:6} {what}')
+  lines.append(f'  {found["replies_without_score"]} replies without a score; {found["parse_rate"]:.3f} of the judgements '
+               f'parsed; {found["prompts"]} prompts')
+  return '\n'.join(lines)
 
 
 def _correlation(measure, prompt) -> float:
@@ -64,11 +117,6 @@ def _correlation(measure, prompt) -> float:
     return 0.0
   value = measure([-r for r in ranks], scores).statistic
   return 0.0 if math.isnan(value) else float(value)
-
-
-def _mean(values) -> float | None:
-  values = [float(v) for v in values]
-  return sum(values) / len(values) if values else None
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 
+from configs import base
 from srlm_jax import checkpoint, InputError, stage
 from srlm_jax.data import eft, judges, records, templates
 from srlm_jax.sample import engine as engines
@@ -16,7 +17,7 @@ def run(config, workdir, on: str = ''):
   again      the model before the sampler (pairs.older) judges the same candidates -> MODEL/judge_again
   older      the sampler judges that model's candidates -> MODEL/judge_older
   ranked     the sampler judges the seeds' ranked replies, for EFT -> MODEL/judge
-  eval       the model itself judges the ranked replies of the evaluation split -> MODEL/judge_eval
+  eval       the model itself judges the ranked replies to measure on (base.ranked_split) -> MODEL/judge_eval
   """
   on = on or config.judge.on
   ways = dict(  # on: stage, judge, how often it judges each response, what else of the config matters
@@ -24,7 +25,7 @@ def run(config, workdir, on: str = ''):
       again=('judge_again', config.pairs.older, config.judge.n, ()),
       older=('judge_older', config.sampler, config.judge.n, ()),
       ranked=('judge', config.sampler, config.eft.tries, ('eft.tries',)),
-      eval=('judge_eval', config.name, config.eval.judgements, ('eval.judgements',)))
+      eval=('judge_eval', config.name, config.eval.judgements, ('eval.judgements', 'eval.split')))
   if on not in ways:
     raise InputError(f'--on={on}{stage.closest(on, ways)}: it is one of {", ".join(ways)}')
   name, model, n, also = ways[on]
@@ -82,7 +83,8 @@ def _items(config, workdir, on: str):
     folder = stage.model_folder(workdir, config.name).parent / ('respond_older' if on == 'older' else 'respond')
     return records.shards(folder, 'responses'), lambda: records.read_shards(
         folder, 'responses', 'id', 'prompt_id', 'prompt', 'response')
-  source, split = stage.seeds(workdir) / 'ranked.jsonl', 'train' if on == 'ranked' else 'eval'
+  source = stage.seeds(workdir) / 'ranked.jsonl'
+  split = 'train' if on == 'ranked' else base.ranked_split(config)
 
   def replies():
     ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]

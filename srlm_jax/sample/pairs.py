@@ -88,7 +88,7 @@ def _pair(prompt: dict, candidates, config) -> list[dict] | str:
 def _positives(prompt: dict, candidates, config) -> list[dict] | str:
   found = strategies.positives_only(candidates, config)
   return found if isinstance(found, str) else [
-      dict(id=c.id, prompt=prompt['prompt'], response=c.response, score=c.score) for c in found]
+      dict(id=c.id, prompt=prompt['prompt'], response=c.response, score=c.score, finish=c.finish) for c in found]
 
 
 def summary(config, prompts, judgements, made, dropped) -> dict:

@@ -1,6 +1,7 @@
 """Writes new prompts from few shots, and filters them (Self-Instruct, Wang et al. 2023; PAPER 2.2)."""
 from collections import Counter
 import functools
+import itertools
 import json
 import random
 import re
@@ -8,6 +9,7 @@ import string
 
 from etils import epath
 
+from configs import base
 from srlm_jax import checkpoint, InputError, stage
 from srlm_jax.data import records, similar, templates
 from srlm_jax.sample import engine as engines
@@ -24,9 +26,10 @@ def run(config, workdir):
   folder = stage.finished_model(workdir, author)
   others = [epath.Path(p.strip()) for p in c.held_out.split(',') if p.strip()]
   sources = [stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')]
+  earlier = earlier_rounds(workdir, config.name)
   template = templates.load_author(c.template)
   params = checkpoint.recorded_hash(folder)
-  s = stage.Stage(config, workdir, 'prompts', ('prompts', *engines.KNOBS), [*sources, *others], params, template)
+  s = stage.Stage(config, workdir, 'prompts', ('prompts', *engines.KNOBS), [*sources, *earlier, *others], params, template)
   if s.done:
     return
   ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)
@@ -35,8 +38,9 @@ def run(config, workdir):
   if len(shown) < c.seed_shots + c.new_shots:
     raise InputError(f'{sources[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
                      f'{c.seed_shots + c.new_shots} shots; add seeds, or raise config.prompts.shot_words')
-  held = [r['prompt'] for r in heldout] + [r['prompt'] for r in ranked if r['split'] == 'eval']
-  screen = Filter(c, seeds + [r['prompt'] for r in ranked if r['split'] != 'eval'],
+  written = [r['prompt'] for path in earlier for r in records.read(path, 'prompt')]
+  held = [r['prompt'] for r in heldout] + [r['prompt'] for r in ranked if r['split'] != 'train']
+  screen = Filter(c, seeds + [r['prompt'] for r in ranked if r['split'] == 'train'] + written,
                   held + [p for path in others for p in evaluation_prompts(path)])
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   s.begin()
@@ -49,7 +53,7 @@ def run(config, workdir):
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = [(a['text'], a['finish']) for a in before[first:first + size]]
     if len(texts) < size:
-      shots = [draw_shots(c, shown, accepted, f'{config.seed}/{first + i}') for i in range(size)]
+      shots = [draw_shots(config, shown, accepted, first + i) for i in range(size)]
       texts = _write(*author_of(), c.chat, template, shots, first, sampling)
     attempts = []
     for i, (text, finish) in enumerate(texts):
@@ -67,6 +71,13 @@ def run(config, workdir):
   s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=screen.near_held_out,
            shortened=screen.shortened,
            dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))
+
+
+def earlier_rounds(workdir, name: str) -> list:
+  """The prompts.jsonl of every model before `name` that has one: a prompt is written in one round alone."""
+  models = itertools.takewhile(lambda model: model != name, base.MODELS)
+  paths = [stage.model_folder(workdir, model).parent / 'prompts' / 'prompts.jsonl' for model in models]
+  return [path for path in paths if path.exists()]
 
 
 def _write(engine, tokenizer, chat: str, template: str, shots: list[list[str]], first: int, sampling):
@@ -171,11 +182,12 @@ def cut(text: str, number: int) -> tuple[str, bool]:
   return prompt.strip(), bool(more.strip()) or prompt != line
 
 
-def draw_shots(config, seeds: list[str], accepted: list[str], word: str) -> list[str]:
-  """6 seed prompts and 2 written before (more seeds while there are none), in random order."""
-  rng = random.Random(word)
-  new = rng.sample(accepted, min(config.new_shots, len(accepted)))
-  shots = rng.sample(seeds, config.seed_shots + config.new_shots - len(new)) + new
+def draw_shots(config, seeds: list[str], accepted: list[str], attempt: int) -> list[str]:
+  """6 seed prompts and 2 accepted before (more seeds while there are none), in random order. The draw depends on the
+  model whose prompts are written, the seed and the attempt, so no two rounds see the same shots."""
+  c, rng = config.prompts, random.Random(f'{config.name}/prompts/{config.seed}/{attempt}')
+  new = rng.sample(accepted, min(c.new_shots, len(accepted)))
+  shots = rng.sample(seeds, c.seed_shots + c.new_shots - len(new)) + new
   rng.shuffle(shots)
   return shots
 

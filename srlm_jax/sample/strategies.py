@@ -75,8 +75,8 @@ def consistency(candidates: list[Candidate], config) -> Choice:
 
 
 def agreement(candidates: list[Candidate], config) -> Choice:
-  """`max_min` where the implicit reward, log p under the sampler against the older model, prefers the same one: Zhou et
-  al. 2025 (SCIR, 2502.08922), which trains only where the model's internal rewards agree."""
+  """`max_min` where the implicit reward, log p under the sampler minus log p under the older model, prefers the same one:
+  the data selection of Zhou et al. 2025 (SCIR, 2502.08922). SCIR's consistency loss is not implemented."""
   choice = max_min(candidates, config)
   if not isinstance(choice, str):
     if choice[0].implicit is None or choice[1].implicit is None:
@@ -87,8 +87,8 @@ def agreement(candidates: list[Candidate], config) -> Choice:
 
 
 def temporal(candidates: list[Candidate], config) -> Choice:
-  """The sampler's best against the worst of an older model, so that the two do not grow alike: Temporal
-  Self-Rewarding (2508.06026)."""
+  """The sampler's best against the worst of the model before it, so that the two do not become alike: after Temporal
+  Self-Rewarding (2508.06026), which takes rejected responses from the initial model and chosen ones from the next."""
   return _best_and_worst([c for c in candidates if not c.older], [c for c in candidates if c.older], config)
 
 

@@ -27,10 +27,11 @@ def make_seeds(config, workdir):
   s.begin()
   c = config.data
   if stage.is_first_host():
-    made = people.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.test_prompts, c.valid_prompts)
+    made = people.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.ranked_tune, c.test_prompts,
+                        c.valid_prompts)
     for name, rows in made.items():
       records.write(s.folder / f'{name}.jsonl', rows)
-  s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval, heldout=c.test_prompts + c.valid_prompts)
+  s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval + c.ranked_tune, heldout=c.test_prompts + c.valid_prompts)
 
 
 def make_corpus(config, workdir):

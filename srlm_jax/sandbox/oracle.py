@@ -1,21 +1,28 @@
-"""Grades a model's answers to the held-out prompts by the program that knows the rubric."""
+"""What the program that knows the rubric says of a model: of its answers, and of its judgements."""
 import statistics
 
+from configs import base
 from srlm_jax import stage
 from srlm_jax.data import records, scores as scoring
 from srlm_jax.sandbox import world
 
 
 def run(config, workdir):
-  """MODEL/answers and answers_greedy -> MODEL/oracle/oracle.json: mean score of 5, each point's share, length,
-  histogram; and graded.jsonl, every sampled answer with its score."""
+  """MODEL/answers, answers_greedy and judge_eval -> MODEL/oracle/oracle.json: the mean score of 5 of the answers to
+  held-out prompts, each point's share, length, histogram, and `judge`, as `of_judge` says; and graded.jsonl, every
+  sampled answer with its score."""
   folder = stage.model_folder(workdir, config.name).parent
   sources = {name: records.shards(folder / name, 'responses') for name in ('answers', 'answers_greedy')}
-  s = stage.Stage(config, workdir, 'oracle', (), [path for paths in sources.values() for path in paths])
+  ranked = stage.seeds(workdir) / 'ranked.jsonl'
+  s = stage.Stage(config, workdir, 'oracle', ('eval.split', 'eval.quorum', 'data.ranked_tune'), [
+      ranked, *(path for paths in sources.values() for path in paths),
+      *records.shards(folder / 'judge_eval', 'judgements')])
   if s.done:
     return
   answers, greedy = (list(records.read_shards(folder / name, 'responses', 'prompt', 'response', 'finish'))
                      for name in sources)
+  judged = scoring.by_response(records.read_shards(folder / 'judge_eval', 'judgements', 'response_id', 'score'),
+                               config.eval.quorum)
   s.begin()
   points = [world.grade(a['prompt'], a['response']) for a in answers]
   scores = [sum(p) for p in points]
@@ -25,11 +32,38 @@ def run(config, workdir):
                 points=[sum(p[i] for p in points) / count for i in range(5)],
                 characters=sum(len(a['response']) for a in answers) / count,
                 finished=sum(a['finish'] == 'eos' for a in answers) / count, histogram=scoring.histogram(scores))
+  split = base.ranked_split(config)
+  result |= of_judge([r for r in records.read(ranked, 'id', 'prompt', 'split', 'replies') if r['split'] == split],
+                     {name: score.mean for name, score in judged.items()})
   if stage.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
     records.write(s.folder / 'graded.jsonl', (dict(a, score=x) for a, x in zip(answers, scores, strict=True)))
-  s.finish(score=round(result['score'], 3), standard_error=round(result['standard_error'], 3),
-           greedy=round(result['greedy'], 3))
+  s.finish(**{key: value if value is None else round(value, 3)
+              for key in ('score', 'standard_error', 'greedy', 'judge_pairwise', 'judge_exact', 'ceiling')
+              for value in (result[key],)})
+
+
+def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
+  """Ranked prompts and the mean score of each reply by its response id -> how well the judge agrees with the program.
+
+  judge_pairwise: of the `judge_pairs` pairs of scored replies with different grades, the share that the scores order
+  as the grades do (ties are errors); judge_exact: of the `judge_replies` scored replies, the share whose mean score,
+  rounded, is the grade. ceiling: the share of all `ceiling_pairs` pairs that the grades order as people rank them:
+  what a judge that never errs reaches against these noisy ranks. None where undefined.
+  """
+  by_grade, by_rank, exact = [], [], []
+  for r in ranked:
+    replies = [(sum(world.grade(r['prompt'], reply['text'])), reply['rank'], judged.get(f'{r["id"]}/{reply["id"]}'))
+               for reply in r['replies']]
+    scored = [(grade, score) for grade, _, score in replies if score is not None]
+    by_grade += scoring.orders([(-grade, score) for grade, score in scored])
+    by_rank += scoring.orders([(rank, grade) for grade, rank, _ in replies])
+    exact += [scoring.whole(score) == grade for grade, score in scored]
+
+  def share(values):
+    return statistics.fmean(values) if values else None
+  return dict(judge_pairwise=share([d > 0 for d in by_grade]), judge_pairs=len(by_grade), judge_exact=share(exact),
+              judge_replies=len(exact), ceiling=share([d > 0 for d in by_rank]), ceiling_pairs=len(by_rank))
 
 
 if __name__ == '__main__':

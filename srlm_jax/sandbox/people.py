@@ -50,17 +50,23 @@ def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
   return [{'id': records.digest(prompt, text), 'text': text, 'rank': order.index(text)} for text in texts]
 
 
-def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, test: int, valid: int) -> dict[str, list[dict]]:
-  """Draws the seed data {"ift", "ranked", "heldout"} of so many records. The prompts to learn from are all different,
-  and those to measure on are of other splits and the same for every seed.
+def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, ranked_tune: int, test: int,
+          valid: int) -> dict[str, list[dict]]:
+  """Draws the seed data {"ift", "ranked", "heldout"} with the given numbers of records.
+
+  Prompts to learn from are all different and of the split `train`. Prompts to measure on (eval, test) and to tune on
+  (tune, valid) are of other splits, and the same for every seed; no ranked prompt to tune on is also one to measure on.
   """
-  rng, fixed = np.random.default_rng(seed), np.random.default_rng(0)
+  rng, fixed, tuning = np.random.default_rng(seed), np.random.default_rng(0), np.random.default_rng(1)
   train = iter(_different(rng, 'train', ift + ranked_train))
   held = dict(test=_held_out(fixed, 'test', test), valid=_held_out(fixed, 'valid', valid))
+  measured = _different(fixed, 'valid', ranked_eval)
+  tuned = _different(tuning, 'valid', ranked_tune, but={world.bare(prompt) for prompt in measured})
   return {
       'ift': [_demonstration(prompt, rng) for prompt in itertools.islice(train, ift)],
       'ranked': [*(_ranking(prompt, 'train', rng) for prompt in train),
-                 *(_ranking(prompt, 'eval', fixed) for prompt in _different(fixed, 'valid', ranked_eval))],
+                 *(_ranking(prompt, 'eval', fixed) for prompt in measured),
+                 *(_ranking(prompt, 'tune', tuning) for prompt in tuned)],
       'heldout': [{'id': records.digest(prompt), 'prompt': prompt, 'split': name}
                   for name, prompts in held.items() for prompt in prompts],
   }
@@ -84,11 +90,13 @@ def _wrong(asked, rng):
   return (*asked.right[:kept], *sample(rng, others, min(asked.count - kept, len(others))))
 
 
-def _different(rng, split: str, count: int) -> list[str]:
-  """Draws `count` different instructions."""
+def _different(rng, split: str, count: int, but=frozenset()) -> list[str]:
+  """Draws `count` different instructions, none that is in `but` without its context."""
   prompts = {}
   while len(prompts) < count:
-    prompts.setdefault(world.instruction(rng, split))
+    prompt = world.instruction(rng, split)
+    if world.bare(prompt) not in but:
+      prompts.setdefault(prompt)
   return list(prompts)
 
 
