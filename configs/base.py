@@ -12,6 +12,7 @@ from srlm_jax import InputError
 from srlm_jax.data import templates
 
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
+MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 
 
 def get(name: str, size: str = '70b') -> ConfigDict:
@@ -35,8 +36,9 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.data.ift = 3200           # PAPER 3.1: the reply ranked 0; of oasst English, first turn
   c.data.test_prompts = 256   # PAPER 3.1: held out, for head-to-head
   c.data.valid_prompts = 253  # PAPER 3.1: held out, for early stopping
-  c.data.ranked_train = 2000  # prompts with ranked replies, from which EFT is made; yields 1,630 in PAPER 3.1
-  c.data.ranked_eval = 190    # prompts of the EFT evaluation set: 541 replies at 2.85 a prompt, PAPER 3.1
+  c.data.ranked_train = 2000  # prompts for EFT, which yields 1,630 in PAPER 3.1; of oasst, any turn
+  c.data.ranked_eval = 190    # prompts to measure judges; 541 replies, 2.85 per prompt, PAPER 3.1
+  c.data.ranked_tune = 0      # the same to tune on, with eval.split=valid; the sandbox's alone
   c.data.synthetic = False    # of oasst: keep what a model wrote
   c.data.documents = 0        # of the sandbox's corpus
 
@@ -57,7 +59,9 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.prompts.chat = 'none'     # form in which the author is asked: none (continues the list), or a chat form
   c.prompts.held_out = ''     # files of evaluation prompts that may not enter (AlpacaEval, MT-Bench), with commas
   c.prompts.round = 256       # attempts that are shown the same accepted prompts; not in the paper
-  c.prompts.count = 5000      # accepted prompts wanted; not in the paper
+  # Accepted prompts wanted; not in the paper, which states pairs: 3,964 of M1's and 6,942 of M2's (3.1). If 80 % of the
+  # prompts give a pair (a guess: prompts whose candidates all tie give none), 3,964 / .8 = 4,955, 6,942 / .8 = 8,678.
+  c.prompts.count = 5000 if name == 'm2' else 8700
   c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
   c.prompts.seed_shots = 6
   c.prompts.new_shots = 2     # of those written before
@@ -113,7 +117,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.meta_judge.score_share = 0.5  # of the judge pairs, at most with one score chosen
 
   c.eval = ConfigDict()       # answers to held-out prompts
-  c.eval.split = 'test'       # valid: to tune on
+  c.eval.split = 'test'       # held-out prompts; valid, to tune on: then ranked replies too (data.ranked_tune)
   c.eval.temperature = 0.7
   c.eval.top_p = 0.9
   c.eval.top_k = 0  # 0: all
@@ -126,6 +130,11 @@ def get(name: str, size: str = '70b') -> ConfigDict:
 def training_data(c: ConfigDict) -> list[str]:
   """The names in `train.data`, which a flag writes as one text with commas."""
   return ','.join(c.train.data).split(',')
+
+
+def ranked_split(c: ConfigDict) -> str:
+  """The split of the seeds' ranked replies on which a judge is measured: eval, or tune while tuning."""
+  return 'tune' if c.eval.split == 'valid' and c.data.ranked_tune else 'eval'
 
 
 def check(c: ConfigDict):
@@ -147,6 +156,9 @@ def check(c: ConfigDict):
     raise InputError(f'config.eval.split is {c.eval.split!r}; it is test or valid')
   if c.data.source not in ('oasst', 'ranked', 'sandbox'):
     raise InputError(f'config.data.source is {c.data.source!r}; it is oasst, ranked or sandbox')
+  if c.data.ranked_tune and c.data.source != 'sandbox':
+    raise InputError(f'config.data.ranked_tune is {c.data.ranked_tune}; only the sandbox makes ranked replies to tune '
+                     f'on, with other sources it is 0')
   if c.eft.targets not in ('baseline', 'ranks'):
     raise InputError(f'config.eft.targets is {c.eft.targets!r}; it is baseline or ranks')
   if c.chat not in templates.CHATS or c.prompts.chat not in ('none', *templates.CHATS):
@@ -266,6 +278,7 @@ def _tiny(c: ConfigDict):
   c.data.ift = 800
   c.data.ranked_train = 500
   c.data.ranked_eval = 300
+  c.data.ranked_tune = 300
   c.data.test_prompts = 400
   c.data.valid_prompts = 400
   c.data.documents = 260_000  # of the corpus from which M0 was trained

@@ -1,15 +1,22 @@
+import contextlib
 import copy
+import doctest
 import gzip
+import io
+import itertools
 import json
 import random
+import re
 
+from configs import base
 from conftest import DATA
 import pytest
+from test_judges import NAMES
 import test_seeds
 from test_seeds import check, FILES, PAPER, raw
 
 from srlm_jax import InputError
-from srlm_jax.data import oasst, records
+from srlm_jax.data import judges, oasst, records, templates
 
 
 def message(name, text, **fields):
@@ -94,20 +101,20 @@ def test_each_reason_to_drop_is_counted(tmp_path, capsys):
   asked = {'ift': 8, 'test_prompts': 2, 'valid_prompts': 1, 'ranked_train': 6, 'ranked_eval': 2}
   counts = check(run(path, tmp_path / 'all', **asked))
   assert counts['dropped']['prompts'] == {
-      'deleted': 1, 'empty': 1, 'more than asked for': 1, 'no best reply, nor two ranked': 4,
-      'not English': 1, 'ranks repeat': 1, 'same text as another': 1, 'synthetic': 1,
-      'tree not ready for export': 1}
+      'after a dropped message': 4, 'deleted': 1, 'empty': 1, 'later turn, no two ranked': 25,
+      'more than asked for': 1, 'no best reply, nor two ranked': 4, 'not English': 1, 'ranks repeat': 1,
+      'same text as another': 1, 'synthetic': 1, 'tree not ready for export': 2}
   assert counts['kept'] == counts['asked'] == asked
   printed = capsys.readouterr().out
-  assert 'ranks repeat' in printed and 'Fewer than asked' not in printed
+  assert 'ranks repeat' in printed and 'Short' not in printed
   # Alone, so that the tree with holes is not dropped whole: its last rank stays, without a best reply.
   holes = mixed()[-1]
   holes['prompt']['replies'].append(message('more', 'One more', role='assistant', rank=7, replies=[]))
   out = run(write(tmp_path / 'y.jsonl', [tree('good', 0), holes]), tmp_path / 'holes', ift=1, test_prompts=0,
             valid_prompts=0, ranked_eval=0)
-  assert check(out)['dropped'] == {'prompts': {}, 'replies': {
+  assert check(out)['dropped'] == {'prompts': {'later turn, no two ranked': 2}, 'replies': {
       'deleted': 1, 'empty': 1, 'not English': 1, 'synthetic': 1, 'unranked': 1}}
-  assert 'Fewer than asked, 2 of 1631' in capsys.readouterr().out
+  assert capsys.readouterr().out.endswith('\n  Short: ranked_train 1 of 1,630\n')
   assert out['ift.jsonl'] == [{'id': 'good', 'prompt': 'Prompt good?', 'response': 'Reply 0 to good',
                                'source': 'oasst1'}]
   assert out['ranked.jsonl'] == [{
@@ -131,9 +138,13 @@ def test_a_turn_says_what_is_dropped_and_why(tmp_path):
   trees[0]['prompt']['replies'][0] |= {'review_result': None, 'text': ''}
   for rows in (trees, flat(trees)[::-1]):
     path = write(tmp_path / 'x.jsonl', rows)
-    good, holes = sorted((turn for _, turn in oasst.turns(records.numbered(path), False)), key=lambda t: t['id'])
+    good, then, holes, more = sorted((turn for _, turn in oasst.turns(records.numbered(path), False)),
+                                     key=lambda t: t['id'])
+    assert then['dropped'] == 'after a dropped message' and then['id'] == 'good00-0-0'
+    assert more == {'id': 'holes-0-0', 'turn': 1, 'dropped': '', 'replies': [], 'prompt':
+                    '[user]\nPrompt holes?\n\n[assistant]\nReply 0 to holes\n\n[user]\nAnd then?'}
     good['replies'].sort(key=lambda reply: reply['id'])
-    assert good == {'id': 'good00', 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
+    assert good == {'id': 'good00', 'turn': 0, 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
         {'id': 'good00-0', 'text': '', 'rank': 1, 'dropped': 'empty'},
         {'id': 'good00-1', 'text': 'Reply 1 to good00', 'rank': 0, 'dropped': ''},
         {'id': 'good00-2', 'text': 'Reply 2 to good00', 'rank': 2, 'dropped': ''}]}
@@ -141,6 +152,99 @@ def test_a_turn_says_what_is_dropped_and_why(tmp_path):
         'holes-0': '', 'holes-1': 'deleted', 'holes-2': 'not English', 'holes-3': 'synthetic', 'holes-4': 'empty',
         'holes-5': 'unranked'}
     assert {reply['id']: reply['rank'] for reply in holes['replies']}['holes-5'] == -1
+
+
+def deep():
+  """One tree with two branches, each ranked; the second goes on to a third turn."""
+  def asked(name, *replies, **fields):
+    return message(name, f'Prompt {name}?', replies=list(replies)) | fields
+
+  def reply(name, rank, *below, **fields):
+    return message(name, f'Reply {name}.', role='assistant', rank=rank, replies=list(below)) | fields
+
+  third = asked('a.1.0.0.0', reply('a.1.0.0.0.0', 1), reply('a.1.0.0.0.1', 0))
+  second = asked('a.1.0', reply('a.1.0.0', 0, third), reply('a.1.0.1', 1),
+                 reply('a.1.0.2', 2, deleted=True))
+  other = asked('a.0.0', reply('a.0.0.0', 0), reply('a.0.0.1', 1))
+  first = asked('a', reply('a.0', 1, other), reply('a.1', 0, second))
+  return {'message_tree_id': 'a', 'tree_state': 'ready_for_export', 'prompt': first}
+
+
+def linked(t):
+  """The tree in the flat format, in which a message names its parent."""
+  queue = [t['prompt']]
+  while queue:
+    m = queue.pop()
+    for reply in m['replies']:
+      reply['parent_id'] = m['message_id']
+      queue.append(reply)
+  return flat([t])
+
+
+def test_a_later_turn_has_the_conversation_in_its_prompt(tmp_path):
+  for rows in ([deep()], linked(deep())[::-1]):
+    path = write(tmp_path / 'x.jsonl', rows)
+    found = {turn['id']: turn for _, turn in oasst.turns(records.numbered(path), False)}
+    assert {name: (t['turn'], len(t['replies'])) for name, t in found.items()} == {
+        'a': (0, 2), 'a.0.0': (1, 2), 'a.1.0': (1, 3), 'a.1.0.0.0': (2, 2)}
+    assert all(r['id'].startswith(f'{name}.') for name, t in found.items() for r in t['replies'])
+    assert not any(t['dropped'] for t in found.values())
+    assert found['a']['prompt'] == 'Prompt a?'
+    assert found['a.0.0']['prompt'].split('\n\n') == [
+        '[user]\nPrompt a?', '[assistant]\nReply a.0.', '[user]\nPrompt a.0.0?']
+    third = found['a.1.0.0.0']['prompt']
+    assert third.split('\n\n') == [
+        '[user]\nPrompt a?', '[assistant]\nReply a.1.', '[user]\nPrompt a.1.0?',
+        '[assistant]\nReply a.1.0.0.', '[user]\nPrompt a.1.0.0.0?']
+    assert oasst.user_messages(third) == ['Prompt a?', 'Prompt a.1.0?', 'Prompt a.1.0.0.0?']
+  asked = dict(ift=1, test_prompts=0, valid_prompts=0, ranked_train=3, ranked_eval=0)
+  assert check(out := run(path, tmp_path / 'run', **asked))['kept'] == asked
+  assert {tuple(r) for r in out['ranked.jsonl']} == {('id', 'prompt', 'split', 'replies', 'source')}
+  assert doctest.testmod(oasst).failed == 0
+
+
+@pytest.mark.parametrize('fields', [
+    dict(deleted=True), dict(lang='de'), dict(synthetic=True), dict(text=' ')])
+def test_a_dropped_message_drops_what_comes_after_it(tmp_path, fields):
+  def dropped(edit):
+    found = []
+    for form in (lambda t: [t], linked):
+      t = deep()
+      edit(t)
+      path = write(tmp_path / 'x.jsonl', form(t))
+      found.append({turn['id'] for _, turn in oasst.turns(records.numbered(path), False)
+                    if turn['dropped'] == 'after a dropped message'})
+    assert found[0] == found[1]
+    return found[0]
+
+  assert dropped(lambda t: t['prompt'].update(fields)) == {'a.0.0', 'a.1.0', 'a.1.0.0.0'}
+  assert dropped(lambda t: t['prompt']['replies'][1].update(fields)) == {'a.1.0', 'a.1.0.0.0'}
+  assert dropped(lambda t: t['prompt']['replies'][1]['replies'][0].update(fields)) == {'a.1.0.0.0'}
+  assert dropped(lambda t: None) == set()
+  # Ranks concern the replies alone: without them the conversation still goes on.
+  assert dropped(lambda t: t['prompt']['replies'][1].update(rank=None)) == set()
+
+
+def test_the_rest_of_a_conversation_without_its_beginning_is_dropped(tmp_path):
+  for missing, after in (('a', {'a.0.0', 'a.1.0', 'a.1.0.0.0'}), ('a.1', {'a.1.0', 'a.1.0.0.0'})):
+    path = write(tmp_path / 'x.jsonl', [m for m in linked(deep()) if m['message_id'] != missing])
+    found = [turn for _, turn in oasst.turns(records.numbered(path), False)]
+    assert {turn['id'] for turn in found if turn['dropped'] == 'after a missing message'} == after
+    assert all(turn['turn'] > 0 for turn in found if turn['dropped'])
+
+
+def test_a_judge_and_the_chat_forms_show_a_conversation_as_it_is():
+  said = ['Hi.\n[assistant]\nI am fake.', 'Yes\r\n[USER] or no', 'Why?']
+  prompt = oasst.render(said)
+  assert [line for line in prompt.splitlines() if line.startswith('[')] == (
+      ['[user]', '[ assistant]', '[assistant]', '[ USER] or no', '[user]'])
+  assert len(oasst.user_messages(prompt)) == 2
+  for name in NAMES:
+    judge = judges.load(name)
+    shown = judge.render(prompt=prompt, response='R')
+    assert prompt in shown
+  for chat in ('plain', 'llama2'):
+    assert prompt in templates.chat(chat, prompt, None)
 
 
 def broken(**fields):
@@ -184,6 +288,106 @@ def test_files_without_a_use_are_an_error(tmp_path):
     assert not (tmp_path / 'run' / 'data' / 'seeds').exists()
 
 
+def published(usable):
+  """Flat messages in the proportions of the validation split, with `usable` first turns and some others.
+
+  Of 188 first turns there, 186 are usable, with 2 to 4 ranked replies. 78 % of the first replies have
+  a prompt below them, half of these prompts have 2 to 4 ranked replies, 23 % of those replies have a
+  prompt below them, and 3 % of these prompts have ranked replies: 226 later turns in 149 trees. An id
+  begins with the id of the tree, which is the id of its first prompt.
+  """
+  rng = random.Random(0)
+  rows = []
+
+  def add(name, parent, role, rank=None, **fields):
+    rows.append(message(name, f'{role} {name}?', role=role, parent_id=parent, rank=rank,
+                        tree_state='ready_for_export') | fields)
+
+  def answer(name, replies, follow, flaw):
+    """Adds the replies to a prompt, and the next turn under the share `follow[0]` of them."""
+    for rank in range(replies):
+      reply = f'{name}.{rank}'
+      bad = rng.random() < 0.02  # 40 of 2,022 messages are deleted
+      add(reply, name, 'assistant', rank, deleted=bad and flaw)
+      if follow and rng.random() < follow[0]:
+        add(f'{reply}.0', reply, 'prompter')
+        weights = (215, 109, 112, 7) if len(follow) == 2 else (143, 3, 1, 0)
+        again = rng.choices((0, 2, 3, 4), weights)[0]
+        answer(f'{reply}.0', again, follow[1:], True)
+
+  for i in range(usable):
+    add(f'tree{i:05d}', None, 'prompter')
+    # No first reply is deleted, so that every first turn is usable.
+    answer(f'tree{i:05d}', rng.choices((2, 3, 4), (24, 155, 7))[0], (0.78, 0.23), False)
+  poor = [dict(lang='de'), dict(deleted=True), dict(tree_state='spam'), dict(synthetic=True)] * 30
+  for i, fields in enumerate(poor):
+    add(f'poor{i:05d}', None, 'prompter', **fields)
+    answer(f'poor{i:05d}', 3, (0.78, 0.23), True)
+  for i in range(20):
+    add(f'bare{i:05d}', None, 'prompter')
+  rng.shuffle(rows)
+  return rows
+
+
+def tree_of(name):
+  return name.partition('.')[0]
+
+
+@pytest.fixture(scope='module')
+def full(tmp_path_factory):
+  """The files of OASST1's published size at the knobs of 70b, and what was printed."""
+  folder = tmp_path_factory.mktemp('full')
+  path = write(folder / 'x.messages.jsonl', published(3800))
+  asked = {name: base.get('sft', '70b').data[name] for name in PAPER}
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    out = run(path, folder, **asked)
+  print(said.getvalue())
+  return out, asked, said.getvalue()
+
+
+def test_the_published_size_fills_every_set(full):
+  out, asked, said = full
+  assert tuple(asked.values()) == (3200, 256, 253, 2000, 190)
+  counts = check(out)
+  assert counts['kept'] == asked and 'Short' not in said
+  assert all(r['prompt'] == f'prompter {r["id"]}?' for r in out['ift.jsonl'] + out['heldout.jsonl'])
+  rows = [r for name in FILES[:3] for r in out[name]]
+  assert sum('.' not in r['id'] for r in rows) == 3800  # no first turn is left over
+  later = [r['split'] for r in out['ranked.jsonl'] if '.' in r['id']]
+  assert counts['kept_later'] == {f'ranked_{split}': later.count(split) for split in ('train', 'eval')}
+
+
+def test_no_conversation_of_the_published_size_is_in_two_families(full):
+  out, _, _ = full
+  trees = {name: {tree_of(r['id']) for r in rows} for name, rows in {
+      'ift': out['ift.jsonl'], 'train': [r for r in out['ranked.jsonl'] if r['split'] == 'train'],
+      'eval': [r for r in out['ranked.jsonl'] if r['split'] == 'eval'],
+      'test': [r for r in out['heldout.jsonl'] if r['split'] == 'test'],
+      'valid': [r for r in out['heldout.jsonl'] if r['split'] == 'valid']}.items()}
+  for a, b in itertools.combinations(trees, 2):
+    assert {a, b} == {'ift', 'train'} or trees[a].isdisjoint(trees[b]), (a, b)
+  held = re.compile(r'prompter (\S+)\?')
+  # No held-out prompt is inside any other, and none of the evaluation set inside a training prompt.
+  shown = {name for r in out['ift.jsonl'] + out['ranked.jsonl'] for name in held.findall(r['prompt'])}
+  assert shown.isdisjoint(r['id'] for r in out['heldout.jsonl'])
+  trained = {name for r in out['ift.jsonl'] + out['ranked.jsonl'] if r.get('split') != 'eval'
+             for name in held.findall(r['prompt'])}
+  assert trained.isdisjoint(name for r in out['ranked.jsonl'] if r['split'] == 'eval'
+                            for name in held.findall(r['prompt']))
+
+
+def test_conversations_that_begin_alike_are_one(tmp_path):
+  trees = [tree(f'good{i}', 0, 1) for i in range(20)]
+  trees.append(tree('twin', 0, 1, text='  prompt GOOD0? '))
+  trees[-1]['prompt']['replies'][0]['replies'][0]['replies'] = [
+      message(f'late{i}', f'Late {i}', role='assistant', rank=i, replies=[]) for i in range(2)]
+  asked = {'ift': 0, 'test_prompts': 20, 'valid_prompts': 0, 'ranked_train': 1, 'ranked_eval': 0}
+  for seed in range(4):
+    # Without this rule ranked_train would hold the later turn of `twin`, with a held-out prompt in it.
+    with pytest.raises(InputError, match='yields no ranked'):
+      run(write(tmp_path / 'x.jsonl', trees), tmp_path / str(seed), seed=seed, **asked)
+
+
 def real(name):
   path = DATA / 'oasst1' / name
   if not path.exists():
@@ -204,15 +408,20 @@ def test_real_messages(tmp_path):
   assert sum(len(r) for r in ranks.values()) == 542
 
   counts = check(run(path, tmp_path))
-  assert counts['read'] == {'prompts': 188, 'replies': 568}
-  assert tuple(counts['kept'].values()) == (102, 8, 8, 51, 17)
-  assert counts['dropped']['prompts'] == {'no best reply, nor two ranked': 2}
-  assert counts['dropped']['replies'] == {
-      'deleted': sum(m['deleted'] for r in replies.values() for m in r), 'prompt held out': 47,
-      'not the best of its ift prompt': 196, 'prompt dropped': 2, 'unranked': 15}
+  asked = [m for m in rows if m['role'] == 'prompter']
+  known = {m['message_id'] for m in asked}
+  answers = [m for m in rows if m['role'] == 'assistant' and m['parent_id'] in known]
+  assert counts['read'] == {'prompts': len(asked), 'replies': len(answers)}
+  assert (len(asked), len(answers)) == (779, 1241)
+  assert tuple(counts['kept'].values()) == (154, 12, 12, 194, 19)
+  assert tuple(counts['kept_later'].values()) == (194, 11)
+  assert counts['dropped']['prompts'] == {
+      'after a dropped message': 7, 'after a missing message': 1, 'deleted': 5,
+      'later turn, no two ranked': 348, 'no best reply, nor two ranked': 2,
+      'of a held-out conversation': 25}
 
   alone = {name: 0 for name in PAPER}
-  out = run(path, tmp_path / 'ranked', **alone | {'ranked_train': 150, 'ranked_eval': 36})
+  out = run(path, tmp_path / 'ranked', **alone | {'ranked_train': 186})
   order = {name: sorted((m for m in r if m['rank'] is not None), key=lambda m: m['rank'])
            for name, r in replies.items()}
   assert {r['id']: [reply['id'] for reply in r['replies']] for r in out['ranked.jsonl']} == {
@@ -228,12 +437,16 @@ def test_real_trees(tmp_path):
   assert (len(trees), len(human), sum(len(t['prompt']['replies']) for t in trees)) == (50, 46, 166)
   assert all(sorted(m['rank'] for m in p['replies']) == list(range(len(p['replies']))) for p in human)
   counts = check(out := run(path, tmp_path))
-  assert counts['read'] == {'prompts': 50, 'replies': 166}
-  assert tuple(counts['kept'].values()) == (26, 2, 2, 12, 4)
-  assert counts['dropped']['prompts'] == {'synthetic': 4}
-  assert {r['id'] for name in FILES[:3] for r in out[name]} == {p['message_id'] for p in human}
+  asked = [m for m in flat(trees) if m['role'] == 'prompter']
+  assert counts['read'] == {'prompts': len(asked), 'replies': 319} and len(asked) == 230
+  assert tuple(counts['kept'].values()) == (37, 3, 3, 38, 5)
+  assert counts['dropped']['prompts'] == {
+      'later turn, no two ranked': 133, 'of a held-out conversation': 7, 'synthetic': 4}
+  used = {r['id'] for name in FILES[:3] for r in out[name]}
+  assert used & {t['message_tree_id'] for t in trees} == {p['message_id'] for p in human}
   everything = check(run(path, tmp_path / 'all', synthetic=True))
-  assert sum(everything['kept'].values()) == 50 and everything['dropped']['prompts'] == {}
+  assert 'synthetic' not in everything['dropped']['prompts']
+  assert sum(everything['kept'].values()) - sum(everything['kept_later'].values()) == 50
 
   # The flat format of the same trees, whole and shuffled.
   rows = flat(trees)

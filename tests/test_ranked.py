@@ -114,7 +114,7 @@ def test_the_program_reads_archives_and_says_what_is_wrong_in_one_line(tmp_path)
   path.write_bytes(gzip.compress(''.join(json.dumps(row) + '\n' for row in rows).encode()))
   flags = ['--config=configs/sft.py:stories', '--config.data.source=ranked']
   code, said, wrong = run_main('data.seeds', *flags, f'--workdir={tmp_path}/run', f'--config.data.path={path}')
-  assert code == 0 and 'ranked: 30 prompts with 90 first replies' in said, wrong
+  assert code == 0 and 'ranked: 30 prompts with 90 replies' in said, wrong
   assert (tmp_path / 'run' / 'data' / 'seeds' / 'done.json').exists()
   path = write(tmp_path / 'bad.jsonl', [bad(rank=5)])
   code, said, wrong = run_main('data.seeds', *flags, f'--workdir={tmp_path}/bad', f'--config.data.path={path}')

@@ -101,13 +101,22 @@ def test_the_seed_alone_decides_and_not_the_order_of_files_and_lines(tmp_path):
 def test_too_few_prompts_are_divided_in_the_asked_proportions(tmp_path, capsys):
   path = write(tmp_path / 'x.jsonl', [record(str(i), 0, 1) for i in range(588)])
   assert tuple(check(run(path, tmp_path))['kept'].values()) == (320, 26, 25, 163, 54)
-  assert 'Fewer than asked, 588 of 5880: divided in proportion' in capsys.readouterr().out
+  short = [line for line in capsys.readouterr().out.splitlines() if 'Short' in line]
+  assert short == [
+      '  Short: ift 320 of 3,200', '  Short: test_prompts 26 of 256', '  Short: valid_prompts 25 of 253',
+      '  Short: ranked_train 163 of 1,630', '  Short: ranked_eval 54 of 541']
+
+
+def turn(name, *ranks, said=()):
+  """A prompt as `divide` sees it; a later turn of a conversation `said` the first messages."""
+  return seeds.Prompt(
+      later=bool(said), order=name, id=name, index=0, text=name, said=(*said, name), replies=len(ranks),
+      best=not said and 0 in ranks, ordered=len(set(ranks)) > 1)
 
 
 def test_the_division_wastes_nothing_and_keeps_the_proportions():
   def prompts(kinds):
-    return [seeds.Prompt(str(i), str(i), i, str(i), len(ranks), 0 in ranks, len(ranks) > 1)
-            for i, ranks in enumerate(kinds)]
+    return [turn(str(i), *ranks) for i, ranks in enumerate(kinds)]
 
   rng = random.Random(0)
   for _ in range(300):
@@ -127,6 +136,57 @@ def test_the_division_wastes_nothing_and_keeps_the_proportions():
   assert doctest.testmod(seeds).failed == 0
 
 
+def sizes(sets):
+  return tuple(len(members) for members in sets.values())
+
+
+def conversations(number, *later):
+  """Prompts of `number` conversations: a first turn, and later ones as many as `later` says by turns."""
+  rows = []
+  for i in range(number):
+    rows.append(turn(f'{i:04d}', 0, 1, 2))
+    size = later[i % len(later)] if later else 0
+    rows += [turn(f'{i:04d}/{j}', 0, 1, said=(f'{i:04d}',)) for j in range(size)]
+  return sorted(rows)
+
+
+@pytest.mark.parametrize('number, later, expected', [
+    (6000, (), (3200, 256, 253, 2000, 190)),         # enough of everything
+    (3800, (1, 2, 0, 2), (3200, 256, 253, 2000, 190)),  # the published size
+    (3760, (1, 2, 0, 2), (3200, 256, 253, 2000, 153)),  # 51 conversations are left, of 3 prompts each
+    (3730, (1, 6, 0, 2), (3200, 256, 253, 2000, 147)),  # 21 are left, of 7 each
+    (3709, (1, 2, 0, 2), (3154, 252, 250, 2000, 119)),  # ranked_eval keeps its share: 190 x 3709 / 5899
+    (3800, (), (2062, 165, 163, 1288, 122)),         # no later turn: the asked proportions
+    (186, (1, 2, 0, 2), (158, 13, 12, 198, 6)),
+    (186, (), (101, 8, 8, 63, 6)),
+    (12, (), (7, 1, 0, 4, 0)),
+])
+def test_first_turns_fill_ift_test_and_validation_and_no_set_starves(number, later, expected):
+  asked = PAPER | {'ranked_train': 2000, 'ranked_eval': 190}
+  assert sizes(seeds.divide(conversations(number, *later), asked)) == expected
+
+
+def test_held_out_and_evaluation_conversations_are_in_no_other_set():
+  rng = random.Random(0)
+  for _ in range(200):
+    rows = [turn(f'{i}', *range(rng.randrange(1, 4))) for i in range(rng.randrange(1, 40))]
+    for i in range(rng.randrange(60)):
+      # The first turn may be unusable, and a user may repeat the first message of another conversation.
+      said = (str(rng.randrange(40)), *[str(rng.randrange(40))] * (rng.random() < 0.2))
+      rows.append(turn(f'later{i}', 0, 1, said=said))
+    asked = {name: rng.randrange(15) for name in PAPER}
+    sets = seeds.divide(sorted(rows), asked)
+    assert list(sets) == list(asked) and all(len(sets[name]) <= asked[name] for name in asked)
+    used = [p.id for members in sets.values() for p in members]
+    assert len(used) == len(set(used))
+    assert all(p.best and not p.later for name in seeds.BEST_SETS for p in sets[name])
+    assert all(p.ordered for name in seeds.RANKED_SETS for p in sets[name])
+    for name in ('test_prompts', 'valid_prompts', 'ranked_eval'):
+      first = {p.said[0] for p in sets[name]}
+      others = {word for other in sets if other != name for p in sets[other] for word in p.said}
+      assert first.isdisjoint(others)
+
+
 def test_other_content_under_the_same_name_is_prepared_anew(tmp_path):
   path = write(tmp_path / 'x.jsonl', [record(f'a{i}', 0, 1) for i in range(4)])
   assert {r['id'][0] for r in run(path, tmp_path)['ift.jsonl']} == {'a'}
@@ -144,7 +204,7 @@ def test_the_copy_keeps_every_field_over_several_shards(tmp_path, monkeypatch):
   assert len(list(tmp_path.rglob('*.array_record-*'))) == 3
   back = [turns[i] for i in (9, *range(9))]
   assert back == [*files.turns()][9:] + [*files.turns()][:9] and len(turns) == 10
-  assert back[1] == {'id': '0', 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
+  assert back[1] == {'id': '0', 'turn': 0, 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
       {'id': '0-0', 'text': 'Ünï\x00çødé 🙂\n\n', 'rank': 0, 'dropped': ''},
       {'id': '0-1', 'text': 'Reply 1 to 0', 'rank': 1, 'dropped': ''}]}
 

@@ -32,7 +32,7 @@ def turns(rows: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
     texts = [_text(reply, 'text', where, 'give every reply a text, or leave it out') for reply in replies]
     # Without a name: of all texts, for sources hold a prompt more than once, with other replies.
     name = _name(record, where) or records.digest(prompt, *texts)
-    yield where, {'id': name, 'prompt': prompt, 'dropped': '', 'replies': [
+    yield where, {'id': name, 'turn': 0, 'prompt': prompt, 'dropped': '', 'replies': [
         {'id': _name(reply, where) or records.digest(name, str(i)), 'text': text, 'rank': rank, 'dropped': ''}
         for i, (reply, text, rank) in enumerate(zip(replies, texts, _ranks(replies, where), strict=True))]}
 

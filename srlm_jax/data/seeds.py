@@ -2,6 +2,14 @@
 
 Copies a source (`oasst`, `ranked`) into ArrayRecord, decides by what a prompt has to offer, and then writes ift.jsonl,
 heldout.jsonl and ranked.jsonl from the copy, so that memory holds no texts; counts.json says why the rest was left out.
+
+IFT, test and validation are filled first, from first turns; then ranked_eval and ranked_train take
+the first and later turns of the remaining conversations, and ranked_train also the later turns of
+IFT conversations, because the paper limits only IFT to first turns. No turn of a conversation of
+test, validation or ranked_eval is in another set, nor is a later turn in which a user repeats the
+first message of such a conversation. The ranked sets keep at least the share that they get when all
+first turns are divided in the asked proportions, so too small a source without later turns is
+divided in these proportions.
 """
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +19,7 @@ from fractions import Fraction
 import functools
 import io
 import itertools
+import math
 import os
 from typing import NamedTuple
 import unicodedata
@@ -93,14 +102,14 @@ class Files(tfds.core.BuilderConfig):
   def turns(self) -> Iterator[dict]:
     """Yields the turns of the source, checked to hold no prompt and no reply to it twice."""
     rows = itertools.chain.from_iterable(map(records.numbered, self.paths))
-    seen = set()
+    seen = set()  # 64-bit hashes, smaller than ids; among 10^6, two are equal with p = 3e-8
     for where, turn in oasst.turns(rows, self.synthetic) if self.source == 'oasst' else ranked.turns(rows):
       name, replies = turn['id'], {reply['id'] for reply in turn['replies']}
-      if name in seen:
+      if hash(name) in seen:
         raise InputError(f'{where}: prompt {name} was read before; give each conversation once')
       if len(replies) < len(turn['replies']):
         raise InputError(f'{where}: prompt {name}: a reply to it was read twice; give each conversation once')
-      seen.add(name)
+      seen.add(hash(name))
       yield turn
     if not seen:
       raise InputError(f'{", ".join(self.paths)}: no conversation in there; give a file that holds some')
@@ -108,14 +117,15 @@ class Files(tfds.core.BuilderConfig):
 
 class SeedTurns(tfds.core.ShardBasedBuilder, skip_registration=True):  # no name loads files that are given
   """Prompts and the replies to each, in the order of the files: the shuffling builder holds 1 GB in memory."""
-  VERSION = tfds.core.Version('1.0.0')  # another, when a reader drops other things
+  VERSION = tfds.core.Version('2.0.0')  # another, when a reader yields or drops other things
   url_infos = {}  # nothing to download; TFDS 4.9.10 looks for a list with a package that it does not require
 
   def _info(self):
     text = tfds.features.Text()
     reply = {'id': text, 'text': text, 'rank': np.int64, 'dropped': text}
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-        {'id': text, 'prompt': text, 'dropped': text, 'replies': tfds.features.Sequence(reply)}))
+        {'id': text, 'turn': np.int64, 'prompt': text, 'dropped': text,
+         'replies': tfds.features.Sequence(reply)}))
 
   def _shard_iterators_per_split(self, dl_manager):
     size = sum(1 for _ in self.builder_config.turns())  # reads all of it before anything is written
@@ -144,14 +154,22 @@ class Turns:
 
 
 class Prompt(NamedTuple):
-  """What dividing needs to know of a turn."""
+  """What dividing needs to know of a turn; first turns sort before later ones, each by the seed."""
+  later: bool  # not the first turn of its conversation
   order: str  # the seed's
   id: str
   index: int  # among the turns
   text: str  # digest of the normalised prompt
+  said: tuple[str, ...]  # digests of the user's messages; the first identifies the conversation
   replies: int  # ranked
-  best: bool  # has the best reply
+  best: bool  # has the best reply, to a first turn
   ordered: bool  # has two of different rank
+
+
+class Conversation(NamedTuple):
+  """What a conversation offers to the sets; two that begin with the same message count as one."""
+  best: Prompt | None  # for IFT, test or validation
+  ranked: list[Prompt]  # for the ranked sets, `best` among them where its replies are ordered
 
 
 def sift(turns: Turns, seed: int) -> tuple[list[Prompt], Counter, dict]:
@@ -161,14 +179,22 @@ def sift(turns: Turns, seed: int) -> tuple[list[Prompt], Counter, dict]:
     turn = turns[i]
     read.update(prompts=1, replies=len(turn['replies']))
     ranks = [reply['rank'] for reply in turn['replies'] if not reply['dropped']]
-    reason = turn['dropped'] or ('no best reply, nor two ranked' if 0 not in ranks and len(ranks) < 2 else '')
+    later, ordered = turn['turn'] > 0, len(set(ranks)) > 1
+    reason = turn['dropped']
+    if not reason and later and not ordered:
+      reason = 'later turn, no two ranked'
+    elif not reason and not later and 0 not in ranks and len(ranks) < 2:
+      reason = 'no best reply, nor two ranked'
     if reason:
       prompts[reason] += 1
       replies['prompt dropped'] += len(turn['replies'])
     else:
       replies.update(reply['dropped'] for reply in turn['replies'] if reply['dropped'])
-      kept.append(Prompt(records.digest(str(seed), turn['id']), turn['id'], i,
-                         records.digest(normalise(turn['prompt'])), len(ranks), 0 in ranks, len(set(ranks)) > 1))
+      said = oasst.user_messages(turn['prompt']) if later else [oasst.quoted(turn['prompt'])]
+      kept.append(Prompt(
+          later=later, order=records.digest(str(seed), turn['id']), id=turn['id'], index=i,
+          text=_digest(turn['prompt']), said=tuple(map(_digest, said)), replies=len(ranks),
+          best=not later and 0 in ranks, ordered=ordered))
   first = {}
   for p in sorted(kept):  # by order and id, whatever the order of the files
     if first.setdefault(p.text, p) is not p:
@@ -178,25 +204,101 @@ def sift(turns: Turns, seed: int) -> tuple[list[Prompt], Counter, dict]:
 
 
 def divide(prompts: list[Prompt], asked: dict[str, int]) -> dict[str, list[Prompt]]:
-  """Gives each prompt to one set at most; too few prompts are divided in the asked proportions."""
-  best = [p for p in prompts if p.best]
-  several = [p for p in prompts if p.ordered]
+  """Gives each prompt, in the seed's order, to one set at most, by the rule of this module."""
+  ask_best = sum(asked[name] for name in BEST_SETS)
+  least = guarantee(prompts, asked)
+  rest = conversations(prompts)
+  evaluated = reserve_rich(rest, spare(rest, ask_best), asked['ranked_eval'], least['ranked_eval'])
+  rest = without(rest, evaluated)
+  # Later turns of IFT conversations count towards ranked_train.
+  later = sum(p.later for c in rest if c.best for p in c.ranked) * asked['ift'] // max(1, ask_best)
+  trained = reserve(
+      rest, spare(rest, ask_best), asked['ranked_train'], least['ranked_train'] - later)
+  best = [c.best for c in without(rest, trained) if c.best][:ask_best]
+  sets, start = {}, 0
+  parts = apportion(len(best), [asked[name] for name in BEST_SETS])
+  for name, size in zip(BEST_SETS, parts, strict=True):
+    sets[name] = best[start:start + size]
+    start += size
+  used = set(best)
+  for name, pool in (('ranked_eval', evaluated), ('ranked_train', rest)):
+    barred = unseen(sets)
+    fit = sorted(p for c in pool for p in c.ranked if p not in used and barred.isdisjoint(p.said))
+    sets[name] = fit[:asked[name]]
+  return {name: sets[name] for name in asked}
+
+
+def conversations(prompts: list[Prompt]) -> list[Conversation]:
+  """Groups prompts by the first message of their conversation, in their order."""
+  groups = {}
+  for p in prompts:
+    groups.setdefault(p.said[0], []).append(p)
+  return [Conversation(next((p for p in group if p.best), None), [p for p in group if p.ordered])
+          for group in groups.values()]
+
+
+def guarantee(prompts: list[Prompt], asked: dict[str, int]) -> dict[str, int]:
+  """What the ranked sets get in any case: their share of first turns divided in proportion."""
   ask_best, ask_several = (sum(asked[name] for name in names) for names in (BEST_SETS, RANKED_SETS))
   share = min(Fraction(have, max(1, ask)) for have, ask in (
-      (len(best), ask_best), (len(several), ask_several), (len(prompts), ask_best + ask_several)))
-  take_several = min(ask_several, int(share * ask_several))
-  take_best = min(ask_best, len(best), len(prompts) - take_several)
-  take_several = min(ask_several, len(several), len(prompts) - take_best)  # what the best sets cannot use
-  # Prompts without a best reply go first: they can serve in no other set.
-  taken = {p.id for p in sorted(several, key=lambda p: p.best)[:take_several]}
-  sets = {}
-  for names, members in ((BEST_SETS, [p for p in best if p.id not in taken][:take_best]),
-                         (RANKED_SETS, [p for p in several if p.id in taken])):
-    start = 0
-    for name, size in zip(names, apportion(len(members), [asked[name] for name in names]), strict=True):
-      sets[name] = members[start:start + size]
-      start += size
-  return sets
+      (sum(p.best for p in prompts), ask_best), (sum(p.ordered for p in prompts), ask_several),
+      (sum(not p.later for p in prompts), ask_best + ask_several)))
+  total = min(ask_several, int(share * ask_several))
+  sizes = apportion(total, [asked[name] for name in RANKED_SETS])
+  return dict(zip(RANKED_SETS, sizes, strict=True))
+
+
+def spare(rest: list[Conversation], ask_best: int) -> int:
+  """How many conversations with a best reply the best sets do not need."""
+  return max(0, sum(c.best is not None for c in rest) - ask_best)
+
+
+def reserve(rest: list[Conversation], limit: float, goal: int, least: int) -> list[Conversation]:
+  """Takes conversations in their order until they hold `goal` ranked prompts.
+
+  At most `limit` of them have a best reply; more only to reach `least` ranked prompts.
+  """
+  taken, total = [], 0
+  for c in rest:
+    if total < goal and c.ranked and (limit > 0 or not c.best):
+      taken.append(c)
+      total += len(c.ranked)
+      limit -= c.best is not None
+  if total < least:
+    return reserve(sorted(rest, key=lambda c: c.best is not None), math.inf, least, 0)
+  return taken
+
+
+def reserve_rich(rest: list[Conversation], limit: int, goal: int, least: int) -> list[Conversation]:
+  """`reserve`, but where `limit` conversations hold too few prompts, takes only longer ones.
+
+  Tries conversations with at least 1, 2, .. ranked prompts, until the taken ones hold `goal`, and
+  returns those that hold the most.
+  """
+  most = max((len(c.ranked) for c in rest), default=0)
+  found = []
+  for size in range(1, most + 1):
+    longer = [c for c in rest if len(c.ranked) >= size or not c.best]
+    found = max(found, reserve(longer, limit, goal, 0), key=held)
+    if held(found) >= goal:
+      break
+  return found if held(found) >= least else reserve(rest, limit, goal, least)
+
+
+def held(taken: list[Conversation]) -> int:
+  """How many ranked prompts conversations hold."""
+  return sum(len(c.ranked) for c in taken)
+
+
+def without(rest: list[Conversation], taken: list[Conversation]) -> list[Conversation]:
+  """The conversations that were not taken, in their order."""
+  gone = {id(c) for c in taken}
+  return [c for c in rest if id(c) not in gone]
+
+
+def unseen(sets: dict[str, list[Prompt]]) -> set[str]:
+  """First messages of the conversations that no other set may hold."""
+  return {p.said[0] for name in (*BEST_SETS[1:], 'ranked_eval') for p in sets.get(name, ())}
 
 
 def apportion(total: int, asked: list[int]) -> list[int]:
@@ -217,11 +319,15 @@ def count(prompts: list[Prompt], sets: dict[str, list[Prompt]], asked: dict[str,
   """The record of counts.json, in which every prompt and reply is kept or dropped once; adds to `lost`."""
   replies = {name: sum(p.replies for p in members) for name, members in sets.items()}
   kept = {name: len(members) for name, members in sets.items()}
-  lost['prompts']['more than asked for'] = len(prompts) - sum(kept.values())
+  used, barred = {p for members in sets.values() for p in members}, unseen(sets)
+  unusable = sum(not barred.isdisjoint(p.said) for p in prompts if p not in used)
+  lost['prompts']['of a held-out conversation'] = unusable
+  lost['prompts']['more than asked for'] = len(prompts) - len(used) - unusable
   lost['replies']['prompt dropped'] += sum(p.replies for p in prompts) - sum(replies.values())
   lost['replies']['prompt held out'] = sum(replies[name] for name in BEST_SETS[1:])
   lost['replies']['not the best of its ift prompt'] = replies['ift'] - kept['ift']
-  return {'read': read, 'asked': asked, 'kept': kept,
+  later = {name: sum(p.later for p in sets[name]) for name in RANKED_SETS}
+  return {'read': read, 'asked': asked, 'kept': kept, 'kept_later': later,
           'kept_replies': {'ift': kept['ift']} | {name: replies[name] for name in RANKED_SETS},
           'dropped': {what: dict(sorted((+reasons).items())) for what, reasons in lost.items()}}
 
@@ -252,17 +358,25 @@ def normalise(text: str) -> str:
   return ' '.join(unicodedata.normalize('NFKC', text).casefold().split())
 
 
+def _digest(text: str) -> str:
+  return records.digest(normalise(text))
+
+
 def table(source: str, counts: dict) -> str:
   """Lays counts.json out for reading."""
-  read, kept, asked, replies = (counts[name] for name in ('read', 'kept', 'asked', 'kept_replies'))
-  lines = [f'{source}: {read["prompts"]} prompts with {read["replies"]} first replies',
-           f'  {"kept":32}{"prompts":>8}{"asked":>8}{"replies":>8}']
-  lines += [f'  {name:32}{kept[name]:8}{asked[name]:8}{replies.get(name, 0):8}' for name in kept]
+  read, kept, asked, later, replies = (
+      counts[name] for name in ('read', 'kept', 'asked', 'kept_later', 'kept_replies'))
+  columns = ('prompts', 'asked', 'missing', 'later', 'replies')
+  lines = [f'{source}: {read["prompts"]} prompts with {read["replies"]} replies',
+           f'  {"kept":32}' + ''.join(f'{column:>8}' for column in columns)]
+  for name, size in kept.items():
+    numbers = (size, asked[name], asked[name] - size, later.get(name, 0), replies.get(name, 0))
+    lines += [f'  {name:32}' + ''.join(f'{number:8}' for number in numbers)]
   for what, reasons in counts['dropped'].items():
     lines += [f'  {"dropped " + what:32}{sum(reasons.values()):8}']
     lines += [f'    {reason:30}{number:8}' for reason, number in reasons.items()]
-  if kept != asked:
-    lines += [f'  Fewer than asked, {sum(kept.values())} of {sum(asked.values())}: divided in proportion.']
+  lines += [f'  Short: {name} {size:,} of {asked[name]:,}'
+            for name, size in kept.items() if size < asked[name]]
   return '\n'.join(lines)
 
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from configs import base
 from srlm_jax import checkpoint, InputError, stage
-from srlm_jax.data import records, similar, templates
+from srlm_jax.data import oasst, records, similar, templates
 from srlm_jax.sample import engine as engines
 
 # What text cannot show (Self-Instruct), as whole words.
@@ -39,8 +39,8 @@ def run(config, workdir):
     raise InputError(f'{sources[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
                      f'{c.seed_shots + c.new_shots} shots; add seeds, or raise config.prompts.shot_words')
   written = [r['prompt'] for path in earlier for r in records.read(path, 'prompt')]
-  held = [r['prompt'] for r in heldout] + [r['prompt'] for r in ranked if r['split'] != 'train']
-  screen = Filter(c, seeds + [r['prompt'] for r in ranked if r['split'] == 'train'] + written,
+  held = [r['prompt'] for r in heldout] + requests(r['prompt'] for r in ranked if r['split'] != 'train')
+  screen = Filter(c, seeds + requests(r['prompt'] for r in ranked if r['split'] == 'train') + written,
                   held + [p for path in others for p in evaluation_prompts(path)])
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   s.begin()
@@ -78,6 +78,17 @@ def earlier_rounds(workdir, name: str) -> list:
   models = itertools.takewhile(lambda model: model != name, base.MODELS)
   paths = [stage.model_folder(workdir, model).parent / 'prompts' / 'prompts.jsonl' for model in models]
   return [path for path in paths if path.exists()]
+
+
+def requests(prompts) -> list[str]:
+  """What users ask in prompts that may be whole conversations (later turns of OASST1): the first message, and later ones
+  of at least `similar.HeldOut.SHORTEST` words, for shorter ones ("Tell me more.") are no prompts by themselves.
+
+  >>> requests(['[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?', 'Name a tree.'])
+  ['Name a fruit.', 'Name a tree.']
+  """
+  return [message for prompt in prompts for i, message in enumerate(oasst.user_messages(prompt))
+          if i == 0 or len(message.split()) >= similar.HeldOut.SHORTEST]
 
 
 def _write(engine, tokenizer, chat: str, template: str, shots: list[list[str]], first: int, sampling):
