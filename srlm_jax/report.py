@@ -5,6 +5,7 @@
 import base64
 from collections import Counter
 import io
+import json
 
 from absl import flags
 from etils import epath
@@ -13,9 +14,17 @@ import matplotlib
 from matplotlib import figure, ticker
 
 from srlm_jax import InputError, results
-from srlm_jax.data import health, scores as scoring
+from srlm_jax.data import health, records, scores as scoring
 
 SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
+# What the page reads of done.json, by stage: numbers; numbers or null; counts by name.
+DONE = dict(
+    prompts=('wanted attempts prompts', '', 'dropped'), judge=('lowest highest', '', ''),
+    pairs=('pairs prompts pairs_per_1000_prompts', 'margin chosen_minus_rejected_characters',
+           'dropped'),
+    eft=('examples replies', '', 'dropped scores_before scores'),
+    model=('steps examples', '', 'dropped'))
+CONFIG = dict(judge=('template', 'n', 'quorum'), prompts=('count',))  # and of the manifest's config
 
 
 def define_flags():
@@ -30,7 +39,7 @@ def main(argv):
 
 def remake(workdir):
   """Writes report.html from the files of a run, finished or not; returns its path."""
-  rows, before = results.of_models(workdir), results.read(epath.Path(workdir) / 'results.json')
+  rows, before = results.of_models(workdir), _results(epath.Path(workdir) / 'results.json')
   if not rows:
     raise InputError(f'{workdir} holds no model; the loop makes them: python -m srlm_jax.loop --help')
   same = [r['model'] for r in before.get('models', ())] == [r['model'] for r in rows]  # else older
@@ -44,25 +53,30 @@ def counts(dropped: dict) -> str:
 def write(workdir, rows, stopped: str):
   """Writes workdir/report.html, one page that needs no other file; returns its path."""
   path = epath.Path(workdir) / 'report.html'
-  path.write_text(render(dict(collect(workdir), rows=rows, stopped=stopped)))
+  page = render(dict(collect(workdir), rows=rows, stopped=stopped))
+  with records.replacing(path) as file:
+    file.write(page)
   return path
 
 
 def collect(workdir) -> dict:
   """All that the page shows, read from the files that are there."""
   workdir = epath.Path(workdir)
-  stages = {(owner, name): (results.read(folder / 'manifest.json'), results.read(folder / 'done.json'))
+  check_table(workdir)
+  stages = {(owner, name): (_manifest(folder / 'manifest.json'), _done(folder / 'done.json'))
             for owner in ('data', *results.MODELS) for name in results.STAGES
             if ((folder := workdir / owner / name) / 'manifest.json').exists()}
   parts = dict(
-      curves=lambda folder: results.lines(folder / 'model' / 'metrics.jsonl'),
-      judged_eval=lambda folder: _shards(folder / 'judge_eval', 'judgements'),
-      answers=lambda folder: {r['prompt_id']: r for r in _shards(folder / 'answers', 'responses')},
-      oracle=lambda folder: results.read(folder / 'oracle' / 'oracle.json'),
+      curves=lambda folder: results.lines(folder / 'model' / 'metrics.jsonl', 'step',
+                                          optional=('loss', 'margin', 'accuracy')),
+      judged_eval=lambda folder: _shards(folder / 'judge_eval', 'judgements', 'score', 'reason'),
+      answers=lambda folder: {r['prompt_id']: r for r in _shards(
+          folder / 'answers', 'responses', 'prompt_id', 'prompt', 'response', 'finish')},
+      oracle=lambda folder: _numbers(folder / 'oracle' / 'oracle.json', 'score standard_error'),
       graded=results.graded,
-      eft=lambda folder: results.read(folder / 'eft' / 'done.json'))
+      eft=lambda folder: _done(folder / 'eft' / 'done.json'))
   return dict(
-      workdir=workdir.name, size=results.read(workdir / 'results.json').get('size', ''), stages=stages,
+      workdir=workdir.name, size=_results(workdir / 'results.json').get('size', ''), stages=stages,
       iterations=[_iteration(workdir / m, stages) for m in results.MODELS
                   if any((m, n) in stages for n in results.DATA)],
       **{part: {m: found for m in results.MODELS if (found := read(workdir / m))} for part, read in parts.items()})
@@ -72,18 +86,23 @@ def _iteration(folder, stages) -> dict:
   """What one model's data was made from: its records, and the counts of prompts and pairs."""
   manifest, prompts = stages.get((folder.name, 'prompts'), ({}, {}))
   if manifest and not prompts:  # killed, or at work
-    fates = Counter(a['dropped'] for a in results.lines(folder / 'prompts' / 'attempts.jsonl'))
+    fates = Counter(a['dropped'] for a in results.lines(
+        folder / 'prompts' / 'attempts.jsonl', 'dropped'))
     prompts = dict(wanted=manifest['config']['prompts']['count'], attempts=fates.total(),
                    prompts=fates.pop('', 0), dropped=fates)
-  judgements = _shards(folder / 'judge', 'judgements')
+  judgements = _shards(folder / 'judge', 'judgements', 'response_id', 'j', 'score', 'reason',
+                       'text', 'finish')
   first = {(j['j'], j['score'] is None): j for j in reversed(judgements)}  # with a score and without
   shown = [first[kind] for kind in sorted(first)][:SAMPLES['judgements']]
-  responses = {r['id']: r for r in _shards(folder / 'respond', 'responses')}
+  responses = {r['id']: r for r in _shards(
+      folder / 'respond', 'responses', 'id', 'prompt_id', 'prompt', 'response', 'finish')}
+  pairs = results.lines(folder / 'pairs' / 'pairs.jsonl', 'prompt', *(
+      side + field for side in ('chosen', 'rejected') for field in ('', '_score', '_finish')))
   return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
               judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
               quorum=stages[folder.name, 'judge'][0]['config']['judge']['quorum'] if judgements else 0,
               shown=[(j, responses.get(j['response_id'])) for j in shown],
-              made=results.read(folder / 'pairs' / 'done.json'), pairs=results.lines(folder / 'pairs' / 'pairs.jsonl'))
+              made=_done(folder / 'pairs' / 'done.json'), pairs=pairs)
 
 
 def render(page: dict) -> str:
@@ -93,7 +112,7 @@ def render(page: dict) -> str:
   template = environment.from_string((epath.resource_path('srlm_jax') / 'report.html').read_text())
   made = {i['model']: yields(i) for i in page['iterations']}
   labels = dict.fromkeys(label for found in made.values() for label in found)  # in order, each once
-  return template.render(page, head=head(page), warnings=warnings(page), table=results.cells(page['rows']),
+  return template.render(page, head=head(page), warnings=warnings(page), tables=results.tables(page['rows']),
                          labels=labels, yields=made, plots=plots(page), names=results.STAGES, shown=SAMPLES)
 
 
@@ -155,8 +174,9 @@ def yields(iteration: dict) -> dict[str, str]:
   if made:
     found |= {'positives': made['positives']} if made.get('positives') else {}
     found |= {'pairs': made['pairs'], 'pairs per 1,000 prompts': made['pairs_per_1000_prompts'],
-              'prompts without a pair': made['dropped'], 'chosen minus rejected: score': made['margin'],
-              'chosen minus rejected: characters': made['chosen_minus_rejected_characters']}
+              'prompts without a pair': made['dropped'],
+              'chosen minus rejected: score': made.get('margin'),
+              'chosen minus rejected: characters': made.get('chosen_minus_rejected_characters')}
   return {label: _text(value) for label, value in found.items()}
 
 
@@ -224,8 +244,69 @@ def _text(value) -> str:
   return '-' if value is None else value if isinstance(value, str) else f'{value:,}'
 
 
-def _shards(folder, stem: str) -> list[dict]:
-  return [r for path in sorted(folder.glob(f'{stem}-*-of-*.jsonl')) for r in results.lines(path)]
+def check_table(workdir):
+  """Raises InputError where a value that the table of models shows is not a number."""
+  for file in {file for _, file, _, _ in results.COLUMNS if file}:
+    keys = ' '.join(key for _, of, key, _ in results.COLUMNS if of == file)
+    for model in results.MODELS:
+      _numbers(workdir / model / file, nullable=keys)
+
+
+def _results(path) -> dict:
+  """results.json, checked for what the page reads of it."""
+  found = results.read(path)
+  models, stopped = found.get('models', []), found.get('stopped', '')
+  if not isinstance(models, list) or not all(isinstance(m, dict) and 'model' in m for m in models):
+    raise _damaged(path, 'models', models)
+  if not isinstance(stopped, str):
+    raise _damaged(path, 'stopped', stopped)
+  return dict(found, models=models, stopped=stopped)
+
+
+def _manifest(path) -> dict:
+  """The manifest of a stage, checked for what the page reads of its config."""
+  found = results.read(path)
+  config = found.get('config')
+  if not isinstance(config, dict):
+    raise _damaged(path, 'config', config)
+  for section, keys in CONFIG.items():
+    for key in keys if section in config else ():
+      value = config[section].get(key) if isinstance(config[section], dict) else None
+      if not (isinstance(value, str) if key == 'template' else records.is_number(value)):
+        raise _damaged(path, f'config.{section}.{key}', value)
+  return found
+
+
+def _done(path) -> dict:
+  """The done.json of a stage, checked for what the page reads of it; {} where there is none."""
+  numbers, nullable, counts = DONE.get(path.parent.name, ('', '', ''))
+  return _numbers(path, f'seconds {numbers}', f'positives {nullable}', counts)
+
+
+def _numbers(path, numbers: str = '', nullable: str = '', counts: str = '') -> dict:
+  """The JSON object of a file, of which `numbers` must be numbers, `nullable` numbers, null or
+  absent, and `counts` numbers by name; {} where there is no file."""
+  found = results.read(path)
+  for key in found and numbers.split():
+    if not records.is_number(found.get(key)):
+      raise _damaged(path, key, found.get(key))
+  for key in nullable.split():
+    if found.get(key) is not None and not records.is_number(found[key]):
+      raise _damaged(path, key, found[key])
+  for key in found and counts.split():
+    if not isinstance(found.get(key), dict) or not all(map(records.is_number, found[key].values())):
+      raise _damaged(path, key, found.get(key))
+  return found
+
+
+def _damaged(path, key: str, value) -> InputError:
+  what = f'no "{key}"' if value is None else f'"{key}" is {json.dumps(value)[:40]}'
+  return InputError(f'{path}: {what}; mend or delete the file, and run the loop again')
+
+
+def _shards(folder, stem: str, *fields: str) -> list[dict]:
+  paths = sorted(folder.glob(f'{stem}-*-of-*.jsonl'))
+  return [r for path in paths for r in results.lines(path, *fields)]
 
 
 if __name__ == '__main__':

@@ -1,19 +1,24 @@
-"""Runs the loop for some seeds, whole or with one change, and prints the means over the seeds.
+"""Runs the loop for several seeds, whole or with one change, and prints the means over the seeds.
 
   python -m srlm_jax.study --workdir=runs/study --seeds=5
   python -m srlm_jax.study --workdir=runs/study --seeds=3 --ablation=oracle_judge
 
 The runs are WORKDIR/loop-0, loop-1, .., or WORKDIR/ABLATION-0, ..; those that are done are only read. A change of M2
 and later alone takes data, M0, SFT and M1 from the loop of the same seed, where that is there; one more model
-(--last=m4 --name=fourth) takes all. Ends with a line for every study of the folder, each held against the loops of the
+(--last=m4 --name=fourth) takes all. Ends with a line for every study of the folder, each compared with the loops of the
 same seeds.
+
+A difference has two standard errors. The one over prompts says how far it would move with other prompts and the same
+trained models; the one over seeds, with other trained models and the same prompts. The 95 % interval is Student's t
+interval of the mean over seeds, of differences paired by seed. With other seeds and other prompts at once the variances
+add up, so an interval near 0 is weak evidence.
 """
-import json
 import shutil
 import statistics
 
 from absl import flags
 from etils import epath
+from scipy import stats
 
 from configs import ablations, base
 from srlm_jax import InputError, loop, results, stage
@@ -21,8 +26,10 @@ from srlm_jax.data import scores
 
 LOOP = 'loop'  # the name of the runs without a change
 SHARED = ('data', 'm0', 'sft', 'm1')
-COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'pairs', 'right', 'wrong',
-           'judge mean', 'oracle mean')  # of the loop's table
+COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs',
+           'unscored as errors', 'ceiling', 'oracle: pairwise', 'oracle: exact', 'EFT examples', 'pairs', 'right',
+           'wrong', 'judge mean', 'oracle mean')  # of the loop's tables
+DIFFERENCE = ('+- prompts', '+- seeds', '95 % over seeds', 'in a seed')  # headings of what `_difference` shows
 
 
 def define_flags():
@@ -65,8 +72,9 @@ def take(source, run, parts):
 
 
 def table(runs, loops) -> list[dict]:
-  """One row a model: means over the runs that trained it, how many they are, and how its answers differ from those of
-  the model before it (`gain`) and from those of the same model of the loops of the same seeds (`against`)."""
+  """One row for each model: means over the runs that trained it with their standard error over seeds (`errors`), the
+  number of runs, and how its answers differ from those of the model before it (`gain`) and from those of the same model
+  of the loops of the same seeds (`against`)."""
   found = [{row['model']: row for row in results.of_models(run)} for run in runs]
   made = [model for model in results.MODELS if any(model in rows for rows in found)]
   return [dict(model=model, **means(model, found), gain=paired(runs, model, runs, last),
@@ -77,12 +85,17 @@ def table(runs, loops) -> list[dict]:
 def means(model: str, found: list[dict[str, dict]]) -> dict:
   rows = [of_run[model] for of_run in found if model in of_run]
   values = {heading: [r[heading] for r in rows if r[heading] is not None] for heading in COLUMNS}
-  return dict(runs=len(rows), **{h: statistics.fmean(v) if v else None for h, v in values.items()})
+  return dict(runs=len(rows), **{h: statistics.fmean(v) if v else None for h, v in values.items()},
+              errors={h: scores.standard_error(v) for h, v in values.items() if len(v) > 1})
 
 
 def paired(runs, model: str, others, other: str) -> dict | None:
-  """By how much the oracle's score of a model's answers is above that of another's, over the runs that have both: the
-  mean, its standard error over prompts (each the mean of its runs), the least and the greatest mean of a run."""
+  """By how much the oracle's score of a model's answers is above that of another's, over the runs that have both.
+
+  mean; over_prompts: its standard error over prompts, each the mean of its runs; over_seeds: over runs; interval:
+  Student's 95 % t interval over runs; the last two are None of a single run. least, most: means of a run. None where no
+  run has both.
+  """
   differences = []  # {prompt: difference} of each run
   for run, against in zip(runs, others, strict=True):
     mine, theirs = results.graded(run / model), results.graded(against / other) if other else {}
@@ -92,38 +105,60 @@ def paired(runs, model: str, others, other: str) -> dict | None:
     return None
   by_prompt = [statistics.fmean(run[prompt] for run in differences) for prompt in differences[0]]
   by_run = [statistics.fmean(run.values()) for run in differences]
-  return dict(mean=statistics.fmean(by_prompt), error=scores.standard_error(by_prompt), least=min(by_run),
-              most=max(by_run))
+  mean, over_seeds, interval = statistics.fmean(by_run), None, None
+  if len(by_run) > 1:
+    over_seeds = scores.standard_error(by_run)
+    width = float(stats.t.ppf(0.975, len(by_run) - 1)) * over_seeds
+    interval = [mean - width, mean + width]
+  return dict(mean=mean, over_prompts=scores.standard_error(by_prompt), over_seeds=over_seeds, interval=interval,
+              least=min(by_run), most=max(by_run))
 
 
 def text(rows: list[dict]) -> str:
-  """Aligned for reading."""
-  return results.aligned([['model', 'runs', *COLUMNS, 'gain', '+-', 'of a run'], *(
-      [row['model'], str(row['runs']), *(results.number(row[h], h) for h in COLUMNS), *_difference(row['gain'])]
-      for row in rows)])
+  """Tables with a line for each model: means over seeds with their standard errors over seeds; and the gains."""
+  made = []
+  for columns in results.TABLES.values():
+    shown = [h for h, *_ in columns if h in COLUMNS and any(row[h] is not None for row in rows)]
+    lines = [[row['model'], str(row['runs']), *(_mean(row, h) for h in shown)]
+             for row in rows if any(row[h] is not None for h in shown)]
+    made += [[['model', 'runs', *shown], *lines]] if lines else []
+  made.append([['model', 'gain', *DIFFERENCE], *(
+      [row['model'], *_difference(row['gain'])] for row in rows if row['gain'])])
+  return '\n\n'.join(map(results.aligned, made))
 
 
 def overview(folder) -> str:
-  """A line for every study of the folder, the loop's first: each model's score, and of the last the rest."""
-  studies = sorted((json.loads(path.read_text()) for path in folder.glob('*.json')),
+  """A line for every study of the folder, the loop's first: the score of each model; of the last one how it differs
+  from that of the loops of the same seeds, and other means."""
+  studies = sorted((results.read(path) for path in folder.glob('*.json')),
                    key=lambda made: (made['name'] != LOOP, made['name']))
   models = results.MODELS[2:]
-  lines = [['study', 'seeds', *models, 'above the loop', '+-', 'of a run', 'wins', 'losses', 'pairs', 'right',
-            'judge: pairwise']]
+  lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, 'wins', 'losses', 'pairs', 'right',
+            'judge: pairwise', 'oracle: pairwise', 'oracle: exact']]
   for made in studies:
     rows = {row['model']: row for row in made['models']}
     last = made['models'][-1]
     lines.append([made['name'], str(made['seeds']),
                   *(results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models),
                   *_difference(last['against']),
-                  *(results.number(last[h], h) for h in ('wins', 'losses', 'pairs', 'right', 'judge: pairwise'))])
+                  *(results.number(last[h], h) for h in lines[0][-7:])])
   return results.aligned(lines)
 
 
+def _mean(row: dict, heading: str) -> str:
+  value = results.number(row[heading], heading)
+  return f'{value} +-{results.number(row["errors"][heading], heading)}' if heading in row['errors'] else value
+
+
 def _difference(found: dict | None) -> list[str]:
+  """The cells of DIFFERENCE, after the mean."""
   if not found:
-    return ['-'] * 3
-  return [f'{found["mean"]:+.3f}', f'{found["error"]:.3f}', f'{found["least"]:+.2f} to {found["most"]:+.2f}']
+    return ['-'] * (1 + len(DIFFERENCE))
+  several = found['interval'] is not None
+  return [f'{found["mean"]:+.3f}', f'{found["over_prompts"]:.3f}',
+          f'{found["over_seeds"]:.3f}' if several else '-',
+          '{:+.3f} to {:+.3f}'.format(*found['interval']) if several else '-',
+          f'{found["least"]:+.2f} to {found["most"]:+.2f}']
 
 
 if __name__ == '__main__':

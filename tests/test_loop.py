@@ -33,13 +33,13 @@ def table(printed):
 def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
   workdir, printed = demo
   rows = table(printed)
-  assert list(rows) == ['m0', 'sft', 'm1', 'm2', 'm3'], printed
+  assert list(rows) == ['sft', 'm1', 'm2', 'm3'], printed  # M0 is not evaluated
   kept = {row['model']: row for row in json.loads((workdir / 'results.json').read_text())['models']}
   for model in ('sft', 'm1', 'm2', 'm3'):
     assert float(rows[model]['oracle 0-5']) == pytest.approx(kept[model]['oracle 0-5'], abs=0.006)
     assert 0 < kept[model]['oracle 0-5'] <= 5
   assert (workdir / 'report.html').stat().st_size > 10_000
-  hashes = [checkpoint.recorded_hash(workdir / m / 'model') for m in rows]
+  hashes = [checkpoint.recorded_hash(workdir / m / 'model') for m in ('m0', *rows)]
   assert len(set(hashes)) == 5, 'a model did not change'
 
 
@@ -52,6 +52,13 @@ def test_every_stage_ran_the_parameters_that_it_should(demo):
                         ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),
                         ('m3/respond', 'm2'), ('m3/judge', 'm2'), ('m3/model', 'm2'), ('m3/judge_eval', 'm3')):
     assert json.loads((workdir / folder / 'manifest.json').read_text())['params'] == params[model], folder
+
+
+def test_no_prompt_is_written_in_two_rounds(demo):
+  written = {m: [r['prompt'] for r in records.read(demo[0] / m / 'prompts' / 'prompts.jsonl')] for m in ('m2', 'm3')}
+  assert not set(written['m2']) & set(written['m3']) and all(len(p) == 48 for p in written.values())
+  inputs = json.loads((demo[0] / 'm3' / 'prompts' / 'manifest.json').read_text())['inputs']
+  assert 'm2/prompts/prompts.jsonl' in inputs
 
 
 def test_dpo_starts_at_ln_2_and_metrics_are_in_both_places(demo):

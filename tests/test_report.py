@@ -34,7 +34,8 @@ def model(workdir, name, loss='sft'):
   folder = stage(workdir / name, 'model', done, model='sandbox')
   (folder / 'config.json').write_text('{}')
   records.write(folder / 'metrics.jsonl', steps)
-  agreement = dict(pairwise_accuracy=0.7125, ties=0.1, exact_match=0.25, spearman=0.5, parse_rate=0.96)
+  agreement = dict(pairwise_accuracy=0.713, pairs=971, intervals=dict(pairwise_accuracy=[0.68, 0.74]),
+                   ties=0.1, exact_match=0.25, spearman=0.5, parse_rate=0.96)
   (stage(workdir / name, 'agreement', agreement) / 'agreement.json').write_text(json.dumps(agreement))
   judgements = [dict(id=f'{i}', j=0, score=float(i % 6), reason='') for i in range(24)]
   judgements.append(dict(id='24', j=0, score=None, reason='no score'))
@@ -108,7 +109,7 @@ def test_the_page_holds_the_numbers_of_the_run_and_says_where_it_stopped(workdir
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
   for line in results.text_table(results.of_models(workdir), ()).splitlines():
     assert ' '.join(line.split()) in words
-  assert '31 steps on 248 examples' in words
+  assert '31 steps on 248 examples' in words and '0.713 [0.680, 0.740] 971' in words
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
   assert 'pairs per 1,000 prompts 300.0 300.0' in words
   assert 'chosen minus rejected: characters 1.25 1.25' in words
@@ -199,3 +200,97 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
   assert not list(tmp_path.iterdir())
   with pytest.raises(InputError):
     report.remake(tmp_path / 'absent')
+
+
+def test_a_stage_that_does_not_exist_is_not_warned_about(workdir, undrawn):
+  """M1 has judgements of ranked replies, and no responses of its own."""
+  judgements = [dict(id=f'{i}', response_id=f'r{i}', j=0, text='', score=float(i), reason='',
+                     finish='eos') for i in range(5)]
+  folder = stage(workdir / 'm1', 'judge', SCALE, judge=JUDGE)
+  records.write(folder / 'judgements-00000-of-00001.jsonl', judgements)
+  assert 'class="warnings"' not in page_of(workdir)
+
+
+LINES = dict(  # a file of records and, of a record, what the page needs
+    curves=('m2/model/metrics.jsonl', 'step', 'loss'),
+    judged=('m2/judge_eval/judgements-00000-of-00001.jsonl', 'score'),
+    judgements=('m2/judge/judgements-00000-of-00001.jsonl', 'response_id', 'score', 'text'),
+    responses=('m2/respond/responses-00000-of-00001.jsonl', 'id', 'prompt_id', 'response'),
+    answers=('m2/answers/responses-00000-of-00001.jsonl', 'prompt_id', 'prompt', 'response'),
+    pairs=('m2/pairs/pairs.jsonl', 'chosen', 'chosen_score'))
+
+
+def damage(path, number, change):
+  """Puts another line, or the record with a change, into line `number` of a file."""
+  lines = path.read_text().splitlines(keepends=True)
+  line = lines[number - 1]
+  lines[number - 1] = change if isinstance(change, str) else json.dumps(change(json.loads(line))) + '\n'
+  path.write_text(''.join(lines))
+
+
+def without(field):
+  return lambda record: {k: v for k, v in record.items() if k != field}
+
+
+@pytest.mark.parametrize('name', LINES)
+def test_a_damaged_record_is_named_by_file_and_line(workdir, undrawn, name):
+  file, *fields = LINES[name]
+  path = workdir / file
+  whole = path.read_text()
+  changes = [('{"id": "x", \n', 'not a JSON object'),
+             ('[1]\n', 'a list where a JSON object belongs')]
+  changes += [(without(field), f'no field "{field}"') for field in fields if field != 'loss']
+  numbers = [field for field in fields if field in ('step', 'loss', 'score', 'chosen_score')]
+  changes += [(lambda r, f=field, v=value: dict(r, **{f: v}), f'"{field}" is .* no number')
+              for field in numbers for value in ('3', float('nan'))]
+  for change, message in changes:
+    path.write_text(whole)
+    damage(path, 2, change)
+    with pytest.raises(InputError, match=f'{file}:2: {message}'):
+      report.remake(workdir)
+  path.write_text(whole + '{"id": "cut by a ki')
+  assert '</html>' in page_of(workdir)
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(InputError, match=f'{file} is a folder'):
+    report.remake(workdir)
+
+
+@pytest.mark.parametrize('file, change, message', [
+    ('results.json', '{"models": ', 'not JSON'),
+    ('results.json', '[]', 'a list where a JSON object belongs'),
+    ('results.json', '{"models": [3]}', '"models" is '),
+    ('results.json', '{"models": [], "stopped": 3}', '"stopped" is 3'),
+    ('results.json', '\xff', 'not JSON'),
+    ('m2/pairs/done.json', '', 'not JSON'),
+    ('m2/pairs/done.json', '3', 'a int where a JSON object belongs'),
+    ('m2/pairs/done.json', without('prompts'), 'no "prompts"'),
+    ('m2/pairs/done.json', without('dropped'), 'no "dropped"'),
+    ('m2/prompts/done.json', without('attempts'), 'no "attempts"'),
+    ('m2/prompts/done.json', lambda r: dict(r, dropped=3), '"dropped" is 3'),
+    ('m2/judge/done.json', lambda r: dict(r, highest='5'), '"highest" is "5"'),
+    ('m2/model/done.json', lambda r: dict(r, dropped=dict(x='y')), '"dropped" is {"x": "y"}'),
+    ('m2/model/done.json', lambda r: dict(r, seconds=float('nan')), '"seconds" is NaN'),
+    ('m2/answers/done.json', lambda r: dict(r, seconds=None), 'no "seconds"'),
+    ('m2/pairs/done.json', lambda r: dict(r, margin='x'), '"margin" is "x"'),
+    ('m1/eft/done.json', without('scores'), 'no "scores"'),
+    ('m2/model/manifest.json', '{', 'not JSON'), ('m2/model/manifest.json', '{}', 'no "config"'),
+    ('m2/judge/manifest.json', '{"config": {"judge": {"n": 2}}}', 'no "config.judge.template"'),
+    ('m2/oracle/oracle.json', lambda r: dict(r, score='3'), '"score" is "3"'),
+    ('m2/oracle/oracle.json', without('standard_error'), 'no "standard_error"'),
+    ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'), '"ties" is "x"')])
+def test_a_damaged_summary_is_named(workdir, undrawn, file, change, message):
+  path = workdir / file
+  if isinstance(change, str):
+    path.write_bytes(change.encode('latin-1'))
+  else:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+  with pytest.raises(InputError, match=re.escape(file) + ': ' + re.escape(message)):
+    report.remake(workdir)
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(workdir, undrawn):
+  (workdir / 'report.html').mkdir()
+  with pytest.raises(InputError, match='report.html is a folder'):
+    report.remake(workdir)
+  assert not list(workdir.glob('*.partial'))

@@ -3,6 +3,7 @@ import json
 
 from conftest import CHANGES, main
 import pytest
+from scipy import stats
 
 from srlm_jax import stage, study
 from srlm_jax.data import records, scores
@@ -16,31 +17,42 @@ def graded(workdir, **models):
                   (dict(prompt_id=f'p{i}', score=x) for i, x in enumerate(values)))
 
 
-def test_a_gain_is_paired_by_prompt_and_its_error_is_over_prompts(tmp_path):
+def difference(mean, over_prompts, *by_run):
+  """What `study.paired` gives, by scipy."""
+  several = len(by_run) > 1
+  interval = stats.ttest_1samp(by_run, 0).confidence_interval(0.95) if several else None
+  return dict(mean=pytest.approx(mean), over_prompts=pytest.approx(over_prompts),
+              over_seeds=pytest.approx(stats.sem(by_run)) if several else None,
+              interval=pytest.approx([interval.low, interval.high]) if several else None,
+              least=pytest.approx(min(by_run)), most=pytest.approx(max(by_run)))
+
+
+def test_a_gain_is_paired_by_prompt_and_has_an_error_over_prompts_and_one_over_seeds(tmp_path):
   runs, loops = [tmp_path / 'a', tmp_path / 'b'], [tmp_path / 'c', tmp_path / 'd']
   graded(runs[0], sft=[1, 2, 3], m1=[2, 2, 5])
   graded(runs[1], sft=[1, 1, 1], m1=[5, 1, 1], m2=[1, 1, 3])
   graded(loops[0], sft=[1, 2, 3], m1=[2, 2, 4])
   sft, m1, m2 = study.table(runs, loops)
   error = scores.standard_error
-  assert m1['gain'] == pytest.approx(dict(mean=7 / 6, error=error([2.5, 0, 1]), least=1, most=4 / 3))
-  assert sft['gain'] is None and sft['against'] == dict(mean=0, error=0, least=0, most=0)
-  assert m1['against'] == pytest.approx(dict.fromkeys(('mean', 'error', 'least', 'most'), 1 / 3))  # d has no M1
+  assert m1['gain'] == difference(7 / 6, error([2.5, 0, 1]), 1, 4 / 3)
+  assert sft['gain'] is None and sft['against'] == difference(0, 0, 0)
+  assert m1['against'] == difference(1 / 3, 1 / 3, 1 / 3)  # d has no M1
   assert (m1['runs'], m2['runs']) == (2, 1) and m2['against'] is None
-  assert m2['gain'] == pytest.approx(dict(mean=-2 / 3, error=error([-4, 0, 2]), least=-2 / 3, most=-2 / 3))
+  assert m2['gain'] == difference(-2 / 3, error([-4, 0, 2]), -2 / 3)
   assert (m1['wins'], m1['losses']) == (pytest.approx(1 / 2), 0)  # two prompts of the one run, one of the other
   assert '+1.167' in study.text([sft, m1]) and '+1.00 to +1.33' in study.text([m1])
   assert study.table(loops, loops)[1]['against'] is None
 
 
 def test_every_study_of_the_folder_has_a_line(tmp_path):
-  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, against=dict(mean=-0.5, error=0.1, least=-1, most=0))
+  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, against=dict(
+      mean=-0.5, over_prompts=0.1, over_seeds=0.3, interval=[-1.1, 0.1], least=-1, most=0))
   stage.write_json(tmp_path / 'blind.json', dict(name='blind', seeds=3, models=[dict(row, model='m2', wins=0.25)]))
   stage.write_json(tmp_path / 'loop.json', dict(name='loop', seeds=5, models=[dict(row, model='m1', against=None),
                                                                             dict(row, model='m2', against=None)]))
   _, first, second = study.overview(tmp_path).splitlines()
   assert first.split()[:2] == ['loop', '5'] and second.split()[:2] == ['blind', '3']
-  assert '-0.500  0.100  -1.00 to +0.00  0.25' in second
+  assert '-0.500       0.100     0.300  -1.100 to +0.100  -1.00 to +0.00  0.25' in second
 
 
 def test_what_does_not_depend_on_a_change_is_taken_once(tmp_path):
