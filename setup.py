@@ -36,7 +36,8 @@ setup(
         'test': ['pytest>=8,<10', 'pytest-xdist>=3,<4', 'hypothesis>=6,<7', 'pyyaml>=6,<7'],
         'lint': ['ruff>=0.14,<0.18'],
         'bench': ['torch>=2.6,<3', 'trl>=1.16,<2'],
-        'eval': ['lm-eval>=0.4,<0.5', 'alpaca-eval>=0.6,<0.7'],
+        # alpaca_eval imports pkg_resources, which newer setuptools lack; its warning asks for <81.
+        'eval': ['lm-eval[hf]>=0.4,<0.5', 'alpaca-eval>=0.6,<0.7', 'setuptools<81'],
         'aot': ['jax[tpu]==0.10.2'],
     },
 )

@@ -63,7 +63,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path):
     code, _, err = run(*flags, f'--out={tmp_path / "out.json"}')
     assert code == 1 and word in err and err.startswith('error: ') and err.count('\n') == 1
   assert not (tmp_path / 'out.json').exists()
-  for name, word in [('no.json', 'cannot be read'), ('bad.json', 'not JSON')]:
+  (tmp_path / 'latin.json').write_bytes(b'["\xe9"]')
+  for name, word in [('no.json', 'cannot be read'), ('bad.json', 'not JSON'),
+                     ('latin.json', 'not JSON'), ('', 'is a folder; give the annotations.json')]:
     with pytest.raises(InputError, match=word):
       alpaca.read_annotations(tmp_path / name)
 
@@ -77,3 +79,13 @@ def test_annotations_of_the_wrong_kind_are_refused(tmp_path, content, word):
   (tmp_path / 'a.json').write_text(json.dumps(content))
   with pytest.raises(InputError, match=word):
     alpaca.read_annotations(tmp_path / 'a.json')
+
+
+@pytest.mark.parametrize('out, word', [
+    ('.', 'is a folder'),
+    ('annotations.json/rate.json', 'annotations.json is a file, not a folder')])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, out, word):
+  (tmp_path / 'annotations.json').write_text(json.dumps([annotation(2.0)]))
+  code, _, err = run(f'--annotations={tmp_path / "annotations.json"}', f'--out={tmp_path / out}')
+  assert code == 1 and word in err and err.startswith('error: ') and err.count('\n') == 1
+  assert [p.name for p in tmp_path.iterdir()] == ['annotations.json']

@@ -70,7 +70,9 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path):
   code, _, err = run('--results=m1', f'--out={tmp_path / "out.json"}')
   assert code == 1 and 'NAME=FILE' in err and err.startswith('error: ') and err.count('\n') == 1
   assert not (tmp_path / 'out.json').exists()
-  for name, word in [('no.json', 'cannot be read'), ('bad.json', 'not JSON')]:
+  (tmp_path / 'latin.json').write_bytes(b'["\xe9"]')
+  for name, word in [('no.json', 'cannot be read'), ('bad.json', 'not JSON'),
+                     ('latin.json', 'not JSON'), ('', 'is a folder; give a results file of lm-eval')]:
     with pytest.raises(InputError, match=word):
       harness.read_models([f'm1={tmp_path / name}'])
 

@@ -65,3 +65,10 @@ def test_m1_has_only_its_judgements(tmp_path):
   records.write(tmp_path / 'm1' / 'judge' / 'judgements-00000-of-00001.jsonl', judgements(1, 2, 3, 4))
   found = health.measure(tmp_path / 'm1', 1)
   assert set(found) == {'judgements', 'warnings'} and found['warnings'] == []
+
+
+def test_no_data_gives_no_warning():
+  assert health.warn_responses('m1/respond', []) == []
+  assert health.warn_judgements('m2/judge', []) == []
+  assert health.warn_ties('m2/judge', [], [], 1) == []
+  assert health.warn_pairs('m2/pairs', [], 0) == []

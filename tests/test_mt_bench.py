@@ -69,6 +69,13 @@ def test_command_line(tmp_path, questions):
   done = subprocess.run([*command, f'--judgments={tmp_path / "no.jsonl"}'], capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'does not exist' in done.stderr
   assert not out.exists()
+  for flag, place, word in [
+      ('judgments', tmp_path, 'is a folder'), ('out', tmp_path, 'is a folder'),
+      ('out', tmp_path / 'j.jsonl' / 'o.json', 'j.jsonl is a file, not a folder')]:
+    given = [f'--judgments={tmp_path / "j.jsonl"}', f'--{flag}={place}']
+    done = subprocess.run([*command, *given], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and word in done.stderr
+    assert os.listdir(tmp_path) == ['j.jsonl']
 
 
 ONE = {81: dict(question_id=81, category='writing', turns=['a', 'b'])}
@@ -77,7 +84,7 @@ ONE = {81: dict(question_id=81, category='writing', turns=['a', 'b'])}
 @pytest.mark.parametrize('line, word', [
     (judgment(1, 1, 5), 'no question'), (judgment([81], 1, 5), 'no question'), (judgment(81, 3, 5), 'turn'),
     (judgment(81, 1, 11), 'score 11'), (judgment(81, 1, None), 'score None'),
-    (judgment(81, 1, '5'), "score '5'"),
+    (judgment(81, 1, '5'), 'j.jsonl:1: "score" is "5", which is no number'),
     (judgment(81, 1, 5, model=3), 'model'), (dict(question_id=81), 'j.jsonl:1: no field "model"')])
 def test_judgments_of_the_wrong_kind_are_refused(tmp_path, line, word):
   records.write(tmp_path / 'j.jsonl', [line])

@@ -1,5 +1,7 @@
 import gzip
+import os
 
+from etils import epath
 import pytest
 
 from srlm_jax import InputError
@@ -39,7 +41,7 @@ def test_nothing_is_half_written(tmp_path):
     raise RuntimeError
   with pytest.raises(RuntimeError):
     records.write(tmp_path / 'x.jsonl', rows())
-  assert not (tmp_path / 'x.jsonl').exists()
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_line_cut_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
@@ -61,8 +63,101 @@ def test_shards_are_read_in_order_and_a_missing_one_is_noticed(tmp_path):
     list(records.read_shards(tmp_path, 'r'))
 
 
+@pytest.mark.parametrize('stem, field, per_request', [
+    ('responses', 'prompt_id', 4), ('judgements', 'response_id', 3), ('comparisons', 'response_id', 2),
+    ('rewards', 'id', 1)])
+@pytest.mark.parametrize('hosts', [1, 2, 3, 8])
+def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(tmp_path, stem, field, per_request, hosts):
+  requests = [[{'id': f'{i}/{j}', field: f'{i}'} for j in range(per_request)] for i in range(11)]
+  for host in range(hosts):
+    records.write(tmp_path / records.shard_name(stem, host, hosts), sum(requests[host::hosts], []))
+  assert list(records.read_shards(tmp_path, stem)) == sum(requests, [])
+
+
 def test_shards_of_another_number_of_hosts_are_refused(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 2), [dict(id='a')])
   records.same_hosts(tmp_path / records.shard_name('r', 1, 2))
   with pytest.raises(InputError, match='is of a run on 2 hosts, and this one is on 1'):
     records.same_hosts(tmp_path / records.shard_name('r', 0, 1))
+
+
+ROW = b'{"id": "a"}\n'
+
+
+def put(path, kind):
+  """Makes what is not a readable file at `path`, or names a path below a file."""
+  if kind == 'folder':
+    path.mkdir()
+  elif kind == 'below a file':
+    path.write_bytes(ROW)
+    return path / 'x.jsonl'
+  else:
+    utf8, deep = ROW + b'{"id": "\xff"}\n', b'[' * 100_000 + b'\n'
+    path.write_bytes(dict(utf8=utf8, zip=ROW, deep=deep)[kind])
+  return path
+
+
+@pytest.mark.parametrize('name, kind, message', [
+    ('x.jsonl', 'folder', r'x.jsonl is a folder; give a file'),
+    ('x.jsonl.gz', 'folder', r'x.jsonl.gz is a folder; give a file'),
+    ('x.jsonl', 'below a file', r'x.jsonl/x.jsonl does not exist'),
+    ('x.jsonl', 'utf8', r'x.jsonl:2: not a JSON object'),
+    ('x.jsonl', 'deep', r'x.jsonl:1: not a JSON object'),
+    ('x.jsonl.gz', 'zip', r'x.jsonl.gz:1: the file cannot be read further \(Not a gzipped file')])
+def test_what_is_no_file_of_records_is_refused(tmp_path, name, kind, message):
+  with pytest.raises(InputError, match=message):
+    list(records.read(put(tmp_path / name, kind)))
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('folder', r'x.json is a folder; give a score'), ('utf8', r'x.json: not JSON .*; give a score'),
+    ('below a file', r'x.json/x.jsonl cannot be read \(Not a directory\); give a score'),
+    ('deep', r'x.json: not JSON .*; give a score')])
+def test_what_is_no_json_file_is_refused(tmp_path, kind, message):
+  with pytest.raises(InputError, match=message):
+    records.read_json(put(tmp_path / 'x.json', kind), 'give a score')
+
+
+def denied(*args, **kwargs):
+  raise PermissionError(13, 'Permission denied', 'x')
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+  path = epath.Path(tmp_path / 'x.jsonl')
+  path.write_bytes(ROW)  # not by its mode, which root may ignore
+  for method in ('exists', 'open', 'read_bytes'):
+    monkeypatch.setattr(type(path), method, denied)
+    with pytest.raises(InputError, match=r'x.jsonl cannot be read \(Permission denied\)'):
+      records.read_json(path, '') if method == 'read_bytes' else list(records.read(path))
+    monkeypatch.undo()
+  monkeypatch.setattr(type(path), 'open', denied)
+  with pytest.raises(InputError, match=r'y.jsonl cannot be written \(Permission denied\); give'):
+    records.write(tmp_path / 'y.jsonl', [])
+  assert os.listdir(tmp_path) == ['x.jsonl']
+
+
+@pytest.mark.parametrize('out, message', [
+    ('folder', r'folder is a folder; give the name of a file'),
+    ('', r' is a folder; give the name of a file'),
+    ('file/x.jsonl', r'x.jsonl cannot be written: .*file is a file, not a folder; give another'),
+    ('file/new/x.jsonl', r'x.jsonl cannot be written: .*file is a file, not a folder; give'),
+    ('x' * 300, r' cannot be written \(File name too long\); give another')])
+def test_a_place_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch, out, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('kept')
+  with pytest.raises(InputError, match=message):
+    records.write(tmp_path / out if out else '', [dict(id='a')])
+  assert sorted(os.listdir(tmp_path)) == ['file', 'folder'] and not os.listdir(tmp_path / 'folder')
+  assert (tmp_path / 'file').read_text() == 'kept'
+
+
+@pytest.mark.parametrize('value, said', [('"4"', '"4"'), ('NaN', 'NaN'), ('true', 'true'),
+                                         ('[4]', r'\[4\]'), ('-Infinity', '-Infinity')])
+def test_a_score_is_a_finite_number_or_null(tmp_path, value, said):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"score": null}\n{"score": 4}\n{"score": 2.5}\n{"score": 1' + '0' * 400 + '}\n')
+  assert len(list(records.read(path, 'score'))) == 4
+  path.write_text('{"score": 1}\n{"score": ' + value + '}\n')
+  with pytest.raises(InputError, match=f'x.jsonl:2: "score" is {said}, which is no number; mend'):
+    list(records.read(path, 'score'))

@@ -40,11 +40,12 @@ def run(config, workdir):
 def measure(folder, quorum: int) -> dict:
   """The numbers of the files that there are in the folder of a model; shares are of 1, lengths in characters."""
   folder = epath.Path(folder)
-  responses, judgements = (_shards(folder / part, stem) for part, stem in (('respond', 'responses'),
-                                                                           ('judge', 'judgements')))
-  pairs = _lines(folder / 'pairs' / 'pairs.jsonl')
+  responses = _shards(folder / 'respond', 'responses', 'id', 'prompt_id', 'response', 'finish')
+  judgements = _shards(folder / 'judge', 'judgements', 'response_id', 'score', 'reason')
+  pairs = _lines(folder / 'pairs' / 'pairs.jsonl', 'chosen', 'rejected', 'chosen_score',
+                 'rejected_score')
   found, sentences = {}, []
-  if attempts := _lines(folder / 'prompts' / 'attempts.jsonl'):
+  if attempts := _lines(folder / 'prompts' / 'attempts.jsonl', 'dropped'):
     fates = Counter(a['dropped'] for a in attempts)
     kept, passed = len(_lines(folder / 'prompts' / 'prompts.jsonl')), fates.pop('', 0)
     fates['more than wanted'] = passed - kept
@@ -152,19 +153,20 @@ def unparsed(judgements: list[dict]) -> Counter:
 
 
 def _repeated(responses: list[dict]) -> float:
-  return 1 - len({(r['prompt_id'], r['response'].strip()) for r in responses}) / max(len(responses), 1)
+  different = {(r['prompt_id'], r['response'].strip()) for r in responses}
+  return 1 - len(different) / len(responses) if responses else 0.0
 
 
 def _length(rows: list[dict], side: str) -> float:
   return round(statistics.fmean(len(r[side]) for r in rows), 1) if rows else 0.0
 
 
-def _shards(folder, stem: str) -> list[dict]:
-  return list(records.read_shards(folder, stem)) if list(folder.glob(f'{stem}-*')) else []
+def _shards(folder, stem: str, *fields: str) -> list[dict]:
+  return list(records.read_shards(folder, stem, *fields)) if list(folder.glob(f'{stem}-*')) else []
 
 
-def _lines(path) -> list[dict]:
-  return list(records.read(path)) if path.exists() else []
+def _lines(path, *fields: str) -> list[dict]:
+  return list(records.read(path, *fields)) if path.exists() else []
 
 
 if __name__ == '__main__':

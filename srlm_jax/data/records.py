@@ -3,9 +3,13 @@
 Every record is one JSON object a line, with a string `id`. Files end in .jsonl or .jsonl.gz.
 """
 from collections.abc import Iterable, Iterator
+import contextlib
 import gzip
 import hashlib
+import itertools
 import json
+import math
+import operator
 import os
 import zlib
 
@@ -13,7 +17,11 @@ from etils import epath
 
 from srlm_jax import InputError
 
-_TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejected split finish'.split())
+_REQUEST = dict(responses='prompt_id', judgements='response_id', comparisons='response_id')  # other shards: id
+_TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejected split finish '
+                   'chosen_finish rejected_finish reason dropped'.split())
+_NUMBERS = frozenset('step loss margin accuracy j score chosen_score rejected_score'.split())
+_NULLABLE = frozenset(['score'])  # null: a judgement that could not be parsed
 
 
 def read(path, *fields: str) -> Iterator[dict]:
@@ -25,29 +33,45 @@ def read(path, *fields: str) -> Iterator[dict]:
 def numbered(path, *fields: str) -> Iterator[tuple[str, dict]]:
   """Yields what `read` yields, each record with its place, file:line."""
   path = epath.Path(path)
-  if not path.exists():
-    raise InputError(f'{path} does not exist; run the stage that writes it first')
-  with path.open('rb') as raw:
+  with reading(path, 'give a file of JSON lines'):
+    if not path.exists():
+      raise InputError(f'{path} does not exist; run the stage that writes it first')
+    file = path.open('rb')
+  with file as raw:
     lines = gzip.open(raw) if path.suffix == '.gz' else raw
     number = 0
     try:
       for number, line in enumerate(lines, 1):
         if line.strip():
-          yield f'{path}:{number}', _parse(line, f'{path}:{number}', fields)
+          yield f'{path}:{number}', parse(line, f'{path}:{number}', fields)
     except (EOFError, OSError, zlib.error) as error:
       raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it again') from error
 
 
 def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
-  """Yields the records of every shard `stem-00000-of-00001.jsonl` of a stage, in the order of the shards."""
+  """Yields the records of every shard `stem-00000-of-00001.jsonl` of a stage, in the order of the requests.
+
+  Host h of H writes the requests h, h + H, h + 2 H, .. (`stage.share`), each as one or more records in a row. Taking
+  one request from every shard in turn gives the order in which a single host would have written them.
+  """
   paths = sorted(epath.Path(folder).glob(f'{stem}-*-of-*.jsonl'))
   if not paths:
     raise InputError(f'{folder} holds no {stem}-*.jsonl; run the stage that writes it first')
   count = int(paths[0].stem.rpartition('-')[2])
   if [p.name for p in paths] != [shard_name(stem, i, count) for i in range(count)]:
     raise InputError(f'{folder} should hold {count} shards of {stem} and holds {len(paths)}; rerun the stage')
-  for path in paths:
-    yield from read(path, *fields)
+  if count == 1:
+    yield from read(paths[0], *fields)
+    return
+  field = _REQUEST.get(stem, 'id')
+  streams = [itertools.groupby(read(path, field, *fields), key=operator.itemgetter(field)) for path in paths]
+  while streams:
+    left = []
+    for stream in streams:
+      if found := next(stream, None):
+        yield from found[1]
+        left.append(stream)
+    streams = left
 
 
 def shards(folder, stem: str) -> list:
@@ -74,17 +98,60 @@ def same_hosts(path):
                        f'{int(count)}; finish it on as many, or delete {path.parent}')
 
 
+def read_json(path, advice: str):
+  """The value of a JSON file; `advice` ends the error where it cannot be read or is not JSON."""
+  path = epath.Path(path)
+  with reading(path, advice):
+    data = path.read_bytes()
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not JSON ({error}); {advice}') from error
+
+
+@contextlib.contextmanager
+def reading(path, advice: str):
+  """Turns an error of the file system in reading `path` into an InputError with `advice`."""
+  try:
+    yield
+  except IsADirectoryError as error:
+    raise InputError(f'{path} is a folder; {advice}') from error
+  except OSError as error:
+    raise InputError(f'{path} cannot be read ({error.strerror or error}); {advice}') from error
+
+
+@contextlib.contextmanager
+def replacing(path):
+  """Yields an open file that replaces `path` once it is written; an error leaves `path` as it was.
+
+  An error of the file system becomes an InputError.
+  """
+  path = epath.Path(path)
+  partial = path.parent / f'{path.name}.partial'
+  try:
+    if path.is_dir():
+      raise InputError(f'{path} is a folder; give the name of a file')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open('w', encoding='utf-8') as file:
+      yield file
+    partial.replace(path)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    if not isinstance(error, OSError):
+      raise
+    blocking = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+    why = f': {blocking} is a file, not a folder' if blocking else f' ({error.strerror or error})'
+    raise InputError(f'{path} cannot be written{why}; give another path') from error
+
+
 def write(path, records: Iterable[dict]) -> int:
   """Writes a whole file at once, or nothing; returns how many records."""
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.parent / f'{path.name}.partial'
   count = 0
-  with partial.open('w') as f:
+  with replacing(path) as file:
     for record in records:
-      f.write(dump(record))
+      file.write(dump(record))
       count += 1
-  partial.replace(path)
   return count
 
 
@@ -126,16 +193,37 @@ def digest(*parts: str) -> str:
   return hashlib.sha256('\x1f'.join(parts).encode()).hexdigest()[:16]
 
 
-def _parse(line: bytes, where: str, fields) -> dict:
+def is_number(value) -> bool:
+  """Whether a JSON value is a finite number.
+
+  >>> is_number(2.5), is_number(True), is_number(float('nan'))
+  (True, False, False)
+  """
+  return isinstance(value, int | float) and not isinstance(value, bool) and (
+      isinstance(value, int) or math.isfinite(value))
+
+
+def parse(line: bytes, where: str, fields, optional=()) -> dict:
+  """One line as a record, checked to hold `fields`.
+
+  `where`: file:line, for errors; `optional`: fields whose values are checked where present.
+  """
   try:
     record = json.loads(line)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f'{where}: not a JSON object ({error}); mend or delete the line') from error
   if not isinstance(record, dict):
-    raise InputError(f'{where}: a {type(record).__name__} where a JSON object belongs')
+    raise InputError(f'{where}: a {type(record).__name__} where a JSON object belongs; '
+                     f'mend or delete the line')
   for field in fields:
     if field not in record:
       raise InputError(f'{where}: no field "{field}"; it has {", ".join(sorted(record))}')
-    if field in _TEXTS and not isinstance(record[field], str):
-      raise InputError(f'{where}: "{field}" is {json.dumps(record[field])[:40]}, not a text; mend or delete the line')
+  for field in (*fields, *(name for name in optional if name in record)):
+    value = record[field]
+    wrong = ('not a text' if field in _TEXTS and not isinstance(value, str) else
+             'which is no number' if field in _NUMBERS and not is_number(value)
+             and not (value is None and field in _NULLABLE) else '')
+    if wrong:
+      raise InputError(f'{where}: "{field}" is {json.dumps(value)[:40]}, {wrong}; '
+                       f'mend or delete the line')
   return record

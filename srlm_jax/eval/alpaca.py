@@ -11,7 +11,6 @@ import math
 import statistics
 
 from absl import flags
-from etils import epath
 
 from srlm_jax import InputError, stage
 from srlm_jax.data import records
@@ -45,12 +44,7 @@ def win_rate(annotations: list[dict]) -> dict:
 def read_annotations(path) -> list[dict]:
   """The annotations of one model against the baseline, checked."""
   hint = 'give the annotations.json of alpaca_eval'
-  try:
-    annotations = json.loads(epath.Path(path).read_text())
-  except OSError as error:
-    raise InputError(f'{path} cannot be read; {hint}') from error
-  except ValueError as error:
-    raise InputError(f'{path}: not JSON ({error}); {hint}') from error
+  annotations = records.read_json(path, hint)
   if not isinstance(annotations, list) or not annotations:
     raise InputError(f'{path}: not a list of annotations; {hint}')
   for i, a in enumerate(annotations):
@@ -103,12 +97,9 @@ def main(argv):
     annotations = read_annotations(f.annotations)
     made = dict(generator=annotations[0]['generator_2'], **win_rate(annotations))
     said = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in made.items())
-  out = epath.Path(f.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  partial = out.parent / f'{out.name}.partial'
-  partial.write_text(json.dumps(made, ensure_ascii=False, indent=1) + '\n')
-  partial.replace(out)
-  print(f'{out}: {said}')
+  with records.replacing(f.out) as file:
+    file.write(json.dumps(made, ensure_ascii=False, indent=1) + '\n')
+  print(f'{f.out}: {said}')
 
 
 if __name__ == '__main__':

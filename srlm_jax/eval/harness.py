@@ -8,10 +8,7 @@
 
 Tasks run one by one: give --results of the same model once a file.
 """
-import json
-
 from absl import flags
-from etils import epath
 
 from srlm_jax import InputError, stage
 from srlm_jax.data import records
@@ -55,13 +52,7 @@ def table(models: dict[str, dict[str, tuple]]) -> dict:
 
 def read_results(path) -> dict[str, tuple]:
   """A results file -> {task: (metric, percent, shots or None)} of those of the nine tasks that it holds."""
-  path = epath.Path(path)
-  try:
-    data = json.loads(path.read_text())
-  except OSError as error:
-    raise InputError(f'{path} cannot be read; give a results file of lm-eval') from error
-  except ValueError as error:
-    raise InputError(f'{path}: not JSON ({error}); give a results file of lm-eval') from error
+  data = records.read_json(path, 'give a results file of lm-eval')
   results = data.get('results') if isinstance(data, dict) else None
   if not isinstance(results, dict):
     raise InputError(f'{path} has no "results"; give a results file of lm-eval, not its samples')
