@@ -50,9 +50,3 @@ def test_every_module_has_a_test_of_its_own():
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path
-
-
-def test_files_fit_in_the_head():
-  files = [p for room in ('srlm_jax', 'tests', 'configs', 'bench') for p in (ROOT / room).rglob('*.py')]
-  long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 320}
-  assert not long
