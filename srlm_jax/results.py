@@ -68,7 +68,7 @@ def of_models(workdir) -> list[dict]:
 
 def graded(folder) -> dict[str, float]:
   """MODEL/oracle -> {prompt id: score of the sampled answer}; {} where there is none."""
-  return {r['prompt_id']: r['score'] for r in lines(folder / 'oracle' / 'graded.jsonl')}
+  return {r['prompt_id']: r['score'] for r in lines(folder / 'oracle' / 'graded.jsonl', 'prompt_id', 'score')}
 
 
 def compared(mine: dict[str, float], last: dict[str, float], base: dict[str, float]) -> dict:

@@ -102,7 +102,10 @@ def main(run, **extra):
 
 def keep_compiled(workdir):
   """Keeps compiled programs in the workdir, so that no stage compiles what another has (unless JAX's own setting says
-  where)."""
+  where). Raises InputError if the workdir is a file, or below one."""
+  folder = epath.Path(workdir)
+  if blocking := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
+    raise InputError(f'--workdir={workdir}: {blocking} is a file, not a folder; give another path')
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(epath.Path(workdir) / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
@@ -225,6 +228,8 @@ def hash_file(path) -> str:
   path = epath.Path(path)
   if not path.exists():
     raise InputError(f'{path} does not exist; run the stage that writes it first')
+  if path.is_dir():
+    raise InputError(f'{path} is a folder; give a file')
   digest = hashlib.sha256()
   with path.open('rb') as f:
     while block := f.read(1 << 20):

@@ -74,6 +74,13 @@ def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(tmp_path, 
   assert list(records.read_shards(tmp_path, stem)) == sum(requests, [])
 
 
+def test_a_file_that_is_no_shard_beside_the_shards_is_named(tmp_path):
+  records.write(tmp_path / records.shard_name('r', 0, 1), [dict(id='a')])
+  (tmp_path / 'r-00000-of-00001 (copy).jsonl').write_text('')
+  with pytest.raises(InputError, match=r'\(copy\).jsonl is no shard of r; delete or move it'):
+    list(records.read_shards(tmp_path, 'r'))
+
+
 def test_shards_of_another_number_of_hosts_are_refused(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 2), [dict(id='a')])
   records.same_hosts(tmp_path / records.shard_name('r', 1, 2))

@@ -62,6 +62,15 @@ def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
   assert 'Traceback' not in ran.stderr and not (ROOT / 'runs' / 'iter2-70b').exists()
 
 
+def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('')
+  for workdir in ('file', 'file/run'):
+    with pytest.raises(InputError, match='file is a file, not a folder; give another path'):
+      stage.keep_compiled(tmp_path / workdir)
+  with pytest.raises(InputError, match='is a folder; give a file'):
+    stage.hash_file(tmp_path)
+
+
 def test_a_stage_that_reads_from_an_unfinished_one_is_refused(tmp_path):
   before = stage.Stage(config(), tmp_path, 'judge', ())
   before.begin()

@@ -11,6 +11,7 @@ import json
 import math
 import operator
 import os
+import re
 import zlib
 
 from etils import epath
@@ -57,6 +58,9 @@ def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
   paths = sorted(epath.Path(folder).glob(f'{stem}-*-of-*.jsonl'))
   if not paths:
     raise InputError(f'{folder} holds no {stem}-*.jsonl; run the stage that writes it first')
+  for path in paths:
+    if not re.fullmatch(r'-\d{5}-of-\d{5}\.jsonl', path.name.removeprefix(stem)):
+      raise InputError(f'{path} is no shard of {stem}; delete or move it')
   count = int(paths[0].stem.rpartition('-')[2])
   if [p.name for p in paths] != [shard_name(stem, i, count) for i in range(count)]:
     raise InputError(f'{folder} should hold {count} shards of {stem} and holds {len(paths)}; rerun the stage')
