@@ -58,6 +58,15 @@ def test_everything_else_is_missing_with_a_reason_and_never_a_number(text, reaso
     ('The score is justified above. Score: 4', 4), ('Score: 4. It names the 1969 landing.', 4),
     ('<think>Score: 2</think>Score: 4', 4), ('<think>Score: 2', None), ('Score (out of 5): 4', 4),
     ('Score (out of 10): 4', None), ('Score: 3</s>', 3), (r'$\boxed{\text{Score: } 4}$', 4), ('Score： ４', 4),
+    ('Score: .5', None), ('Score: −1', None), ('Score: ≥4', None), ('Score: 4 ↓', None), ('Score: ,5', None),
+    ('Score: 3\n\n**Revised Score: 4**', 4), ('Score: 3\nThe final score: 2', 2), ('Score: 3\nTotal: 4/5', None),
+    ('Score: 3\n\nWait, the answer is wrong. Score: 2', None), ('Score: 3\nFinal score is 4', None),
+    ('**Relevance**\nScore: 2\n**Clarity**\nScore: 1\nTotal: 3', None), ('Score: 2\nScore: 4', 4),
+    ('- Score: 5/5\n- Score: 4/5\n- Score: 3/5\nIt deserves 4', None), ('Score: 5. It lost a point.', None),
+    ('Score: 4. However, I take a point away.', None), ('Score: 5 (before penalty)', None),
+    ('Score: 5 (as requested by the response)', None), ('It does not deserve Score: 5.', None), ('Score 4', 4),
+    ('Final Score 4/5', 4), ('## Score\n\n4', 4), ('Score: 2/5. It does not earn the third point.', 2),
+    ('Score: 4 (1 + 1 + 1 + 1 = 4)', 4), ('{"score": 4}', 4), ('Score: 2/5\nTo reach a score: 5, add sources.', 2),
     ('Score: 4 out of a possible 5', 4), ('Score: <total points: 4>', 4), ('Score -1', None), ('Score: 80%', None)])
 def test_a_number_is_read_only_where_the_text_around_it_leaves_no_doubt(text, score):
   assert JUDGE.parse(text)[0] == score
@@ -69,7 +78,7 @@ def test_no_labelled_judgement_is_misread_and_nearly_all_clear_ones_are_read():
   read = [j for j in JUDGEMENTS if JUDGE.parse(j['text'])[0] is not None]
   assert len(JUDGEMENTS) >= 300
   assert [j for j in read if JUDGE.parse(j['text'])[0] != j['score']] == []
-  assert len(read) >= 0.92 * len(clear)
+  assert len(read) >= 0.95 * len(clear)
 
 
 @pytest.mark.parametrize('form', [
@@ -259,18 +268,18 @@ def is_linear(function, start, loop):
   """True if 4 times the text takes less than 8 times as long (quadratic: 16), in one of 3 tries."""
   def seconds(n):
     before = time.process_time()
-    function(start + loop * n)
+    function(start + loop * n + 'x')
     return time.process_time() - before
   return any(seconds(16_000) < 8 * max(seconds(4_000), 0.02) for _ in range(3))
 
 
-LOOPS = ['final\n', 'final ', ' ', '*', 'Score: ', 'Score', 'Score\n', 'Score:\n', 'Score 4\n',
+LOOPS = ['0', 'final\n', 'the ', 'The final score ', 'Total: 4\n', 'It. Score: 3\n', 'not ', 'the third ', 'final ', ' ', '*', 'Score: ', 'Score', 'Score\n', 'Score:\n', 'Score 4\n',
          'Score: 4 (', '_', '(', '4', '4.', '\n', '1 + ', '1 =', 'Total: ', '<', '< ', '</', '[',
          '-', '| ', '\u200b', '\\text{', '</think>', 'or 4 ', 'second point ']
 
 
 @pytest.mark.parametrize('loop', LOOPS)
-@pytest.mark.parametrize('start', ['', 'Score: 4. The '])
+@pytest.mark.parametrize('start', ['', 'Score: 4. The ', 'Score: 1.'])
 def test_parsing_takes_linear_time(start, loop):
   assert is_linear(JUDGE.parse, start, loop)
 

@@ -90,6 +90,8 @@ class Judge:
       value, reason = self._value(last.value, reasoned=not last.below and (len(lines) == 1 or last.total))
       if not reason and len(lines) > 1 and not last.total and self._may_be_criteria(lines):
         return None, 'unreadable'
+      if not reason and last.begins and label and not self.words and _contradicted(label, text, value):
+        return None, 'unreadable'
       if reason:
         return None, reason
       values.append(value)
@@ -130,10 +132,12 @@ class Judge:
 
   def _may_be_criteria(self, lines: list[_Line]) -> bool:
     """Whether several score lines, the last of which is no total, may be points of single criteria: they all say 0 or
-    1 ("Score: 1" below each criterion), or they only have the label within and do not agree."""
-    scores = {self._value(line.value, reasoned=not line.below)[0] for line in lines}
-    points = not self.words and self.highest > 1 and scores <= {None, 0.0, 1.0}
-    return points or not lines[-1].begins and len(scores) > 1
+    1 ("Score: 1" below each criterion); three or more end below the highest; or they only have the label within, and do
+    not agree. Two different ones are a score and its correction: the last counts."""
+    scores = [self._value(line.value, reasoned=not line.below)[0] for line in lines]
+    read = [score for score in scores if score is not None]
+    points = not self.words and self.highest > 1 and set(read) <= {0.0, 1.0}
+    return points or len(read) > 2 and read[-1] < max(read) or not lines[-1].begins and len(set(scores)) > 1
 
   def _value(self, text: str, reasoned: bool) -> tuple[float | None, str]:
     """The points that a value stands for, or None with the reason. `reasoned`: a number may have a reason after it."""
@@ -174,24 +178,33 @@ _SPEAKER = re.compile(
     rf'^((?:[^\S\n]|[{_HIDDEN}])*(?:{_spelled("User")}|{_spelled("Assistant")})):',
     re.MULTILINE | re.IGNORECASE)
 
-_MARKUP = re.compile(r'''[*_`|"'“”<>()\[\]{}$]''')
+_TOTAL = r'(?:final|total|overall|revised|updated|corrected|adjusted|new)'
+_NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bcannot)\b[^.]*$", re.IGNORECASE)
+_MARKUP = re.compile(r'''[*_`|"'“”<>()\[\]{}$\\]''')
 _EMPHASIS = re.compile(r'[*_`"“”{}$]')
-_NOISE = re.compile(r'\\(?:boxed|text(?:bf|it)?|math(?:bf|rm))(?![A-Za-z])|</?[A-Za-z][^<>:\n]{0,30}>')  # LaTeX, tags
-_ASCII = {0xff01 + i: 0x21 + i for i in range(94)} | {ord(c): ' - ' for c in '–—'} | {ord('。'): '. '}
+_NOISE = re.compile(r'\\(?:boxed|text(?:bf|it)?|math(?:bf|rm))(?![A-Za-z])|</?[A-Za-z][^<>:\n]{0,30}>'
+                    rf'|[{_HIDDEN}]')  # LaTeX, tags, characters without width
+# Full-width characters, dashes, the minus sign and the Chinese full stop as ASCII.
+_ASCII = {0xff01 + i: 0x21 + i for i in range(94)} | {ord('–'): ' - ', ord('—'): ' - ', 0x2212: '-', ord('。'): '. '}
+_DIGITS = r'[0-9]{1,6}(?:\.[0-9]{1,6})?(?!\.?[0-9])'  # bounded, so that no text takes quadratic time
 _UNIT = r'(?: ?(?:total )?(?:points?|pts|stars?)\b)?'
-_AMOUNT = (rf'(?:(?:total )?points? ?[:=]? ?)?([-+]?[0-9]+(?:\.[0-9]+)?)(?![.0-9]*[0-9]){_UNIT}'
-           rf'(?: ?\(?(?:/|out of|of) ?(?:an? )?(?:possible |maximum )?(?:of )?([0-9]+(?:\.[0-9]+)?){_UNIT}\)?)?'
+_AMOUNT = (rf'(?:(?:total )?points? ?[:=]? ?)?([-+]?{_DIGITS}){_UNIT}'
+           rf'(?: ?\(?(?:/|out of|of) ?(?:an? )?(?:possible |maximum )?(?:of )?({_DIGITS}){_UNIT}\)?)?'
            rf'{_UNIT}(?: (?:in )?total\b)?')
-_ODD = r'[^\w%?+/=~-]*'  # what may stand around a number: no sign that changes it
-_NUMBER = re.compile(rf'{_ODD}{_AMOUNT}{_ODD}', re.IGNORECASE)
+_EMOJI = r'[\s\u2600-\u27bf\u2b50\u20e3\ufe0f\U0001f000-\U0001faff]*'
+_NUMBER = re.compile(rf'{_EMOJI}{_AMOUNT}[.!,;: ]*{_EMOJI}', re.IGNORECASE)
 _REASONED = re.compile(rf'[\s(\[<]*{_AMOUNT}[\s)\]>]*(?:[.,;:!]+\s|-+\s|(?=\()|\b(?=(?:because|since|as|due to|based on)\b)'
                        r'|(?=(?-i:The|This|It)\s))(?P<reason>.*)', re.IGNORECASE)
-# Words of a reason that may change the score: first of all, and anywhere.
+# Words of a reason that may change the score: at its beginning, and anywhere.
 _HEDGE = re.compile(r'\W*(?:or|and|to|maybe|perhaps|possibly|probably|but|though|if|up|not|almost|nearly|about|at least|'
-                    r'at most|plus|more|less)\b', re.IGNORECASE)
+                    r'at most|plus|more|less|before|tentative)\b', re.IGNORECASE)
 _OTHER = re.compile(r'\b(?:zero|two|three|four|five|six|seven|eight|nine|ten|half|second|third|fourth|fifth|another|'
-                    r'one (?:for|more|extra|point|is)|(?:extra|additional|bonus|more) points?|deduct\w*|subtract\w*|'
-                    r'minus|plus|instead|reconsider\w*|revis\w+)\b', re.IGNORECASE)
+                    r'one (?:for|more|extra|point|is)|(?:extra|additional|bonus|more) points?|a point|deduct\w*|'
+                    r'subtract\w*|minus|plus|instead|reconsider\w*|revis\w+|adjust\w*|los(?:es?|t|ing)|lower\w*|rais\w+|'
+                    r'reduc\w+|penal\w+|tentative|as requested by|would be the score|take\w* away)\b', re.IGNORECASE)
+# "It does not earn the third point" explains a score of 2.
+_NOT_EARNED = re.compile(r"(?:\bnot|n't|\bmiss\w*|\black\w*|\bfail\w*|\bwithout)\b[^.;]{0,60}\b(?:second|third|fourth|"
+                         r'fifth)\b', re.IGNORECASE)
 
 
 def neutralise(text: str, names: Iterable[str]) -> str:
@@ -293,28 +306,47 @@ def _in_form(value: str, before: str, written: str) -> str:
 def _score_lines(label: str, text: str) -> list[_Line]:
   """The lines that begin with `LABEL:`, whatever markdown is around it; if there is none, those that have it within.
 
-  >>> [line.value for line in _score_lines('Score', 'The style score: 2\\n**Total score:** Score: 3')]
+  >>> [line.value for line in _score_lines('Score', 'The style has a score: 2\\n**Total score:** Score: 3')]
   [' 3']
   """
   name = rf'{re.escape(label.strip())}(?![^\W_])(?:\s*\(out of ([0-9]+)\))?[\s*_`"]*'
   colon = r'(?::|[=|](?=[\s*_`]*[0-9])|-(?=\s[\s*_`]*[0-9]))'
-  begin = re.compile(rf'(?i)(?:[\W_]*((?:(?:final|total|overall)\s+)*){name}{colon})+(.*)')
-  within = re.compile(rf'(?i)(\b(?:final|total|overall) )?(?<![^\W_])(?<!\w-)(?<!maximum )(?<!perfect ){name}:(.*)')
+  words = rf'((?:(?:{_TOTAL}|the|my|so|thus|therefore|hence)\b[\s,]*)*)'
+  begin = re.compile(rf'(?i)(?:[\W_]*{words}{name}{colon})+(.*)')
+  bare = re.compile(rf'(?i)[\W_]*{words}{name}()(.*)')  # without a colon: "Score 4", or a heading above the number
+  within = re.compile(rf'(?i)({_TOTAL} )?(?<![^\W_])(?<!\w-)(?<!maximum )(?<!perfect ){name}:(.*)')
   lines = [line for line in _NOISE.sub(' ', text.translate(_ASCII)).split('\n') if _plain(line)]
-  beginning, others = [], []
+  made = {True: [], False: []}  # by whether the line begins with the label
   for at, line in enumerate(lines):
-    if found := begin.match(line):
-      beginning.append((at, found))
-    elif not beginning and (found := within.search(line)):
-      others.append((at, found))
-  made = []
-  for at, (total, top, value) in ((at, found.groups()) for at, found in beginning or others):
-    below = not re.search(r'\w', value)
-    if below:
-      following = [*lines[at + 1:at + 3], '', '']
-      value = following[0] if not re.match(r'[\W_]*[0-9]', following[1]) else ''  # no list of numbers
-    made.append(_Line(f'{value} out of {top}' if top else value, bool(beginning), bool(total), below))
-  return made
+    for pattern in (begin, bare, within):
+      if not (found := pattern.match(line) if pattern is not within else pattern.search(line)):
+        continue
+      before, top, value = found[1] or '', found[2], found[pattern.groups]
+      below = not re.search(r'\w', value)
+      if below:
+        following = [*lines[at + 1:at + 3], '', '']
+        value = following[0] if not re.match(r'[\W_]*[0-9]', following[1]) else ''  # no list of numbers
+      if pattern is bare and not _NUMBER.fullmatch(_plain(value)):
+        continue
+      if pattern is within and _NEGATED.search(line[max(0, found.start() - 60):found.start()]):
+        continue
+      total = bool(re.search(rf'(?i){_TOTAL}', before))
+      made[pattern is not within].append(
+          _Line(f'{value} out of {top}' if top else value, pattern is not within, total, below))
+      break
+  return made[True] or made[False]
+
+
+def _contradicted(label: str, text: str, score: float) -> bool:
+  """Whether a line after the last score line may say another score: `Total: 4`, or a new sentence with the label."""
+  name = rf'(?:{_TOTAL}(?: points?| score)?|.{{0,400}}[.!?] {re.escape(label.strip())})'
+  later = []
+  for line in text.translate(_ASCII).split('\n'):
+    if re.match(rf'(?i)[\W_]*(?:{_TOTAL}\s+)?{re.escape(label.strip())}[\s*_`"]*[:=]', line):
+      later = []
+    elif found := re.match(rf'(?i)[\W_]*{name}[\s*_`"]*(?::|=| is )[\s*_`"]*({_DIGITS})', line):
+      later.append(float(found[1]))
+  return any(value != score for value in later)
 
 
 def _sum(plain: str) -> str:
@@ -335,8 +367,10 @@ def _doubt(reason: str, score: float, highest: float) -> bool:
   >>> _doubt('It could be 3.', 2, 5), _doubt('one for relevance', 1, 5)
   (True, True)
   """
-  rest = re.sub(rf'(?:/|\bout of) ?{highest:g}\b', ' ', reason)
+  rest = _NOT_EARNED.sub(' ', re.sub(rf'(?:/|\bout of) ?{highest:g}\b', ' ', reason))
   named = [float(n) for n in re.findall(r'(?<![\w.])[0-9]+(?:\.[0-9]+)?', rest)]
+  if len(named) > 2 and named[-1] == score:
+    named.pop()  # 1 + 1 + 1 = 3
   if len(named) > 1 and sum(named) == score and max(named) <= 2:
     named = []  # the points of the criteria, which add up to the score
   return bool(_HEDGE.match(rest) or _OTHER.search(rest)
