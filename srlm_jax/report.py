@@ -39,6 +39,7 @@ def main(argv):
 
 def remake(workdir):
   """Writes report.html from the files of a run, finished or not; returns its path."""
+  check_table(epath.Path(workdir))
   rows, before = results.of_models(workdir), _results(epath.Path(workdir) / 'results.json')
   if not rows:
     raise InputError(f'{workdir} holds no model; the loop makes them: python -m srlm_jax.loop --help')
@@ -54,6 +55,7 @@ def write(workdir, rows, stopped: str):
   """Writes workdir/report.html, one page that needs no other file; returns its path."""
   path = epath.Path(workdir) / 'report.html'
   page = render(dict(collect(workdir), rows=rows, stopped=stopped))
+  page = page.encode('utf-8', 'replace').decode()  # half a character (\ud800) in a damaged text
   with records.replacing(path) as file:
     file.write(page)
   return path
@@ -62,7 +64,6 @@ def write(workdir, rows, stopped: str):
 def collect(workdir) -> dict:
   """All that the page shows, read from the files that are there."""
   workdir = epath.Path(workdir)
-  check_table(workdir)
   stages = {(owner, name): (_manifest(folder / 'manifest.json'), _done(folder / 'done.json'))
             for owner in ('data', *results.MODELS) for name in results.STAGES
             if ((folder := workdir / owner / name) / 'manifest.json').exists()}
@@ -100,7 +101,7 @@ def _iteration(folder, stages) -> dict:
       side + field for side in ('chosen', 'rejected') for field in ('', '_score', '_finish')))
   return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
               judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
-              quorum=stages[folder.name, 'judge'][0]['config']['judge']['quorum'] if judgements else 0,
+              quorum=stages.get((folder.name, 'judge'), ({}, {}))[0].get('config', {}).get('judge', {}).get('quorum', 0),
               shown=[(j, responses.get(j['response_id'])) for j in shown],
               made=_done(folder / 'pairs' / 'done.json'), pairs=pairs)
 
@@ -147,7 +148,7 @@ def warnings(page: dict) -> list[str]:
   found = [sentence for title, judgements in judged.items() for sentence in health.warn_judgements(title, judgements)]
   found += [sentence for title, made in texts.items() for sentence in health.warn_responses(title, made)]
   for i in page['iterations']:
-    if i['responses'] and i['judgements']:
+    if i['responses'] and i['judgements'] and i['quorum']:
       found += health.warn_ties(f'{i["model"]}/judge', i['responses'], i['judgements'], i['quorum'])
     if i['made'] and not i['made'].get('positives'):
       found += health.warn_pairs(f'{i["model"]}/pairs', i['pairs'], i['made']['prompts'])
@@ -249,7 +250,11 @@ def check_table(workdir):
   for file in {file for _, file, _, _ in results.COLUMNS if file}:
     keys = ' '.join(key for _, of, key, _ in results.COLUMNS if of == file)
     for model in results.MODELS:
-      _numbers(workdir / model / file, nullable=keys)
+      intervals = _numbers(workdir / model / file, nullable=keys).get('intervals', {})
+      if not isinstance(intervals, dict) or not all(
+          pair is None or isinstance(pair, list) and len(pair) == 2 and all(map(records.is_number, pair))
+          for pair in intervals.values()):
+        raise _damaged(workdir / model / file, 'intervals', intervals)
 
 
 def _results(path) -> dict:

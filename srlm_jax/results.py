@@ -32,7 +32,9 @@ TABLES = dict(
         ('parsed', 'agreement/agreement.json', 'parse_rate', 3),
         ('ceiling', 'oracle/oracle.json', 'ceiling', 3),
         ('oracle: pairwise', 'oracle/oracle.json', 'judge_pairwise', 3),
-        ('oracle: exact', 'oracle/oracle.json', 'judge_exact', 3)),
+        ('of graded pairs', 'oracle/oracle.json', 'judge_pairs', 0),
+        ('oracle: exact', 'oracle/oracle.json', 'judge_exact', 3),
+        ('of replies', 'oracle/oracle.json', 'judge_replies', 0)),
     data=(
         ('EFT examples', 'eft/done.json', 'examples', 0),
         ('pairs', 'pairs/done.json', 'pairs', 0),

@@ -5,7 +5,8 @@
 Training with `train.select` keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1). Here each is measured,
 and the best, of equal ones the earliest, is written to MODEL/model/selected.json; of the others the folders go.
 
-  agreement  pairwise accuracy of the model as a judge of the seeds' ranked evaluation replies
+  agreement  pairwise accuracy of the model as a judge of the seeds' ranked replies to tune on (data.ranked_tune); where
+             there are none, of the evaluation replies, whose agreement is then no longer clean
   a command  of yours: {checkpoint} in it becomes a checkpoint folder, and the last line that it prints is the measure,
              the higher the better. It runs beside this process, which holds the accelerators.
 """
@@ -81,6 +82,8 @@ def alone(workdir, folder, name: str, step: int):
 
 
 def _agreement(config, workdir) -> float:
+  config = config.copy_and_resolve_references()
+  config.eval.split = 'valid'  # what chooses a checkpoint is not what is reported, where there is another split
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
   measure = stage.summary(workdir / config.name / 'agreement')['pairwise_accuracy']

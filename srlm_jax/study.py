@@ -9,10 +9,11 @@ and later alone takes data, M0, SFT and M1 from the loop of the same seed, where
 same seeds.
 
 A difference has two standard errors. The one over prompts says how far it would move with other prompts and the same
-trained models; the one over seeds, with other trained models and the same prompts. The 95 % interval is Student's t
-interval of the mean over seeds, of differences paired by seed. With other seeds and other prompts at once the variances
-add up, so an interval near 0 is weak evidence.
+trained models; the one over seeds, with other trained models and the same prompts. With other seeds and other prompts at
+once the variances add up (`+- both`). The 95 % interval is Student's t interval of the mean over seeds, of differences
+paired by seed.
 """
+import math
 import shutil
 import statistics
 
@@ -26,10 +27,10 @@ from srlm_jax.data import scores
 
 LOOP = 'loop'  # the name of the runs without a change
 SHARED = ('data', 'm0', 'sft', 'm1')
-COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs',
-           'unscored as errors', 'ceiling', 'oracle: pairwise', 'oracle: exact', 'EFT examples', 'pairs', 'right',
+COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs', 'of prompts',
+           'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs', 'oracle: exact', 'of replies', 'EFT examples', 'pairs', 'right',
            'wrong', 'judge mean', 'oracle mean')  # of the loop's tables
-DIFFERENCE = ('+- prompts', '+- seeds', '95 % over seeds', 'in a seed')  # headings of what `_difference` shows
+DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'in a seed')  # headings of what `_difference` shows
 
 
 def define_flags():
@@ -134,14 +135,14 @@ def overview(folder) -> str:
                    key=lambda made: (made['name'] != LOOP, made['name']))
   models = results.MODELS[2:]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, 'wins', 'losses', 'pairs', 'right',
-            'judge: pairwise', 'oracle: pairwise', 'oracle: exact']]
+            'judge: pairwise', 'of pairs', 'oracle: pairwise', 'oracle: exact']]
   for made in studies:
     rows = {row['model']: row for row in made['models']}
     last = made['models'][-1]
     lines.append([made['name'], str(made['seeds']),
                   *(results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models),
                   *_difference(last['against']),
-                  *(results.number(last[h], h) for h in lines[0][-7:])])
+                  *(_mean(last, h) for h in lines[0][-8:])])
   return results.aligned(lines)
 
 
@@ -157,6 +158,7 @@ def _difference(found: dict | None) -> list[str]:
   several = found['interval'] is not None
   return [f'{found["mean"]:+.3f}', f'{found["over_prompts"]:.3f}',
           f'{found["over_seeds"]:.3f}' if several else '-',
+          f'{math.hypot(found["over_prompts"], found["over_seeds"]):.3f}' if several else '-',
           '{:+.3f} to {:+.3f}'.format(*found['interval']) if several else '-',
           f'{found["least"]:+.2f} to {found["most"]:+.2f}']
 

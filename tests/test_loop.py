@@ -54,11 +54,19 @@ def test_every_stage_ran_the_parameters_that_it_should(demo):
     assert json.loads((workdir / folder / 'manifest.json').read_text())['params'] == params[model], folder
 
 
-def test_no_prompt_is_written_in_two_rounds(demo):
+def test_no_prompt_is_written_in_two_rounds(demo, tmp_path):
   written = {m: [r['prompt'] for r in records.read(demo[0] / m / 'prompts' / 'prompts.jsonl')] for m in ('m2', 'm3')}
   assert not set(written['m2']) & set(written['m3']) and all(len(p) == 48 for p in written.values())
   inputs = json.loads((demo[0] / 'm3' / 'prompts' / 'manifest.json').read_text())['inputs']
   assert 'm2/prompts/prompts.jsonl' in inputs
+  for part in ('data', 'm0', 'm2'):
+    shutil.copytree(demo[0] / part, tmp_path / part)
+  first, = itertools.islice(records.read(demo[0] / 'm3' / 'prompts' / 'prompts.jsonl'), 1)
+  with (tmp_path / 'm2' / 'prompts' / 'prompts.jsonl').open('a') as f:  # as if M2's round had written it
+    f.write(records.dump(first))
+  main('sample.prompts', '--config=configs/iter3.py:tiny', f'--workdir={tmp_path}', *config_flags('m3'))
+  fates = {a['text'].strip(): a['dropped'] for a in records.read(tmp_path / 'm3' / 'prompts' / 'attempts.jsonl')}
+  assert fates[first['prompt']] == 'seen before'
 
 
 def test_dpo_starts_at_ln_2_and_metrics_are_in_both_places(demo):

@@ -278,7 +278,9 @@ def test_a_damaged_record_is_named_by_file_and_line(workdir, undrawn, name):
     ('m2/judge/manifest.json', '{"config": {"judge": {"n": 2}}}', 'no "config.judge.template"'),
     ('m2/oracle/oracle.json', lambda r: dict(r, score='3'), '"score" is "3"'),
     ('m2/oracle/oracle.json', without('standard_error'), 'no "standard_error"'),
-    ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'), '"ties" is "x"')])
+    ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'), '"ties" is "x"'),
+    ('m2/agreement/agreement.json', lambda r: dict(r, intervals=3), '"intervals" is 3'),
+    ('m2/agreement/agreement.json', lambda r: dict(r, intervals=dict(ties=[1, []])), '"intervals" is {"ties"')])
 def test_a_damaged_summary_is_named(workdir, undrawn, file, change, message):
   path = workdir / file
   if isinstance(change, str):

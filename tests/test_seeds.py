@@ -156,12 +156,13 @@ def conversations(number, *later):
     (3760, (1, 2, 0, 2), (3200, 256, 253, 2000, 153)),  # 51 conversations are left, of 3 prompts each
     (3730, (1, 6, 0, 2), (3200, 256, 253, 2000, 147)),  # 21 are left, of 7 each
     (3709, (1, 2, 0, 2), (3154, 252, 250, 2000, 119)),  # ranked_eval keeps its share: 190 x 3709 / 5899
+    (3800, (0, 0, 1), (3200, 256, 253, 1006, 182)),  # few later turns
     (3800, (), (2062, 165, 163, 1288, 122)),         # no later turn: the asked proportions
     (186, (1, 2, 0, 2), (158, 13, 12, 198, 6)),
     (186, (), (101, 8, 8, 63, 6)),
     (12, (), (7, 1, 0, 4, 0)),
 ])
-def test_first_turns_fill_ift_test_and_validation_and_no_set_starves(number, later, expected):
+def test_ift_test_and_validation_come_first_and_no_set_starves(number, later, expected):
   asked = PAPER | {'ranked_train': 2000, 'ranked_eval': 190}
   assert sizes(seeds.divide(conversations(number, *later), asked)) == expected
 

@@ -45,14 +45,14 @@ def test_a_gain_is_paired_by_prompt_and_has_an_error_over_prompts_and_one_over_s
 
 
 def test_every_study_of_the_folder_has_a_line(tmp_path):
-  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, against=dict(
+  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, errors={}, against=dict(
       mean=-0.5, over_prompts=0.1, over_seeds=0.3, interval=[-1.1, 0.1], least=-1, most=0))
   stage.write_json(tmp_path / 'blind.json', dict(name='blind', seeds=3, models=[dict(row, model='m2', wins=0.25)]))
   stage.write_json(tmp_path / 'loop.json', dict(name='loop', seeds=5, models=[dict(row, model='m1', against=None),
                                                                             dict(row, model='m2', against=None)]))
   _, first, second = study.overview(tmp_path).splitlines()
   assert first.split()[:2] == ['loop', '5'] and second.split()[:2] == ['blind', '3']
-  assert '-0.500       0.100     0.300  -1.100 to +0.100  -1.00 to +0.00  0.25' in second
+  assert '-0.500       0.100     0.300    0.316  -1.100 to +0.100  -1.00 to +0.00  0.25' in second
 
 
 def test_what_does_not_depend_on_a_change_is_taken_once(tmp_path):

@@ -1,8 +1,10 @@
+import io
 import json
 import shutil
 
 from hypothesis import given, strategies as st
 import pytest
+import sentencepiece
 import tokenizers as library
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 import transformers
@@ -315,3 +317,13 @@ def test_ids_beyond_the_tokenizer_are_shown_not_hidden(stories):
   tokenizer = tokenizers.load(stories, 600)
   ids = tokenizer.encode('Once upon')
   assert tokenizer.decode([*ids, 555]) == 'Once upon\ufffd'
+
+
+def test_a_sentencepiece_model_that_reads_marks_from_text_is_refused(tmp_path):
+  out = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(['Name a fruit: pear fig plum'] * 50), model_writer=out, vocab_size=40, model_type='bpe',
+      user_defined_symbols=['\n', '<start_of_turn>'], hard_vocab_limit=False, minloglevel=2)
+  (tmp_path / 'tokenizer.model').write_bytes(out.getvalue())
+  with pytest.raises(InputError, match='<start_of_turn> in any text as one piece'):
+    tokenizers.load(tmp_path)

@@ -6,6 +6,10 @@ import itertools
 import math
 import statistics
 
+import numpy as np
+
+DRAWS = 4000  # of the bootstrap
+
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -41,6 +45,21 @@ def orders(replies: list[tuple[float, float]]) -> list[float]:
 def standard_error(values: list[float]) -> float:
   """Of the mean; 0 of a single value."""
   return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def intervals(sums: np.ndarray, counts: np.ndarray) -> list[list[float] | None]:
+  """Two arrays [prompts, measures] -> of each measure the 95 % interval of sum / count over all prompts.
+
+  The percentiles of that ratio when prompts are drawn with replacement (the bootstrap of Efron 1979), because what
+  belongs to one prompt is not independent. None where a measure has no count. The draws are the same in every run.
+  """
+  prompts, measures = sums.shape
+  if not prompts:
+    return [None] * measures
+  drawn = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), DRAWS)
+  above, below = drawn @ sums, drawn @ counts
+  return [np.percentile(above[:, i][holds] / below[:, i][holds], (2.5, 97.5)).tolist()
+          if (holds := below[:, i] > 0).any() else None for i in range(measures)]
 
 
 def histogram(values: Iterable[float]) -> dict[str, int]:

@@ -7,9 +7,10 @@ IFT, test and validation are filled first, from first turns; then ranked_eval an
 the first and later turns of the remaining conversations, and ranked_train also the later turns of
 IFT conversations, because the paper limits only IFT to first turns. No turn of a conversation of
 test, validation or ranked_eval is in another set, nor is a later turn in which a user repeats the
-first message of such a conversation. The ranked sets keep at least the share that they get when all
-first turns are divided in the asked proportions, so too small a source without later turns is
-divided in these proportions.
+first message of such a conversation. So that no set is empty where first turns are short:
+ranked_eval keeps at least the share that it gets when all first turns are divided in the asked
+proportions, and in a source that cannot fill the first three sets, or has no later turn, so does
+ranked_train.
 """
 from collections import Counter
 from collections.abc import Iterator
@@ -238,14 +239,18 @@ def conversations(prompts: list[Prompt]) -> list[Conversation]:
 
 
 def guarantee(prompts: list[Prompt], asked: dict[str, int]) -> dict[str, int]:
-  """What the ranked sets get in any case: their share of first turns divided in proportion."""
+  """What the ranked sets get in any case: their share of first turns divided in proportion; but
+  ranked_train nothing where first turns can fill the best sets and later turns are left for it."""
   ask_best, ask_several = (sum(asked[name] for name in names) for names in (BEST_SETS, RANKED_SETS))
   share = min(Fraction(have, max(1, ask)) for have, ask in (
       (sum(p.best for p in prompts), ask_best), (sum(p.ordered for p in prompts), ask_several),
       (sum(not p.later for p in prompts), ask_best + ask_several)))
   total = min(ask_several, int(share * ask_several))
   sizes = apportion(total, [asked[name] for name in RANKED_SETS])
-  return dict(zip(RANKED_SETS, sizes, strict=True))
+  least = dict(zip(RANKED_SETS, sizes, strict=True))
+  if sum(p.best for p in prompts) >= ask_best and any(p.later for p in prompts):
+    least['ranked_train'] = 0
+  return least
 
 
 def spare(rest: list[Conversation], ask_best: int) -> int:

@@ -2,6 +2,7 @@
 from collections.abc import Sequence
 import itertools
 import json
+import re
 import secrets
 
 from etils import epath
@@ -60,17 +61,21 @@ class _SentencePiece(Tokenizer):
 
   def __init__(self, folder):
     import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=(folder / 'tokenizer.model').read_bytes())
     except RuntimeError as error:
       raise InputError(f'{folder / "tokenizer.model"} is no SentencePiece model; fetch it again') from error
     if self._model.bos_id() < 0 or self._model.eos_id() < 0:
       raise InputError(f'{folder / "tokenizer.model"} has no bos or no eos piece; train it with both')
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto()).pieces
+    if marks := [p.piece for p in pieces if p.type == p.USER_DEFINED and re.search(r'[<\[|].*[>\]|]', p.piece)]:
+      raise InputError(f'{folder / "tokenizer.model"} reads {", ".join(marks[:3])} in any text as one piece, so that a '
+                       f'prompt or response could imitate it; put the tokenizer.json of that model beside it')
     super().__init__(self._model.vocab_size(), self._model.bos_id(),
                      _eos_ids(folder, self._model.eos_id()))
 
-  def encode(self, text):
-    # Control pieces are never read from text; user-defined ones are, as all of the vocabulary.
+  def encode(self, text):  # sentencepiece never reads control pieces from text
     return self._model.encode(text)
 
   def decode(self, ids):

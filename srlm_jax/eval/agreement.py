@@ -18,7 +18,6 @@ from configs import base
 from srlm_jax import stage
 from srlm_jax.data import judges, records, scores as scoring
 
-DRAWS = 4000  # of the bootstrap
 MEASURES = ('pairwise_accuracy', 'pairwise_accuracy_all', 'ties', 'five_best', 'exact_match', 'spearman', 'kendall_tau')
 
 
@@ -27,7 +26,7 @@ def run(config, workdir):
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge_eval'
   highest = judges.load(config.judge.template).highest
-  s = stage.Stage(config, workdir, 'agreement', ('judge.template', 'eval.quorum', 'eval.split'),
+  s = stage.Stage(config, workdir, 'agreement', ('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune'),
                   [source, *sorted(folder.glob('judgements-*.jsonl'))])
   if s.done:
     return
@@ -67,7 +66,7 @@ def agreement(prompts: list[list[tuple[int, float | None]]], highest: float) -> 
   totals = dict(zip(MEASURES, counts.sum(0).astype(int).tolist(), strict=True))
   found = {m: float(s / n) if n else None for m, s, n in zip(MEASURES, sums.sum(0), counts.sum(0), strict=True)}
   return dict(found, pairs=totals['pairwise_accuracy'], pairs_all=totals['pairwise_accuracy_all'],
-              fives=totals['five_best'], prompts=totals['exact_match'], intervals=_intervals(sums, counts))
+              fives=totals['five_best'], prompts=totals['exact_match'], intervals=dict(zip(MEASURES, scoring.intervals(sums, counts), strict=True)))
 
 
 def _parts(replies: list[tuple[int, float | None]], highest: float) -> dict[str, tuple[float, int]]:
@@ -83,17 +82,6 @@ def _parts(replies: list[tuple[int, float | None]], highest: float) -> dict[str,
       exact_match=(int(right == pairs) * some, some),
       spearman=(_correlation(stats.spearmanr, scored) if some else 0.0, some),
       kendall_tau=(_correlation(stats.kendalltau, scored) if some else 0.0, some))
-
-
-def _intervals(sums, counts) -> dict[str, list[float] | None]:
-  """Of each column of two [prompts, measures] arrays: the 2.5 and 97.5 percentiles of the ratio of their sums, over
-  drawn prompts. The draws are the same in every run."""
-  if not len(sums):
-    return dict.fromkeys(MEASURES)
-  drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), DRAWS)
-  above, below = drawn @ sums, drawn @ counts
-  return {m: np.percentile(above[:, i][holds] / below[:, i][holds], (2.5, 97.5)).tolist()
-          if (holds := below[:, i] > 0).any() else None for i, m in enumerate(MEASURES)}
 
 
 def table(found: dict) -> str:

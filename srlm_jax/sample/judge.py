@@ -25,7 +25,7 @@ def run(config, workdir, on: str = ''):
       again=('judge_again', config.pairs.older, config.judge.n, ()),
       older=('judge_older', config.sampler, config.judge.n, ()),
       ranked=('judge', config.sampler, config.eft.tries, ('eft.tries',)),
-      eval=('judge_eval', config.name, config.eval.judgements, ('eval.judgements', 'eval.split')))
+      eval=('judge_eval', config.name, config.eval.judgements, ('eval.judgements', 'eval.split', 'data.ranked_tune')))
   if on not in ways:
     raise InputError(f'--on={on}{stage.closest(on, ways)}: it is one of {", ".join(ways)}')
   name, model, n, also = ways[on]

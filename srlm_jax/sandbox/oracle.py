@@ -1,6 +1,8 @@
 """What the program that knows the rubric says of a model: of its answers, and of its judgements."""
 import statistics
 
+import numpy as np
+
 from configs import base
 from srlm_jax import stage
 from srlm_jax.data import records, scores as scoring
@@ -49,21 +51,24 @@ def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
   judge_pairwise: of the `judge_pairs` pairs of scored replies with different grades, the share that the scores order
   as the grades do (ties are errors); judge_exact: of the `judge_replies` scored replies, the share whose mean score,
   rounded, is the grade. ceiling: the share of all `ceiling_pairs` pairs that the grades order as people rank them:
-  what a judge that never errs reaches against these noisy ranks. None where undefined.
+  what a judge that never errs reaches against these noisy ranks. None where undefined. intervals: 95 %, over prompts.
   """
-  by_grade, by_rank, exact = [], [], []
+  sums, counts = [], []
   for r in ranked:
-    replies = [(sum(world.grade(r['prompt'], reply['text'])), reply['rank'], judged.get(f'{r["id"]}/{reply["id"]}'))
-               for reply in r['replies']]
+    replies = [(sum(world.grade(r['prompt'], reply['text'])), reply['rank'],
+                judged.get(f'{r["id"]}/{reply["id"]}')) for reply in r['replies']]
     scored = [(grade, score) for grade, _, score in replies if score is not None]
-    by_grade += scoring.orders([(-grade, score) for grade, score in scored])
-    by_rank += scoring.orders([(rank, grade) for grade, rank, _ in replies])
-    exact += [scoring.whole(score) == grade for grade, score in scored]
-
-  def share(values):
-    return statistics.fmean(values) if values else None
-  return dict(judge_pairwise=share([d > 0 for d in by_grade]), judge_pairs=len(by_grade), judge_exact=share(exact),
-              judge_replies=len(exact), ceiling=share([d > 0 for d in by_rank]), ceiling_pairs=len(by_rank))
+    by_grade = scoring.orders([(-grade, score) for grade, score in scored])
+    by_rank = scoring.orders([(rank, grade) for grade, rank, _ in replies])
+    exact = [scoring.whole(score) == grade for grade, score in scored]
+    sums.append([sum(d > 0 for d in by_grade), sum(exact), sum(d > 0 for d in by_rank)])
+    counts.append([len(by_grade), len(exact), len(by_rank)])
+  sums, counts = (np.array(rows, float).reshape(-1, 3) for rows in (sums, counts))
+  names = ('judge_pairwise', 'judge_exact', 'ceiling')
+  found = {name: float(above / below) if below else None
+           for name, above, below in zip(names, sums.sum(0), counts.sum(0), strict=True)}
+  sizes = dict(zip(('judge_pairs', 'judge_replies', 'ceiling_pairs'), counts.sum(0).astype(int).tolist(), strict=True))
+  return dict(found, **sizes, intervals=dict(zip(names, scoring.intervals(sums, counts), strict=True)))
 
 
 if __name__ == '__main__':
