@@ -30,6 +30,7 @@ SHARED = ('data', 'm0', 'sft', 'm1')
 COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs', 'of prompts',
            'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs', 'oracle: exact', 'of replies', 'EFT examples', 'pairs', 'right',
            'wrong', 'judge mean', 'oracle mean')  # of the loop's tables
+JUDGE = ('judge: pairwise', 'oracle: exact')  # compared with M1's
 DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'in a seed')  # headings of what `_difference` shows
 
 
@@ -75,12 +76,31 @@ def take(source, run, parts):
 def table(runs, loops) -> list[dict]:
   """One row for each model: means over the runs that trained it with their standard error over seeds (`errors`), the
   number of runs, and how its answers differ from those of the model before it (`gain`) and from those of the same model
-  of the loops of the same seeds (`against`)."""
+  of the loops of the same seeds (`against`); and how its judging differs from that of M1 of the same seed (`judge`)."""
   found = [{row['model']: row for row in results.of_models(run)} for run in runs]
   made = [model for model in results.MODELS if any(model in rows for rows in found)]
   return [dict(model=model, **means(model, found), gain=paired(runs, model, runs, last),
-               against=paired(runs, model, loops, model) if runs != loops else None)
+               against=paired(runs, model, loops, model) if runs != loops else None,
+               judge={h: over_seeds([of_run[model][h] - of_run['m1'][h] for of_run in found if _has(of_run, model, h)])
+                      for h in JUDGE})
           for last, model in zip(['', *made], made, strict=False)]
+
+
+def _has(of_run: dict[str, dict], model: str, heading: str) -> bool:
+  return all(name in of_run and of_run[name][heading] is not None for name in (model, 'm1'))
+
+
+def over_seeds(values: list[float]) -> dict | None:
+  """Differences, one per seed -> their mean, its standard error and Student's 95 % interval; the last two are None of a
+  single seed. None of none."""
+  if not values:
+    return None
+  mean, error, interval = statistics.fmean(values), None, None
+  if len(values) > 1:
+    error = scores.standard_error(values)
+    width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    interval = [mean - width, mean + width]
+  return dict(mean=mean, over_seeds=error, interval=interval)
 
 
 def means(model: str, found: list[dict[str, dict]]) -> dict:
@@ -106,13 +126,7 @@ def paired(runs, model: str, others, other: str) -> dict | None:
     return None
   by_prompt = [statistics.fmean(run[prompt] for run in differences) for prompt in differences[0]]
   by_run = [statistics.fmean(run.values()) for run in differences]
-  mean, over_seeds, interval = statistics.fmean(by_run), None, None
-  if len(by_run) > 1:
-    over_seeds = scores.standard_error(by_run)
-    width = float(stats.t.ppf(0.975, len(by_run) - 1)) * over_seeds
-    interval = [mean - width, mean + width]
-  return dict(mean=mean, over_prompts=scores.standard_error(by_prompt), over_seeds=over_seeds, interval=interval,
-              least=min(by_run), most=max(by_run))
+  return dict(over_seeds(by_run), over_prompts=scores.standard_error(by_prompt), least=min(by_run), most=max(by_run))
 
 
 def text(rows: list[dict]) -> str:
@@ -125,7 +139,10 @@ def text(rows: list[dict]) -> str:
     made += [[['model', 'runs', *shown], *lines]] if lines else []
   made.append([['model', 'gain', *DIFFERENCE], *(
       [row['model'], *_difference(row['gain'])] for row in rows if row['gain'])])
-  return '\n\n'.join(map(results.aligned, made))
+  made.append([['model', *(cell for h in JUDGE for cell in (f'{h}, against m1', '+- seeds', '95 % over seeds'))], *(
+      [row['model'], *(cell for h in JUDGE for cell in _over_seeds(row['judge'][h]))]
+      for row in rows if row['model'] > 'm1' and any(row['judge'].values()))])
+  return '\n\n'.join(results.aligned(table) for table in made if len(table) > 1)
 
 
 def overview(folder) -> str:
@@ -151,16 +168,19 @@ def _mean(row: dict, heading: str) -> str:
   return f'{value} +-{results.number(row["errors"][heading], heading)}' if heading in row['errors'] else value
 
 
+def _over_seeds(found: dict | None) -> list[str]:
+  if not found or found['interval'] is None:
+    return [f'{found["mean"]:+.3f}' if found else '-', '-', '-']
+  return [f'{found["mean"]:+.3f}', f'{found["over_seeds"]:.3f}', '{:+.3f} to {:+.3f}'.format(*found['interval'])]
+
+
 def _difference(found: dict | None) -> list[str]:
   """The cells of DIFFERENCE, after the mean."""
   if not found:
     return ['-'] * (1 + len(DIFFERENCE))
-  several = found['interval'] is not None
-  return [f'{found["mean"]:+.3f}', f'{found["over_prompts"]:.3f}',
-          f'{found["over_seeds"]:.3f}' if several else '-',
-          f'{math.hypot(found["over_prompts"], found["over_seeds"]):.3f}' if several else '-',
-          '{:+.3f} to {:+.3f}'.format(*found['interval']) if several else '-',
-          f'{found["least"]:+.2f} to {found["most"]:+.2f}']
+  mean, seeds, interval = _over_seeds(found)
+  both = f'{math.hypot(found["over_prompts"], found["over_seeds"]):.3f}' if found['over_seeds'] is not None else '-'
+  return [mean, f'{found["over_prompts"]:.3f}', seeds, both, interval, f'{found["least"]:+.2f} to {found["most"]:+.2f}']
 
 
 if __name__ == '__main__':

@@ -40,12 +40,14 @@ def test_a_gain_is_paired_by_prompt_and_has_an_error_over_prompts_and_one_over_s
   assert (m1['runs'], m2['runs']) == (2, 1) and m2['against'] is None
   assert m2['gain'] == difference(-2 / 3, error([-4, 0, 2]), -2 / 3)
   assert (m1['wins'], m1['losses']) == (pytest.approx(1 / 2), 0)  # two prompts of the one run, one of the other
+  assert study.over_seeds([1.0, 2.0, 4.0]) == {k: difference(7 / 3, 0, 1, 2, 4)[k] for k in (
+      'mean', 'over_seeds', 'interval')} and study.over_seeds([]) is None
   assert '+1.167' in study.text([sft, m1]) and '+1.00 to +1.33' in study.text([m1])
   assert study.table(loops, loops)[1]['against'] is None
 
 
 def test_every_study_of_the_folder_has_a_line(tmp_path):
-  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, errors={}, against=dict(
+  row = dict.fromkeys(study.COLUMNS) | dict(gain=None, errors={}, judge={}, against=dict(
       mean=-0.5, over_prompts=0.1, over_seeds=0.3, interval=[-1.1, 0.1], least=-1, most=0))
   stage.write_json(tmp_path / 'blind.json', dict(name='blind', seeds=3, models=[dict(row, model='m2', wins=0.25)]))
   stage.write_json(tmp_path / 'loop.json', dict(name='loop', seeds=5, models=[dict(row, model='m1', against=None),
