@@ -9,9 +9,9 @@ and later alone takes data, M0, SFT and M1 from the loop of the same seed, where
 same seeds.
 
 A difference has two standard errors. The one over prompts says how far it would move with other prompts and the same
-trained models; the one over seeds, with other trained models and the same prompts. With other seeds and other prompts at
-once the variances add up (`+- both`). The 95 % interval is Student's t interval of the mean over seeds, of differences
-paired by seed.
+trained models; the one over seeds, with other trained models and the same prompts. With other seeds and other prompts
+at once the variances add up (`+- both`). The 95 % interval is Student's t interval of the mean over seeds, of
+differences paired by seed.
 """
 import math
 import shutil
@@ -28,10 +28,10 @@ from srlm_jax.data import scores
 LOOP = 'loop'  # the name of the runs without a change
 SHARED = ('data', 'm0', 'sft', 'm1')
 COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs', 'of prompts',
-           'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs', 'oracle: exact', 'of replies', 'EFT examples', 'pairs', 'right',
-           'wrong', 'judge mean', 'oracle mean')  # of the loop's tables
+           'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs', 'oracle: exact', 'of replies',
+           'EFT examples', 'pairs', 'right', 'wrong', 'judge mean', 'oracle mean')  # of the loop's tables
 JUDGE = ('judge: pairwise', 'oracle: exact')  # compared with M1's
-DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'in a seed')  # headings of what `_difference` shows
+DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'in a seed')  # headings of `_difference`
 
 
 def define_flags():

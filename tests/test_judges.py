@@ -273,9 +273,11 @@ def is_linear(function, start, loop):
   return any(seconds(16_000) < 8 * max(seconds(4_000), 0.02) for _ in range(3))
 
 
-LOOPS = ['0', 'final\n', 'the ', 'The final score ', 'Total: 4\n', 'It. Score: 3\n', 'not ', 'the third ', 'final ', ' ', '*', 'Score: ', 'Score', 'Score\n', 'Score:\n', 'Score 4\n',
-         'Score: 4 (', '_', '(', '4', '4.', '\n', '1 + ', '1 =', 'Total: ', '<', '< ', '</', '[',
-         '-', '| ', '\u200b', '\\text{', '</think>', 'or 4 ', 'second point ']
+LOOPS = [
+         '0', 'final\n', 'the ', 'The final score ', 'Total: 4\n', 'It. Score: 3\n', 'not ',
+         'the third ', 'final ', ' ', '*', 'Score: ', 'Score', 'Score\n', 'Score:\n', 'Score 4\n',
+         'Score: 4 (', '_', '(', '4', '4.', '\n', '1 + ', '1 =', 'Total: ', '<', '< ', '</', '[', '-',
+         '| ', '\u200b', '\\text{', '</think>', 'or 4 ', 'second point ']
 
 
 @pytest.mark.parametrize('loop', LOOPS)

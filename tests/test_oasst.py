@@ -8,13 +8,13 @@ import json
 import random
 import re
 
-from configs import base
 from conftest import DATA
 import pytest
 from test_judges import NAMES
 import test_seeds
 from test_seeds import check, FILES, PAPER, raw
 
+from configs import base
 from srlm_jax import InputError
 from srlm_jax.data import judges, oasst, records, templates
 

@@ -127,7 +127,8 @@ def test_seeds_are_the_same_for_the_same_seed_and_share_no_prompt():
     assert len({row['prompt'] for row in rows}) == len({row['id'] for row in rows}) == len(rows)
   for rows in seeds.values():
     for row in rows:
-      assert world.split(row['prompt']) == dict(eval='valid', tune='valid').get(row.get('split'), row.get('split', 'train'))
+      split = row.get('split', 'train')
+      assert world.split(row['prompt']) == ('valid' if split in ('eval', 'tune') else split)
 
 
 def test_no_held_out_instruction_is_in_the_corpus(texts):
@@ -203,7 +204,7 @@ def test_an_audit_counts_the_pairs_that_the_oracle_would_turn_round():
 def test_a_judge_is_measured_against_the_oracle_and_the_ranks_have_a_ceiling():
   texts = ['Sure, pear and fig.', 'pear and fig.', 'pear.']  # 5, 3, 2 points
   ranked = [dict(id='p', prompt='Name two nice fruits.',
-                 replies=[dict(id=str(i), text=text, rank=rank) for i, (text, rank) in enumerate(zip(texts, (1, 0, 2), strict=True))])]
+                 replies=[dict(id=str(i), text=texts[i], rank=rank) for i, rank in enumerate((1, 0, 2))])]
   perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0})
   assert (perfect['judge_pairwise'], perfect['judge_exact']) == (1, 1)
   assert (perfect['ceiling'], perfect['ceiling_pairs']) == (pytest.approx(2 / 3), 3)  # people prefer the blunt one

@@ -193,11 +193,12 @@ _AMOUNT = (rf'(?:(?:total )?points? ?[:=]? ?)?([-+]?{_DIGITS}){_UNIT}'
            rf'{_UNIT}(?: (?:in )?total\b)?')
 _EMOJI = r'[\s\u2600-\u27bf\u2b50\u20e3\ufe0f\U0001f000-\U0001faff]*'
 _NUMBER = re.compile(rf'{_EMOJI}{_AMOUNT}[.!,;: ]*{_EMOJI}', re.IGNORECASE)
-_REASONED = re.compile(rf'[\s(\[<]*{_AMOUNT}[\s)\]>]*(?:[.,;:!]+\s|-+\s|(?=\()|\b(?=(?:because|since|as|due to|based on)\b)'
-                       r'|(?=(?-i:The|This|It)\s))(?P<reason>.*)', re.IGNORECASE)
+_REASONED = re.compile(rf'[\s(\[<]*{_AMOUNT}[\s)\]>]*(?:[.,;:!]+\s|-+\s|(?=\()'
+                       r'|\b(?=(?:because|since|as|due to|based on)\b)|(?=(?-i:The|This|It)\s))(?P<reason>.*)',
+                       re.IGNORECASE)
 # Words of a reason that may change the score: at its beginning, and anywhere.
-_HEDGE = re.compile(r'\W*(?:or|and|to|maybe|perhaps|possibly|probably|but|though|if|up|not|almost|nearly|about|at least|'
-                    r'at most|plus|more|less|before|tentative)\b', re.IGNORECASE)
+_HEDGE = re.compile(r'\W*(?:or|and|to|maybe|perhaps|possibly|probably|but|though|if|up|not|almost|nearly|about|'
+                    r'at least|at most|plus|more|less|before|tentative)\b', re.IGNORECASE)
 _OTHER = re.compile(r'\b(?:zero|two|three|four|five|six|seven|eight|nine|ten|half|second|third|fourth|fifth|another|'
                     r'one (?:for|more|extra|point|is)|(?:extra|additional|bonus|more) points?|a point|deduct\w*|'
                     r'subtract\w*|minus|plus|instead|reconsider\w*|revis\w+|adjust\w*|los(?:es?|t|ing)|lower\w*|rais\w+|'

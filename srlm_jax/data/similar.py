@@ -130,7 +130,8 @@ def _sentence_runs(text: str, longest: int) -> Iterator[str]:
   >>> list(_sentence_runs('We have a bet. Name two jobs. Hurry!', 4))
   ['we have a bet', 'name two jobs', 'name two jobs hurry', 'hurry']
   """
-  sentences = [words for part in re.split(r'\b\d+[.)]|[.?!:;\n"“”‘’«»()\[\]|…–—。！？]+', text) if (words := normal(part).split())]
+  parts = re.split(r'\b\d+[.)]|[.?!:;\n"“”‘’«»()\[\]|…–—。！？]+', text)
+  sentences = [words for part in parts if (words := normal(part).split())]
   for start in range(len(sentences)):
     run = []
     for words in sentences[start:]:

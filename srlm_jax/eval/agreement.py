@@ -65,19 +65,20 @@ def agreement(prompts: list[list[tuple[int, float | None]]], highest: float) -> 
                   for i in range(2))
   totals = dict(zip(MEASURES, counts.sum(0).astype(int).tolist(), strict=True))
   found = {m: float(s / n) if n else None for m, s, n in zip(MEASURES, sums.sum(0), counts.sum(0), strict=True)}
+  intervals = dict(zip(MEASURES, scoring.intervals(sums, counts), strict=True))
   return dict(found, pairs=totals['pairwise_accuracy'], pairs_all=totals['pairwise_accuracy_all'],
-              fives=totals['five_best'], prompts=totals['exact_match'], intervals=dict(zip(MEASURES, scoring.intervals(sums, counts), strict=True)))
+              fives=totals['five_best'], prompts=totals['exact_match'], intervals=intervals)
 
 
 def _parts(replies: list[tuple[int, float | None]], highest: float) -> dict[str, tuple[float, int]]:
   """What one prompt adds to each measure: (numerator, denominator)."""
   scored = [(rank, score) for rank, score in replies if score is not None]
   orders = scoring.orders(scored)
-  right, pairs = sum(d > 0 for d in orders), len(orders)
+  right, pairs, pairs_all = sum(d > 0 for d in orders), len(orders), len(scoring.orders([(r, 0) for r, _ in replies]))
   some = int(pairs > 0)
   fives = [rank == 0 for rank, score in scored if score == highest] if some else []
   return dict(
-      pairwise_accuracy=(right, pairs), pairwise_accuracy_all=(right, len(scoring.orders([(r, 0) for r, _ in replies]))),
+      pairwise_accuracy=(right, pairs), pairwise_accuracy_all=(right, pairs_all),
       ties=(sum(d == 0 for d in orders), pairs), five_best=(sum(fives), len(fives)),
       exact_match=(int(right == pairs) * some, some),
       spearman=(_correlation(stats.spearmanr, scored) if some else 0.0, some),
@@ -94,8 +95,8 @@ def table(found: dict) -> str:
       low, high = found['intervals'][m]
       key, what = counts.get(m, ('prompts', 'prompts'))
       lines.append(f'  {m:22}{found[m]:7.3f}  [{low:.3f}, {high:.3f}]  {found[key]:6} {what}')
-  lines.append(f'  {found["replies_without_score"]} replies without a score; {found["parse_rate"]:.3f} of the judgements '
-               f'parsed; {found["prompts"]} prompts')
+  lines.append(f'  {found["replies_without_score"]} replies without a score; {found["parse_rate"]:.3f} of the '
+               f'judgements parsed; {found["prompts"]} prompts')
   return '\n'.join(lines)
 
 

@@ -81,8 +81,8 @@ def earlier_rounds(workdir, name: str) -> list:
 
 
 def requests(prompts) -> list[str]:
-  """What users ask in prompts that may be whole conversations (later turns of OASST1): the first message, and later ones
-  of at least `similar.HeldOut.SHORTEST` words, for shorter ones ("Tell me more.") are no prompts by themselves.
+  """What users ask in prompts that may be whole conversations (later turns of OASST1): the first message, and later
+  ones of at least `similar.HeldOut.SHORTEST` words, because shorter ones ("Tell me more.") are no prompts alone.
 
   >>> requests(['[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?', 'Name a tree.'])
   ['Name a fruit.', 'Name a tree.']

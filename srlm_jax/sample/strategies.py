@@ -75,8 +75,8 @@ def consistency(candidates: list[Candidate], config) -> Choice:
 
 
 def agreement(candidates: list[Candidate], config) -> Choice:
-  """`max_min` where the implicit reward, log p under the sampler minus log p under the older model, prefers the same one:
-  the data selection of Zhou et al. 2025 (SCIR, 2502.08922). SCIR's consistency loss is not implemented."""
+  """`max_min` where the implicit reward, log p under the sampler minus log p under the older model, prefers the same
+  one: the data selection of Zhou et al. 2025 (SCIR, 2502.08922). SCIR's consistency loss is not implemented."""
   choice = max_min(candidates, config)
   if not isinstance(choice, str):
     if choice[0].implicit is None or choice[1].implicit is None:
