@@ -101,7 +101,8 @@ def _iteration(folder, stages) -> dict:
       side + field for side in ('chosen', 'rejected') for field in ('', '_score', '_finish')))
   return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
               judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
-              quorum=stages.get((folder.name, 'judge'), ({}, {}))[0].get('config', {}).get('judge', {}).get('quorum', 0),
+              quorum=stages.get((folder.name, 'judge'), ({}, {}))[0].get('config', {}).get('judge', {}).get(
+                  'quorum', 0),
               shown=[(j, responses.get(j['response_id'])) for j in shown],
               made=_done(folder / 'pairs' / 'done.json'), pairs=pairs)
 

@@ -123,8 +123,8 @@ def tokenizer_folder(tmp_path_factory):
 
 # The sandbox, small enough for a test.
 CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data.ranked_tune=12',
-           'data.test_prompts=24', 'data.valid_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2', 'm2:train.save_every=2',
-           'train.batch=8')
+           'data.test_prompts=24', 'data.valid_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2',
+           'm2:train.save_every=2', 'train.batch=8')
 
 
 CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # the same programs, process after process

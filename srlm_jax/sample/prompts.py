@@ -29,7 +29,8 @@ def run(config, workdir):
   earlier = earlier_rounds(workdir, config.name)
   template = templates.load_author(c.template)
   params = checkpoint.recorded_hash(folder)
-  s = stage.Stage(config, workdir, 'prompts', ('prompts', *engines.KNOBS), [*sources, *earlier, *others], params, template)
+  s = stage.Stage(config, workdir, 'prompts', ('prompts', *engines.KNOBS), [*sources, *earlier, *others], params,
+                  template)
   if s.done:
     return
   ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)
