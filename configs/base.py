@@ -1,8 +1,12 @@
-"""Every knob once, with its unit and its source; PAPER: Yuan et al. 2024, arXiv 2401.10020.
+"""Every knob once, in the table `KNOBS`: default, allowed values, meaning with unit, source.
 
-`get(name, size)` is the config of one model of the paper's table at one size. Lengths are in tokens, rates are
-those of AdamW, counts are of examples unless said. `# not in the paper` marks what we chose.
+`get(name, size)` is the config of one model of the paper's table at one size, and `check` refuses
+what the table does not allow. Below the table, one function per model and per size sets what
+differs there; what it sets is in the unit that the table states. PAPER is Yuan et al. 2024, arXiv
+2401.10020. Lengths are in tokens, rates are those of AdamW.
 """
+from collections.abc import Iterator
+import dataclasses
 import math
 import shlex
 
@@ -15,114 +19,296 @@ SIZES = ('tiny', 'stories', '7b', '13b', '70b')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 
 
+@dataclasses.dataclass(frozen=True)
+class Values:
+  """Allowed values of a knob: a type; for numbers also a range, for strings also choices.
+
+  `least` and `most` belong to the range, `above` and `below` do not; `also` is one value outside
+  of it. NaN and infinity are in no range. A tuple holds at least one string.
+  """
+  kind: type  # int, float, bool, str or tuple
+  least: float = -math.inf
+  above: float = -math.inf
+  most: float = math.inf
+  below: float = math.inf
+  also: float | None = None
+  choices: tuple[str, ...] = ()
+
+  def has_type(self, value) -> bool:
+    """Whether the type is right; a whole number is also a float, and a bool is no number."""
+    if self.kind is tuple:
+      return isinstance(value, tuple) and all(isinstance(v, str) for v in value) and value != ()
+    kinds = (int, float) if self.kind is float else self.kind
+    return isinstance(value, kinds) and isinstance(value, bool) == (self.kind is bool)
+
+  def allow(self, value) -> bool:
+    """Whether the value has the type and is in the range or one of the choices."""
+    if not self.has_type(value):
+      return False
+    if self.kind in (int, float):
+      inside = self.least <= value <= self.most and self.above < value < self.below
+      return inside or value == self.also
+    return not self.choices or value in self.choices
+
+  def wanted(self, value=None) -> str:
+    """'it must be ..', or 'it is ..' before a complete list or range; names the type where `value`
+    has another one or is not finite."""
+    if self.choices:
+      return f'it is {_listed(self.choices)}'
+    kind = {int: 'a whole number', float: 'a finite number', bool: 'True or False', str: 'a string',
+            tuple: 'a tuple of strings'}[self.kind]
+    if self.kind not in (int, float):
+      return f'it must be {kind}'
+    right = self.has_type(value) and (isinstance(value, int) or math.isfinite(value))
+    closed = math.isfinite(self.least) and math.isfinite(self.most)
+    ends = [f'above {self.above:,}'] * math.isfinite(self.above)
+    ends += [f'{self.least:,} or more'] * (math.isfinite(self.least) and not closed)
+    ends += [f'at most {self.most:,}'] * (math.isfinite(self.most) and not closed)
+    ends += [f'less than {self.below:,}'] * math.isfinite(self.below)
+    text = f'{self.least:,} to {self.most:,}' if closed else ' and '.join(ends)
+    if self.also is not None:
+      text = f'{self.also}, or {text}'
+    if not right:
+      text = f'{kind} {text}' if text.startswith('above') else f'{kind}, {text}'
+    return f'it {"is" if closed else "must be"} {text}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+  """One line of the table."""
+  default: int | float | bool | str | tuple
+  values: Values
+  unit: str    # what it counts or says, with its unit
+  source: str  # of the default
+
+  def check(self, key: str, value):
+    """Raises InputError, one sentence, for a value that the table does not allow."""
+    if not self.values.allow(value):
+      raise InputError(f'config.{key} is {show(value)}; {self.wanted(value)}')
+
+  def wanted(self, value=None) -> str:
+    """What to write instead of `value`, with the unit."""
+    return f'{self.values.wanted(value)} ({self.unit})'
+
+
+def one_of(*choices: str) -> Values:
+  return Values(str, choices=choices)
+
+
+def show(value) -> str:
+  """A value of any type for an error message, shortened.
+
+  >>> show('x'), show(10 ** 5000)
+  ("'x'", 'an int of about 5000 digits')
+  """
+  if isinstance(value, int) and value.bit_length() > 128:
+    return f'an int of about {round(value.bit_length() * math.log10(2))} digits'
+  try:
+    return short(repr(value))
+  except ValueError:  # Python writes no int of more than 4,300 digits, not in a list either
+    return f'a {type(value).__name__}'
+
+
+def short(text: str, most: int = 120) -> str:
+  """A text for an error message: all of it, or its beginning and its length in characters."""
+  return text if len(text) <= most else f'{text[:most // 2]}.. ({len(text)} characters)'
+
+
+# Ranges. Both ends are far beyond any use: they keep arithmetic within int32 and float32.
+TINY = 1e-30  # lower ones may become 0 in float32, and then NaN
+MANY = 10**9  # two such counts still add up within int32
+COUNT = Values(int, above=0, most=MANY)
+COUNT_OR_0 = Values(int, least=0, most=MANY)
+AXIS = Values(int, above=0, most=MANY, also=-1)
+SEED = Values(int, least=0, most=2**32 - 1)  # jax.random.key drops higher bits without x64
+TEMPERATURE = Values(float, least=TINY, most=100, also=0)
+MASS = Values(float, least=TINY, most=1)
+SHARE = Values(float, least=0, most=1)
+BELOW_1 = Values(float, least=0, below=1)
+WEIGHT = Values(float, least=0, most=1000)
+SCORE = Values(float, least=-10**6, most=10**6)  # a template states its own scale
+RATE = Values(float, least=TINY, most=10)
+SWITCH = Values(bool)
+TEXT = Values(str)
+
+PAPER = 'PAPER 3.1'
+META = 'Meta-Rewarding, arXiv 2407.19594'
+INSTRUCT = 'Self-Instruct, arXiv 2212.10560'
+OURS = 'not in the paper'
+
+# key: Knob(default, allowed values, meaning with unit, source)
+_SECTIONS = {
+    '': dict(
+        name=Knob('m2', one_of(*MODELS), 'the model of the table', PAPER),
+        size=Knob('70b', one_of(*SIZES), 'of the model and of everything else', PAPER),
+        seed=Knob(0, SEED, 'of all random draws', OURS),
+        m0=Knob('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
+        model=Knob('llama2-70b', TEXT, 'what M0 must be: a name of models.config.PRESETS', PAPER),
+        sampler=Knob('', TEXT, 'the model that writes the data of this one', PAPER),
+        chat=Knob('llama2', one_of(*templates.CHATS), 'form of prompt and response', OURS),
+    ),
+    'mesh': dict(  # training, over all devices
+        data=Knob(1, AXIS, 'devices; -1: all that are left', OURS),
+        fsdp=Knob(-1, AXIS, 'devices; -1: all that are left', OURS),
+        tensor=Knob(1, AXIS, 'devices; -1: all that are left', OURS),
+    ),
+    'sample_mesh': dict(  # sampling, over the devices of each host
+        data=Knob(1, AXIS, 'devices per host; -1: all that are left', OURS),
+        fsdp=Knob(1, AXIS, 'devices per host; -1: all that are left', OURS),
+        tensor=Knob(-1, AXIS, 'devices per host; -1: all that are left', OURS),
+    ),
+    'data': dict(
+        source=Knob('oasst', one_of('oasst', 'ranked', 'sandbox'), 'kind of ranked replies', PAPER),
+        # oasst: flat or trees; ranked: see data/ranked.py
+        path=Knob('', TEXT, '.jsonl or .gz files, with commas', OURS),
+        ift=Knob(3200, COUNT_OR_0, 'examples: of OASST1 English, first turn, rank 0', PAPER),
+        test_prompts=Knob(256, COUNT_OR_0, 'prompts held out for head-to-head', PAPER),
+        valid_prompts=Knob(253, COUNT_OR_0, 'prompts held out for early stopping', PAPER),
+        # 1,630 EFT examples in the paper; of OASST1, any turn
+        ranked_train=Knob(2000, COUNT_OR_0, 'prompts for EFT', OURS),
+        # 541 replies, 2.85 per prompt
+        ranked_eval=Knob(190, COUNT_OR_0, 'prompts to measure judges on', PAPER),
+        ranked_tune=Knob(0, COUNT_OR_0, 'prompts to tune on, with eval.split=valid', OURS),
+        synthetic=Knob(False, SWITCH, 'keeps what a model wrote in OASST1', OURS),
+        documents=Knob(0, COUNT_OR_0, 'documents of the corpus of the sandbox', OURS),
+    ),
+    'train': dict(
+        init=Knob('', TEXT, 'the model that it starts from, and the reference of DPO', PAPER),
+        # corpus, ift, eft, positives (SFT); pairs, judge_pairs (DPO)
+        data=Knob(('',), Values(tuple), 'names of the files to train on', PAPER),
+        batch=Knob(16, COUNT, 'examples or pairs per step; packed, on average', PAPER),
+        pack=Knob(True, SWITCH, 'several examples per row, or one, padded', OURS),
+        # same result, fewer activations at a time
+        accumulate=Knob(1, COUNT, 'micro-batches per step', OURS),
+        epochs=Knob(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
+        warmup=Knob(0, COUNT_OR_0, 'steps', OURS),
+        weight_decay=Knob(0.0, WEIGHT, 'per step, times the learning rate', OURS),
+        b1=Knob(0.9, BELOW_1, 'decay of the first moment per step', OURS),
+        b2=Knob(0.95, BELOW_1, 'decay of the second moment per step', OURS),
+        clip=Knob(1.0, Values(float, least=TINY, most=10**12), 'global norm of the gradient', OURS),
+        dropout=Knob(0.1, BELOW_1, 'share of activations', PAPER),
+        # longer examples are dropped and counted
+        max_length=Knob(2048, COUNT, 'tokens per row', OURS),
+        # parameters and moments are float32
+        dtype=Knob('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
+        remat=Knob(True, SWITCH, 'recomputes activations in the backward pass', OURS),
+        save_every=Knob(200, COUNT, 'steps', PAPER),
+        keep=Knob(2, COUNT, 'checkpoints kept', OURS),
+        # srlm_jax/selection.py; '': the last
+        select=Knob('', TEXT, 'empty, agreement, or a command with {checkpoint} in it', OURS),
+        log_every=Knob(10, COUNT, 'steps', OURS),
+        # sft: on response tokens alone; dpo: on sums of log-probs, reference = init
+        loss=Knob('dpo', one_of('sft', 'dpo'), 'the loss', PAPER),
+        # cached: once, before training, then its parameters are freed
+        reference=Knob('step', one_of('step', 'cached'), 'when DPO runs the reference', OURS),
+        nll=Knob(0.0, WEIGHT, 'weight of the NLL per token of the chosen, Iterative RPO', OURS),
+        by_length=Knob(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
+        learning_rate=Knob(1e-6, RATE, 'per step, before the cosine', PAPER),
+        learning_rate_end=Knob(1e-7, Values(float, least=0, most=10), 'per step, after it', PAPER),
+        beta=Knob(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
+    ),
+    'sample': dict(
+        slots=Knob(64, COUNT, 'rows decoded together per host', OURS),
+        size=Knob(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
+        steps=Knob(8, COUNT, 'tokens per call; ended rows make room between calls', OURS),
+        dtype=Knob('bfloat16', one_of('float32', 'bfloat16'), 'of weights and activations', OURS),
+        # half the memory, once loaded; bench/int8.py prints what changes
+        int8=Knob(False, SWITCH, 'weights of 8 bits', OURS),
+    ),
+    'prompts': dict(  # self-instruction creation, PAPER 2.2 and 3.1
+        # PAPER: Llama-2-Chat-70B, fixed
+        author=Knob('m0', TEXT, 'a model of the run, a folder, or sampler: M_t', PAPER),
+        template=Knob('list', TEXT, 'a name in srlm_jax/data/author_*.txt, or a path', OURS),
+        chat=Knob('none', one_of('none', *templates.CHATS), 'form; none continues the list', OURS),
+        held_out=Knob('', TEXT, 'files of evaluation prompts to keep out, with commas', OURS),
+        round=Knob(256, COUNT, 'attempts that are shown the same accepted prompts', OURS),
+        # The paper states pairs: 3,964 of M1 and 6,942 of M2 (3.1). If 80 % of the prompts give a
+        # pair (a guess: prompts whose candidates all tie give none), 3,964 / .8 = 4,955 (m2 below)
+        # and 6,942 / .8 = 8,678.
+        count=Knob(8700, COUNT, 'accepted prompts wanted', OURS),
+        max_attempts=Knob(4, COUNT, 'attempts per wanted prompt before it gives up', OURS),
+        seed_shots=Knob(6, COUNT_OR_0, 'shots from the seeds', PAPER),
+        new_shots=Knob(2, COUNT_OR_0, 'shots from the prompts written before', PAPER),
+        shot_words=Knob(150, COUNT, 'words; longer seeds are not shown', OURS),
+        temperature=Knob(0.6, TEMPERATURE, '0: greedy', PAPER),
+        top_p=Knob(0.9, MASS, 'probability', PAPER),
+        top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Knob(192, COUNT, 'tokens', OURS),
+        rouge=Knob(0.7, SHARE, 'highest ROUGE-L F with a seed or accepted prompt', INSTRUCT),
+        rouge_held_out=Knob(0.7, SHARE, 'highest ROUGE-L F with a held-out prompt', OURS),
+        min_words=Knob(4, COUNT, 'words', INSTRUCT),
+        max_words=Knob(150, COUNT, 'words', INSTRUCT),
+    ),
+    'respond': dict(
+        n=Knob(4, COUNT, 'candidates per prompt', PAPER),
+        temperature=Knob(0.7, TEMPERATURE, '0: greedy', PAPER),
+        top_p=Knob(0.9, MASS, 'probability', PAPER),
+        top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Knob(1024, COUNT, 'tokens', OURS),
+    ),
+    'judge': dict(
+        template=Knob('additive', TEXT, 'a name in srlm_jax/data/judge_*.txt, or a path', PAPER),
+        on=Knob('responses', one_of('responses', 'again', 'older', 'ranked', 'eval'),
+                'what the judge stage judges', PAPER),
+        by=Knob('model', one_of('model', 'oracle', 'random'), 'the sampler, or a control', PAPER),
+        n=Knob(3, COUNT, 'judgements per candidate, averaged', PAPER),
+        quorum=Knob(2, COUNT, 'parsed judgements that a mean needs', OURS),
+        temperature=Knob(0.7, TEMPERATURE, '0: greedy', OURS),
+        top_p=Knob(0.9, MASS, 'probability', OURS),
+        top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Knob(256, COUNT, 'tokens: up to 100 words of reasons, then the score', OURS),
+    ),
+    'eft': dict(
+        # baseline: judgements of the SFT baseline; ranks: ranks of people as scores
+        targets=Knob('baseline', one_of('baseline', 'ranks'), 'who scores the replies', PAPER),
+        tries=Knob(3, COUNT, 'judgements per ranked reply', OURS),
+        quorum=Knob(1, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
+    ),
+    'pairs': dict(  # srlm_jax/sample/strategies.py describes each strategy, with its source
+        strategy=Knob('max_min', TEXT, 'a name in srlm_jax.sample.strategies', 'PAPER 2.2'),
+        unfinished_chosen=Knob(False, SWITCH, 'allows a chosen response cut at max_tokens', OURS),
+        margin=Knob(1.0, WEIGHT, 'least points between chosen and rejected: margin', OURS),
+        rho=Knob(0.1, Values(float, least=0, most=0.5),
+                 'share of the range of scores per band: length_controlled', OURS),
+        positive=Knob(5.0, SCORE, 'least mean score: positives_only', 'PAPER 3.3'),
+        older=Knob('', TEXT, 'the model before the sampler, to compare with', OURS),
+    ),
+    'meta_judge': dict(  # runs where train.data names judge_pairs
+        template=Knob('meta', TEXT, 'a name in srlm_jax/data/judge_*.txt, or a path', META),
+        temperature=Knob(0.7, TEMPERATURE, '0: greedy', OURS),
+        top_p=Knob(0.9, MASS, 'probability', OURS),
+        top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Knob(256, COUNT, 'tokens', OURS),
+        responses=Knob(1, COUNT, 'responses per prompt: where the judge differs most', META),
+        share=Knob(0.15, Values(float, least=0, most=0.99), 'of all pairs, at most', OURS),
+        score_share=Knob(0.5, SHARE, 'of the judge pairs, at most with one score chosen', OURS),
+    ),
+    'eval': dict(  # answers to held-out prompts
+        # valid, to tune on: then ranked replies too (data.ranked_tune)
+        split=Knob('test', one_of('test', 'valid'), 'held-out prompts', PAPER),
+        temperature=Knob(0.7, TEMPERATURE, '0: greedy', OURS),
+        top_p=Knob(0.9, MASS, 'probability', OURS),
+        top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        judgements=Knob(3, COUNT, 'judgements per ranked reply, averaged', OURS),
+        quorum=Knob(2, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
+    ),
+}
+KNOBS = {'.'.join(filter(None, (section, name))): knob
+         for section, knobs in _SECTIONS.items() for name, knob in knobs.items()}
+
+
 def get(name: str, size: str = '70b') -> ConfigDict:
   """The config of model `name` (m0, sft, m1, m2, m3 or m4), locked: an unknown key is refused."""
-  if size not in SIZES:
-    raise InputError(f'size {size!r} is unknown; it is one of {", ".join(SIZES)}')
-  c = ConfigDict()
+  for what, value, known in (('size', size, SIZES), ('model', name, MODELS)):
+    if value not in known:
+      raise InputError(f'{what} {value!r} is unknown; it is one of {", ".join(known)}')
+  c = _defaults('')
+  for section in filter(None, _SECTIONS):
+    c[section] = _defaults(section)
   c.name = name
   c.size = size
-  c.seed = 0
-  c.m0 = ''                   # the loop's: Hugging Face folder of M0; '': the sandbox's own (tiny)
-  c.model = f'llama2-{size}'  # what M0 must be: a name of models.config.PRESETS
-  c.sampler = dict(m1='sft', m2='m1', m3='m2', m4='m3').get(name, '')  # the model that writes this one's data
-  c.chat = 'llama2'           # form of prompt and response: plain, llama2, tokenizer (its own)
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))         # training, over all devices; -1: what is left
-  c.sample_mesh = ConfigDict(dict(data=1, fsdp=1, tensor=-1))  # sampling, over the devices of each host
-
-  c.data = ConfigDict()
-  c.data.source = 'oasst'     # oasst, ranked (any other ranked replies) or sandbox
-  c.data.path = ''            # .jsonl or .gz; commas between several; oasst: flat or trees; ranked: see data/ranked.py
-  c.data.ift = 3200           # PAPER 3.1: the reply ranked 0; of oasst English, first turn
-  c.data.test_prompts = 256   # PAPER 3.1: held out, for head-to-head
-  c.data.valid_prompts = 253  # PAPER 3.1: held out, for early stopping
-  c.data.ranked_train = 2000  # prompts for EFT, which yields 1,630 in PAPER 3.1; of oasst, any turn
-  c.data.ranked_eval = 190    # prompts to measure judges; 541 replies, 2.85 per prompt, PAPER 3.1
-  c.data.ranked_tune = 0      # the same to tune on, with eval.split=valid; the sandbox's alone
-  c.data.synthetic = False    # of oasst: keep what a model wrote
-  c.data.documents = 0        # of the sandbox's corpus
-
-  c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
-  c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2', m4='m3')[name]
-  c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft')).get(name, ('pairs',))
-
-  c.sample = ConfigDict()
-  c.sample.slots = 64         # rows decoded together on a host; not in the paper
-  c.sample.size = 4096        # tokens that a row of the cache holds, prompt and response; at most the model's context
-  c.sample.steps = 8          # tokens a call, between which ended rows make room; not in the paper
-  c.sample.dtype = 'bfloat16'
-  c.sample.int8 = False       # weights of 8 bits: half the memory, once loaded; bench/int8.py prints what changes
-
-  c.prompts = ConfigDict()    # self-instruction creation, PAPER 2.2 and 3.1
-  c.prompts.author = 'm0'     # fixed: a model of the run or a folder (PAPER: Llama-2-Chat-70B); sampler: M_t
-  c.prompts.template = 'list'  # srlm_jax/data/author_*.txt by name, or a file by path
-  c.prompts.chat = 'none'     # form in which the author is asked: none (continues the list), or a chat form
-  c.prompts.held_out = ''     # files of evaluation prompts that may not enter (AlpacaEval, MT-Bench), with commas
-  c.prompts.round = 256       # attempts that are shown the same accepted prompts; not in the paper
-  # Accepted prompts wanted; not in the paper, which states pairs: 3,964 of M1's and 6,942 of M2's (3.1). If 80 % of the
-  # prompts give a pair (a guess: prompts whose candidates all tie give none), 3,964 / .8 = 4,955, 6,942 / .8 = 8,678.
-  c.prompts.count = 5000 if name == 'm2' else 8700
-  c.prompts.max_attempts = 4  # give up after this many attempts a wanted prompt; not in the paper
-  c.prompts.seed_shots = 6
-  c.prompts.new_shots = 2     # of those written before
-  c.prompts.shot_words = 150  # longer seeds are not shown; not in the paper
-  c.prompts.temperature = 0.6
-  c.prompts.top_p = 0.9
-  c.prompts.top_k = 0  # 0: all
-  c.prompts.max_tokens = 192  # not in the paper
-  c.prompts.rouge = 0.7       # Self-Instruct: ROUGE-L F against every seed and accepted prompt, at most
-  c.prompts.rouge_held_out = 0.7  # the same against held-out and evaluation prompts; not in the paper
-  c.prompts.min_words = 4     # Self-Instruct
-  c.prompts.max_words = 150   # Self-Instruct
-
-  c.respond = ConfigDict()
-  c.respond.n = 4             # candidates a prompt, PAPER 3.1
-  c.respond.temperature = 0.7
-  c.respond.top_p = 0.9
-  c.respond.top_k = 0  # 0: all
-  c.respond.max_tokens = 1024  # not in the paper
-
-  c.judge = ConfigDict()
-  c.judge.template = 'additive'  # srlm_jax/data/judge_*.txt by name, or a file by path
-  c.judge.on = 'ranked' if name == 'm1' else 'responses'  # what the judge stage judges
-  c.judge.by = 'model'        # the sampler; or, to compare with: oracle, random (sandbox)
-  c.judge.n = 3               # judgements a candidate, averaged; PAPER 3.1
-  c.judge.quorum = 2          # parsed judgements that a mean needs; not in the paper
-  c.judge.temperature = 0.7   # not in the paper
-  c.judge.top_p = 0.9         # not in the paper
-  c.judge.top_k = 0  # 0: all
-  c.judge.max_tokens = 256    # up to 100 words of reasons, then the score
-
-  c.eft = ConfigDict()
-  c.eft.targets = 'baseline'  # written by the SFT baseline, as in PAPER 3.1; or ranks: people's ranks as scores
-  c.eft.tries = 3             # judgements of each ranked reply; not in the paper
-  c.eft.quorum = 1            # parsed judgements that a reply's mean needs; not in the paper
-
-  c.pairs = ConfigDict()      # srlm_jax/sample/strategies.py says what each strategy does, and whose it is
-  c.pairs.strategy = 'max_min'  # PAPER 2.2
-  c.pairs.unfinished_chosen = False  # may a response cut at the length limit be chosen? not in the paper
-  c.pairs.margin = 1.0        # points between chosen and rejected at least: margin
-  c.pairs.rho = 0.1           # share of the range of scores that makes a band, 0 to 0.5: length_controlled
-  c.pairs.positive = 5.0      # mean score from which a response is a positive, PAPER 3.3: positives_only
-  c.pairs.older = dict(m2='sft', m3='m1', m4='m2').get(name, '')  # the model before the sampler, to compare with
-
-  c.meta_judge = ConfigDict()  # Meta-Rewarding (2407.19594); runs where train.data names judge_pairs
-  c.meta_judge.template = 'meta'
-  c.meta_judge.temperature = 0.7
-  c.meta_judge.top_p = 0.9
-  c.meta_judge.top_k = 0  # 0: all
-  c.meta_judge.max_tokens = 256
-  c.meta_judge.responses = 1  # a prompt, those on whose judgements the judge differs most
-  c.meta_judge.share = 0.15   # of all pairs to train on, at most
-  c.meta_judge.score_share = 0.5  # of the judge pairs, at most with one score chosen
-
-  c.eval = ConfigDict()       # answers to held-out prompts
-  c.eval.split = 'test'       # held-out prompts; valid, to tune on: then ranked replies too (data.ranked_tune)
-  c.eval.temperature = 0.7
-  c.eval.top_p = 0.9
-  c.eval.top_k = 0  # 0: all
-  c.eval.judgements = 3       # of each ranked reply of the evaluation set, averaged
-  c.eval.quorum = 2           # of them must have a score
+  c.model = f'llama2-{size}'
+  _model(c)
   {'tiny': _tiny, 'stories': _stories}.get(size, _published)(c)
   return c.lock()
 
@@ -133,113 +319,94 @@ def training_data(c: ConfigDict) -> list[str]:
 
 
 def ranked_split(c: ConfigDict) -> str:
-  """The split of the seeds' ranked replies on which a judge is measured: eval, or tune while tuning."""
+  """The split of the seeds' ranked replies on which a judge is measured: eval, or tune while
+  tuning."""
   return 'tune' if c.eval.split == 'valid' and c.data.ranked_tune else 'eval'
 
 
 def check(c: ConfigDict):
-  """Raises InputError for a value that no stage can work with, by name."""
-  for section, names in dict(
-      train=('batch', 'accumulate', 'epochs', 'max_length', 'save_every', 'log_every', 'keep', 'learning_rate'),
-      sample=('slots', 'size', 'steps'), respond=('n', 'max_tokens'), judge=('n', 'quorum', 'max_tokens'),
-      prompts=('round', 'count', 'max_attempts', 'max_tokens', 'min_words'), eft=('tries', 'quorum'),
-      eval=('judgements', 'quorum'), meta_judge=('max_tokens', 'responses')).items():
-    for name in names:
-      if c[section][name] <= 0:
-        raise InputError(f'config.{section}.{name} is {c[section][name]}; it must be above 0')
-  for section in ('train', 'sample'):
-    if c[section].dtype not in ('float32', 'bfloat16'):
-      raise InputError(f'config.{section}.dtype is {c[section].dtype!r}; it is float32 or bfloat16')
-  if c.judge.by not in ('model', *('oracle', 'random') * (c.data.source == 'sandbox')):
-    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model, and in the sandbox also oracle or random')
-  if c.eval.split not in ('test', 'valid'):
-    raise InputError(f'config.eval.split is {c.eval.split!r}; it is test or valid')
-  if c.data.source not in ('oasst', 'ranked', 'sandbox'):
-    raise InputError(f'config.data.source is {c.data.source!r}; it is oasst, ranked or sandbox')
+  """Raises InputError, one sentence that names the key, if a key is missing or unknown, if the
+  table does not allow a value, or if two values exclude each other."""
+  values = dict(flat(c))
+  for key in sorted({*values} ^ {*KNOBS}):
+    raise InputError(f'config.{key} is {"missing" if key in KNOBS else "no knob"}; a config has '
+                     'the keys of KNOBS in configs/base.py and no others')
+  for key, knob in KNOBS.items():
+    knob.check(key, values[key])
+  if c.judge.by != 'model' and c.data.source != 'sandbox':
+    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model, and in the sandbox also '
+                     'oracle or random')
   if c.data.ranked_tune and c.data.source != 'sandbox':
-    raise InputError(f'config.data.ranked_tune is {c.data.ranked_tune}; only the sandbox makes ranked replies to tune '
-                     f'on, with other sources it is 0')
-  if c.eft.targets not in ('baseline', 'ranks'):
-    raise InputError(f'config.eft.targets is {c.eft.targets!r}; it is baseline or ranks')
-  if c.chat not in templates.CHATS or c.prompts.chat not in ('none', *templates.CHATS):
-    raise InputError(f'config.chat is {c.chat!r} and config.prompts.chat {c.prompts.chat!r}; they are one of '
-                     f'{", ".join(templates.CHATS)}, and config.prompts.chat may be none')
-  _check_train(c.train)
+    raise InputError(f'config.data.ranked_tune is {c.data.ranked_tune}; only the sandbox makes '
+                     'ranked replies to tune on, with other sources it is 0')
+  if c.train.loss != 'sft' and not c.train.beta > 0:
+    raise InputError(f'config.train.beta is {c.train.beta}; it must be above 0 with '
+                     f'train.loss={c.train.loss}')
+  if c.train.select not in ('', 'agreement') and not _names_checkpoint(c.train.select):
+    raise InputError(f'config.train.select is {c.train.select!r}; it is empty, agreement, or a '
+                     'command with {checkpoint} in it')
   for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):
     if c[section].quorum > c[section][name]:
-      raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the {c[section][name]} judgements '
-                       f'({section}.{name})')
-  for key, highest in (('pairs.rho', 0.5), ('meta_judge.share', 0.99), ('meta_judge.score_share', 1)):
-    section, name = key.split('.')
-    if not 0 <= c[section][name] <= highest:
-      raise InputError(f'config.{key} is {c[section][name]}; it is 0 to {highest}')
+      raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the '
+                       f'{c[section][name]} judgements ({section}.{name})')
 
 
-def _check_train(t: ConfigDict):
-  if t.reference not in ('step', 'cached'):
-    raise InputError(f'config.train.reference is {t.reference!r}; it is step or cached')
-  if t.loss not in ('sft', 'dpo'):
-    raise InputError(f'config.train.loss is {t.loss!r}; it is sft or dpo')
-  if t.select not in ('', 'agreement'):
-    try:
-      command = any('{checkpoint}' in word for word in shlex.split(t.select))
-    except ValueError:  # a quote that is not closed
-      command = False
-    if not command:
-      raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a command with '
-                       '{checkpoint} in it')
-  for name, good, what in (('dropout', 0 <= t.dropout < 1, '0 or more, and less than 1'),
-                           ('beta', t.loss == 'sft' or t.beta > 0, 'above 0'),
-                           ('clip', t.clip > 0, 'above 0'), ('warmup', t.warmup >= 0, '0 or more'),
-                           ('learning_rate', math.isfinite(t.learning_rate), 'finite')):
-    if not good:
-      raise InputError(f'config.train.{name} is {t[name]}; it must be {what}')
-
-
-def _train() -> ConfigDict:
-  t = ConfigDict()
-  t.init = ''                 # the model that it starts from; DPO's reference too
-  t.data = ('',)              # the files that it reads: corpus, ift, eft, positives (SFT); pairs, judge_pairs (DPO)
-  t.batch = 16                # examples or pairs a step, PAPER 3.1; packed, on average
-  t.pack = True               # several examples a row; False: one each, padded
-  t.accumulate = 1            # micro-batches a step: same result, fewer activations at a time
-  t.epochs = 1.0              # passes over the data; not in the paper
-  t.warmup = 0                # steps; not in the paper
-  t.weight_decay = 0.0        # not in the paper
-  t.b1 = 0.9                  # not in the paper
-  t.b2 = 0.95                 # not in the paper
-  t.clip = 1.0                # global norm of the gradient; not in the paper
-  t.dropout = 0.1             # PAPER 3.1
-  t.max_length = 2048         # tokens a row; longer examples are dropped and counted; not in the paper
-  t.dtype = 'bfloat16'        # of activations; parameters and moments are float32
-  t.remat = True
-  t.save_every = 200          # steps, PAPER 3.1
-  t.keep = 2                  # checkpoints kept
-  t.select = ''               # the last; or of all the best by 'agreement', or by a command: srlm_jax/selection.py
-  t.log_every = 10            # steps
-  return t
+def flat(c: ConfigDict, section: str = '') -> Iterator[tuple[str, object]]:
+  """Yields every key of a config as KNOBS writes it, with its value."""
+  for name, value in c.items():
+    if isinstance(value, ConfigDict):
+      yield from flat(value, f'{section}{name}.')
+    else:
+      yield section + name, value
 
 
 def sft() -> ConfigDict:
-  t = _train()
-  t.loss = 'sft'              # on response tokens alone
-  t.learning_rate = 5.5e-6    # PAPER 3.1, cosine from ..
-  t.learning_rate_end = 1.1e-6  # .. to
-  t.beta = t.nll = 0.0        # DPO's alone ..
-  t.reference, t.by_length = 'step', False  # .. these too
+  """The section `train` for SFT."""
+  t = _defaults('train')
+  t.loss = 'sft'
+  t.learning_rate = 5.5e-6      # PAPER 3.1
+  t.learning_rate_end = 1.1e-6  # PAPER 3.1
+  t.beta = 0.0                  # of DPO alone
   return t
 
 
 def dpo() -> ConfigDict:
-  t = _train()
-  t.loss = 'dpo'              # sums of log-probs, reference = init
-  t.reference = 'step'        # its log-probs: in every step; or 'cached': once, before, and its parameters go
-  t.nll = 0.0                 # weight of the chosen response's NLL by token (Iterative RPO); not in the paper
-  t.by_length = False         # log-probs by token instead of sums (length-normalised DPO); not in the paper
-  t.learning_rate = 1e-6      # PAPER 3.1
-  t.learning_rate_end = 1e-7  # PAPER 3.1
-  t.beta = 0.1                # PAPER 3.1
-  return t
+  """The section `train` for DPO."""
+  return _defaults('train')
+
+
+def _defaults(section: str) -> ConfigDict:
+  return ConfigDict({name: knob.default for name, knob in _SECTIONS[section].items()})
+
+
+def _names_checkpoint(command: str) -> bool:
+  try:
+    return any('{checkpoint}' in word for word in shlex.split(command))
+  except ValueError:  # a quote that is not closed
+    return False
+
+
+def _listed(choices) -> str:
+  """
+  >>> _listed(['a', 'b', 'c'])
+  'a, b or c'
+  """
+  return ' or '.join(filter(None, (', '.join(choices[:-1]), choices[-1])))
+
+
+def _model(c: ConfigDict):
+  """Which data each model of the paper's table trains on, who writes it, and from where it starts:
+  PAPER 2.4."""
+  name = c.name
+  c.sampler = dict(m1='sft', m2='m1', m3='m2', m4='m3').get(name, '')
+  c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
+  c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2', m4='m3')[name]
+  c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft')).get(name, ('pairs',))
+  c.pairs.older = dict(m2='sft', m3='m1', m4='m2').get(name, '')
+  if name == 'm1':
+    c.judge.on = 'ranked'
+  if name == 'm2':
+    c.prompts.count = 5000
 
 
 def _published(c: ConfigDict):
@@ -249,7 +416,8 @@ def _published(c: ConfigDict):
 
 
 def _stories(c: ConfigDict):
-  """tinyllamas-260k on OASST1: real weights, real data, far too small to judge. All of it: not in the paper."""
+  """tinyllamas-260k on OASST1: real weights, real data, far too small to judge. All of it: not in
+  the paper."""
   _small(c)
   c.model = 'stories-260k'
   c.data.ift = 60
@@ -258,7 +426,8 @@ def _stories(c: ConfigDict):
   c.data.ranked_train = 40
   c.data.ranked_eval = 10
   c.train.max_length = 512
-  c.train.learning_rate, c.train.learning_rate_end = (1e-4, 1e-5) if c.train.loss == 'sft' else (1e-5, 1e-6)
+  rates = (1e-4, 1e-5) if c.train.loss == 'sft' else (1e-5, 1e-6)
+  c.train.learning_rate, c.train.learning_rate_end = rates
   c.train.batch = 8
   c.prompts.count = 40
   c.prompts.round = 20
@@ -271,7 +440,8 @@ def _stories(c: ConfigDict):
 
 
 def _tiny(c: ConfigDict):
-  """The sandbox: a small world whose answers a program grades. Not in the paper; docs/sandbox.md says why."""
+  """The sandbox: a small world whose answers a program grades. Not in the paper; docs/sandbox.md
+  says why."""
   _small(c)
   c.model = 'sandbox'
   c.data.source = 'sandbox'
@@ -294,7 +464,7 @@ def _tiny(c: ConfigDict):
   c.respond.max_tokens = 32
   c.judge.template = 'sandbox'
   c.judge.max_tokens = 80
-  c.eft.tries = 6             # M0 has seen few verdicts: most judgements of the baseline have no score
+  c.eft.tries = 6             # most judgements of the baseline have no score: M0 saw few verdicts
   t = c.train
   t.max_length = 192
   t.weight_decay = 0.1

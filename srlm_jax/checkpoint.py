@@ -13,11 +13,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from srlm_jax import InputError, sharding
+from srlm_jax.data import records
 from srlm_jax.models import config as model_config, llama
 
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
                    'generation_config.json', 'chat_template.jinja')
 SELECTED = 'selected.json'  # in a folder, of whose steps one was chosen
+SOURCE = 'source.json'  # of a converted model: hashes of the Hugging Face folder that it came from, and of its files
+HASH_FORMAT = 2  # of what `hashes` gives; 1 missed changes that cancel
 CHUNK_BYTES = 2**24  # of a stored array, compressed as one
 
 
@@ -28,11 +31,13 @@ def manager(folder, keep: int | None) -> ocp.CheckpointManager:
 
 
 def save(saver: ocp.CheckpointManager, step: int, params, train=None):
-  """Starts to save parameters, their hashes, and `train`: what only training needs (optimizer moments)."""
-  items = dict(params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)),
-               hash=ocp.args.JsonSave(hashes(params)))
+  """Starts to save parameters, `train` (what only training needs: optimizer moments, step), and the hashes of both."""
+  names = hashes(params)
+  items = dict(params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)))
   if train is not None:
     items['train'] = ocp.args.PyTreeSave(train)
+    names['train'] = hash_params(train)
+  items['hash'] = ocp.args.JsonSave(names)
   saver.save(step, args=ocp.args.Composite(**items))
 
 
@@ -57,8 +62,13 @@ def recorded_hash(folder, step: int | None = None) -> str:
 
 
 def restore_train(folder, step: int, abstract):
-  """What `save` was given as `train`, onto the shardings of `abstract`."""
-  return _restore(epath.Path(folder).resolve() / 'steps' / str(step) / 'train', abstract)
+  """What `save` was given as `train`, onto the shardings of `abstract`; the hash is checked."""
+  path = epath.Path(folder).resolve() / 'steps' / str(step) / 'train'
+  train = _restore(path, abstract)
+  if hash_params(train) != _recorded(folder, step).get('train'):
+    raise InputError(f'{path} does not have the hash that it was saved with; the checkpoint is damaged: delete '
+                     f'{path.parent}, and training resumes from the checkpoint before it')
+  return train
 
 
 def steps(folder) -> list[int]:
@@ -80,6 +90,23 @@ def exists(folder) -> bool:
     return latest(folder) >= 0
   except InputError:
     return False
+
+
+def file_hashes(folder) -> dict[str, str]:
+  """{name: hash} of config.json and the tokenizer's files of a model folder, without which parameters mean nothing."""
+  paths = ((name, epath.Path(folder) / name) for name in ('config.json', *TOKENIZER_FILES))
+  return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths if path.exists()}
+
+
+def read_source(folder) -> dict:
+  """The source.json of a converted model: `source`, {file: [hash, stamp]}, and `model_files`, {file: hash}."""
+  path, advice = epath.Path(folder) / SOURCE, f'delete {folder} and convert that model again'
+  found = records.read_json(path, advice)
+  if not isinstance(found, dict) or not all(
+      isinstance(found.get(key), dict) for key in ('source', 'model_files')) or not all(
+      isinstance(entry, list) and len(entry) == 2 for entry in found['source'].values()):
+    raise InputError(f'{path} is damaged; {advice}')
+  return found
 
 
 def copy_model_files(source, folder):
@@ -106,7 +133,8 @@ def abstract_on(mesh, tree, dtype: str):
 
 def hashes(params) -> dict:
   """The hash of the parameters as stored (their name), and in every dtype in which they may be restored."""
-  return dict(stored=hash_params(params), **{d: hash_params(params, d) for d in ('float32', 'bfloat16')})
+  return dict(format=HASH_FORMAT, stored=hash_params(params),
+              **{d: hash_params(params, d) for d in ('float32', 'bfloat16')})
 
 
 def hash_params(params, dtype: str | None = None) -> str:
@@ -130,23 +158,42 @@ def _sums(leaves, dtype):
 
 
 def weighted_sums(x, offset: int, xp):
-  """Two sums over the bits of x, modulo 2**32, weighted by flat index from `offset`; xp: numpy or jax.numpy.
+  """Two sums, modulo 2**32, of a hash of every element of x and its flat index from `offset`; xp: numpy or jax.numpy.
 
-  Sums over slices of an array, each from its own offset, add up to those of the whole.
+  Sums over slices of an array, each from its own offset, add up to those of the whole. Bits and index go through the
+  finalizer of MurmurHash3 (Appleby 2011), in which every bit of the input changes half of the bits of the output: so no
+  pattern of changes, as a sign flipped in a whole matrix, cancels in the sum but by chance (2**-64). Works on any dtype
+  of 1, 2 or 4 bytes, and on indices above 2**32.
   """
   width = x.dtype.itemsize * 8
   bits = jax.lax.bitcast_convert_type(x, f'uint{width}') if xp is jnp else x.view(f'uint{width}')
   bits = bits.astype('uint32')
-  index = xp.full((), offset % 2**32, 'uint32')
+  low, high = _flat_index(x.shape, offset, xp)
+  sums = []
+  for salt in (0x9E3779B9, 0x85EBCA77):
+    place = _mix(high ^ xp.asarray(salt, 'uint32'), xp) + low
+    sums.append(_mix(bits ^ _mix(place, xp), xp).sum(dtype='uint32'))
+  return xp.stack(sums)
+
+
+def _flat_index(shape, offset: int, xp):
+  """The flat index of every element, as its low and high 32 bits: JAX has no 64-bit integers here."""
+  low, high = (xp.full((), part, 'uint32') for part in (offset % 2**32, offset >> 32))
   stride = 1
-  for axis in reversed(range(x.ndim)):
-    iota = xp.arange(x.shape[axis], dtype='uint32').reshape(-1, *(1,) * (x.ndim - axis - 1))
-    index = index + iota * xp.asarray(stride % 2**32, dtype='uint32')
-    stride *= x.shape[axis]
-  one = xp.asarray(1, dtype='uint32')
-  mixed = [(bits ^ (index * xp.asarray(a, dtype='uint32'))) * (index * xp.asarray(b, dtype='uint32') | one)
-           for a, b in ((0x9E3779B9, 0x85EBCA6B), (0xC2B2AE35, 0x27D4EB2F))]
-  return xp.stack([m.sum(dtype='uint32') for m in mixed])
+  for axis in reversed(range(len(shape))):
+    steps = (np.arange(shape[axis], dtype='uint64') * np.uint64(stride)).reshape(-1, *(1,) * (len(shape) - axis - 1))
+    add_low, add_high = (xp.asarray(part.astype('uint32')) for part in (steps & 0xFFFFFFFF, steps >> np.uint64(32)))
+    low = low + add_low
+    high = high + add_high + (low < add_low).astype('uint32')  # the carry
+    stride *= shape[axis]
+  return low, high
+
+
+def _mix(h, xp):
+  """The finalizer of MurmurHash3: a bijection of 32 bits."""
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    h = (h ^ (h >> xp.asarray(shift, 'uint32'))) * xp.asarray(factor, 'uint32')
+  return h ^ (h >> xp.asarray(16, 'uint32'))
 
 
 def _by_layer(params):
@@ -160,7 +207,11 @@ def _recorded(folder, step: int) -> dict:
   path = epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata'
   if not path.exists():
     raise InputError(f'{path} does not exist; the checkpoint is damaged, restore it from a copy')
-  return json.loads(path.read_text())
+  found = records.read_json(path, 'the checkpoint is damaged, restore it from a copy')
+  if not isinstance(found, dict) or found.get('format') != HASH_FORMAT:
+    raise InputError(f'{path} is not of hash format {HASH_FORMAT}: an older version wrote this checkpoint, whose hash '
+                     f'misses some changes; convert or train that model again')
+  return found
 
 
 def _restore(path, abstract):

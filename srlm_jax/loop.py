@@ -41,13 +41,17 @@ def main(argv):
 
 def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 'm3'):
   """All stages; ends with the table on stdout, results.json and report.html in the workdir."""
-  started, begun = time.time(), stage.Stage.begun
-  workdir = epath.Path(workdir)
-  stage.keep_compiled(workdir)
   every = {name: load_config(name, size, m0, data, changes) for name in [*MODELS][:[*MODELS].index(last) + 1]}
   for config in every.values():
     refuse_mistakes(config)
   train.refuse_too_large(every[last])
+  stage.keep_compiled(workdir)
+  with stage.alone(workdir):
+    _run(size, epath.Path(workdir), every)
+
+
+def _run(size: str, workdir, every: dict[str, ConfigDict]):
+  started, begun = time.time(), stage.Stage.begun
   first_model(every['m0'], every['sft'], workdir)
   stopped = ''
   for name in [*every][1:]:
@@ -91,6 +95,8 @@ def first_model(config, seeded, workdir):
   if not sandboxed and not config.data.path:
     raise InputError('--data is missing: the OASST1 file to make seeds from, 2023-04-12_oasst_ready.trees.jsonl.gz')
   if checkpoint.exists(folder):
+    if source:
+      convert.check_source(source, folder)
     stage.say('m0/model: done before')
   elif not source:
     raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
@@ -130,7 +136,7 @@ def make_eft(config, workdir) -> str:
     judge.run(config, workdir)
     health.run(config, workdir)
   eft.run(config, workdir)
-  made = stage.summary(workdir / 'm1' / 'eft')
+  made = stage.finished(workdir / 'm1' / 'eft')
   return '' if made['examples'] else (
       f'none of {made["replies"]} judged replies gave EFT ({report.counts(made["dropped"])}); start from a '
       f'stronger model, or take the ranks of people as scores (--set=eft.targets=ranks)')
@@ -139,7 +145,7 @@ def make_eft(config, workdir) -> str:
 def make_prompts(config, workdir) -> str:
   """New prompts; why there are none, if so."""
   prompts.run(config, workdir)
-  made = stage.summary(workdir / config.name / 'prompts')
+  made = stage.finished(workdir / config.name / 'prompts')
   return '' if made['prompts'] else (
       f'none of {made["attempts"]} attempts is a usable prompt ({report.counts(made["dropped"])}); name '
       f'another author (--set=prompts.author=FOLDER), or give it more tokens (--set=prompts.max_tokens=N)')
@@ -160,7 +166,7 @@ def make_pairs(config, workdir, data: list[str]) -> str:
   health.run(config, workdir)
   if config.data.source == 'sandbox':
     audit.run(config, workdir)
-  made = stage.summary(workdir / config.name / 'pairs')
+  made = stage.finished(workdir / config.name / 'pairs')
   few = made['pairs'] < config.train.batch if 'pairs' in data else not made['positives']
   if few:
     kind, limit = ('pairs', f'fewer than one batch of {config.train.batch}') if 'pairs' in data else (
@@ -191,22 +197,30 @@ def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) ->
 
 
 def _set(config: ConfigDict, text: str, change: str):
-  """Applies KEY=VALUE; the value takes the type of what stands there."""
+  """Applies KEY=VALUE; the value takes the type of what stands there. Raises InputError, one sentence
+  of bounded length, for an unknown key and for a text that is no such value."""
   path, _, value = text.partition('=')
+  if path in ('name', 'size'):
+    raise InputError(f'--set={change}: {path} says which config this is; it cannot be changed')
+  start = f'--set={base.short(change)}'
   place, old = None, config
   for part in path.split('.'):
     known = old if isinstance(old, ConfigDict) else ()
     if part not in known:
-      raise InputError(f'--set={change}: the config has no key "{part}"{stage.closest(part, known)}')
+      raise InputError(f'{start}: the config has no key "{base.short(part)}"'
+                       f'{stage.closest(part, known)}')
     place, old = old, old[part]
   try:
     place[part] = _like(old, value)
   except (ValueError, KeyError) as error:
-    raise InputError(f'--set={change}: {value!r} is no {type(old).__name__} for {path}') from error
+    wanted = f'it is a section, set one of its keys: {", ".join(old)}' if isinstance(
+        old, ConfigDict) else base.KNOBS[path].wanted(value)
+    raise InputError(f'{start}: {base.show(value)} is no {type(old).__name__} for {path}; '
+                     f'{wanted}') from error
 
 
 def _like(old, value: str):
-  """The text as a value of the type of `old`."""
+  """The text as a value of the type of `old`. Raises ValueError or KeyError where it is none."""
   if isinstance(old, ConfigDict):
     raise ValueError('a section holds several values')
   if isinstance(old, bool):

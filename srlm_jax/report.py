@@ -13,7 +13,7 @@ import jinja2
 import matplotlib
 from matplotlib import figure, ticker
 
-from srlm_jax import InputError, results
+from srlm_jax import declared, InputError, results
 from srlm_jax.data import health, records, scores as scoring
 
 SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
@@ -24,7 +24,8 @@ DONE = dict(
            'dropped'),
     eft=('examples replies', '', 'dropped scores_before scores'),
     model=('steps examples', '', 'dropped'))
-CONFIG = dict(judge=('template', 'n', 'quorum'), prompts=('count',))  # and of the manifest's config
+NUMBERS = ('judge.n', 'judge.quorum', 'prompts.count')  # and of the manifest's config; and texts
+TEXTS = ('judge.template', 'model')
 
 
 def define_flags():
@@ -89,7 +90,7 @@ def _iteration(folder, stages) -> dict:
   if manifest and not prompts:  # killed, or at work
     fates = Counter(a['dropped'] for a in results.lines(
         folder / 'prompts' / 'attempts.jsonl', 'dropped'))
-    prompts = dict(wanted=manifest['config']['prompts']['count'], attempts=fates.total(),
+    prompts = dict(wanted=manifest['config'].get('prompts.count'), attempts=fates.total(),
                    prompts=fates.pop('', 0), dropped=fates)
   judgements = _shards(folder / 'judge', 'judgements', 'response_id', 'j', 'score', 'reason',
                        'text', 'finish')
@@ -101,8 +102,8 @@ def _iteration(folder, stages) -> dict:
       side + field for side in ('chosen', 'rejected') for field in ('', '_score', '_finish')))
   return dict(model=folder.name, prompts=prompts, responses=list(responses.values()), judgements=judgements,
               judge=stages.get((folder.name, 'judge'), ({}, {}))[1],
-              quorum=stages.get((folder.name, 'judge'), ({}, {}))[0].get('config', {}).get('judge', {}).get(
-                  'quorum', 0),
+              quorum=next((manifest['config']['judge.quorum'] for (owner, _), (manifest, _) in stages.items()
+                           if owner == folder.name and 'judge.quorum' in manifest['config']), None),
               shown=[(j, responses.get(j['response_id'])) for j in shown],
               made=_done(folder / 'pairs' / 'done.json'), pairs=pairs)
 
@@ -122,8 +123,10 @@ def head(page: dict) -> list[str]:
   """What ran, which models there are, where it stopped and why: a few sentences."""
   made = [r['model'] for r in page['rows']]
   missing = [m for m in results.MODELS if m not in (*made, 'm4')]  # m4 is made where it is asked for
-  configs = [manifest['config'] for manifest, _ in page['stages'].values()]
-  model = next((c['model'] for c in configs if c.get('model')), '')
+  config = {}  # of all stages
+  for manifest, _ in page['stages'].values():
+    config |= {key: value for key, value in manifest['config'].items() if value != ''}
+  model = config.get('model', '')
   size = f', size {page["size"]}' * bool(page['size']) + f', model {model}' * bool(model)
   text = [f'A run of self-rewarding training{size}. It holds the models {", ".join(made)}.']
   if page['stopped']:
@@ -132,11 +135,12 @@ def head(page: dict) -> list[str]:
     text.append(f'It does not hold {", ".join(missing)}.')
   if begun := [f'{owner}/{name}' for (owner, name), (_, done) in page['stages'].items() if not done]:
     text.append(f'Begun and not finished: {", ".join(begun)}.')
-  if judge := next((c['judge'] for c in configs if 'judge' in c), None):
+  if 'judge.template' in config:
     scale = next((f', scores {done["lowest"]:g} to {done["highest"]:g}'
                   for (_, name), (_, done) in page['stages'].items() if name == 'judge' and done), '')
-    text.append(f'Judge: template {judge["template"]}{scale}; '
-                f'{judge["n"]} judgements a response, of which {judge["quorum"]} must have a score.')
+    judged = (f'; {config["judge.n"]} judgements per response, of which {config["judge.quorum"]} must have a score'
+              if {'judge.n', 'judge.quorum'} <= config.keys() else '')
+    text.append(f'Judge: template {config["judge.template"]}{scale}{judged}.')
   return text
 
 
@@ -272,14 +276,15 @@ def _results(path) -> dict:
 def _manifest(path) -> dict:
   """The manifest of a stage, checked for what the page reads of its config."""
   found = results.read(path)
+  if found and found.get('format') != declared.FORMAT:
+    raise InputError(f'{path}: written by another version of srlm_jax; make the page with that version')
   config = found.get('config')
   if not isinstance(config, dict):
     raise _damaged(path, 'config', config)
-  for section, keys in CONFIG.items():
-    for key in keys if section in config else ():
-      value = config[section].get(key) if isinstance(config[section], dict) else None
-      if not (isinstance(value, str) if key == 'template' else records.is_number(value)):
-        raise _damaged(path, f'config.{section}.{key}', value)
+  for keys, is_right in ((NUMBERS, records.is_number), (TEXTS, lambda value: isinstance(value, str))):
+    for key in keys:
+      if key in config and not is_right(config[key]):
+        raise _damaged(path, f'config.{key}', config[key])
   return found
 
 

@@ -15,12 +15,13 @@ import os
 import shlex
 import subprocess
 
-from srlm_jax import checkpoint, InputError, stage
+from srlm_jax import checkpoint, declared, InputError, stage
 from srlm_jax.data import records
 from srlm_jax.eval import agreement
 from srlm_jax.sample import judge
 
 
+@declared.reads('train.select')
 def run(config, workdir):
   """MODEL/model/steps/* -> MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
   by = config.train.select
@@ -32,8 +33,7 @@ def run(config, workdir):
   if (trained := stage.selects_by(folder)) != by:
     raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
                      f'with it keeps every checkpoint')
-  s = stage.Stage(config, workdir, 'selection', ('train.select', 'eval', 'judge'), (),
-                  params=stage.summary(folder)['params'])
+  s = stage.Stage(config, workdir, 'selection', template=stage.finished(folder)['params'])
   if s.done:
     return
   s.begin()
@@ -82,11 +82,11 @@ def alone(workdir, folder, name: str, step: int):
 
 
 def _agreement(config, workdir) -> float:
-  config = config.copy_and_resolve_references()
+  config = declared.whole(config).copy_and_resolve_references()
   config.eval.split = 'valid'  # what chooses a checkpoint is not what is reported, where there is another split
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
-  measure = stage.summary(workdir / config.name / 'agreement')['pairwise_accuracy']
+  measure = stage.finished(workdir / config.name / 'agreement')['pairwise_accuracy']
   if measure is None:
     raise InputError(f'config.train.select = agreement: no two judgements of one prompt have scores to compare, see '
                      f'{workdir}; choose by a command, or look at what the model was trained on')

@@ -3,9 +3,10 @@
 A stage is a folder `workdir/MODEL/STAGE`. It writes manifest.json before anything else and done.json after
 everything else; run again with the same config and inputs, it does nothing.
 """
+from collections.abc import Iterable
+import contextlib
 import difflib
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -16,12 +17,13 @@ from absl import app, flags, logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
-from ml_collections import config_flags, ConfigDict
+from ml_collections import config_flags
 
 from configs import base
-from srlm_jax import checkpoint, InputError
+from srlm_jax import checkpoint, declared, environment, InputError, lock
+from srlm_jax.data import records
 
-_VERSIONS = ('srlm_jax', 'jax', 'flax', 'optax', 'orbax-checkpoint')
+FORMAT = declared.FORMAT  # of manifest.json
 
 
 class Stage:
@@ -29,38 +31,59 @@ class Stage:
 
   begun = 0  # stages that this process has worked on
 
-  def __init__(self, config: ConfigDict, workdir, name: str, uses: tuple[str, ...], inputs=(), params: str = '',
-               template: str = '', model: str | None = None):
-    """`uses`: what of the config changes what the stage writes, SECTION or SECTION.KEY; `inputs`: files that it reads;
-    `params`: the hash of the parameters that it runs; `template`: the text of its template. Raises InputError if
-    the folder was made with others, or if a stage that it reads from has not finished."""
+  def __init__(self, config: declared.View, workdir, name: str, inputs=(), models=(), template: str = '',
+               model: str | None = None, keys: Iterable[str] | None = None):
+    """`inputs`: files that the stage reads; `models`: checkpoint folders that it runs; `template`: the text of its
+    template; `keys`: those that this kind of run reads, by default all that the stage declares.
+
+    Raises InputError if the folder was made with others, if a stage that it reads from has not finished, or if files of
+    a finished stage do not hold the records that it wrote.
+    """
     self.folder = epath.Path(workdir) / (model or config.name) / name
     self.title = f'{model or config.name}/{name}'
     self.started = time.time()
+    keys = config.keys if keys is None else tuple(keys)
+    if unknown := set(keys) - set(config.keys):
+      raise declared.Undeclared(f'{self.title} uses {", ".join(sorted(unknown))}, which its run does not declare')
     self._manifest = json.loads(json.dumps(dict(
-        stage=self.title, params=params, inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
+        format=FORMAT, stage=self.title, params='-'.join(map(checkpoint.recorded_hash, models)),
+        model_files={f'{_relative(folder, workdir)}/{file}': name for folder in models
+                     for file, name in checkpoint.file_hashes(folder).items()},
+        inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
-        config={k: _plain(_look_up(config, k)) for k in ('seed', *uses)})))
+        config={key: declared.look_up(config._config, key) for key in ('seed', *keys)})))
     path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
+    if self.done and not path.exists():
+      require_finished(self.folder)
     if path.exists():
-      before = json.loads(path.read_text())
-      before.pop('versions')
-      for change in _changes(before, self._manifest):
+      for change in _changes(self._before(path, config), self._manifest):
         raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
-    for folder in {epath.Path(p).parent for p in inputs}:
-      require_finished(folder)
+    for source in map(epath.Path, inputs):
+      require_finished(source.parent, source.name)
     if self.done:
+      for name in finished(self.folder)['files']:
+        require_finished(self.folder, name)
       say(f'{self.title}: done before')
+
+  def _before(self, path, config) -> dict:
+    """The manifest that is there, with the keys of today: one that it lacks had its default, and one that the stage no
+    longer reads is left out."""
+    before = read_manifest(path)
+    before.pop('environment', None)
+    if missing := self._manifest['config'].keys() - before['config'].keys():
+      default = base.get(config.name, config.size)
+      before['config'] |= json.loads(json.dumps({key: declared.look_up(default, key) for key in missing}))
+    before['config'] = {key: before['config'][key] for key in self._manifest['config']}
+    return before
 
   def begin(self):
     """Writes the manifest, before anything else of the stage."""
     Stage.begun += 1
-    versions = {v: importlib.metadata.version(v) for v in _VERSIONS}
     sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
     if is_first_host():
       self.folder.mkdir(parents=True, exist_ok=True)
-      write_json(self.folder / 'manifest.json', dict(self._manifest, versions=versions))
+      write_json(self.folder / 'manifest.json', dict(self._manifest, environment=environment.record()))
     params = self._manifest['params']
     say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
     sync(f'{self.title} begins')
@@ -70,7 +93,7 @@ class Stage:
     sync(f'{self.title} ends')
     seconds = round(time.time() - self.started, 1)
     if is_first_host():
-      write_json(self.folder / 'done.json', dict(summary, seconds=seconds))
+      write_json(self.folder / 'done.json', dict(summary, files=records.contents(self.folder), seconds=seconds))
     sync(f'{self.title} is done')  # every host may read done.json
     say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
                                                        if not isinstance(v, dict | list | None)))
@@ -96,8 +119,14 @@ def main(run, **extra):
     base.check(flags.FLAGS.config)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
     keep_compiled(workdir)
-    run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
+    with alone(workdir):
+      run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
+
+
+def alone(workdir):
+  """Holds the workdir's lock, on the first host, inside a `with` block; see `lock.held`."""
+  return lock.held(workdir) if is_first_host() else contextlib.nullcontext()
 
 
 def keep_compiled(workdir):
@@ -116,6 +145,7 @@ def run_app(start):
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     try:
+      environment.pin()
       join_hosts()
       start(argv)
     except InputError as error:
@@ -158,6 +188,15 @@ def finished_model(workdir, name: str):
   checkpoint of it was selected that should be."""
   folder = model_folder(workdir, name)
   require_finished(folder)
+  recorded = None
+  if (folder / 'done.json').exists():
+    recorded = finished(folder).get('model_files')
+  elif (folder / checkpoint.SOURCE).exists():
+    recorded = checkpoint.read_source(folder)['model_files']
+  if recorded is not None and (found := checkpoint.file_hashes(folder)) != recorded:
+    changed = ', '.join(sorted(file for file in {*found, *recorded} if found.get(file) != recorded.get(file)))
+    raise InputError(f'{folder}: {changed} changed after the model was made; restore it, or delete {folder} and make '
+                     f'it again')
   if selects_by(folder) and not (folder / checkpoint.SELECTED).exists():
     raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
                      f'srlm_jax.selection with the config of {name}')
@@ -166,20 +205,50 @@ def finished_model(workdir, name: str):
 
 def selects_by(folder) -> str:
   """The train.select that the model in `folder` was trained with; '' too for one that was not trained here."""
-  trained = json.loads(path.read_text()) if (path := folder / 'manifest.json').exists() else {}
-  return trained.get('config', {}).get('train', {}).get('select', '')
+  path = folder / 'manifest.json'
+  return read_manifest(path)['config'].get('train.select', '') if path.exists() else ''
 
 
-def require_finished(folder):
-  """Raises InputError if a stage began in this folder and did not finish."""
+def read_manifest(path) -> dict:
+  """The manifest of a stage, checked for its format."""
+  advice = 'delete that folder or use another --workdir'
+  found = records.read_json(path, advice)
+  if not isinstance(found, dict) or found.get('format') != FORMAT or not isinstance(found.get('config'), dict):
+    raise InputError(f'{path} is damaged, or was written by another version of srlm_jax (this one writes format '
+                     f'{FORMAT}); {advice}')
+  return found
+
+
+def require_finished(folder, name: str = ''):
+  """Raises InputError if a stage began in this folder and did not finish, or if its file `name` is not as it was then.
+  A folder without manifest.json and done.json was not made by a stage, and is not checked."""
   folder = epath.Path(folder)
-  if (folder / 'manifest.json').exists() and not (folder / 'done.json').exists():
+  manifest, done = ((folder / file).exists() for file in ('manifest.json', 'done.json'))
+  if not manifest and not done:
+    return
+  if not done:
     raise InputError(f'{folder} is not finished; run that stage again, it does what is missing')
+  if not manifest:
+    raise InputError(f'{folder} has a done.json and no manifest.json; restore it, or delete {folder} and run that '
+                     f'stage again')
+  files = finished(folder)['files']
+  if not name or (folder / name).suffix not in ('.json', '.jsonl'):
+    return
+  if name not in files:
+    raise InputError(f'{folder / name} was not there when its stage finished; delete it')
+  if not (folder / name).exists() or hash_file(folder / name) != files[name][1]:
+    raise InputError(f'{folder / name} is not as its stage left it ({files[name][0]} records); restore it, or delete '
+                     f'{folder} and run that stage again')
 
 
-def summary(folder) -> dict:
-  """What a finished stage said of itself."""
-  return json.loads((epath.Path(folder) / 'done.json').read_text())
+def finished(folder) -> dict:
+  """What a finished stage wrote of itself into done.json, checked for what every stage writes."""
+  path = epath.Path(folder) / 'done.json'
+  advice = 'delete it, and run that stage again'
+  found = records.read_json(path, advice)
+  if not isinstance(found, dict) or not isinstance(found.get('files'), dict) or 'seconds' not in found:
+    raise InputError(f'{path} lacks "files" or "seconds": it is damaged, or of an older version; {advice}')
+  return found
 
 
 def write_json(path, value):
@@ -224,17 +293,7 @@ def say(text: str):
     print(text, flush=True)
 
 
-def hash_file(path) -> str:
-  path = epath.Path(path)
-  if not path.exists():
-    raise InputError(f'{path} does not exist; run the stage that writes it first')
-  if path.is_dir():
-    raise InputError(f'{path} is a folder; give a file')
-  digest = hashlib.sha256()
-  with path.open('rb') as f:
-    while block := f.read(1 << 20):
-      digest.update(block)
-  return digest.hexdigest()[:16]
+hash_file = records.hash_file
 
 
 def closest(word: str, words) -> str:
@@ -264,16 +323,6 @@ def _parse_flags(argv):
 def _relative(path, workdir):
   path, workdir = epath.Path(path).resolve(), epath.Path(workdir).resolve()
   return path.relative_to(workdir) if path.is_relative_to(workdir) else path
-
-
-def _look_up(config, path: str):
-  for key in path.split('.'):
-    config = config[key]
-  return config
-
-
-def _plain(value):
-  return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def _changes(before, now, where=''):

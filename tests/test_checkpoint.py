@@ -54,6 +54,57 @@ def test_a_changed_value_is_noticed(saved, mesh):
     checkpoint.restore_params(folder, mesh, 'float32')
 
 
+def test_no_pattern_of_changes_has_the_same_hash():
+  """A sum that is linear in a bit misses an even number of its flips: all of a matrix, or a few at random."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(64, 48)).astype(np.float32)
+  name = checkpoint.hash_params(dict(x=x))
+  changed = [-x, x[::-1], x[:, ::-1], x.T.reshape(x.shape), np.roll(x, 1)]
+  bits = x.view(np.uint32)
+  for bit in (31, 30, 23, 0):
+    for count in (2, 4, 16):
+      for _ in range(50):
+        flips = np.zeros(x.size, np.uint32)
+        flips[rng.choice(x.size, count, replace=False)] = np.uint32(1 << bit)
+        changed.append((bits ^ flips.reshape(x.shape)).view(np.float32))
+  hashes = {checkpoint.hash_params(dict(x=y)) for y in changed}
+  assert len(hashes) == len(changed) and name not in hashes
+
+
+def test_the_index_of_a_large_array_has_more_than_32_bits():
+  """Of arrays with 2**33 elements; only their shape and index are made, not their elements."""
+  shape = (4, 2**15, 2**16)
+  for where in ((0, 0, 5), (1, 3, 7), (2, 2**15 - 1, 2**16 - 1), (3, 2**15 - 1, 2**16 - 1)):
+    flat = np.ravel_multi_index(where, shape)
+    x = np.ones(1, np.float32)
+    alone = checkpoint.weighted_sums(x, int(flat), np)
+    low, high = (np.asarray(part) for part in checkpoint._flat_index((1,), int(flat), jnp))
+    assert int(low[0]) + (int(high[0]) << 32) == flat
+    assert (alone != checkpoint.weighted_sums(x, int(flat) % 2**32, np)).any() == (flat >= 2**32)
+
+
+def test_the_optimizer_state_is_hashed_too(saved):
+  folder, _ = saved
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = dict(step=jax.ShapeDtypeStruct((), jnp.int32, sharding=place))
+  assert int(checkpoint.restore_train(folder, 7, abstract)['step']) == 7
+  path = folder / 'steps' / '7' / 'hash' / 'metadata'
+  found = json.loads(path.read_text())
+  path.write_text(json.dumps(found | dict(train=checkpoint.hash_params(dict(step=jnp.asarray(8))))))
+  with pytest.raises(InputError, match='train does not have the hash that it was saved with'):
+    checkpoint.restore_train(folder, 7, abstract)
+
+
+def test_a_checkpoint_of_the_older_hash_is_refused_in_one_sentence(saved, mesh):
+  folder, _ = saved
+  path = folder / 'steps' / '7' / 'hash' / 'metadata'
+  found = json.loads(path.read_text())
+  del found['format']
+  path.write_text(json.dumps(found))
+  with pytest.raises(InputError, match='an older version wrote this checkpoint'):
+    checkpoint.restore_params(folder, mesh, 'float32')
+
+
 def test_hashes_of_slices_add_up():
   x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
   parts = sum(checkpoint.weighted_sums(x[i], 20 * i, np) for i in range(3))

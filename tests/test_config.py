@@ -1,8 +1,15 @@
+import itertools
 import json
+import math
+import sys
 
+from absl import flags
+from conftest import main, ROOT
+from ml_collections import config_flags
 import pytest
 
-from srlm_jax import InputError
+from configs import base
+from srlm_jax import InputError, loop
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
 
@@ -55,3 +62,202 @@ def test_the_file_is_named(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(LLAMA3 | dict(sliding_window=1)))
   with pytest.raises(InputError, match='config.json: sliding_window'):
     model_config.load(tmp_path)
+
+
+HUGE = {str: 'x' * 5000, tuple: ('x' * 5000,)}
+NEVER = {  # what a knob of each type refuses, whatever its range
+    int: [math.nan, math.inf, -math.inf, 1.5, 2.0, 10**20, 10**400, 10**5000, -10**400, '4', '', True, [4],
+          [10**5000], (4,), None],
+    float: [math.nan, math.inf, -math.inf, 1e20, 1e300, -1e300, 10**20, 10**400, 10**5000, -10**400, '0.5', '',
+            True, False, [0.5], (0.5,), None, 1j],
+    bool: [0, 1, 0.0, math.nan, 'true', '', [True], None, 10**5000],
+    str: [0, 1.0, math.nan, True, ['x'], ('x',), None, 10**5000, b'x'],
+    tuple: ['x', ['x'], (), (1,), ('x', None), (math.nan,), None, True, 10**5000]}
+
+
+def short(value) -> str:
+  """The name of a case."""
+  return str(value)[:40]
+
+
+def force(key, value, name='m2', size='tiny'):
+  """A config with any value at all at `key`, past the casts of ConfigDict."""
+  config = base.get(name, size).copy_and_resolve_references()
+  section, _, knob = key.rpartition('.')
+  place = config[section] if section else config
+  place._fields[knob] = value
+  return config
+
+
+def refused(key, value) -> str:
+  """The sentence that refuses a value."""
+  with pytest.raises(InputError) as error:
+    base.check(force(key, value))
+  text = str(error.value)
+  assert text.startswith(f'config.{key} is ') and '; it ' in text, text
+  assert len(text) < 400 and '\n' not in text and '. ' not in text.replace('.. (', ''), text
+  return text
+
+
+@pytest.mark.parametrize('key, value, sentence', [
+    ('train.epochs', math.nan,
+     'config.train.epochs is nan; it must be a finite number above 0 and at most 1,000,000 (passes over the data)'),
+    ('train.b1', 2.0,
+     'config.train.b1 is 2.0; it must be 0 or more and less than 1 (decay of the first moment per step)'),
+    ('data.ift', -5, 'config.data.ift is -5; it is 0 to 1,000,000,000 (examples: '),
+    ('respond.n', 10**20, 'config.respond.n is 100000000000000000000; it must be above 0 and at most 1,000,000,000 '
+     '(candidates per prompt)'),
+    ('seed', 2**64, 'config.seed is 18446744073709551616; it is 0 to 4,294,967,295 ('),
+    ('seed', 10**400, 'config.seed is an int of about 400 digits; it is 0 to 4,294,967,295 ('),
+    ('train.batch', True, 'config.train.batch is True; it must be a whole number above 0 and at most'),
+    ('mesh.fsdp', 0, 'config.mesh.fsdp is 0; it must be -1, or above 0 and at most 1,000,000,000 ('),
+    ('respond.temperature', -0.7, 'config.respond.temperature is -0.7; it is 0, or 1e-30 to 100 ('),
+    ('respond.top_p', 0.0, 'config.respond.top_p is 0.0; it is 1e-30 to 1 ('),
+    ('train.loss', 'ppo', "config.train.loss is 'ppo'; it is sft or dpo ("),
+    ('data.synthetic', 1, 'config.data.synthetic is 1; it must be True or False ('),
+    ('train.data', 'ift', "config.train.data is 'ift'; it must be a tuple of strings (")])
+def test_what_is_refused_is_said_in_one_sentence(key, value, sentence):
+  assert refused(key, value).startswith(sentence)
+
+
+@pytest.mark.parametrize('key', base.KNOBS)
+def test_every_knob_refuses_what_it_is_not(key):
+  values = base.KNOBS[key].values
+  bad = list(NEVER[values.kind])
+  if values.choices:
+    bad += ['', 'x', HUGE[str], values.choices[0].upper(), values.choices[0] + ' ']
+  if values.kind in (int, float):
+    low = values.least if values.above == -math.inf else values.above
+    assert math.isfinite(low) and math.isfinite(min(values.most, values.below)), 'a number has two ends'
+    bad += [-1, -1.0] * (values.also != -1 and low > -1)
+    bad += [0] * (values.above == 0 and values.also != 0) + [-2, -10**9] * (low > -2)
+    bad += [math.nextafter(values.least, -math.inf), math.nextafter(values.most, math.inf), values.above,
+            values.below]
+  for value in bad:
+    refused(key, value)
+
+
+@pytest.mark.parametrize('key', base.KNOBS)
+def test_every_knob_takes_its_default_and_both_ends(key):
+  knob = base.KNOBS[key]
+  v = knob.values
+  good = [knob.default, *v.choices, *[v.also] * (v.also is not None)]
+  if v.kind is int:
+    good += [v.least if math.isfinite(v.least) else v.above + 1, v.most if math.isfinite(v.most) else v.below - 1]
+  elif v.kind is float:
+    good += [v.least if math.isfinite(v.least) else math.nextafter(v.above, math.inf),
+             v.most if math.isfinite(v.most) else math.nextafter(v.below, -math.inf)]
+  elif v.kind is bool:
+    good += [True, False]
+  elif not v.choices:
+    good += [HUGE[v.kind]]
+  for value in good:
+    knob.check(key, value)
+
+
+@pytest.mark.parametrize('key', base.KNOBS)
+def test_every_knob_says_its_unit_and_its_source(key):
+  knob = base.KNOBS[key]
+  assert type(knob.default) is knob.values.kind and len(knob.unit) > 3 and '. ' not in knob.unit
+  assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', base.META, base.INSTRUCT, base.OURS)
+
+
+@pytest.mark.parametrize('name, size', itertools.product(base.MODELS, base.SIZES))
+def test_every_config_has_the_keys_of_the_table_and_values_in_range(name, size):
+  config = base.get(name, size)
+  values = dict(base.flat(config))
+  assert {*values} == {*base.KNOBS} and config.is_locked and config.train.is_locked
+  for key, value in values.items():
+    assert type(value) is base.KNOBS[key].values.kind
+  base.check(config)
+
+
+def test_another_key_and_a_missing_one_are_refused():
+  config = force('train.lerning_rate', 1.0)
+  with pytest.raises(InputError, match='config.train.lerning_rate is no knob; a config has the keys of KNOBS'):
+    base.check(config)
+  config = base.get('m2').copy_and_resolve_references().unlock()
+  del config.judge.quorum
+  with pytest.raises(InputError, match='config.judge.quorum is missing'):
+    base.check(config)
+
+
+@pytest.mark.parametrize('name, size', [('m9', 'tiny'), ('m1', 'huge')])
+def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
+  with pytest.raises(InputError, match='is unknown; it is one of'):
+    base.get(name, size)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'judge.quorum': 4}, 'quorum is 4, more than the 3'), ({'train.beta': 0.0}, 'beta is 0.0; it must be above 0'),
+    ({'train.select': 'x'}, 'a command with {checkpoint} in it'),
+    ({'data.source': 'oasst', 'data.ranked_tune': 1}, 'ranked_tune is 1; only the sandbox'),
+    ({'data.source': 'oasst', 'data.ranked_tune': 0, 'judge.by': 'oracle'}, 'in the sandbox also oracle or random')])
+def test_values_that_exclude_each_other_are_refused(changes, message):
+  config = base.get('m2', 'tiny')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(InputError, match=message):
+    base.check(config)
+
+
+def test_a_whole_number_for_a_float_and_a_flag_with_commas_still_work():
+  config = base.get('m2', 'tiny')
+  config.train.epochs = 3
+  config.train.data = ('pairs,judge_pairs',)
+  base.check(config)
+  assert config.train.epochs == 3.0 and base.training_data(config) == ['pairs', 'judge_pairs']
+
+
+def parse(monkeypatch, *flag):
+  """The config that flags make, as `stage.main` reads it."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  monkeypatch.setattr(sys, 'argv', ['program', '--config=configs/iter2.py:tiny', *flag])
+  values(sys.argv)
+  return values.config
+
+
+@pytest.mark.parametrize('key, text', [
+    ('train.epochs', 'nan'), ('train.epochs', 'inf'), ('train.epochs', '1' + '0' * 400), ('train.b1', '2'),
+    ('train.learning_rate', '-1e-5'), ('data.ift', '-5'), ('respond.n', str(10**20)), ('respond.n', '9' * 4000),
+    ('seed', str(2**64)), ('seed', '-1'), ('respond.temperature', '1e-310'),
+    ('train.learning_rate', '5e-324'), ('mesh.data', '0')], ids=short)
+def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(InputError, match=f'^config.{key} is '):
+    base.check(parse(monkeypatch, f'--config.{key}={text}'))
+  with pytest.raises(InputError, match=f'^config.{key} is '):
+    loop.load_config('m2', 'tiny', '', '', [f'{key}={text}'])
+
+
+@pytest.mark.parametrize('change, message', [
+    ('respond.n=1e3', "--set=respond.n=1e3: '1e3' is no int for respond.n; it must be a whole number above 0 and at "
+     "most 1,000,000,000 (candidates per prompt)"),
+    ('respond.n=' + '9' * 5000, 'is no int for respond.n; it must be a whole number'),
+    ('respond.n=4.0', "'4.0' is no int"), ('train.epochs=many', "'many' is no float for train.epochs; it must be a"),
+    ('train.pack=yes', "'yes' is no bool for train.pack; it must be True or False"),
+    ('respond=4', "'4' is no ConfigDict for respond; it is a section, set one of its keys: max_tokens, n,"),
+    ('x' * 5000 + '=1', 'the config has no key "xxx'), ('=', 'the config has no key ""'),
+    ('m1:train.epochs=1:2', "is no float")], ids=short)
+def test_a_change_that_is_no_value_gives_one_sentence(change, message):
+  with pytest.raises(InputError) as error:
+    loop.load_config('m1', 'tiny', '', '', [change])
+  assert message in str(error.value) and len(str(error.value)) < 600 and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('key', [k for k, knob in base.KNOBS.items() if knob.values.kind in (int, float)])
+def test_no_text_for_a_number_gets_past(key):
+  for text in ('nan', 'inf', '-inf', '1e400', '-1e400', '', 'x', '0x10', '--', '9' * 5000, str(10**20), 'True', '[1]'):
+    with pytest.raises(InputError):
+      loop.load_config('m2', 'tiny', '', '', [f'{key}={text}'])
+
+
+@pytest.mark.parametrize('module, flag', [
+    ('data.seeds', ['--config=configs/sft.py:stories', '--config.data.path=x.jsonl', '--config.data.ift=-5']),
+    ('sandbox', ['--config=configs/sft.py:tiny', f'--config.seed={2**64}']),
+    ('loop', ['--size=tiny', '--set=m3:train.b1=2'])])
+def test_a_refused_stage_leaves_nothing_behind(module, flag, tmp_path):
+  said = main(module, *flag, f'--workdir={tmp_path / "run"}', code=1)
+  errors = [line for line in said.splitlines() if line.startswith('error: ')]
+  assert len(errors) == 1 and errors[0].startswith('error: config.')
+  assert not [p for p in tmp_path.rglob('*') if p.is_file()]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from srlm_jax import checkpoint, InputError
+from srlm_jax import checkpoint, InputError, stage
 from srlm_jax.models import config as model_config, convert, hf, llama
 from srlm_jax.models.config import Config
 
@@ -50,11 +50,11 @@ def assert_same_bits(a: dict, b: dict):
     assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def change(folder, edit):
-  """Rewrites model.safetensors after `edit` of its tensors."""
-  tensors = load(folder)
+def change(folder, edit, file='model.safetensors'):
+  """Rewrites a file after `edit` of its tensors."""
+  tensors = load_file(folder / file)
   edit(tensors)
-  save_file(tensors, folder / 'model.safetensors')
+  save_file(tensors, folder / file)
 
 
 def files_of(folder):
@@ -318,3 +318,26 @@ def test_a_tokenizer_that_does_not_match_is_refused_before_the_work(tmp_path):
   with pytest.raises(InputError, match='ids and the model only 40'):
     convert.from_hf(tmp_path / 'hf', tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name, change', [
+    ('config.json', lambda data: data.replace(b'10000.0', b'50000.0')),
+    ('tokenizer.model', lambda data: data + b'x'), ('generation_config.json', lambda data: data + b' '),
+    ('model.safetensors', lambda data: data[:-1] + bytes([data[-1] ^ 1]))])
+def test_another_m0_for_a_workdir_and_a_changed_model_folder_are_noticed(stories, tmp_path, name, change):
+  source, folder = tmp_path / 'hf', tmp_path / 'run' / 'm0' / 'model'
+  shutil.copytree(stories, source)
+  convert.from_hf(source, folder)
+  convert.check_source(stories, folder)  # the same files in another place
+  stage.finished_model(tmp_path / 'run', 'm0')
+  for place in (source / name, folder / name):
+    if place.exists():
+      data = place.read_bytes()
+      assert change(data) != data
+      place.chmod(0o644)
+      place.write_bytes(change(data))
+  with pytest.raises(InputError, match=f'was converted from a folder with another {name}'):
+    convert.check_source(source, folder)
+  if (folder / name).exists():
+    with pytest.raises(InputError, match=f'{name} changed after the model was made'):
+      stage.finished_model(tmp_path / 'run', 'm0')

@@ -44,8 +44,6 @@ def test_the_numbers_of_an_iteration(tmp_path, capsys):
   records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', scores)
   pair = dict(chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1)
   records.write(folder / 'pairs' / 'pairs.jsonl', [pair])
-  for part in ('prompts', 'respond', 'judge', 'pairs'):
-    (folder / part / 'done.json').write_text('{}')
   health.run(base.get('m2'), tmp_path)
   found = json.loads((folder / 'health' / 'health.json').read_text())
   assert found['prompts'] == dict(attempts=5, accepted=2, dropped={'held out': 1, 'more than wanted': 2})

@@ -118,7 +118,8 @@ def test_rotary_fields_are_read_as_transformers_reads_them(tmp_path, theta, scal
     plain = {k: v for k, v in model_config.to_hf(ROPE).items() if not k.startswith('rope')}
     fields = plain | {k: v for k, v in rope.items() if v is not None}
     (tmp_path / 'config.json').write_text(json.dumps(fields))
-    found = dict(transformers.LlamaConfig.from_pretrained(str(tmp_path)).rope_parameters)
+    found = dict(transformers.LlamaConfig.from_pretrained(
+        str(tmp_path), trust_remote_code=False).rope_parameters)
     found.pop('type', None)
     return found
 

@@ -61,6 +61,8 @@ def test_no_prompt_is_written_in_two_rounds(demo, tmp_path):
   assert 'm2/prompts/prompts.jsonl' in inputs
   for part in ('data', 'm0', 'm2'):
     shutil.copytree(demo[0] / part, tmp_path / part)
+  for name in ('manifest.json', 'done.json'):  # as if the user had made these files
+    (tmp_path / 'm2' / 'prompts' / name).unlink()
   first, = itertools.islice(records.read(demo[0] / 'm3' / 'prompts' / 'prompts.jsonl'), 1)
   with (tmp_path / 'm2' / 'prompts' / 'prompts.jsonl').open('a') as f:  # as if M2's round had written it
     f.write(records.dump(first))
@@ -285,6 +287,8 @@ def test_a_malformed_line_stops_training_before_anything_is_written(demo, tmp_pa
   shutil.copytree(demo[0] / 'data', tmp_path / 'data')
   shutil.copytree(demo[0] / 'm0', tmp_path / 'm0')
   path = tmp_path / 'data' / 'seeds' / 'ift.jsonl'
+  for name in ('manifest.json', 'done.json'):  # as if the user had made these files
+    (path.parent / name).unlink()
   lines = path.read_text().splitlines()
   path.write_text('\n'.join([*lines[:6], lines[6][:-9], *lines[7:]]) + '\n')
   said = main('train', '--config=configs/sft.py:tiny', f'--workdir={tmp_path}', *config_flags('sft'), code=1)

@@ -2,6 +2,7 @@ import gzip
 import os
 
 from etils import epath
+from hypothesis import given, strategies as st
 import pytest
 
 from srlm_jax import InputError
@@ -79,6 +80,11 @@ def test_a_file_that_is_no_shard_beside_the_shards_is_named(tmp_path):
   (tmp_path / 'r-00000-of-00001 (copy).jsonl').write_text('')
   with pytest.raises(InputError, match=r'\(copy\).jsonl is no shard of r; delete or move it'):
     list(records.read_shards(tmp_path, 'r'))
+
+
+@given(st.lists(st.tuples(st.text('ab/%2F', max_size=5), st.text('ab/%2F', max_size=5)), unique=True))
+def test_different_parts_give_different_names(parts):
+  assert len({records.join(*pair) for pair in parts}) == len(parts)
 
 
 def test_shards_of_another_number_of_hosts_are_refused(tmp_path):

@@ -11,7 +11,7 @@ from srlm_jax import InputError, report, results
 from srlm_jax.data import records
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
-JUDGE = dict(template='additive', n=2, quorum=1)
+JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
 SCALE = dict(lowest=0.0, highest=5.0)
 STOPPED = '3 pairs are left (7 all scores equal), fewer than one batch of 8'
 
@@ -19,7 +19,7 @@ STOPPED = '3 pairs are left (7 all scores equal), fewer than one batch of 8'
 def stage(folder, name, done=None, **config):
   """The manifest of a stage that has begun and, if it is finished, what it says of itself."""
   (folder / name).mkdir(parents=True)
-  (folder / name / 'manifest.json').write_text(json.dumps(dict(stage=name, config=dict(config, seed=0))))
+  (folder / name / 'manifest.json').write_text(json.dumps(dict(format=2, stage=name, config=dict(config, seed=0))))
   if done is not None:
     (folder / name / 'done.json').write_text(json.dumps(dict(done, seconds=12.5)))
   return folder / name
@@ -53,20 +53,20 @@ def data(workdir, name):
   """What a DPO model was made from: prompts, candidates, judgements and pairs."""
   folder = workdir / name
   done = dict(prompts=10, wanted=10, attempts=1234, dropped={'seen before': 21, 'held out': 3})
-  stage(folder, 'prompts', done, prompts=dict(count=10))
+  stage(folder, 'prompts', done, **{'prompts.count': 10})
   responses = [dict(id=f'p{i}/{n}', prompt_id=f'p{i}', prompt=f'Written prompt {i} {EVIL}', finish='eos',
                     response=f'candidate {n} {EVIL}') for i in range(10) for n in range(2)]
   records.write(stage(folder, 'respond', {}) / 'responses-00000-of-00001.jsonl', responses)
   judgements = [dict(id=f'{r["id"]}/{j}', response_id=r['id'], j=j, text=f'Judged {EVIL}',
                      score=float((k + j) % 6), reason='', finish='eos')
                 for k, r in enumerate(responses) for j in range(2)]
-  records.write(stage(folder, 'judge', SCALE, judge=JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
+  records.write(stage(folder, 'judge', SCALE, **JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
   pairs = [dict(id=f'p{i}', prompt=f'Paired prompt {i}', chosen=f'the better {EVIL}',
                 rejected=f'the worse {EVIL}', chosen_score=4.5, rejected_score=1.0, chosen_finish='eos',
                 rejected_finish='length') for i in range(3)]
   done = dict(pairs=3, prompts=10, pairs_per_1000_prompts=300.0, dropped={'all scores equal': 7}, margin=3.5,
               chosen_minus_rejected_characters=1.25)
-  records.write(stage(folder, 'pairs', done, judge=JUDGE) / 'pairs.jsonl', pairs)
+  records.write(stage(folder, 'pairs', done, **JUDGE) / 'pairs.jsonl', pairs)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_what_a_killed_stage_wrote_is_counted_without_its_last_line(workdir, und
     shutil.rmtree(workdir / 'm3' / name)
   folder = workdir / 'm3' / 'prompts'
   (folder / 'done.json').unlink()
-  (folder / 'manifest.json').write_text(json.dumps(dict(config=dict(seed=0, prompts=dict(count=4000)))))
+  (folder / 'manifest.json').write_text(json.dumps(dict(format=2, config={'seed': 0, 'prompts.count': 4000})))
   lines = [dict(id='0', text='x', dropped=''), dict(id='1', text='x', dropped='cut off by length')]
   (folder / 'attempts.jsonl').write_text(''.join(map(records.dump, lines)) + '{"id": "2", "te')
   words = plain(page_of(workdir))
@@ -206,7 +206,7 @@ def test_a_stage_that_does_not_exist_is_not_warned_about(workdir, undrawn):
   """M1 has judgements of ranked replies, and no responses of its own."""
   judgements = [dict(id=f'{i}', response_id=f'r{i}', j=0, text='', score=float(i), reason='',
                      finish='eos') for i in range(5)]
-  folder = stage(workdir / 'm1', 'judge', SCALE, judge=JUDGE)
+  folder = stage(workdir / 'm1', 'judge', SCALE, **JUDGE)
   records.write(folder / 'judgements-00000-of-00001.jsonl', judgements)
   assert 'class="warnings"' not in page_of(workdir)
 
@@ -274,8 +274,9 @@ def test_a_damaged_record_is_named_by_file_and_line(workdir, undrawn, name):
     ('m2/answers/done.json', lambda r: dict(r, seconds=None), 'no "seconds"'),
     ('m2/pairs/done.json', lambda r: dict(r, margin='x'), '"margin" is "x"'),
     ('m1/eft/done.json', without('scores'), 'no "scores"'),
-    ('m2/model/manifest.json', '{', 'not JSON'), ('m2/model/manifest.json', '{}', 'no "config"'),
-    ('m2/judge/manifest.json', '{"config": {"judge": {"n": 2}}}', 'no "config.judge.template"'),
+    ('m2/model/manifest.json', '{', 'not JSON'), ('m2/model/manifest.json', '{"format": 2}', 'no "config"'),
+    ('m2/model/manifest.json', '{"config": {}}', 'written by another version of srlm_jax'),
+    ('m2/judge/manifest.json', '{"format": 2, "config": {"judge.n": "2"}}', '"config.judge.n" is "2"'),
     ('m2/oracle/oracle.json', lambda r: dict(r, score='3'), '"score" is "3"'),
     ('m2/oracle/oracle.json', without('standard_error'), 'no "standard_error"'),
     ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'), '"ties" is "x"'),

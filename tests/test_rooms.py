@@ -11,7 +11,7 @@ ALL = {'models', 'data', 'train', 'sample', 'eval', 'sandbox'}
 MAY = dict(models={'models', 'data'}, data={'data'}, train={'train', 'models', 'data'},
            sample={'sample', 'models', 'data'},
            eval={'eval', 'data'}, sandbox={'sandbox', 'data', 'models'})
-BASE = dict(sharding=set(), metrics=set(), checkpoint={'models'}, stage=set(), report={'data'})
+BASE = dict(sharding=set(), metrics=set(), checkpoint={'models', 'data'}, stage={'data'}, report={'data'})
 
 
 def imports(path):
@@ -46,7 +46,7 @@ def test_every_module_has_a_test_of_its_own():
   elsewhere = dict(attention='llama', hf='convert', scores='pairs', generate='llama', losses='losses', state='step',
                    world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
                    control='sandbox', results='report', oracle='loop', respond='loop', judge='loop', metrics='loop',
-                   implicit='strategies', programs='engine', packed='step')
+                   implicit='strategies', declared='stage', programs='engine', packed='step')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

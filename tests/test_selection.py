@@ -26,13 +26,13 @@ def trained(tmp_path, tokenizer_folder, mesh):
     checkpoint.save(saver, step, params)
   saver.close()
   checkpoint.write_model_files(TINY, tokenizer_folder, folder)
-  stage.write_json(folder / 'done.json', dict(params='abc'))
+  stage.write_json(folder / 'done.json', dict(params='abc', files={}, seconds=1))
   (tmp_path / 'data' / 'seeds').mkdir(parents=True)
 
   def config(select):
     c = base.get('m2', 'tiny').copy_and_resolve_references().unlock()
     c.train.select = select
-    stage.write_json(folder / 'manifest.json', dict(config=dict(train=dict(select=select))))
+    stage.write_json(folder / 'manifest.json', dict(format=stage.FORMAT, config={'train.select': select}))
     return c
   return tmp_path, folder, config
 
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_judge_has_no_measure(trained, monkeypatch):
   monkeypatch.setattr(selection.judge, 'run', lambda *_: None)
   monkeypatch.setattr(selection.agreement, 'run', lambda config, workdir: stage.write_json(
       (workdir / 'm2' / 'agreement').mkdir() or workdir / 'm2' / 'agreement' / 'done.json',
-      dict(pairwise_accuracy=None)))
+      dict(pairwise_accuracy=None, files={}, seconds=0)))
   with pytest.raises(InputError, match='no two judgements of one prompt have scores'):
     selection.run(config('agreement'), workdir)
   assert checkpoint.steps(folder) == [1, 2, 3, 4]

@@ -2,45 +2,106 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
-from ml_collections import ConfigDict
+from conftest import init, ROOT
 import pytest
 
 from configs import base
-from srlm_jax import InputError, loop, stage
+from srlm_jax import checkpoint, declared, InputError, loop, selection, stage
+from srlm_jax.data import eft, health, records, seeds
+from srlm_jax.eval import agreement
+from srlm_jax.models.config import PRESETS
+from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond
+from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
+from srlm_jax.train import __main__ as train
 
 
-def config(**pairs):
-  return ConfigDict(dict(name='m2', seed=0, pairs=dict(a=1, b='x') | pairs, other=dict(c=1)))
+def config(*keys, **changes):
+  """What a stage of m2 gets that declares these keys; `changes`: of judge."""
+  c = base.get('m2', 'tiny')
+  c.judge.update(changes)
+  return declared.View(c, keys, declared.ALWAYS)
 
 
-def test_the_manifest_comes_first_and_done_last(tmp_path):
+@pytest.fixture
+def m1(tmp_path, tokenizer_folder, mesh):
+  """A checkpoint folder."""
+  folder = tmp_path / 'm1' / 'model'
+  saver = checkpoint.manager(folder, None)
+  checkpoint.save(saver, 1, init(PRESETS['tiny-test']))
+  saver.close()
+  checkpoint.write_model_files(PRESETS['tiny-test'], tokenizer_folder, folder)
+  return folder
+
+
+def test_the_manifest_comes_first_and_done_last(tmp_path, m1):
   (tmp_path / 'in.jsonl').write_text('{}\n')
-  s = stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'in.jsonl'], 'abc')
+  c = config('judge.n', 'judge.template')
+  s = stage.Stage(c, tmp_path, 'pairs', [tmp_path / 'in.jsonl'], [m1])
   assert not s.done and not s.folder.exists()
   s.begin()
   manifest = json.loads((s.folder / 'manifest.json').read_text())
-  assert manifest['params'] == 'abc' and manifest['config'] == dict(seed=0, pairs=dict(a=1, b='x'))
-  assert list(manifest['inputs']) == ['in.jsonl'] and manifest['versions']['jax']
+  assert manifest['params'] == checkpoint.recorded_hash(m1) and manifest['format'] == stage.FORMAT
+  assert manifest['config'] == {'seed': 0, 'judge.n': 3, 'judge.template': 'sandbox'}
+  assert list(manifest['inputs']) == ['in.jsonl'] and manifest['environment']['versions']['jax']
+  assert set(manifest['model_files']) == {'m1/model/config.json', 'm1/model/tokenizer.model'}
   assert not (s.folder / 'done.json').exists()
   s.finish(pairs=3)
-  again = stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'in.jsonl'], 'abc')
-  assert again.done and stage.summary(s.folder)['pairs'] == 3
+  again = stage.Stage(c, tmp_path, 'pairs', [tmp_path / 'in.jsonl'], [m1])
+  assert again.done and stage.finished(s.folder)['pairs'] == 3
 
 
-def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path):
+def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path, m1):
   source = tmp_path / 'in.jsonl'
   source.write_text('{}\n')
-  stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [source], 'abc').begin()
-  with pytest.raises(InputError, match=r'config.pairs.a \(1, now 2\)'):
-    stage.Stage(config(a=2), tmp_path, 'pairs', ('pairs',), [source], 'abc')
-  with pytest.raises(InputError, match=r'params \(abc, now abd\)'):
-    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [source], 'abd')
+  def made(n=3, source=source, models=(m1,)):
+    return stage.Stage(config('judge.n', n=n), tmp_path, 'pairs', [source], models)
+  made().begin()
+  made()
+  with pytest.raises(InputError, match=r'config.judge.n \(3, now 2\)'):
+    made(2)
+  with pytest.raises(InputError, match=r'm1/model/config.json \(\w+, now None\)'):
+    made(models=())
+  hf = json.loads((m1 / 'config.json').read_text())
+  (m1 / 'config.json').write_text(json.dumps(hf | dict(rope_theta=7.0)))
+  with pytest.raises(InputError, match=r'model_files.m1/model/config.json \(\w+, now \w+\)'):
+    made()
+  (m1 / 'config.json').write_text(json.dumps(hf, indent=1) + '\n')
+  made()
+  with (m1 / 'tokenizer.model').open('ab') as f:
+    f.write(b'x')
+  with pytest.raises(InputError, match='model_files.m1/model/tokenizer.model'):
+    made()
   source.write_text('{"id": 1}\n')
   with pytest.raises(InputError, match='inputs.in.jsonl'):
-    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [source], 'abc')
+    made()
   with pytest.raises(InputError, match='does not exist'):
-    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [tmp_path / 'nothing'], 'abc')
+    made(source=tmp_path / 'nothing')
+
+
+def test_only_the_keys_of_a_stage_matter_and_only_those_can_be_read(tmp_path):
+  stage.Stage(config('judge.n'), tmp_path, 'pairs').begin()
+  stage.Stage(config('judge.n', quorum=1), tmp_path, 'pairs')  # which this stage does not read
+  with pytest.raises(declared.Undeclared, match='config.judge.quorum is read and not declared'):
+    config('judge.n').judge.quorum  # noqa: B018
+  with pytest.raises(declared.Undeclared, match='m2/pairs uses judge.quorum'):
+    stage.Stage(config('judge.n'), tmp_path, 'pairs', keys=['judge.quorum'])
+
+
+def test_a_key_that_an_older_manifest_lacks_had_its_default(tmp_path):
+  """A knob added later does not invalidate what was made before it, unless it is set."""
+  stage.Stage(config('judge.n'), tmp_path, 'pairs').begin()
+  stage.Stage(config('judge.n', 'judge.template'), tmp_path, 'pairs')
+  with pytest.raises(InputError, match=r'config.judge.template \(sandbox, now additive\)'):
+    stage.Stage(config('judge.n', 'judge.template', template='additive'), tmp_path, 'pairs')
+  stage.Stage(config(), tmp_path, 'pairs')  # and one that is no longer read does not matter
+
+
+@pytest.mark.parametrize('text', ['{}', '', '[]', '{"stage": "m2/pairs", "config": {"seed": 0}, "versions": {}}'])
+def test_a_manifest_that_is_empty_foreign_or_older_is_refused_in_one_sentence(tmp_path, text):
+  (tmp_path / 'm2' / 'pairs').mkdir(parents=True)
+  (tmp_path / 'm2' / 'pairs' / 'manifest.json').write_text(text)
+  with pytest.raises(InputError, match='manifest.json.*delete that folder or use another --workdir'):
+    stage.Stage(config(), tmp_path, 'pairs')
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -72,22 +133,86 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
 
 
 def test_a_stage_that_reads_from_an_unfinished_one_is_refused(tmp_path):
-  before = stage.Stage(config(), tmp_path, 'judge', ())
+  before = stage.Stage(config(), tmp_path, 'judge')
   before.begin()
   (before.folder / 'judgements.jsonl').write_text('{}\n')
   with pytest.raises(InputError, match='m2/judge is not finished; run that stage again'):
-    stage.Stage(config(), tmp_path, 'pairs', ('pairs',), [before.folder / 'judgements.jsonl'])
+    stage.Stage(config(), tmp_path, 'pairs', [before.folder / 'judgements.jsonl'])
   (tmp_path / 'm1' / 'model').mkdir(parents=True)
   (tmp_path / 'm1' / 'model' / 'manifest.json').write_text('{}')
   with pytest.raises(InputError, match='m1/model is not finished'):
     stage.finished_model(tmp_path, 'm1')
 
 
+@pytest.fixture
+def judged(tmp_path):
+  """A finished stage with two shards."""
+  s = stage.Stage(config(), tmp_path, 'judge')
+  s.begin()
+  for i in range(2):
+    records.write(s.folder / records.shard_name('judgements', i, 2), [dict(id=f'{i}{j}') for j in range(3)])
+  s.finish()
+  return s.folder
+
+
+@pytest.mark.parametrize('change', [lambda lines: lines[1:], lambda lines: [*lines, lines[0]], lambda lines: [],
+                                    lambda lines: [lines[1], *lines[1:]], lambda lines: [*lines[:2], '{"id": "x"}\n']])
+def test_a_finished_shard_that_lost_or_doubled_lines_is_refused(judged, tmp_path, change):
+  path = judged / records.shard_name('judgements', 1, 2)
+  stage.Stage(config(), tmp_path, 'pairs', [path])
+  path.write_text(''.join(change(path.read_text().splitlines(keepends=True))))
+  for run in (lambda: stage.Stage(config(), tmp_path, 'pairs', [path]),  # that reads it
+              lambda: stage.Stage(config(), tmp_path, 'judge')):  # that wrote it
+    with pytest.raises(InputError, match=r'judgements-00001-of-00002.jsonl is not as its stage left it \(3 records\)'):
+      run()
+
+
+def test_what_was_added_to_or_taken_from_a_finished_stage_is_refused(judged, tmp_path):
+  path = judged / records.shard_name('judgements', 1, 2)
+  records.write(judged / 'more.jsonl', [dict(id='a')])
+  with pytest.raises(InputError, match='more.jsonl was not there when its stage finished'):
+    stage.Stage(config(), tmp_path, 'pairs', [judged / 'more.jsonl'])
+  (judged / 'manifest.json').rename(judged / 'elsewhere')
+  for name, inputs in (('judge', []), ('pairs', [path])):
+    with pytest.raises(InputError, match='has a done.json and no manifest.json'):
+      stage.Stage(config(), tmp_path, name, inputs)
+  (judged / 'elsewhere').rename(judged / 'manifest.json')
+  path.unlink()
+  with pytest.raises(InputError, match='is not as its stage left it'):
+    stage.Stage(config(), tmp_path, 'judge')
+
+
+def test_an_id_that_two_shards_have_is_refused(tmp_path):
+  s = stage.Stage(config(), tmp_path, 'judge')
+  s.begin()
+  for i in range(2):
+    records.write(s.folder / records.shard_name('judgements', i, 2), [dict(id='a')])
+  with pytest.raises(InputError, match="a second record with the id 'a'"):
+    s.finish()
+  assert not (s.folder / 'done.json').exists()
+
+
+@pytest.mark.parametrize('text', ['{}', '', '[]', '{"files": {}}', '{"files": 3, "seconds": 1}'])
+def test_a_damaged_done_file_is_refused(judged, tmp_path, text):
+  (judged / 'done.json').write_text(text)
+  for name, inputs in (('judge', []), ('pairs', [judged / records.shard_name('judgements', 0, 2)])):
+    with pytest.raises(InputError, match='done.json.*delete it, and run that stage again'):
+      stage.Stage(config(), tmp_path, name, inputs)
+
+
+def test_every_key_that_a_stage_declares_is_a_knob():
+  stages = [respond.run, judge.run, prompts.run, pairs.run, implicit.run, meta_judge.run, eft.run, health.run,
+            seeds.run, agreement.run, oracle.run, audit.run, control.run, sandbox.make_seeds, sandbox.make_corpus,
+            selection.run, train.run]
+  for run in stages:
+    assert {*run.keys, *run.free} <= set(base.KNOBS), run.__module__
+
+
 def test_another_template_is_noticed(tmp_path):
-  s = stage.Stage(config(), tmp_path, 'judge', (), template='Judge {prompt}')
+  s = stage.Stage(config(), tmp_path, 'judge', template='Judge {prompt}')
   s.begin()
   with pytest.raises(InputError, match='template'):
-    stage.Stage(config(), tmp_path, 'judge', (), template='Grade {prompt}')
+    stage.Stage(config(), tmp_path, 'judge', template='Grade {prompt}')
 
 
 @pytest.mark.parametrize('key, value, message', [

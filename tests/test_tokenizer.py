@@ -93,7 +93,7 @@ def made(request, tmp_path_factory):
 
 
 def both(folder):
-  model = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+  model = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
   return tokenizers.load(folder), model
 
 
@@ -267,7 +267,8 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path):
 def test_both_libraries_give_the_same_ids(stories, tmp_path):
   """The same vocabulary through sentencepiece, and through transformers from a tokenizer.json."""
   plain = tokenizers.load(stories, 512)
-  transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True).save_pretrained(str(tmp_path))
+  made = transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True, trust_remote_code=False)
+  made.save_pretrained(str(tmp_path))
   if not (tmp_path / 'tokenizer.json').exists():
     pytest.fail('transformers wrote no tokenizer.json')
   fast = tokenizers.load(tmp_path, 512)
@@ -278,7 +279,8 @@ def test_both_libraries_give_the_same_ids(stories, tmp_path):
 
 
 def test_names_of_special_tokens_in_text_are_text(stories, tmp_path):
-  transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True).save_pretrained(str(tmp_path))
+  made = transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True, trust_remote_code=False)
+  made.save_pretrained(str(tmp_path))
   for folder in (stories, tmp_path):
     tokenizer = tokenizers.load(folder)
     ids = tokenizer.encode('a </s> b')
@@ -286,7 +288,7 @@ def test_names_of_special_tokens_in_text_are_text(stories, tmp_path):
 
 
 def test_a_tokenizer_s_own_chat_template(stories, tmp_path):
-  made = transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True)
+  made = transformers.LlamaTokenizer.from_pretrained(str(stories), local_files_only=True, trust_remote_code=False)
   made.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}\n{% endfor %}<|a|>"
   made.save_pretrained(str(tmp_path))
   tokenizer, made = both(tmp_path)

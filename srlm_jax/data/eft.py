@@ -9,10 +9,11 @@ or the prompt is dropped. Last, the most frequent score is downsampled to the ru
 """
 from collections import Counter
 
-from srlm_jax import InputError
+from srlm_jax import declared, InputError
 from srlm_jax.data import judges, ranked as ranking, records, scores as scoring
 
 
+@declared.reads('eft.targets', 'eft.quorum', 'judge.template')
 def run(config, workdir):
   """The seeds' ranked replies, and the SFT baseline's judgements of them (MODEL/judge) -> MODEL/eft/eft.jsonl, and
   dropped.jsonl: every reply that is not in it, with the reason."""
@@ -21,7 +22,7 @@ def run(config, workdir):
   folder = stage.model_folder(workdir, config.name).parent / 'judge'
   baseline = config.eft.targets == 'baseline'
   judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, 'eft', ('eft', 'judge.template'), template=str(judge),
+  s = stage.Stage(config, workdir, 'eft', template=str(judge),
                   inputs=[source, *(sorted(folder.glob('judgements-*.jsonl')) if baseline else [])])
   if s.done:
     return
@@ -148,7 +149,7 @@ def _example(ranked, reply, text: str, score: float, judge) -> dict:
 
 
 def _name(ranked, reply) -> str:
-  return f'{ranked["id"]}/{reply["id"]}'
+  return records.join(ranked['id'], reply['id'])
 
 
 if __name__ == '__main__':

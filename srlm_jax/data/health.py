@@ -9,6 +9,7 @@ import statistics
 
 from etils import epath
 
+from srlm_jax import declared
 from srlm_jax.data import records, scores as scoring
 
 PARSED = 0.9      # share of judgements that should have a score
@@ -19,13 +20,14 @@ FEW = 100         # pairs that 1,000 prompts should give at least
 REPEATED = 0.5    # share of candidates that may repeat another of their prompt
 
 
+@declared.reads('judge.quorum')
 def run(config, workdir):
   """MODEL/prompts, respond, judge, pairs, those that there are -> MODEL/health/health.json, and its warnings."""
   from srlm_jax import stage  # here, for stage knows JAX and data does not
   folder = stage.model_folder(workdir, config.name).parent
   paths = [p for part in ('prompts', 'respond', 'judge', 'pairs') for p in sorted((folder / part).glob('*.json*'))
            if p.name.startswith(('attempts', 'prompts.', 'responses', 'judgements', 'pairs.', 'positives.'))]
-  s = stage.Stage(config, workdir, 'health', ('judge.quorum',), paths or [folder / 'judge' / 'judgements.jsonl'])
+  s = stage.Stage(config, workdir, 'health', paths or [folder / 'judge' / 'judgements.jsonl'])
   if s.done:
     return
   found = measure(folder, config.judge.quorum)

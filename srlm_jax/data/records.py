@@ -192,6 +192,50 @@ def dump(record: dict) -> str:
   return json.dumps(record, ensure_ascii=False) + '\n'
 
 
+def contents(folder) -> dict[str, list]:
+  """{name: [records, hash]} of the .jsonl and .json files of a folder, without its manifest and done.json (of a .json
+  file, records is null).
+
+  Raises InputError where two records have one id, in one file or in two shards of the same stage.
+  """
+  found, seen = {}, {}  # seen, by what the shards have in common: hashes, which take less memory than ids
+  for path in sorted(epath.Path(folder).glob('*.json*')):
+    if path.name in ('manifest.json', 'done.json') or path.suffix not in ('.json', '.jsonl'):
+      continue
+    found[path.name] = [None, hash_file(path)]
+    names = seen.setdefault(path.name.partition('-')[0], set())
+    for where, record in numbered(path) if path.suffix == '.jsonl' else ():
+      found[path.name][0] = (found[path.name][0] or 0) + 1
+      if (name := record.get('id')) is not None:
+        if hash(name) in names:
+          raise InputError(f'{where}: a second record with the id {name!r}; delete {folder}, and run its stage again')
+        names.add(hash(name))
+  return found
+
+
+def hash_file(path) -> str:
+  """A hash of what a file holds, 16 hexadecimal digits."""
+  path = epath.Path(path)
+  if not path.exists():
+    raise InputError(f'{path} does not exist; run the stage that writes it first')
+  if path.is_dir():
+    raise InputError(f'{path} is a folder; give a file')
+  digest = hashlib.sha256()
+  with path.open('rb') as f:
+    while block := f.read(1 << 20):
+      digest.update(block)
+  return digest.hexdigest()[:16]
+
+
+def join(name: str, last: str) -> str:
+  """A name of two parts. Different parts give different names: a slash in the last part is escaped.
+
+  >>> join('a', 'b/c'), join('a/b', 'c')
+  ('a/b%2Fc', 'a/b/c')
+  """
+  return f'{name}/{last.replace("%", "%25").replace("/", "%2F")}'
+
+
 def digest(*parts: str) -> str:
   """A short, stable name for texts: the id of a record that the source did not name."""
   return hashlib.sha256('\x1f'.join(parts).encode()).hexdigest()[:16]

@@ -30,7 +30,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import InputError
+from srlm_jax import declared, InputError
 from srlm_jax.data import oasst, ranked, records
 
 # The sets that share the prompts, by the name of their asked size in config.data.
@@ -39,11 +39,13 @@ RANKED_SETS = ('ranked_train', 'ranked_eval')  # need two replies of different r
 SHARD = 1000  # turns, for TFDS holds a shard in memory while it writes it
 
 
+@declared.reads('data.source', 'data.synthetic', *(f'data.{name}' for name in BEST_SETS + RANKED_SETS),
+                free=('data.path',))
 def run(config, workdir):
   """The stage data/seeds: `make`, once."""
   from srlm_jax import stage  # here, for stage knows JAX and data does not
   find_source(config.data.source)
-  s = stage.Stage(config, workdir, 'seeds', ('data',), find_files(config.data.path), model='data')
+  s = stage.Stage(config, workdir, 'seeds', find_files(config.data.path), model='data')
   if s.done:
     return
   if not stage.is_first_host():
@@ -62,7 +64,7 @@ def make(config, workdir, begin=lambda: None) -> dict:
   # ArrayRecord writes to a local disk only: for a workdir in a bucket, TFDS picks its own default folder.
   data_dir = None if '://' in os.fspath(workdir) else workdir / 'data' / 'tfds'
   turns = Turns(Files(source=c.source, paths=find_files(c.path), synthetic=c.synthetic), data_dir)
-  asked = {name: c[name] for name in BEST_SETS + RANKED_SETS}
+  asked = {name: getattr(c, name) for name in BEST_SETS + RANKED_SETS}
   prompts, read, lost = sift(turns, config.seed)
   sets = divide(prompts, asked)
   counts = count(prompts, sets, asked, read, lost)

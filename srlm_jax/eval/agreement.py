@@ -15,18 +15,19 @@ import numpy as np
 from scipy import stats
 
 from configs import base
-from srlm_jax import stage
+from srlm_jax import declared, stage
 from srlm_jax.data import judges, records, scores as scoring
 
 MEASURES = ('pairwise_accuracy', 'pairwise_accuracy_all', 'ties', 'five_best', 'exact_match', 'spearman', 'kendall_tau')
 
 
+@declared.reads('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')
 def run(config, workdir):
   """The seeds' ranked replies of `base.ranked_split` and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge_eval'
   highest = judges.load(config.judge.template).highest
-  s = stage.Stage(config, workdir, 'agreement', ('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune'),
+  s = stage.Stage(config, workdir, 'agreement',
                   [source, *sorted(folder.glob('judgements-*.jsonl'))])
   if s.done:
     return
@@ -36,7 +37,7 @@ def run(config, workdir):
   scores = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
   missing = scoring.Score(None, None, [])
-  replies = [[(reply['rank'], scores.get(f'{r["id"]}/{reply["id"]}', missing).mean) for reply in r['replies']]
+  replies = [[(reply['rank'], scores.get(records.join(r['id'], reply['id']), missing).mean) for reply in r['replies']]
              for r in ranked]
   result = agreement(replies, highest)
   result['split'] = split

@@ -43,51 +43,72 @@ PRESETS = {
 
 # Fields of config.json that do not change what the model computes.
 _IGNORED = frozenset("""
-    _name_or_path architectures attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id dtype
+    _name_or_path architectures bos_token_id eos_token_id pad_token_id unk_token_id dtype
     initializer_range pretraining_tp torch_dtype transformers_version use_cache model_type
     output_attentions output_hidden_states return_dict name_or_path""".split())
-_REQUIRED = ('hidden_size', 'intermediate_size', 'num_attention_heads', 'num_hidden_layers', 'vocab_size')
+# null in them stands for the default, as transformers reads and writes it.
+_NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
+             'dtype', 'torch_dtype')
+# Fields of which one value is supported, and the default.
+_ONLY = dict(hidden_act='silu', mlp_bias=False, attention_dropout=0.0)
+# Bounds far beyond any Llama: a file with more is damaged.
+_SIZE = 2**24           # of a dimension or the context
+_LAYERS = 2**12
+_NUMBER = 1e-30, 1e30   # float32 holds them and their inverses
 
 
 def load(folder) -> Config:
-  """Reads the config.json of a checkpoint or of a Hugging Face folder."""
+  """Reads the config.json of a checkpoint or of a Hugging Face folder; InputError with its path."""
   path = epath.Path(folder) / 'config.json'
   if not path.exists():
     raise InputError(f'{folder} holds no config.json; name a checkpoint or a Hugging Face folder')
   try:
     return from_hf(json.loads(path.read_text()))
-  except (ValueError, InputError) as error:
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path}: no JSON can be read from it ({error}); fetch it again') from error
+  except InputError as error:
     raise InputError(f'{path}: {error}') from error
 
 
 def from_hf(fields: dict) -> Config:
-  """Fields of a Llama config.json -> Config; a field that is not supported is refused by name."""
-  f = dict(fields)
+  """Fields of a Llama config.json -> Config.
+
+  InputError names a field that is not supported, and one of a wrong type or out of range with its
+  value and with what it must be.
+  """
+  if not isinstance(fields, dict):
+    raise InputError(f'{_short(fields)} is not a set of fields; '
+                     f'write {{"model_type": "llama", ..}}')
+  f = {name: x for name, x in fields.items() if x is not None or name not in _NULLABLE}
   if f.get('model_type') != 'llama':
-    raise InputError(f'model_type is {f.get("model_type")!r}; only llama is supported')
-  for name in _REQUIRED:
-    if f.get(name) is None:
-      raise InputError(f'no field {name}')
-  for name, only in (('hidden_act', 'silu'), ('mlp_bias', False)):
-    if f.pop(name, only) != only:
-      raise InputError(f'{name} = {fields[name]!r} is not supported, only {only!r} is')
-  heads = f.pop('num_attention_heads')
-  kv_heads = f.pop('num_key_value_heads', None) or heads
+    raise InputError(f'model_type = {_short(f.get("model_type"))} is not supported, only llama is')
+  for name, only in _ONLY.items():
+    value = f.pop(name, only)
+    if value != only or isinstance(value, bool) != isinstance(only, bool):  # 0 == False
+      raise InputError(f'{name} = {_short(value)} is not supported, only {only!r} is')
+  for name in ('dtype', 'torch_dtype'):
+    _take(f, name, lambda x: isinstance(x, str), 'a name, as "bfloat16"', '')
+  width, heads = _size(f, 'hidden_size'), _size(f, 'num_attention_heads')
+  kv_heads = _size(f, 'num_key_value_heads', heads)
   if heads % kv_heads:
     raise InputError(f'num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}')
-  width = f.pop('hidden_size')
+  if 'head_dim' not in f and width % heads:
+    raise InputError(f'hidden_size = {width} must be a multiple of num_attention_heads = {heads} '
+                     f'where there is no head_dim')
+  head = _size(f, 'head_dim', width // heads)
+  if head % 2:
+    raise InputError(f'head_dim = {head} must be even, for the rotary embedding')
   scaling, theta = _rope(f)
   config = Config(
-      D=width, F=f.pop('intermediate_size'), K=kv_heads, G=heads // kv_heads,
-      H=f.pop('head_dim', None) or width // heads, V=f.pop('vocab_size'), layers=f.pop('num_hidden_layers'),
-      context=f.pop('max_position_embeddings', 2048), rope_theta=theta, rope_scaling=scaling,
-      norm_eps=f.pop('rms_norm_eps', 1e-6), tied=f.pop('tie_word_embeddings', False),
-      attention_bias=f.pop('attention_bias', False))  # defaults: those of transformers' LlamaConfig
-  if f.get('attention_dropout', 0):
-    raise InputError(f'attention_dropout = {f["attention_dropout"]} is not supported, only 0 is')
+      D=width, F=_size(f, 'intermediate_size'), K=kv_heads, G=heads // kv_heads, H=head,
+      V=_size(f, 'vocab_size'), layers=_size(f, 'num_hidden_layers', most=_LAYERS),
+      context=_size(f, 'max_position_embeddings', 2048), rope_theta=theta, rope_scaling=scaling,
+      norm_eps=_number(f, 'rms_norm_eps', 1e-6, high=1.0), tied=_flag(f, 'tie_word_embeddings'),
+      attention_bias=_flag(f, 'attention_bias'))  # defaults: those of transformers' LlamaConfig
   unknown = sorted(name for name in set(f) - _IGNORED if f[name] not in (None, False))
   if unknown:
-    raise InputError(f'{unknown[0]} = {f[unknown[0]]!r} is not supported; remove it if the weights do without')
+    raise InputError(f'{_short(unknown[0])[1:-1]} = {_short(f[unknown[0]])} is not supported; '
+                     f'remove it if the weights do without')
   return config
 
 
@@ -115,41 +136,77 @@ def _rope(f: dict):
   states it (`RotaryEmbeddingConfigMixin` of modeling_rope_utils.py). transformers silently prefers
   the nested value, and `rope_scaling` to `rope_parameters`; here values that differ are refused.
   """
-  top = f.pop('rope_theta', None)
-  theta = 10_000.0 if top is None else float(top)
-  stated, read = [] if top is None else [('rope_theta', theta)], []
+  stated, read = [], []
+  if 'rope_theta' in f:
+    stated.append(('rope_theta', _number(f, 'rope_theta')))
+  theta = stated[0][1] if stated else 10_000.0
   for name in ('rope_scaling', 'rope_parameters'):
-    fields = f.pop(name, None) or {}
+    fields = f.pop(name, {})
     if not isinstance(fields, dict):
-      raise InputError(f'{name} = {fields!r} is not a set of fields; write {{"rope_type": ..}}')
+      raise InputError(f'{name} = {_short(fields)} is not a set of fields; '
+                       f'write {{"rope_type": ..}}')
     if not fields:
       continue
     fields = dict(fields)
     kind = fields.pop('type', 'default')
     kind = fields.pop('rope_type', kind)
-    inner = fields.pop('rope_theta', None)
-    inner = theta if inner is None else float(inner)
+    if fields.get('rope_theta') is None:
+      fields['rope_theta'] = theta
+    inner = _number(fields, 'rope_theta', where=f'{name}.')
     stated.append((f'{name}.rope_theta', inner))
-    read.append((inner, kind, fields))
+    read.append((name, inner, kind, fields))
   for (name, value), (other, another) in itertools.pairwise(stated):
     if value != another:
       raise InputError(f'{name} = {value} and {other} = {another} differ; keep the one that the '
                        f'model was trained with')
-  if len(read) == 2 and read[0] != read[1]:
-    raise InputError(f'rope_scaling = {read[0][1:]} and rope_parameters = {read[1][1:]} differ; '
-                     f'keep the one that the model was trained with')
-  theta, kind, scaling = read[0] if read else (theta, 'default', {})
+  if len(read) == 2 and read[0][1:] != read[1][1:]:
+    raise InputError(f'rope_scaling = {_short(read[0][2:])} and rope_parameters = '
+                     f'{_short(read[1][2:])} differ; keep the one that the model was trained with')
+  name, theta, kind, scaling = read[0] if read else ('', theta, 'default', {})
   if kind == 'default' and not scaling:
     return None, theta
   if kind != 'llama3':
-    raise InputError(f'rope_scaling of type {kind!r} is not supported, only llama3 is')
-  try:
-    result = RopeScaling(
-        factor=float(scaling.pop('factor')), low_freq_factor=float(scaling.pop('low_freq_factor')),
-        high_freq_factor=float(scaling.pop('high_freq_factor')),
-        original_context=int(scaling.pop('original_max_position_embeddings')))
-  except KeyError as error:
-    raise InputError(f'rope_scaling lacks the field {error}') from error
+    raise InputError(f'{name} of type {_short(kind)} with {_short(sorted(scaling))} is not '
+                     f'supported, only llama3 is')
+  where = f'{name}.'
+  result = RopeScaling(
+      factor=_number(scaling, 'factor', low=1.0, where=where),
+      low_freq_factor=_number(scaling, 'low_freq_factor', where=where),
+      high_freq_factor=_number(scaling, 'high_freq_factor', where=where),
+      original_context=_size(scaling, 'original_max_position_embeddings', where=where))
+  if result.low_freq_factor >= result.high_freq_factor:
+    raise InputError(f'{where}low_freq_factor = {result.low_freq_factor} must be less than '
+                     f'high_freq_factor = {result.high_freq_factor}')
   if scaling:
-    raise InputError(f'rope_scaling field {sorted(scaling)[0]!r} is not supported')
+    raise InputError(f'{name} field {_short(sorted(scaling)[0])} is not supported')
   return result, theta
+
+
+def _take(f: dict, name: str, allowed, must: str, *default, where: str = ''):
+  """Takes a field out of `f`, or its default; InputError where it is missing or not `allowed`."""
+  if name not in f and not default:
+    raise InputError(f'{where}{name} is missing; it must be {must}')
+  value = f.pop(name, *default)
+  if not allowed(value):
+    raise InputError(f'{where}{name} = {_short(value)} must be {must}')
+  return value
+
+
+def _size(f, name, *default, most=_SIZE, where='') -> int:
+  return _take(f, name, lambda x: type(x) is int and 1 <= x <= most,
+               f'an integer from 1 to {most}', *default, where=where)
+
+
+def _number(f, name, *default, low=_NUMBER[0], high=_NUMBER[1], where='') -> float:
+  return float(_take(f, name, lambda x: type(x) in (int, float) and low <= x <= high,
+                     f'a number from {low:g} to {high:g}', *default, where=where))
+
+
+def _flag(f, name) -> bool:
+  return _take(f, name, lambda x: type(x) is bool, 'true or false', False)
+
+
+def _short(value) -> str:
+  """A value for a message: on one line, and not long."""
+  found = repr(value)
+  return found if len(found) <= 60 else f'{found[:40]}...{found[-10:]}'

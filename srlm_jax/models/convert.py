@@ -3,8 +3,8 @@
   python -m srlm_jax.models.convert --from_hf=DIR --out=DIR
   python -m srlm_jax.models.convert --checkpoint=DIR --to_hf=DIR [--step=N]
 
-Every tensor keeps its dtype. Our arrays are stacked over layers, but never whole in memory: the peak stays
-under 2 x the largest Hugging Face tensor + 1 GiB.
+Every tensor keeps its dtype; one with NaN or infinity is refused. Our arrays are stacked over
+layers, but never whole in memory: the peak stays under 2 x the largest Hugging Face tensor + 1 GiB.
 """
 import collections
 import contextlib
@@ -23,7 +23,7 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from srlm_jax import checkpoint, InputError
-from srlm_jax.data import tokenizer as tokenizers
+from srlm_jax.data import records, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, hf, llama
 
 CHUNKS_AT_ONCE = 4     # written together, so that several cores compress
@@ -49,7 +49,33 @@ def from_hf(source, out) -> 'Contents':
       saver.save(step / 'params', args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
       saver.save(step / 'hash', args=ocp.args.JsonSave(contents.hashes()))
+    (folder / checkpoint.SOURCE).write_text(json.dumps(
+        dict(source=source_hashes(source), model_files=checkpoint.file_hashes(folder)), indent=1) + '\n')
   return contents
+
+
+def source_hashes(source, before: dict | None = None) -> dict[str, list[str]]:
+  """{file: [hash, stamp]} of a Hugging Face folder: config.json, the tokenizer's files and the weights. All are read,
+  but for weights whose stamp (path, size, time of change) is that of `before`, an earlier result."""
+  found = {name: [value, ''] for name, value in checkpoint.file_hashes(source).items()}
+  for path in sorted(pathlib.Path(source).glob('*.safetensors')):
+    stat = path.stat()
+    stamp = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
+    known = (before or {}).get(path.name)
+    found[path.name] = known if known and known[1] == stamp else [records.hash_file(path), stamp]
+  return found
+
+
+def check_source(source, folder):
+  """Raises InputError if the checkpoint `folder` was converted from another Hugging Face folder than `source`."""
+  if not (pathlib.Path(folder) / checkpoint.SOURCE).exists():  # trained here, or copied
+    return
+  before = checkpoint.read_source(folder)['source']
+  now = source_hashes(source, before)
+  none = ['', '']
+  if changed := sorted(name for name in {*before, *now} if before.get(name, none)[0] != now.get(name, none)[0]):
+    raise InputError(f'{folder} was converted from a folder with another {", ".join(changed)} than {source}; use '
+                     f'another --workdir, or delete {folder} to convert again')
 
 
 def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES) -> 'Contents':
@@ -72,6 +98,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
         for leaf, layer in part:
           tensor = np.empty(leaf.hf_shape, dtypes[leaf.name])
           _fill(leaf.ours(tensor), arrays[leaf.name][layer] if leaf.stacked else arrays[leaf.name])
+          hf.finite(params, leaf.tensors[layer], tensor)
           tensor.tofile(f)
           for offset, _, rows in _rows(leaf, layer, tensor):
             contents.add(leaf, offset, rows)
@@ -92,9 +119,11 @@ def load_hf(folder, mesh, dtype: str):
   def array(leaf):
     def read(index):
       part = np.empty([len(range(size)[i]) for size, i in zip(leaf.shape, index, strict=True)], dtype)
-      tensors = found[leaf.name][index[0]] if leaf.stacked else found[leaf.name]
-      for slot, tensor in zip(part if leaf.stacked else [part], tensors, strict=True):
+      layers = index[0] if leaf.stacked else slice(None)
+      for slot, name, tensor in zip(part if leaf.stacked else [part], leaf.tensors[layers],
+                                    found[leaf.name][layers], strict=True):
         slot[...] = leaf.ours(tensor.map())[index[leaf.stacked:]]
+        hf.finite(tensor.file, name, slot)
       return part
     return jax.make_array_from_callback(leaf.shape, abstract[leaf.name].sharding, read)
 
@@ -123,7 +152,8 @@ class Contents:
       return checkpoint.combine({
           name: (dtype or str(stored), shape, self.sums[name, dtype or str(stored)])
           for name, (stored, shape) in self.leaves.items()})
-    return dict(stored=combine(None), float32=combine('float32'), bfloat16=combine('bfloat16'))
+    return dict(format=checkpoint.HASH_FORMAT, stored=combine(None), float32=combine('float32'),
+                bfloat16=combine('bfloat16'))
 
   def __str__(self):
     sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.leaves.values()]
@@ -155,7 +185,9 @@ class StreamHandler(ocp.type_handlers.NumpyHandler):
                   store_data_equal_to_fill_value=True)
       array = await ts.open(spec, create=True, dtype=stream.dtype, shape=stream.shape)
       for layer, tensor in enumerate(stream.tensors):
-        for offset, index, rows in _rows(stream.leaf, layer, tensor.read()):
+        name = stream.leaf.tensors[layer]
+        for offset, index, rows in _rows(
+            stream.leaf, layer, hf.finite(tensor.file, name, tensor.read())):
           await array[index].write(rows)  # each before the next, or all would wait in memory
           self.contents.add(stream.leaf, offset, rows)
         self.progress.update()

@@ -4,9 +4,11 @@ import itertools
 import json
 import math
 import pathlib
+import re
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from srlm_jax import InputError
 
@@ -89,7 +91,10 @@ def leaves(config) -> list[Leaf]:
 
 def find(folder, config) -> dict[str, list[Tensor]]:
   """The tensors of every Leaf, by its name; InputError where one is missing, too many or misshapen."""
-  top, tensors = _tensors(pathlib.Path(folder))
+  def passed_over(name):
+    return name.endswith('rotary_emb.inv_freq') or (config.tied and name == 'lm_head.weight')
+
+  top, tensors = _tensors(pathlib.Path(folder), passed_over)
   found = {}
   for leaf in leaves(config):
     for name in leaf.tensors:
@@ -105,9 +110,18 @@ def find(folder, config) -> dict[str, list[Tensor]]:
         raise InputError(f'{tensor.file}: tensor {name} is {tensor.dtype}; save it in one of '
                          f'{", ".join(map(str, NAMES))}, the same for all layers')
   for name, tensor in tensors.items():
-    if not name.endswith('rotary_emb.inv_freq') and not (config.tied and name == 'lm_head.weight'):
+    if not passed_over(name):
       raise InputError(f'{tensor.file}: tensor {name} is no part of the Llama of its config.json')
   return found
+
+
+def finite(place, name: str, values):
+  """A tensor of `place`, of any shape -> the same; InputError where it holds NaN or infinity."""
+  if not np.isfinite(values).all():
+    raise InputError(f'{place}: tensor {name} holds {np.isnan(values).sum()} NaN and '
+                     f'{np.isinf(values).sum()} infinite values of {values.size}; '
+                     f'use weights that are all finite')
+  return values
 
 
 def shards(config, dtypes: dict, limit: int) -> dict[str, list]:
@@ -149,36 +163,69 @@ def _bytes(leaf, dtypes) -> int:
   return math.prod(leaf.hf_shape) * dtypes[leaf.name].itemsize
 
 
-def _tensors(folder):
-  """The file that stands for the folder, and its tensors by name."""
+def _tensors(folder, passed_over):
+  """The file that stands for the folder, and its tensors by name; an index must fit its files.
+
+  The index may name tensors that no file holds where they are `passed_over`: the Hub's own
+  converter to safetensors leaves the names of tied tensors in it.
+  """
   if (folder / SINGLE).exists():
     return folder / SINGLE, _read_header(folder / SINGLE)
   top = folder / INDEX
   if not top.exists():
     raise InputError(f'{folder} holds neither {SINGLE} nor {INDEX}; name a folder with safetensors')
+  tensors, place = {}, _read_index(top)
+  for file in sorted(set(place.values())):
+    if not (folder / file).exists():
+      raise InputError(f'{top} names {file}, which is not there; fetch it too')
+    for name, tensor in _read_header(folder / file).items():
+      if name in tensors:
+        raise InputError(f'{tensor.file}: tensor {name} is also in {tensors[name].file}; '
+                         f'keep one of them')
+      tensors[name] = tensor
+  for name, file in place.items():
+    if not passed_over(name) and (name not in tensors or tensors[name].file != folder / file):
+      raise InputError(f'{top} says that {name} is in {file}, but it is not; fetch both again')
+  return top, tensors
+
+
+def _read_index(top) -> dict[str, str]:
+  """The name of the file of every tensor, as INDEX says; a file lies in the same folder."""
   try:
-    names = sorted(set(json.loads(top.read_text())['weight_map'].values()))
-  except (ValueError, KeyError) as error:
+    place = json.loads(top.read_text(), object_pairs_hook=_unique)['weight_map']
+    if not isinstance(place, dict) or not place:
+      raise ValueError('weight_map must give the file of every tensor')
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
     raise InputError(f'{top} is not an index of safetensors ({error!r}); fetch it again') from error
-  for name in names:
-    if not (folder / name).exists():
-      raise InputError(f'{top} names {name}, which is not there; fetch it too')
-  return top, {k: v for name in names for k, v in _read_header(folder / name).items()}
+  for name, file in place.items():
+    if not isinstance(file, str) or not re.fullmatch(r'[\w.-]{1,200}\.safetensors', file, re.ASCII):
+      raise InputError(f'{top}: the file of {name} is {str(file)[:60]!r}; it must be the file name '
+                       f'of safetensors in the same folder, as model-00001-of-00002.safetensors')
+  return place
 
 
 def _read_header(file) -> dict[str, Tensor]:
-  size = file.stat().st_size
+  """The tensors of a file.
+
+  The safetensors library checks the header: at most 100 MB, known dtypes, and ranges that agree
+  with shape x dtype and cover the data exactly, without overlap or gap. It lets a name stand twice.
+  """
   try:
-    with file.open('rb') as f:
+    with safetensors.safe_open(file, 'numpy'), file.open('rb') as f:
       start = 8 + int.from_bytes(f.read(8), 'little')
-      if start > size:
-        raise ValueError(f'it has {size} bytes, too few for its header')
-      fields = json.loads(f.read(start - 8))
-    fields.pop('__metadata__', None)
-    end = start + max(t['data_offsets'][1] for t in fields.values())
-    if size != end:
-      raise ValueError(f'it has {size} bytes; its header says {end}')
-    return {name: Tensor(file, DTYPES.get(t['dtype'], t['dtype']), tuple(t['shape']),
-                         start + t['data_offsets'][0]) for name, t in fields.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+      fields = json.loads(f.read(start - 8), object_pairs_hook=_unique)
+  except OSError as error:
+    raise InputError(f'{file} cannot be read ({error}); name a folder with safetensors') from error
+  except (safetensors.SafetensorError, ValueError, RecursionError) as error:
     raise InputError(f'{file} is not a whole safetensors file ({error}); fetch it again') from error
+  fields.pop('__metadata__', None)
+  return {name: Tensor(file, DTYPES.get(t['dtype'], t['dtype']), tuple(t['shape']),
+                       start + t['data_offsets'][0]) for name, t in fields.items()}
+
+
+def _unique(pairs) -> dict:
+  """The pairs of a JSON object; ValueError where a name stands twice (json keeps the last)."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    raise ValueError('a name stands in it twice')
+  return found

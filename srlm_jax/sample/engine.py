@@ -23,7 +23,9 @@ from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
 
-KNOBS = ('sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')  # that change records, if by rounding alone
+# What every sampling stage reads: keys that change records, if by rounding alone, and others.
+KEYS = ('sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
+FREE = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
 WINDOW = 64  # requests of a stream that are looked at for a common beginning
 LEAST_PREFIX = 16  # tokens; less is not worth a part of its own in the attention
 SCORED = 16  # rows whose log-probs are computed at once; their logits are whole

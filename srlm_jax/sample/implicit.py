@@ -6,20 +6,19 @@ candidates alike, so it is left out.
 import jax
 import tqdm
 
-from srlm_jax import checkpoint, stage
+from srlm_jax import declared, stage
 from srlm_jax.data import records, templates
 from srlm_jax.sample import engine as engines
 
 
+@declared.reads('chat', 'pairs.older', *engines.KEYS, free=engines.FREE)
 def run(config, workdir):
   """MODEL/respond -> MODEL/implicit/rewards-*.jsonl: reward = logp - older_logp, each the sum over the response's
   tokens (and the eos of a finished one); null where the candidate could not be encoded."""
   folders = {name: stage.finished_model(workdir, model)
              for name, model in (('logp', config.sampler), ('older_logp', config.pairs.older))}
   source = stage.model_folder(workdir, config.name).parent / 'respond'
-  s = stage.Stage(config, workdir, 'implicit', ('chat', *engines.KNOBS, 'pairs.older'),
-                  records.shards(source, 'responses'),
-                  '-'.join(map(checkpoint.recorded_hash, folders.values())))
+  s = stage.Stage(config, workdir, 'implicit', records.shards(source, 'responses'), folders.values())
   if s.done:
     return
   responses = list(records.read_shards(source, 'responses', 'id', 'prompt', 'response', 'finish'))

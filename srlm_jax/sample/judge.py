@@ -5,11 +5,15 @@ import itertools
 import jax
 
 from configs import base
-from srlm_jax import checkpoint, InputError, stage
+from srlm_jax import declared, InputError, stage
 from srlm_jax.data import eft, judges, records, templates
 from srlm_jax.sample import engine as engines
 
+KEYS = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k', 'judge.max_tokens', *engines.KEYS)
 
+
+@declared.reads(*KEYS, 'judge.n', 'eft.tries', 'eval.judgements', 'eval.split', 'data.ranked_tune',
+                free=('judge.on', 'judge.by', 'pairs.older', *engines.FREE))
 def run(config, workdir, on: str = ''):
   """Writes judgements-*.jsonl. `on`, by default `judge.on`, says what is judged, by whom, and where it goes:
 
@@ -20,22 +24,20 @@ def run(config, workdir, on: str = ''):
   eval       the model itself judges the ranked replies to measure on (base.ranked_split) -> MODEL/judge_eval
   """
   on = on or config.judge.on
-  ways = dict(  # on: stage, judge, how often it judges each response, what else of the config matters
-      responses=('judge', config.sampler, config.judge.n, ()),
-      again=('judge_again', config.pairs.older, config.judge.n, ()),
-      older=('judge_older', config.sampler, config.judge.n, ()),
-      ranked=('judge', config.sampler, config.eft.tries, ('eft.tries',)),
-      eval=('judge_eval', config.name, config.eval.judgements, ('eval.judgements', 'eval.split', 'data.ranked_tune')))
+  ways = dict(  # on: stage, judge, the key of how often it judges each response, other keys that it reads
+      responses=('judge', config.sampler, 'judge.n'), again=('judge_again', config.pairs.older, 'judge.n'),
+      older=('judge_older', config.sampler, 'judge.n'), ranked=('judge', config.sampler, 'eft.tries'),
+      eval=('judge_eval', config.name, 'eval.judgements', 'eval.split', 'data.ranked_tune'))
   if on not in ways:
     raise InputError(f'--on={on}{stage.closest(on, ways)}: it is one of {", ".join(ways)}')
-  name, model, n, also = ways[on]
+  name, model, *also = ways[on]
+  n = declared.look_up(config, also[0])
   if on == 'responses' and config.judge.by != 'model':
     raise InputError(f'config.judge.by is {config.judge.by}: no model judges; run python -m srlm_jax.sandbox.control')
   sources, items = _items(config, workdir, on)
   folder = stage.finished_model(workdir, model)
   judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, name, ('judge', 'chat', *engines.KNOBS, *also), sources,
-                  checkpoint.recorded_hash(folder), str(judge))
+  s = stage.Stage(config, workdir, name, sources, [folder], str(judge), keys=(*KEYS, *also))
   if s.done:
     return
   total = sum(1 for _ in items())
@@ -89,7 +91,7 @@ def _items(config, workdir, on: str):
   def replies():
     ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]
     eft.check(ranked, source)
-    return (dict(id=f'{r["id"]}/{reply["id"]}', prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
+    return (dict(id=records.join(r['id'], reply['id']), prompt_id=r['id'], prompt=r['prompt'], response=reply['text'])
             for r in ranked for reply in r['replies'])
   return [source], replies
 

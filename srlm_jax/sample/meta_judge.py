@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from srlm_jax import checkpoint, InputError, stage
+from srlm_jax import declared, InputError, stage
 from srlm_jax.data import judges, records, scores as scoring, templates
 from srlm_jax.sample import engine as engines, judge as judge_stage
 
@@ -22,6 +22,9 @@ SLOTS = ('request', 'first', 'second')
 PRIOR = 1e-2  # of a normal prior on Elo scores: keeps those finite of a judgement that won or lost every time
 
 
+@declared.reads(*(f'meta_judge.{key}' for key in ('template', 'temperature', 'top_p', 'top_k', 'max_tokens',
+                                                  'responses', 'share', 'score_share')),
+                'judge.template', 'judge.quorum', 'chat', *engines.KEYS, free=('judge.n', *engines.FREE))
 def run(config, workdir):
   """MODEL/respond, MODEL/judge, MODEL/pairs -> MODEL/meta_judge: comparisons-*.jsonl, one a line with its raw text,
   and judge_pairs.jsonl, records as of pairs.jsonl whose prompt is the judge's."""
@@ -31,9 +34,7 @@ def run(config, workdir):
              folder / 'pairs' / 'pairs.jsonl']
   model = stage.finished_model(workdir, config.sampler)
   judge, meta = judges.load(config.judge.template), judges.load(c.template, SLOTS, 'config.meta_judge.template')
-  s = stage.Stage(config, workdir, 'meta_judge',
-                  ('meta_judge', 'judge.template', 'judge.quorum', 'chat', *engines.KNOBS), sources,
-                  checkpoint.recorded_hash(model), f'{judge} {meta}')
+  s = stage.Stage(config, workdir, 'meta_judge', sources, [model], f'{judge} {meta}')
   if s.done:
     return
   if config.judge.n < 2:
@@ -51,7 +52,7 @@ def run(config, workdir):
   engine, tokenizer = engines.load(config, model, s.title)
   engine.room(sampling)  # raises where there is none
   s.begin()
-  requests = (engines.Request(f'{a["id"]}:{b["id"]}', templates.encode_prompt(config.chat, meta.render(
+  requests = (engines.Request(_pair_id(a, b), templates.encode_prompt(config.chat, meta.render(
       request=asked[a['response_id']], first=a['text'], second=b['text']), tokenizer), about=(a, b)) for a, b in rows)
 
   def record(request, _, result):
@@ -89,6 +90,11 @@ def run(config, workdir):
            first_wins=sum(x['winner'] == 1 for x in comparisons),
            second_wins=sum(x['winner'] == -1 for x in comparisons),
            dropped=dict(+dropped), scores_chosen=scoring.histogram(p['chosen_score'] for p in kept))
+
+
+def _pair_id(a: dict, b: dict) -> str:
+  """A name for two judgements in this order; a colon in the second id is escaped, so that no others have it."""
+  return f'{a["id"]}:{b["id"].replace("%", "%25").replace(":", "%3A")}'
 
 
 def doubtful(scores: dict[str, scoring.Score], responses: int) -> list[list[dict]]:

@@ -2,7 +2,7 @@
 from collections import Counter
 import statistics
 
-from srlm_jax import InputError, stage
+from srlm_jax import declared, InputError, stage
 from srlm_jax.data import records, scores as scoring
 from srlm_jax.sample import strategies
 
@@ -11,6 +11,11 @@ NEEDS = dict(consistency=(('judge_again', 'judgements'),), agreement=(('implicit
              temporal=(('respond_older', 'responses'), ('judge_older', 'judgements')))
 
 
+OF_STRATEGY = {'margin': 'pairs.margin', 'length_controlled': 'pairs.rho', strategies.POSITIVES: 'pairs.positive'}
+KEYS = ('pairs.strategy', 'pairs.unfinished_chosen', 'judge.quorum')
+
+
+@declared.reads(*KEYS, *OF_STRATEGY.values())
 def run(config, workdir):
   """MODEL/respond and MODEL/judge -> MODEL/pairs/pairs.jsonl (positives.jsonl for positives_only), scores.jsonl with
   every candidate's mean and spread, and counts of why prompts gave none."""
@@ -19,7 +24,8 @@ def run(config, workdir):
   folder = stage.model_folder(workdir, config.name).parent
   parts = [('respond', 'responses'), ('judge', 'judgements'), *NEEDS.get(c.strategy, ())]
   sources = [p for part, stem in parts for p in records.shards(folder / part, stem)]
-  s = stage.Stage(config, workdir, 'pairs', ('pairs', 'judge'), sources)
+  s = stage.Stage(config, workdir, 'pairs', sources, keys=[*KEYS, *(
+      key for strategy, key in OF_STRATEGY.items() if strategy == c.strategy)])
   if s.done:
     return
   prompts, judgements = load(config, folder)

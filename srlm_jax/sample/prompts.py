@@ -10,7 +10,7 @@ import string
 from etils import epath
 
 from configs import base
-from srlm_jax import checkpoint, InputError, stage
+from srlm_jax import declared, InputError, stage
 from srlm_jax.data import oasst, records, similar, templates
 from srlm_jax.sample import engine as engines
 
@@ -19,6 +19,10 @@ BANNED = ('image', 'images', 'graph', 'graphs', 'picture', 'pictures', 'file', '
           'go to')
 
 
+@declared.reads(*(f'prompts.{key}' for key in (
+    'author', 'template', 'chat', 'held_out', 'round', 'count', 'max_attempts', 'seed_shots', 'new_shots', 'shot_words',
+    'temperature', 'top_p', 'top_k', 'max_tokens', 'rouge', 'rouge_held_out', 'min_words', 'max_words')), *engines.KEYS,
+    free=engines.FREE)
 def run(config, workdir):
   """The seeds' prompts -> MODEL/prompts/prompts.jsonl, and every attempt with its fate in attempts.jsonl."""
   c = config.prompts
@@ -28,9 +32,7 @@ def run(config, workdir):
   sources = [stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')]
   earlier = earlier_rounds(workdir, config.name)
   template = templates.load_author(c.template)
-  params = checkpoint.recorded_hash(folder)
-  s = stage.Stage(config, workdir, 'prompts', ('prompts', *engines.KNOBS), [*sources, *earlier, *others], params,
-                  template)
+  s = stage.Stage(config, workdir, 'prompts', [*sources, *earlier, *others], [folder], template)
   if s.done:
     return
   ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)

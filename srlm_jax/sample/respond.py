@@ -4,11 +4,17 @@ import itertools
 
 import jax
 
-from srlm_jax import checkpoint, InputError, stage
+from srlm_jax import declared, InputError, stage
 from srlm_jax.data import records, templates
 from srlm_jax.sample import engine as engines
 
+GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *engines.KEYS)
+HELD_OUT = (*GREEDY, 'eval.temperature', 'eval.top_p', 'eval.top_k')
+PROMPTS = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respond.top_k', 'respond.max_tokens',
+           *engines.KEYS)
 
+
+@declared.reads(*dict.fromkeys((*PROMPTS, *HELD_OUT)), free=('pairs.older', *engines.FREE))
 def run(config, workdir, on: str = 'prompts'):
   """Writes responses-*.jsonl. `on` says what is answered, by whom, and where it goes:
 
@@ -28,8 +34,8 @@ def run(config, workdir, on: str = 'prompts'):
   else:
     raise InputError(f'--on={on}: it is prompts, older, heldout or greedy')
   folder = stage.finished_model(workdir, model)
-  s = stage.Stage(config, workdir, name, ('respond', 'eval', 'chat', *engines.KNOBS), [source],
-                  checkpoint.recorded_hash(folder))
+  s = stage.Stage(config, workdir, name, [source], [folder],
+                  keys=dict(heldout=HELD_OUT, greedy=GREEDY).get(on, PROMPTS))
   if s.done:
     return
   def prompts():

@@ -7,7 +7,7 @@ import itertools
 
 from etils import epath
 
-from srlm_jax import stage
+from srlm_jax import declared, stage
 from srlm_jax.data import records
 from srlm_jax.models import config as model_config
 from srlm_jax.sandbox import corpus, people
@@ -19,9 +19,11 @@ def run(config, workdir):
   (make_corpus if config.name == 'm0' else make_seeds)(config, workdir)
 
 
+@declared.reads('data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.ranked_tune', 'data.test_prompts',
+                'data.valid_prompts')
 def make_seeds(config, workdir):
   """Writes data/seeds: ift.jsonl, ranked.jsonl, heldout.jsonl."""
-  s = stage.Stage(config, workdir, 'seeds', ('data',), model='data')
+  s = stage.Stage(config, workdir, 'seeds', model='data')
   if s.done:
     return
   s.begin()
@@ -34,9 +36,10 @@ def make_seeds(config, workdir):
   s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval + c.ranked_tune, heldout=c.test_prompts + c.valid_prompts)
 
 
+@declared.reads('data.documents', 'model')
 def make_corpus(config, workdir):
   """Writes data/corpus: corpus.jsonl, tokenizer.model."""
-  s = stage.Stage(config, workdir, 'corpus', ('data.documents', 'model'), model='data')
+  s = stage.Stage(config, workdir, 'corpus', model='data')
   if s.done:
     return
   s.begin()

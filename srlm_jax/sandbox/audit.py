@@ -1,17 +1,18 @@
 """What the oracle thinks of a round: of the sampler's candidates, of its judgements, and of the pairs made of them."""
 import statistics
 
-from srlm_jax import stage
+from srlm_jax import declared, stage
 from srlm_jax.data import records, scores as scoring
 from srlm_jax.sandbox import world
 
 
+@declared.reads('judge.quorum')
 def run(config, workdir):
   """MODEL/respond, judge and pairs -> MODEL/audit/audit.json; prompts that are not of the world are left out."""
   folder = stage.model_folder(workdir, config.name).parent
   pairs = folder / 'pairs' / 'pairs.jsonl'
   sources = [*records.shards(folder / 'respond', 'responses'), *records.shards(folder / 'judge', 'judgements')]
-  s = stage.Stage(config, workdir, 'audit', ('judge.quorum',), [*sources, *([pairs] if pairs.exists() else [])])
+  s = stage.Stage(config, workdir, 'audit', [*sources, *([pairs] if pairs.exists() else [])])
   if s.done:
     return
   responses = list(records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response'))

@@ -1,11 +1,12 @@
 """Scores candidates without a judge, to compare with one: by the program that knows the rubric, or blindly."""
 import zlib
 
-from srlm_jax import InputError, stage
+from srlm_jax import declared, InputError, stage
 from srlm_jax.data import judges, records
 from srlm_jax.sandbox import world
 
 
+@declared.reads('judge.by', 'judge.n', 'judge.template')
 def run(config, workdir):
   """MODEL/respond -> MODEL/judge, as the judge stage writes it: the sampler's candidates scored by `judge.by`."""
   by = config.judge.by
@@ -13,7 +14,7 @@ def run(config, workdir):
     raise InputError('config.judge.by is model; run python -m srlm_jax.sample.judge, or name oracle or random')
   folder = stage.model_folder(workdir, config.name).parent / 'respond'
   judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, 'judge', ('judge',), records.shards(folder, 'responses'), template=str(judge))
+  s = stage.Stage(config, workdir, 'judge', records.shards(folder, 'responses'), template=str(judge))
   if s.done:
     return
   responses = list(records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))

@@ -4,11 +4,12 @@ import statistics
 import numpy as np
 
 from configs import base
-from srlm_jax import stage
+from srlm_jax import declared, stage
 from srlm_jax.data import records, scores as scoring
 from srlm_jax.sandbox import world
 
 
+@declared.reads('eval.split', 'eval.quorum', 'data.ranked_tune')
 def run(config, workdir):
   """MODEL/answers, answers_greedy and judge_eval -> MODEL/oracle/oracle.json: the mean score of 5 of the answers to
   held-out prompts, each point's share, length, histogram, and `judge`, as `of_judge` says; and graded.jsonl, every
@@ -16,7 +17,7 @@ def run(config, workdir):
   folder = stage.model_folder(workdir, config.name).parent
   sources = {name: records.shards(folder / name, 'responses') for name in ('answers', 'answers_greedy')}
   ranked = stage.seeds(workdir) / 'ranked.jsonl'
-  s = stage.Stage(config, workdir, 'oracle', ('eval.split', 'eval.quorum', 'data.ranked_tune'), [
+  s = stage.Stage(config, workdir, 'oracle', [
       ranked, *(path for paths in sources.values() for path in paths),
       *records.shards(folder / 'judge_eval', 'judgements')])
   if s.done:
@@ -56,7 +57,7 @@ def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
   sums, counts = [], []
   for r in ranked:
     replies = [(sum(world.grade(r['prompt'], reply['text'])), reply['rank'],
-                judged.get(f'{r["id"]}/{reply["id"]}')) for reply in r['replies']]
+                judged.get(records.join(r['id'], reply['id']))) for reply in r['replies']]
     scored = [(grade, score) for grade, _, score in replies if score is not None]
     by_grade = scoring.orders([(-grade, score) for grade, score in scored])
     by_rank = scoring.orders([(rank, grade) for grade, rank, _ in replies])

@@ -6,7 +6,7 @@ from etils import epath
 import jax
 
 from configs import base
-from srlm_jax import checkpoint, InputError, metrics, sharding, stage
+from srlm_jax import checkpoint, declared, InputError, metrics, sharding, stage
 from srlm_jax.data import batches, examples as training, records, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, kernels, llama
 from srlm_jax.train import reference, state as train_state, step as train_step
@@ -15,6 +15,16 @@ from srlm_jax.train.state import TrainState
 ROWS = 'rows.json'  # in the model's folder: how many rows a step has, and how wide they are
 
 
+KEYS = ('chat', 'model', *(f'train.{key}' for key in (
+    'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs', 'learning_rate', 'learning_rate_end',
+    'warmup', 'weight_decay', 'b1', 'b2', 'clip', 'dropout', 'beta', 'nll', 'by_length', 'max_length', 'dtype', 'remat',
+    'save_every', 'select')))
+
+
+DPO = ('train.reference', 'train.beta', 'train.nll', 'train.by_length')  # of DPO alone
+
+
+@declared.reads(*KEYS, free=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.source'))
 def run(config, workdir):
   """Reads the init model and this model's data; writes MODEL/model: a checkpoint folder, metrics.jsonl."""
   refuse_too_large(config)
@@ -28,8 +38,10 @@ def _train(config, workdir, mesh):
   source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'corpus'
   shape = _model_config(config, source, workdir)
   files = [data_file(workdir, config.name, name) for name in base.training_data(config)]
-  s = stage.Stage(config, workdir, 'model', ('train', 'chat', 'model'), files,
-                  checkpoint.recorded_hash(source) if c.init else '')
+  unread = {*(() if c.select else ('train.save_every',)), *(DPO if c.loss == 'sft' else ())}
+  keys = [key for key in KEYS if key not in unread]
+  s = stage.Stage(config, workdir, 'model', files if c.init else [*files, source / 'tokenizer.model'],
+                  [source] if c.init else [], keys=keys)
   if s.done:
     return
 
@@ -46,27 +58,25 @@ def _train(config, workdir, mesh):
   if c.loss == 'dpo' and c.reference == 'cached':
     once = _batches(config, data, mesh, choice.width, 1)
     rows.reference = reference.cached(config, workdir, files, source, model, once, mesh)
-  s.begin()
-  stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
-            f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
-            f', attention by {choice.name}' + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
-
-  step = train_step.make(model, tx, c, state)
-  saver = checkpoint.manager(s.folder, None if c.select else c.keep)
-  if saver.latest_step():
-    state = _resume(s.folder, saver.latest_step(), state, mesh)
-    stage.say(f'{s.title}: continues after step {int(state.step)}')
-  else:
-    state = _start(config, source, shape, tx, state, mesh)
-    if stage.is_first_host():
-      checkpoint.write_model_files(shape, source, s.folder)
-      stage.write_json(s.folder / ROWS, dict(shape=(rows.rows, rows.width)))
+  step, kept = train_step.make(model, tx, c, state), checkpoint.steps(s.folder)
+  state = _resume(s.folder, kept[-1], state, mesh) if kept else _start(config, source, shape, tx, state, mesh)
   # DPO's reference is parameters alone, in the dtype in which both are run
   in_step = c.loss == 'dpo' and c.reference == 'step'
   older = checkpoint.restore_params(source, mesh, c.dtype)[0] if in_step else {}
+  s.begin()  # after all that can be refused
+  stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
+            f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
+            f', attention by {choice.name}' + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
+  saver = checkpoint.manager(s.folder, None if c.select else c.keep)
+  if kept:
+    stage.say(f'{s.title}: continues after step {int(state.step)}')
+  elif stage.is_first_host():
+    checkpoint.write_model_files(shape, source, s.folder)
+    stage.write_json(s.folder / ROWS, dict(shape=(rows.rows, rows.width)))
   state = _steps(config, s, step, state, older, rows, saver, mesh)
   saver.close()
-  s.finish(steps=len(rows), loss=round(metrics.last(s.folder)['loss'], 4), params=checkpoint.hash_params(state.params),
+  s.finish(steps=len(rows), loss=round(metrics.last(s.folder)['loss'], 4),
+           params=checkpoint.hash_params(state.params), model_files=checkpoint.file_hashes(s.folder),
            examples=len(data.examples), real=round(rows.real, 3), dropped=data.dropped)
 
 

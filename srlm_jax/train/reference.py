@@ -21,8 +21,8 @@ def cached(config, workdir, files, source, model, batches: Batches, mesh) -> dic
   hashes of parameters, pairs, tokens and chat template: a folder made with others is an InputError.
   """
   tokens = hashlib.sha256('\n'.join(map(repr, batches.examples)).encode()).hexdigest()
-  s = stage.Stage(config, workdir, 'reference', ('chat', 'model', 'train.dtype'), files,
-                  checkpoint.recorded_hash(source), template=f'{config.chat} {tokens}')
+  s = stage.Stage(config, workdir, 'reference', files, [source], f'{config.chat} {tokens}',
+                  keys=('chat', 'model', 'train.dtype'))
   path = s.folder / FILE
   if not s.done:
     s.begin()
