@@ -17,6 +17,12 @@ from srlm_jax.data import templates
 
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
+# Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO
+# (and pairs for SFT on the chosen responses).
+TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
+# Keys that name a model, and the names that each takes besides a path.
+NAMES_A_MODEL = {'sampler': MODELS, 'train.init': MODELS, 'pairs.older': MODELS,
+                 'prompts.author': (*MODELS, 'sampler')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Values:
   choices: tuple[str, ...] = ()
 
   def has_type(self, value) -> bool:
-    """Whether the type is right; a whole number is also a float, and a bool is no number."""
+    """Whether the type is right; a whole number is also a float, and a bool is not a number."""
     if self.kind is tuple:
       return isinstance(value, tuple) and all(isinstance(v, str) for v in value) and value != ()
     kinds = (int, float) if self.kind is float else self.kind
@@ -174,7 +180,7 @@ _SECTIONS = {
     ),
     'train': dict(
         init=Knob('', TEXT, 'the model that it starts from, and the reference of DPO', PAPER),
-        # corpus, ift, eft, positives (SFT); pairs, judge_pairs (DPO)
+        # names of TRAINING_DATA
         data=Knob(('',), Values(tuple), 'names of the files to train on', PAPER),
         batch=Knob(16, COUNT, 'examples or pairs per step; packed, on average', PAPER),
         pack=Knob(True, SWITCH, 'several examples per row, or one, padded', OURS),
@@ -301,7 +307,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   """The config of model `name` (m0, sft, m1, m2, m3 or m4), locked: an unknown key is refused."""
   for what, value, known in (('size', size, SIZES), ('model', name, MODELS)):
     if value not in known:
-      raise InputError(f'{what} {value!r} is unknown; it is one of {", ".join(known)}')
+      raise InputError(f'{what} {show(value)} is unknown; it is one of {", ".join(known)}')
   c = _defaults('')
   for section in filter(None, _SECTIONS):
     c[section] = _defaults(section)
@@ -329,8 +335,9 @@ def check(c: ConfigDict):
   table does not allow a value, or if two values exclude each other."""
   values = dict(flat(c))
   for key in sorted({*values} ^ {*KNOBS}):
-    raise InputError(f'config.{key} is {"missing" if key in KNOBS else "no knob"}; a config has '
-                     'the keys of KNOBS in configs/base.py and no others')
+    problem = 'missing' if key in KNOBS else 'not a config key'
+    raise InputError(f'config.{short(key)} is {problem}; a config has the keys of KNOBS in '
+                     'configs/base.py and no others')
   for key, knob in KNOBS.items():
     knob.check(key, values[key])
   if c.judge.by != 'model' and c.data.source != 'sandbox':
@@ -349,6 +356,22 @@ def check(c: ConfigDict):
     if c[section].quorum > c[section][name]:
       raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the '
                        f'{c[section][name]} judgements ({section}.{name})')
+  for low, high in (('prompts.min_words', 'prompts.max_words'),
+                    ('train.learning_rate_end', 'train.learning_rate')):
+    if values[low] > values[high]:
+      raise InputError(f'config.{low} is {values[low]}, more than the {values[high]} of {high}; '
+                       f'lower one or raise the other')
+  names = training_data(c)
+  for i, name in enumerate(names):
+    if name not in TRAINING_DATA:
+      raise InputError(f'config.train.data names {show(name)}; it may name '
+                       f'{", ".join(TRAINING_DATA)}')
+    if name in names[:i]:
+      raise InputError(f'config.train.data names {show(name)} twice; name each file once')
+  for key, known in NAMES_A_MODEL.items():
+    if values[key] and values[key] not in known and '/' not in values[key]:
+      raise InputError(f'config.{key} is {show(values[key])}; it is empty, {_listed(known)}, or a '
+                       "path with a '/'")
 
 
 def flat(c: ConfigDict, section: str = '') -> Iterator[tuple[str, object]]:

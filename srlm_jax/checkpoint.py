@@ -19,8 +19,8 @@ from srlm_jax.models import config as model_config, llama
 TOKENIZER_FILES = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
                    'generation_config.json', 'chat_template.jinja')
 SELECTED = 'selected.json'  # in a folder, of whose steps one was chosen
-SOURCE = 'source.json'  # of a converted model: hashes of the Hugging Face folder that it came from, and of its files
-HASH_FORMAT = 2  # of what `hashes` gives; 1 missed changes that cancel
+SOURCE = 'source.json'  # of a converted model: hashes of the Hugging Face folder it came from
+HASH_FORMAT = 3  # of a step's `hash`; format 1 missed changes that cancel, and 2 had no `files`
 CHUNK_BYTES = 2**24  # of a stored array, compressed as one
 
 
@@ -31,8 +31,9 @@ def manager(folder, keep: int | None) -> ocp.CheckpointManager:
 
 
 def save(saver: ocp.CheckpointManager, step: int, params, train=None):
-  """Starts to save parameters, `train` (what only training needs: optimizer moments, step), and the hashes of both."""
-  names = hashes(params)
+  """Starts to save parameters and `train` (what only training needs: optimizer moments, step), with
+  the hashes of both and of the model's files, which must be there before."""
+  names = dict(hashes(params), files=file_hashes(epath.Path(saver.directory).parent))
   items = dict(params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)))
   if train is not None:
     items['train'] = ocp.args.PyTreeSave(train)
@@ -42,7 +43,11 @@ def save(saver: ocp.CheckpointManager, step: int, params, train=None):
 
 
 def restore_params(folder, mesh, dtype: str, step: int | None = None):
-  """Parameters alone, straight onto `mesh` in `dtype` -> (params, hash); the hash is checked."""
+  """Parameters alone, straight onto `mesh` in `dtype` -> (params, hash).
+
+  Raises InputError if the parameters, config.json or the tokenizer's files are not those that were
+  saved together.
+  """
   config = model_config.load(folder)
   step = latest(folder) if step is None else step
   abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
@@ -57,8 +62,13 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
 
 def recorded_hash(folder, step: int | None = None) -> str:
   """The name of a checkpoint's parameters, without reading them."""
-  step = latest(folder) if step is None else step
-  return _recorded(folder, step)['stored']
+  return recorded(folder, step)[0]
+
+
+def recorded(folder, step: int | None = None) -> tuple[str, dict[str, str]]:
+  """The name of a checkpoint's parameters and {file: hash} of the model's files, checked."""
+  found = _recorded(folder, latest(folder) if step is None else step)
+  return found['stored'], found['files']
 
 
 def restore_train(folder, step: int, abstract):
@@ -78,7 +88,7 @@ def steps(folder) -> list[int]:
 
 
 def latest(folder) -> int:
-  """The step that is meant by the model of a checkpoint folder: the one selected, or else the last."""
+  """The step that stands for the model of a checkpoint folder: the selected one, or else the last."""
   if not (found := steps(folder)):
     raise InputError(f'no checkpoint in {folder}; train or convert that model first')
   selected = epath.Path(folder) / SELECTED
@@ -98,13 +108,12 @@ def file_hashes(folder) -> dict[str, str]:
   return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths if path.exists()}
 
 
-def read_source(folder) -> dict:
-  """The source.json of a converted model: `source`, {file: [hash, stamp]}, and `model_files`, {file: hash}."""
+def read_source(folder) -> dict[str, list[str]]:
+  """The source.json of a converted model: {file: [hash, stamp]} of what it was converted from."""
   path, advice = epath.Path(folder) / SOURCE, f'delete {folder} and convert that model again'
   found = records.read_json(path, advice)
   if not isinstance(found, dict) or not all(
-      isinstance(found.get(key), dict) for key in ('source', 'model_files')) or not all(
-      isinstance(entry, list) and len(entry) == 2 for entry in found['source'].values()):
+      isinstance(entry, list) and len(entry) == 2 for entry in found.values()):
     raise InputError(f'{path} is damaged; {advice}')
   return found
 
@@ -178,10 +187,16 @@ def weighted_sums(x, offset: int, xp):
 
 def _flat_index(shape, offset: int, xp):
   """The flat index of every element, as its low and high 32 bits: JAX has no 64-bit integers here."""
+  return _index([np.arange(size) for size in shape], shape, offset, xp)
+
+
+def _index(places, shape, offset: int, xp):
+  """`offset` plus the flat indices, in an array of `shape`, of the elements at `places` of each axis."""
   low, high = (xp.full((), part, 'uint32') for part in (offset % 2**32, offset >> 32))
   stride = 1
   for axis in reversed(range(len(shape))):
-    steps = (np.arange(shape[axis], dtype='uint64') * np.uint64(stride)).reshape(-1, *(1,) * (len(shape) - axis - 1))
+    steps = places[axis].astype('uint64') * np.uint64(stride)
+    steps = steps.reshape(-1, *(1,) * (len(shape) - axis - 1))
     add_low, add_high = (xp.asarray(part.astype('uint32')) for part in (steps & 0xFFFFFFFF, steps >> np.uint64(32)))
     low = low + add_low
     high = high + add_high + (low < add_low).astype('uint32')  # the carry
@@ -204,13 +219,21 @@ def _by_layer(params):
 
 
 def _recorded(folder, step: int) -> dict:
+  """What `save` wrote into a step's `hash`; InputError if the model's files changed since then."""
   path = epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata'
+  advice = 'the checkpoint is damaged, restore it from a copy'
   if not path.exists():
-    raise InputError(f'{path} does not exist; the checkpoint is damaged, restore it from a copy')
-  found = records.read_json(path, 'the checkpoint is damaged, restore it from a copy')
+    raise InputError(f'{path} does not exist; {advice}')
+  found = records.read_json(path, advice)
   if not isinstance(found, dict) or found.get('format') != HASH_FORMAT:
-    raise InputError(f'{path} is not of hash format {HASH_FORMAT}: an older version wrote this checkpoint, whose hash '
-                     f'misses some changes; convert or train that model again')
+    raise InputError(f'{path} has another hash format than {HASH_FORMAT}: an older version wrote this '
+                     f'checkpoint; convert or train that model again')
+  if not isinstance(found.get('stored'), str) or not isinstance(found.get('files'), dict):
+    raise InputError(f'{path} lacks "stored" or "files"; {advice}')
+  before, now = found['files'], file_hashes(folder)
+  if changed := sorted(n for n in {*before, *now} if before.get(n) != now.get(n)):
+    raise InputError(f'{folder}: {", ".join(changed)} changed after the model was made; restore '
+                     f'what was there, or delete {folder} and make that model again')
   return found
 
 
@@ -228,7 +251,20 @@ def _restore(path, abstract):
   with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
     try:
       return reader.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
-    except Exception as error:  # whatever Orbax and TensorStore raise, the user's answer is one of two
-      what = ('is a checkpoint of another model than its config.json says' if 'shape' in str(error) else
-              f'cannot be read ({type(error).__name__}); the checkpoint is damaged, restore it from a copy')
-      raise InputError(f'{path} {what}') from error
+    except Exception as error:  # whatever Orbax and TensorStore raise
+      raise InputError(f'{path} {_why(handler, path, abstract, error)}') from error
+
+
+def _why(handler, path, abstract, error) -> str:
+  """Why arrays could not be restored: other arrays than expected, or damaged ones."""
+  wanted = {jax.tree_util.keystr(p, simple=True, separator='.'): x.shape
+            for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
+  try:
+    stored = jax.tree_util.tree_leaves_with_path(handler.metadata(path).tree)
+    found = {jax.tree_util.keystr(p, simple=True, separator='.'): tuple(x.shape) for p, x in stored}
+  except Exception:  # the description is damaged too
+    found = wanted
+  if found != wanted:
+    return 'is a checkpoint of another model than its config.json says'
+  return (f'cannot be read ({type(error).__name__}); the checkpoint is damaged, restore it from a '
+          f'copy')

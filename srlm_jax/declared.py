@@ -16,8 +16,8 @@ import functools
 
 from ml_collections import ConfigDict
 
-FORMAT = 2  # of the manifests that list these keys
-ALWAYS = ('name', 'size', 'sampler', 'seed')  # which config it is; the parameters of the sampler are in the manifest
+FORMAT = 3  # of the manifests that list these keys
+ALWAYS = ('name', 'size', 'sampler')  # which config it is; the parameters of the sampler are in the manifest
 
 
 class Undeclared(Exception):

@@ -3,7 +3,7 @@
 Pinned are JAX options that change which random numbers a key gives, and those that decide whether
 the program runs at all: a record must depend on the config and the inputs, not on a variable in a
 shell. Refused is 64-bit mode: it changes dtypes everywhere, so whoever sets it expects other
-results, and to switch it off in silence would deceive. Recorded, and never compared, is what
+results, and to switch it off in silence would mislead them. Recorded, and never compared, is what
 changes rounding alone: devices, library versions, compiler flags, matmul precision. A run must be
 able to go on after an upgrade or on another machine.
 """

@@ -189,7 +189,8 @@ def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) ->
     models, rest = (models.split(','), rest) if colon and '=' not in models else (list(MODELS), change)
     for model in models:
       if model not in MODELS:
-        raise InputError(f'--set={change}: there is no model {model!r}{stage.closest(model, MODELS)}')
+        raise InputError(f'--set={base.short(change)}: there is no model {base.show(model)}'
+                         f'{stage.closest(model, MODELS)}')
     if name in models:
       _set(config, rest, change)
   base.check(config)
@@ -197,12 +198,12 @@ def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) ->
 
 
 def _set(config: ConfigDict, text: str, change: str):
-  """Applies KEY=VALUE; the value takes the type of what stands there. Raises InputError, one sentence
-  of bounded length, for an unknown key and for a text that is no such value."""
+  """Applies KEY=VALUE, with VALUE converted to the type of the present value. Raises InputError,
+  one sentence of bounded length, for an unknown key and for a text that cannot be converted."""
   path, _, value = text.partition('=')
-  if path in ('name', 'size'):
-    raise InputError(f'--set={change}: {path} says which config this is; it cannot be changed')
   start = f'--set={base.short(change)}'
+  if path in ('name', 'size'):
+    raise InputError(f'{start}: {path} says which config this is; it cannot be changed')
   place, old = None, config
   for part in path.split('.'):
     known = old if isinstance(old, ConfigDict) else ()
@@ -210,19 +211,18 @@ def _set(config: ConfigDict, text: str, change: str):
       raise InputError(f'{start}: the config has no key "{base.short(part)}"'
                        f'{stage.closest(part, known)}')
     place, old = old, old[part]
+  if isinstance(old, ConfigDict):
+    raise InputError(f'{start}: {path} is a section; set one of its keys: {", ".join(old)}')
   try:
     place[part] = _like(old, value)
   except (ValueError, KeyError) as error:
-    wanted = f'it is a section, set one of its keys: {", ".join(old)}' if isinstance(
-        old, ConfigDict) else base.KNOBS[path].wanted(value)
-    raise InputError(f'{start}: {base.show(value)} is no {type(old).__name__} for {path}; '
-                     f'{wanted}') from error
+    kind = {int: 'an int', float: 'a float', bool: 'a bool'}[type(old)]
+    wanted = base.KNOBS[path].wanted(value).replace('it', path, 1)
+    raise InputError(f'{start}: {base.show(value)} is not {kind}; {wanted}') from error
 
 
 def _like(old, value: str):
-  """The text as a value of the type of `old`. Raises ValueError or KeyError where it is none."""
-  if isinstance(old, ConfigDict):
-    raise ValueError('a section holds several values')
+  """The text as a value of the type of `old`. Raises ValueError or KeyError where it is not one."""
   if isinstance(old, bool):
     return {'true': True, 'false': False}[value.lower()]
   if isinstance(old, tuple):

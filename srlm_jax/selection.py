@@ -33,7 +33,8 @@ def run(config, workdir):
   if (trained := stage.selects_by(folder)) != by:
     raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
                      f'with it keeps every checkpoint')
-  s = stage.Stage(config, workdir, 'selection', template=stage.finished(folder)['params'])
+  of = stage.finished(folder)['params'], checkpoint.file_hashes(folder)
+  s = stage.Stage(config, workdir, 'selection', template=str(of))
   if s.done:
     return
   s.begin()

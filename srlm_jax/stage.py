@@ -45,13 +45,14 @@ class Stage:
     keys = config.keys if keys is None else tuple(keys)
     if unknown := set(keys) - set(config.keys):
       raise declared.Undeclared(f'{self.title} uses {", ".join(sorted(unknown))}, which its run does not declare')
+    hashes = {epath.Path(p): records.hash_file(p) for p in inputs}
+    names = {folder: checkpoint.recorded(folder) for folder in models}
     self._manifest = json.loads(json.dumps(dict(
-        format=FORMAT, stage=self.title, params='-'.join(map(checkpoint.recorded_hash, models)),
-        model_files={f'{_relative(folder, workdir)}/{file}': name for folder in models
-                     for file, name in checkpoint.file_hashes(folder).items()},
-        inputs={str(_relative(p, workdir)): hash_file(p) for p in inputs},
-        template=hashlib.sha256(template.encode()).hexdigest()[:16],
-        config={key: declared.look_up(config._config, key) for key in ('seed', *keys)})))
+        format=FORMAT, stage=self.title, params='-'.join(name for name, _ in names.values()),
+        model_files={f'{_relative(folder, workdir)}/{file}': name for folder, (_, files) in names.items()
+                     for file, name in files.items()},
+        inputs=_names(hashes, workdir), template=hashlib.sha256(template.encode()).hexdigest()[:16],
+        config={key: declared.look_up(config._config, key) for key in keys})))
     path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
     if self.done and not path.exists():
@@ -59,31 +60,35 @@ class Stage:
     if path.exists():
       for change in _changes(self._before(path, config), self._manifest):
         raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
-    for source in map(epath.Path, inputs):
-      require_finished(source.parent, source.name)
+    for source, found in hashes.items():
+      require_finished(source.parent)
+      _check_file(source, found)
     if self.done:
-      for name in finished(self.folder)['files']:
-        require_finished(self.folder, name)
+      _check_files(self.folder)
       say(f'{self.title}: done before')
 
   def _before(self, path, config) -> dict:
     """The manifest that is there, with the keys of today: one that it lacks had its default, and one that the stage no
     longer reads is left out."""
     before = read_manifest(path)
-    before.pop('environment', None)
+    before.pop('environments', None)
     if missing := self._manifest['config'].keys() - before['config'].keys():
       default = base.get(config.name, config.size)
       before['config'] |= json.loads(json.dumps({key: declared.look_up(default, key) for key in missing}))
     before['config'] = {key: before['config'][key] for key in self._manifest['config']}
     return before
 
-  def begin(self):
-    """Writes the manifest, before anything else of the stage."""
+  def begin(self, mesh=None):
+    """Writes the manifest, before anything else of the stage; a stage that resumes in another environment, or on
+    another `mesh`, adds that one."""
     Stage.begun += 1
     sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
+    now = environment.record() | (dict(mesh=dict(mesh.shape)) if mesh else {})
     if is_first_host():
+      path = self.folder / 'manifest.json'
+      before = read_manifest(path).get('environments', []) if path.exists() else []
       self.folder.mkdir(parents=True, exist_ok=True)
-      write_json(self.folder / 'manifest.json', dict(self._manifest, environment=environment.record()))
+      write_json(path, dict(self._manifest, environments=[*(e for e in before if e != now), now]))
     params = self._manifest['params']
     say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
     sync(f'{self.title} begins')
@@ -188,15 +193,6 @@ def finished_model(workdir, name: str):
   checkpoint of it was selected that should be."""
   folder = model_folder(workdir, name)
   require_finished(folder)
-  recorded = None
-  if (folder / 'done.json').exists():
-    recorded = finished(folder).get('model_files')
-  elif (folder / checkpoint.SOURCE).exists():
-    recorded = checkpoint.read_source(folder)['model_files']
-  if recorded is not None and (found := checkpoint.file_hashes(folder)) != recorded:
-    changed = ', '.join(sorted(file for file in {*found, *recorded} if found.get(file) != recorded.get(file)))
-    raise InputError(f'{folder}: {changed} changed after the model was made; restore it, or delete {folder} and make '
-                     f'it again')
   if selects_by(folder) and not (folder / checkpoint.SELECTED).exists():
     raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
                      f'srlm_jax.selection with the config of {name}')
@@ -224,21 +220,33 @@ def require_finished(folder, name: str = ''):
   A folder without manifest.json and done.json was not made by a stage, and is not checked."""
   folder = epath.Path(folder)
   manifest, done = ((folder / file).exists() for file in ('manifest.json', 'done.json'))
-  if not manifest and not done:
-    return
-  if not done:
+  if manifest and not done:
     raise InputError(f'{folder} is not finished; run that stage again, it does what is missing')
-  if not manifest:
+  if done and not manifest:
     raise InputError(f'{folder} has a done.json and no manifest.json; restore it, or delete {folder} and run that '
                      f'stage again')
-  files = finished(folder)['files']
-  if not name or (folder / name).suffix not in ('.json', '.jsonl'):
+  if done:
+    finished(folder)
+  if name:
+    _check_file(folder / name)
+
+
+def _check_file(path, found: str = ''):
+  """Raises InputError if a file of a finished stage is not as its stage left it; `found`: its hash, if it is known."""
+  if path.suffix not in ('.json', '.jsonl') or not (path.parent / 'done.json').exists():
     return
-  if name not in files:
-    raise InputError(f'{folder / name} was not there when its stage finished; delete it')
-  if not (folder / name).exists() or hash_file(folder / name) != files[name][1]:
-    raise InputError(f'{folder / name} is not as its stage left it ({files[name][0]} records); restore it, or delete '
-                     f'{folder} and run that stage again')
+  files = finished(path.parent)['files']
+  if path.name not in files:
+    raise InputError(f'{path} was not there when its stage finished; delete it')
+  if not path.exists() or (found or records.hash_file(path)) != files[path.name][1]:
+    raise InputError(f'{path} is not as its stage left it ({files[path.name][0]} records); restore it, or delete '
+                     f'{path.parent} and run that stage again')
+
+
+def _check_files(folder):
+  """`_check_file` for every file that a finished stage wrote, and for records that were added to its folder."""
+  for path in sorted({*folder.glob('*.jsonl'), *(folder / name for name in finished(folder)['files'])}):
+    _check_file(path)
 
 
 def finished(folder) -> dict:
@@ -293,9 +301,6 @@ def say(text: str):
     print(text, flush=True)
 
 
-hash_file = records.hash_file
-
-
 def closest(word: str, words) -> str:
   """' (did you mean "x"?)', or nothing."""
   found = difflib.get_close_matches(word, list(words), n=1)
@@ -305,8 +310,11 @@ def closest(word: str, words) -> str:
 def _parse_flags(argv):
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+  except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError,
+          RecursionError) as error:
     text = str(error.args[0] if error.args else error)
+    if isinstance(error, RecursionError):  # absl searches for a flag with a similar name
+      text = 'a flag has a name that is unknown and very long; flags are written --name=value'
     hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     if hint:
       text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
@@ -316,13 +324,26 @@ def _parse_flags(argv):
     if missing:
       text = f'--{missing[1]} is missing'
     text = text.replace('InputError: ', '').replace('ValueError: ', '')
-    print('error: ' + ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:]), file=sys.stderr)
+    text = ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:])
+    # A long value is shortened by itself first, because the reason follows it.
+    text = re.sub(r'\S{151,}', lambda word: base.short(word[0], 150), text)
+    print('error: ' + base.short(text, 300), file=sys.stderr)
     sys.exit(1)
+
+
+def _names(hashes: dict, workdir) -> dict[str, str]:
+  """{path: hash} -> {name: hash}: files of the workdir by their path in it, others by their name, so that both may be
+  moved; of several with one name each gets a number."""
+  found = {}
+  for path, value in hashes.items():
+    name = str(_relative(path, workdir))
+    found[name if name not in found else f'{name} {len(found)}'] = value
+  return found
 
 
 def _relative(path, workdir):
   path, workdir = epath.Path(path).resolve(), epath.Path(workdir).resolve()
-  return path.relative_to(workdir) if path.is_relative_to(workdir) else path
+  return path.relative_to(workdir) if path.is_relative_to(workdir) else epath.Path(path.name)
 
 
 def _changes(before, now, where=''):

@@ -16,10 +16,10 @@ TINY = PRESETS['tiny-test']
 @pytest.fixture
 def saved(tmp_path, tokenizer_folder, mesh):
   params = init(TINY)
+  checkpoint.write_model_files(TINY, tokenizer_folder, tmp_path)
   saver = checkpoint.manager(tmp_path, keep=2)
   checkpoint.save(saver, 7, params, dict(step=jnp.asarray(7)))
   saver.close()
-  checkpoint.write_model_files(TINY, tokenizer_folder, tmp_path)
   return tmp_path, params
 
 
@@ -83,6 +83,16 @@ def test_the_index_of_a_large_array_has_more_than_32_bits():
     assert (alone != checkpoint.weighted_sums(x, int(flat) % 2**32, np)).any() == (flat >= 2**32)
 
 
+def test_strides_above_32_bits_count():
+  """The shape (3, 2**17, 2**17) without its elements: only one row of one layer is indexed."""
+  for shape in ((3, 1, 2**33), (2, 3, 2**34)):
+    for xp in (np, jnp):
+      low, high = checkpoint._index([np.arange(2), np.arange(shape[1])[-1:], np.arange(5)], shape, 7, xp)
+      wanted = 7 + (np.arange(2)[:, None] * shape[1] + shape[1] - 1) * shape[2] + np.arange(5)
+      found = np.asarray(low).astype(np.uint64) + (np.asarray(high).astype(np.uint64) << np.uint64(32))
+      np.testing.assert_array_equal(found.reshape(2, 5), wanted.astype(np.uint64))
+
+
 def test_the_optimizer_state_is_hashed_too(saved):
   folder, _ = saved
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -117,5 +127,41 @@ def test_a_missing_checkpoint_or_one_of_another_shape_is_named(saved, mesh, tmp_
     checkpoint.latest(tmp_path_factory.mktemp('empty'))
   folder, _ = saved
   (folder / 'config.json').write_text(json.dumps(model_config.to_hf(PRESETS['stories-260k'])))
+  rename_files(folder)
   with pytest.raises(InputError, match='checkpoint of another model'):
+    checkpoint.restore_params(folder, mesh, 'float32')
+
+
+def rename_files(folder):
+  """Records the files of a model as they are now, as if they had been there when it was saved."""
+  path = folder / 'steps' / '7' / 'hash' / 'metadata'
+  found = json.loads(path.read_text())
+  path.write_text(json.dumps(found | dict(files=checkpoint.file_hashes(folder))))
+
+
+@pytest.mark.parametrize('name, change', [
+    ('config.json', lambda text: text.replace(b'10000.0', b'50000.0')),
+    ('tokenizer.model', lambda text: text + b'x'), ('generation_config.json', lambda _: b'{}')])
+def test_no_reader_takes_parameters_with_other_files_than_they_were_saved_with(
+    saved, mesh, name, change):
+  """Whoever reads them: a stage, generate, the export, a benchmark."""
+  folder, _ = saved
+  path = folder / name
+  before = path.read_bytes() if path.exists() else b''
+  assert change(before) != before
+  path.write_bytes(change(before))
+  for read in (lambda: checkpoint.restore_params(folder, mesh, 'float32'),
+               lambda: checkpoint.recorded_hash(folder), lambda: checkpoint.recorded(folder)):
+    with pytest.raises(InputError, match=f'{name} changed after the model was made; restore'):
+      read()
+
+
+@pytest.mark.parametrize('where, size', [('params', 0), ('params', 100)])
+def test_damaged_arrays_are_called_damaged_and_not_another_model(saved, mesh, where, size):
+  folder, _ = saved
+  files = [p for p in (folder / 'steps' / '7' / where).rglob('d/*') if p.is_file()]
+  assert files
+  for path in files:
+    path.write_bytes(path.read_bytes()[:size])
+  with pytest.raises(InputError, match=f'{where} cannot be read.*the checkpoint is damaged'):
     checkpoint.restore_params(folder, mesh, 'float32')

@@ -4,14 +4,15 @@ import math
 import sys
 
 from absl import flags
-from conftest import main, ROOT
+from conftest import CHANGES, main, ROOT
 from ml_collections import config_flags
 import pytest
 
-from configs import base
+from configs import ablations, base
 from srlm_jax import InputError, loop
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
+from srlm_jax.train import __main__ as train
 
 LLAMA3 = dict(
     architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -174,7 +175,8 @@ def test_every_config_has_the_keys_of_the_table_and_values_in_range(name, size):
 
 def test_another_key_and_a_missing_one_are_refused():
   config = force('train.lerning_rate', 1.0)
-  with pytest.raises(InputError, match='config.train.lerning_rate is no knob; a config has the keys of KNOBS'):
+  with pytest.raises(InputError, match='config.train.lerning_rate is not a config key; a config '
+                     'has the keys of KNOBS'):
     base.check(config)
   config = base.get('m2').copy_and_resolve_references().unlock()
   del config.judge.quorum
@@ -192,12 +194,61 @@ def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
     ({'judge.quorum': 4}, 'quorum is 4, more than the 3'), ({'train.beta': 0.0}, 'beta is 0.0; it must be above 0'),
     ({'train.select': 'x'}, 'a command with {checkpoint} in it'),
     ({'data.source': 'oasst', 'data.ranked_tune': 1}, 'ranked_tune is 1; only the sandbox'),
-    ({'data.source': 'oasst', 'data.ranked_tune': 0, 'judge.by': 'oracle'}, 'in the sandbox also oracle or random')])
+    ({'data.source': 'oasst', 'data.ranked_tune': 0, 'judge.by': 'oracle'},
+     'in the sandbox also oracle or random'),
+    ({'prompts.min_words': 151},
+     'config.prompts.min_words is 151, more than the 150 of prompts.max_words; lower one or raise'),
+    ({'train.learning_rate': 1e-9},
+     'config.train.learning_rate_end is 4e-06, more than the 1e-09 of train.learning_rate; lower'),
+    ({'train.data': ('ift', 'eft', 'ift')}, "config.train.data names 'ift' twice; name each"),
+    ({'train.data': ('pairs', 'judge_pairs,pairs')}, "config.train.data names 'pairs' twice"),
+    ({'train.data': ('pear',)}, "config.train.data names 'pear'; it may name corpus, ift, eft"),
+    ({'train.data': ('pairs, judge_pairs',)}, "config.train.data names ' judge_pairs'; it"),
+    ({'train.data': ('pairs,',)}, "config.train.data names ''; it may name corpus,"),
+    ({'train.data': ('x' * 5000,)}, r"config.train.data names 'xxx.*xx\.\. \(5002 characters\)"),
+    ({'train.init': 'm9'},
+     "config.train.init is 'm9'; it is empty, m0, sft, m1, m2, m3 or m4, or a path with a '/'"),
+    ({'train.init': 'sampler'}, "config.train.init is 'sampler'; it is empty"),
+    ({'sampler': 'llama-2-7b'}, "config.sampler is 'llama-2-7b'; it is empty"),
+    ({'pairs.older': 'x' * 5000}, r"config.pairs.older is 'xxx.*xx\.\. \(5002 characters\);"),
+    ({'prompts.author': 'M0'},
+     "config.prompts.author is 'M0'; it is empty, m0, sft, m1, m2, m3, m4 or sampler, or a path")],
+    ids=short)
 def test_values_that_exclude_each_other_are_refused(changes, message):
   config = base.get('m2', 'tiny')
   config.update_from_flattened_dict(changes)
-  with pytest.raises(InputError, match=message):
+  with pytest.raises(InputError, match=message) as error:
     base.check(config)
+  assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize('changes', [
+    {'prompts.min_words': 150}, {'train.learning_rate': 4e-6}, {'train.data': base.TRAINING_DATA},
+    {'train.data': (','.join(base.TRAINING_DATA),)},
+    *({key: model} for key in base.NAMES_A_MODEL
+      for model in (*base.MODELS, '', '/m', './m', 'gs://b/m')),
+    {'prompts.author': 'sampler'}], ids=short)
+def test_values_that_go_together_are_taken(changes):
+  config = base.get('m2', 'tiny')
+  config.update_from_flattened_dict(changes)
+  base.check(config)
+
+
+def test_training_data_has_exactly_the_names_that_training_finds():
+  for name in base.TRAINING_DATA:
+    assert train.data_file('run', 'm2', name).name == f'{name}.jsonl'
+  with pytest.raises(InputError) as error:
+    train.data_file('run', 'm2', 'pear')
+  assert {*str(error.value).partition('knows ')[2].split(', ')} == {*base.TRAINING_DATA}
+
+
+@pytest.mark.parametrize('name', base.MODELS)
+@pytest.mark.parametrize('size', base.SIZES)
+def test_the_changes_of_the_tests_and_the_ablations_are_valid(name, size):
+  for ablation in ('', *ablations.ABLATIONS):
+    if size == 'tiny' or ablation not in ('oracle_judge', 'random_judge'):
+      changes = [*ablations.changes(ablation, size), *(CHANGES if size == 'tiny' else ())]
+      loop.load_config(name, size, '', '', changes)
 
 
 def test_a_whole_number_for_a_float_and_a_flag_with_commas_still_work():
@@ -231,15 +282,18 @@ def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
 
 
 @pytest.mark.parametrize('change, message', [
-    ('respond.n=1e3', "--set=respond.n=1e3: '1e3' is no int for respond.n; it must be a whole number above 0 and at "
-     "most 1,000,000,000 (candidates per prompt)"),
-    ('respond.n=' + '9' * 5000, 'is no int for respond.n; it must be a whole number'),
-    ('respond.n=4.0', "'4.0' is no int"), ('train.epochs=many', "'many' is no float for train.epochs; it must be a"),
-    ('train.pack=yes', "'yes' is no bool for train.pack; it must be True or False"),
-    ('respond=4', "'4' is no ConfigDict for respond; it is a section, set one of its keys: max_tokens, n,"),
+    ('respond.n=1e3', "--set=respond.n=1e3: '1e3' is not an int; respond.n must be a whole number "
+     "above 0 and at most 1,000,000,000 (candidates per prompt)"),
+    ('respond.n=' + '9' * 5000, ".. (5002 characters) is not an int; respond.n must be a whole "),
+    ('respond.n=4.0', "'4.0' is not an int"),
+    ('train.epochs=many', "'many' is not a float; train.epochs must be a finite number above 0"),
+    ('train.pack=yes', "'yes' is not a bool; train.pack must be True or False"),
+    ('respond=4', "--set=respond=4: respond is a section; set one of its keys: max_tokens, n, "),
     ('x' * 5000 + '=1', 'the config has no key "xxx'), ('=', 'the config has no key ""'),
-    ('m1:train.epochs=1:2', "is no float")], ids=short)
-def test_a_change_that_is_no_value_gives_one_sentence(change, message):
+    ('x' * 5000 + ':seed=1', "there is no model 'xxx"),
+    ('name=' + 'x' * 5000, 'name says which config'),
+    ('m1:train.epochs=1:2', "is not a float")], ids=short)
+def test_a_change_that_is_not_a_value_gives_one_sentence(change, message):
   with pytest.raises(InputError) as error:
     loop.load_config('m1', 'tiny', '', '', [change])
   assert message in str(error.value) and len(str(error.value)) < 600 and '\n' not in str(error.value)
@@ -261,3 +315,17 @@ def test_a_refused_stage_leaves_nothing_behind(module, flag, tmp_path):
   errors = [line for line in said.splitlines() if line.startswith('error: ')]
   assert len(errors) == 1 and errors[0].startswith('error: config.')
   assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+@pytest.mark.parametrize('flag, said', [
+    ('--config.respond.n=' + '9' * 5000, '--config.respond.n=99'),
+    ('--config.train.batch=' + 'x' * 5000, '--config.train.batch=xx'),
+    ('--config.train.pack=' + 'x y ' * 2000, '--config.train.pack=x y'),
+    ('--config.train.' + 'x' * 5000 + '=1', 'no key "xx'),
+    ('--' + 'x' * 5000 + '=1', 'name')], ids=short)
+def test_a_long_flag_is_shortened_in_the_error(flag, said, tmp_path):
+  printed = main('train', '--config=configs/iter2.py:tiny', f'--workdir={tmp_path}', flag, code=1)
+  errors = [line for line in printed.splitlines() if line.startswith('error: ')]
+  assert len(errors) == 1 and said in errors[0] and len(errors[0]) < 400, printed
+  if '9' in flag:
+    assert 'value has 5000 digits' in errors[0], 'the reason is kept'

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from srlm_jax import checkpoint, InputError, stage
+from srlm_jax import checkpoint, InputError
 from srlm_jax.models import config as model_config, convert, hf, llama
 from srlm_jax.models.config import Config
 
@@ -110,6 +110,8 @@ def test_hashes_are_those_of_the_restored_parameters(tmp_path, mesh, dtype):
   convert.from_hf(tmp_path / 'hf', tmp_path / 'ours')
   params, name = checkpoint.restore_params(tmp_path / 'ours', mesh, dtype)
   recorded = json.loads((tmp_path / 'ours' / 'steps' / '0' / 'hash' / 'metadata').read_text())
+  files = recorded.pop('files')
+  assert files == checkpoint.file_hashes(tmp_path / 'hf')
   assert recorded == checkpoint.hashes(params)
   assert name == recorded['stored'] == checkpoint.hash_params(params)
   saver = checkpoint.manager(tmp_path / 'ours', keep=1)
@@ -134,12 +136,13 @@ def test_a_trained_checkpoint_says_its_own_dtype_and_keeps_its_bits(tmp_path):
   mesh = make_mesh(1, 2, 2)
   make(tmp_path / 'hf', TIED)
   params = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
+  (tmp_path / 'ours').mkdir()
+  (tmp_path / 'ours' / 'config.json').write_text(json.dumps(model_config.to_hf(TIED, 'bfloat16')))
   saver = checkpoint.manager(tmp_path / 'ours', keep=2)
   for step in (3, 5):
     checkpoint.save(saver, step, params)
     params = jax.tree.map(lambda x: x + 1, params)
   saver.close()
-  (tmp_path / 'ours' / 'config.json').write_text(json.dumps(model_config.to_hf(TIED, 'bfloat16')))
   convert.to_hf(tmp_path / 'ours', tmp_path / 'last')
   convert.to_hf(tmp_path / 'ours', tmp_path / 'first', step=3)
   fields = json.loads((tmp_path / 'last' / 'config.json').read_text())
@@ -253,6 +256,45 @@ def test_the_program_converts_and_says_what_is_wrong_in_one_line(tmp_path):
       'error: give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR']
 
 
+SLOW = """
+import sys
+from srlm_jax import stage
+from srlm_jax.models import convert, hf
+convert.stage = stage
+convert.define_flags()
+whole = hf.Tensor.read
+def read(tensor):
+  print('reads', flush=True)
+  sys.stdin.readline()
+  return whole(tensor)
+hf.Tensor.read = read
+stage.run_app(convert.main)
+"""
+
+
+def test_a_second_conversion_into_the_same_folder_is_refused_and_leaves_nothing(tmp_path):
+  make(tmp_path / 'hf', TIED)
+  out = tmp_path / 'new' / 'ours'
+  args = [f'--from_hf={tmp_path}/hf', f'--out={out}']
+  program = [sys.executable, '-m', 'srlm_jax.models.convert']
+  before = files_of(tmp_path)
+  missing = subprocess.run(program + [f'--from_hf={tmp_path}/none', f'--out={out}'],
+                           capture_output=True, text=True)
+  assert missing.returncode == 1 and files_of(tmp_path) == before
+  first = subprocess.Popen([sys.executable, '-c', SLOW] + args, stdin=subprocess.PIPE,
+                           stdout=subprocess.PIPE, text=True)
+  assert first.stdout.readline() == 'reads\n'
+  before = files_of(tmp_path / 'new')
+  second = subprocess.run(program + args, capture_output=True, text=True)
+  assert second.returncode == 1 and files_of(tmp_path / 'new') == before
+  refusal, = second.stderr.splitlines()
+  assert refusal.startswith(f'error: {out} is in use by ') and f'process {first.pid}, ' in refusal
+  assert refusal.endswith('; wait for that run, or use another --out')
+  first.communicate('\n' * 1000)
+  assert first.returncode == 0 and [p.name for p in (tmp_path / 'new').iterdir()] == ['ours']
+  checkpoint.recorded_hash(out)
+
+
 MEASURE = """
 import sys
 from srlm_jax.models import convert
@@ -329,7 +371,7 @@ def test_another_m0_for_a_workdir_and_a_changed_model_folder_are_noticed(stories
   shutil.copytree(stories, source)
   convert.from_hf(source, folder)
   convert.check_source(stories, folder)  # the same files in another place
-  stage.finished_model(tmp_path / 'run', 'm0')
+  checkpoint.recorded(folder)
   for place in (source / name, folder / name):
     if place.exists():
       data = place.read_bytes()
@@ -340,4 +382,6 @@ def test_another_m0_for_a_workdir_and_a_changed_model_folder_are_noticed(stories
     convert.check_source(source, folder)
   if (folder / name).exists():
     with pytest.raises(InputError, match=f'{name} changed after the model was made'):
-      stage.finished_model(tmp_path / 'run', 'm0')
+      checkpoint.recorded(folder)
+    with pytest.raises(InputError, match=f'{name} changed after the model was made'):
+      convert.to_hf(folder, tmp_path / 'back')

@@ -280,10 +280,10 @@ def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path,
   with jax.set_mesh(training):
     params = jax.tree.map(lambda x: x * 4, init(TINY))
     params = jax.tree.map(sharding.put, params, sharding.shardings(params, training))
+    checkpoint.write_model_files(TINY, tokenizer_folder, tmp_path)
     saver = checkpoint.manager(tmp_path, keep=1)
     checkpoint.save(saver, 3, params)
     saver.close()
-    checkpoint.write_model_files(TINY, tokenizer_folder, tmp_path)
   config = base.get('m2', 'tiny')
   with config.unlocked():
     config.sample_mesh.data, config.sample_mesh.tensor, config.sample.dtype = 4, 2, 'bfloat16'

@@ -1,5 +1,6 @@
 """DPO with cached log-probs of the reference trains as with the reference in the step; the alarms of its curves."""
 import json
+import shutil
 
 from conftest import init, make_mesh
 import jax
@@ -28,15 +29,15 @@ def run(tmp_path, tokenizer_folder):
     workdir = tmp_path / name
     config = base.get('m2', 'tiny').copy_and_resolve_references().unlock()
     config.model = ''
-    config.train.update(batch=4, epochs=1, max_length=64, log_every=1, **knobs)
+    config.train.update(dict(batch=4, epochs=1, max_length=64, log_every=1) | knobs)
     config.mesh.update(**dict(zip(('data', 'fsdp', 'tensor'), mesh, strict=True)))
     if not (workdir / 'm1').exists():
       shape = model_config.PRESETS['tiny-test']
       with jax.set_mesh(make_mesh(1, 1, 1)):
+        checkpoint.write_model_files(shape, tokenizer_folder, workdir / 'm1' / 'model')
         saver = checkpoint.manager(workdir / 'm1' / 'model', 1)
         checkpoint.save(saver, 0, init(shape))
         saver.close()
-      checkpoint.write_model_files(shape, tokenizer_folder, workdir / 'm1' / 'model')
     records.write(workdir / 'm2' / 'pairs' / 'pairs.jsonl', changed(list(pairs())))
     train.run(config, workdir)
     return workdir, [json.loads(line) for line in (workdir / 'm2' / 'model' / 'metrics.jsonl').read_text().splitlines()]
@@ -110,6 +111,28 @@ def test_a_killed_run_goes_on_with_its_rows_on_another_mesh_or_is_refused(run):
 def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_written(run, tmp_path):
   with pytest.raises(InputError, match='dimension K = 2 does not divide over tensor = 8'):
     run('x', mesh=(1, 1, 8), reference='cached')
+  assert sorted(path.name for path in (tmp_path / 'x' / 'm2').iterdir()) == ['pairs']
+
+
+def damage(workdir):
+  """Cuts every stored array of the model that training starts from."""
+  for path in (workdir / 'm1' / 'model' / 'steps').rglob('d/*'):
+    path.write_bytes(path.read_bytes()[:50])
+
+
+@pytest.mark.parametrize('knobs, before, message', [
+    (dict(max_length=4096), None, 'max_length is 4096, more than the 128 tokens'),
+    (dict(max_length=3), None, 'no pair is left to train on'),
+    (dict(batch=99), None, 'fewer than one batch of 99'),
+    (dict(data=('pears',)), None, "train.data names 'pears'"),
+    (dict(), damage, 'the checkpoint is damaged')])
+def test_a_refused_training_leaves_nothing(run, tmp_path, knobs, before, message):
+  run('x')
+  shutil.rmtree(tmp_path / 'x' / 'm2' / 'model')
+  if before:
+    before(tmp_path / 'x')
+  with pytest.raises(InputError, match=message):
+    run('x', **knobs)
   assert sorted(path.name for path in (tmp_path / 'x' / 'm2').iterdir()) == ['pairs']
 
 

@@ -21,11 +21,11 @@ GRADE = f'{shlex.quote(sys.executable)} -c "import os, sys; s = int(*os.listdir(
 def trained(tmp_path, tokenizer_folder, mesh):
   """A workdir with M2 trained, and a function that makes its config."""
   folder, params = tmp_path / 'm2' / 'model', init(TINY)
+  checkpoint.write_model_files(TINY, tokenizer_folder, folder)
   saver = checkpoint.manager(folder, None)
   for step in (1, 2, 3, 4):
     checkpoint.save(saver, step, params)
   saver.close()
-  checkpoint.write_model_files(TINY, tokenizer_folder, folder)
   stage.write_json(folder / 'done.json', dict(params='abc', files={}, seconds=1))
   (tmp_path / 'data' / 'seeds').mkdir(parents=True)
 

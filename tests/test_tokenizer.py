@@ -308,6 +308,56 @@ def test_several_ids_may_end_a_row(stories, tmp_path):
   assert tokenizers.load(tmp_path).eos_ids == (2, 7)
 
 
+@pytest.mark.parametrize('kind', ['sentencepiece', 'transformers'])
+@pytest.mark.parametrize('eos', [None, 7, [], [7, 2], [7, 7], 'missing'], ids=str)
+def test_the_eos_ids_of_generation_config_are_read(tokenizer_folder, tmp_path, kind, eos):
+  tokenizer_of(kind, tokenizer_folder, tmp_path)
+  own = tokenizers.load(tmp_path).eos_ids[0]
+  fields = dict(do_sample=True) if eos == 'missing' else dict(eos_token_id=eos)
+  (tmp_path / 'generation_config.json').write_text(json.dumps(fields))
+  wanted = {None: [], 7: [7], 'missing': []}.get(eos, eos) if not isinstance(eos, list) else eos
+  assert tokenizers.load(tmp_path).eos_ids == (own, *(i for i in dict.fromkeys(wanted) if i != own))
+
+
+@pytest.mark.parametrize('kind', ['sentencepiece', 'transformers'])
+@pytest.mark.parametrize('eos', [
+    True, '2', '', 1.5, 2.0, -1, [2, -1], [2, '3'], [None], [True], [[2]], {}, dict(a=1), 10**9,
+    [2, 10**9], 10**400, float('nan'), 'size', 'x' * 5000], ids=lambda x: str(x)[:20])
+def test_a_wrong_eos_id_of_generation_config_is_refused(tokenizer_folder, tmp_path, kind, eos):
+  tokenizer_of(kind, tokenizer_folder, tmp_path)
+  size = tokenizers.load(tmp_path).size
+  path = tmp_path / 'generation_config.json'
+  path.write_text(json.dumps(dict(eos_token_id=size if eos == 'size' else eos)))
+  with pytest.raises(InputError) as error:
+    tokenizers.load(tmp_path)
+  said = str(error.value)
+  assert said.startswith(f'{path}: eos_token_id is ') and f'ids from 0 to {size - 1}' in said
+  assert len(said) < len(str(path)) + 300 and '\n' not in said
+
+
+@pytest.mark.parametrize('text', [
+    b'', b'{', b'[]', b'[{}]', b'3', b'null', b'"eos_token_id"', b'\xff\xfe', b'[' * 10**5,
+    b'{"eos_token_id": ' + b'9' * 5000 + b'}', None],
+    ids=['empty', 'half', 'list', 'of one', 'number', 'null', 'text', 'bytes', 'nested', 'digits',
+         'folder'])
+def test_a_generation_config_that_is_not_an_object_is_refused(tokenizer_folder, tmp_path, text):
+  tokenizer_of('sentencepiece', tokenizer_folder, tmp_path)
+  path = tmp_path / 'generation_config.json'
+  path.mkdir() if text is None else path.write_bytes(text)
+  with pytest.raises(InputError) as error:
+    tokenizers.load(tmp_path)
+  said = str(error.value)
+  assert said.startswith(f'{path} ') and '\n' not in said and len(said) < 2 * len(str(path)) + 300
+
+
+def tokenizer_of(kind, source, folder):
+  """A tokenizer of one kind in the folder."""
+  if kind == 'sentencepiece':
+    shutil.copy(source / 'tokenizer.model', folder)
+  else:
+    save(folder, byte_level())
+
+
 def test_a_tokenizer_that_does_not_match_the_model_is_refused(stories, tmp_path):
   with pytest.raises(InputError, match='has 512 ids and the model only 500'):
     tokenizers.load(stories, 500)

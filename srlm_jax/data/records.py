@@ -98,8 +98,8 @@ def same_hosts(path):
   count = path.stem.rpartition('-')[2]
   for other in path.parent.glob('*-of-*.jsonl'):
     if other.stem.rpartition('-')[2] != count:
-      raise InputError(f'{other} is of a run on {int(other.stem.rpartition("-")[2])} hosts, and this one is on '
-                       f'{int(count)}; finish it on as many, or delete {path.parent}')
+      raise InputError(f'{other} was written by a run on {int(other.stem.rpartition("-")[2])} hosts, and '
+                       f'this run has {int(count)}; finish it on as many, or delete {path.parent}')
 
 
 def read_json(path, advice: str):

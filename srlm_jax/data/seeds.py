@@ -39,7 +39,7 @@ RANKED_SETS = ('ranked_train', 'ranked_eval')  # need two replies of different r
 SHARD = 1000  # turns, for TFDS holds a shard in memory while it writes it
 
 
-@declared.reads('data.source', 'data.synthetic', *(f'data.{name}' for name in BEST_SETS + RANKED_SETS),
+@declared.reads('seed', 'data.source', 'data.synthetic', *(f'data.{name}' for name in BEST_SETS + RANKED_SETS),
                 free=('data.path',))
 def run(config, workdir):
   """The stage data/seeds: `make`, once."""
@@ -96,8 +96,7 @@ class Files(tfds.core.BuilderConfig):
   synthetic: bool = False
 
   def __post_init__(self):
-    from srlm_jax import stage  # here, for stage knows JAX and data does not
-    self.name = records.digest(self.source, str(self.synthetic), *sorted(map(stage.hash_file, self.paths)))
+    self.name = records.digest(self.source, str(self.synthetic), *sorted(map(records.hash_file, self.paths)))
 
   def __str__(self):
     return f'{self.source} files {self.name}'  # for the log

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 import itertools
 import json
 import re
+import reprlib
 import secrets
 
 from etils import epath
@@ -73,7 +74,7 @@ class _SentencePiece(Tokenizer):
       raise InputError(f'{folder / "tokenizer.model"} reads {", ".join(marks[:3])} in any text as one piece, so that a '
                        f'prompt or response could imitate it; put the tokenizer.json of that model beside it')
     super().__init__(self._model.vocab_size(), self._model.bos_id(),
-                     _eos_ids(folder, self._model.eos_id()))
+                     _eos_ids(folder, self._model.eos_id(), self._model.vocab_size()))
 
   def encode(self, text):  # sentencepiece never reads control pieces from text
     return self._model.encode(text)
@@ -104,7 +105,7 @@ class _Transformers(Tokenizer):
       raise InputError(f'the tokenizer in {folder} names no bos or no eos token; add them to '
                        f'tokenizer_config.json')
     super().__init__(len(self._model), self._model.bos_token_id,
-                     _eos_ids(folder, self._model.eos_token_id))
+                     _eos_ids(folder, self._model.eos_token_id, len(self._model)))
     self._folder = folder
     # Runs of spaces (GPT-NeoX, Gemma) control nothing: they stay part of the vocabulary of text.
     self._marks = {t['id']: t['content'] for t in backend['added_tokens']
@@ -197,12 +198,25 @@ def _runs(ids, size: int):
     yield known, list(group)
 
 
-def _eos_ids(folder, own: int) -> list[int]:
-  """The tokenizer's eos first, then those that generation_config.json adds (Llama 3 has several)."""
+def _eos_ids(folder, own: int, size: int) -> list[int]:
+  """The tokenizer's eos first, then those that generation_config.json adds (Llama 3 has several).
+
+  `size`: how many ids the tokenizer has. Raises InputError for a file that is not a JSON object,
+  and for an eos_token_id that is not an id of the tokenizer or a list of its ids.
+  """
   path = folder / 'generation_config.json'
+  if not path.exists():
+    return [own]
   try:
-    named = json.loads(path.read_text()).get('eos_token_id', []) if path.exists() else []
-  except ValueError as error:
-    raise InputError(f'{path} is not JSON ({error}); mend or delete it') from error
-  named = [named] if isinstance(named, int) else named or []
-  return [own, *(i for i in named if i != own)]
+    fields = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path} cannot be read as JSON ({error}); correct or delete it') from error
+  if not isinstance(fields, dict):
+    raise InputError(f'{path} holds {reprlib.repr(fields)} where a JSON object must be; correct or '
+                     f'delete it')
+  named = fields.get('eos_token_id')
+  ids = named if isinstance(named, list) else [] if named is None else [named]
+  if not all(type(i) is int and 0 <= i < size for i in ids):
+    raise InputError(f'{path}: eos_token_id is {reprlib.repr(named)}; it must be one or a list of '
+                     f'the tokenizer\'s ids from 0 to {size - 1}; correct or delete it')
+  return list(dict.fromkeys([own, *ids]))

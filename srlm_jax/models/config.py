@@ -41,20 +41,43 @@ PRESETS = {
     'tiny-test': Config(D=32, F=64, K=2, G=2, H=8, V=64, layers=2, context=128),
 }
 
-# Fields of config.json that do not change what the model computes.
-_IGNORED = frozenset("""
-    _name_or_path architectures bos_token_id eos_token_id pad_token_id unk_token_id dtype
-    initializer_range pretraining_tp torch_dtype transformers_version use_cache model_type
-    output_attentions output_hidden_states return_dict name_or_path""".split())
-# null in them stands for the default, as transformers reads and writes it.
-_NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
-             'dtype', 'torch_dtype')
-# Fields of which one value is supported, and the default.
-_ONLY = dict(hidden_act='silu', mlp_bias=False, attention_dropout=0.0)
 # Bounds far beyond any Llama: a file with more is damaged.
-_SIZE = 2**24           # of a dimension or the context
+_SIZE = 2**24           # of a dimension, the context or the vocabulary
 _LAYERS = 2**12
 _NUMBER = 1e-30, 1e30   # float32 holds them and their inverses
+
+
+def _is_id(x, least: int = 0) -> bool:
+  return type(x) is int and least <= x < _SIZE
+
+
+# What a field must be: a function that says whether a value is that, and its name.
+_TEXT = (lambda x: isinstance(x, str), 'a string')
+_TEXTS = (lambda x: isinstance(x, list) and all(isinstance(v, str) for v in x),
+          'a list of strings')
+_FLAG = (lambda x: type(x) is bool, 'true or false')
+_COUNT = (lambda x: type(x) is int and 1 <= x <= _SIZE, f'an integer from 1 to {_SIZE}')
+_ID = (_is_id, f'an integer from 0 to {_SIZE - 1}')
+_ID_OR_NONE = (lambda x: _is_id(x, -1), f'an integer from -1 to {_SIZE - 1}')
+_IDS = (lambda x: _is_id(x) or isinstance(x, list) and all(map(_is_id, x)),
+        f'an integer from 0 to {_SIZE - 1} or a list of such integers')
+_SPREAD = (lambda x: type(x) in (int, float) and 0 <= x <= _NUMBER[1],
+           f'a number from 0 to {_NUMBER[1]:g}')
+# transformers writes these names, and reads no name with a "torch." before it.
+_DTYPE = (lambda x: x in ('float32', 'bfloat16', 'float16', 'float64'),
+          'float32, bfloat16, float16 or float64')
+
+# Fields of config.json that do not change what the model computes.
+_IGNORED = dict(
+    _name_or_path=_TEXT, name_or_path=_TEXT, transformers_version=_TEXT, architectures=_TEXTS,
+    dtype=_DTYPE, torch_dtype=_DTYPE, bos_token_id=_ID, unk_token_id=_ID, pad_token_id=_ID_OR_NONE,
+    eos_token_id=_IDS, initializer_range=_SPREAD, pretraining_tp=_COUNT, use_cache=_FLAG,
+    output_attentions=_FLAG, output_hidden_states=_FLAG, return_dict=_FLAG)
+# null in them stands for the default, as transformers reads and writes it.
+_NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
+             *_IGNORED)
+# Fields of which one value is supported, and the default.
+_ONLY = dict(hidden_act='silu', mlp_bias=False, attention_dropout=0.0)
 
 
 def load(folder) -> Config:
@@ -80,14 +103,15 @@ def from_hf(fields: dict) -> Config:
     raise InputError(f'{_short(fields)} is not a set of fields; '
                      f'write {{"model_type": "llama", ..}}')
   f = {name: x for name, x in fields.items() if x is not None or name not in _NULLABLE}
-  if f.get('model_type') != 'llama':
-    raise InputError(f'model_type = {_short(f.get("model_type"))} is not supported, only llama is')
+  kind = f.pop('model_type', None)
+  if kind != 'llama':
+    raise InputError(f'model_type = {_short(kind)} is not supported, only llama is')
   for name, only in _ONLY.items():
     value = f.pop(name, only)
     if value != only or isinstance(value, bool) != isinstance(only, bool):  # 0 == False
       raise InputError(f'{name} = {_short(value)} is not supported, only {only!r} is')
-  for name in ('dtype', 'torch_dtype'):
-    _take(f, name, lambda x: isinstance(x, str), 'a name, as "bfloat16"', '')
+  for name in [name for name in _IGNORED if name in f]:
+    _take(f, name, *_IGNORED[name])
   width, heads = _size(f, 'hidden_size'), _size(f, 'num_attention_heads')
   kv_heads = _size(f, 'num_key_value_heads', heads)
   if heads % kv_heads:
@@ -105,7 +129,7 @@ def from_hf(fields: dict) -> Config:
       context=_size(f, 'max_position_embeddings', 2048), rope_theta=theta, rope_scaling=scaling,
       norm_eps=_number(f, 'rms_norm_eps', 1e-6, high=1.0), tied=_flag(f, 'tie_word_embeddings'),
       attention_bias=_flag(f, 'attention_bias'))  # defaults: those of transformers' LlamaConfig
-  unknown = sorted(name for name in set(f) - _IGNORED if f[name] not in (None, False))
+  unknown = sorted(name for name in f if f[name] not in (None, False))
   if unknown:
     raise InputError(f'{_short(unknown[0])[1:-1]} = {_short(f[unknown[0]])} is not supported; '
                      f'remove it if the weights do without')
@@ -203,7 +227,7 @@ def _number(f, name, *default, low=_NUMBER[0], high=_NUMBER[1], where='') -> flo
 
 
 def _flag(f, name) -> bool:
-  return _take(f, name, lambda x: type(x) is bool, 'true or false', False)
+  return _take(f, name, *_FLAG, False)
 
 
 def _short(value) -> str:

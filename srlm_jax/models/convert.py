@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from srlm_jax import checkpoint, InputError
+from srlm_jax import checkpoint, InputError, lock
 from srlm_jax.data import records, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, hf, llama
 
@@ -48,9 +48,9 @@ def from_hf(source, out) -> 'Contents':
     with ocp.Checkpointer(handler) as saver:
       saver.save(step / 'params', args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
-      saver.save(step / 'hash', args=ocp.args.JsonSave(contents.hashes()))
-    (folder / checkpoint.SOURCE).write_text(json.dumps(
-        dict(source=source_hashes(source), model_files=checkpoint.file_hashes(folder)), indent=1) + '\n')
+      saver.save(step / 'hash', args=ocp.args.JsonSave(
+          dict(contents.hashes(), files=checkpoint.file_hashes(folder))))
+    (folder / checkpoint.SOURCE).write_text(json.dumps(source_hashes(source), indent=1) + '\n')
   return contents
 
 
@@ -70,7 +70,7 @@ def check_source(source, folder):
   """Raises InputError if the checkpoint `folder` was converted from another Hugging Face folder than `source`."""
   if not (pathlib.Path(folder) / checkpoint.SOURCE).exists():  # trained here, or copied
     return
-  before = checkpoint.read_source(folder)['source']
+  before = checkpoint.read_source(folder)
   now = source_hashes(source, before)
   none = ['', '']
   if changed := sorted(name for name in {*before, *now} if before.get(name, none)[0] != now.get(name, none)[0]):
@@ -282,7 +282,8 @@ def main(argv):
   for name, folder in given.items():
     if '://' in folder:
       raise InputError(f'--{name}={folder} is not a local folder; convert here, then copy')
-  done = from_hf(f.from_hf, f.out) if f.from_hf else to_hf(f.checkpoint, f.to_hf, f.step)
+  with lock.held_output(f.out or f.to_hf, '--out' if f.out else '--to_hf'):
+    done = from_hf(f.from_hf, f.out) if f.from_hf else to_hf(f.checkpoint, f.to_hf, f.step)
   stage.say(f'{f.out or f.to_hf}: {done}')
 
 

@@ -24,7 +24,7 @@ from srlm_jax.sample.draw import Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
 
 # What every sampling stage reads: keys that change records, if by rounding alone, and others.
-KEYS = ('sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
+KEYS = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
 FREE = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
 WINDOW = 64  # requests of a stream that are looked at for a common beginning
 LEAST_PREFIX = 16  # tokens; less is not worth a part of its own in the attention
@@ -222,10 +222,9 @@ class Engine:
 
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
   """A checkpoint onto this host's devices in the sampling dtype, ready; `stop`: a text that ends a row like eos."""
-  c, m = config.sample, config.sample_mesh
+  c, mesh = config.sample, host_mesh(config)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
-  mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor, jax.local_devices())
   size, width = min(c.size, shape.context), jnp.dtype(c.dtype).itemsize
   weights = llama.param_count(shape) * (width + 1 if c.int8 else width) * mesh.shape['data']
   cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * width
@@ -240,6 +239,12 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
   return Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, slots=c.slots, size=c.size,
                 steps=c.steps), tokenizer
+
+
+def host_mesh(config):
+  """The mesh on which this host samples: config.sample_mesh over its own devices."""
+  m = config.sample_mesh
+  return sharding.make_mesh(m.data, m.fsdp, m.tensor, jax.local_devices())
 
 
 def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sampling, path, record: Callable):

@@ -23,7 +23,7 @@ def run(config, workdir):
     return
   responses = list(records.read_shards(source, 'responses', 'id', 'prompt', 'response', 'finish'))
   responses = responses[jax.process_index()::jax.process_count()]
-  s.begin()
+  s.begin(engines.host_mesh(config))
   logps = {}
   for name, folder in folders.items():
     path = s.folder / records.shard_name(name, jax.process_index(), jax.process_count())

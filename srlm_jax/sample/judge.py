@@ -51,7 +51,7 @@ def run(config, workdir, on: str = ''):
     raise InputError(f'the rubric of config.judge.template = {config.judge.template} has {rubric} tokens, and with '
                      f'judge.max_tokens = {sampling.max_tokens} nothing is left of the model\'s context for a prompt '
                      f'and a response; take a shorter template, or lower judge.max_tokens')
-  s.begin()
+  s.begin(engines.host_mesh(config))
   requests = (engines.Request(item['id'], templates.encode_prompt(
       config.chat, judge.render(prompt=item['prompt'], response=item['response']), tokenizer), n, item)
       for item in itertools.islice(items(), *stage.share(total)))

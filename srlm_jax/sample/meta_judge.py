@@ -51,7 +51,7 @@ def run(config, workdir):
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   engine, tokenizer = engines.load(config, model, s.title)
   engine.room(sampling)  # raises where there is none
-  s.begin()
+  s.begin(engines.host_mesh(config))
   requests = (engines.Request(_pair_id(a, b), templates.encode_prompt(config.chat, meta.render(
       request=asked[a['response_id']], first=a['text'], second=b['text']), tokenizer), about=(a, b)) for a, b in rows)
 

@@ -46,7 +46,7 @@ def run(config, workdir):
   screen = Filter(c, seeds + requests(r['prompt'] for r in ranked if r['split'] == 'train') + written,
                   held + [p for path in others for p in evaluation_prompts(path)])
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
-  s.begin()
+  s.begin(engines.host_mesh(config))
   if not stage.is_first_host():
     return s.finish()
   out = records.Appender(s.folder / 'attempts.jsonl')

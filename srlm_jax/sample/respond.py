@@ -48,7 +48,7 @@ def run(config, workdir, on: str = 'prompts'):
                               knobs.top_k)
   engine, tokenizer = engines.load(config, folder, s.title)
   engine.room(sampling)  # raises where there is none
-  s.begin()
+  s.begin(engines.host_mesh(config))
   requests = (engines.Request(r['id'], templates.encode_prompt(config.chat, r['prompt'], tokenizer), n, r)
               for r in itertools.islice(prompts(), *stage.share(total)))
 

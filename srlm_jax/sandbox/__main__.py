@@ -19,7 +19,7 @@ def run(config, workdir):
   (make_corpus if config.name == 'm0' else make_seeds)(config, workdir)
 
 
-@declared.reads('data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.ranked_tune', 'data.test_prompts',
+@declared.reads('seed', 'data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.ranked_tune', 'data.test_prompts',
                 'data.valid_prompts')
 def make_seeds(config, workdir):
   """Writes data/seeds: ift.jsonl, ranked.jsonl, heldout.jsonl."""
@@ -36,7 +36,7 @@ def make_seeds(config, workdir):
   s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval + c.ranked_tune, heldout=c.test_prompts + c.valid_prompts)
 
 
-@declared.reads('data.documents', 'model')
+@declared.reads('seed', 'data.documents', 'model')
 def make_corpus(config, workdir):
   """Writes data/corpus: corpus.jsonl, tokenizer.model."""
   s = stage.Stage(config, workdir, 'corpus', model='data')

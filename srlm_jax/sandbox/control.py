@@ -6,7 +6,7 @@ from srlm_jax.data import judges, records
 from srlm_jax.sandbox import world
 
 
-@declared.reads('judge.by', 'judge.n', 'judge.template')
+@declared.reads('seed', 'judge.by', 'judge.n', 'judge.template')
 def run(config, workdir):
   """MODEL/respond -> MODEL/judge, as the judge stage writes it: the sampler's candidates scored by `judge.by`."""
   by = config.judge.by

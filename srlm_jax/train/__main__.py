@@ -15,7 +15,7 @@ from srlm_jax.train.state import TrainState
 ROWS = 'rows.json'  # in the model's folder: how many rows a step has, and how wide they are
 
 
-KEYS = ('chat', 'model', *(f'train.{key}' for key in (
+KEYS = ('chat', 'model', 'seed', *(f'train.{key}' for key in (
     'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs', 'learning_rate', 'learning_rate_end',
     'warmup', 'weight_decay', 'b1', 'b2', 'clip', 'dropout', 'beta', 'nll', 'by_length', 'max_length', 'dtype', 'remat',
     'save_every', 'select')))
@@ -63,7 +63,7 @@ def _train(config, workdir, mesh):
   # DPO's reference is parameters alone, in the dtype in which both are run
   in_step = c.loss == 'dpo' and c.reference == 'step'
   older = checkpoint.restore_params(source, mesh, c.dtype)[0] if in_step else {}
-  s.begin()  # after all that can be refused
+  s.begin(mesh)  # after all that can be refused
   stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
             f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
             f', attention by {choice.name}' + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
@@ -76,7 +76,7 @@ def _train(config, workdir, mesh):
   state = _steps(config, s, step, state, older, rows, saver, mesh)
   saver.close()
   s.finish(steps=len(rows), loss=round(metrics.last(s.folder)['loss'], 4),
-           params=checkpoint.hash_params(state.params), model_files=checkpoint.file_hashes(s.folder),
+           params=checkpoint.hash_params(state.params),
            examples=len(data.examples), real=round(rows.real, 3), dropped=data.dropped)
 
 

@@ -25,7 +25,7 @@ def cached(config, workdir, files, source, model, batches: Batches, mesh) -> dic
                   keys=('chat', 'model', 'train.dtype'))
   path = s.folder / FILE
   if not s.done:
-    s.begin()
+    s.begin(mesh)
     _compute(s, path, checkpoint.restore_params(source, mesh, config.train.dtype)[0], model, batches, mesh)
     s.finish(pairs=len(batches.examples))
   found = {r['id']: [r['chosen'], r['rejected']] for r in records.read(path, 'id')}
