@@ -34,7 +34,7 @@ sandbox-m0: .venv/.installed  ## trains the sandbox's M0 anew and puts it into t
 	$(BIN)/python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
 	$(BIN)/python -m srlm_jax.train --config=configs/sandbox_m0.py --workdir=runs/m0
 	rm -rf runs/m0/hf
-	$(BIN)/python -m srlm_jax.models.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
+	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
 	mkdir -p $(M0)
 	cp runs/m0/hf/* runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
 

@@ -7,8 +7,9 @@ setup(
     description='Self-rewarding language models (Yuan et al. 2024) in JAX',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=find_packages(include=['srlm_jax', 'srlm_jax.*', 'configs']),
-    package_data={'srlm_jax.data': ['*.txt'], 'srlm_jax': ['*.html'], 'srlm_jax.sandbox': ['m0/*']},
+    packages=find_packages(include=['srlm_jax', 'srlm_jax.*']),
+    package_data={'srlm_jax.data': ['*.txt'], 'srlm_jax.reward': ['*.txt'],
+                  'srlm_jax.report': ['*.html'], 'srlm_jax.sandbox': ['m0/*']},
     install_requires=[
         'jax>=0.10.2,<0.12',
         'flax>=0.12,<0.13',

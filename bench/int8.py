@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import checkpoint, sharding, stage
-from srlm_jax.data import records, tokenizer as tokenizers
-from srlm_jax.models import config as model_config, convert, int8, llama
+from srlm_jax import cli, model_files, records, sharding
+from srlm_jax.checkpoint import convert, store
+from srlm_jax.data import tokenizer as tokenizers
+from srlm_jax.models import config as model_config, int8, llama
 from srlm_jax.sample import engine as engines
 
 flags.DEFINE_string('model', None, 'Folder of a checkpoint, or of a Hugging Face model.', required=True)
@@ -31,7 +32,7 @@ def main(_):
   tokenizer = tokenizers.load(f.model, config.V)
   mesh = sharding.make_mesh(1, 1, f.tensor, jax.devices()[:f.tensor])
   with jax.set_mesh(mesh):
-    params = (checkpoint.restore_params(f.model, mesh, f.dtype)[0] if checkpoint.exists(f.model) else
+    params = (store.restore_params(f.model, mesh, f.dtype)[0] if model_files.exists(f.model) else
               convert.load_hf(f.model, mesh, f.dtype))
     small = int8.quantize(params)
   texts = [r['prompt'] for r in itertools.islice(records.read(f.prompts, 'prompt'), ROWS)] if f.prompts else [''] * ROWS
@@ -70,4 +71,4 @@ def main(_):
 
 
 if __name__ == '__main__':
-  stage.run_app(main)
+  cli.run_app(main)

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from configs import base
+from srlm_jax import config as configs
 from srlm_jax.data import similar
 from srlm_jax.sample import prompts
 from srlm_jax.sandbox import world
@@ -75,7 +75,7 @@ def row(name: str, texts: list[str], limit: float) -> dict:
 
 def whole_filter(texts: list[str]) -> float:
   """Seconds of all filters of the stage, with 500 prompts held out."""
-  screen = prompts.Filter(base.get('m2').prompts, [], texts[:500])
+  screen = prompts.Filter(configs.get('m2').prompts, [], texts[:500])
   started = time.perf_counter()
   for text in texts[500:]:
     screen(text, 'eos')
@@ -85,7 +85,8 @@ def whole_filter(texts: list[str]) -> float:
 def main():
   rng = np.random.default_rng(0)
   texts, dense = make(COUNT, 0), [world.instruction(rng) for _ in range(COUNT)]
-  rows = [row('zipf', texts, base.get('m2').prompts.rouge), row('sandbox', dense, base.get('m2', 'tiny').prompts.rouge)]
+  rows = [row('zipf', texts, configs.get('m2').prompts.rouge),
+          row('sandbox', dense, configs.get('m2', 'tiny').prompts.rouge)]
   found = dict(prompts=COUNT, checked=CHECKED, rows=rows, whole_filter_seconds=whole_filter(texts),
                machine=platform.processor() or platform.machine())
   print(f'{"prompts":>8} {"limit":>6} {"accepted":>9} {"seconds":>8} {"compared":>9} {"brute force":>12} {"same":>6}')

@@ -33,7 +33,8 @@ import torch
 import transformers
 
 from srlm_jax import sharding
-from srlm_jax.models import config as model_config, hf, llama
+from srlm_jax.checkpoint import hf
+from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config
 from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Request, Sampling

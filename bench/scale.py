@@ -23,10 +23,10 @@ os.environ.update(
 import jax
 from jax.experimental import topologies
 
-from configs import base
-from srlm_jax import checkpoint, sharding
-from srlm_jax.data.batches import Batches
+from srlm_jax import config as configs, sharding
+from srlm_jax.checkpoint import store
 from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Batches
 from srlm_jax.models import kernels, llama
 from srlm_jax.models.config import PRESETS
 from srlm_jax.train import state as train_state, step as train_step
@@ -69,7 +69,7 @@ PROGRAMS = (
 
 def compile(program: Program, mesh, rows: int):
   """The step with `rows` rows in each part of (data, fsdp), each of one example of the greatest length, compiled."""
-  c = base.get('m2' if program.loss == 'dpo' else 'm1', program.size).train
+  c = configs.get('m2' if program.loss == 'dpo' else 'm1', program.size).train
   c = c.copy_and_resolve_references().unlock()
   c.reference = program.reference or 'step'
   config = dataclasses.replace(PRESETS[f'llama2-{program.size}'], dtype=c.dtype, dropout=c.dropout)
@@ -83,7 +83,7 @@ def compile(program: Program, mesh, rows: int):
   with jax.set_mesh(mesh):
     tx = train_state.optimizer(c, 100)
     state = train_state.abstract(config, tx, mesh)
-    older = checkpoint.abstract_on(mesh, state.params, c.dtype) if program.reference == 'step' else {}
+    older = store.abstract_on(mesh, state.params, c.dtype) if program.reference == 'step' else {}
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, 'B' + 'T' * (x.ndim - 1)))
              for name, x in made.at(0).items()}
     model = llama.Llama(config, kernels.to_train('tpu', config, c.remat), c.remat)

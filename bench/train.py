@@ -31,10 +31,9 @@ import torch
 import transformers
 import trl
 
-from configs import base
-from srlm_jax import sharding
-from srlm_jax.data.batches import Batches, layout
+from srlm_jax import config as configs, sharding
 from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Batches, layout
 from srlm_jax.models import kernels, llama, vocab
 from srlm_jax.models.config import Config
 from srlm_jax.train import state as train_state, step as train_step
@@ -72,7 +71,7 @@ def draw(plan: Plan, responses: int) -> list[Example]:
 
 
 def knobs(loss: str, plan: Plan):
-  c = base.dpo() if loss == 'dpo' else base.sft()
+  c = configs.dpo() if loss == 'dpo' else configs.sft()
   c.update(batch=plan.batch, dropout=0.0, dtype=plan.config.dtype)
   c.update(learning_rate=0.0, learning_rate_end=0.0)  # every round computes the same, and so do both sides
   return c

@@ -1,6 +1,6 @@
 """M1: M0 trained on IFT and EFT; its EFT is judged by the SFT baseline."""
-from configs import base
+from srlm_jax import config as configs
 
 
 def get_config(size: str = '70b'):
-  return base.get('m1', size)
+  return configs.get('m1', size)

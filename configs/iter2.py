@@ -1,6 +1,6 @@
 """M2: M1 trained with DPO on pairs that M1 answered and judged."""
-from configs import base
+from srlm_jax import config as configs
 
 
 def get_config(size: str = '70b'):
-  return base.get('m2', size)
+  return configs.get('m2', size)

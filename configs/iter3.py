@@ -1,6 +1,6 @@
 """M3: M2 trained with DPO on pairs that M2 answered and judged."""
-from configs import base
+from srlm_jax import config as configs
 
 
 def get_config(size: str = '70b'):
-  return base.get('m3', size)
+  return configs.get('m3', size)

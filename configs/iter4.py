@@ -1,6 +1,6 @@
 """M4: M3 trained with DPO on pairs that M3 answered and judged; not in the paper."""
-from configs import base
+from srlm_jax import config as configs
 
 
 def get_config(size: str = '70b'):
-  return base.get('m4', size)
+  return configs.get('m4', size)

@@ -1,6 +1,6 @@
 """The sandbox's M0: a small Llama trained from nothing on the sandbox's corpus."""
-from configs import base
+from srlm_jax import config as configs
 
 
 def get_config(size: str = 'tiny'):
-  return base.get('m0', size)
+  return configs.get('m0', size)

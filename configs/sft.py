@@ -1,6 +1,6 @@
 """The SFT baseline: M0 trained on IFT."""
-from configs import base
+from srlm_jax import config as configs
 
 
 def get_config(size: str = '70b'):
-  return base.get('sft', size)
+  return configs.get('sft', size)

@@ -1,5 +1,12 @@
 """Self-rewarding language models (Yuan et al. 2024) in JAX."""
+import difflib
 
 
 class InputError(Exception):
   """What the user gave cannot be used; the message is one sentence: what, where, and what to do."""
+
+
+def closest(word: str, words) -> str:
+  """' (did you mean "x"?)', or nothing."""
+  found = difflib.get_close_matches(word, list(words), n=1)
+  return f' (did you mean "{found[0]}"?)' if found else ''

@@ -2,7 +2,6 @@
 
 `python -m srlm_jax.loop --size=tiny --workdir=runs/demo`
 """
-import importlib
 import time
 
 from absl import flags
@@ -10,43 +9,41 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from configs import ablations, base
-from srlm_jax import checkpoint, InputError, report, results, selection, stage
-from srlm_jax.data import eft, health, judges, seeds, templates
+from srlm_jax import ablations, cli, closest, config as configs, hosts, InputError, model_files, selection, stage
+from srlm_jax.checkpoint import convert
+from srlm_jax.data import seeds, templates
 from srlm_jax.eval import agreement
-from srlm_jax.models import convert
-from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond, strategies
+from srlm_jax.report import page, results
+from srlm_jax.reward import eft, health, judges, pairs, strategies
+from srlm_jax.sample import implicit, judge, meta_judge, prompts, respond
 from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
 from srlm_jax.train import __main__ as train
-
-CONFIGS = ('sandbox_m0', 'sft', 'iter1', 'iter2', 'iter3', 'iter4')
-MODELS = dict(zip(results.MODELS, CONFIGS, strict=True))  # model: its file in configs/
 
 
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-  flags.DEFINE_enum('size', '70b', base.SIZES, 'Of the model and of everything else.')
+  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Of the model and of everything else.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
   flags.DEFINE_enum('last', 'm3', ['sft', 'm1', 'm2', 'm3', 'm4'], 'The last model to train.')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
-  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change of the paper: configs/ablations.py.')
+  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change of the paper: srlm_jax/ablations.py.')
   flags.DEFINE_multi_string('set', [], 'Changes a knob: --set=judge.n=1 for every model, --set=m2,m3:train.epochs=2.')
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   run(f.size, f.workdir, f.m0, f.data, [*ablations.changes(f.ablation, f.size), *f.set], f.last)
 
 
 def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 'm3'):
   """All stages; ends with the table on stdout, results.json and report.html in the workdir."""
-  every = {name: load_config(name, size, m0, data, changes) for name in [*MODELS][:[*MODELS].index(last) + 1]}
+  every = {name: load_config(name, size, m0, data, changes) for name in configs.MODELS[:configs.MODELS.index(last) + 1]}
   for config in every.values():
     refuse_mistakes(config)
   train.refuse_too_large(every[last])
-  stage.keep_compiled(workdir)
-  with stage.alone(workdir):
+  cli.keep_compiled(workdir)
+  with cli.alone(workdir):
     _run(size, epath.Path(workdir), every)
 
 
@@ -59,17 +56,17 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
     if stopped:
       break
   rows = results.of_models(workdir)
-  stage.say('\n' + results.text_table(rows))
+  hosts.say('\n' + results.text_table(rows))
   if stopped:
-    stage.say(f'\n{name} was not trained: {stopped}')
-  if stage.is_first_host():
+    hosts.say(f'\n{name} was not trained: {stopped}')
+  if hosts.is_first_host():
     stage.write_json(workdir / 'results.json', dict(size=size, models=rows, stopped=stopped))
-    report.write(workdir, rows, stopped)
+    page.write(workdir, rows, stopped)
   if stage.Stage.begun == begun:
-    stage.say(f'nothing to do: every stage of {workdir} was done before')
+    hosts.say(f'nothing to do: every stage of {workdir} was done before')
   spent = results.seconds(workdir)
-  stage.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in sorted(spent, key=spent.get, reverse=True)))
-  stage.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
+  hosts.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in sorted(spent, key=spent.get, reverse=True)))
+  hosts.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
 
 
 def refuse_mistakes(config):
@@ -81,7 +78,7 @@ def refuse_mistakes(config):
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
-  data, losses = base.training_data(config), dict(pairs=('dpo', 'sft'), positives=('sft',))[kind]
+  data, losses = configs.training_data(config), dict(pairs=('dpo', 'sft'), positives=('sft',))[kind]
   if kind not in data or config.train.loss not in losses:
     raise InputError(f'config.pairs.strategy = {config.pairs.strategy} makes {kind} for {config.name}, and it trains '
                      f'on {", ".join(data)} with the loss {config.train.loss}; set train.data to hold {kind} and '
@@ -94,15 +91,15 @@ def first_model(config, seeded, workdir):
   source = config.m0 or (sandbox.M0 if config.model == 'sandbox' else '')
   if not sandboxed and not config.data.path:
     raise InputError('--data is missing: the OASST1 file to make seeds from, 2023-04-12_oasst_ready.trees.jsonl.gz')
-  if checkpoint.exists(folder):
+  if model_files.exists(folder):
     if source:
       convert.check_source(source, folder)
-    stage.say('m0/model: done before')
+    hosts.say('m0/model: done before')
   elif not source:
     raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
   elif jax.process_count() > 1:
     raise InputError(f'convert M0 on one host first: '
-                     f'python -m srlm_jax.models.convert --from_hf={source} --out={folder}')
+                     f'python -m srlm_jax.checkpoint.convert --from_hf={source} --out={folder}')
   else:
     convert.from_hf(source, folder)
     stage.Stage.begun += 1
@@ -111,7 +108,7 @@ def first_model(config, seeded, workdir):
 
 def one_model(config, workdir) -> str:
   """Every stage of one model, from its data to its evaluation; says why, if there is nothing to train it on."""
-  data, why = base.training_data(config), ''
+  data, why = configs.training_data(config), ''
   if config.name == 'm1' and 'eft' in data:
     why = make_eft(config, workdir)
   elif 'pairs' in data or 'positives' in data:
@@ -138,7 +135,7 @@ def make_eft(config, workdir) -> str:
   eft.run(config, workdir)
   made = stage.finished(workdir / 'm1' / 'eft')
   return '' if made['examples'] else (
-      f'none of {made["replies"]} judged replies gave EFT ({report.counts(made["dropped"])}); start from a '
+      f'none of {made["replies"]} judged replies gave EFT ({page.counts(made["dropped"])}); start from a '
       f'stronger model, or take the ranks of people as scores (--set=eft.targets=ranks)')
 
 
@@ -147,7 +144,7 @@ def make_prompts(config, workdir) -> str:
   prompts.run(config, workdir)
   made = stage.finished(workdir / config.name / 'prompts')
   return '' if made['prompts'] else (
-      f'none of {made["attempts"]} attempts is a usable prompt ({report.counts(made["dropped"])}); name '
+      f'none of {made["attempts"]} attempts is a usable prompt ({page.counts(made["dropped"])}); name '
       f'another author (--set=prompts.author=FOLDER), or give it more tokens (--set=prompts.max_tokens=N)')
 
 
@@ -172,7 +169,7 @@ def make_pairs(config, workdir, data: list[str]) -> str:
     kind, limit = ('pairs', f'fewer than one batch of {config.train.batch}') if 'pairs' in data else (
         'positives', f'and positives are what scores {config.pairs.positive:g} or more')
     return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made[kind]} {kind} are left '
-            f'({report.counts(made["dropped"])}), {limit}; start from a '
+            f'({page.counts(made["dropped"])}), {limit}; start from a '
             f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more '
             f'prompts (--set=prompts.count=N)')
   if 'judge_pairs' in data:
@@ -182,18 +179,18 @@ def make_pairs(config, workdir, data: list[str]) -> str:
 
 def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) -> ConfigDict:
   """The config of one model, with this run's paths and changes."""
-  config = importlib.import_module(f'configs.{MODELS[name]}').get_config(size)
+  config = configs.get(name, size)
   config.m0, config.data.path = m0, data
   for change in changes:
     models, colon, rest = change.partition(':')
-    models, rest = (models.split(','), rest) if colon and '=' not in models else (list(MODELS), change)
+    models, rest = (models.split(','), rest) if colon and '=' not in models else (list(configs.MODELS), change)
     for model in models:
-      if model not in MODELS:
-        raise InputError(f'--set={base.short(change)}: there is no model {base.show(model)}'
-                         f'{stage.closest(model, MODELS)}')
+      if model not in configs.MODELS:
+        raise InputError(f'--set={configs.short(change)}: there is no model {configs.show(model)}'
+                         f'{closest(model, configs.MODELS)}')
     if name in models:
       _set(config, rest, change)
-  base.check(config)
+  configs.check(config)
   return config
 
 
@@ -201,15 +198,15 @@ def _set(config: ConfigDict, text: str, change: str):
   """Applies KEY=VALUE, with VALUE converted to the type of the present value. Raises InputError,
   one sentence of bounded length, for an unknown key and for a text that cannot be converted."""
   path, _, value = text.partition('=')
-  start = f'--set={base.short(change)}'
+  start = f'--set={configs.short(change)}'
   if path in ('name', 'size'):
     raise InputError(f'{start}: {path} says which config this is; it cannot be changed')
   place, old = None, config
   for part in path.split('.'):
     known = old if isinstance(old, ConfigDict) else ()
     if part not in known:
-      raise InputError(f'{start}: the config has no key "{base.short(part)}"'
-                       f'{stage.closest(part, known)}')
+      raise InputError(f'{start}: the config has no key "{configs.short(part)}"'
+                       f'{closest(part, known)}')
     place, old = old, old[part]
   if isinstance(old, ConfigDict):
     raise InputError(f'{start}: {path} is a section; set one of its keys: {", ".join(old)}')
@@ -217,8 +214,8 @@ def _set(config: ConfigDict, text: str, change: str):
     place[part] = _like(old, value)
   except (ValueError, KeyError) as error:
     kind = {int: 'an int', float: 'a float', bool: 'a bool'}[type(old)]
-    wanted = base.KNOBS[path].wanted(value).replace('it', path, 1)
-    raise InputError(f'{start}: {base.show(value)} is not {kind}; {wanted}') from error
+    wanted = configs.KNOBS[path].wanted(value).replace('it', path, 1)
+    raise InputError(f'{start}: {configs.show(value)} is not {kind}; {wanted}') from error
 
 
 def _like(old, value: str):
@@ -232,4 +229,4 @@ def _like(old, value: str):
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

@@ -1,11 +1,9 @@
 """Scalars of a run: metrics.jsonl, TensorBoard, and one progress line."""
-from collections.abc import Sequence
 import json
 import math
 import time
 
 from etils import epath
-import numpy as np
 import tensorboardX
 
 from srlm_jax import InputError
@@ -42,46 +40,6 @@ def finite(where: str, values: dict) -> dict:
     if not math.isfinite(value):
       raise InputError(f'{where}: {name} is {value}; lower config.train.learning_rate or look at the data')
   return scalars
-
-
-class Alarms:
-  """What the curves of DPO show and their reader may not: each alarm is a scalar, 0 or 1, and a sentence when it rises.
-
-  `chosen_falling`: over the last WINDOW looks, the chosen responses are less likely than over the first WINDOW of the
-  run, by more than ERRORS standard errors. (Not than under the reference: dropout is on in the policy alone, and makes
-  every response less likely.) `margin_without_accuracy`: the mean margin is above MARGIN, and less than ACCURACY of the
-  pairs have one above 0: a few pairs make it.
-  """
-  WINDOW, ERRORS, MARGIN, ACCURACY = 5, 3, 0.1, 0.55
-
-  def __init__(self, before: Sequence[dict] = ()):
-    """`before`: the scalars of earlier looks."""
-    self._seen, self._on = [scalars for scalars in before if 'margin' in scalars], {}
-
-  def look(self, scalars: dict) -> tuple[dict[str, int], list[str]]:
-    """Metrics of a step -> the alarms, and the sentences of those that have just gone off; none for SFT."""
-    if 'margin' not in scalars:
-      return {}, []
-    self._seen = [*self._seen, scalars]
-    full = len(self._seen) >= 2 * self.WINDOW
-    def values(part, name):
-      return np.array([s[name] for s in part])
-    last = self._seen[-self.WINDOW:]
-    first, now = (values(part, 'chosen_reward') for part in (self._seen[:self.WINDOW], last))
-    fall = first.mean() - now.mean()
-    error = np.sqrt((first.var(ddof=1) + now.var(ddof=1)) / self.WINDOW) if full else 0
-    margin, accuracy = (values(last, name).mean() for name in ('margin', 'accuracy'))
-    found = dict(
-        chosen_falling=bool(full and fall > self.ERRORS * error),
-        margin_without_accuracy=bool(full and margin > self.MARGIN and accuracy < self.ACCURACY))
-    sentences = dict(
-        chosen_falling=f'the chosen responses become less likely, too (chosen_reward {now.mean():.3g}, at first '
-                       f'{first.mean():.3g}); lower the learning rate, or add train.nll',
-        margin_without_accuracy=f'the mean margin is {margin:.3g}, and {accuracy:.0%} of the pairs have one above 0; a '
-                                f'few pairs make it')
-    new = [sentences[name] for name, on in found.items() if on and not self._on.get(name)]
-    self._on = found
-    return {f'alarm_{name}': int(on) for name, on in found.items()}, new
 
 
 def last(folder) -> dict:

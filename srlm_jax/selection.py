@@ -15,8 +15,7 @@ import os
 import shlex
 import subprocess
 
-from srlm_jax import checkpoint, declared, InputError, stage
-from srlm_jax.data import records
+from srlm_jax import cli, declared, hosts, InputError, model_files, records, stage
 from srlm_jax.eval import agreement
 from srlm_jax.sample import judge
 
@@ -33,25 +32,25 @@ def run(config, workdir):
   if (trained := stage.selects_by(folder)) != by:
     raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
                      f'with it keeps every checkpoint')
-  of = stage.finished(folder)['params'], checkpoint.file_hashes(folder)
+  of = stage.finished(folder)['params'], model_files.hashes(folder)
   s = stage.Stage(config, workdir, 'selection', template=str(of))
   if s.done:
     return
   s.begin()
   path = s.folder / 'measures.jsonl'
-  out = records.Appender(path) if stage.is_first_host() else None
-  stage.sync(f'{s.title} was opened')
+  out = records.Appender(path) if hosts.is_first_host() else None
+  hosts.sync(f'{s.title} was opened')
   have = {r['step'] for r in records.read(path)}
-  stage.sync(f'{s.title} was read')
-  for step in checkpoint.steps(folder):
+  hosts.sync(f'{s.title} was read')
+  for step in model_files.steps(folder):
     if step in have:
       continue
     candidate = alone(workdir, s.folder / str(step), config.name, step)
     measure = _agreement(config, candidate) if by == 'agreement' else _command(by, candidate / config.name / 'model')
-    stage.say(f'{s.title}: step {step}, {measure:.4f}')
+    hosts.say(f'{s.title}: step {step}, {measure:.4f}')
     if out:
       out.append([dict(step=step, measure=measure)])
-    stage.sync(f'{s.title} {step}')
+    hosts.sync(f'{s.title} {step}')
   found = {r['step']: r['measure'] for r in records.read(path)}
   best = min(found, key=lambda step: (-found[step], step))
   if out:
@@ -62,8 +61,8 @@ def run(config, workdir):
 
 def select(folder, step: int):
   """Makes a step the one that is meant by the model in `folder`, and deletes the others."""
-  stage.write_json(folder / checkpoint.SELECTED, dict(step=step))
-  for other in checkpoint.steps(folder):
+  stage.write_json(folder / model_files.SELECTED, dict(step=step))
+  for other in model_files.steps(folder):
     if other != step:
       (folder / 'steps' / str(other)).rmtree()
 
@@ -71,14 +70,14 @@ def select(folder, step: int):
 def alone(workdir, folder, name: str, step: int):
   """A workdir in `folder` that holds the seeds, and of the model one step; the files themselves stay where they are."""
   source, model = stage.model_folder(workdir, name), folder / name / 'model'
-  if stage.is_first_host():
+  if hosts.is_first_host():
     (model / 'steps').mkdir(parents=True, exist_ok=True)
-    checkpoint.copy_model_files(source, model)
+    model_files.copy(source, model)
     for link, place in ((folder / 'data', stage.seeds(workdir).parent), (model / 'steps' / str(step),
                                                                          source / 'steps' / str(step))):
       if not link.exists():
         os.symlink(place.resolve(), link)
-  stage.sync(f'{folder} is made')
+  hosts.sync(f'{folder} is made')
   return folder
 
 
@@ -96,7 +95,7 @@ def _agreement(config, workdir) -> float:
 
 def _command(command: str, folder) -> float:
   """What the command prints last; on the first host, the others take it from the file."""
-  if not stage.is_first_host():
+  if not hosts.is_first_host():
     return math.nan
   words = [word.replace('{checkpoint}', str(folder)) for word in shlex.split(command)]
   try:
@@ -111,4 +110,4 @@ def _command(command: str, folder) -> float:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

@@ -1,27 +1,16 @@
-"""What every main does first: flags, hosts, workdir, manifest; and last: mark itself done.
+"""A stage: a folder `WORKDIR/MODEL/STAGE` with a manifest, records, and a done file.
 
-A stage is a folder `workdir/MODEL/STAGE`. It writes manifest.json before anything else and done.json after
-everything else; run again with the same config and inputs, it does nothing.
+It writes manifest.json before anything else and done.json after everything else; run again with the
+same config and inputs, it does nothing.
 """
 from collections.abc import Iterable
-import contextlib
-import difflib
 import hashlib
 import json
-import os
-import re
-import sys
 import time
 
-from absl import app, flags, logging
 from etils import epath
-import jax
-from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
-from configs import base
-from srlm_jax import checkpoint, declared, environment, InputError, lock
-from srlm_jax.data import records
+from srlm_jax import config as configs, declared, environment, hosts, InputError, model_files, records
 
 FORMAT = declared.FORMAT  # of manifest.json
 
@@ -46,11 +35,11 @@ class Stage:
     if unknown := set(keys) - set(config.keys):
       raise declared.Undeclared(f'{self.title} uses {", ".join(sorted(unknown))}, which its run does not declare')
     hashes = {epath.Path(p): records.hash_file(p) for p in inputs}
-    names = {folder: checkpoint.recorded(folder) for folder in models}
+    models = {folder: model_files.read_hashes(folder) for folder in models}
     self._manifest = json.loads(json.dumps(dict(
-        format=FORMAT, stage=self.title, params='-'.join(name for name, _ in names.values()),
-        model_files={f'{_relative(folder, workdir)}/{file}': name for folder, (_, files) in names.items()
-                     for file, name in files.items()},
+        format=FORMAT, stage=self.title, params='-'.join(found['stored'] for found in models.values()),
+        model_files={f'{_relative(folder, workdir)}/{file}': name for folder, found in models.items()
+                     for file, name in found['files'].items()},
         inputs=_names(hashes, workdir), template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config={key: declared.look_up(config._config, key) for key in keys})))
     path = self.folder / 'manifest.json'
@@ -65,7 +54,7 @@ class Stage:
       _check_file(source, found)
     if self.done:
       _check_files(self.folder)
-      say(f'{self.title}: done before')
+      hosts.say(f'{self.title}: done before')
 
   def _before(self, path, config) -> dict:
     """The manifest that is there, with the keys of today: one that it lacks had its default, and one that the stage no
@@ -73,7 +62,7 @@ class Stage:
     before = read_manifest(path)
     before.pop('environments', None)
     if missing := self._manifest['config'].keys() - before['config'].keys():
-      default = base.get(config.name, config.size)
+      default = configs.get(config.name, config.size)
       before['config'] |= json.loads(json.dumps({key: declared.look_up(default, key) for key in missing}))
     before['config'] = {key: before['config'][key] for key in self._manifest['config']}
     return before
@@ -82,103 +71,26 @@ class Stage:
     """Writes the manifest, before anything else of the stage; a stage that resumes in another environment, or on
     another `mesh`, adds that one."""
     Stage.begun += 1
-    sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
+    hosts.sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
     now = environment.record() | (dict(mesh=dict(mesh.shape)) if mesh else {})
-    if is_first_host():
+    if hosts.is_first_host():
       path = self.folder / 'manifest.json'
       before = read_manifest(path).get('environments', []) if path.exists() else []
       self.folder.mkdir(parents=True, exist_ok=True)
       write_json(path, dict(self._manifest, environments=[*(e for e in before if e != now), now]))
     params = self._manifest['params']
-    say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
-    sync(f'{self.title} begins')
+    hosts.say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
+    hosts.sync(f'{self.title} begins')
 
   def finish(self, **summary):
     """Marks the stage done; `summary` is kept in done.json and printed."""
-    sync(f'{self.title} ends')
+    hosts.sync(f'{self.title} ends')
     seconds = round(time.time() - self.started, 1)
-    if is_first_host():
+    if hosts.is_first_host():
       write_json(self.folder / 'done.json', dict(summary, files=records.contents(self.folder), seconds=seconds))
-    sync(f'{self.title} is done')  # every host may read done.json
-    say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
+    hosts.sync(f'{self.title} is done')  # every host may read done.json
+    hosts.say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
                                                        if not isinstance(v, dict | list | None)))
-
-
-def main(run, **extra):
-  """Runs `run(config, workdir)` as a program with --config and --workdir; `extra`: more flags, name=(default, help)."""
-  config_flags.DEFINE_config_file('config', None, 'One model of the table: configs/iter2.py, or iter2.py:tiny.')
-  flags.DEFINE_string('workdir', None, 'Folder of the whole run; by default runs/ and the name of the config.')
-  flags.mark_flag_as_required('config')
-  for name, (default, text) in extra.items():
-    flags.DEFINE_string(name, default, text)
-  for name in ('config', 'workdir', *extra):  # so that --help shows them
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-
-  def start(argv):
-    refuse_arguments(argv)
-    file = config_flags.get_config_filename(flags.FLAGS['config'])
-    try:
-      size = flags.FLAGS.config.size
-    except OSError as error:
-      raise InputError(f'--config={file} cannot be read; run from the folder that holds configs/') from error
-    base.check(flags.FLAGS.config)
-    workdir = flags.FLAGS.workdir or default_workdir(file, size)
-    keep_compiled(workdir)
-    with alone(workdir):
-      run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
-  run_app(start)
-
-
-def alone(workdir):
-  """Holds the workdir's lock, on the first host, inside a `with` block; see `lock.held`."""
-  return lock.held(workdir) if is_first_host() else contextlib.nullcontext()
-
-
-def keep_compiled(workdir):
-  """Keeps compiled programs in the workdir, so that no stage compiles what another has (unless JAX's own setting says
-  where). Raises InputError if the workdir is a file, or below one."""
-  folder = epath.Path(workdir)
-  if blocking := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
-    raise InputError(f'--workdir={workdir}: {blocking} is a file, not a folder; give another path')
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(epath.Path(workdir) / 'compiled'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-
-
-def run_app(start):
-  """absl.app.run, with bad input as one sentence on stderr and exit code 1; joins the hosts first."""
-  def guarded(argv):
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
-    try:
-      environment.pin()
-      join_hosts()
-      start(argv)
-    except InputError as error:
-      print(f'error: {error}', file=sys.stderr)
-      sys.exit(1)
-  app.run(guarded, flags_parser=_parse_flags)
-
-
-def refuse_arguments(argv):
-  if argv[1:]:
-    raise InputError(f'{argv[1]!r} is not a flag; flags are written --name=value')
-
-
-def join_hosts():
-  """Joins the processes of one run, where the launcher set SRLM_HOSTS; see launch/."""
-  if os.environ.get('SRLM_HOSTS') == 'auto':  # Cloud TPU, GKE and Slurm tell JAX themselves
-    jax.distributed.initialize()
-  elif os.environ.get('SRLM_HOSTS'):
-    jax.distributed.initialize(os.environ['SRLM_COORDINATOR'], int(os.environ['SRLM_HOSTS']),
-                               int(os.environ['SRLM_HOST']))
-
-
-def default_workdir(config_file: str, size: str) -> str:
-  """
-  >>> default_workdir('configs/iter2.py', '70b')
-  'runs/iter2-70b'
-  """
-  return f'runs/{epath.Path(config_file.partition(":")[0]).stem}-{size}'
 
 
 def model_folder(workdir, name: str):
@@ -193,7 +105,7 @@ def finished_model(workdir, name: str):
   checkpoint of it was selected that should be."""
   folder = model_folder(workdir, name)
   require_finished(folder)
-  if selects_by(folder) and not (folder / checkpoint.SELECTED).exists():
+  if selects_by(folder) and not (folder / model_files.SELECTED).exists():
     raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
                      f'srlm_jax.selection with the config of {name}')
   return folder
@@ -270,65 +182,6 @@ def write_json(path, value):
 def seeds(workdir):
   """The folder of the run's seed data: ift.jsonl, ranked.jsonl, heldout.jsonl."""
   return epath.Path(workdir) / 'data' / 'seeds'
-
-
-def memory() -> int:
-  """Bytes on all devices of the run; on CPU those of this machine, which its devices share."""
-  stats = jax.local_devices()[0].memory_stats()
-  if stats and 'bytes_limit' in stats:
-    return stats['bytes_limit'] * jax.device_count()
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
-
-
-def is_first_host() -> bool:
-  return jax.process_index() == 0
-
-
-def sync(where: str):
-  """Waits for the other hosts."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(where)
-
-
-def share(total: int) -> tuple[int, int, int]:
-  """First, end and step of this host's share of `total` things; as arguments of range and islice."""
-  return jax.process_index(), total, jax.process_count()
-
-
-def say(text: str):
-  """Prints once, however many hosts there are."""
-  if is_first_host():
-    print(text, flush=True)
-
-
-def closest(word: str, words) -> str:
-  """' (did you mean "x"?)', or nothing."""
-  found = difflib.get_close_matches(word, list(words), n=1)
-  return f' (did you mean "{found[0]}"?)' if found else ''
-
-
-def _parse_flags(argv):
-  try:
-    return flags.FLAGS(argv)
-  except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError,
-          RecursionError) as error:
-    text = str(error.args[0] if error.args else error)
-    if isinstance(error, RecursionError):  # absl searches for a flag with a similar name
-      text = 'a flag has a name that is unknown and very long; flags are written --name=value'
-    hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
-    if hint:
-      text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
-    elif isinstance(error, KeyError | AttributeError):
-      text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
-    missing = re.search(r'flag --(\w+)=None: .* must have a value', text)
-    if missing:
-      text = f'--{missing[1]} is missing'
-    text = text.replace('InputError: ', '').replace('ValueError: ', '')
-    text = ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:])
-    # A long value is shortened by itself first, because the reason follows it.
-    text = re.sub(r'\S{151,}', lambda word: base.short(word[0], 150), text)
-    print('error: ' + base.short(text, 300), file=sys.stderr)
-    sys.exit(1)
 
 
 def _names(hashes: dict, workdir) -> dict[str, str]:

@@ -21,9 +21,9 @@ from absl import flags
 from etils import epath
 from scipy import stats
 
-from configs import ablations, base
-from srlm_jax import InputError, loop, results, stage
-from srlm_jax.data import scores
+from srlm_jax import ablations, cli, config as configs, hosts, InputError, loop, stage
+from srlm_jax.report import results
+from srlm_jax.reward import scores
 
 LOOP = 'loop'  # the name of the runs without a change
 SHARED = ('data', 'm0', 'sft', 'm1')
@@ -36,34 +36,34 @@ DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'in a seed
 
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
-  flags.DEFINE_enum('size', 'tiny', base.SIZES, 'Of the model and of everything else.')
+  flags.DEFINE_enum('size', 'tiny', configs.SIZES, 'Of the model and of everything else.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
   flags.DEFINE_integer('seeds', 5, 'Runs, of the seeds 0, 1, ..', lower_bound=1)
-  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change: configs/ablations.py.')
+  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change: srlm_jax/ablations.py.')
   flags.DEFINE_string('name', '', 'What the runs are called; by default the ablation, or loop.')
   flags.DEFINE_enum('last', 'm3', ['m1', 'm2', 'm3', 'm4'], 'The last model to train.')
   flags.DEFINE_multi_string('set', [], 'Changes a knob, as in the loop.')
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   changes = [*ablations.changes(f.ablation, f.size), *f.set]
   name = f.name or f.ablation or LOOP
   if changes and name == LOOP:
     raise InputError('these runs differ from the loop; call them something else: --name=NAME')
   folder = epath.Path(f.workdir)
-  stage.keep_compiled(folder)
+  cli.keep_compiled(folder)
   runs = [folder / f'{name}-{seed}' for seed in range(f.seeds)]
   for seed, run in enumerate(runs):
-    stage.say(f'{run}:')
+    hosts.say(f'{run}:')
     if name != LOOP and all(change.startswith('m2') for change in changes):
       take(folder / f'{LOOP}-{seed}', run, SHARED if changes else ('data', *results.MODELS))
     loop.run(f.size, run, f.m0, f.data, [*changes, f'seed={seed}'], f.last)
   rows = table(runs, [folder / f'{LOOP}-{seed}' for seed in range(f.seeds)])
   stage.write_json(folder / f'{name}.json', dict(name=name, seeds=f.seeds, changes=changes, models=rows))
-  stage.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{folder / f"{name}.json"}')
+  hosts.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{folder / f"{name}.json"}')
 
 
 def take(source, run, parts):
@@ -185,4 +185,4 @@ def _difference(found: dict | None) -> list[str]:
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

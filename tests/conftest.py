@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import checkpoint, sharding
+from srlm_jax import sharding
+from srlm_jax.checkpoint import store
 from srlm_jax.models import cache as caches, llama
 from srlm_jax.sample import programs
 
@@ -58,7 +59,7 @@ def shape(mesh, dims, *sizes, dtype=jnp.int32):
 
 def sampler(config, kernels, mesh, rows, size, prefix):
   """What the sampler's programs take, as shapes: model, parameters, cache and prefix; and the rows. A mesh is set."""
-  params = checkpoint.abstract_on(mesh, llama.abstract_params(config), config.dtype)
+  params = store.abstract_on(mesh, llama.abstract_params(config), config.dtype)
   layers, heads = config.layers, config.K
   cache = [shape(mesh, 'LBKSH', layers, rows, heads, size, config.H, dtype=config.dtype)] * 2
   shared = [shape(mesh, 'LKSH', layers, heads, prefix, config.H, dtype=config.dtype)] * 2

@@ -1,12 +1,12 @@
 """What the loop is asked for is checked as a whole before it starts."""
 import pytest
 
-from configs import ablations, base
-from srlm_jax import InputError, loop
-from srlm_jax.data import judges, tokenizer
+from srlm_jax import ablations, config as configs, InputError, loop
+from srlm_jax.data import tokenizer
+from srlm_jax.reward import judges
 
 
-@pytest.mark.parametrize('size', base.SIZES)
+@pytest.mark.parametrize('size', configs.SIZES)
 @pytest.mark.parametrize('name', ['', *ablations.ABLATIONS])
 def test_every_ablation_is_a_valid_config_at_every_size(name, size):
   changes = list(ablations.changes(name, size))
@@ -14,7 +14,7 @@ def test_every_ablation_is_a_valid_config_at_every_size(name, size):
     with pytest.raises(InputError, match='in the sandbox also oracle or random'):
       loop.load_config('m2', size, '', '', changes)
     return
-  for model in loop.MODELS:
+  for model in configs.MODELS:
     changed = loop.load_config(model, size, '', '', changes)
     loop.refuse_mistakes(changed)
     assert (changed == loop.load_config(model, size, '', '', [])) == (not any(

@@ -6,8 +6,7 @@ import math
 from conftest import run_main
 import pytest
 
-from srlm_jax import InputError
-from srlm_jax.data import records
+from srlm_jax import InputError, records
 from srlm_jax.eval import alpaca
 
 

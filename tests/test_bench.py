@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from srlm_jax import checkpoint
+from srlm_jax.checkpoint import store
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 
@@ -72,7 +72,7 @@ def test_a_weight_all_reduced_in_a_loop_is_found(monkeypatch):
 
   with jax.set_mesh(mesh := make_mesh(1, 4, 2)):
     shapes = llama.abstract_params(PRESETS['tiny-test'])
-    found = scale.matrices(checkpoint.abstract_on(mesh, shapes, 'float32'))
+    found = scale.matrices(store.abstract_on(mesh, shapes, 'float32'))
   c = PRESETS['tiny-test']
   layer = c.D * c.H * c.K * (2 * c.G + 2) + 3 * c.D * c.F
   assert found[tuple(sorted((c.D, c.F // 2)))] == pytest.approx(c.D * c.F / layer)

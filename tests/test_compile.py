@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import base
-from srlm_jax import checkpoint
-from srlm_jax.data.batches import Batches
+from srlm_jax import config as configs
+from srlm_jax.checkpoint import store
 from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Batches
 from srlm_jax.models import attention, cache as caches, kernels, llama, vocab
 from srlm_jax.models.config import PRESETS
 from srlm_jax.sample import programs
@@ -18,14 +18,14 @@ from srlm_jax.train import state as train_state, step as train_step
 
 
 def test_the_70b_dpo_step_compiles_and_its_arguments_are_split_evenly():
-  c = base.get('m2', '70b').train
+  c = configs.get('m2', '70b').train
   mesh = make_mesh(2, 2, 2)
   config = dataclasses.replace(PRESETS['llama2-70b'], dtype=c.dtype, dropout=c.dropout)
   made = Batches([Example(f'e{i}', [1] * 128, ([2] * 96, [3] * 96)) for i in range(16)], 16, 1, 0, 640, parts=4)
   with jax.set_mesh(mesh):
     tx = train_state.optimizer(c, 100)
     state = train_state.abstract(config, tx, mesh)
-    reference = checkpoint.abstract_on(mesh, state.params, c.dtype)
+    reference = store.abstract_on(mesh, state.params, c.dtype)
     batch = {k: shape(mesh, 'BT', *x.shape, dtype=x.dtype) for k, x in made.at(0).items()}
     step = train_step.make(llama.Llama(config, remat=c.remat), tx, c, state)
     compiled = step.lower(state, reference, batch, jax.random.key(0)).compile()

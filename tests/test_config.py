@@ -8,8 +8,7 @@ from conftest import CHANGES, main, ROOT
 from ml_collections import config_flags
 import pytest
 
-from configs import ablations, base
-from srlm_jax import InputError, loop
+from srlm_jax import ablations, config as configs, InputError, loop
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
 from srlm_jax.train import __main__ as train
@@ -83,7 +82,7 @@ def short(value) -> str:
 
 def force(key, value, name='m2', size='tiny'):
   """A config with any value at all at `key`, past the casts of ConfigDict."""
-  config = base.get(name, size).copy_and_resolve_references()
+  config = configs.get(name, size).copy_and_resolve_references()
   section, _, knob = key.rpartition('.')
   place = config[section] if section else config
   place._fields[knob] = value
@@ -93,7 +92,7 @@ def force(key, value, name='m2', size='tiny'):
 def refused(key, value) -> str:
   """The sentence that refuses a value."""
   with pytest.raises(InputError) as error:
-    base.check(force(key, value))
+    configs.check(force(key, value))
   text = str(error.value)
   assert text.startswith(f'config.{key} is ') and '; it ' in text, text
   assert len(text) < 400 and '\n' not in text and '. ' not in text.replace('.. (', ''), text
@@ -121,9 +120,9 @@ def test_what_is_refused_is_said_in_one_sentence(key, value, sentence):
   assert refused(key, value).startswith(sentence)
 
 
-@pytest.mark.parametrize('key', base.KNOBS)
+@pytest.mark.parametrize('key', configs.KNOBS)
 def test_every_knob_refuses_what_it_is_not(key):
-  values = base.KNOBS[key].values
+  values = configs.KNOBS[key].values
   bad = list(NEVER[values.kind])
   if values.choices:
     bad += ['', 'x', HUGE[str], values.choices[0].upper(), values.choices[0] + ' ']
@@ -138,9 +137,9 @@ def test_every_knob_refuses_what_it_is_not(key):
     refused(key, value)
 
 
-@pytest.mark.parametrize('key', base.KNOBS)
+@pytest.mark.parametrize('key', configs.KNOBS)
 def test_every_knob_takes_its_default_and_both_ends(key):
-  knob = base.KNOBS[key]
+  knob = configs.KNOBS[key]
   v = knob.values
   good = [knob.default, *v.choices, *[v.also] * (v.also is not None)]
   if v.kind is int:
@@ -156,38 +155,38 @@ def test_every_knob_takes_its_default_and_both_ends(key):
     knob.check(key, value)
 
 
-@pytest.mark.parametrize('key', base.KNOBS)
+@pytest.mark.parametrize('key', configs.KNOBS)
 def test_every_knob_says_its_unit_and_its_source(key):
-  knob = base.KNOBS[key]
+  knob = configs.KNOBS[key]
   assert type(knob.default) is knob.values.kind and len(knob.unit) > 3 and '. ' not in knob.unit
-  assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', base.META, base.INSTRUCT, base.OURS)
+  assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT, configs.OURS)
 
 
-@pytest.mark.parametrize('name, size', itertools.product(base.MODELS, base.SIZES))
+@pytest.mark.parametrize('name, size', itertools.product(configs.MODELS, configs.SIZES))
 def test_every_config_has_the_keys_of_the_table_and_values_in_range(name, size):
-  config = base.get(name, size)
-  values = dict(base.flat(config))
-  assert {*values} == {*base.KNOBS} and config.is_locked and config.train.is_locked
+  config = configs.get(name, size)
+  values = dict(configs.flat(config))
+  assert {*values} == {*configs.KNOBS} and config.is_locked and config.train.is_locked
   for key, value in values.items():
-    assert type(value) is base.KNOBS[key].values.kind
-  base.check(config)
+    assert type(value) is configs.KNOBS[key].values.kind
+  configs.check(config)
 
 
 def test_another_key_and_a_missing_one_are_refused():
   config = force('train.lerning_rate', 1.0)
   with pytest.raises(InputError, match='config.train.lerning_rate is not a config key; a config '
                      'has the keys of KNOBS'):
-    base.check(config)
-  config = base.get('m2').copy_and_resolve_references().unlock()
+    configs.check(config)
+  config = configs.get('m2').copy_and_resolve_references().unlock()
   del config.judge.quorum
   with pytest.raises(InputError, match='config.judge.quorum is missing'):
-    base.check(config)
+    configs.check(config)
 
 
 @pytest.mark.parametrize('name, size', [('m9', 'tiny'), ('m1', 'huge')])
 def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
   with pytest.raises(InputError, match='is unknown; it is one of'):
-    base.get(name, size)
+    configs.get(name, size)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -215,35 +214,35 @@ def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
      "config.prompts.author is 'M0'; it is empty, m0, sft, m1, m2, m3, m4 or sampler, or a path")],
     ids=short)
 def test_values_that_exclude_each_other_are_refused(changes, message):
-  config = base.get('m2', 'tiny')
+  config = configs.get('m2', 'tiny')
   config.update_from_flattened_dict(changes)
   with pytest.raises(InputError, match=message) as error:
-    base.check(config)
+    configs.check(config)
   assert '\n' not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize('changes', [
-    {'prompts.min_words': 150}, {'train.learning_rate': 4e-6}, {'train.data': base.TRAINING_DATA},
-    {'train.data': (','.join(base.TRAINING_DATA),)},
-    *({key: model} for key in base.NAMES_A_MODEL
-      for model in (*base.MODELS, '', '/m', './m', 'gs://b/m')),
+    {'prompts.min_words': 150}, {'train.learning_rate': 4e-6}, {'train.data': configs.TRAINING_DATA},
+    {'train.data': (','.join(configs.TRAINING_DATA),)},
+    *({key: model} for key in configs.NAMES_A_MODEL
+      for model in (*configs.MODELS, '', '/m', './m', 'gs://b/m')),
     {'prompts.author': 'sampler'}], ids=short)
 def test_values_that_go_together_are_taken(changes):
-  config = base.get('m2', 'tiny')
+  config = configs.get('m2', 'tiny')
   config.update_from_flattened_dict(changes)
-  base.check(config)
+  configs.check(config)
 
 
 def test_training_data_has_exactly_the_names_that_training_finds():
-  for name in base.TRAINING_DATA:
+  for name in configs.TRAINING_DATA:
     assert train.data_file('run', 'm2', name).name == f'{name}.jsonl'
   with pytest.raises(InputError) as error:
     train.data_file('run', 'm2', 'pear')
-  assert {*str(error.value).partition('knows ')[2].split(', ')} == {*base.TRAINING_DATA}
+  assert {*str(error.value).partition('knows ')[2].split(', ')} == {*configs.TRAINING_DATA}
 
 
-@pytest.mark.parametrize('name', base.MODELS)
-@pytest.mark.parametrize('size', base.SIZES)
+@pytest.mark.parametrize('name', configs.MODELS)
+@pytest.mark.parametrize('size', configs.SIZES)
 def test_the_changes_of_the_tests_and_the_ablations_are_valid(name, size):
   for ablation in ('', *ablations.ABLATIONS):
     if size == 'tiny' or ablation not in ('oracle_judge', 'random_judge'):
@@ -252,11 +251,11 @@ def test_the_changes_of_the_tests_and_the_ablations_are_valid(name, size):
 
 
 def test_a_whole_number_for_a_float_and_a_flag_with_commas_still_work():
-  config = base.get('m2', 'tiny')
+  config = configs.get('m2', 'tiny')
   config.train.epochs = 3
   config.train.data = ('pairs,judge_pairs',)
-  base.check(config)
-  assert config.train.epochs == 3.0 and base.training_data(config) == ['pairs', 'judge_pairs']
+  configs.check(config)
+  assert config.train.epochs == 3.0 and configs.training_data(config) == ['pairs', 'judge_pairs']
 
 
 def parse(monkeypatch, *flag):
@@ -276,7 +275,7 @@ def parse(monkeypatch, *flag):
 def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(InputError, match=f'^config.{key} is '):
-    base.check(parse(monkeypatch, f'--config.{key}={text}'))
+    configs.check(parse(monkeypatch, f'--config.{key}={text}'))
   with pytest.raises(InputError, match=f'^config.{key} is '):
     loop.load_config('m2', 'tiny', '', '', [f'{key}={text}'])
 
@@ -299,7 +298,7 @@ def test_a_change_that_is_not_a_value_gives_one_sentence(change, message):
   assert message in str(error.value) and len(str(error.value)) < 600 and '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('key', [k for k, knob in base.KNOBS.items() if knob.values.kind in (int, float)])
+@pytest.mark.parametrize('key', [k for k, knob in configs.KNOBS.items() if knob.values.kind in (int, float)])
 def test_no_text_for_a_number_gets_past(key):
   for text in ('nan', 'inf', '-inf', '1e400', '-1e400', '', 'x', '0x10', '--', '9' * 5000, str(10**20), 'True', '[1]'):
     with pytest.raises(InputError):

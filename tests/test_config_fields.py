@@ -9,7 +9,8 @@ from test_convert import make, TIED
 import transformers
 
 from srlm_jax import InputError
-from srlm_jax.models import config as model_config, convert
+from srlm_jax.checkpoint import convert
+from srlm_jax.models import config as model_config
 
 NAN, INF = math.nan, math.inf
 NO_NUMBER = ['64', '', True, False, [64], [], {}, dict(a=1), NAN, INF, -INF, 10**400, -10**400]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from srlm_jax import checkpoint, InputError
-from srlm_jax.models import config as model_config, convert, hf, llama
+from srlm_jax import InputError, model_files
+from srlm_jax.checkpoint import convert, hashes, hf, store
+from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config
 
 GROUPED = Config(D=32, F=48, K=2, G=3, H=8, V=64, layers=3, context=32, attention_bias=True)
@@ -86,7 +87,7 @@ def test_a_real_model_comes_back_bit_for_bit(stories, tmp_path):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
 @pytest.mark.parametrize('config', [GROUPED, TIED], ids=['bias', 'tied'])
 def test_made_up_models_come_back_bit_for_bit(tmp_path, monkeypatch, config, dtype):
-  monkeypatch.setattr(checkpoint, 'CHUNK_BYTES', 2**11)  # a tensor is several writes, of several chunks
+  monkeypatch.setattr(store, 'CHUNK_BYTES', 2**11)  # a tensor is several writes, of several chunks
   monkeypatch.setattr(convert, 'CHUNKS_AT_ONCE', 2)
   tensors = make(tmp_path / 'hf', config, dtype, files=2)
   convert.from_hf(tmp_path / 'hf', tmp_path / 'ours')
@@ -101,20 +102,20 @@ def test_made_up_models_come_back_bit_for_bit(tmp_path, monkeypatch, config, dty
   for name, file in index['weight_map'].items():
     assert name in load_file(tmp_path / 'many' / file)
   again = convert.from_hf(tmp_path / 'many', tmp_path / 'again')
-  assert again.hashes()['stored'] == checkpoint.recorded_hash(tmp_path / 'ours')
+  assert again.hashes()['stored'] == model_files.recorded_hash(tmp_path / 'ours')
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_hashes_are_those_of_the_restored_parameters(tmp_path, mesh, dtype):
   make(tmp_path / 'hf', GROUPED, dtype)
   convert.from_hf(tmp_path / 'hf', tmp_path / 'ours')
-  params, name = checkpoint.restore_params(tmp_path / 'ours', mesh, dtype)
+  params, name = store.restore_params(tmp_path / 'ours', mesh, dtype)
   recorded = json.loads((tmp_path / 'ours' / 'steps' / '0' / 'hash' / 'metadata').read_text())
   files = recorded.pop('files')
-  assert files == checkpoint.file_hashes(tmp_path / 'hf')
-  assert recorded == checkpoint.hashes(params)
-  assert name == recorded['stored'] == checkpoint.hash_params(params)
-  saver = checkpoint.manager(tmp_path / 'ours', keep=1)
+  assert files == model_files.hashes(tmp_path / 'hf')
+  assert recorded == hashes.hash_all_dtypes(params)
+  assert name == recorded['stored'] == hashes.hash_params(params)
+  saver = store.manager(tmp_path / 'ours', keep=1)
   assert saver.all_steps() == [0]
   saver.close()
 
@@ -125,7 +126,7 @@ def test_load_hf_is_restore_params(tmp_path, axes):
   convert.from_hf(tmp_path / 'hf', tmp_path / 'ours')
   mesh = make_mesh(*axes)
   with jax.set_mesh(mesh):
-    restored, _ = checkpoint.restore_params(tmp_path / 'ours', mesh, 'float32')
+    restored, _ = store.restore_params(tmp_path / 'ours', mesh, 'float32')
     loaded = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
   jax.tree.map(np.testing.assert_array_equal, loaded, restored)
   assert jax.tree.map(lambda x: (x.dtype, x.sharding), loaded) == jax.tree.map(
@@ -138,9 +139,9 @@ def test_a_trained_checkpoint_says_its_own_dtype_and_keeps_its_bits(tmp_path):
   params = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
   (tmp_path / 'ours').mkdir()
   (tmp_path / 'ours' / 'config.json').write_text(json.dumps(model_config.to_hf(TIED, 'bfloat16')))
-  saver = checkpoint.manager(tmp_path / 'ours', keep=2)
+  saver = store.manager(tmp_path / 'ours', keep=2)
   for step in (3, 5):
-    checkpoint.save(saver, step, params)
+    store.save(saver, step, params)
     params = jax.tree.map(lambda x: x + 1, params)
   saver.close()
   convert.to_hf(tmp_path / 'ours', tmp_path / 'last')
@@ -152,7 +153,7 @@ def test_a_trained_checkpoint_says_its_own_dtype_and_keeps_its_bits(tmp_path):
   for name in first:
     np.testing.assert_array_equal(last[name], first[name] + 1)
   convert.from_hf(tmp_path / 'last', tmp_path / 'again')
-  assert checkpoint.recorded_hash(tmp_path / 'again') == checkpoint.recorded_hash(tmp_path / 'ours', 5)
+  assert model_files.recorded_hash(tmp_path / 'again') == model_files.recorded_hash(tmp_path / 'ours', 5)
 
 
 @pytest.mark.parametrize('edit, message', [
@@ -247,10 +248,10 @@ def test_a_checkpoint_of_another_model_or_another_hash_is_refused(tmp_path):
 def test_the_program_converts_and_says_what_is_wrong_in_one_line(tmp_path):
   make(tmp_path / 'hf', TIED)
   def run(*args):
-    program = [sys.executable, '-m', 'srlm_jax.models.convert']
+    program = [sys.executable, '-m', 'srlm_jax.checkpoint.convert']
     return subprocess.run(program + list(args), capture_output=True, text=True)
   done = run(f'--from_hf={tmp_path}/hf', f'--out={tmp_path}/ours')
-  assert done.returncode == 0 and f'hash {checkpoint.recorded_hash(tmp_path / "ours")}' in done.stdout
+  assert done.returncode == 0 and f'hash {model_files.recorded_hash(tmp_path / "ours")}' in done.stdout
   wrong = run(f'--from_hf={tmp_path}/hf', f'--to_hf={tmp_path}/back')
   assert wrong.returncode == 1 and wrong.stderr.splitlines() == [
       'error: give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR']
@@ -268,7 +269,7 @@ def read(tensor):
   sys.stdin.readline()
   return whole(tensor)
 hf.Tensor.read = read
-stage.run_app(convert.main)
+cli.run_app(convert.main)
 """
 
 
@@ -276,7 +277,7 @@ def test_a_second_conversion_into_the_same_folder_is_refused_and_leaves_nothing(
   make(tmp_path / 'hf', TIED)
   out = tmp_path / 'new' / 'ours'
   args = [f'--from_hf={tmp_path}/hf', f'--out={out}']
-  program = [sys.executable, '-m', 'srlm_jax.models.convert']
+  program = [sys.executable, '-m', 'srlm_jax.checkpoint.convert']
   before = files_of(tmp_path)
   missing = subprocess.run(program + [f'--from_hf={tmp_path}/none', f'--out={out}'],
                            capture_output=True, text=True)
@@ -292,7 +293,7 @@ def test_a_second_conversion_into_the_same_folder_is_refused_and_leaves_nothing(
   assert refusal.endswith('; wait for that run, or use another --out')
   first.communicate('\n' * 1000)
   assert first.returncode == 0 and [p.name for p in (tmp_path / 'new').iterdir()] == ['ours']
-  checkpoint.recorded_hash(out)
+  model_files.recorded_hash(out)
 
 
 MEASURE = """
@@ -371,7 +372,7 @@ def test_another_m0_for_a_workdir_and_a_changed_model_folder_are_noticed(stories
   shutil.copytree(stories, source)
   convert.from_hf(source, folder)
   convert.check_source(stories, folder)  # the same files in another place
-  checkpoint.recorded(folder)
+  model_files.read_hashes(folder)
   for place in (source / name, folder / name):
     if place.exists():
       data = place.read_bytes()
@@ -382,6 +383,6 @@ def test_another_m0_for_a_workdir_and_a_changed_model_folder_are_noticed(stories
     convert.check_source(source, folder)
   if (folder / name).exists():
     with pytest.raises(InputError, match=f'{name} changed after the model was made'):
-      checkpoint.recorded(folder)
+      model_files.read_hashes(folder)
     with pytest.raises(InputError, match=f'{name} changed after the model was made'):
       convert.to_hf(folder, tmp_path / 'back')

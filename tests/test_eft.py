@@ -1,7 +1,7 @@
 import pytest
 
 from srlm_jax import InputError
-from srlm_jax.data import eft, judges, scores as scoring
+from srlm_jax.reward import eft, judges, scores as scoring
 
 JUDGE = judges.load('additive')
 

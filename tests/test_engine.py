@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from srlm_jax import checkpoint, InputError, sharding
-from srlm_jax.data import judges, records, templates, tokenizer as tokenizers
-from srlm_jax.data.batches import Batches
+from srlm_jax import config as configs, InputError, records, sharding
+from srlm_jax.checkpoint import convert, store
+from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.data.examples import Example
-from srlm_jax.models import convert, llama
+from srlm_jax.data.packing import Batches
+from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
+from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, programs
 from srlm_jax.sample.engine import Request, Sampling
 from srlm_jax.sandbox import __main__ as sandbox, people, world
@@ -111,7 +112,7 @@ def test_rounding_moves_few_draws_and_they_are_counted(m0, dtype, slots, share):
   """The guarantee of docs/sampling.md: the draws are the same whatever the slots and the sharing, and a token differs
   only where rounding moves a draw across the boundary between two tokens."""
   folder, asked = m0
-  config = base.get('m2', 'tiny')
+  config = configs.get('m2', 'tiny')
   config.sample.dtype = dtype
 
   def sample(slots, share):
@@ -280,11 +281,11 @@ def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path,
   with jax.set_mesh(training):
     params = jax.tree.map(lambda x: x * 4, init(TINY))
     params = jax.tree.map(sharding.put, params, sharding.shardings(params, training))
-    checkpoint.write_model_files(TINY, tokenizer_folder, tmp_path)
-    saver = checkpoint.manager(tmp_path, keep=1)
-    checkpoint.save(saver, 3, params)
+    store.write_model_files(TINY, tokenizer_folder, tmp_path)
+    saver = store.manager(tmp_path, keep=1)
+    store.save(saver, 3, params)
     saver.close()
-  config = base.get('m2', 'tiny')
+  config = configs.get('m2', 'tiny')
   with config.unlocked():
     config.sample_mesh.data, config.sample_mesh.tensor, config.sample.dtype = 4, 2, 'bfloat16'
   engine, tokenizer = engines.load(config, tmp_path, 'test')

@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT
 import pytest
 
-from srlm_jax.data import records
+from srlm_jax import records
 
 QUESTIONS = [dict(goal='Once upon a time', sol1='there was a little girl.', sol2='zq xv 7 kk',
                   label=i % 2) for i in range(4)]

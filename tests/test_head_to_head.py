@@ -8,9 +8,9 @@ from hypothesis import given, strategies as st
 import pytest
 from scipy import stats
 
-from srlm_jax import InputError
-from srlm_jax.data import judges, records
+from srlm_jax import InputError, records
 from srlm_jax.eval import head_to_head
+from srlm_jax.reward import judges
 
 VERDICTS = ('A', 'B', 'tie')
 

@@ -1,7 +1,7 @@
 import json
 
-from configs import base
-from srlm_jax.data import health, records
+from srlm_jax import config as configs, records
+from srlm_jax.reward import health
 
 
 def judgements(*scores):
@@ -44,7 +44,7 @@ def test_the_numbers_of_an_iteration(tmp_path, capsys):
   records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', scores)
   pair = dict(chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1)
   records.write(folder / 'pairs' / 'pairs.jsonl', [pair])
-  health.run(base.get('m2'), tmp_path)
+  health.run(configs.get('m2'), tmp_path)
   found = json.loads((folder / 'health' / 'health.json').read_text())
   assert found['prompts'] == dict(attempts=5, accepted=2, dropped={'held out': 1, 'more than wanted': 2})
   assert [found['responses'][name] for name in ('unfinished', 'repeated', 'cut')] == [0.25, 0.25, 1]
@@ -55,7 +55,7 @@ def test_the_numbers_of_an_iteration(tmp_path, capsys):
                                 length_gap=2.0, margin=3.5)
   said = capsys.readouterr().out
   assert len(found['warnings']) == 4 and all(f'warning: {w}' in said for w in found['warnings'])
-  health.run(base.get('m2'), tmp_path)
+  health.run(configs.get('m2'), tmp_path)
   assert 'm2/health: done before' in capsys.readouterr().out
 
 

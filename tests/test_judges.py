@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 import pytest
 
 from srlm_jax import InputError
-from srlm_jax.data import judges
+from srlm_jax.reward import judges
 
 JUDGE = judges.load('additive')
 JUDGEMENTS = [json.loads(line) for line in

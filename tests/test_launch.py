@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from srlm_jax import checkpoint
-from srlm_jax.data import records
+from srlm_jax import records
+from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config, llama
 
 LAUNCH = ROOT / 'launch'
@@ -61,7 +61,7 @@ def test_what_launchers_name_exists():
     for config, size in re.findall(r'--config=(configs/\w+\.py):(\w+)', text):
       assert (ROOT / config).exists() and size in ('tiny', 'stories', '7b', '13b', '70b')
     for line in re.findall(r'python -m srlm_jax.*', text):
-      assert set(re.findall(r'--(\w+)', line)) <= {'config', 'workdir'}, line  # what stage.main defines
+      assert set(re.findall(r'--(\w+)', line)) <= {'config', 'workdir'}, line  # what cli.main defines
 
 
 @pytest.mark.parametrize('name, words', [
@@ -139,8 +139,8 @@ def test_local_stops_all_when_one_fails(deaf):
 
 
 def test_processes_of_local_find_each_other():
-  program = ('import jax; from srlm_jax import stage; stage.join_hosts(); '
-             'stage.say(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}")')
+  program = ('import jax; from srlm_jax import stage; hosts.join(); '
+             'hosts.say(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}")')
   done = launch(2, sys.executable, '-c', program, devices=3)
   assert done.returncode == 0, done.stderr
   assert '2 3 6' in done.stdout.splitlines()
@@ -151,11 +151,11 @@ def workdir(tmp_path_factory, tokenizer_folder):
   """A run that holds what the SFT baseline is trained from: a random M0 and its seeds."""
   workdir = tmp_path_factory.mktemp('run')
   shape = model_config.PRESETS['tiny-test']
-  checkpoint.write_model_files(shape, tokenizer_folder, workdir / 'm0' / 'model')
-  saver = checkpoint.manager(workdir / 'm0' / 'model', 1)
+  store.write_model_files(shape, tokenizer_folder, workdir / 'm0' / 'model')
+  saver = store.manager(workdir / 'm0' / 'model', 1)
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params = jax.jit(llama.init_params, static_argnums=0)(shape, jax.random.key(0))
-    checkpoint.save(saver, 0, params)
+    store.save(saver, 0, params)
   saver.wait_until_finished()
   saver.close()
   fruits = itertools.permutations(['pear', 'fig', 'plum'])
@@ -180,8 +180,8 @@ def test_two_processes_train_what_one_does(workdir):
     losses[hosts] = [json.loads(line)['loss'] for line in lines]
     mesh = make_mesh(1, 1, 1)
     with jax.set_mesh(mesh):
-      params[hosts] = checkpoint.restore_params(copy / 'sft' / 'model', mesh, 'float32')[0]
-      before = checkpoint.restore_params(copy / 'm0' / 'model', mesh, 'float32')[0]
+      params[hosts] = store.restore_params(copy / 'sft' / 'model', mesh, 'float32')[0]
+      before = store.restore_params(copy / 'm0' / 'model', mesh, 'float32')[0]
   assert len(losses[1]) == 3
   np.testing.assert_allclose(losses[2], losses[1], atol=1e-5)
   moved = 0.0

@@ -9,7 +9,8 @@ import pytest
 import transformers
 
 from srlm_jax import InputError, sharding
-from srlm_jax.models import attention, config as model_config, convert, llama
+from srlm_jax.checkpoint import convert
+from srlm_jax.models import attention, config as model_config, llama
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
 from srlm_jax.sample import engine, generate
 

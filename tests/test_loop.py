@@ -13,10 +13,8 @@ from conftest import CHANGES, config_flags, DATA, main, OTHERS, ROOT
 import numpy as np
 import pytest
 
-from configs import ablations
-from srlm_jax import checkpoint, InputError, loop, metrics
-from srlm_jax.data import records
-from srlm_jax.sample import pairs
+from srlm_jax import ablations, InputError, loop, metrics, model_files, records
+from srlm_jax.reward import pairs
 from srlm_jax.sandbox import __main__ as sandbox
 
 
@@ -39,14 +37,14 @@ def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
     assert float(rows[model]['oracle 0-5']) == pytest.approx(kept[model]['oracle 0-5'], abs=0.006)
     assert 0 < kept[model]['oracle 0-5'] <= 5
   assert (workdir / 'report.html').stat().st_size > 10_000
-  hashes = [checkpoint.recorded_hash(workdir / m / 'model') for m in ('m0', *rows)]
+  hashes = [model_files.recorded_hash(workdir / m / 'model') for m in ('m0', *rows)]
   assert len(set(hashes)) == 5, 'a model did not change'
 
 
 def test_every_stage_ran_the_parameters_that_it_should(demo):
   """The failure elsewhere: the base model answered and judged in every iteration."""
   workdir, _ = demo
-  params = {m: checkpoint.recorded_hash(workdir / m / 'model') for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
+  params = {m: model_files.recorded_hash(workdir / m / 'model') for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
   assert params['m0'] == json.loads((sandbox.M0 / 'done.json').read_text())['params']  # of its training
   for folder, model in (('m1/judge', 'sft'), ('m1/model', 'm0'), ('sft/judge_eval', 'sft'), ('m1/answers', 'm1'),
                         ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),

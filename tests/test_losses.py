@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from srlm_jax.data import batches
+from srlm_jax import config as configs
+from srlm_jax.data import packing
 from srlm_jax.data.examples import Example
 from srlm_jax.models import vocab
 from srlm_jax.train import losses, step as train_step
@@ -16,7 +16,7 @@ from srlm_jax.train import losses, step as train_step
 def test_sft_by_hand_on_three_tokens(mesh):
   # Row: bos, prompt token 1, response tokens 2 and 0. Column t of the logits predicts token t + 1.
   logits = jnp.log(jnp.asarray([[[.2, .5, .3], [.1, .2, .7], [.6, .3, .1], [.9, .05, .05]]]))
-  row = batches.layout([Example('', [0, 1], ([2, 0],))])
+  row = packing.layout([Example('', [0, 1], ([2, 0],))])
   logps = vocab.logps(logits[:, jnp.asarray(row['at'])], jnp.eye(3), jnp.asarray([row['label']]))
   np.testing.assert_allclose(logps, [[math.log(.7), math.log(.6)]], rtol=1e-5)  # shifted, without the prompt
   assert float(losses.sft_loss(logps)) == pytest.approx(-math.log(.7) - math.log(.6), rel=1e-5)
@@ -37,7 +37,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin():
 def dpo(**changes):
   """The loss and metrics of one pair: log-probs -1 and -2 of the two tokens of the chosen response, -4 of the rejected
   one's; under the reference -2 and -5."""
-  config = base.dpo()
+  config = configs.dpo()
   config.update(dropout=0.0, **changes)
   batch = dict(response=jnp.asarray([[0, 0, 1]]), at=jnp.zeros((1, 3), jnp.int32), pair=jnp.asarray([[1]]),
                confidence=jnp.ones((1, 1)), reference=jnp.asarray([[[-2., -5.]]]))

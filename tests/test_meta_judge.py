@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from srlm_jax.data import judges, scores as scoring
+from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import meta_judge
 
 META = judges.load('meta', meta_judge.SLOTS)

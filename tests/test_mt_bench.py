@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from srlm_jax import InputError
-from srlm_jax.data import records
+from srlm_jax import InputError, records
 from srlm_jax.eval import mt_bench
 
 DATA = pathlib.Path(os.environ.get('SRLM_TEST_DATA') or pathlib.Path(__file__).parents[2] / 'shared' / 'data')

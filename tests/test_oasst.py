@@ -14,9 +14,9 @@ from test_judges import NAMES
 import test_seeds
 from test_seeds import check, FILES, PAPER, raw
 
-from configs import base
-from srlm_jax import InputError
-from srlm_jax.data import judges, oasst, records, templates
+from srlm_jax import config as configs, InputError, records
+from srlm_jax.data import oasst, templates
+from srlm_jax.reward import judges
 
 
 def message(name, text, **fields):
@@ -338,7 +338,7 @@ def full(tmp_path_factory):
   """The files of OASST1's published size at the knobs of 70b, and what was printed."""
   folder = tmp_path_factory.mktemp('full')
   path = write(folder / 'x.messages.jsonl', published(3800))
-  asked = {name: base.get('sft', '70b').data[name] for name in PAPER}
+  asked = {name: configs.get('sft', '70b').data[name] for name in PAPER}
   with contextlib.redirect_stdout(io.StringIO()) as said:
     out = run(path, folder, **asked)
   print(said.getvalue())

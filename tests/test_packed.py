@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax.data.batches import Batches
 from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Batches
 from srlm_jax.models import attention, kernels, packed
 from srlm_jax.models.config import PRESETS
 

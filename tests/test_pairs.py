@@ -2,10 +2,8 @@ import json
 
 import pytest
 
-from configs import base
-from srlm_jax import InputError
-from srlm_jax.data import records, scores as scoring
-from srlm_jax.sample import pairs
+from srlm_jax import config as configs, InputError, records
+from srlm_jax.reward import pairs, scores as scoring
 
 
 def write(workdir, scores, finish='eos', parts=('respond', 'judge'), older=None):
@@ -22,7 +20,7 @@ def write(workdir, scores, finish='eos', parts=('respond', 'judge'), older=None)
 
 
 def config(**knobs):
-  config = base.get('m2')
+  config = configs.get('m2')
   config.pairs.update(knobs)
   return config
 

@@ -2,14 +2,13 @@ from conftest import DATA
 from etils import epath
 import pytest
 
-from configs import base
-from srlm_jax import InputError
-from srlm_jax.data import records, templates, tokenizer as tokenizers
+from srlm_jax import config as configs, InputError, records
+from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import prompts
 
 
 def screen(seeds=('Name a nice fruit for me.',), held=('Where is the moon now?',)):
-  return prompts.Filter(base.get('m2').prompts, list(seeds), list(held))
+  return prompts.Filter(configs.get('m2').prompts, list(seeds), list(held))
 
 
 @pytest.mark.parametrize('text, finish, reason', [
@@ -116,7 +115,7 @@ def test_a_prompt_of_an_earlier_round_is_not_written_again(tmp_path):
 def test_shots_are_six_seeds_and_two_new_ones_and_differ_between_attempts_seeds_and_rounds():
   seeds, new = [f's{i}' for i in range(50)], [f'n{i}' for i in range(9)]
   def draw(model, seed, attempt, new=new):
-    config = base.get(model)
+    config = configs.get(model)
     config.seed = seed
     return prompts.draw_shots(config, seeds, new, attempt)
   shots = draw('m2', 0, 3)

@@ -11,8 +11,8 @@ from conftest import run_main
 import pytest
 from test_seeds import check, raw, record, run, write
 
-from srlm_jax import InputError
-from srlm_jax.data import ranked, records
+from srlm_jax import InputError, records
+from srlm_jax.data import ranked
 
 
 def scored(name, *scores, **fields):

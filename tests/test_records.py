@@ -5,8 +5,7 @@ from etils import epath
 from hypothesis import given, strategies as st
 import pytest
 
-from srlm_jax import InputError
-from srlm_jax.data import records
+from srlm_jax import InputError, records
 
 
 def test_records_survive_the_way_to_disk_and_back(tmp_path):

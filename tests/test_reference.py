@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
-from srlm_jax import checkpoint, InputError, metrics, stage
-from srlm_jax.data import records
+from srlm_jax import config as configs, InputError, model_files, records, stage
+from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config
 from srlm_jax.train import __main__ as train, reference
+from srlm_jax.train.alarms import Alarms
 
 WORDS = ('pear', 'fig', 'plum', 'fruit', 'Name', 'pear fig', 'fig plum pear', 'a fruit')
 
@@ -27,16 +27,16 @@ def run(tmp_path, tokenizer_folder):
   """A function that trains M2 of a small run, and returns its metrics."""
   def start(name, changed=lambda rows: rows, mesh=(2, 2, 2), **knobs):
     workdir = tmp_path / name
-    config = base.get('m2', 'tiny').copy_and_resolve_references().unlock()
+    config = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()
     config.model = ''
     config.train.update(dict(batch=4, epochs=1, max_length=64, log_every=1) | knobs)
     config.mesh.update(**dict(zip(('data', 'fsdp', 'tensor'), mesh, strict=True)))
     if not (workdir / 'm1').exists():
       shape = model_config.PRESETS['tiny-test']
       with jax.set_mesh(make_mesh(1, 1, 1)):
-        checkpoint.write_model_files(shape, tokenizer_folder, workdir / 'm1' / 'model')
-        saver = checkpoint.manager(workdir / 'm1' / 'model', 1)
-        checkpoint.save(saver, 0, init(shape))
+        store.write_model_files(shape, tokenizer_folder, workdir / 'm1' / 'model')
+        saver = store.manager(workdir / 'm1' / 'model', 1)
+        store.save(saver, 0, init(shape))
         saver.close()
     records.write(workdir / 'm2' / 'pairs' / 'pairs.jsonl', changed(list(pairs())))
     train.run(config, workdir)
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_with_its_rows_on_another_mesh_or_is_refused(run):
     """As it was after two steps."""
     folder = workdir / 'm2' / 'model'
     (folder / 'done.json').unlink()
-    for step in checkpoint.steps(folder):
+    for step in model_files.steps(folder):
       if step > 2:
         (folder / 'steps' / str(step)).rename(folder / str(step))
 
@@ -146,7 +146,7 @@ def looked(alarms, count, **scalars):
 
 
 def test_alarms_rise_once_and_fall_again():
-  alarms = metrics.Alarms()
+  alarms = Alarms()
   assert looked(alarms, 9) == (dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=0), [])
   looks = [looked(alarms, 1, chosen_reward=-1.0) for _ in range(9)]
   sentences = [line for _, lines in looks for line in lines]
@@ -154,17 +154,17 @@ def test_alarms_rise_once_and_fall_again():
   assert looks[-1][0]['alarm_chosen_falling'] == 1 and looks[-1][1] == []
   raised, sentences = looked(alarms, 10, margin=0.5, accuracy=0.5)
   assert raised == dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=1)
-  assert looked(metrics.Alarms(), 9, margin=0.5, accuracy=0.5)[0]['alarm_margin_without_accuracy'] == 0  # too early
-  assert metrics.Alarms().look(dict(loss=1.0)) == ({}, [])  # SFT
+  assert looked(Alarms(), 9, margin=0.5, accuracy=0.5)[0]['alarm_margin_without_accuracy'] == 0  # too early
+  assert Alarms().look(dict(loss=1.0)) == ({}, [])  # SFT
 
 
 def test_the_noise_of_dropout_is_no_falling_and_a_kill_forgets_nothing():
   rng = np.random.default_rng(0)
   noise = [dict(chosen_reward=float(x), margin=0.0, accuracy=0.5) for x in rng.normal(-0.7, 0.2, 40)]
-  alarms = metrics.Alarms()
+  alarms = Alarms()
   assert sum(alarms.look(scalars)[0]['alarm_chosen_falling'] for scalars in noise) == 0
   fallen = [dict(chosen_reward=-2 - i / 10, margin=0.0, accuracy=0.5) for i in range(5)]
   found = [alarms.look(scalars)[0] for scalars in fallen]
   assert found[-1]['alarm_chosen_falling'] == 1
-  resumed = metrics.Alarms([*noise, *fallen[:3]])
+  resumed = Alarms([*noise, *fallen[:3]])
   assert [resumed.look(scalars)[0] for scalars in fallen[3:]] == found[3:]

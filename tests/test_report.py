@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from srlm_jax import InputError, report, results
-from srlm_jax.data import records
+from srlm_jax import InputError, records
+from srlm_jax.report import page, results
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
@@ -90,11 +90,11 @@ def workdir(tmp_path):
 def undrawn(monkeypatch):
   """A plot takes a tenth of a second, and most tests look at words."""
   for name in ('_curve', '_bars'):
-    monkeypatch.setattr(report, name, lambda *_: 'data:,')
+    monkeypatch.setattr(page, name, lambda *_: 'data:,')
 
 
 def page_of(workdir) -> str:
-  return report.remake(workdir).read_text()
+  return page.remake(workdir).read_text()
 
 
 def plain(page: str) -> str:
@@ -177,7 +177,7 @@ def test_known_failures_are_said_in_words():
                        ['length'] * 3 + ['eos'] * 2)])
   page = dict(iterations=[iteration], judged_eval={}, answers={},
               stages={('m2', 'model'): ({}, dict(examples=9, dropped={'longer than 512 tokens': 10}))})
-  found = '\n'.join(report.warnings(page))
+  found = '\n'.join(page.warnings(page))
   for text in ('m2/judge: 9 of 11 judgements have a score (the others: 2 unreadable), fewer than 90%',
                'm2/judge: 89% of the scores are 4',
                'm2/respond: 3 responses are cut at the length limit, 2 are finished',
@@ -188,7 +188,7 @@ def test_known_failures_are_said_in_words():
                    pairs=[dict(chosen='x' * 30, rejected='y' * 20)],
                    responses=[dict(id='p/0', finish='eos', prompt_id='p', response='x')])
   page['stages'] = {}
-  assert report.warnings(page) == []
+  assert page.warnings(page) == []
 
 
 def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
@@ -199,7 +199,7 @@ def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
                          'python -m srlm_jax.loop --help\n')
   assert not list(tmp_path.iterdir())
   with pytest.raises(InputError):
-    report.remake(tmp_path / 'absent')
+    page.remake(tmp_path / 'absent')
 
 
 def test_a_stage_that_does_not_exist_is_not_warned_about(workdir, undrawn):
@@ -247,13 +247,13 @@ def test_a_damaged_record_is_named_by_file_and_line(workdir, undrawn, name):
     path.write_text(whole)
     damage(path, 2, change)
     with pytest.raises(InputError, match=f'{file}:2: {message}'):
-      report.remake(workdir)
+      page.remake(workdir)
   path.write_text(whole + '{"id": "cut by a ki')
   assert '</html>' in page_of(workdir)
   path.unlink()
   path.mkdir()
   with pytest.raises(InputError, match=f'{file} is a folder'):
-    report.remake(workdir)
+    page.remake(workdir)
 
 
 @pytest.mark.parametrize('file, change, message', [
@@ -289,11 +289,11 @@ def test_a_damaged_summary_is_named(workdir, undrawn, file, change, message):
   else:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
   with pytest.raises(InputError, match=re.escape(file) + ': ' + re.escape(message)):
-    report.remake(workdir)
+    page.remake(workdir)
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(workdir, undrawn):
   (workdir / 'report.html').mkdir()
   with pytest.raises(InputError, match='report.html is a folder'):
-    report.remake(workdir)
+    page.remake(workdir)
   assert not list(workdir.glob('*.partial'))

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import InputError
-from srlm_jax.data import judges, records, templates
-from srlm_jax.models import config as model_config, hf
+from srlm_jax import InputError, records
+from srlm_jax.checkpoint import hf
+from srlm_jax.data import templates
+from srlm_jax.models import config as model_config
+from srlm_jax.reward import judges
 from srlm_jax.sandbox import __main__ as sandbox, audit, control, corpus, oracle, people, world
 
 SIZES = (120, 60, 40, 35, 50, 30)
@@ -216,8 +218,8 @@ def test_a_judge_is_measured_against_the_oracle_and_the_ranks_have_a_ceiling():
 
 @pytest.mark.parametrize('by', ['oracle', 'random'])
 def test_a_control_scores_in_the_judge_s_place(tmp_path, by):
-  from configs import base
-  config = base.get('m2', 'tiny')
+  from srlm_jax import config as configs
+  config = configs.get('m2', 'tiny')
   config.judge.by = by
   _round(tmp_path, config, RESPONSES, None, None)
   control.run(config, tmp_path)

@@ -5,19 +5,20 @@ import sys
 from conftest import init, ROOT, tokenizer_bytes
 import pytest
 
-from configs import base
-from srlm_jax import checkpoint, declared, InputError, loop, selection, stage
-from srlm_jax.data import eft, health, records, seeds
+from srlm_jax import cli, config as configs, declared, InputError, loop, model_files, records, selection, stage
+from srlm_jax.checkpoint import store
+from srlm_jax.data import seeds
 from srlm_jax.eval import agreement
 from srlm_jax.models.config import PRESETS
-from srlm_jax.sample import implicit, judge, meta_judge, pairs, prompts, respond
+from srlm_jax.reward import eft, health, pairs
+from srlm_jax.sample import implicit, judge, meta_judge, prompts, respond
 from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
 from srlm_jax.train import __main__ as train
 
 
 def config(*keys, **changes):
   """What a stage of m2 gets that declares these keys; `changes`: of judge."""
-  c = base.get('m2', 'tiny')
+  c = configs.get('m2', 'tiny')
   c.judge.update(changes)
   return declared.View(c, keys, declared.ALWAYS)
 
@@ -26,9 +27,9 @@ def config(*keys, **changes):
 def m1(tmp_path, tokenizer_folder, mesh):
   """A checkpoint folder."""
   folder = tmp_path / 'm1' / 'model'
-  checkpoint.write_model_files(PRESETS['tiny-test'], tokenizer_folder, folder)
-  saver = checkpoint.manager(folder, None)
-  checkpoint.save(saver, 1, init(PRESETS['tiny-test']))
+  store.write_model_files(PRESETS['tiny-test'], tokenizer_folder, folder)
+  saver = store.manager(folder, None)
+  store.save(saver, 1, init(PRESETS['tiny-test']))
   saver.close()
   return folder
 
@@ -40,7 +41,7 @@ def test_the_manifest_comes_first_and_done_last(tmp_path, m1):
   assert not s.done and not s.folder.exists()
   s.begin()
   manifest = json.loads((s.folder / 'manifest.json').read_text())
-  assert manifest['params'] == checkpoint.recorded_hash(m1) and manifest['format'] == stage.FORMAT
+  assert manifest['params'] == model_files.recorded_hash(m1) and manifest['format'] == stage.FORMAT
   assert manifest['config'] == {'judge.n': 3, 'judge.template': 'sandbox'}
   assert list(manifest['inputs']) == ['in.jsonl'] and manifest['environments'][0]['versions']['jax']
   assert set(manifest['model_files']) == {'m1/model/config.json', 'm1/model/tokenizer.model'}
@@ -166,7 +167,7 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   for workdir in ('file', 'file/run'):
     with pytest.raises(InputError, match='file is a file, not a folder; give another path'):
-      stage.keep_compiled(tmp_path / workdir)
+      cli.keep_compiled(tmp_path / workdir)
   with pytest.raises(InputError, match='is a folder; give a file'):
     records.hash_file(tmp_path)
 
@@ -247,7 +248,7 @@ def test_every_key_that_a_stage_declares_is_a_knob():
             seeds.run, agreement.run, oracle.run, audit.run, control.run, sandbox.make_seeds, sandbox.make_corpus,
             selection.run, train.run]
   for run in stages:
-    assert {*run.keys, *run.free} <= set(base.KNOBS), run.__module__
+    assert {*run.keys, *run.free} <= set(configs.KNOBS), run.__module__
 
 
 def test_another_template_is_noticed(tmp_path):
@@ -266,11 +267,11 @@ def test_another_template_is_noticed(tmp_path):
     ('judge.quorum', 4, 'quorum is 4, more than the 3'),
     ('train.learning_rate', -1.0, 'learning_rate'), ('judge.n', 0, 'judge.n is 0')])
 def test_a_value_that_no_stage_can_work_with_is_refused_by_name(key, value, message):
-  c = base.get('m2', 'tiny')
-  base.check(c)
+  c = configs.get('m2', 'tiny')
+  configs.check(c)
   c.update_from_flattened_dict({key: value})
   with pytest.raises(InputError, match=message):
-    base.check(c)
+    configs.check(c)
 
 
 def test_a_change_for_some_models_of_the_loop():

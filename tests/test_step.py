@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from srlm_jax import sharding
-from srlm_jax.data.batches import Batches
+from srlm_jax import config as configs, sharding
 from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Batches
 from srlm_jax.models import attention, llama, vocab
 from srlm_jax.models.config import PRESETS
 from srlm_jax.train import state as train_state, step as train_step
@@ -23,7 +22,7 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
 def knobs(loss, **changes):
-  config = base.dpo() if loss == 'dpo' else base.sft()
+  config = configs.dpo() if loss == 'dpo' else configs.sft()
   config.update(batch=16, dropout=0.0, learning_rate=1e-3, learning_rate_end=1e-3, **changes)
   return config
 
@@ -188,7 +187,7 @@ def test_dropout_acts_on_the_policy_alone():
 
 
 def test_the_learning_rate_goes_by_a_cosine_from_one_value_to_the_other():
-  rate = train_state.schedule(base.sft(), 101)
+  rate = train_state.schedule(configs.sft(), 101)
   assert float(rate(0)) == pytest.approx(5.5e-6)
   assert float(rate(50)) == pytest.approx((5.5e-6 + 1.1e-6) / 2, rel=0.02)
   assert float(rate(101)) == pytest.approx(1.1e-6)

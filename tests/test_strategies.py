@@ -1,13 +1,13 @@
 from hypothesis import given, strategies as st
 import pytest
 
-from configs import base
-from srlm_jax.sample import strategies
-from srlm_jax.sample.strategies import Candidate
+from srlm_jax import config as configs
+from srlm_jax.reward import strategies
+from srlm_jax.reward.strategies import Candidate
 
 
 def knobs(**changes):
-  config = base.get('m2').pairs
+  config = configs.get('m2').pairs
   config.update(changes)
   return config
 

@@ -5,8 +5,8 @@ from conftest import CHANGES, main
 import pytest
 from scipy import stats
 
-from srlm_jax import stage, study
-from srlm_jax.data import records, scores
+from srlm_jax import records, stage, study
+from srlm_jax.reward import scores
 
 
 def graded(workdir, **models):

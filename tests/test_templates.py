@@ -8,7 +8,7 @@ def test_an_author_template_without_its_slot_is_refused(tmp_path):
   (tmp_path / 'a.txt').write_text('Tasks:')
   with pytest.raises(InputError, match=r'slot \{shots\} 0 times'):
     templates.load_author(str(tmp_path / 'a.txt'))
-  with pytest.raises(InputError, match=r'does not exist; name a template of srlm_jax/data \(chat, list, sandbox\)'):
+  with pytest.raises(InputError, match=r'does not exist; name a template of the package \(chat, list, sandbox\)'):
     templates.load_author('nothing')
 
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load, load_file
 from test_convert import change, make, TIED
 
 from srlm_jax import InputError
-from srlm_jax.models import convert, hf
+from srlm_jax.checkpoint import convert, hf
 
 GATE, UP = (f'model.layers.0.mlp.{name}_proj.weight' for name in ('gate', 'up'))
 LAST = 'the last tensor of the file'

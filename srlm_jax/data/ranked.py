@@ -16,8 +16,7 @@ import json
 import math
 import re
 
-from srlm_jax import InputError
-from srlm_jax.data import records
+from srlm_jax import InputError, records
 
 NAME = 'ranked'
 

@@ -30,8 +30,8 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import declared, InputError
-from srlm_jax.data import oasst, ranked, records
+from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax.data import oasst, ranked
 
 # The sets that share the prompts, by the name of their asked size in config.data.
 BEST_SETS = ('ift', 'test_prompts', 'valid_prompts')  # need the best reply
@@ -43,12 +43,11 @@ SHARD = 1000  # turns, for TFDS holds a shard in memory while it writes it
                 free=('data.path',))
 def run(config, workdir):
   """The stage data/seeds: `make`, once."""
-  from srlm_jax import stage  # here, for stage knows JAX and data does not
   find_source(config.data.source)
   s = stage.Stage(config, workdir, 'seeds', find_files(config.data.path), model='data')
   if s.done:
     return
-  if not stage.is_first_host():
+  if not hosts.is_first_host():
     s.begin()
     return s.finish()
   s.finish(**make(config, workdir, s.begin)['kept'])
@@ -407,5 +406,4 @@ def _plain(value):
 
 
 if __name__ == '__main__':
-  from srlm_jax import stage
-  stage.main(run)
+  cli.main(run)

@@ -2,9 +2,9 @@
 from etils import epath
 
 from srlm_jax import InputError
+from srlm_jax.config import CHATS
 
-_FOLDER = epath.resource_path('srlm_jax') / 'data'
-CHATS = ('plain', 'llama2', 'tokenizer')
+AUTHORS = 'data/author'  # templates in the package: the beginning of their path
 
 
 def chat(kind: str, prompt: str, tokenizer) -> str:
@@ -51,19 +51,25 @@ def _encode(text: str, tokenizer) -> list[int]:
 
 def load_author(name: str) -> str:
   """The template that asks for new prompts; its slot {shots} is a numbered list."""
-  path, text = read('author', name, 'config.prompts.template')
+  path, text = read(AUTHORS, name, 'config.prompts.template')
   if text.count('{shots}') != 1:
     raise InputError(f'{path} holds the slot {{shots}} {text.count("{shots}")} times; an author template holds it once')
   return text
 
 
 def read(kind: str, name: str, key: str):
-  """(path, text) of a template of the package by name, or of any file by path; `key` names it in the error."""
-  path = epath.Path(name) if '/' in name or name.endswith('.txt') else _FOLDER / f'{kind}_{name}.txt'
+  """A template: of the package by its name, srlm_jax/{kind}_{name}.txt, or any file by its path.
+
+  Returns its path and its text. Raises InputError, which names the config key `key`.
+  """
+  package = epath.resource_path('srlm_jax')
+  is_path = '/' in name or name.endswith('.txt')
+  path = epath.Path(name) if is_path else package / f'{kind}_{name}.txt'
   if not path.exists():
-    known = sorted(p.stem.removeprefix(f'{kind}_') for p in _FOLDER.glob(f'{kind}_*.txt'))
-    raise InputError(f'{key}: {path} does not exist; name a template of srlm_jax/data ({", ".join(known)}) or the path '
-                     f'of a file')
+    stem = kind.rpartition('/')[2]
+    known = sorted(p.stem.removeprefix(f'{stem}_') for p in package.glob(f'{kind}_*.txt'))
+    raise InputError(f'{key}: {path} does not exist; name a template of the package '
+                     f'({", ".join(known)}) or the path of a file')
   try:
     return path, path.read_text().replace('\r\n', '\n').rstrip('\n')
   except (OSError, UnicodeDecodeError) as error:

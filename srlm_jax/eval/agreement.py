@@ -14,16 +14,15 @@ import math
 import numpy as np
 from scipy import stats
 
-from configs import base
-from srlm_jax import declared, stage
-from srlm_jax.data import judges, records, scores as scoring
+from srlm_jax import cli, config as configs, declared, hosts, records, stage
+from srlm_jax.reward import judges, scores as scoring
 
 MEASURES = ('pairwise_accuracy', 'pairwise_accuracy_all', 'ties', 'five_best', 'exact_match', 'spearman', 'kendall_tau')
 
 
 @declared.reads('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')
 def run(config, workdir):
-  """The seeds' ranked replies of `base.ranked_split` and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
+  """The seeds' ranked replies of `configs.ranked_split` and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge_eval'
   highest = judges.load(config.judge.template).highest
@@ -31,7 +30,7 @@ def run(config, workdir):
                   [source, *sorted(folder.glob('judgements-*.jsonl'))])
   if s.done:
     return
-  split = base.ranked_split(config)
+  split = configs.ranked_split(config)
   ranked = [r for r in records.read(source, 'id', 'split', 'replies') if r['split'] == split]
   judgements = list(records.read_shards(folder, 'judgements', 'response_id', 'score'))
   scores = scoring.by_response(judgements, config.eval.quorum)
@@ -43,9 +42,9 @@ def run(config, workdir):
   result['split'] = split
   result['replies_without_score'] = sum(score is None for prompt in replies for _, score in prompt)
   result['parse_rate'] = sum(j['score'] is not None for j in judgements) / len(judgements)
-  if stage.is_first_host():
+  if hosts.is_first_host():
     stage.write_json(s.folder / 'agreement.json', result)
-  stage.say(f'{s.title}: {table(result)}')
+  hosts.say(f'{s.title}: {table(result)}')
   s.finish(**{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
 
 
@@ -110,4 +109,4 @@ def _correlation(measure, prompt) -> float:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

@@ -12,8 +12,7 @@ import statistics
 
 from absl import flags
 
-from srlm_jax import InputError, stage
-from srlm_jax.data import records
+from srlm_jax import cli, InputError, records
 
 
 def outputs(answers, generator: str, dataset: str) -> list[dict]:
@@ -86,7 +85,7 @@ def define_flags():
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   if bool(f.answers) == bool(f.annotations) or bool(f.answers) != bool(f.generator):
     raise InputError('give --answers=MODEL/answers --generator=NAME, or --annotations=FILE')
@@ -104,4 +103,4 @@ def main(argv):
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

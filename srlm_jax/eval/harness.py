@@ -1,6 +1,6 @@
 """The nine NLP tasks of PAPER table 3, from the results files of lm-evaluation-harness, model beside model.
 
-  python -m srlm_jax.models.convert --checkpoint=runs/x/m2/model --to_hf=DIR
+  python -m srlm_jax.checkpoint.convert --checkpoint=runs/x/m2/model --to_hf=DIR
   lm_eval --model=hf --model_args=pretrained=DIR --output_path=OUT \\
     --tasks=arc_easy,arc_challenge,hellaswag,social_iqa,piqa,gsm8k,mmlu,openbookqa,nq_open
   python -m srlm_jax.eval.harness --results=m1=OUT1/results_X.json --results=m2=OUT2/results_Y.json \\
@@ -10,8 +10,7 @@ Tasks run one by one: give --results of the same model once a file.
 """
 from absl import flags
 
-from srlm_jax import InputError, stage
-from srlm_jax.data import records
+from srlm_jax import cli, InputError, records
 
 # PAPER's name: (lm-eval's names, its metrics); of each the first that a file holds. acc_norm takes the choice
 # of the highest log-likelihood a byte. Which metrics the paper took is not in it.
@@ -116,7 +115,7 @@ def define_flags():
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   result = table(read_models(f.results))
   records.write(f.out, [result])
@@ -129,4 +128,4 @@ def main(argv):
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

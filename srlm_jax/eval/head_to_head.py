@@ -12,8 +12,8 @@ from absl import flags
 from etils import epath
 from scipy import stats
 
-from srlm_jax import InputError, stage
-from srlm_jax.data import judges, records
+from srlm_jax import cli, InputError, records
+from srlm_jax.reward import judges
 
 PROMPT = """\
 Two assistants answered the same prompt. Decide which answer serves its user better: relevance, correctness, \
@@ -170,7 +170,7 @@ def define_flags():
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   if f.graded and f.verdicts:
     raise InputError('--graded needs no --verdicts; give one of them')
@@ -196,4 +196,4 @@ def main(argv):
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

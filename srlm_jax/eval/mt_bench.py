@@ -3,13 +3,12 @@
   python -m srlm_jax.eval.mt_bench --judgments=gpt-4_single.jsonl --questions=question.jsonl --out=FILE.json
 
 Both files are those of FastChat's llm_judge: its gen_model_answer.py asks the model (a Hugging Face folder,
-see srlm_jax.models.convert), its gen_judgment.py asks the judge. A score of -1 is a reply without a score: it
+see srlm_jax.checkpoint.convert), its gen_judgment.py asks the judge. A score of -1 is a reply without a score: it
 is counted and enters no mean.
 """
 from absl import flags
 
-from srlm_jax import InputError, stage
-from srlm_jax.data import records
+from srlm_jax import cli, InputError, records
 
 HARD = ('math', 'coding', 'reasoning')  # PAPER: "math, code & reasoning"
 NO_SCORE = -1
@@ -98,7 +97,7 @@ def define_flags():
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   questions = read_questions(f.questions)
   result = scores(read_judgments(f.judgments, questions), questions)
@@ -108,4 +107,4 @@ def main(argv):
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

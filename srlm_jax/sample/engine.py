@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from srlm_jax import checkpoint, InputError, sharding, stage as stages
-from srlm_jax.data import records, tokenizer as tokenizers
+from srlm_jax import hosts, InputError, records, sharding
+from srlm_jax.checkpoint import store
+from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama
 from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
@@ -228,13 +229,13 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   size, width = min(c.size, shape.context), jnp.dtype(c.dtype).itemsize
   weights = llama.param_count(shape) * (width + 1 if c.int8 else width) * mesh.shape['data']
   cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * width
-  here = stages.memory() // jax.process_count()
+  here = hosts.memory() // jax.process_count()
   if weights + cache > here:
     raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} for {c.slots} rows of '
                      f'{size} tokens, and this host has {here:,}; lower config.sample.slots or config.sample.size, or '
                      f'take a larger host')
   with jax.set_mesh(mesh):
-    params, _ = checkpoint.restore_params(folder, mesh, c.dtype)
+    params, _ = store.restore_params(folder, mesh, c.dtype)
     params = int8.quantize(params) if c.int8 else params
   ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
   return Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, slots=c.slots, size=c.size,
@@ -264,7 +265,7 @@ def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sam
   out.close()
   work = engine.work
   if work.generated:
-    stages.say(f'{engine.title}: {work.generated} tokens in {work.occupancy:.0%} of the places that were computed, '
+    hosts.say(f'{engine.title}: {work.generated} tokens in {work.occupancy:.0%} of the places that were computed, '
                f'{work.prefilled} prefilled, {work.prefilled / work.naive:.0%} of all prompts\'; by {engine.kernels}')
 
 

@@ -5,9 +5,10 @@ import json
 from absl import flags
 import jax
 
-from srlm_jax import checkpoint, InputError, sharding, stage
+from srlm_jax import cli, InputError, model_files, sharding
+from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import templates, tokenizer as tokenizers
-from srlm_jax.models import config as model_config, convert, llama
+from srlm_jax.models import config as model_config, llama
 from srlm_jax.sample import engine
 
 STEPS = 16  # tokens a call
@@ -28,7 +29,7 @@ def define_flags():
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   if not 1 <= f.tensor <= jax.device_count():
     raise InputError(f'--tensor={f.tensor}: there are {jax.device_count()} devices here')
@@ -49,7 +50,7 @@ def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, see
     raise InputError(f'the prompt has {len(ids)} tokens and --max_tokens is {sampling.max_tokens}; '
                      f'together they exceed the model\'s context of {shape.context}')
   with jax.set_mesh(mesh):
-    params = (checkpoint.restore_params(folder, mesh, dtype)[0] if checkpoint.exists(folder) else
+    params = (store.restore_params(folder, mesh, dtype)[0] if model_files.exists(folder) else
               convert.load_hf(folder, mesh, dtype))
   model = engine.Engine(llama.Llama(shape), params, mesh, tokenizer.eos_ids, seed, 'generate', slots=1,
                         size=len(ids) + sampling.max_tokens, steps=STEPS)
@@ -60,4 +61,4 @@ def generate(folder: str, prompt: str, chat: str, sampling: engine.Sampling, see
 
 if __name__ == '__main__':
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

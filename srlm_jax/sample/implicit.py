@@ -6,8 +6,8 @@ candidates alike, so it is left out.
 import jax
 import tqdm
 
-from srlm_jax import declared, stage
-from srlm_jax.data import records, templates
+from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax.data import templates
 from srlm_jax.sample import engine as engines
 
 
@@ -31,7 +31,7 @@ def run(config, workdir):
   records.write(s.folder / records.shard_name('rewards', jax.process_index(), jax.process_count()), (
       dict(id=r['id'], reward=None if None in pair else round(pair[0] - pair[1], 4), logp=pair[0], older_logp=pair[1])
       for r, pair in zip(responses, zip(*logps.values(), strict=True), strict=True)))
-  stage.sync(f'{s.title} scored')
+  hosts.sync(f'{s.title} scored')
   rewards = [r['reward'] for r in records.read_shards(s.folder, 'rewards')]
   s.finish(responses=len(rewards), without_reward=rewards.count(None))
 
@@ -65,4 +65,4 @@ def _encode(chat, response, tokenizer, context: int) -> tuple[list[int], list[in
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

@@ -4,9 +4,9 @@ import itertools
 
 import jax
 
-from configs import base
-from srlm_jax import declared, InputError, stage
-from srlm_jax.data import eft, judges, records, templates
+from srlm_jax import cli, closest, config as configs, declared, hosts, InputError, records, stage
+from srlm_jax.data import templates
+from srlm_jax.reward import eft, judges
 from srlm_jax.sample import engine as engines
 
 KEYS = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k', 'judge.max_tokens', *engines.KEYS)
@@ -21,7 +21,7 @@ def run(config, workdir, on: str = ''):
   again      the model before the sampler (pairs.older) judges the same candidates -> MODEL/judge_again
   older      the sampler judges that model's candidates -> MODEL/judge_older
   ranked     the sampler judges the seeds' ranked replies, for EFT -> MODEL/judge
-  eval       the model itself judges the ranked replies to measure on (base.ranked_split) -> MODEL/judge_eval
+  eval       the model itself judges the ranked replies to measure on (configs.ranked_split) -> MODEL/judge_eval
   """
   on = on or config.judge.on
   ways = dict(  # on: stage, judge, the key of how often it judges each response, other keys that it reads
@@ -29,7 +29,7 @@ def run(config, workdir, on: str = ''):
       older=('judge_older', config.sampler, 'judge.n'), ranked=('judge', config.sampler, 'eft.tries'),
       eval=('judge_eval', config.name, 'eval.judgements', 'eval.split', 'data.ranked_tune'))
   if on not in ways:
-    raise InputError(f'--on={on}{stage.closest(on, ways)}: it is one of {", ".join(ways)}')
+    raise InputError(f'--on={on}{closest(on, ways)}: it is one of {", ".join(ways)}')
   name, model, *also = ways[on]
   n = declared.look_up(config, also[0])
   if on == 'responses' and config.judge.by != 'model':
@@ -54,7 +54,7 @@ def run(config, workdir, on: str = ''):
   s.begin(engines.host_mesh(config))
   requests = (engines.Request(item['id'], templates.encode_prompt(
       config.chat, judge.render(prompt=item['prompt'], response=item['response']), tokenizer), n, item)
-      for item in itertools.islice(items(), *stage.share(total)))
+      for item in itertools.islice(items(), *hosts.share(total)))
 
   def record(request, j, result):
     item = request.about
@@ -63,8 +63,8 @@ def run(config, workdir, on: str = ''):
     return dict(id=f'{item["id"]}/{j}', prompt_id=item['prompt_id'], response_id=item['id'], j=j, text=text,
                 score=score, reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('judgements', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, n * len(range(*stage.share(total))), sampling, path, record)
-  stage.sync(f'{s.title} sampled')  # so that all shards are there to count
+  engines.run(engine, requests, n * len(range(*hosts.share(total))), sampling, path, record)
+  hosts.sync(f'{s.title} sampled')  # so that all shards are there to count
   reasons = Counter(j['reason'] if j['score'] is None else '' for j in records.read_shards(s.folder, 'judgements'))
   made, parsed = reasons.total(), reasons.pop('', 0)
   s.finish(judgements=made, parsed=parsed, lowest=judge.lowest, highest=judge.highest,
@@ -86,7 +86,7 @@ def _items(config, workdir, on: str):
     return records.shards(folder, 'responses'), lambda: records.read_shards(
         folder, 'responses', 'id', 'prompt_id', 'prompt', 'response')
   source = stage.seeds(workdir) / 'ranked.jsonl'
-  split = 'train' if on == 'ranked' else base.ranked_split(config)
+  split = 'train' if on == 'ranked' else configs.ranked_split(config)
 
   def replies():
     ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == split]
@@ -97,4 +97,4 @@ def _items(config, workdir, on: str):
 
 
 if __name__ == '__main__':
-  stage.main(run, on=('', 'What to judge: responses, again, older, ranked or eval; by default what the config says.'))
+  cli.main(run, on=('', 'What to judge: responses, again, older, ranked or eval; by default what the config says.'))

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from srlm_jax import declared, InputError, stage
-from srlm_jax.data import judges, records, scores as scoring, templates
+from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax.data import templates
+from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, judge as judge_stage
 
 SLOTS = ('request', 'first', 'second')
@@ -63,8 +64,8 @@ def run(config, workdir):
                 winner=winner, reason=reason, finish=result.finish)
   path = s.folder / records.shard_name('comparisons', jax.process_index(), jax.process_count())
   engines.run(engine, requests, len(rows), sampling, path, record)
-  stage.sync(f'{s.title} sampled')
-  if not stage.is_first_host():
+  hosts.sync(f'{s.title} sampled')
+  if not hosts.is_first_host():
     return s.finish()
   comparisons = list(records.read_shards(s.folder, 'comparisons'))
   weights = position_weights(comparisons)
@@ -82,7 +83,7 @@ def run(config, workdir):
   dropped['above the shares'] = len(made) - len(kept)
   records.write(s.folder / 'judge_pairs.jsonl', kept)
   if not kept:
-    stage.say(f'{s.title}: no pair of judgements; of {len(chosen)} responses with two different judgements '
+    hosts.say(f'{s.title}: no pair of judgements; of {len(chosen)} responses with two different judgements '
               f'{", ".join(f"{n} {why}" for why, n in (+dropped).items()) or "none was dropped"}')
   reasons = Counter(x['reason'] for x in comparisons if x['reason'])
   s.finish(judge_pairs=len(kept), responses=len(chosen), comparisons=len(comparisons),
@@ -179,4 +180,4 @@ def _pair(prompt: str, best: dict, worst: dict) -> dict:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

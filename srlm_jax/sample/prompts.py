@@ -9,9 +9,8 @@ import string
 
 from etils import epath
 
-from configs import base
-from srlm_jax import declared, InputError, stage
-from srlm_jax.data import oasst, records, similar, templates
+from srlm_jax import cli, config as configs, declared, hosts, InputError, records, stage
+from srlm_jax.data import oasst, similar, templates
 from srlm_jax.sample import engine as engines
 
 # What text cannot show (Self-Instruct), as whole words.
@@ -47,7 +46,7 @@ def run(config, workdir):
                   held + [p for path in others for p in evaluation_prompts(path)])
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   s.begin(engines.host_mesh(config))
-  if not stage.is_first_host():
+  if not hosts.is_first_host():
     return s.finish()
   out = records.Appender(s.folder / 'attempts.jsonl')
   before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
@@ -65,11 +64,11 @@ def run(config, workdir):
       attempts.append(dict(id=str(first + i), text=text, finish=finish, dropped=why))
     out.append(attempts[max(out.count - first, 0):])
     first += size
-    stage.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
+    hosts.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
   out.close()
   surplus, accepted = max(len(accepted) - c.count, 0), accepted[:c.count]
   records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
-  stage.say(f'{s.title}: {screen.near_held_out} of {first} attempts were held-out or evaluation prompts, or near one; '
+  hosts.say(f'{s.title}: {screen.near_held_out} of {first} attempts were held-out or evaluation prompts, or near one; '
             f'none entered')
   s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=screen.near_held_out,
            shortened=screen.shortened,
@@ -78,7 +77,7 @@ def run(config, workdir):
 
 def earlier_rounds(workdir, name: str) -> list:
   """The prompts.jsonl of every model before `name` that has one: a prompt is written in one round alone."""
-  models = itertools.takewhile(lambda model: model != name, base.MODELS)
+  models = itertools.takewhile(lambda model: model != name, configs.MODELS)
   paths = [stage.model_folder(workdir, model).parent / 'prompts' / 'prompts.jsonl' for model in models]
   return [path for path in paths if path.exists()]
 
@@ -215,4 +214,4 @@ def numbered(shots: list[str]) -> str:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

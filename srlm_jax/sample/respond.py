@@ -4,8 +4,8 @@ import itertools
 
 import jax
 
-from srlm_jax import declared, InputError, stage
-from srlm_jax.data import records, templates
+from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax.data import templates
 from srlm_jax.sample import engine as engines
 
 GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *engines.KEYS)
@@ -50,7 +50,7 @@ def run(config, workdir, on: str = 'prompts'):
   engine.room(sampling)  # raises where there is none
   s.begin(engines.host_mesh(config))
   requests = (engines.Request(r['id'], templates.encode_prompt(config.chat, r['prompt'], tokenizer), n, r)
-              for r in itertools.islice(prompts(), *stage.share(total)))
+              for r in itertools.islice(prompts(), *hosts.share(total)))
 
   def record(request, i, result):
     prompt = request.about
@@ -58,12 +58,12 @@ def run(config, workdir, on: str = 'prompts'):
                 response=tokenizer.decode(result.ids).strip(), finish=result.finish, tokens=len(result.ids),
                 logp=round(sum(result.logps), 4))
   path = s.folder / records.shard_name('responses', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, n * len(range(*stage.share(total))), sampling, path, record)
-  stage.sync(f'{s.title} sampled')  # so that all shards are there to count
+  engines.run(engine, requests, n * len(range(*hosts.share(total))), sampling, path, record)
+  hosts.sync(f'{s.title} sampled')  # so that all shards are there to count
   finishes = Counter(r['finish'] for r in records.read_shards(s.folder, 'responses'))
   s.finish(responses=finishes.total(), finished=finishes['eos'], cut=finishes['length'],
            too_long=finishes['too_long'])
 
 
 if __name__ == '__main__':
-  stage.main(run, on=('prompts', 'What to answer: prompts, older (by the model before), heldout or greedy.'))
+  cli.main(run, on=('prompts', 'What to answer: prompts, older (by the model before), heldout or greedy.'))

@@ -7,8 +7,7 @@ import itertools
 
 from etils import epath
 
-from srlm_jax import declared, stage
-from srlm_jax.data import records
+from srlm_jax import cli, declared, hosts, records, stage
 from srlm_jax.models import config as model_config
 from srlm_jax.sandbox import corpus, people
 
@@ -28,7 +27,7 @@ def make_seeds(config, workdir):
     return
   s.begin()
   c = config.data
-  if stage.is_first_host():
+  if hosts.is_first_host():
     made = people.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.ranked_tune, c.test_prompts,
                         c.valid_prompts)
     for name, rows in made.items():
@@ -43,7 +42,7 @@ def make_corpus(config, workdir):
   if s.done:
     return
   s.begin()
-  if stage.is_first_host():
+  if hosts.is_first_host():
     texts = corpus.documents(config.seed, config.data.documents)
     records.write(s.folder / 'corpus.jsonl', (dict(id=f'd{i}', text=text) for i, text in enumerate(texts)))
     some = (row['text'] for row in itertools.islice(records.read(s.folder / 'corpus.jsonl'), corpus.TOKENIZED))
@@ -52,4 +51,4 @@ def make_corpus(config, workdir):
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

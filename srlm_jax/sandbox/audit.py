@@ -1,8 +1,8 @@
 """What the oracle thinks of a round: of the sampler's candidates, of its judgements, and of the pairs made of them."""
 import statistics
 
-from srlm_jax import declared, stage
-from srlm_jax.data import records, scores as scoring
+from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 
@@ -21,7 +21,7 @@ def run(config, workdir):
   s.begin()
   found = measure(responses, {name: x.mean for name, x in judged.items() if x.mean is not None},
                   list(records.read(pairs)) if pairs.exists() else [])
-  if stage.is_first_host():
+  if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)
   s.finish(**{key: found[key] for key in ('right', 'tied', 'wrong', 'judge_mean', 'oracle_mean')})
 
@@ -47,4 +47,4 @@ def measure(responses: list[dict], judged: dict[str, float], pairs: list[dict]) 
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

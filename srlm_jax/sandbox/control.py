@@ -1,8 +1,8 @@
 """Scores candidates without a judge, to compare with one: by the program that knows the rubric, or blindly."""
 import zlib
 
-from srlm_jax import declared, InputError, stage
-from srlm_jax.data import judges, records
+from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax.reward import judges
 from srlm_jax.sandbox import world
 
 
@@ -20,7 +20,7 @@ def run(config, workdir):
   responses = list(records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
   s.begin()
   judged = [_judgement(r, j, by, config.seed, judge) for r in responses for j in range(config.judge.n)]
-  if stage.is_first_host():
+  if hosts.is_first_host():
     records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
   s.finish(judgements=len(judged), parsed=sum(j['score'] is not None for j in judged), lowest=judge.lowest,
            highest=judge.highest, unparsed={})
@@ -40,4 +40,4 @@ def _judgement(response, j: int, by: str, seed: int, judge) -> dict:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

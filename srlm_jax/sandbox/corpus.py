@@ -7,7 +7,8 @@ import numpy as np
 import sentencepiece
 
 from srlm_jax import InputError
-from srlm_jax.data import judges, templates
+from srlm_jax.data import templates
+from srlm_jax.reward import judges
 from srlm_jax.sandbox import people, world
 
 SHARES = dict(facts=0.04, drill=0.18, chat=0.26, check=0.18, judged=0.24, tasks=0.10)  # of the documents

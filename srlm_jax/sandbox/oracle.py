@@ -3,9 +3,8 @@ import statistics
 
 import numpy as np
 
-from configs import base
-from srlm_jax import declared, stage
-from srlm_jax.data import records, scores as scoring
+from srlm_jax import cli, config as configs, declared, hosts, records, stage
+from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 
@@ -35,10 +34,10 @@ def run(config, workdir):
                 points=[sum(p[i] for p in points) / count for i in range(5)],
                 characters=sum(len(a['response']) for a in answers) / count,
                 finished=sum(a['finish'] == 'eos' for a in answers) / count, histogram=scoring.histogram(scores))
-  split = base.ranked_split(config)
+  split = configs.ranked_split(config)
   result |= of_judge([r for r in records.read(ranked, 'id', 'prompt', 'split', 'replies') if r['split'] == split],
                      {name: score.mean for name, score in judged.items()})
-  if stage.is_first_host():
+  if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
     records.write(s.folder / 'graded.jsonl', (dict(a, score=x) for a, x in zip(answers, scores, strict=True)))
   s.finish(**{key: value if value is None else round(value, 3)
@@ -73,4 +72,4 @@ def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 
-from srlm_jax.data import records
+from srlm_jax import records
 from srlm_jax.sandbox import world
 from srlm_jax.sandbox.world import join, listing, one, OPENERS, sample
 

@@ -5,11 +5,24 @@ import json
 from etils import epath
 import jax
 
-from configs import base
-from srlm_jax import checkpoint, declared, InputError, metrics, sharding, stage
-from srlm_jax.data import batches, examples as training, records, tokenizer as tokenizers
+from srlm_jax import (
+  cli,
+  closest,
+  config as configs,
+  declared,
+  hosts,
+  InputError,
+  metrics,
+  model_files,
+  records,
+  sharding,
+  stage,
+)
+from srlm_jax.checkpoint import hashes, store
+from srlm_jax.data import examples as training, packing, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, kernels, llama
 from srlm_jax.train import reference, state as train_state, step as train_step
+from srlm_jax.train.alarms import Alarms
 from srlm_jax.train.state import TrainState
 
 ROWS = 'rows.json'  # in the model's folder: how many rows a step has, and how wide they are
@@ -37,7 +50,7 @@ def _train(config, workdir, mesh):
   c = config.train
   source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'corpus'
   shape = _model_config(config, source, workdir)
-  files = [data_file(workdir, config.name, name) for name in base.training_data(config)]
+  files = [data_file(workdir, config.name, name) for name in configs.training_data(config)]
   unread = {*(() if c.select else ('train.save_every',)), *(DPO if c.loss == 'sft' else ())}
   keys = [key for key in KEYS if key not in unread]
   s = stage.Stage(config, workdir, 'model', files if c.init else [*files, source / 'tokenizer.model'],
@@ -52,31 +65,31 @@ def _train(config, workdir, mesh):
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
   choice = kernels.to_train(jax.default_backend(), shape, c.remat)
   model = llama.Llama(shape, choice, c.remat)
-  rows = _batches(config, data, mesh, choice.width, c.epochs, s.folder if checkpoint.steps(s.folder) else None)
+  rows = _batches(config, data, mesh, choice.width, c.epochs, s.folder if model_files.steps(s.folder) else None)
   tx = train_state.optimizer(c, len(rows))
   state = train_state.abstract(shape, tx, mesh)
   if c.loss == 'dpo' and c.reference == 'cached':
     once = _batches(config, data, mesh, choice.width, 1)
     rows.reference = reference.cached(config, workdir, files, source, model, once, mesh)
-  step, kept = train_step.make(model, tx, c, state), checkpoint.steps(s.folder)
+  step, kept = train_step.make(model, tx, c, state), model_files.steps(s.folder)
   state = _resume(s.folder, kept[-1], state, mesh) if kept else _start(config, source, shape, tx, state, mesh)
   # DPO's reference is parameters alone, in the dtype in which both are run
   in_step = c.loss == 'dpo' and c.reference == 'step'
-  older = checkpoint.restore_params(source, mesh, c.dtype)[0] if in_step else {}
+  older = store.restore_params(source, mesh, c.dtype)[0] if in_step else {}
   s.begin(mesh)  # after all that can be refused
-  stage.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
+  hosts.say(f'{s.title}: {len(data.examples)} examples, {len(rows)} steps of {rows.rows} rows of {rows.width} tokens, '
             f'{rows.seen / len(rows):.1f} examples a step, {rows.real:.0%} of the places hold a token'
             f', attention by {choice.name}' + ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items()))
-  saver = checkpoint.manager(s.folder, None if c.select else c.keep)
+  saver = store.manager(s.folder, None if c.select else c.keep)
   if kept:
-    stage.say(f'{s.title}: continues after step {int(state.step)}')
-  elif stage.is_first_host():
-    checkpoint.write_model_files(shape, source, s.folder)
+    hosts.say(f'{s.title}: continues after step {int(state.step)}')
+  elif hosts.is_first_host():
+    store.write_model_files(shape, source, s.folder)
     stage.write_json(s.folder / ROWS, dict(shape=(rows.rows, rows.width)))
   state = _steps(config, s, step, state, older, rows, saver, mesh)
   saver.close()
   s.finish(steps=len(rows), loss=round(metrics.last(s.folder)['loss'], 4),
-           params=checkpoint.hash_params(state.params),
+           params=hashes.hash_params(state.params),
            examples=len(data.examples), real=round(rows.real, 3), dropped=data.dropped)
 
 
@@ -84,8 +97,8 @@ def _steps(config, s, step, state, older, rows, saver, mesh) -> TrainState:
   """Takes the steps that are left, with metrics, progress and checkpoints on the way."""
   c = config.train
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
-  writer = metrics.Writer(s.folder, int(state.step) - 1) if stage.is_first_host() else None
-  clock, alarms, steps, waiting = metrics.Clock(), metrics.Alarms(writer.kept if writer else []), len(rows), {}
+  writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
+  clock, alarms, steps, waiting = metrics.Clock(), Alarms(writer.kept if writer else []), len(rows), {}
   for i in range(int(state.step), steps):
     batch = rows.at(i)
     state, waiting[i] = step(state, older, sharding.put_batch(batch, mesh), key)
@@ -98,17 +111,17 @@ def _steps(config, s, step, state, older, rows, saver, mesh) -> TrainState:
       raised, sentences = alarms.look(scalars)
       scalars |= raised | dict(tokens_per_second=clock.tokens_per_second())
       for sentence in sentences:
-        stage.say(f'{s.title}  {i + 1}/{steps}  alarm: {sentence}')
+        hosts.say(f'{s.title}  {i + 1}/{steps}  alarm: {sentence}')
       if writer:
         writer.write(i, scalars)
-      stage.say(metrics.progress(s.title, i + 1, steps, {
+      hosts.say(metrics.progress(s.title, i + 1, steps, {
           k: scalars[k] for k in ('loss', 'margin', 'accuracy', 'tokens_per_second') if k in scalars}))
     if save:
-      checkpoint.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
+      store.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
   saver.wait_until_finished()
   if writer:
     writer.close()
-  stage.sync(f'{s.title} trained')
+  hosts.sync(f'{s.title} trained')
   return state
 
 
@@ -122,7 +135,7 @@ def data_file(workdir, model: str, name: str):
   places = dict(corpus=('data', 'corpus'), ift=('data', 'seeds'), eft=('m1', 'eft'), pairs=(model, 'pairs'),
                 positives=(model, 'pairs'), judge_pairs=(model, 'meta_judge'))
   if name not in places:
-    raise InputError(f'config.train.data names {name!r}{stage.closest(name, places)}; it knows {", ".join(places)}')
+    raise InputError(f'config.train.data names {name!r}{closest(name, places)}; it knows {", ".join(places)}')
   return epath.Path(workdir).joinpath(*places[name]) / f'{name}.jsonl'
 
 
@@ -133,7 +146,7 @@ def refuse_too_large(config):
   count = llama.param_count(_preset(config.model))
   with_reference = config.train.loss == 'dpo' and config.train.reference == 'step'
   needed = train_state.bytes_needed(count, with_reference)
-  here = stage.memory()
+  here = hosts.memory()
   if needed > here:
     raise InputError(
         f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} bytes for parameters, '
@@ -144,7 +157,7 @@ def refuse_too_large(config):
 
 def _preset(name: str):
   if name not in model_config.PRESETS:
-    raise InputError(f'config.model is {name!r}{stage.closest(name, model_config.PRESETS)}; '
+    raise InputError(f'config.model is {name!r}{closest(name, model_config.PRESETS)}; '
                      f'it is one of {", ".join(model_config.PRESETS)}, or empty for any')
   return model_config.PRESETS[name]
 
@@ -166,7 +179,7 @@ def _model_config(config, source, workdir):
 
 
 def _existing(config, source, workdir):
-  if not checkpoint.exists(source):
+  if not model_files.exists(source):
     inputs = '' if config.data.source == 'sandbox' else ' --m0=FOLDER --data=FILE'
     raise InputError(f'{config.name} starts from {config.train.init}, which has no checkpoint in {source}; make it '
                      f'first, or all in order: '
@@ -177,7 +190,7 @@ def _existing(config, source, workdir):
 def _start(config, source, shape, tx, abstract, mesh) -> TrainState:
   """Step 0: the parameters of the init model, or random ones."""
   if config.train.init:
-    params, _ = checkpoint.restore_params(source, mesh, 'float32')
+    params, _ = store.restore_params(source, mesh, 'float32')
   else:
     places = jax.tree.map(lambda x: x.sharding, abstract.params)
     params = jax.jit(lambda key: llama.init_params(shape, key), out_shardings=places)(jax.random.key(config.seed))
@@ -187,8 +200,8 @@ def _start(config, source, shape, tx, abstract, mesh) -> TrainState:
 
 def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
   """The state as it was after `step`, straight onto its places."""
-  params, _ = checkpoint.restore_params(folder, mesh, 'float32', step)
-  rest = checkpoint.restore_train(folder, step, dict(opt_state=abstract.opt_state, step=abstract.step))
+  params, _ = store.restore_params(folder, mesh, 'float32', step)
+  rest = store.restore_train(folder, step, dict(opt_state=abstract.opt_state, step=abstract.step))
   return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
 
 
@@ -218,7 +231,7 @@ def _read(files, *fields):
     yield from records.read(file, *fields)
 
 
-def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float, begun=None) -> batches.Batches:
+def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float, begun=None) -> packing.Batches:
   """`begun`: the folder of a model that goes on with the rows that it began with, on whatever mesh."""
   c = config.train
   if len(data.examples) < c.batch:
@@ -228,9 +241,9 @@ def _batches(config, data: training.Examples, mesh, multiple: int, epochs: float
   if begun and not (begun / ROWS).exists():
     raise InputError(f'{begun} has checkpoints and no {ROWS}, so it cannot go on; delete it to train anew')
   shape = json.loads((begun / ROWS).read_text())['shape'] if begun else None
-  return batches.Batches(data.examples, c.batch, epochs, config.seed, c.max_length if c.pack else 0,
+  return packing.Batches(data.examples, c.batch, epochs, config.seed, c.max_length if c.pack else 0,
                          c.accumulate * mesh.shape['data'] * mesh.shape['fsdp'], multiple, shape)
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

@@ -6,9 +6,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import tqdm
 
-from srlm_jax import checkpoint, InputError, metrics, sharding, stage
-from srlm_jax.data import records
-from srlm_jax.data.batches import Batches
+from srlm_jax import hosts, InputError, metrics, records, sharding, stage
+from srlm_jax.checkpoint import store
+from srlm_jax.data.packing import Batches
 from srlm_jax.train import step as train_step
 
 FILE = 'logps.jsonl'
@@ -26,7 +26,7 @@ def cached(config, workdir, files, source, model, batches: Batches, mesh) -> dic
   path = s.folder / FILE
   if not s.done:
     s.begin(mesh)
-    _compute(s, path, checkpoint.restore_params(source, mesh, config.train.dtype)[0], model, batches, mesh)
+    _compute(s, path, store.restore_params(source, mesh, config.train.dtype)[0], model, batches, mesh)
     s.finish(pairs=len(batches.examples))
   found = {r['id']: [r['chosen'], r['rejected']] for r in records.read(path, 'id')}
   if found.keys() != {e.id for e in batches.examples}:
@@ -38,10 +38,10 @@ def _compute(s, path, params, model, batches: Batches, mesh):
   """Appends a line for every pair that has none."""
   run = jax.jit(lambda params, batch: train_step.response_logps(train_step.logps(model, params, batch), batch),
                 out_shardings=NamedSharding(mesh, P()))
-  out = records.Appender(path) if stage.is_first_host() else None
-  stage.sync(f'{s.title} was opened')
+  out = records.Appender(path) if hosts.is_first_host() else None
+  hosts.sync(f'{s.title} was opened')
   have = {r['id'] for r in records.read(path, 'id')}
-  stage.sync(f'{s.title} was read')  # before a line is added
+  hosts.sync(f'{s.title} was read')  # before a line is added
   for step in tqdm.trange(len(batches), desc=s.title, unit='step', delay=2, leave=False):
     rows = batches.ids(step)
     if {name for row in rows for name in row} <= have:

@@ -237,7 +237,7 @@ def tags(text: str) -> set[str]:
 
 def load(name: str, slots: tuple[str, ...] = ('prompt', 'response'), key: str = 'config.judge.template') -> Judge:
   """A template of the package by name (`additive`), or any file by path; a faulty one is refused in a sentence."""
-  path, text = templates.read('judge', name, key)
+  path, text = templates.read('reward/judge', name, key)
   header, text = _split(path, text)
   text = text.replace('{instruction}', '{prompt}')  # the paper's word for it
   for slot in slots:

@@ -11,7 +11,7 @@ import itertools
 
 from scipy import stats
 
-from srlm_jax import InputError, stage
+from srlm_jax import closest, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def check(strategy: str):
   """Raises InputError for a strategy that there is not."""
   names = (*PAIRS, POSITIVES)
   if strategy not in names:
-    raise InputError(f'config.pairs.strategy is {strategy!r}{stage.closest(strategy, names)}; it is one of '
+    raise InputError(f'config.pairs.strategy is {strategy!r}{closest(strategy, names)}; it is one of '
                      f'{", ".join(names)}')
 
 

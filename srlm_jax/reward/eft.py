@@ -9,15 +9,15 @@ or the prompt is dropped. Last, the most frequent score is downsampled to the ru
 """
 from collections import Counter
 
-from srlm_jax import declared, InputError
-from srlm_jax.data import judges, ranked as ranking, records, scores as scoring
+from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax.data import ranked as ranking
+from srlm_jax.reward import judges, scores as scoring
 
 
 @declared.reads('eft.targets', 'eft.quorum', 'judge.template')
 def run(config, workdir):
   """The seeds' ranked replies, and the SFT baseline's judgements of them (MODEL/judge) -> MODEL/eft/eft.jsonl, and
   dropped.jsonl: every reply that is not in it, with the reason."""
-  from srlm_jax import stage  # here, for stage knows JAX and data does not
   source = stage.seeds(workdir) / 'ranked.jsonl'
   folder = stage.model_folder(workdir, config.name).parent / 'judge'
   baseline = config.eft.targets == 'baseline'
@@ -44,12 +44,12 @@ def run(config, workdir):
       dropped=dict(sorted(Counter(dropped.values()).items())),
       scores_judged=scoring.histogram(j['score'] for j in judgements if j['score'] is not None),
       scores_before=scoring.histogram(e['score'] for e in agreed), scores=scoring.histogram(e['score'] for e in kept))
-  stage.say(f'{s.title}: {table(found)}')
+  hosts.say(f'{s.title}: {table(found)}')
   if not kept:
-    stage.say(f'{s.title}: no judgement of the SFT baseline agrees with people on any of {len(ranked)} prompts; '
+    hosts.say(f'{s.title}: no judgement of the SFT baseline agrees with people on any of {len(ranked)} prompts; '
               f'a model this weak cannot write EFT, and eft.targets=ranks can take its place')
   s.begin()
-  if stage.is_first_host():
+  if hosts.is_first_host():
     records.write(s.folder / 'dropped.jsonl', (dict(id=name, why=why) for name, why in sorted(dropped.items())))
     records.write(s.folder / 'eft.jsonl', kept)
   s.finish(**found)
@@ -153,5 +153,4 @@ def _name(ranked, reply) -> str:
 
 
 if __name__ == '__main__':
-  from srlm_jax import stage
-  stage.main(run)
+  cli.main(run)

@@ -4,10 +4,10 @@ from conftest import DATA, main
 import numpy as np
 import pytest
 
-from srlm_jax import InputError
-from srlm_jax.data import batches, examples as training, records, tokenizer
-from srlm_jax.data.batches import Batches
+from srlm_jax import InputError, records
+from srlm_jax.data import examples as training, packing, tokenizer
 from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Batches
 
 
 def draw(count, responses=1, seed=0, longest=40):
@@ -24,7 +24,7 @@ def names(made, step):
 
 
 def test_a_row_of_a_prompt_and_a_pair_and_another_by_hand():
-  row = batches.layout([Example('a', [1, 2], ([3], [4, 5])), Example('b', [6], ([7], [8]))])
+  row = packing.layout([Example('a', [1, 2], ([3], [4, 5])), Example('b', [6], ([7], [8]))])
   assert row == dict(
       tokens=[1, 2, 3, 4, 5, 6, 7, 8],
       positions=[0, 1, 2, 2, 3, 0, 1, 1],  # rejected goes on where the prompt ends
@@ -34,7 +34,7 @@ def test_a_row_of_a_prompt_and_a_pair_and_another_by_hand():
 
 
 def test_rows_of_single_responses_by_hand():
-  row = batches.layout([Example('a', [1, 2], ([3, 4],)), Example('b', [5], ([6],))])
+  row = packing.layout([Example('a', [1, 2], ([3, 4],)), Example('b', [5], ([6],))])
   assert row['segments'] == [1, 1, 1, 1, 2, 2] and row['shared'] == [0] * 6
   assert row['at'] == [1, 2, 4] and row['label'] == [3, 4, 6] and row['response'] == [0, 0, 1]
 

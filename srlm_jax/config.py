@@ -12,10 +12,11 @@ import shlex
 
 from ml_collections import ConfigDict
 
-from srlm_jax import InputError
-from srlm_jax.data import templates
+from srlm_jax import closest, InputError
 
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
+CHATS = ('plain', 'llama2', 'tokenizer')  # forms of prompt and response: data/templates.py
+FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 # Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO
 # (and pairs for SFT on the chosen responses).
@@ -151,7 +152,7 @@ _SECTIONS = {
         m0=Knob('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
         model=Knob('llama2-70b', TEXT, 'what M0 must be: a name of models.config.PRESETS', PAPER),
         sampler=Knob('', TEXT, 'the model that writes the data of this one', PAPER),
-        chat=Knob('llama2', one_of(*templates.CHATS), 'form of prompt and response', OURS),
+        chat=Knob('llama2', one_of(*CHATS), 'form of prompt and response', OURS),
     ),
     'mesh': dict(  # training, over all devices
         data=Knob(1, AXIS, 'devices; -1: all that are left', OURS),
@@ -225,7 +226,7 @@ _SECTIONS = {
         # PAPER: Llama-2-Chat-70B, fixed
         author=Knob('m0', TEXT, 'a model of the run, a folder, or sampler: M_t', PAPER),
         template=Knob('list', TEXT, 'a name in srlm_jax/data/author_*.txt, or a path', OURS),
-        chat=Knob('none', one_of('none', *templates.CHATS), 'form; none continues the list', OURS),
+        chat=Knob('none', one_of('none', *CHATS), 'form; none continues the list', OURS),
         held_out=Knob('', TEXT, 'files of evaluation prompts to keep out, with commas', OURS),
         round=Knob(256, COUNT, 'attempts that are shown the same accepted prompts', OURS),
         # The paper states pairs: 3,964 of M1 and 6,942 of M2 (3.1). If 80 % of the prompts give a
@@ -253,7 +254,7 @@ _SECTIONS = {
         max_tokens=Knob(1024, COUNT, 'tokens', OURS),
     ),
     'judge': dict(
-        template=Knob('additive', TEXT, 'a name in srlm_jax/data/judge_*.txt, or a path', PAPER),
+        template=Knob('additive', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', PAPER),
         on=Knob('responses', one_of('responses', 'again', 'older', 'ranked', 'eval'),
                 'what the judge stage judges', PAPER),
         by=Knob('model', one_of('model', 'oracle', 'random'), 'the sampler, or a control', PAPER),
@@ -270,8 +271,8 @@ _SECTIONS = {
         tries=Knob(3, COUNT, 'judgements per ranked reply', OURS),
         quorum=Knob(1, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
     ),
-    'pairs': dict(  # srlm_jax/sample/strategies.py describes each strategy, with its source
-        strategy=Knob('max_min', TEXT, 'a name in srlm_jax.sample.strategies', 'PAPER 2.2'),
+    'pairs': dict(  # srlm_jax/reward/strategies.py describes each strategy, with its source
+        strategy=Knob('max_min', TEXT, 'a name in srlm_jax.reward.strategies', 'PAPER 2.2'),
         unfinished_chosen=Knob(False, SWITCH, 'allows a chosen response cut at max_tokens', OURS),
         margin=Knob(1.0, WEIGHT, 'least points between chosen and rejected: margin', OURS),
         rho=Knob(0.1, Values(float, least=0, most=0.5),
@@ -280,7 +281,7 @@ _SECTIONS = {
         older=Knob('', TEXT, 'the model before the sampler, to compare with', OURS),
     ),
     'meta_judge': dict(  # runs where train.data names judge_pairs
-        template=Knob('meta', TEXT, 'a name in srlm_jax/data/judge_*.txt, or a path', META),
+        template=Knob('meta', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', META),
         temperature=Knob(0.7, TEMPERATURE, '0: greedy', OURS),
         top_p=Knob(0.9, MASS, 'probability', OURS),
         top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
@@ -319,6 +320,19 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   return c.lock()
 
 
+def get_config(text: str) -> ConfigDict:
+  """The config `NAME` or `NAME:SIZE` of FILES: what `--config=iter2:tiny` means.
+
+  >>> get_config('iter2:tiny').name
+  'm2'
+  """
+  file, _, size = text.partition(':')
+  if file not in FILES:
+    raise InputError(f'--config={short(text)}{closest(file, FILES)}: it is the path of a file, or '
+                     f'one of {", ".join(FILES)}')
+  return get(FILES[file], *filter(None, [size]))
+
+
 def training_data(c: ConfigDict) -> list[str]:
   """The names in `train.data`, which a flag writes as one text with commas."""
   return ','.join(c.train.data).split(',')
@@ -337,7 +351,7 @@ def check(c: ConfigDict):
   for key in sorted({*values} ^ {*KNOBS}):
     problem = 'missing' if key in KNOBS else 'not a config key'
     raise InputError(f'config.{short(key)} is {problem}; a config has the keys of KNOBS in '
-                     'configs/base.py and no others')
+                     'srlm_jax/config.py and no others')
   for key, knob in KNOBS.items():
     knob.check(key, values[key])
   if c.judge.by != 'model' and c.data.source != 'sandbox':

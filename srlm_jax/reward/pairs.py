@@ -2,9 +2,8 @@
 from collections import Counter
 import statistics
 
-from srlm_jax import declared, InputError, stage
-from srlm_jax.data import records, scores as scoring
-from srlm_jax.sample import strategies
+from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax.reward import scores as scoring, strategies
 
 # What a strategy reads beside MODEL/respond and MODEL/judge: stages of the same model, with the stem of their shards.
 NEEDS = dict(consistency=(('judge_again', 'judgements'),), agreement=(('implicit', 'rewards'),),
@@ -33,7 +32,7 @@ def run(config, workdir):
     raise InputError(f'{folder} holds {len(prompts)} answered prompts and {len(judgements)} judgements; answer and '
                      f'judge prompts first')
   s.begin()
-  if not stage.is_first_host():
+  if not hosts.is_first_host():
     return s.finish()
   made, dropped = [], Counter()
   for prompt, candidates in prompts.values():
@@ -51,7 +50,7 @@ def run(config, workdir):
   what = 'positives' if c.strategy == strategies.POSITIVES else 'pairs'
   records.write(s.folder / f'{what}.jsonl', made)
   found = summary(config, prompts, judgements, made, dropped)
-  stage.say(f'{s.title}: {table(found)}')
+  hosts.say(f'{s.title}: {table(found)}')
   s.finish(**found)
 
 
@@ -136,4 +135,4 @@ def _mean(values: list[float]) -> float | None:
 
 
 if __name__ == '__main__':
-  stage.main(run)
+  cli.main(run)

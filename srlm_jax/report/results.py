@@ -4,9 +4,9 @@ import statistics
 
 from etils import epath
 
-from configs.base import MODELS
-from srlm_jax import InputError
-from srlm_jax.data import records, scores
+from srlm_jax import InputError, records
+from srlm_jax.config import MODELS
+from srlm_jax.reward import scores
 
 # Columns of the tables, by table: (heading, stage, key of its JSON, digits).
 TABLES = dict(

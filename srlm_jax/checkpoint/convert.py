@@ -1,7 +1,7 @@
 """Llamas from Hugging Face folders to checkpoint folders and back, tensor by tensor, bit for bit.
 
-  python -m srlm_jax.models.convert --from_hf=DIR --out=DIR
-  python -m srlm_jax.models.convert --checkpoint=DIR --to_hf=DIR [--step=N]
+  python -m srlm_jax.checkpoint.convert --from_hf=DIR --out=DIR
+  python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_hf=DIR [--step=N]
 
 Every tensor keeps its dtype; one with NaN or infinity is refused. Our arrays are stacked over
 layers, but never whole in memory: the peak stays under 2 x the largest Hugging Face tensor + 1 GiB.
@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from srlm_jax import checkpoint, InputError, lock
-from srlm_jax.data import records, tokenizer as tokenizers
-from srlm_jax.models import config as model_config, hf, llama
+from srlm_jax import cli, hosts, InputError, lock, model_files, records
+from srlm_jax.checkpoint import hashes, hf, store
+from srlm_jax.data import tokenizer as tokenizers
+from srlm_jax.models import config as model_config, llama
 
 CHUNKS_AT_ONCE = 4     # written together, so that several cores compress
 HASH_ELEMENTS = 2**18  # hashed at once: what the cache of a core holds
@@ -38,7 +39,7 @@ def from_hf(source, out) -> 'Contents':
     tokenizers.load(source, config.V)  # refuses one that does not match, before hours of work
   contents = Contents()
   with _whole(out) as folder, _progress(found) as progress:
-    checkpoint.copy_model_files(source, folder)
+    model_files.copy(source, folder)
     tree = {leaf.name: Stream(leaf, found[leaf.name]) for leaf in hf.leaves(config)}
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stream, StreamHandler(contents, progress)),
@@ -49,15 +50,15 @@ def from_hf(source, out) -> 'Contents':
       saver.save(step / 'params', args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
       saver.save(step / 'hash', args=ocp.args.JsonSave(
-          dict(contents.hashes(), files=checkpoint.file_hashes(folder))))
-    (folder / checkpoint.SOURCE).write_text(json.dumps(source_hashes(source), indent=1) + '\n')
+          dict(contents.hashes(), files=model_files.hashes(folder))))
+    (folder / model_files.SOURCE).write_text(json.dumps(source_hashes(source), indent=1) + '\n')
   return contents
 
 
 def source_hashes(source, before: dict | None = None) -> dict[str, list[str]]:
   """{file: [hash, stamp]} of a Hugging Face folder: config.json, the tokenizer's files and the weights. All are read,
   but for weights whose stamp (path, size, time of change) is that of `before`, an earlier result."""
-  found = {name: [value, ''] for name, value in checkpoint.file_hashes(source).items()}
+  found = {name: [value, ''] for name, value in model_files.hashes(source).items()}
   for path in sorted(pathlib.Path(source).glob('*.safetensors')):
     stat = path.stat()
     stamp = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
@@ -68,9 +69,9 @@ def source_hashes(source, before: dict | None = None) -> dict[str, list[str]]:
 
 def check_source(source, folder):
   """Raises InputError if the checkpoint `folder` was converted from another Hugging Face folder than `source`."""
-  if not (pathlib.Path(folder) / checkpoint.SOURCE).exists():  # trained here, or copied
+  if not (pathlib.Path(folder) / model_files.SOURCE).exists():  # trained here, or copied
     return
-  before = checkpoint.read_source(folder)
+  before = model_files.read_source(folder)
   now = source_hashes(source, before)
   none = ['', '']
   if changed := sorted(name for name in {*before, *now} if before.get(name, none)[0] != now.get(name, none)[0]):
@@ -81,14 +82,14 @@ def check_source(source, folder):
 def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES) -> 'Contents':
   """A step of a checkpoint folder, by default the last -> Hugging Face folder `out`, in the stored dtype."""
   config = model_config.load(folder)
-  step = checkpoint.latest(folder) if step is None else step
+  step = model_files.latest(folder) if step is None else step
   params = pathlib.Path(folder).resolve() / 'steps' / str(step) / 'params'
   arrays = {leaf.name: _open(params, leaf) for leaf in hf.leaves(config)}
   dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
   files = hf.shards(config, dtypes, shard_bytes)
   contents = Contents()
   with _whole(out) as target, _progress(files) as progress:
-    checkpoint.copy_model_files(folder, target)
+    model_files.copy(folder, target)
     _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
     if len(files) > 1:
       (target / hf.INDEX).write_text(hf.index(files, dtypes))
@@ -103,7 +104,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
           for offset, _, rows in _rows(leaf, layer, tensor):
             contents.add(leaf, offset, rows)
           progress.update()
-    if checkpoint.recorded_hash(folder, step) != contents.hashes()['stored']:
+    if model_files.recorded_hash(folder, step) != contents.hashes()['stored']:
       raise InputError(f'{params} does not have the hash that it was saved with; the checkpoint is damaged')
   return contents
 
@@ -113,7 +114,7 @@ def load_hf(folder, mesh, dtype: str):
   config = model_config.load(folder)
   found = hf.find(folder, config)
   with jax.set_mesh(mesh):
-    abstract = checkpoint.abstract_on(mesh, llama.abstract_params(config), dtype)
+    abstract = store.abstract_on(mesh, llama.abstract_params(config), dtype)
   abstract = traverse_util.flatten_dict(abstract, sep='.')
 
   def array(leaf):
@@ -131,7 +132,7 @@ def load_hf(folder, mesh, dtype: str):
 
 
 class Contents:
-  """What was converted: counts, and the hashes that checkpoint.save would write."""
+  """What was converted: counts, and the hashes that store.save would write."""
 
   def __init__(self):
     self.leaves = {}  # name: (dtype, shape)
@@ -145,14 +146,14 @@ class Contents:
       part = flat[start:start + HASH_ELEMENTS]
       for dtype in {str(flat.dtype), 'float32', 'bfloat16'}:
         cast = part.astype(dtype, copy=False)
-        self.sums[leaf.name, dtype] += checkpoint.weighted_sums(cast, offset + start, np)
+        self.sums[leaf.name, dtype] += hashes.weighted_sums(cast, offset + start, np)
 
   def hashes(self) -> dict:
     def combine(dtype):
-      return checkpoint.combine({
+      return hashes.combine({
           name: (dtype or str(stored), shape, self.sums[name, dtype or str(stored)])
           for name, (stored, shape) in self.leaves.items()})
-    return dict(format=checkpoint.HASH_FORMAT, stored=combine(None), float32=combine('float32'),
+    return dict(format=model_files.HASH_FORMAT, stored=combine(None), float32=combine('float32'),
                 bfloat16=combine('bfloat16'))
 
   def __str__(self):
@@ -206,7 +207,7 @@ def _rows(leaf, layer: int, tensor):
 
 def _chunk_rows(shape, dtype) -> int:
   """The rows of a tensor in one chunk: chunks are nearly equal, and of CHUNK_BYTES at most if a row is."""
-  chunks = -(-math.prod(shape) * dtype.itemsize // checkpoint.CHUNK_BYTES)
+  chunks = -(-math.prod(shape) * dtype.itemsize // store.CHUNK_BYTES)
   return -(-shape[0] // chunks)
 
 
@@ -274,7 +275,7 @@ def define_flags():
 
 
 def main(argv):
-  stage.refuse_arguments(argv)
+  cli.refuse_arguments(argv)
   f = flags.FLAGS
   given = {name: f[name].value for name in ('from_hf', 'out', 'checkpoint', 'to_hf') if f[name].value}
   if set(given) not in ({'from_hf', 'out'}, {'checkpoint', 'to_hf'}):
@@ -284,10 +285,9 @@ def main(argv):
       raise InputError(f'--{name}={folder} is not a local folder; convert here, then copy')
   with lock.held_output(f.out or f.to_hf, '--out' if f.out else '--to_hf'):
     done = from_hf(f.from_hf, f.out) if f.from_hf else to_hf(f.checkpoint, f.to_hf, f.step)
-  stage.say(f'{f.out or f.to_hf}: {done}')
+  hosts.say(f'{f.out or f.to_hf}: {done}')
 
 
 if __name__ == '__main__':
-  from srlm_jax import stage
   define_flags()
-  stage.run_app(main)
+  cli.run_app(main)

@@ -9,8 +9,8 @@ import statistics
 
 from etils import epath
 
-from srlm_jax import declared
-from srlm_jax.data import records, scores as scoring
+from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax.reward import scores as scoring
 
 PARSED = 0.9      # share of judgements that should have a score
 ONE_SCORE = 0.5   # share of scores that one value may take
@@ -23,7 +23,6 @@ REPEATED = 0.5    # share of candidates that may repeat another of their prompt
 @declared.reads('judge.quorum')
 def run(config, workdir):
   """MODEL/prompts, respond, judge, pairs, those that there are -> MODEL/health/health.json, and its warnings."""
-  from srlm_jax import stage  # here, for stage knows JAX and data does not
   folder = stage.model_folder(workdir, config.name).parent
   paths = [p for part in ('prompts', 'respond', 'judge', 'pairs') for p in sorted((folder / part).glob('*.json*'))
            if p.name.startswith(('attempts', 'prompts.', 'responses', 'judgements', 'pairs.', 'positives.'))]
@@ -32,10 +31,10 @@ def run(config, workdir):
     return
   found = measure(folder, config.judge.quorum)
   s.begin()
-  if stage.is_first_host():
+  if hosts.is_first_host():
     stage.write_json(s.folder / 'health.json', found)
   for sentence in found['warnings']:
-    stage.say(f'warning: {sentence}')
+    hosts.say(f'warning: {sentence}')
   s.finish(warnings=len(found['warnings']))
 
 
@@ -172,5 +171,4 @@ def _lines(path, *fields: str) -> list[dict]:
 
 
 if __name__ == '__main__':
-  from srlm_jax import stage
-  stage.main(run)
+  cli.main(run)

@@ -7,14 +7,14 @@ from collections import Counter
 import io
 import json
 
-from absl import flags
 from etils import epath
 import jinja2
 import matplotlib
 from matplotlib import figure, ticker
 
-from srlm_jax import declared, InputError, results
-from srlm_jax.data import health, records, scores as scoring
+from srlm_jax import declared, InputError, records
+from srlm_jax.report import results
+from srlm_jax.reward import health, scores as scoring
 
 SAMPLES = dict(prompts=3, judgements=2, pairs=2)  # shown: held-out prompts; of each iteration the others
 # What the page reads of done.json, by stage: numbers; numbers or null; counts by name.
@@ -26,16 +26,6 @@ DONE = dict(
     model=('steps examples', '', 'dropped'))
 NUMBERS = ('judge.n', 'judge.quorum', 'prompts.count')  # and of the manifest's config; and texts
 TEXTS = ('judge.template', 'model')
-
-
-def define_flags():
-  flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-
-
-def main(argv):
-  from srlm_jax import stage  # here, for stage loads JAX, which the page does without
-  stage.refuse_arguments(argv)
-  stage.say(str(remake(flags.FLAGS.workdir)))
 
 
 def remake(workdir):
@@ -112,7 +102,7 @@ def render(page: dict) -> str:
   """What `collect` found, with `rows` and `stopped` -> HTML; every text of a model is escaped."""
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters['text'] = _text
-  template = environment.from_string((epath.resource_path('srlm_jax') / 'report.html').read_text())
+  template = environment.from_string((epath.resource_path('srlm_jax') / 'report' / 'page.html').read_text())
   made = {i['model']: yields(i) for i in page['iterations']}
   labels = dict.fromkeys(label for found in made.values() for label in found)  # in order, each once
   return template.render(page, head=head(page), warnings=warnings(page), tables=results.tables(page['rows']),
@@ -318,9 +308,3 @@ def _damaged(path, key: str, value) -> InputError:
 def _shards(folder, stem: str, *fields: str) -> list[dict]:
   paths = sorted(folder.glob(f'{stem}-*-of-*.jsonl'))
   return [r for path in paths for r in results.lines(path, *fields)]
-
-
-if __name__ == '__main__':
-  from srlm_jax import stage
-  define_flags()
-  stage.run_app(main)

@@ -1,0 +1,115 @@
+"""What every program does first: flags, hosts, workdir; and errors as one sentence."""
+import contextlib
+import re
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+import jax
+from ml_collections import config_flags
+
+from srlm_jax import config as configs, environment, hosts, InputError, lock
+
+
+def main(run, **extra):
+  """Runs `run(config, workdir)` as a program with --config and --workdir; `extra`: more flags, name=(default, help)."""
+  config_flags.DEFINE_config_file('config', None,
+                                  'One model: iter2, iter2:tiny, or the path of a file.')
+  flags.DEFINE_string('workdir', None, 'Folder of the whole run; by default runs/ and the name of the config.')
+  flags.mark_flag_as_required('config')
+  for name, (default, text) in extra.items():
+    flags.DEFINE_string(name, default, text)
+  for name in ('config', 'workdir', *extra):  # so that --help shows them
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+  def start(argv):
+    refuse_arguments(argv)
+    file = config_flags.get_config_filename(flags.FLAGS['config'])
+    try:
+      size = flags.FLAGS.config.size
+    except OSError as error:
+      raise InputError(f'--config={file} cannot be read; give its path, or a name: '
+                       f'{", ".join(configs.FILES)}') from error
+    configs.check(flags.FLAGS.config)
+    workdir = flags.FLAGS.workdir or default_workdir(file, size)
+    keep_compiled(workdir)
+    with alone(workdir):
+      run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
+  run_app(start)
+
+
+def alone(workdir):
+  """Holds the workdir's lock, on the first host, inside a `with` block; see `lock.held`."""
+  return lock.held(workdir) if hosts.is_first_host() else contextlib.nullcontext()
+
+
+def keep_compiled(workdir):
+  """Keeps compiled programs in the workdir, so that no stage compiles what another has (unless JAX's own setting says
+  where). Raises InputError if the workdir is a file, or below one."""
+  folder = epath.Path(workdir)
+  if blocking := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
+    raise InputError(f'--workdir={workdir}: {blocking} is a file, not a folder; give another path')
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(epath.Path(workdir) / 'compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def run_app(start):
+  """absl.app.run, with bad input as one sentence on stderr and exit code 1; joins the hosts first."""
+  def guarded(argv):
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    try:
+      environment.pin()
+      hosts.join()
+      start(argv)
+    except InputError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(1)
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def refuse_arguments(argv):
+  if argv[1:]:
+    raise InputError(f'{argv[1]!r} is not a flag; flags are written --name=value')
+
+
+def default_workdir(config: str, size: str) -> str:
+  """`config`: the value of --config, with the path of srlm_jax/config.py before a name.
+
+  >>> default_workdir('configs/iter2.py', '70b'), default_workdir('/x/config.py:iter2:tiny', 'tiny')
+  ('runs/iter2-70b', 'runs/iter2-tiny')
+  """
+  file, _, text = config.partition(':')
+  name = text.partition(':')[0]
+  return f'runs/{name if name in configs.FILES else epath.Path(file).stem}-{size}'
+
+
+def _config_file(argument: str) -> str:
+  """--config=iter2:tiny means `get_config('iter2:tiny')` of srlm_jax/config.py; others stay."""
+  if not (found := re.fullmatch(r'(--?config=)([^/.]+)', argument)):
+    return argument
+  return f'{found[1]}{configs.__file__}:{found[2]}'
+
+
+def _parse_flags(argv):
+  try:
+    return flags.FLAGS([_config_file(argument) for argument in argv])
+  except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError,
+          RecursionError) as error:
+    text = str(error.args[0] if error.args else error)
+    if isinstance(error, RecursionError):  # absl searches for a flag with a similar name
+      text = 'a flag has a name that is unknown and very long; flags are written --name=value'
+    hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+    if hint:
+      text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
+    elif isinstance(error, KeyError | AttributeError):
+      text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
+    missing = re.search(r'flag --(\w+)=None: .* must have a value', text)
+    if missing:
+      text = f'--{missing[1]} is missing'
+    text = text.replace('InputError: ', '').replace('ValueError: ', '')
+    text = ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:])
+    # A long value is shortened by itself first, because the reason follows it.
+    text = re.sub(r'\S{151,}', lambda word: configs.short(word[0], 150), text)
+    print('error: ' + configs.short(text, 300), file=sys.stderr)
+    sys.exit(1)

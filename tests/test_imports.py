@@ -1,0 +1,106 @@
+"""Imports go down: a module imports only what stands before it in ORDER."""
+import ast
+import subprocess
+import sys
+
+from conftest import ROOT
+import pytest
+
+PACKAGE = ROOT / 'srlm_jax'
+# Modules and packages from the ground up, line by line. `/` separates those that do not import each
+# other; the others may import those before them in their line.
+ORDER = '''
+  config ablations sharding hosts records lock environment
+  declared model_files stage metrics cli
+  data / models
+  reward / checkpoint
+  sample
+  eval / sandbox / report / train
+  selection loop study
+'''
+# Third-party packages that may be imported inside a function: slow, or optional.
+LATE = {'sentencepiece', 'transformers', 'tokenizers', 'tensorflow_datasets', 'array_record'}
+# Modules that only transform records: they work without JAX.
+WITHOUT_JAX = ('config', 'ablations', 'records', 'lock', 'data.oasst', 'data.ranked', 'data.similar',
+               'data.templates', 'data.tokenizer', 'data.examples', 'data.packing', 'reward.judges',
+               'reward.scores', 'reward.strategies')
+
+
+def parts() -> dict[str, set[str]]:
+  """Module or package: what it may import."""
+  found, before = {}, set()
+  for line in ORDER.split('\n'):
+    names = line.split()
+    for name in names:
+      if name != '/':
+        apart = set(names) if '/' in names else set(names[names.index(name):])
+        found[name] = before - apart | {name}
+        before = before | {name}
+  return found
+
+
+MAY = parts()
+MODULES = {str(path.relative_to(PACKAGE).with_suffix('')).replace('/', '.'): path
+           for path in sorted(PACKAGE.rglob('*.py'))}
+
+
+def imports(path):
+  """Modules of the package that a file imports, at any depth, as `data.records` or `stage`."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'srlm_jax':
+      package = node.module.split('.')[1:]
+      for alias in node.names:
+        name = '.'.join([*package, alias.name])
+        if name in MODULES:
+          yield name
+        elif package:
+          yield '.'.join(package)
+    if isinstance(node, ast.Import):
+      assert not any(alias.name.split('.')[0] == 'srlm_jax' for alias in node.names), path
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_a_module_imports_only_what_stands_before_it(name):
+  part = name.split('.')[0]
+  if part != '__init__':
+    assert {found.split('.')[0] for found in imports(MODULES[name])} <= MAY[part]
+
+
+def test_no_import_leads_back():
+  graph = {name: set(imports(path)) for name, path in MODULES.items()}
+  def visit(name, above):
+    assert name not in above, ' -> '.join([*above, name])
+    for found in graph.get(name, ()):
+      visit(found, (*above, name))
+  for name in graph:
+    visit(name, ())
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_only_slow_or_optional_packages_are_imported_inside_functions(name):
+  tree = ast.parse(MODULES[name].read_text())
+  for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+    for node in ast.walk(function):
+      if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        assert {n.split('.')[0] for n in names} <= LATE, f'{name}, line {node.lineno}'
+
+
+def test_modules_that_transform_records_do_not_import_jax():
+  code = (f'import sys, {", ".join(f"srlm_jax.{name}" for name in WITHOUT_JAX)}; '
+          'sys.exit("jax" in sys.modules)')
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_every_module_has_a_test_of_its_own():
+  tested = {p.stem.removeprefix('test_') for p in (ROOT / 'tests').glob('test_*.py')}
+  elsewhere = dict(
+      attention='llama', hf='convert', scores='pairs', generate='llama', state='step',
+      world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
+      control='sandbox', results='report', page='report', oracle='loop', respond='loop',
+      judge='loop', metrics='loop', implicit='strategies', declared='stage', programs='engine',
+      packed='step', hosts='launch', cli='config', store='checkpoint', hashes='checkpoint',
+      model_files='checkpoint', alarms='reference')
+  for path in PACKAGE.rglob('*.py'):
+    if not path.stem.startswith('__'):
+      assert path.stem in tested or elsewhere.get(path.stem) in tested, path
