@@ -9,7 +9,18 @@ from etils import epath
 import jax
 from ml_collections import ConfigDict
 
-from srlm_jax import ablations, cli, closest, config as configs, hosts, InputError, model_files, selection, stage
+from srlm_jax import (
+  ablations,
+  catalog,
+  cli,
+  closest,
+  config as configs,
+  hosts,
+  InputError,
+  model_files,
+  selection,
+  stage,
+)
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import seeds, templates
 from srlm_jax.eval import agreement
@@ -48,7 +59,7 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 
 
 
 def _run(size: str, workdir, every: dict[str, ConfigDict]):
-  started, begun = time.time(), stage.Stage.begun
+  started, before = time.time(), _finished(workdir)
   first_model(every['m0'], every['sft'], workdir)
   stopped = ''
   for name in [*every][1:]:
@@ -62,11 +73,17 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
   if hosts.is_first_host():
     stage.write_json(workdir / 'results.json', dict(size=size, models=rows, stopped=stopped))
     page.write(workdir, rows, stopped)
-  if stage.Stage.begun == begun:
+  if _finished(workdir) == before:
     hosts.say(f'nothing to do: every stage of {workdir} was done before')
   spent = results.seconds(workdir)
   hosts.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in sorted(spent, key=spent.get, reverse=True)))
   hosts.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
+
+
+def _finished(workdir) -> dict[str, str]:
+  """{path: text} of the files that a stage or a conversion writes last."""
+  paths = (*workdir.glob('*/*/done.json'), *workdir.glob(f'*/model/{model_files.SOURCE}'))
+  return {str(path): path.read_text() for path in paths}
 
 
 def refuse_mistakes(config):
@@ -102,26 +119,25 @@ def first_model(config, seeded, workdir):
                      f'python -m srlm_jax.checkpoint.convert --from_hf={source} --out={folder}')
   else:
     convert.from_hf(source, folder)
-    stage.Stage.begun += 1
   (sandbox.make_seeds if sandboxed else seeds.run)(seeded, workdir)
 
 
 def one_model(config, workdir) -> str:
   """Every stage of one model, from its data to its evaluation; says why, if there is nothing to train it on."""
   data, why = configs.training_data(config), ''
-  if config.name == 'm1' and 'eft' in data:
+  if catalog.needs('eft', config):
     why = make_eft(config, workdir)
-  elif 'pairs' in data or 'positives' in data:
+  elif catalog.needs('prompts', config):
     why = make_prompts(config, workdir) or make_pairs(config, workdir, data)
   if why:
     return why
   train.run(config, workdir)
-  if config.train.select:
+  if catalog.needs('selection', config):
     selection.run(config, workdir)
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
   respond.run(config, workdir, 'heldout')
-  if config.data.source == 'sandbox':
+  if catalog.needs('oracle', config):
     respond.run(config, workdir, 'greedy')
     oracle.run(config, workdir)
   return ''
@@ -129,7 +145,7 @@ def one_model(config, workdir) -> str:
 
 def make_eft(config, workdir) -> str:
   """The data that teaches M1 to judge; why there is none, if so."""
-  if config.eft.targets == 'baseline':
+  if catalog.needs('judge', config):
     judge.run(config, workdir)
     health.run(config, workdir)
   eft.run(config, workdir)
@@ -152,16 +168,16 @@ def make_pairs(config, workdir, data: list[str]) -> str:
   """Candidates, judgements, and what the strategy of `pairs.strategy` makes of them; why there is too little, if so."""
   respond.run(config, workdir)
   (judge if config.judge.by == 'model' else control).run(config, workdir)
-  if config.pairs.strategy == 'consistency':
+  if catalog.needs('judge_again', config):
     judge.run(config, workdir, 'again')
-  elif config.pairs.strategy == 'agreement':
+  if catalog.needs('implicit', config):
     implicit.run(config, workdir)
-  elif config.pairs.strategy == 'temporal':
+  if catalog.needs('respond_older', config):
     respond.run(config, workdir, 'older')
     judge.run(config, workdir, 'older')
   pairs.run(config, workdir)
   health.run(config, workdir)
-  if config.data.source == 'sandbox':
+  if catalog.needs('audit', config):
     audit.run(config, workdir)
   made = stage.finished(workdir / config.name / 'pairs')
   few = made['pairs'] < config.train.batch if 'pairs' in data else not made['positives']
@@ -172,7 +188,7 @@ def make_pairs(config, workdir, data: list[str]) -> str:
             f'({page.counts(made["dropped"])}), {limit}; start from a '
             f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more '
             f'prompts (--set=prompts.count=N)')
-  if 'judge_pairs' in data:
+  if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
   return ''
 

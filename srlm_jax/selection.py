@@ -15,14 +15,16 @@ import os
 import shlex
 import subprocess
 
-from srlm_jax import cli, declared, hosts, InputError, model_files, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, model_files, records, stage
 from srlm_jax.eval import agreement
 from srlm_jax.sample import judge
 
 
-@declared.reads('train.select')
 def run(config, workdir):
   """MODEL/model/steps/* -> MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
+  all_of_it = config
+  spec = catalog.find('selection')
+  config = spec.view(config)
   by = config.train.select
   if not by:
     raise InputError('config.train.select is empty: the last checkpoint is used; name agreement, or a command')
@@ -33,7 +35,7 @@ def run(config, workdir):
     raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
                      f'with it keeps every checkpoint')
   of = stage.finished(folder)['params'], model_files.hashes(folder)
-  s = stage.Stage(config, workdir, 'selection', template=str(of))
+  s = stage.Stage(spec, config, workdir, str(of))
   if s.done:
     return
   s.begin()
@@ -46,7 +48,7 @@ def run(config, workdir):
     if step in have:
       continue
     candidate = alone(workdir, s.folder / str(step), config.name, step)
-    measure = _agreement(config, candidate) if by == 'agreement' else _command(by, candidate / config.name / 'model')
+    measure = _agreement(all_of_it, candidate) if by == 'agreement' else _command(by, candidate / config.name / 'model')
     hosts.say(f'{s.title}: step {step}, {measure:.4f}')
     if out:
       out.append([dict(step=step, measure=measure)])
@@ -82,7 +84,7 @@ def alone(workdir, folder, name: str, step: int):
 
 
 def _agreement(config, workdir) -> float:
-  config = declared.whole(config).copy_and_resolve_references()
+  config = config.copy_and_resolve_references()
   config.eval.split = 'valid'  # what chooses a checkpoint is not what is reported, where there is another split
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)

@@ -3,45 +3,44 @@
 It writes manifest.json before anything else and done.json after everything else; run again with the
 same config and inputs, it does nothing.
 """
-from collections.abc import Iterable
 import hashlib
 import json
 import time
 
 from etils import epath
 
-from srlm_jax import config as configs, declared, environment, hosts, InputError, model_files, records
+from srlm_jax import catalog, config as configs, environment, hosts, InputError, model_files, records
 
-FORMAT = declared.FORMAT  # of manifest.json
+FORMAT = 3  # of manifest.json
 
 
 class Stage:
-  """One stage's folder: `s = Stage(...)`; `if s.done: return`; check the input; `s.begin()`; work; `s.finish()`."""
+  """One stage's folder.
 
-  begun = 0  # stages that this process has worked on
+  `s = Stage(..)`; return if `s.done`; check the input; `s.begin()`; work; `s.finish()`.
+  """
 
-  def __init__(self, config: declared.View, workdir, name: str, inputs=(), models=(), template: str = '',
-               model: str | None = None, keys: Iterable[str] | None = None):
-    """`inputs`: files that the stage reads; `models`: checkpoint folders that it runs; `template`: the text of its
-    template; `keys`: those that this kind of run reads, by default all that the stage declares.
+  def __init__(self, spec: catalog.Spec, config, workdir, template: str = '', more_inputs=()):
+    """`template`: the text of its template; `more_inputs`: files that it reads beside `spec.reads`.
 
-    Raises InputError if the folder was made with others, if a stage that it reads from has not finished, or if files of
-    a finished stage do not hold the records that it wrote.
+    Raises InputError if the folder was made with others, if a stage that it reads from has not
+    finished, or if files of a finished stage do not hold the records that it wrote.
     """
-    self.folder = epath.Path(workdir) / (model or config.name) / name
-    self.title = f'{model or config.name}/{name}'
+    self.folder = spec.folder(workdir, config)
+    self.title = f'{self.folder.parent.name}/{spec.name}'
     self.started = time.time()
-    keys = config.keys if keys is None else tuple(keys)
-    if unknown := set(keys) - set(config.keys):
-      raise declared.Undeclared(f'{self.title} uses {", ".join(sorted(unknown))}, which its run does not declare')
-    hashes = {epath.Path(p): records.hash_file(p) for p in inputs}
-    models = {folder: model_files.read_hashes(folder) for folder in models}
+    self.models = [finished_model(workdir, name) for name in spec.models(config)]
+    self.inputs = [*spec.inputs(workdir, config), *more_inputs]
+    hashes = {epath.Path(path): records.hash_file(path) for path in self.inputs}
+    models = {folder: model_files.read_hashes(folder) for folder in self.models}
     self._manifest = json.loads(json.dumps(dict(
-        format=FORMAT, stage=self.title, params='-'.join(found['stored'] for found in models.values()),
-        model_files={f'{_relative(folder, workdir)}/{file}': name for folder, found in models.items()
-                     for file, name in found['files'].items()},
-        inputs=_names(hashes, workdir), template=hashlib.sha256(template.encode()).hexdigest()[:16],
-        config={key: declared.look_up(config._config, key) for key in keys})))
+        format=FORMAT, stage=self.title,
+        params='-'.join(found['stored'] for found in models.values()),
+        model_files={f'{_relative(folder, workdir)}/{file}': name
+                     for folder, found in models.items() for file, name in found['files'].items()},
+        inputs=_names(hashes, workdir),
+        template=hashlib.sha256(template.encode()).hexdigest()[:16],
+        config=spec.recorded(config))))
     path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
     if self.done and not path.exists():
@@ -63,14 +62,13 @@ class Stage:
     before.pop('environments', None)
     if missing := self._manifest['config'].keys() - before['config'].keys():
       default = configs.get(config.name, config.size)
-      before['config'] |= json.loads(json.dumps({key: declared.look_up(default, key) for key in missing}))
+      before['config'] |= json.loads(json.dumps({key: catalog.look_up(default, key) for key in missing}))
     before['config'] = {key: before['config'][key] for key in self._manifest['config']}
     return before
 
   def begin(self, mesh=None):
     """Writes the manifest, before anything else of the stage; a stage that resumes in another environment, or on
     another `mesh`, adds that one."""
-    Stage.begun += 1
     hosts.sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
     now = environment.record() | (dict(mesh=dict(mesh.shape)) if mesh else {})
     if hosts.is_first_host():

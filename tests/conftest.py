@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import sharding
+from srlm_jax import catalog, config as configs, sharding
 from srlm_jax.checkpoint import store
 from srlm_jax.models import cache as caches, llama
 from srlm_jax.sample import programs
@@ -155,11 +155,14 @@ def demo(tmp_path_factory):
   return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *(f'--set={c}' for c in CHANGES))
 
 
-OTHERS = dict(  # stages that only some strategies need, and the meta-judge: module, flags, the shards it appends to
-    judge_again=('sample.judge', ['--on=again'], ['judgements']),
-    implicit=('sample.implicit', [], ['logp', 'older_logp']),
-    respond_older=('sample.respond', ['--on=older'], ['responses']),
-    judge_older=('sample.judge', ['--on=older'], ['judgements']), meta_judge=('sample.meta_judge', [], ['comparisons']))
+# Sampling stages that only some strategies need, and the meta-judge.
+OTHERS = {spec.name: spec for spec in catalog.STAGES if spec.program.startswith('sample.')
+          and not catalog.needs(spec.name, configs.get('m2', 'tiny'))}
+
+
+def on(spec) -> list[str]:
+  """The flag --on of a stage, if its program has it."""
+  return [f'--on={spec.on}'] if spec.on else []
 
 
 @pytest.fixture(scope='session')
@@ -167,6 +170,6 @@ def others(demo, tmp_path_factory):
   """The demo with the stages of OTHERS for m2."""
   workdir = tmp_path_factory.mktemp('others') / 'run'
   shutil.copytree(demo[0], workdir)
-  for module, flags, _ in OTHERS.values():
-    main(module, '--config=configs/iter2.py:tiny', f'--workdir={workdir}', *flags, *config_flags('m2'))
+  for spec in OTHERS.values():
+    main(spec.program, '--config=iter2:tiny', f'--workdir={workdir}', *on(spec), *config_flags('m2'))
   return workdir

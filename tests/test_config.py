@@ -11,7 +11,6 @@ import pytest
 from srlm_jax import ablations, config as configs, InputError, loop
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
-from srlm_jax.train import __main__ as train
 
 LLAMA3 = dict(
     architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -231,14 +230,6 @@ def test_values_that_go_together_are_taken(changes):
   config = configs.get('m2', 'tiny')
   config.update_from_flattened_dict(changes)
   configs.check(config)
-
-
-def test_training_data_has_exactly_the_names_that_training_finds():
-  for name in configs.TRAINING_DATA:
-    assert train.data_file('run', 'm2', name).name == f'{name}.jsonl'
-  with pytest.raises(InputError) as error:
-    train.data_file('run', 'm2', 'pear')
-  assert {*str(error.value).partition('knows ')[2].split(', ')} == {*configs.TRAINING_DATA}
 
 
 @pytest.mark.parametrize('name', configs.MODELS)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / 'srlm_jax'
 # other; the others may import those before them in their line.
 ORDER = '''
   config ablations sharding hosts records lock environment
-  declared model_files stage metrics cli
+  model_files catalog stage metrics cli
   data / models
   reward / checkpoint
   sample
@@ -98,7 +98,7 @@ def test_every_module_has_a_test_of_its_own():
       attention='llama', hf='convert', scores='pairs', generate='llama', state='step',
       world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
       control='sandbox', results='report', page='report', oracle='loop', respond='loop',
-      judge='loop', metrics='loop', implicit='strategies', declared='stage', programs='engine',
+      judge='loop', metrics='loop', implicit='strategies', catalog='stage', shards='loop', programs='engine',
       packed='step', hosts='launch', cli='config', store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference')
   for path in PACKAGE.rglob('*.py'):

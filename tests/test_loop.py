@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 
-from conftest import CHANGES, config_flags, DATA, main, OTHERS, ROOT
+from conftest import CHANGES, config_flags, DATA, main, on, OTHERS, ROOT
 import numpy as np
 import pytest
 
-from srlm_jax import ablations, InputError, loop, metrics, model_files, records
+from srlm_jax import catalog, ablations, InputError, loop, metrics, model_files, records
 from srlm_jax.reward import pairs
 from srlm_jax.sandbox import __main__ as sandbox
 
@@ -105,14 +105,14 @@ def test_another_config_in_the_same_workdir_is_refused(demo):
   assert 'respond.n (4, now 5)' in said
 
 
-STAGES = dict(prompts=('sample.prompts', 'attempts.jsonl'),
-              respond=('sample.respond', 'responses-00000-of-00001.jsonl'),
-              judge=('sample.judge', 'judgements-00000-of-00001.jsonl'))
+STAGES = dict(  # the file that grows record by record
+    prompts='attempts.jsonl', respond='responses-00000-of-00001.jsonl',
+    judge='judgements-00000-of-00001.jsonl')
 
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_killed_stage_does_only_what_is_missing_and_ends_byte_identical(demo, tmp_path, stage):
-  module, name = STAGES[stage]
+  module, name = f'sample.{stage}', STAGES[stage]
   shutil.copytree(demo[0], tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / stage
   whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
@@ -168,7 +168,7 @@ def test_every_strategy_makes_its_pairs(others, tmp_path, strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_stage_killed_by_the_system_again_and_again_ends_byte_identical(demo, tmp_path, stage):
-  module, name = STAGES[stage]
+  module, name = f'sample.{stage}', STAGES[stage]
   shutil.copytree(demo[0], tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / stage
   whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
@@ -194,7 +194,9 @@ def test_a_stage_killed_by_the_system_again_and_again_ends_byte_identical(demo, 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', OTHERS)
 def test_these_too_end_byte_identical_when_killed(others, tmp_path, stage):
-  module, flags, stems = OTHERS[stage]
+  spec = OTHERS[stage]
+  stems = [w.removesuffix(catalog.SHARDS) for w in spec.writes if w.endswith(catalog.SHARDS)]
+  stems = [stem for stem in stems if stem != 'rewards']  # written whole
   shutil.copytree(others, tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / stage
   whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
@@ -204,7 +206,8 @@ def test_these_too_end_byte_identical_when_killed(others, tmp_path, stage):
     elif not name.startswith(tuple(stems)):
       (folder / name).unlink()
   (folder / 'done.json').unlink()
-  main(module, '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}', *flags, *config_flags('m2'))
+  main(spec.program, '--config=iter2:tiny', f'--workdir={tmp_path / "run"}', *on(spec),
+       *config_flags('m2'))
   assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
 
 

@@ -89,7 +89,7 @@ def test_different_parts_give_different_names(parts):
 def test_shards_of_another_number_of_hosts_are_refused(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 2), [dict(id='a')])
   records.same_hosts(tmp_path / records.shard_name('r', 1, 2))
-  with pytest.raises(InputError, match='is of a run on 2 hosts, and this one is on 1'):
+  with pytest.raises(InputError, match='was written by a run on 2 hosts, and this run has 1'):
     records.same_hosts(tmp_path / records.shard_name('r', 0, 1))
 
 

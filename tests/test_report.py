@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from srlm_jax import InputError, records
+from srlm_jax import catalog, InputError, records, stage
 from srlm_jax.report import page, results
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
@@ -16,10 +16,11 @@ SCALE = dict(lowest=0.0, highest=5.0)
 STOPPED = '3 pairs are left (7 all scores equal), fewer than one batch of 8'
 
 
-def stage(folder, name, done=None, **config):
+def begun(folder, name, done=None, **config):
   """The manifest of a stage that has begun and, if it is finished, what it says of itself."""
   (folder / name).mkdir(parents=True)
-  (folder / name / 'manifest.json').write_text(json.dumps(dict(format=2, stage=name, config=dict(config, seed=0))))
+  (folder / name / 'manifest.json').write_text(json.dumps(
+      dict(format=stage.FORMAT, stage=name, config=dict(config, seed=0))))
   if done is not None:
     (folder / name / 'done.json').write_text(json.dumps(dict(done, seconds=12.5)))
   return folder / name
@@ -31,20 +32,20 @@ def model(workdir, name, loss='sft'):
   if loss == 'dpo':
     steps = [dict(s, margin=0.1 * i, accuracy=0.5 + 0.1 * i) for i, s in enumerate(steps)]
   done = dict(steps=31, loss=0.17, examples=248, dropped={})
-  folder = stage(workdir / name, 'model', done, model='sandbox')
+  folder = begun(workdir / name, 'model', done, model='sandbox')
   (folder / 'config.json').write_text('{}')
   records.write(folder / 'metrics.jsonl', steps)
   agreement = dict(pairwise_accuracy=0.713, pairs=971, intervals=dict(pairwise_accuracy=[0.68, 0.74]),
                    ties=0.1, exact_match=0.25, spearman=0.5, parse_rate=0.96)
-  (stage(workdir / name, 'agreement', agreement) / 'agreement.json').write_text(json.dumps(agreement))
+  (begun(workdir / name, 'agreement', agreement) / 'agreement.json').write_text(json.dumps(agreement))
   judgements = [dict(id=f'{i}', j=0, score=float(i % 6), reason='') for i in range(24)]
   judgements.append(dict(id='24', j=0, score=None, reason='no score'))
-  records.write(stage(workdir / name, 'judge_eval', {}) / 'judgements-00000-of-00001.jsonl', judgements)
+  records.write(begun(workdir / name, 'judge_eval', {}) / 'judgements-00000-of-00001.jsonl', judgements)
   answers = [dict(id=f'h{i}/0', prompt_id=f'h{i}', prompt=f'Held-out prompt {i} {EVIL}', finish='eos',
                   response=f'{name} answers {i} {EVIL}') for i in range(5)]
-  records.write(stage(workdir / name, 'answers', {}) / 'responses-00000-of-00001.jsonl', answers)
+  records.write(begun(workdir / name, 'answers', {}) / 'responses-00000-of-00001.jsonl', answers)
   oracle = dict(score=3.217, standard_error=0.125, characters=61.5)
-  folder = stage(workdir / name, 'oracle', {})
+  folder = begun(workdir / name, 'oracle', {})
   (folder / 'oracle.json').write_text(json.dumps(oracle))
   records.write(folder / 'graded.jsonl', [dict(a, score=i) for i, a in enumerate(answers)])
 
@@ -53,29 +54,29 @@ def data(workdir, name):
   """What a DPO model was made from: prompts, candidates, judgements and pairs."""
   folder = workdir / name
   done = dict(prompts=10, wanted=10, attempts=1234, dropped={'seen before': 21, 'held out': 3})
-  stage(folder, 'prompts', done, **{'prompts.count': 10})
+  begun(folder, 'prompts', done, **{'prompts.count': 10})
   responses = [dict(id=f'p{i}/{n}', prompt_id=f'p{i}', prompt=f'Written prompt {i} {EVIL}', finish='eos',
                     response=f'candidate {n} {EVIL}') for i in range(10) for n in range(2)]
-  records.write(stage(folder, 'respond', {}) / 'responses-00000-of-00001.jsonl', responses)
+  records.write(begun(folder, 'respond', {}) / 'responses-00000-of-00001.jsonl', responses)
   judgements = [dict(id=f'{r["id"]}/{j}', response_id=r['id'], j=j, text=f'Judged {EVIL}',
                      score=float((k + j) % 6), reason='', finish='eos')
                 for k, r in enumerate(responses) for j in range(2)]
-  records.write(stage(folder, 'judge', SCALE, **JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
+  records.write(begun(folder, 'judge', SCALE, **JUDGE) / 'judgements-00000-of-00001.jsonl', judgements)
   pairs = [dict(id=f'p{i}', prompt=f'Paired prompt {i}', chosen=f'the better {EVIL}',
                 rejected=f'the worse {EVIL}', chosen_score=4.5, rejected_score=1.0, chosen_finish='eos',
                 rejected_finish='length') for i in range(3)]
   done = dict(pairs=3, prompts=10, pairs_per_1000_prompts=300.0, dropped={'all scores equal': 7}, margin=3.5,
               chosen_minus_rejected_characters=1.25)
-  records.write(stage(folder, 'pairs', done, **JUDGE) / 'pairs.jsonl', pairs)
+  records.write(begun(folder, 'pairs', done, **JUDGE) / 'pairs.jsonl', pairs)
 
 
 @pytest.fixture
 def workdir(tmp_path):
   """A run that made m0 to m2, and m3's data without training on it."""
-  stage(tmp_path / 'data', 'seeds', dict(ift=60))
+  begun(tmp_path / 'data', 'seeds', dict(ift=60))
   for name in ('m0', 'sft', 'm1'):
     model(tmp_path, name)
-  stage(tmp_path / 'm1', 'eft', dict(
+  begun(tmp_path / 'm1', 'eft', dict(
       examples=90, replies=113, dropped={'against the order of people': 6, 'of the commonest score': 17},
       scores_before={'0': 40, '4': 67}, scores={'0': 40, '4': 50}))
   data(tmp_path, 'm2')
@@ -138,7 +139,7 @@ def test_model_text_is_escaped_and_the_page_needs_no_other_file(workdir):
   assert page == page_of(workdir)  # the same files, the same page
 
 
-@pytest.mark.parametrize('missing', [*results.STAGES, 'done.json', 'results.json', 'metrics.jsonl'])
+@pytest.mark.parametrize('missing', [*catalog.NAMES, 'done.json', 'results.json', 'metrics.jsonl'])
 def test_a_run_may_have_stopped_anywhere(workdir, undrawn, missing):
   for path in sorted(workdir.rglob(missing)):
     if path.name == 'model':  # a converted model has no more than this
@@ -152,7 +153,8 @@ def test_what_a_killed_stage_wrote_is_counted_without_its_last_line(workdir, und
     shutil.rmtree(workdir / 'm3' / name)
   folder = workdir / 'm3' / 'prompts'
   (folder / 'done.json').unlink()
-  (folder / 'manifest.json').write_text(json.dumps(dict(format=2, config={'seed': 0, 'prompts.count': 4000})))
+  (folder / 'manifest.json').write_text(json.dumps(
+      dict(format=stage.FORMAT, config={'seed': 0, 'prompts.count': 4000})))
   lines = [dict(id='0', text='x', dropped=''), dict(id='1', text='x', dropped='cut off by length')]
   (folder / 'attempts.jsonl').write_text(''.join(map(records.dump, lines)) + '{"id": "2", "te')
   words = plain(page_of(workdir))
@@ -175,9 +177,9 @@ def test_known_failures_are_said_in_words():
                    responses=[dict(id=f'{i // 2}/{i % 2}', finish=how, prompt_id=str(i // 2), response=str(i))
                               for i, how in enumerate(
                        ['length'] * 3 + ['eos'] * 2)])
-  page = dict(iterations=[iteration], judged_eval={}, answers={},
+  run = dict(iterations=[iteration], judged_eval={}, answers={},
               stages={('m2', 'model'): ({}, dict(examples=9, dropped={'longer than 512 tokens': 10}))})
-  found = '\n'.join(page.warnings(page))
+  found = '\n'.join(page.warnings(run))
   for text in ('m2/judge: 9 of 11 judgements have a score (the others: 2 unreadable), fewer than 90%',
                'm2/judge: 89% of the scores are 4',
                'm2/respond: 3 responses are cut at the length limit, 2 are finished',
@@ -187,8 +189,8 @@ def test_known_failures_are_said_in_words():
   iteration.update(judgements=judgements[4:9] + judgements[8:9] * 3,
                    pairs=[dict(chosen='x' * 30, rejected='y' * 20)],
                    responses=[dict(id='p/0', finish='eos', prompt_id='p', response='x')])
-  page['stages'] = {}
-  assert page.warnings(page) == []
+  run['stages'] = {}
+  assert page.warnings(run) == []
 
 
 def test_a_folder_without_a_model_is_refused_in_one_sentence(tmp_path):
@@ -206,7 +208,7 @@ def test_a_stage_that_does_not_exist_is_not_warned_about(workdir, undrawn):
   """M1 has judgements of ranked replies, and no responses of its own."""
   judgements = [dict(id=f'{i}', response_id=f'r{i}', j=0, text='', score=float(i), reason='',
                      finish='eos') for i in range(5)]
-  folder = stage(workdir / 'm1', 'judge', SCALE, **JUDGE)
+  folder = begun(workdir / 'm1', 'judge', SCALE, **JUDGE)
   records.write(folder / 'judgements-00000-of-00001.jsonl', judgements)
   assert 'class="warnings"' not in page_of(workdir)
 
@@ -274,9 +276,9 @@ def test_a_damaged_record_is_named_by_file_and_line(workdir, undrawn, name):
     ('m2/answers/done.json', lambda r: dict(r, seconds=None), 'no "seconds"'),
     ('m2/pairs/done.json', lambda r: dict(r, margin='x'), '"margin" is "x"'),
     ('m1/eft/done.json', without('scores'), 'no "scores"'),
-    ('m2/model/manifest.json', '{', 'not JSON'), ('m2/model/manifest.json', '{"format": 2}', 'no "config"'),
+    ('m2/model/manifest.json', '{', 'not JSON'), ('m2/model/manifest.json', '{"format": 3}', 'no "config"'),
     ('m2/model/manifest.json', '{"config": {}}', 'written by another version of srlm_jax'),
-    ('m2/judge/manifest.json', '{"format": 2, "config": {"judge.n": "2"}}', '"config.judge.n" is "2"'),
+    ('m2/judge/manifest.json', '{"format": 3, "config": {"judge.n": "2"}}', '"config.judge.n" is "2"'),
     ('m2/oracle/oracle.json', lambda r: dict(r, score='3'), '"score" is "3"'),
     ('m2/oracle/oracle.json', without('standard_error'), 'no "standard_error"'),
     ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'), '"ties" is "x"'),

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -5,22 +6,17 @@ import sys
 from conftest import init, ROOT, tokenizer_bytes
 import pytest
 
-from srlm_jax import cli, config as configs, declared, InputError, loop, model_files, records, selection, stage
+from srlm_jax import catalog, cli, config as configs, InputError, loop, model_files, records, stage
 from srlm_jax.checkpoint import store
-from srlm_jax.data import seeds
-from srlm_jax.eval import agreement
 from srlm_jax.models.config import PRESETS
-from srlm_jax.reward import eft, health, pairs
-from srlm_jax.sample import implicit, judge, meta_judge, prompts, respond
-from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
-from srlm_jax.train import __main__ as train
 
 
-def config(*keys, **changes):
-  """What a stage of m2 gets that declares these keys; `changes`: of judge."""
+def make(workdir, name='pairs', inputs=(), keys=(), runs=(), template='', **changes):
+  """A stage of m2 that declares these config keys; `changes`: of the section judge."""
   c = configs.get('m2', 'tiny')
   c.judge.update(changes)
-  return declared.View(c, keys, declared.ALWAYS)
+  return stage.Stage(catalog.Spec(name, 'program', (), keys=keys, runs=runs), c, workdir, template,
+                     inputs)
 
 
 @pytest.fixture
@@ -36,8 +32,10 @@ def m1(tmp_path, tokenizer_folder, mesh):
 
 def test_the_manifest_comes_first_and_done_last(tmp_path, m1):
   (tmp_path / 'in.jsonl').write_text('{}\n')
-  c = config('judge.n', 'judge.template')
-  s = stage.Stage(c, tmp_path, 'pairs', [tmp_path / 'in.jsonl'], [m1])
+  def made():
+    return make(tmp_path, 'pairs', [tmp_path / 'in.jsonl'], ('judge.n', 'judge.template'),
+                ('sampler',))
+  s = made()
   assert not s.done and not s.folder.exists()
   s.begin()
   manifest = json.loads((s.folder / 'manifest.json').read_text())
@@ -47,21 +45,21 @@ def test_the_manifest_comes_first_and_done_last(tmp_path, m1):
   assert set(manifest['model_files']) == {'m1/model/config.json', 'm1/model/tokenizer.model'}
   assert not (s.folder / 'done.json').exists()
   s.finish(pairs=3)
-  again = stage.Stage(c, tmp_path, 'pairs', [tmp_path / 'in.jsonl'], [m1])
+  again = made()
   assert again.done and stage.finished(s.folder)['pairs'] == 3
 
 
 def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path, m1):
   source = tmp_path / 'in.jsonl'
   source.write_text('{}\n')
-  def made(n=3, source=source, models=(m1,)):
-    return stage.Stage(config('judge.n', n=n), tmp_path, 'pairs', [source], models)
+  def made(n=3, source=source, runs=('sampler',)):
+    return make(tmp_path, 'pairs', [source], ('judge.n',), runs, n=n)
   made().begin()
   made()
   with pytest.raises(InputError, match=r'config.judge.n \(3, now 2\)'):
     made(2)
   with pytest.raises(InputError, match=r'm1/model/config.json \(\w+, now None\)'):
-    made(models=())
+    made(runs=())
   hf = json.loads((m1 / 'config.json').read_text())
   (m1 / 'config.json').write_text(json.dumps(hf | dict(rope_theta=7.0)))
   with pytest.raises(InputError, match='config.json changed after the model was made'):
@@ -81,21 +79,23 @@ def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path, m1):
 
 
 def test_only_the_keys_of_a_stage_matter_and_only_those_can_be_read(tmp_path):
-  stage.Stage(config('judge.n'), tmp_path, 'pairs').begin()
-  stage.Stage(config('judge.n', quorum=1), tmp_path, 'pairs')  # which this stage does not read
-  with pytest.raises(declared.Undeclared, match='config.judge.quorum is read and not declared'):
-    config('judge.n').judge.quorum  # noqa: B018
-  with pytest.raises(declared.Undeclared, match='m2/pairs uses judge.quorum'):
-    stage.Stage(config('judge.n'), tmp_path, 'pairs', keys=['judge.quorum'])
+  make(tmp_path, keys=('judge.n',)).begin()
+  make(tmp_path, keys=('judge.n',), quorum=1)  # which this stage does not read
+  view = catalog.Spec('pairs', 'program', (), keys=('judge.n',)).view(configs.get('m2', 'tiny'))
+  assert view.judge.n == 3 and view.name == 'm2'
+  with pytest.raises(catalog.Undeclared, match='config.judge.quorum is read and not declared'):
+    view.judge.quorum  # noqa: B018
 
 
 def test_a_key_that_an_older_manifest_lacks_had_its_default(tmp_path):
   """A knob added later does not invalidate what was made before it, unless it is set."""
-  stage.Stage(config('judge.n'), tmp_path, 'pairs').begin()
-  stage.Stage(config('judge.n', 'judge.template'), tmp_path, 'pairs')
+  make(tmp_path, keys=('judge.n',)).begin()
+  make(tmp_path, keys=('judge.n', 'judge.template'))
   with pytest.raises(InputError, match=r'config.judge.template \(sandbox, now additive\)'):
-    stage.Stage(config('judge.n', 'judge.template', template='additive'), tmp_path, 'pairs')
-  stage.Stage(config(), tmp_path, 'pairs')  # and one that is no longer read does not matter
+    c = configs.get('m2', 'tiny')
+    c.judge.template = 'additive'
+    stage.Stage(catalog.Spec('pairs', 'program', (), keys=('judge.n', 'judge.template')), c, tmp_path)
+  make(tmp_path, 'pairs')  # and one that is no longer read does not matter
 
 
 @pytest.mark.parametrize('text', ['{}', '', '[]', '{"stage": "m2/pairs", "config": {"seed": 0}, "versions": {}}'])
@@ -103,7 +103,7 @@ def test_a_manifest_that_is_empty_foreign_or_older_is_refused_in_one_sentence(tm
   (tmp_path / 'm2' / 'pairs').mkdir(parents=True)
   (tmp_path / 'm2' / 'pairs' / 'manifest.json').write_text(text)
   with pytest.raises(InputError, match='manifest.json.*delete that folder or use another --workdir'):
-    stage.Stage(config(), tmp_path, 'pairs')
+    make(tmp_path, 'pairs')
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -130,10 +130,10 @@ def test_every_file_is_read_once(tmp_path, judged, monkeypatch):
   path, read = judged / records.shard_name('judgements', 1, 2), []
   real = records.hash_file
   monkeypatch.setattr(records, 'hash_file', lambda path: read.append(path.name) or real(path))
-  stage.Stage(config(), tmp_path, 'pairs', [path])
+  make(tmp_path, 'pairs', [path])
   assert read == [path.name]
   read.clear()
-  assert stage.Stage(config(), tmp_path, 'judge').done
+  assert make(tmp_path, 'judge').done
   assert sorted(read) == [records.shard_name('judgements', i, 2) for i in range(2)]
 
 
@@ -143,19 +143,19 @@ def test_inputs_outside_of_the_workdir_may_be_moved(tmp_path):
   for folder, text in (('here', 'a'), ('there', 'b')):
     (tmp_path / folder / 'data.jsonl').write_text(text)
   both = [tmp_path / folder / 'data.jsonl' for folder in ('here', 'there')]
-  stage.Stage(config(), tmp_path / 'run', 'pairs', both).begin()
+  make(tmp_path / 'run', 'pairs', both).begin()
   (tmp_path / 'here').rename(tmp_path / 'new')
   moved = [tmp_path / folder / 'data.jsonl' for folder in ('new', 'there')]
-  stage.Stage(config(), tmp_path / 'run', 'pairs', moved)
+  make(tmp_path / 'run', 'pairs', moved)
   moved[0].write_text('c')
   with pytest.raises(InputError, match='inputs.data.jsonl'):
-    stage.Stage(config(), tmp_path / 'run', 'pairs', moved)
+    make(tmp_path / 'run', 'pairs', moved)
 
 
 def test_a_resumed_stage_keeps_the_environments_of_both_runs(tmp_path, monkeypatch, mesh):
   def begin(host, mesh=None):
     monkeypatch.setattr(stage.environment, 'record', lambda: dict(host=host))
-    stage.Stage(config(), tmp_path, 'pairs').begin(mesh)
+    make(tmp_path, 'pairs').begin(mesh)
     return stage.read_manifest(tmp_path / 'm2' / 'pairs' / 'manifest.json')['environments']
   assert begin('a') == [dict(host='a')]
   assert begin('b', mesh) == [
@@ -173,11 +173,11 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
 
 
 def test_a_stage_that_reads_from_an_unfinished_one_is_refused(tmp_path):
-  before = stage.Stage(config(), tmp_path, 'judge')
+  before = make(tmp_path, 'judge')
   before.begin()
   (before.folder / 'judgements.jsonl').write_text('{}\n')
   with pytest.raises(InputError, match='m2/judge is not finished; run that stage again'):
-    stage.Stage(config(), tmp_path, 'pairs', [before.folder / 'judgements.jsonl'])
+    make(tmp_path, 'pairs', [before.folder / 'judgements.jsonl'])
   (tmp_path / 'm1' / 'model').mkdir(parents=True)
   (tmp_path / 'm1' / 'model' / 'manifest.json').write_text('{}')
   with pytest.raises(InputError, match='m1/model is not finished'):
@@ -187,7 +187,7 @@ def test_a_stage_that_reads_from_an_unfinished_one_is_refused(tmp_path):
 @pytest.fixture
 def judged(tmp_path):
   """A finished stage with two shards."""
-  s = stage.Stage(config(), tmp_path, 'judge')
+  s = make(tmp_path, 'judge')
   s.begin()
   for i in range(2):
     records.write(s.folder / records.shard_name('judgements', i, 2), [dict(id=f'{i}{j}') for j in range(3)])
@@ -199,10 +199,10 @@ def judged(tmp_path):
                                     lambda lines: [lines[1], *lines[1:]], lambda lines: [*lines[:2], '{"id": "x"}\n']])
 def test_a_finished_shard_that_lost_or_doubled_lines_is_refused(judged, tmp_path, change):
   path = judged / records.shard_name('judgements', 1, 2)
-  stage.Stage(config(), tmp_path, 'pairs', [path])
+  make(tmp_path, 'pairs', [path])
   path.write_text(''.join(change(path.read_text().splitlines(keepends=True))))
-  for run in (lambda: stage.Stage(config(), tmp_path, 'pairs', [path]),  # that reads it
-              lambda: stage.Stage(config(), tmp_path, 'judge')):  # that wrote it
+  for run in (lambda: make(tmp_path, 'pairs', [path]),  # that reads it
+              lambda: make(tmp_path, 'judge')):  # that wrote it
     with pytest.raises(InputError, match=r'judgements-00001-of-00002.jsonl is not as its stage left it \(3 records\)'):
       run()
 
@@ -211,22 +211,22 @@ def test_what_was_added_to_or_taken_from_a_finished_stage_is_refused(judged, tmp
   path = judged / records.shard_name('judgements', 1, 2)
   records.write(judged / 'more.jsonl', [dict(id='a')])
   with pytest.raises(InputError, match='more.jsonl was not there when its stage finished'):
-    stage.Stage(config(), tmp_path, 'pairs', [judged / 'more.jsonl'])
+    make(tmp_path, 'pairs', [judged / 'more.jsonl'])
   with pytest.raises(InputError, match='more.jsonl was not there when its stage finished'):
-    stage.Stage(config(), tmp_path, 'judge')
+    make(tmp_path, 'judge')
   (judged / 'more.jsonl').unlink()
   (judged / 'manifest.json').rename(judged / 'elsewhere')
   for name, inputs in (('judge', []), ('pairs', [path])):
     with pytest.raises(InputError, match='has a done.json and no manifest.json'):
-      stage.Stage(config(), tmp_path, name, inputs)
+      make(tmp_path, name, inputs)
   (judged / 'elsewhere').rename(judged / 'manifest.json')
   path.unlink()
   with pytest.raises(InputError, match='is not as its stage left it'):
-    stage.Stage(config(), tmp_path, 'judge')
+    make(tmp_path, 'judge')
 
 
 def test_an_id_that_two_shards_have_is_refused(tmp_path):
-  s = stage.Stage(config(), tmp_path, 'judge')
+  s = make(tmp_path, 'judge')
   s.begin()
   for i in range(2):
     records.write(s.folder / records.shard_name('judgements', i, 2), [dict(id='a')])
@@ -240,22 +240,58 @@ def test_a_damaged_done_file_is_refused(judged, tmp_path, text):
   (judged / 'done.json').write_text(text)
   for name, inputs in (('judge', []), ('pairs', [judged / records.shard_name('judgements', 0, 2)])):
     with pytest.raises(InputError, match='done.json.*delete it, and run that stage again'):
-      stage.Stage(config(), tmp_path, name, inputs)
+      make(tmp_path, name, inputs)
 
 
-def test_every_key_that_a_stage_declares_is_a_knob():
-  stages = [respond.run, judge.run, prompts.run, pairs.run, implicit.run, meta_judge.run, eft.run, health.run,
-            seeds.run, agreement.run, oracle.run, audit.run, control.run, sandbox.make_seeds, sandbox.make_corpus,
-            selection.run, train.run]
-  for run in stages:
-    assert {*run.keys, *run.free} <= set(configs.KNOBS), run.__module__
+def test_the_catalog_names_only_what_there_is():
+  """Config keys, programs, models, and files that a stage writes."""
+  written = {f'{spec.name}/{file}' for spec in catalog.STAGES for file in spec.writes}
+  for spec in catalog.STAGES:
+    assert {*spec.keys, *spec.free} <= {*configs.KNOBS}, spec
+    assert {*spec.reads, *spec.reads_if_needed, *spec.reads_if_there} <= written, spec
+    assert {*spec.runs} <= {*catalog.ROLES}, spec
+    assert importlib.util.find_spec(f'srlm_jax.{spec.program}'), spec
+    assert spec is catalog.find(spec.program, spec.on)
+  assert {*catalog.READ_IF} <= {key for spec in catalog.STAGES for key in spec.keys}
+
+
+@pytest.mark.parametrize('name', configs.TRAINING_DATA)
+def test_every_training_set_is_written_by_a_stage(name):
+  path = catalog.training_file('run', configs.get('m2', 'tiny'), name)
+  assert path.name == f'{name}.jsonl' and len(path.parts) == 4
+
+
+def test_the_catalog_knows_which_stages_a_config_needs():
+  def needed(name, **changes):
+    c = configs.get(name, 'tiny').unlock()
+    c.update_from_flattened_dict({key.replace('__', '.'): value for key, value in changes.items()})
+    return [stage for stage in catalog.NAMES if catalog.needs(stage, c)]
+  common = {'seeds', 'model', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle'}
+  assert {*needed('sft')} == common
+  assert {*needed('m1')} == common | {'judge', 'health', 'eft'}
+  assert {*needed('m1', eft__targets='ranks')} == common | {'eft'}
+  own = common | {'prompts', 'respond', 'judge', 'pairs', 'health', 'audit'}
+  assert {*needed('m2')} == own
+  assert {*needed('m2', pairs__strategy='consistency')} == own | {'judge_again'}
+  assert {*needed('m2', pairs__strategy='agreement')} == own | {'implicit'}
+  assert {*needed('m2', pairs__strategy='temporal')} == own | {'respond_older', 'judge_older'}
+  assert {*needed('m2', train__data=('pairs', 'judge_pairs'))} == own | {'meta_judge'}
+  assert {*needed('m2', train__reference='cached')} == own | {'reference'}
+  assert {*needed('m2', train__select='agreement')} == own | {'selection'}
+  assert {*needed('m2', judge__by='oracle')} == own
+  assert {*needed('m2', data__source='oasst')} == own - {'answers_greedy', 'oracle', 'audit'}
+
+
+def test_a_wrong_on_is_refused_with_what_it_may_be():
+  with pytest.raises(InputError, match=r'--on=agin \(did you mean "again"\?\): it is one of'):
+    catalog.find('sample.judge', 'agin')
 
 
 def test_another_template_is_noticed(tmp_path):
-  s = stage.Stage(config(), tmp_path, 'judge', template='Judge {prompt}')
+  s = make(tmp_path, 'judge', template='Judge {prompt}')
   s.begin()
   with pytest.raises(InputError, match='template'):
-    stage.Stage(config(), tmp_path, 'judge', template='Grade {prompt}')
+    make(tmp_path, 'judge', template='Grade {prompt}')
 
 
 @pytest.mark.parametrize('key, value, message', [

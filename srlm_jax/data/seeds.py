@@ -30,7 +30,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.data import oasst, ranked
 
 # The sets that share the prompts, by the name of their asked size in config.data.
@@ -39,12 +39,12 @@ RANKED_SETS = ('ranked_train', 'ranked_eval')  # need two replies of different r
 SHARD = 1000  # turns, for TFDS holds a shard in memory while it writes it
 
 
-@declared.reads('seed', 'data.source', 'data.synthetic', *(f'data.{name}' for name in BEST_SETS + RANKED_SETS),
-                free=('data.path',))
 def run(config, workdir):
   """The stage data/seeds: `make`, once."""
+  spec = catalog.find('data.seeds')
+  config = spec.view(config)
   find_source(config.data.source)
-  s = stage.Stage(config, workdir, 'seeds', find_files(config.data.path), model='data')
+  s = stage.Stage(spec, config, workdir, more_inputs=find_files(config.data.path))
   if s.done:
     return
   if not hosts.is_first_host():

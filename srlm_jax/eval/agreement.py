@@ -14,25 +14,23 @@ import math
 import numpy as np
 from scipy import stats
 
-from srlm_jax import cli, config as configs, declared, hosts, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, records, stage
 from srlm_jax.reward import judges, scores as scoring
 
 MEASURES = ('pairwise_accuracy', 'pairwise_accuracy_all', 'ties', 'five_best', 'exact_match', 'spearman', 'kendall_tau')
 
 
-@declared.reads('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')
 def run(config, workdir):
   """The seeds' ranked replies of `configs.ranked_split` and MODEL/judge_eval -> MODEL/agreement/agreement.json."""
-  source = stage.seeds(workdir) / 'ranked.jsonl'
-  folder = stage.model_folder(workdir, config.name).parent / 'judge_eval'
+  spec = catalog.find('eval.agreement')
+  config = spec.view(config)
   highest = judges.load(config.judge.template).highest
-  s = stage.Stage(config, workdir, 'agreement',
-                  [source, *sorted(folder.glob('judgements-*.jsonl'))])
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
   split = configs.ranked_split(config)
-  ranked = [r for r in records.read(source, 'id', 'split', 'replies') if r['split'] == split]
-  judgements = list(records.read_shards(folder, 'judgements', 'response_id', 'score'))
+  ranked = [r for r in records.read(s.inputs[0], 'id', 'split', 'replies') if r['split'] == split]
+  judgements = list(records.read_shards(s.inputs[1].parent, 'judgements', 'response_id', 'score'))
   scores = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
   missing = scoring.Score(None, None, [])

@@ -12,7 +12,7 @@ import jinja2
 import matplotlib
 from matplotlib import figure, ticker
 
-from srlm_jax import declared, InputError, records
+from srlm_jax import catalog, InputError, records, stage
 from srlm_jax.report import results
 from srlm_jax.reward import health, scores as scoring
 
@@ -56,7 +56,7 @@ def collect(workdir) -> dict:
   """All that the page shows, read from the files that are there."""
   workdir = epath.Path(workdir)
   stages = {(owner, name): (_manifest(folder / 'manifest.json'), _done(folder / 'done.json'))
-            for owner in ('data', *results.MODELS) for name in results.STAGES
+            for owner in ('data', *results.MODELS) for name in catalog.NAMES
             if ((folder := workdir / owner / name) / 'manifest.json').exists()}
   parts = dict(
       curves=lambda folder: results.lines(folder / 'model' / 'metrics.jsonl', 'step',
@@ -106,7 +106,7 @@ def render(page: dict) -> str:
   made = {i['model']: yields(i) for i in page['iterations']}
   labels = dict.fromkeys(label for found in made.values() for label in found)  # in order, each once
   return template.render(page, head=head(page), warnings=warnings(page), tables=results.tables(page['rows']),
-                         labels=labels, yields=made, plots=plots(page), names=results.STAGES, shown=SAMPLES)
+                         labels=labels, yields=made, plots=plots(page), names=catalog.NAMES, shown=SAMPLES)
 
 
 def head(page: dict) -> list[str]:
@@ -266,7 +266,7 @@ def _results(path) -> dict:
 def _manifest(path) -> dict:
   """The manifest of a stage, checked for what the page reads of its config."""
   found = results.read(path)
-  if found and found.get('format') != declared.FORMAT:
+  if found and found.get('format') != stage.FORMAT:
     raise InputError(f'{path}: written by another version of srlm_jax; make the page with that version')
   config = found.get('config')
   if not isinstance(config, dict):

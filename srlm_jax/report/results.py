@@ -4,7 +4,7 @@ import statistics
 
 from etils import epath
 
-from srlm_jax import InputError, records
+from srlm_jax import catalog, InputError, records
 from srlm_jax.config import MODELS
 from srlm_jax.reward import scores
 
@@ -47,8 +47,6 @@ DIGITS = {heading: digits for heading, _, _, digits in COLUMNS}
 INTERVAL = ' 95 %'  # after a heading: the key of its interval in a row
 ON_PAGE = ('exact', 'spearman', 'kendall')  # columns that the terminal's table is too narrow for
 DATA = ('prompts', 'respond', 'judge', 'pairs')
-STAGES = ('seeds', *DATA, 'judge_again', 'respond_older', 'judge_older', 'implicit', 'meta_judge', 'health', 'audit',
-          'eft', 'reference', 'model', 'selection', 'judge_eval', 'agreement', 'answers', 'answers_greedy', 'oracle')
 
 
 def of_models(workdir) -> list[dict]:
@@ -90,7 +88,7 @@ def seconds(workdir) -> dict[str, float]:
   """What every kind of stage took, of all models together."""
   spent = Counter()
   for owner in ('data', *MODELS):
-    for name in STAGES:
+    for name in catalog.NAMES:
       spent[name] += read(epath.Path(workdir) / owner / name / 'done.json').get('seconds', 0)
   return {name: taken for name, taken in spent.items() if taken >= 0.5}
 

@@ -9,27 +9,26 @@ or the prompt is dropped. Last, the most frequent score is downsampled to the ru
 """
 from collections import Counter
 
-from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
 
-@declared.reads('eft.targets', 'eft.quorum', 'judge.template')
 def run(config, workdir):
   """The seeds' ranked replies, and the SFT baseline's judgements of them (MODEL/judge) -> MODEL/eft/eft.jsonl, and
   dropped.jsonl: every reply that is not in it, with the reason."""
-  source = stage.seeds(workdir) / 'ranked.jsonl'
-  folder = stage.model_folder(workdir, config.name).parent / 'judge'
+  spec = catalog.find('reward.eft')
+  config = spec.view(config)
   baseline = config.eft.targets == 'baseline'
   judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, 'eft', template=str(judge),
-                  inputs=[source, *(sorted(folder.glob('judgements-*.jsonl')) if baseline else [])])
+  s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
+  source, *judged = s.inputs
   ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies') if r['split'] == 'train']
   check(ranked, source)
   if baseline:
-    judgements = list(records.read_shards(folder, 'judgements', 'response_id', 'score', 'text', 'finish'))
+    judgements = list(records.read_shards(judged[0].parent, 'judgements', 'response_id', 'score', 'text', 'finish'))
     agreed, dropped = from_baseline(ranked, scoring.by_response(judgements, config.eft.quorum), judge)
   else:
     judgements = []

@@ -9,7 +9,7 @@ import statistics
 
 from etils import epath
 
-from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.reward import scores as scoring
 
 PARSED = 0.9      # share of judgements that should have a score
@@ -20,13 +20,15 @@ FEW = 100         # pairs that 1,000 prompts should give at least
 REPEATED = 0.5    # share of candidates that may repeat another of their prompt
 
 
-@declared.reads('judge.quorum')
 def run(config, workdir):
   """MODEL/prompts, respond, judge, pairs, those that there are -> MODEL/health/health.json, and its warnings."""
-  folder = stage.model_folder(workdir, config.name).parent
-  paths = [p for part in ('prompts', 'respond', 'judge', 'pairs') for p in sorted((folder / part).glob('*.json*'))
-           if p.name.startswith(('attempts', 'prompts.', 'responses', 'judgements', 'pairs.', 'positives.'))]
-  s = stage.Stage(config, workdir, 'health', paths or [folder / 'judge' / 'judgements.jsonl'])
+  spec = catalog.find('reward.health')
+  config = spec.view(config)
+  folder = spec.folder(workdir, config).parent
+  s = stage.Stage(spec, config, workdir)
+  if not s.inputs:
+    raise InputError(f'{folder} holds no prompts, responses, judgements or pairs; run the stages '
+                     f'that write them first')
   if s.done:
     return
   found = measure(folder, config.judge.quorum)

@@ -2,29 +2,18 @@
 from collections import Counter
 import statistics
 
-from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.reward import scores as scoring, strategies
 
-# What a strategy reads beside MODEL/respond and MODEL/judge: stages of the same model, with the stem of their shards.
-NEEDS = dict(consistency=(('judge_again', 'judgements'),), agreement=(('implicit', 'rewards'),),
-             temporal=(('respond_older', 'responses'), ('judge_older', 'judgements')))
 
-
-OF_STRATEGY = {'margin': 'pairs.margin', 'length_controlled': 'pairs.rho', strategies.POSITIVES: 'pairs.positive'}
-KEYS = ('pairs.strategy', 'pairs.unfinished_chosen', 'judge.quorum')
-
-
-@declared.reads(*KEYS, *OF_STRATEGY.values())
 def run(config, workdir):
   """MODEL/respond and MODEL/judge -> MODEL/pairs/pairs.jsonl (positives.jsonl for positives_only), scores.jsonl with
   every candidate's mean and spread, and counts of why prompts gave none."""
-  c = config.pairs
+  spec = catalog.find('reward.pairs')
+  config = spec.view(config)
+  c, folder = config.pairs, spec.folder(workdir, config).parent
   strategies.check(c.strategy)
-  folder = stage.model_folder(workdir, config.name).parent
-  parts = [('respond', 'responses'), ('judge', 'judgements'), *NEEDS.get(c.strategy, ())]
-  sources = [p for part, stem in parts for p in records.shards(folder / part, stem)]
-  s = stage.Stage(config, workdir, 'pairs', sources, keys=[*KEYS, *(
-      key for strategy, key in OF_STRATEGY.items() if strategy == c.strategy)])
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
   prompts, judgements = load(config, folder)

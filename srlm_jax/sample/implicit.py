@@ -6,26 +6,24 @@ candidates alike, so it is left out.
 import jax
 import tqdm
 
-from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, records, stage
 from srlm_jax.data import templates
 from srlm_jax.sample import engine as engines
 
 
-@declared.reads('chat', 'pairs.older', *engines.KEYS, free=engines.FREE)
 def run(config, workdir):
   """MODEL/respond -> MODEL/implicit/rewards-*.jsonl: reward = logp - older_logp, each the sum over the response's
   tokens (and the eos of a finished one); null where the candidate could not be encoded."""
-  folders = {name: stage.finished_model(workdir, model)
-             for name, model in (('logp', config.sampler), ('older_logp', config.pairs.older))}
-  source = stage.model_folder(workdir, config.name).parent / 'respond'
-  s = stage.Stage(config, workdir, 'implicit', records.shards(source, 'responses'), folders.values())
+  spec = catalog.find('sample.implicit')
+  config = spec.view(config)
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(records.read_shards(source, 'responses', 'id', 'prompt', 'response', 'finish'))
+  responses = list(records.read_shards(s.inputs[0].parent, 'responses', 'id', 'prompt', 'response', 'finish'))
   responses = responses[jax.process_index()::jax.process_count()]
   s.begin(engines.host_mesh(config))
   logps = {}
-  for name, folder in folders.items():
+  for name, folder in zip(('logp', 'older_logp'), s.models, strict=True):
     path = s.folder / records.shard_name(name, jax.process_index(), jax.process_count())
     logps[name] = _logps(config, folder, responses, path, f'{s.title} {name}')
   records.write(s.folder / records.shard_name('rewards', jax.process_index(), jax.process_count()), (

@@ -14,28 +14,23 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.data import templates
 from srlm_jax.reward import judges, scores as scoring
-from srlm_jax.sample import engine as engines, judge as judge_stage
+from srlm_jax.sample import engine as engines, judge as judge_stage, shards
 
 SLOTS = ('request', 'first', 'second')
 PRIOR = 1e-2  # of a normal prior on Elo scores: keeps those finite of a judgement that won or lost every time
 
 
-@declared.reads(*(f'meta_judge.{key}' for key in ('template', 'temperature', 'top_p', 'top_k', 'max_tokens',
-                                                  'responses', 'share', 'score_share')),
-                'judge.template', 'judge.quorum', 'chat', *engines.KEYS, free=('judge.n', *engines.FREE))
 def run(config, workdir):
   """MODEL/respond, MODEL/judge, MODEL/pairs -> MODEL/meta_judge: comparisons-*.jsonl, one a line with its raw text,
   and judge_pairs.jsonl, records as of pairs.jsonl whose prompt is the judge's."""
-  c = config.meta_judge
-  folder = stage.model_folder(workdir, config.name).parent
-  sources = [*records.shards(folder / 'respond', 'responses'), *records.shards(folder / 'judge', 'judgements'),
-             folder / 'pairs' / 'pairs.jsonl']
-  model = stage.finished_model(workdir, config.sampler)
+  spec = catalog.find('sample.meta_judge')
+  config = spec.view(config)
+  c, folder = config.meta_judge, spec.folder(workdir, config).parent
   judge, meta = judges.load(config.judge.template), judges.load(c.template, SLOTS, 'config.meta_judge.template')
-  s = stage.Stage(config, workdir, 'meta_judge', sources, [model], f'{judge} {meta}')
+  s = stage.Stage(spec, config, workdir, f'{judge} {meta}')
   if s.done:
     return
   if config.judge.n < 2:
@@ -45,29 +40,28 @@ def run(config, workdir):
            for r in records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response')}
   judgements = records.read_shards(folder / 'judge', 'judgements', 'id', 'prompt_id', 'response_id', 'text', 'score',
                                    'finish')
-  pairs = sum(1 for _ in records.read(sources[-1]))
+  pairs = sum(1 for _ in records.read(s.inputs[-1]))
   chosen = doubtful(scoring.by_response(judgements, config.judge.quorum), c.responses)
   mine = chosen[jax.process_index()::jax.process_count()]
   rows = [(a, b) for group in mine for a, b in itertools.permutations(group, 2)]
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
-  engine, tokenizer = engines.load(config, model, s.title)
-  engine.room(sampling)  # raises where there is none
-  s.begin(engines.host_mesh(config))
-  requests = (engines.Request(_pair_id(a, b), templates.encode_prompt(config.chat, meta.render(
-      request=asked[a['response_id']], first=a['text'], second=b['text']), tokenizer), about=(a, b)) for a, b in rows)
 
-  def record(request, _, result):
-    first, second = request.about
-    text = tokenizer.decode(result.ids).strip()
+  def prompt(item, tokenizer):
+    first, second = item['pair']
+    asks = meta.render(request=asked[first['response_id']], first=first['text'],
+                       second=second['text'])
+    return templates.encode_prompt(config.chat, asks, tokenizer)
+
+  def record(item, _, text, result):
+    first, second = item['pair']
     winner, reason = judge_stage.read(meta, text, result.finish)
-    return dict(id=request.id, response_id=first['response_id'], first=first['id'], second=second['id'], text=text,
-                winner=winner, reason=reason, finish=result.finish)
-  path = s.folder / records.shard_name('comparisons', jax.process_index(), jax.process_count())
-  engines.run(engine, requests, len(rows), sampling, path, record)
-  hosts.sync(f'{s.title} sampled')
+    return dict(id=item['id'], response_id=first['response_id'], first=first['id'],
+                second=second['id'], text=text, winner=winner, reason=reason, finish=result.finish)
+  comparisons = list(shards.write(
+      s, config, 'comparisons', sampling,
+      [dict(id=_pair_id(a, b), pair=(a, b)) for a, b in rows], len(rows), prompt, record))
   if not hosts.is_first_host():
     return s.finish()
-  comparisons = list(records.read_shards(s.folder, 'comparisons'))
   weights = position_weights(comparisons)
   of_response = {}
   for comparison in comparisons:

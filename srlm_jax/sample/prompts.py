@@ -9,7 +9,7 @@ import string
 
 from etils import epath
 
-from srlm_jax import cli, config as configs, declared, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, stage
 from srlm_jax.data import oasst, similar, templates
 from srlm_jax.sample import engine as engines
 
@@ -18,27 +18,23 @@ BANNED = ('image', 'images', 'graph', 'graphs', 'picture', 'pictures', 'file', '
           'go to')
 
 
-@declared.reads(*(f'prompts.{key}' for key in (
-    'author', 'template', 'chat', 'held_out', 'round', 'count', 'max_attempts', 'seed_shots', 'new_shots', 'shot_words',
-    'temperature', 'top_p', 'top_k', 'max_tokens', 'rouge', 'rouge_held_out', 'min_words', 'max_words')), *engines.KEYS,
-    free=engines.FREE)
 def run(config, workdir):
   """The seeds' prompts -> MODEL/prompts/prompts.jsonl, and every attempt with its fate in attempts.jsonl."""
+  spec = catalog.find('sample.prompts')
+  config = spec.view(config)
   c = config.prompts
-  author = config.sampler if c.author == 'sampler' else c.author
-  folder = stage.finished_model(workdir, author)
+  author = spec.models(config)[0]
   others = [epath.Path(p.strip()) for p in c.held_out.split(',') if p.strip()]
-  sources = [stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')]
   earlier = earlier_rounds(workdir, config.name)
   template = templates.load_author(c.template)
-  s = stage.Stage(config, workdir, 'prompts', [*sources, *earlier, *others], [folder], template)
+  s = stage.Stage(spec, config, workdir, template, [*earlier, *others])
   if s.done:
     return
-  ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in sources)
+  ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in s.inputs[:3])
   seeds = [r['prompt'] for r in ift]
   shown = [p for p in seeds if len(p.split()) <= c.shot_words]
   if len(shown) < c.seed_shots + c.new_shots:
-    raise InputError(f'{sources[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
+    raise InputError(f'{s.inputs[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
                      f'{c.seed_shots + c.new_shots} shots; add seeds, or raise config.prompts.shot_words')
   written = [r['prompt'] for path in earlier for r in records.read(path, 'prompt')]
   held = [r['prompt'] for r in heldout] + requests(r['prompt'] for r in ranked if r['split'] != 'train')
@@ -50,7 +46,7 @@ def run(config, workdir):
     return s.finish()
   out = records.Appender(s.folder / 'attempts.jsonl')
   before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
-  author_of = functools.cache(lambda: engines.load(config, folder, s.title, stop='\n'))  # when there is work to do
+  author_of = functools.cache(lambda: engines.load(config, s.models[0], s.title, stop='\n'))  # when there is work to do
   accepted, first, size = [], 0, c.round
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = [(a['text'], a['finish']) for a in before[first:first + size]]

@@ -7,7 +7,7 @@ import itertools
 
 from etils import epath
 
-from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, records, stage
 from srlm_jax.models import config as model_config
 from srlm_jax.sandbox import corpus, people
 
@@ -18,11 +18,11 @@ def run(config, workdir):
   (make_corpus if config.name == 'm0' else make_seeds)(config, workdir)
 
 
-@declared.reads('seed', 'data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.ranked_tune', 'data.test_prompts',
-                'data.valid_prompts')
 def make_seeds(config, workdir):
   """Writes data/seeds: ift.jsonl, ranked.jsonl, heldout.jsonl."""
-  s = stage.Stage(config, workdir, 'seeds', model='data')
+  spec = catalog.find('sandbox')
+  config = spec.view(config)
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
   s.begin()
@@ -35,10 +35,11 @@ def make_seeds(config, workdir):
   s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval + c.ranked_tune, heldout=c.test_prompts + c.valid_prompts)
 
 
-@declared.reads('seed', 'data.documents', 'model')
 def make_corpus(config, workdir):
   """Writes data/corpus: corpus.jsonl, tokenizer.model."""
-  s = stage.Stage(config, workdir, 'corpus', model='data')
+  spec = catalog.find('sandbox', 'corpus')
+  config = spec.view(config)
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
   s.begin()

@@ -1,18 +1,18 @@
 """What the oracle thinks of a round: of the sampler's candidates, of its judgements, and of the pairs made of them."""
 import statistics
 
-from srlm_jax import cli, declared, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, records, stage
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 
-@declared.reads('judge.quorum')
 def run(config, workdir):
   """MODEL/respond, judge and pairs -> MODEL/audit/audit.json; prompts that are not of the world are left out."""
-  folder = stage.model_folder(workdir, config.name).parent
+  spec = catalog.find('sandbox.audit')
+  config = spec.view(config)
+  folder = spec.folder(workdir, config).parent
   pairs = folder / 'pairs' / 'pairs.jsonl'
-  sources = [*records.shards(folder / 'respond', 'responses'), *records.shards(folder / 'judge', 'judgements')]
-  s = stage.Stage(config, workdir, 'audit', [*sources, *([pairs] if pairs.exists() else [])])
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
   responses = list(records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response'))

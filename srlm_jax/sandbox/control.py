@@ -1,23 +1,23 @@
 """Scores candidates without a judge, to compare with one: by the program that knows the rubric, or blindly."""
 import zlib
 
-from srlm_jax import cli, declared, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.reward import judges
 from srlm_jax.sandbox import world
 
 
-@declared.reads('seed', 'judge.by', 'judge.n', 'judge.template')
 def run(config, workdir):
   """MODEL/respond -> MODEL/judge, as the judge stage writes it: the sampler's candidates scored by `judge.by`."""
+  spec = catalog.find('sandbox.control')
+  config = spec.view(config)
   by = config.judge.by
   if by == 'model':
     raise InputError('config.judge.by is model; run python -m srlm_jax.sample.judge, or name oracle or random')
-  folder = stage.model_folder(workdir, config.name).parent / 'respond'
   judge = judges.load(config.judge.template)
-  s = stage.Stage(config, workdir, 'judge', records.shards(folder, 'responses'), template=str(judge))
+  s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  responses = list(records.read_shards(folder, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
+  responses = list(records.read_shards(s.inputs[0].parent, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
   s.begin()
   judged = [_judgement(r, j, by, config.seed, judge) for r in responses for j in range(config.judge.n)]
   if hosts.is_first_host():

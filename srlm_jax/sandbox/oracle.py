@@ -3,26 +3,23 @@ import statistics
 
 import numpy as np
 
-from srlm_jax import cli, config as configs, declared, hosts, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, records, stage
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 
-@declared.reads('eval.split', 'eval.quorum', 'data.ranked_tune')
 def run(config, workdir):
   """MODEL/answers, answers_greedy and judge_eval -> MODEL/oracle/oracle.json: the mean score of 5 of the answers to
   held-out prompts, each point's share, length, histogram, and `judge`, as `of_judge` says; and graded.jsonl, every
   sampled answer with its score."""
-  folder = stage.model_folder(workdir, config.name).parent
-  sources = {name: records.shards(folder / name, 'responses') for name in ('answers', 'answers_greedy')}
-  ranked = stage.seeds(workdir) / 'ranked.jsonl'
-  s = stage.Stage(config, workdir, 'oracle', [
-      ranked, *(path for paths in sources.values() for path in paths),
-      *records.shards(folder / 'judge_eval', 'judgements')])
+  spec = catalog.find('sandbox.oracle')
+  config = spec.view(config)
+  folder = spec.folder(workdir, config).parent
+  s = stage.Stage(spec, config, workdir)
   if s.done:
     return
   answers, greedy = (list(records.read_shards(folder / name, 'responses', 'prompt', 'response', 'finish'))
-                     for name in sources)
+                     for name in ('answers', 'answers_greedy'))
   judged = scoring.by_response(records.read_shards(folder / 'judge_eval', 'judgements', 'response_id', 'score'),
                                config.eval.quorum)
   s.begin()
@@ -35,7 +32,7 @@ def run(config, workdir):
                 characters=sum(len(a['response']) for a in answers) / count,
                 finished=sum(a['finish'] == 'eos' for a in answers) / count, histogram=scoring.histogram(scores))
   split = configs.ranked_split(config)
-  result |= of_judge([r for r in records.read(ranked, 'id', 'prompt', 'split', 'replies') if r['split'] == split],
+  result |= of_judge([r for r in records.read(s.inputs[0], 'id', 'prompt', 'split', 'replies') if r['split'] == split],
                      {name: score.mean for name, score in judged.items()})
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)

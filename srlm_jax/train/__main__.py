@@ -6,10 +6,10 @@ from etils import epath
 import jax
 
 from srlm_jax import (
+  catalog,
   cli,
   closest,
   config as configs,
-  declared,
   hosts,
   InputError,
   metrics,
@@ -28,18 +28,9 @@ from srlm_jax.train.state import TrainState
 ROWS = 'rows.json'  # in the model's folder: how many rows a step has, and how wide they are
 
 
-KEYS = ('chat', 'model', 'seed', *(f'train.{key}' for key in (
-    'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs', 'learning_rate', 'learning_rate_end',
-    'warmup', 'weight_decay', 'b1', 'b2', 'clip', 'dropout', 'beta', 'nll', 'by_length', 'max_length', 'dtype', 'remat',
-    'save_every', 'select')))
-
-
-DPO = ('train.reference', 'train.beta', 'train.nll', 'train.by_length')  # of DPO alone
-
-
-@declared.reads(*KEYS, free=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.source'))
 def run(config, workdir):
   """Reads the init model and this model's data; writes MODEL/model: a checkpoint folder, metrics.jsonl."""
+  config = catalog.find('train').view(config)
   refuse_too_large(config)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):
@@ -50,11 +41,10 @@ def _train(config, workdir, mesh):
   c = config.train
   source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'corpus'
   shape = _model_config(config, source, workdir)
-  files = [data_file(workdir, config.name, name) for name in configs.training_data(config)]
-  unread = {*(() if c.select else ('train.save_every',)), *(DPO if c.loss == 'sft' else ())}
-  keys = [key for key in KEYS if key not in unread]
-  s = stage.Stage(config, workdir, 'model', files if c.init else [*files, source / 'tokenizer.model'],
-                  [source] if c.init else [], keys=keys)
+  files = [catalog.training_file(workdir, config, name)
+           for name in configs.training_data(config)]
+  s = stage.Stage(catalog.find('train'), config, workdir,
+                  more_inputs=files if c.init else [*files, source / 'tokenizer.model'])
   if s.done:
     return
 
@@ -128,15 +118,6 @@ def _steps(config, s, step, state, older, rows, saver, mesh) -> TrainState:
 def _few(rows: list[list[str]], most: int = 20) -> str:
   names = [name for row in rows for name in row]
   return ', '.join(names[:most]) + f' and {len(names) - most} more' * (len(names) > most)
-
-
-def data_file(workdir, model: str, name: str):
-  """Where a training set lies: corpus and ift among the seeds, eft with m1, the others with the model they are for."""
-  places = dict(corpus=('data', 'corpus'), ift=('data', 'seeds'), eft=('m1', 'eft'), pairs=(model, 'pairs'),
-                positives=(model, 'pairs'), judge_pairs=(model, 'meta_judge'))
-  if name not in places:
-    raise InputError(f'config.train.data names {name!r}{closest(name, places)}; it knows {", ".join(places)}')
-  return epath.Path(workdir).joinpath(*places[name]) / f'{name}.jsonl'
 
 
 def refuse_too_large(config):

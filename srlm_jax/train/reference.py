@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import tqdm
 
-from srlm_jax import hosts, InputError, metrics, records, sharding, stage
+from srlm_jax import catalog, hosts, InputError, metrics, records, sharding, stage
 from srlm_jax.checkpoint import store
 from srlm_jax.data.packing import Batches
 from srlm_jax.train import step as train_step
@@ -21,8 +21,8 @@ def cached(config, workdir, files, source, model, batches: Batches, mesh) -> dic
   hashes of parameters, pairs, tokens and chat template: a folder made with others is an InputError.
   """
   tokens = hashlib.sha256('\n'.join(map(repr, batches.examples)).encode()).hexdigest()
-  s = stage.Stage(config, workdir, 'reference', files, [source], f'{config.chat} {tokens}',
-                  keys=('chat', 'model', 'train.dtype'))
+  s = stage.Stage(catalog.find('train', 'reference'), config, workdir, f'{config.chat} {tokens}',
+                  files)
   path = s.folder / FILE
   if not s.done:
     s.begin(mesh)

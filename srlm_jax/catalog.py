@@ -1,0 +1,278 @@
+"""Every stage of a run, declared once: what it reads, writes and runs, and its config keys.
+
+A stage is a folder WORKDIR/OWNER/NAME. `loop.py` calls the stages in order; everything else that
+must know of them takes it from `STAGES`: which files a stage reads, which model it runs, which
+config keys its manifest lists, whether a config needs it, what its program's --on means.
+"""
+from collections.abc import Callable
+import dataclasses
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from srlm_jax import closest, config as configs, InputError, records
+
+SHARDS = '-*.jsonl'  # ends the name of records that are written in shards, one per host
+# Roles: what the model is that a stage runs, as the config of the stage's own model names it.
+ROLES = {
+    'self': lambda c: c.name,
+    'sampler': lambda c: c.sampler,
+    'older': lambda c: c.pairs.older,  # the model before the sampler
+    'init': lambda c: c.train.init,
+    'author': lambda c: c.sampler if c.prompts.author == 'sampler' else c.prompts.author,
+}
+
+
+class Undeclared(Exception):
+  """A stage reads a key that it does not declare: a mistake in the program, not of its user."""
+
+
+def _always(_) -> bool:
+  return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """One stage; where several programs write the same folder, one `Spec` for each.
+
+  `reads` and `writes` are files, `STAGE/FILE` and `FILE`; a FILE that ends in `-*.jsonl` is written
+  in shards. A stage reads what its own model's stages wrote, or those of `data`.
+  """
+  name: str                       # of the folder
+  program: str                    # python -m srlm_jax.PROGRAM
+  writes: tuple[str, ...]
+  reads: tuple[str, ...] = ()
+  reads_if_needed: tuple[str, ...] = ()  # if the config needs the stage that writes them
+  reads_if_there: tuple[str, ...] = ()
+  runs: tuple[str, ...] = ()      # ROLES
+  on: str = ''                    # the program's --on
+  owner: str = ''                 # whose folder it is: data, a model, or '': the config's own model
+  keys: tuple[str, ...] = ()      # config keys that change what is written; see READ_IF
+  free: tuple[str, ...] = ()      # config keys that do not, and are not compared
+  needed: Callable[[ConfigDict], bool] = _always  # whether the loop runs it
+
+  def view(self, config: ConfigDict) -> 'View':
+    """What this stage may read of a config."""
+    return View(whole(config), self.keys + self.free + ALWAYS)
+
+  def recorded(self, config) -> dict:
+    """{key: value} of the keys that change what is written with this config."""
+    config = whole(config)
+    return {key: look_up(config, key) for key in self.keys
+            if key not in READ_IF or READ_IF[key](config)}
+
+  def folder(self, workdir, config):
+    """The stage's folder."""
+    return epath.Path(workdir) / (self.owner or config.name) / self.name
+
+  def models(self, config) -> list[str]:
+    """The names of the models that it runs."""
+    return [name for role in self.runs if (name := ROLES[role](whole(config))) or role != 'init']
+
+  def inputs(self, workdir, config) -> list:
+    """The files that it reads; where shards are missing, a path that does not exist."""
+    config = whole(config)
+    needed = [f for f in self.reads_if_needed if needs(f.partition('/')[0], config)]
+    always = [path for file in (*self.reads, *needed) for path in _paths(file, workdir, config)]
+    there = [path for file in self.reads_if_there for path in _paths(file, workdir, config)]
+    return always + [path for path in there if path.exists()]
+
+
+def _paths(file: str, workdir, config) -> list:
+  """STAGE/FILE -> its path, or those of its shards."""
+  stage, _, name = file.partition('/')
+  folder = next(spec for spec in STAGES if spec.name == stage).folder(workdir, config)
+  return (records.shards(folder, name.removesuffix(SHARDS)) if name.endswith(SHARDS) else
+          [folder / name])
+
+
+class View:
+  """A config, or a section of it, that gives its declared keys alone.
+
+  >>> view = find('reward.health').view(configs.get('m2', 'tiny'))
+  >>> view.judge.quorum
+  2
+  >>> view.judge.template
+  Traceback (most recent call last):
+  srlm_jax.catalog.Undeclared: config.judge.template is read and not declared; add it to catalog.py
+  """
+
+  def __init__(self, config: ConfigDict, keys: tuple[str, ...], section: str = ''):
+    self._config, self._keys, self._section = config, keys, section
+
+  def __getattr__(self, name: str):
+    key = self._section + name
+    value = look_up(self._config, key)
+    if isinstance(value, ConfigDict):
+      return View(self._config, self._keys, key + '.')
+    if key not in self._keys:
+      raise Undeclared(f'config.{key} is read and not declared; add it to catalog.py')
+    return value
+
+
+def whole(config) -> ConfigDict:
+  """The config behind a view, for a stage that runs other stages; a config as it is."""
+  return config._config if isinstance(config, View) else config
+
+
+def look_up(config: ConfigDict, key: str):
+  """The value of SECTION.KEY; raises AttributeError if there is none."""
+  for part in key.split('.'):
+    config = getattr(config, part)
+  return config
+
+
+def _strategy(*names: str) -> Callable[[ConfigDict], bool]:
+  return lambda c: c.pairs.strategy in names
+
+
+def _is_dpo(c: ConfigDict) -> bool:
+  return c.train.loss == 'dpo'
+
+
+def _in_sandbox(c: ConfigDict) -> bool:
+  return c.data.source == 'sandbox'
+
+
+def _trains_on(*names: str) -> Callable[[ConfigDict], bool]:
+  return lambda c: not {*names}.isdisjoint(configs.training_data(c))
+
+
+_trains_on_own = _trains_on('pairs', 'positives')  # what the sampler wrote and judged
+_SEEDS = ('data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.test_prompts',
+          'data.valid_prompts')
+_SAMPLE = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
+_SAMPLE_FREE = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
+_RESPOND = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respond.top_k',
+            'respond.max_tokens', *_SAMPLE)
+_GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *_SAMPLE)
+_JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k',
+          'judge.max_tokens', *_SAMPLE)
+
+ALWAYS = ('name', 'size')  # which config it is; every stage may read them
+STAGES = (
+    Spec('seeds', 'data.seeds', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl'), owner='data',
+         keys=('seed', 'data.source', 'data.synthetic', *_SEEDS), free=('data.path',),
+         needed=lambda c: not _in_sandbox(c)),
+    Spec('seeds', 'sandbox', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl'), owner='data',
+         keys=('seed', 'data.ranked_tune', *_SEEDS), needed=_in_sandbox),
+    Spec('corpus', 'sandbox', ('corpus.jsonl',), owner='data', on='corpus',
+         keys=('seed', 'data.documents', 'model'), needed=lambda c: c.name == 'm0'),
+    Spec('prompts', 'sample.prompts', ('prompts.jsonl', 'attempts.jsonl'),
+         reads=('seeds/ift.jsonl', 'seeds/ranked.jsonl', 'seeds/heldout.jsonl'), runs=('author',),
+         keys=(*(f'prompts.{key}' for key in (
+             'author', 'template', 'chat', 'held_out', 'round', 'count', 'max_attempts',
+             'seed_shots', 'new_shots', 'shot_words', 'temperature', 'top_p', 'top_k', 'max_tokens',
+             'rouge', 'rouge_held_out', 'min_words', 'max_words')), *_SAMPLE),
+         free=_SAMPLE_FREE, needed=_trains_on_own),
+    Spec('respond', 'sample.respond', ('responses-*.jsonl',), reads=('prompts/prompts.jsonl',),
+         runs=('sampler',), on='prompts', keys=_RESPOND, free=_SAMPLE_FREE,
+         needed=_trains_on_own),
+    Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
+         runs=('sampler',), on='responses', keys=('judge.n', *_JUDGE),
+         free=('judge.by', *_SAMPLE_FREE),
+         needed=lambda c: _trains_on_own(c) and c.judge.by == 'model'),
+    Spec('judge', 'sandbox.control', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
+         keys=('seed', 'judge.by', 'judge.n', 'judge.template'),
+         needed=lambda c: _trains_on_own(c) and c.judge.by != 'model'),
+    Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
+         runs=('sampler',), on='ranked', keys=('eft.tries', *_JUDGE), free=_SAMPLE_FREE,
+         needed=lambda c: c.name == 'm1' and _trains_on('eft')(c) and c.eft.targets == 'baseline'),
+    Spec('judge_again', 'sample.judge', ('judgements-*.jsonl',),
+         reads=('respond/responses-*.jsonl',), runs=('older',), on='again',
+         keys=('judge.n', *_JUDGE), free=_SAMPLE_FREE, needed=_strategy('consistency')),
+    Spec('respond_older', 'sample.respond', ('responses-*.jsonl',),
+         reads=('prompts/prompts.jsonl',), runs=('older',), on='older', keys=_RESPOND,
+         free=_SAMPLE_FREE, needed=_strategy('temporal')),
+    Spec('judge_older', 'sample.judge', ('judgements-*.jsonl',),
+         reads=('respond_older/responses-*.jsonl',), runs=('sampler',), on='older',
+         keys=('judge.n', *_JUDGE), free=_SAMPLE_FREE, needed=_strategy('temporal')),
+    Spec('implicit', 'sample.implicit', ('logp-*.jsonl', 'older_logp-*.jsonl', 'rewards-*.jsonl'),
+         reads=('respond/responses-*.jsonl',), runs=('sampler', 'older'), keys=('chat', *_SAMPLE),
+         free=_SAMPLE_FREE, needed=_strategy('agreement')),
+    Spec('pairs', 'reward.pairs', ('pairs.jsonl', 'positives.jsonl', 'scores.jsonl'),
+         reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl'),
+         reads_if_needed=('judge_again/judgements-*.jsonl', 'respond_older/responses-*.jsonl',
+                'judge_older/judgements-*.jsonl', 'implicit/rewards-*.jsonl'),
+         keys=('pairs.strategy', 'pairs.unfinished_chosen', 'pairs.margin', 'pairs.rho',
+               'pairs.positive', 'judge.quorum'), needed=_trains_on_own),
+    Spec('meta_judge', 'sample.meta_judge', ('comparisons-*.jsonl', 'judge_pairs.jsonl'),
+         reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl', 'pairs/pairs.jsonl'),
+         runs=('sampler',), keys=(*(f'meta_judge.{key}' for key in (
+             'template', 'temperature', 'top_p', 'top_k', 'max_tokens', 'responses', 'share',
+             'score_share')), 'judge.template', 'judge.quorum', 'chat', *_SAMPLE),
+         free=('judge.n', *_SAMPLE_FREE), needed=_trains_on('judge_pairs')),
+    Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
+         reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl', 'respond/responses-*.jsonl',
+                   'judge/judgements-*.jsonl', 'pairs/pairs.jsonl', 'pairs/positives.jsonl'),
+         needed=lambda c: needs('judge', c)),
+    Spec('audit', 'sandbox.audit', ('audit.json',), keys=('judge.quorum',),
+         reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl'),
+         reads_if_there=('pairs/pairs.jsonl',),
+         needed=lambda c: _in_sandbox(c) and _trains_on_own(c)),
+    Spec('eft', 'reward.eft', ('eft.jsonl', 'dropped.jsonl'), owner='m1',
+         reads=('seeds/ranked.jsonl',), reads_if_needed=('judge/judgements-*.jsonl',),
+         keys=('eft.targets', 'eft.quorum', 'judge.template'),
+         needed=lambda c: c.name == 'm1' and _trains_on('eft')(c)),
+    Spec('reference', 'train', ('logps.jsonl',), runs=('init',), on='reference',
+         keys=('chat', 'model', 'train.dtype'),
+         needed=lambda c: _is_dpo(c) and c.train.reference == 'cached'),
+    Spec('model', 'train', ('metrics.jsonl',), runs=('init',),
+         keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
+             'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
+             'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2', 'clip',
+             'dropout', 'beta', 'nll', 'by_length', 'max_length', 'dtype', 'remat', 'save_every',
+             'select'))),
+         free=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
+               'data.source')),
+    Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
+         needed=lambda c: bool(c.train.select)),
+    Spec('judge_eval', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
+         runs=('self',), on='eval',
+         keys=('eval.judgements', 'eval.split', 'data.ranked_tune', *_JUDGE), free=_SAMPLE_FREE),
+    Spec('agreement', 'eval.agreement', ('agreement.json',),
+         reads=('seeds/ranked.jsonl', 'judge_eval/judgements-*.jsonl'),
+         keys=('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')),
+    Spec('answers', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
+         runs=('self',), on='heldout',
+         keys=('eval.temperature', 'eval.top_p', 'eval.top_k', *_GREEDY), free=_SAMPLE_FREE),
+    Spec('answers_greedy', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
+         runs=('self',), on='greedy', keys=_GREEDY, free=_SAMPLE_FREE,
+         needed=_in_sandbox),
+    Spec('oracle', 'sandbox.oracle', ('oracle.json', 'graded.jsonl'),
+         reads=('seeds/ranked.jsonl', 'answers/responses-*.jsonl',
+                'answers_greedy/responses-*.jsonl', 'judge_eval/judgements-*.jsonl'),
+         keys=('eval.split', 'eval.quorum', 'data.ranked_tune'), needed=_in_sandbox),
+)
+NAMES = tuple(dict.fromkeys(spec.name for spec in STAGES))
+# Keys that only some configs read; with others they are left out of the manifest.
+READ_IF = {
+    'pairs.margin': _strategy('margin'),
+    'pairs.rho': _strategy('length_controlled'),
+    'pairs.positive': _strategy('positives_only'),
+    'data.ranked_tune': lambda c: _in_sandbox(c) or c.eval.split == 'valid',
+    'train.save_every': lambda c: bool(c.train.select),
+    **dict.fromkeys(('train.reference', 'train.beta', 'train.nll', 'train.by_length'), _is_dpo),
+}
+
+
+def find(program: str, on: str = '') -> Spec:
+  """The stage that a program runs with this --on; InputError names the values that it takes."""
+  specs = {spec.on: spec for spec in STAGES if spec.program == program}
+  if on not in specs:
+    raise InputError(f'--on={on}{closest(on, specs)}: it is one of {", ".join(specs)}')
+  return specs[on]
+
+
+def needs(name: str, config: ConfigDict) -> bool:
+  """Whether a loop with this config runs the stage."""
+  return any(spec.name == name and spec.needed(config) for spec in STAGES)
+
+
+def training_file(workdir, config, name: str):
+  """The file of a name in `train.data`: of the stage that writes NAME.jsonl."""
+  for spec in STAGES:
+    if f'{name}.jsonl' in spec.writes and name in configs.TRAINING_DATA:
+      return spec.folder(workdir, config) / f'{name}.jsonl'
+  raise InputError(f'config.train.data names {name!r}{closest(name, configs.TRAINING_DATA)}; it may '
+                   f'name {", ".join(configs.TRAINING_DATA)}')
