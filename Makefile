@@ -3,34 +3,50 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow aot lint clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot lint lock clean
+
+# The lock file for $(PYTHON) on this machine, or nothing.
+LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
+  print("py%d%d-%s" % (*sys.version_info[:2], sysconfig.get_platform()))').txt)
+NO_LOCK := No lock file in requirements/ is for this Python and this platform, so pip chooses the \
+  versions from the ranges in pyproject.toml.
+PIP := pip --quiet --disable-pip-version-check
+
+# $(call install,FOLDER,WHAT): an environment with the locked versions, then WHAT.
+define install
+$(PYTHON) -m venv $(1)
+$(if $(LOCK),$(1)/bin/$(PIP) install --require-hashes -r $(LOCK),@echo '$(NO_LOCK)')
+$(1)/bin/$(PIP) install $(2)
+touch $(1)/.installed
+endef
 
 setup: .venv/.installed
 
-.venv/.installed: setup.py
+.venv/.installed: pyproject.toml $(LOCK)
+	$(call install,.venv,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
+
+# Apart, because where the TPU's library is installed, every run looks for a TPU first.
+.venv-aot/.installed: pyproject.toml $(LOCK)
+	$(call install,.venv-aot,-e '.[test,aot]')
+
+# Apart, because `make test` must need no torch.
+.venv-parity/.installed: pyproject.toml $(LOCK)
+	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
+
+.venv-parity/.torch: .venv-parity/.installed
+	.venv-parity/bin/$(PIP) install $(TORCH)
+	touch $@
+
+.venv/.lint: requirements/lint.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/$(PIP) install --require-hashes -r $<
 	touch $@
 
-.venv/.test: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
-	touch $@
-
-.venv-aot/.installed: setup.py  # apart: where the TPU's library is installed, every run looks for a TPU first
-	$(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/pip install --quiet --disable-pip-version-check -e '.[test,aot]'
-	touch $@
-
-.venv/.lint: setup.py
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check 'ruff>=0.14,<0.18'
-	touch $@
-
-demo: .venv/.installed  ## the whole loop, M0 to M3, in a small world, on this machine
+demo: .venv/.installed  ## the whole loop, M0 to M3, in the sandbox
 	$(BIN)/python -m srlm_jax.loop --size=tiny --workdir=$(RUN)
 
 M0 := srlm_jax/sandbox/m0
-sandbox-m0: .venv/.installed  ## trains the sandbox's M0 anew and puts it into the package; about 40 minutes
+sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes
 	$(BIN)/python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
 	$(BIN)/python -m srlm_jax.train --config=configs/sandbox_m0.py --workdir=runs/m0
 	rm -rf runs/m0/hf
@@ -38,18 +54,38 @@ sandbox-m0: .venv/.installed  ## trains the sandbox's M0 anew and puts it into t
 	mkdir -p $(M0)
 	cp runs/m0/hf/* runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
 
-test: .venv/.test
+test: .venv/.installed
 	$(BIN)/python -m pytest -q -m 'not slow and not aot' -n 2 --dist loadfile --no-loadscope-reorder tests/test_loop.py tests srlm_jax
 
-test-slow: .venv/.test  ## the tests that are too slow for every change
+test-slow: .venv/.installed  ## the tests that are too slow for every change
 	$(BIN)/python -m pytest -q -m slow
 
-aot: .venv-aot/.installed  ## the 70B programs, compiled for TPUs that are not here
+# What pip installs as torch; on Linux plain torch is the CUDA build, of several GB. The CPU build:
+# make test-parity TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch
+test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
+	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py
+
+aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py
 	.venv-aot/bin/python bench/scale.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
 
+COMPILE = .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url $(UPGRADE) \
+  --custom-compile-command 'make lock'
+COMPILE_LINUX = $(COMPILE) pyproject.toml --extra test --python-platform x86_64-manylinux_2_28
+
+lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes the newest version of each range
+	$(COMPILE_LINUX) --python-version 3.11 -o requirements/py311-linux-x86_64.txt
+	$(COMPILE_LINUX) --python-version 3.12 -o requirements/py312-linux-x86_64.txt
+	$(COMPILE) --universal --group lint -o requirements/lint.txt
+
+.venv-lock/.installed:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/$(PIP) install 'uv>=0.13,<0.14'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-aot runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-lock .venv-parity runs build *.egg-info

@@ -1,4 +1,4 @@
-"""What a machine allows: how fast it reads and computes, and the least time that sampling takes at those speeds."""
+"""The roofline of a machine: memory bandwidth, compute, and the least time that sampling takes."""
 from collections.abc import Callable, Sequence
 import itertools
 import pathlib
@@ -15,67 +15,80 @@ from srlm_jax.sample import engine as engines
 
 
 def peaks(config: Config, device: str, quick: bool) -> tuple[float, float]:
-  """Bytes a second that are read from memory, and operations a second of a product of matrices: the best of XLA and
-  torch."""
-  many, wide = (2**20, 256) if quick else (2**28, 2048) if device == 'cpu' else (2**30, 8192)
+  """-> bytes per second of a memory read, FLOP/s of a matrix product: the best of XLA and torch."""
+  if quick:
+    elements, width = 2**20, 256
+  else:
+    elements, width = (2**28, 2048) if device == 'cpu' else (2**30, 8192)
+
   def best(torch_op, jax_op, shape):
-    ours, theirs = jnp.ones(shape, config.dtype), torch.ones(shape, dtype=getattr(torch, config.dtype), device=device)
-    op = jax.jit(jax_op)
-    def torch_side():
-      torch_op(theirs)
+    jax_array = jnp.ones(shape, config.dtype)
+    torch_array = torch.ones(shape, dtype=getattr(torch, config.dtype), device=device)
+    compiled = jax.jit(jax_op)
+
+    def by_torch():
+      torch_op(torch_array)
       if device != 'cpu':
         torch.cuda.synchronize()
-    sides = [lambda: op(ours).block_until_ready(), torch_side]
+    sides = [lambda: compiled(jax_array).block_until_ready(), by_torch]
     return min(seconds(side) for side in sides * 6)
-  read = best(torch.sum, jnp.sum, (many,))
-  multiply = best(lambda x: x @ x, lambda x: x @ x, (wide, wide))
-  return many * jnp.dtype(config.dtype).itemsize / read, 2 * wide**3 / multiply
+  read = best(torch.sum, jnp.sum, (elements,))
+  multiply = best(lambda x: x @ x, lambda x: x @ x, (width, width))
+  return elements * jnp.dtype(config.dtype).itemsize / read, 2 * width**3 / multiply
 
 
-def floor(config: Config, requests: Sequence[engines.Request], slots: int, bandwidth: float, flops: float) -> float:
-  """Seconds that no sampler of `slots` rows can beat: of prefill and of decode, whichever takes longer, to read what
-  must be read or to compute what must be computed.
+def bound(config: Config, requests: Sequence[engines.Request], slots: int, bandwidth: float,
+          flops: float) -> float:
+  """-> seconds, a lower bound for any sampler with `slots` rows.
 
-  Prefill: every distinct prompt token once (a tree: rubric, prompt, candidate), without the head; weights are read
-  once. Decode: tokens / slots steps, all rows busy; a step reads the weights once, the keys and values of what all
-  prompts begin with once, and those of each row's own. An operation is 2 for each weight and token, and 4 H for each
-  query head, layer, token and key.
+  The sum of prefill and decode. Each is the larger of the time to read its bytes and the time of
+  its operations.
+
+  Prefill: every distinct prompt token once (the tree of rubric, prompt and candidate), without the
+  output head; weights are read once. Decode: tokens / slots steps with all rows busy. A step reads
+  the weights once, the keys and values of the common prefix once, and those of each row. One weight
+  takes 2 operations per token. Attention takes 4 H operations per query head, layer, token and key.
   """
-  c, bytes_each = config, jnp.dtype(config.dtype).itemsize
+  c, itemsize = config, jnp.dtype(config.dtype).itemsize
   layers = c.layers * (2 * c.D * c.K * (c.G + 1) * c.H + 3 * c.D * c.F)
   weights = layers + c.D * c.V
-  per_key = 4 * c.layers * c.K * c.G * c.H  # operations
-  key_bytes = 2 * c.layers * c.K * c.H * bytes_each
+  key_flops = 4 * c.layers * c.K * c.G * c.H
+  key_bytes = 2 * c.layers * c.K * c.H * itemsize
 
-  prompts = sorted(tuple(r.ids[:-1]) for r in requests)  # those with a common beginning side by side
-  places = [range(len(engines.common([before, ids])), len(ids)) for before, ids in itertools.pairwise([(), *prompts])]
-  fresh, seen = sum(map(len, places)), sum(sum(place) + len(place) for place in places)
-  prefill = max(layers * bytes_each / bandwidth, (2 * layers * fresh + per_key * seen) / flops)
+  prompts = sorted(tuple(r.ids[:-1]) for r in requests)  # puts common prefixes next to each other
+  positions = [range(len(engines.common([before, ids])), len(ids))
+               for before, ids in itertools.pairwise([(), *prompts])]
+  distinct = sum(map(len, positions))
+  keys = sum(sum(p) + len(p) for p in positions)
+  prefill = max(layers * itemsize / bandwidth, (2 * layers * distinct + key_flops * keys) / flops)
 
   shared = len(engines.common(prompts))
   tokens = sum(sum(r.lengths) for r in requests)
-  own = sum(n * (len(r.ids) - shared) + n * (n - 1) // 2 for r in requests for n in r.lengths)  # keys, over all tokens
+  own_keys = sum(n * (len(r.ids) - shared) + n * (n - 1) // 2 for r in requests for n in r.lengths)
   steps = tokens / slots
-  read = steps * (weights * bytes_each + shared * key_bytes) + own * key_bytes
-  computed = 2 * weights * tokens + per_key * (own + shared * tokens)
+  read = steps * (weights * itemsize + shared * key_bytes) + own_keys * key_bytes
+  computed = 2 * weights * tokens + key_flops * (own_keys + shared * tokens)
   return prefill + max(read / bandwidth, computed / flops)
 
 
 def seconds(side: Callable) -> float:
+  """-> wall-clock seconds of one call."""
   start = time.perf_counter()
   side()
   return time.perf_counter() - start
 
 
 def medians(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-  """Of the seconds that each side returns. A round has all of them, so that the machine's slow minutes are
-  everyone's."""
+  """{name: a function that returns seconds} -> {name: their median}.
+
+  Runs alternate, so that slow periods of the machine affect all sides.
+  """
   taken = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
   return {name: statistics.median(one[name] for one in taken) for name in sides}
 
 
 def name(cores: int) -> str:
-  """What the processor calls itself."""
+  """-> the name of the processor, and the number of cores."""
   path = pathlib.Path('/proc/cpuinfo')
   lines = path.read_text().splitlines() if path.exists() else []
   names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]

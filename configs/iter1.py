@@ -1,4 +1,4 @@
-"""M1: M0 trained on IFT and EFT; its EFT is judged by the SFT baseline."""
+"""M1: M0 trained on IFT and EFT. The SFT baseline judges the EFT data."""
 from srlm_jax import config as configs
 
 

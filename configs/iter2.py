@@ -1,4 +1,4 @@
-"""M2: M1 trained with DPO on pairs that M1 answered and judged."""
+"""M2: M1 trained with DPO on pairs that M1 generated and judged."""
 from srlm_jax import config as configs
 
 

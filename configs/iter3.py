@@ -1,4 +1,4 @@
-"""M3: M2 trained with DPO on pairs that M2 answered and judged."""
+"""M3: M2 trained with DPO on pairs that M2 generated and judged."""
 from srlm_jax import config as configs
 
 

@@ -1,4 +1,4 @@
-"""M4: M3 trained with DPO on pairs that M3 answered and judged; not in the paper."""
+"""M4: M3 trained with DPO on pairs that M3 generated and judged; not in the paper."""
 from srlm_jax import config as configs
 
 

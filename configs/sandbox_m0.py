@@ -1,4 +1,4 @@
-"""The sandbox's M0: a small Llama trained from nothing on the sandbox's corpus."""
+"""M0 of the sandbox: a small Llama trained from scratch on the corpus of the sandbox."""
 from srlm_jax import config as configs
 
 

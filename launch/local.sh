@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs one command as N processes of one run, on this machine; stops all of them when one fails.
+# Runs one command as N processes of one run, on this machine. If one fails, stops all of them.
 #
 #   launch/local.sh N COMMAND...
-#   launch/local.sh 2 python -m srlm_jax.train --config=configs/sft.py:tiny --workdir=runs/demo
+#   launch/local.sh 2 python -m srlm_jax.train --config=sft:tiny --workdir=runs/demo
 #
-# CPU: each process gets the fake devices that the environment asks for:
+# CPU: each process gets the number of fake devices that the environment sets:
 #   JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=2
-# GPU: CUDA_VISIBLE_DEVICES=0,1,2,3 is dealt out in equal parts. One process can drive all GPUs of a
-#   machine by itself; several are for testing what runs on several machines.
-# SRLM_PORT: where the processes meet; by default a free port.
+# GPU: CUDA_VISIBLE_DEVICES=0,1,2,3 is divided equally among the processes. One process can use all
+#   GPUs of a machine; several processes are for testing runs on several machines.
+# SRLM_PORT: the port of the coordinator; by default a free port.
 set -uo pipefail
 
 if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -21,7 +21,7 @@ shift
 gpus=()
 [[ -z ${CUDA_VISIBLE_DEVICES:-} ]] || IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 if ((${#gpus[@]} % hosts)); then
-  echo "error: CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPUs, which do not divide over $hosts processes" >&2
+  echo "error: CUDA_VISIBLE_DEVICES names ${#gpus[@]} GPUs, not a multiple of $hosts processes" >&2
   exit 2
 fi
 share=$((${#gpus[@]} / hosts))
@@ -31,7 +31,7 @@ port=${SRLM_PORT:-$((20000 + RANDOM % 12000))}
 while [[ -z ${SRLM_PORT:-} ]] && in_use "$port"; do port=$((20000 + RANDOM % 12000)); done
 
 pids=()
-stop() {  # JAX catches SIGTERM for its preemption service, so SIGKILL follows
+stop() {  # JAX's preemption service catches SIGTERM, so SIGKILL follows
   kill "${pids[@]}" 2>/dev/null
   for ((tries = 0; tries < 20; tries++)); do
     kill -0 "${pids[@]}" 2>/dev/null || break
@@ -58,7 +58,7 @@ while ((${#pids[@]})); do
     code=$?
     unset "pids[i]"
     if ((code)); then
-      echo "error: process $i of $hosts ended with $code; stopping the others" >&2
+      echo "error: process $i of $hosts exited with code $code; stopping the others" >&2
       ((${#pids[@]} == 0)) || stop
       exit "$code"
     fi

@@ -8,13 +8,13 @@
 #SBATCH --requeue
 #SBATCH --output=srlm-%j.log
 #
-# Runs one command on every GPU node of a Slurm job, one process a node; a requeued job goes on where it was.
+# Runs one command on every GPU node of a Slurm job, one process per node. A requeued job resumes.
 #
 #   sbatch --partition=PARTITION launch/slurm.sh COMMAND...
-#   sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=configs/iter2.py:70b --workdir=/SHARED/x
+#   sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=iter2:70b --workdir=/SHARED/x
 #
-# PARTITION: the GPU nodes of your cluster. SHARED: a file system that all nodes mount. Submit from the
-# repository, where `python -m venv .venv && .venv/bin/pip install -e '.[gpu]'` was run.
+# PARTITION: the GPU nodes of your cluster. SHARED: a file system that all nodes mount. Submit from
+# the repository, after `python -m venv .venv && .venv/bin/pip install -e '.[gpu]'` in it.
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -24,7 +24,7 @@ fi
 
 export SRLM_HOSTS=auto
 export PATH=$SLURM_SUBMIT_DIR/.venv/bin:$PATH
-# JAX takes one GPU a process under Slurm, unless told which are its own.
+# Under Slurm, JAX uses one GPU per process by default.
 JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
 export JAX_LOCAL_DEVICE_IDS
 

@@ -2,12 +2,13 @@
 # Runs one command on every host of a Cloud TPU slice.
 #
 #   launch/tpu.sh TPU ZONE COMMAND...
-#   launch/tpu.sh my-v5p us-east5-a python -m srlm_jax.train --config=configs/iter2.py:70b --workdir=/SHARED/x
+#   launch/tpu.sh my-v5p us-east5-a python -m srlm_jax.train --config=iter2:70b --workdir=/SHARED/x
 #
-# TPU: the name of the TPU VM. ZONE: where it is. SHARED: a file system that every host mounts (Filestore, NFS).
-# CHECKOUT (environment, default srlm_jax): the folder of the repository on the hosts, under $HOME, where
-# `python3 -m venv .venv && .venv/bin/pip install -e '.[tpu]'` was run, for instance by this script with another
-# command. The command runs there, with .venv first on the path.
+# TPU: the name of the TPU VM. ZONE: its zone. SHARED: a file system that every host mounts
+# (Filestore, NFS).
+# CHECKOUT (environment variable, default srlm_jax): the folder of the repository on the hosts,
+# under $HOME. Run `python3 -m venv .venv && .venv/bin/pip install -e '.[tpu]'` in it first, for
+# example with this script. The command runs in that folder, with .venv first on the path.
 set -euo pipefail
 
 if [[ $# -lt 3 ]]; then

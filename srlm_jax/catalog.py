@@ -203,7 +203,8 @@ STAGES = (
              'score_share')), 'judge.template', 'judge.quorum', 'chat', *_SAMPLE),
          free=('judge.n', *_SAMPLE_FREE), needed=_trains_on('judge_pairs')),
     Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
-         reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl', 'respond/responses-*.jsonl',
+         reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl',
+                         'respond/responses-*.jsonl',
                    'judge/judgements-*.jsonl', 'pairs/pairs.jsonl', 'pairs/positives.jsonl'),
          needed=lambda c: needs('judge', c)),
     Spec('audit', 'sandbox.audit', ('audit.json',), keys=('judge.quorum',),
@@ -274,5 +275,6 @@ def training_file(workdir, config, name: str):
   for spec in STAGES:
     if f'{name}.jsonl' in spec.writes and name in configs.TRAINING_DATA:
       return spec.folder(workdir, config) / f'{name}.jsonl'
-  raise InputError(f'config.train.data names {name!r}{closest(name, configs.TRAINING_DATA)}; it may '
-                   f'name {", ".join(configs.TRAINING_DATA)}')
+  known = configs.TRAINING_DATA
+  raise InputError(f'config.train.data names {name!r}{closest(name, known)}; it may name '
+                   f'{", ".join(known)}')

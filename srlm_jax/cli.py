@@ -1,4 +1,4 @@
-"""What every program does first: flags, hosts, workdir; and errors as one sentence."""
+"""What every program does first: flags, hosts, the workdir's lock; and errors as one sentence."""
 import contextlib
 import re
 import sys
@@ -12,10 +12,13 @@ from srlm_jax import config as configs, environment, hosts, InputError, lock
 
 
 def main(run, **extra):
-  """Runs `run(config, workdir)` as a program with --config and --workdir; `extra`: more flags, name=(default, help)."""
-  config_flags.DEFINE_config_file('config', None,
-                                  'One model: iter2, iter2:tiny, or the path of a file.')
-  flags.DEFINE_string('workdir', None, 'Folder of the whole run; by default runs/ and the name of the config.')
+  """Runs `run(config, workdir, ..)` as a program with the flags --config and --workdir.
+
+  `extra`: more flags, name=(default, help), which are passed on.
+  """
+  config_flags.DEFINE_config_file(
+      'config', None, 'One model: iter2, iter2:tiny, or the path of a file.')
+  flags.DEFINE_string('workdir', None, 'Folder of the whole run; default: runs/CONFIG-SIZE.')
   flags.mark_flag_as_required('config')
   for name, (default, text) in extra.items():
     flags.DEFINE_string(name, default, text)
@@ -28,7 +31,7 @@ def main(run, **extra):
     try:
       size = flags.FLAGS.config.size
     except OSError as error:
-      raise InputError(f'--config={file} cannot be read; give its path, or a name: '
+      raise InputError(f'--config={file} cannot be read; give the path of a file, or a name: '
                        f'{", ".join(configs.FILES)}') from error
     configs.check(flags.FLAGS.config)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
@@ -38,26 +41,10 @@ def main(run, **extra):
   run_app(start)
 
 
-def alone(workdir):
-  """Holds the workdir's lock, on the first host, inside a `with` block; see `lock.held`."""
-  return lock.held(workdir) if hosts.is_first_host() else contextlib.nullcontext()
-
-
-def keep_compiled(workdir):
-  """Keeps compiled programs in the workdir, so that no stage compiles what another has (unless JAX's own setting says
-  where). Raises InputError if the workdir is a file, or below one."""
-  folder = epath.Path(workdir)
-  if blocking := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
-    raise InputError(f'--workdir={workdir}: {blocking} is a file, not a folder; give another path')
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(epath.Path(workdir) / 'compiled'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
-
-
 def run_app(start):
-  """absl.app.run, with bad input as one sentence on stderr and exit code 1; joins the hosts first."""
+  """Runs `start(argv)` as a program: joins the hosts; an InputError is printed, exit code 1."""
   def guarded(argv):
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     try:
       environment.pin()
       hosts.join()
@@ -68,7 +55,28 @@ def run_app(start):
   app.run(guarded, flags_parser=_parse_flags)
 
 
+def alone(workdir):
+  """Holds the workdir's lock inside a `with` block, on the first host; see `lock.held`."""
+  return lock.held(workdir) if hosts.is_first_host() else contextlib.nullcontext()
+
+
+def keep_compiled(workdir):
+  """Makes JAX keep compiled programs in the workdir, for the next stage and the next run.
+
+  JAX's own setting of that folder is left alone. Raises InputError if the workdir is a file, or
+  below one.
+  """
+  folder = epath.Path(workdir)
+  for place in (folder, *folder.parents):
+    if place.exists() and not place.is_dir():
+      raise InputError(f'--workdir={workdir}: {place} is a file, not a folder; give another path')
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
 def refuse_arguments(argv):
+  """Raises InputError for an argument that is not a flag."""
   if argv[1:]:
     raise InputError(f'{argv[1]!r} is not a flag; flags are written --name=value')
 
@@ -85,31 +93,35 @@ def default_workdir(config: str, size: str) -> str:
 
 
 def _config_file(argument: str) -> str:
-  """--config=iter2:tiny means `get_config('iter2:tiny')` of srlm_jax/config.py; others stay."""
+  """--config=iter2:tiny means get_config('iter2:tiny') of srlm_jax/config.py; others stay."""
   if not (found := re.fullmatch(r'(--?config=)([^/.]+)', argument)):
     return argument
   return f'{found[1]}{configs.__file__}:{found[2]}'
 
 
 def _parse_flags(argv):
+  """Parses flags; an error is printed as one line, whatever absl and ml_collections make of it."""
   try:
     return flags.FLAGS([_config_file(argument) for argument in argv])
   except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError,
           RecursionError) as error:
-    text = str(error.args[0] if error.args else error)
-    if isinstance(error, RecursionError):  # absl searches for a flag with a similar name
-      text = 'a flag has a name that is unknown and very long; flags are written --name=value'
-    hint = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
-    if hint:
-      text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
-    elif isinstance(error, KeyError | AttributeError):
-      text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
-    missing = re.search(r'flag --(\w+)=None: .* must have a value', text)
-    if missing:
-      text = f'--{missing[1]} is missing'
-    text = text.replace('InputError: ', '').replace('ValueError: ', '')
-    text = ' '.join(text.strip().splitlines()[-1 if 'Traceback' in text else 0:])
-    # A long value is shortened by itself first, because the reason follows it.
-    text = re.sub(r'\S{151,}', lambda word: configs.short(word[0], 150), text)
-    print('error: ' + configs.short(text, 300), file=sys.stderr)
+    print(f'error: {_flag_error(error)}', file=sys.stderr)
     sys.exit(1)
+
+
+def _flag_error(error: Exception) -> str:
+  """One sentence of bounded length."""
+  text = str(error.args[0] if error.args else error)
+  if isinstance(error, RecursionError):  # absl searches for a flag with a similar name
+    text = 'a flag has a name that is unknown and very long; flags are written --name=value'
+  elif hint := re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text):
+    text = f'--config has no key "{hint[2]}" (did you mean "{hint[1]}"?)'
+  elif isinstance(error, KeyError | AttributeError):
+    text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
+  elif missing := re.search(r'flag --(\w+)=None: .* must have a value', text):
+    text = f'--{missing[1]} is missing'
+  text = text.replace('InputError: ', '').replace('ValueError: ', '').strip()
+  lines = text.splitlines()
+  text = lines[-1] if 'Traceback' in text else ' '.join(lines)
+  # A long value is shortened by itself first, because the reason follows it.
+  return configs.short(re.sub(r'\S{151,}', lambda word: configs.short(word[0], 150), text), 300)

@@ -1,9 +1,9 @@
-"""Every knob once, in the table `KNOBS`: default, allowed values, meaning with unit, source.
+"""Every config key once, in the table `KNOBS`: default, allowed values, unit, source.
 
-`get(name, size)` is the config of one model of the paper's table at one size, and `check` refuses
-what the table does not allow. Below the table, one function per model and per size sets what
-differs there; what it sets is in the unit that the table states. PAPER is Yuan et al. 2024, arXiv
-2401.10020. Lengths are in tokens, rates are those of AdamW.
+`get(name, size)` is the config of one model of the paper's table at one size. `check` refuses what
+the table does not allow. Below the table, one function per model and per size sets the values that
+differ from the defaults. PAPER is Yuan et al. 2024, arXiv 2401.10020. Lengths are in tokens,
+learning rates are those of AdamW.
 """
 from collections.abc import Iterator
 import dataclasses
@@ -28,10 +28,10 @@ NAMES_A_MODEL = {'sampler': MODELS, 'train.init': MODELS, 'pairs.older': MODELS,
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-  """Allowed values of a knob: a type; for numbers also a range, for strings also choices.
+  """The values that a key may have: a type; for numbers also a range, for strings also choices.
 
-  `least` and `most` belong to the range, `above` and `below` do not; `also` is one value outside
-  of it. NaN and infinity are in no range. A tuple holds at least one string.
+  The range includes `least` and `most` and excludes `above` and `below`; `also` is one more value,
+  outside of the range. No range includes NaN or infinity. A tuple has at least one string.
   """
   kind: type  # int, float, bool, str or tuple
   least: float = -math.inf
@@ -42,7 +42,7 @@ class Values:
   choices: tuple[str, ...] = ()
 
   def has_type(self, value) -> bool:
-    """Whether the type is right; a whole number is also a float, and a bool is not a number."""
+    """Whether the type is right. An int is accepted as a float; a bool is not a number."""
     if self.kind is tuple:
       return isinstance(value, tuple) and all(isinstance(v, str) for v in value) and value != ()
     kinds = (int, float) if self.kind is float else self.kind
@@ -58,8 +58,10 @@ class Values:
     return not self.choices or value in self.choices
 
   def wanted(self, value=None) -> str:
-    """'it must be ..', or 'it is ..' before a complete list or range; names the type where `value`
-    has another one or is not finite."""
+    """What is allowed, as the end of a sentence: 'it must be ..' or 'it is ..'.
+
+    Names the type if `value` has another type or is not finite.
+    """
     if self.choices:
       return f'it is {_listed(self.choices)}'
     kind = {int: 'a whole number', float: 'a finite number', bool: 'True or False', str: 'a string',
@@ -85,16 +87,16 @@ class Knob:
   """One line of the table."""
   default: int | float | bool | str | tuple
   values: Values
-  unit: str    # what it counts or says, with its unit
-  source: str  # of the default
+  unit: str    # its meaning, with the unit
+  source: str  # of the default value
 
   def check(self, key: str, value):
-    """Raises InputError, one sentence, for a value that the table does not allow."""
+    """Raises InputError for a value that the table does not allow."""
     if not self.values.allow(value):
       raise InputError(f'config.{key} is {show(value)}; {self.wanted(value)}')
 
   def wanted(self, value=None) -> str:
-    """What to write instead of `value`, with the unit."""
+    """What is allowed instead of `value`, with the unit."""
     return f'{self.values.wanted(value)} ({self.unit})'
 
 
@@ -103,7 +105,7 @@ def one_of(*choices: str) -> Values:
 
 
 def show(value) -> str:
-  """A value of any type for an error message, shortened.
+  """A value of any type, shortened for an error message.
 
   >>> show('x'), show(10 ** 5000)
   ("'x'", 'an int of about 5000 digits')
@@ -117,11 +119,11 @@ def show(value) -> str:
 
 
 def short(text: str, most: int = 120) -> str:
-  """A text for an error message: all of it, or its beginning and its length in characters."""
+  """A text for an error message; a long one is cut and followed by its length."""
   return text if len(text) <= most else f'{text[:most // 2]}.. ({len(text)} characters)'
 
 
-# Ranges. Both ends are far beyond any use: they keep arithmetic within int32 and float32.
+# Ranges. Their ends are far beyond any use; they keep arithmetic within int32 and float32.
 TINY = 1e-30  # lower ones may become 0 in float32, and then NaN
 MANY = 10**9  # two such counts still add up within int32
 COUNT = Values(int, above=0, most=MANY)
@@ -148,9 +150,9 @@ _SECTIONS = {
     '': dict(
         name=Knob('m2', one_of(*MODELS), 'the model of the table', PAPER),
         size=Knob('70b', one_of(*SIZES), 'of the model and of everything else', PAPER),
-        seed=Knob(0, SEED, 'of all random draws', OURS),
+        seed=Knob(0, SEED, 'seed of all random draws', OURS),
         m0=Knob('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
-        model=Knob('llama2-70b', TEXT, 'what M0 must be: a name of models.config.PRESETS', PAPER),
+        model=Knob('llama2-70b', TEXT, 'shape of M0: a name of models.config.PRESETS', PAPER),
         sampler=Knob('', TEXT, 'the model that writes the data of this one', PAPER),
         chat=Knob('llama2', one_of(*CHATS), 'form of prompt and response', OURS),
     ),
@@ -171,21 +173,21 @@ _SECTIONS = {
         ift=Knob(3200, COUNT_OR_0, 'examples: of OASST1 English, first turn, rank 0', PAPER),
         test_prompts=Knob(256, COUNT_OR_0, 'prompts held out for head-to-head', PAPER),
         valid_prompts=Knob(253, COUNT_OR_0, 'prompts held out for early stopping', PAPER),
-        # 1,630 EFT examples in the paper; of OASST1, any turn
+        # 1,630 EFT examples in the paper; prompts of any turn of OASST1
         ranked_train=Knob(2000, COUNT_OR_0, 'prompts for EFT', OURS),
         # 541 replies, 2.85 per prompt
         ranked_eval=Knob(190, COUNT_OR_0, 'prompts to measure judges on', PAPER),
         ranked_tune=Knob(0, COUNT_OR_0, 'prompts to tune on, with eval.split=valid', OURS),
-        synthetic=Knob(False, SWITCH, 'keeps what a model wrote in OASST1', OURS),
+        synthetic=Knob(False, SWITCH, 'keeps messages of OASST1 that a model wrote', OURS),
         documents=Knob(0, COUNT_OR_0, 'documents of the corpus of the sandbox', OURS),
     ),
     'train': dict(
-        init=Knob('', TEXT, 'the model that it starts from, and the reference of DPO', PAPER),
+        init=Knob('', TEXT, 'the model to start from, which is also the reference of DPO', PAPER),
         # names of TRAINING_DATA
         data=Knob(('',), Values(tuple), 'names of the files to train on', PAPER),
         batch=Knob(16, COUNT, 'examples or pairs per step; packed, on average', PAPER),
         pack=Knob(True, SWITCH, 'several examples per row, or one, padded', OURS),
-        # same result, fewer activations at a time
+        # same result, with fewer activations in memory
         accumulate=Knob(1, COUNT, 'micro-batches per step', OURS),
         epochs=Knob(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
         warmup=Knob(0, COUNT_OR_0, 'steps', OURS),
@@ -204,10 +206,11 @@ _SECTIONS = {
         # srlm_jax/selection.py; '': the last
         select=Knob('', TEXT, 'empty, agreement, or a command with {checkpoint} in it', OURS),
         log_every=Knob(10, COUNT, 'steps', OURS),
-        # sft: on response tokens alone; dpo: on sums of log-probs, reference = init
+        # sft: on response tokens only; dpo: on sums of log-probs, reference = init
         loss=Knob('dpo', one_of('sft', 'dpo'), 'the loss', PAPER),
-        # cached: once, before training, then its parameters are freed
-        reference=Knob('step', one_of('step', 'cached'), 'when DPO runs the reference', OURS),
+        # cached: once, before training; its parameters are then freed
+        reference=Knob('step', one_of('step', 'cached'),
+                       'when DPO computes the log-probs of the reference', OURS),
         nll=Knob(0.0, WEIGHT, 'weight of the NLL per token of the chosen, Iterative RPO', OURS),
         by_length=Knob(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
         learning_rate=Knob(1e-6, RATE, 'per step, before the cosine', PAPER),
@@ -215,28 +218,29 @@ _SECTIONS = {
         beta=Knob(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
     ),
     'sample': dict(
-        slots=Knob(64, COUNT, 'rows decoded together per host', OURS),
+        slots=Knob(64, COUNT, 'rows decoded together, per host', OURS),
         size=Knob(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
         steps=Knob(8, COUNT, 'tokens per call; ended rows make room between calls', OURS),
         dtype=Knob('bfloat16', one_of('float32', 'bfloat16'), 'of weights and activations', OURS),
-        # half the memory, once loaded; bench/int8.py prints what changes
-        int8=Knob(False, SWITCH, 'weights of 8 bits', OURS),
+        # half the memory after loading; bench/int8.py prints what changes
+        int8=Knob(False, SWITCH, '8-bit weights', OURS),
     ),
     'prompts': dict(  # self-instruction creation, PAPER 2.2 and 3.1
         # PAPER: Llama-2-Chat-70B, fixed
         author=Knob('m0', TEXT, 'a model of the run, a folder, or sampler: M_t', PAPER),
         template=Knob('list', TEXT, 'a name in srlm_jax/data/author_*.txt, or a path', OURS),
         chat=Knob('none', one_of('none', *CHATS), 'form; none continues the list', OURS),
-        held_out=Knob('', TEXT, 'files of evaluation prompts to keep out, with commas', OURS),
-        round=Knob(256, COUNT, 'attempts that are shown the same accepted prompts', OURS),
-        # The paper states pairs: 3,964 of M1 and 6,942 of M2 (3.1). If 80 % of the prompts give a
-        # pair (a guess: prompts whose candidates all tie give none), 3,964 / .8 = 4,955 (m2 below)
-        # and 6,942 / .8 = 8,678.
+        held_out=Knob('', TEXT, 'files of evaluation prompts to exclude, with commas', OURS),
+        round=Knob(256, COUNT,
+                   'attempts per round; a round shares its shots of accepted prompts', OURS),
+        # The paper states pairs, not prompts: 3,964 for M2 and 6,942 for M3 (3.1). If 80 % of the
+        # prompts give a pair (a guess: candidates that all tie give none), these need
+        # 3,964 / .8 = 4,955 (m2 below) and 6,942 / .8 = 8,678 prompts.
         count=Knob(8700, COUNT, 'accepted prompts wanted', OURS),
-        max_attempts=Knob(4, COUNT, 'attempts per wanted prompt before it gives up', OURS),
+        max_attempts=Knob(4, COUNT, 'attempts per wanted prompt', OURS),
         seed_shots=Knob(6, COUNT_OR_0, 'shots from the seeds', PAPER),
         new_shots=Knob(2, COUNT_OR_0, 'shots from the prompts written before', PAPER),
-        shot_words=Knob(150, COUNT, 'words; longer seeds are not shown', OURS),
+        shot_words=Knob(150, COUNT, 'words; longer seeds are not used as shots', OURS),
         temperature=Knob(0.6, TEMPERATURE, '0: greedy', PAPER),
         top_p=Knob(0.9, MASS, 'probability', PAPER),
         top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
@@ -257,7 +261,8 @@ _SECTIONS = {
         template=Knob('additive', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', PAPER),
         on=Knob('responses', one_of('responses', 'again', 'older', 'ranked', 'eval'),
                 'what the judge stage judges', PAPER),
-        by=Knob('model', one_of('model', 'oracle', 'random'), 'the sampler, or a control', PAPER),
+        by=Knob('model', one_of('model', 'oracle', 'random'),
+                'who judges: the sampler, or a control', PAPER),
         n=Knob(3, COUNT, 'judgements per candidate, averaged', PAPER),
         quorum=Knob(2, COUNT, 'parsed judgements that a mean needs', OURS),
         temperature=Knob(0.7, TEMPERATURE, '0: greedy', OURS),
@@ -266,19 +271,20 @@ _SECTIONS = {
         max_tokens=Knob(256, COUNT, 'tokens: up to 100 words of reasons, then the score', OURS),
     ),
     'eft': dict(
-        # baseline: judgements of the SFT baseline; ranks: ranks of people as scores
-        targets=Knob('baseline', one_of('baseline', 'ranks'), 'who scores the replies', PAPER),
+        # baseline: judgements of the SFT baseline; ranks: human ranks as scores
+        targets=Knob('baseline', one_of('baseline', 'ranks'), 'source of the target scores', PAPER),
         tries=Knob(3, COUNT, 'judgements per ranked reply', OURS),
         quorum=Knob(1, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
     ),
     'pairs': dict(  # srlm_jax/reward/strategies.py describes each strategy, with its source
         strategy=Knob('max_min', TEXT, 'a name in srlm_jax.reward.strategies', 'PAPER 2.2'),
         unfinished_chosen=Knob(False, SWITCH, 'allows a chosen response cut at max_tokens', OURS),
-        margin=Knob(1.0, WEIGHT, 'least points between chosen and rejected: margin', OURS),
+        margin=Knob(1.0, WEIGHT,
+                    'for margin: least difference of chosen and rejected, in points', OURS),
         rho=Knob(0.1, Values(float, least=0, most=0.5),
-                 'share of the range of scores per band: length_controlled', OURS),
-        positive=Knob(5.0, SCORE, 'least mean score: positives_only', 'PAPER 3.3'),
-        older=Knob('', TEXT, 'the model before the sampler, to compare with', OURS),
+                 'for length_controlled: share of the range of scores per band', OURS),
+        positive=Knob(5.0, SCORE, 'for positives_only: least mean score', 'PAPER 3.3'),
+        older=Knob('', TEXT, 'the model before the sampler', OURS),
     ),
     'meta_judge': dict(  # runs where train.data names judge_pairs
         template=Knob('meta', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', META),
@@ -286,12 +292,13 @@ _SECTIONS = {
         top_p=Knob(0.9, MASS, 'probability', OURS),
         top_k=Knob(0, COUNT_OR_0, 'tokens; 0: all', OURS),
         max_tokens=Knob(256, COUNT, 'tokens', OURS),
-        responses=Knob(1, COUNT, 'responses per prompt: where the judge differs most', META),
-        share=Knob(0.15, Values(float, least=0, most=0.99), 'of all pairs, at most', OURS),
-        score_share=Knob(0.5, SHARE, 'of the judge pairs, at most with one score chosen', OURS),
+        responses=Knob(1, COUNT, 'responses per prompt, those with the most varied scores', META),
+        share=Knob(0.15, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
+        score_share=Knob(0.5, SHARE,
+                         'highest share of judge pairs whose chosen score is the same', OURS),
     ),
     'eval': dict(  # answers to held-out prompts
-        # valid, to tune on: then ranked replies too (data.ranked_tune)
+        # valid: the prompts to tune on, and data.ranked_tune of the ranked replies
         split=Knob('test', one_of('test', 'valid'), 'held-out prompts', PAPER),
         temperature=Knob(0.7, TEMPERATURE, '0: greedy', OURS),
         top_p=Knob(0.9, MASS, 'probability', OURS),
@@ -305,7 +312,7 @@ KNOBS = {'.'.join(filter(None, (section, name))): knob
 
 
 def get(name: str, size: str = '70b') -> ConfigDict:
-  """The config of model `name` (m0, sft, m1, m2, m3 or m4), locked: an unknown key is refused."""
+  """The config of model `name` (m0, sft, m1, m2, m3 or m4). It is locked: no key can be added."""
   for what, value, known in (('size', size, SIZES), ('model', name, MODELS)):
     if value not in known:
       raise InputError(f'{what} {show(value)} is unknown; it is one of {", ".join(known)}')
@@ -334,19 +341,17 @@ def get_config(text: str) -> ConfigDict:
 
 
 def training_data(c: ConfigDict) -> list[str]:
-  """The names in `train.data`, which a flag writes as one text with commas."""
+  """The names in `train.data`. A flag gives them as one string with commas."""
   return ','.join(c.train.data).split(',')
 
 
 def ranked_split(c: ConfigDict) -> str:
-  """The split of the seeds' ranked replies on which a judge is measured: eval, or tune while
-  tuning."""
+  """The split of the ranked replies on which a judge is measured: eval, or tune for tuning."""
   return 'tune' if c.eval.split == 'valid' and c.data.ranked_tune else 'eval'
 
 
 def check(c: ConfigDict):
-  """Raises InputError, one sentence that names the key, if a key is missing or unknown, if the
-  table does not allow a value, or if two values exclude each other."""
+  """Raises InputError if a key is missing or unknown, a value is not allowed, or two conflict."""
   values = dict(flat(c))
   for key in sorted({*values} ^ {*KNOBS}):
     problem = 'missing' if key in KNOBS else 'not a config key'
@@ -389,7 +394,7 @@ def check(c: ConfigDict):
 
 
 def flat(c: ConfigDict, section: str = '') -> Iterator[tuple[str, object]]:
-  """Yields every key of a config as KNOBS writes it, with its value."""
+  """Yields (SECTION.KEY, value) for every key of a config."""
   for name, value in c.items():
     if isinstance(value, ConfigDict):
       yield from flat(value, f'{section}{name}.')
@@ -432,8 +437,7 @@ def _listed(choices) -> str:
 
 
 def _model(c: ConfigDict):
-  """Which data each model of the paper's table trains on, who writes it, and from where it starts:
-  PAPER 2.4."""
+  """Sets what each model trains on, who samples that, and where it starts from (PAPER 2.4)."""
   name = c.name
   c.sampler = dict(m1='sft', m2='m1', m3='m2', m4='m3').get(name, '')
   c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
@@ -447,14 +451,13 @@ def _model(c: ConfigDict):
 
 
 def _published(c: ConfigDict):
-  """Llama 2: the paper's numbers stand."""
+  """Llama 2: the paper's numbers, which are the defaults."""
   if c.size == '70b':
-    c.mesh.tensor = 8  # one key/value head a chip; batch 16 then spreads over as many as 128 chips
+    c.mesh.tensor = 8  # one key/value head per chip; a batch of 16 then uses up to 128 chips
 
 
 def _stories(c: ConfigDict):
-  """tinyllamas-260k on OASST1: real weights, real data, far too small to judge. All of it: not in
-  the paper."""
+  """tinyllamas-260k on OASST1: real weights and data, but too small to judge. Not in the paper."""
   _small(c)
   c.model = 'stories-260k'
   c.data.ift = 60
@@ -473,12 +476,11 @@ def _stories(c: ConfigDict):
   c.respond.max_tokens = 96
   c.judge.template = 'short'
   c.judge.max_tokens = 64
-  c.eft.targets = 'ranks'     # a baseline this small cannot write them
+  c.eft.targets = 'ranks'     # the baseline is too small to judge
 
 
 def _tiny(c: ConfigDict):
-  """The sandbox: a small world whose answers a program grades. Not in the paper; docs/sandbox.md
-  says why."""
+  """The sandbox: a toy task that a program grades. Not in the paper; see docs/sandbox.md."""
   _small(c)
   c.model = 'sandbox'
   c.data.source = 'sandbox'
@@ -493,15 +495,15 @@ def _tiny(c: ConfigDict):
   c.prompts.count = 600
   c.prompts.round = 128
   c.prompts.max_tokens = 48
-  c.prompts.rouge = 0.99      # in so small a world nearly all prompts resemble one another
+  c.prompts.rouge = 0.99      # nearly all prompts of this small task are similar
   c.prompts.rouge_held_out = 0.99
   c.respond.n = 4
-  c.respond.temperature = 1.0  # at 0.7 most candidates of a prompt are equal
+  c.respond.temperature = 1.0  # at 0.7 most candidates of a prompt are identical
   c.respond.top_p = 1.0
   c.respond.max_tokens = 32
   c.judge.template = 'sandbox'
   c.judge.max_tokens = 80
-  c.eft.tries = 6             # most judgements of the baseline have no score: M0 saw few verdicts
+  c.eft.tries = 6             # most judgements of the baseline do not parse: M0 saw few of them
   t = c.train
   t.max_length = 192
   t.weight_decay = 0.1
@@ -513,11 +515,11 @@ def _tiny(c: ConfigDict):
     t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 2.0, 3e-4, 3e-5
   else:
     t.batch, t.epochs, t.learning_rate, t.learning_rate_end = 16, 3.0, 4e-5, 4e-6
-    t.beta = 2.0              # at 0.1 the judge forgets how to judge while it learns to answer
+    t.beta = 2.0              # at 0.1 the model loses its skill as a judge
 
 
 def _small(c: ConfigDict):
-  """What every size for a laptop's CPU shares."""
+  """What the sizes for a laptop's CPU have in common."""
   c.chat = 'plain'
   c.meta_judge.template = 'meta_short'
   c.meta_judge.max_tokens = 24

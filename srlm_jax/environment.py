@@ -1,11 +1,13 @@
-"""What of the environment may change records: pins it, refuses it, or records it.
+"""Settings of the environment that can change records: pinned, rejected or recorded.
 
-Pinned are JAX options that change which random numbers a key gives, and those that decide whether
-the program runs at all: a record must depend on the config and the inputs, not on a variable in a
-shell. Refused is 64-bit mode: it changes dtypes everywhere, so whoever sets it expects other
-results, and to switch it off in silence would mislead them. Recorded, and never compared, is what
-changes rounding alone: devices, library versions, compiler flags, matmul precision. A run must be
-able to go on after an upgrade or on another machine.
+Pinned: JAX options that change the random numbers of a key, or that make the program fail. A record
+must depend on the config and the inputs, not on a shell variable.
+
+Rejected: 64-bit mode. It changes dtypes everywhere, so a user who sets it expects other results;
+switching it off silently would be misleading.
+
+Recorded, never compared: what changes only rounding, such as devices, library versions, compiler
+flags and matmul precision. A run must be able to resume after an upgrade or on another machine.
 """
 import importlib.metadata
 import os
@@ -15,21 +17,23 @@ import jax
 
 from srlm_jax import InputError
 
-PINNED = dict(  # the defaults of jax 0.10
-    jax_default_prng_impl='threefry2x32',  # rbg draws other numbers, by device kind
-    jax_threefry_partitionable=True,       # the same numbers on every mesh; False draws other ones
-    jax_random_seed_offset=0,              # is added to every seed
-    jax_high_dynamic_range_gumbel=False,   # True draws other numbers in gumbel and categorical
-    jax_numpy_dtype_promotion='standard',  # strict refuses what this program and Flax mix
-    jax_numpy_rank_promotion='allow',      # raise refuses broadcasts of this program
+PINNED = dict(  # the defaults of JAX 0.10
+    jax_default_prng_impl='threefry2x32',  # rbg gives other numbers, which depend on the device
+    jax_threefry_partitionable=True,       # the same numbers on every mesh; False gives others
+    jax_random_seed_offset=0,              # added to every seed
+    jax_high_dynamic_range_gumbel=False,   # True gives other numbers in gumbel and categorical
+    jax_numpy_dtype_promotion='standard',  # strict fails where this program and Flax mix dtypes
+    jax_numpy_rank_promotion='allow',      # raise fails where this program broadcasts
 )
 PACKAGES = ('srlm_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections',
             'numpy', 'sentencepiece', 'tokenizers', 'transformers')
 
 
 def pin():
-  """Sets the JAX options on which records depend; call it before the first array is made. Raises
-  InputError in 64-bit mode."""
+  """Sets the JAX options that records depend on; call it before creating any array.
+
+  Raises InputError in 64-bit mode.
+  """
   if jax.config.jax_enable_x64:
     raise InputError('JAX runs in 64-bit mode, which changes the random numbers and the dtypes of '
                      'this program; unset JAX_ENABLE_X64')
@@ -38,8 +42,10 @@ def pin():
 
 
 def record() -> dict:
-  """What a manifest keeps of the environment, as JSON: for a reader, never to be compared. Starts
-  the backend, so it comes after the hosts have joined. `devices` counts those of all hosts."""
+  """The environment as JSON for a manifest: for readers, not for comparison.
+
+  `devices` counts the devices of all hosts. Starts the JAX backend, so call it after `hosts.join`.
+  """
   return dict(
       xla_flags=os.environ.get('XLA_FLAGS', ''),
       libtpu_init_args=os.environ.get('LIBTPU_INIT_ARGS', ''),
@@ -49,11 +55,11 @@ def record() -> dict:
 
 
 def _versions() -> dict[str, str]:
-  """Of Python and of those packages that are installed."""
+  """{name: version} of Python and the installed packages among PACKAGES."""
   found = dict(python=platform.python_version())
   for package in PACKAGES:
     try:
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # an optional one
+    except importlib.metadata.PackageNotFoundError:  # an optional dependency
       continue
   return found

@@ -1,4 +1,4 @@
-"""The processes of one run, one per host."""
+"""The processes of a run, one per host."""
 import os
 
 import jax
@@ -6,8 +6,8 @@ from jax.experimental import multihost_utils
 
 
 def join():
-  """Joins the processes of one run, where the launcher set SRLM_HOSTS; see launch/."""
-  if os.environ.get('SRLM_HOSTS') == 'auto':  # Cloud TPU, GKE and Slurm tell JAX themselves
+  """Connects this process to the others of the run if the launcher set SRLM_HOSTS; see launch/."""
+  if os.environ.get('SRLM_HOSTS') == 'auto':  # JAX detects Cloud TPU, GKE and Slurm
     jax.distributed.initialize()
   elif os.environ.get('SRLM_HOSTS'):
     jax.distributed.initialize(os.environ['SRLM_COORDINATOR'], int(os.environ['SRLM_HOSTS']),
@@ -18,25 +18,25 @@ def is_first_host() -> bool:
   return jax.process_index() == 0
 
 
-def sync(where: str):
-  """Waits for the other hosts."""
+def sync(name: str):
+  """Waits until all hosts reach the barrier `name`."""
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(where)
+    multihost_utils.sync_global_devices(name)
 
 
 def share(total: int) -> tuple[int, int, int]:
-  """First, end and step of this host's share of `total` things; as arguments of range and islice."""
+  """(start, stop, step) of this host's share of `total` items, for range or islice."""
   return jax.process_index(), total, jax.process_count()
 
 
 def say(text: str):
-  """Prints once, however many hosts there are."""
+  """Prints `text` on the first host only."""
   if is_first_host():
     print(text, flush=True)
 
 
 def memory() -> int:
-  """Bytes on all devices of the run; on CPU those of this machine, which its devices share."""
+  """Bytes of memory on all devices of the run; on CPU, the RAM of all its hosts."""
   stats = jax.local_devices()[0].memory_stats()
   if stats and 'bytes_limit' in stats:
     return stats['bytes_limit'] * jax.device_count()

@@ -1,6 +1,6 @@
-"""Runs every stage of every model in order, M0 to M3 (or M4), skips what is done, and ends with a table of all models.
+"""Runs every stage of every model in order, M0 to M3 or M4, and skips those that are done.
 
-`python -m srlm_jax.loop --size=tiny --workdir=runs/demo`
+`python -m srlm_jax.loop --size=tiny --workdir=runs/demo` ends with a table of all models.
 """
 import time
 
@@ -31,14 +31,20 @@ from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
 from srlm_jax.train import __main__ as train
 
 
+class NothingToTrainOn(Exception):
+  """The data of a model came out empty or too small; the message says why and what to do."""
+
+
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Of the model and of everything else.')
+  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Size of the model and of everything else.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
-  flags.DEFINE_enum('last', 'm3', ['sft', 'm1', 'm2', 'm3', 'm4'], 'The last model to train.')
-  flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own).')
-  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS], 'One change of the paper: srlm_jax/ablations.py.')
-  flags.DEFINE_multi_string('set', [], 'Changes a knob: --set=judge.n=1 for every model, --set=m2,m3:train.epochs=2.')
+  flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'The last model to train.')
+  flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own data).')
+  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
+                    'One change of the paper; see srlm_jax/ablations.py.')
+  flags.DEFINE_multi_string('set', [], 'Changes a config key: --set=judge.n=1 for every model, '
+                            '--set=m2,m3:train.epochs=2 for some.')
 
 
 def main(argv):
@@ -48,8 +54,9 @@ def main(argv):
 
 
 def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 'm3'):
-  """All stages; ends with the table on stdout, results.json and report.html in the workdir."""
-  every = {name: load_config(name, size, m0, data, changes) for name in configs.MODELS[:configs.MODELS.index(last) + 1]}
+  """All stages; prints the table, and writes results.json and report.html into the workdir."""
+  names = configs.MODELS[:configs.MODELS.index(last) + 1]
+  every = {name: load_config(name, size, m0, data, changes) for name in names}
   for config in every.values():
     refuse_mistakes(config)
   train.refuse_too_large(every[last])
@@ -60,11 +67,14 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 
 
 def _run(size: str, workdir, every: dict[str, ConfigDict]):
   started, before = time.time(), _finished(workdir)
-  first_model(every['m0'], every['sft'], workdir)
+  convert_m0(every['m0'], workdir)
+  make_seeds(every['sft'], workdir)
   stopped = ''
   for name in [*every][1:]:
-    stopped = one_model(every[name], workdir)
-    if stopped:
+    try:
+      one_model(every[name], workdir)
+    except NothingToTrainOn as reason:
+      stopped = str(reason)
       break
   rows = results.of_models(workdir)
   hosts.say('\n' + results.text_table(rows))
@@ -74,9 +84,10 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
     stage.write_json(workdir / 'results.json', dict(size=size, models=rows, stopped=stopped))
     page.write(workdir, rows, stopped)
   if _finished(workdir) == before:
-    hosts.say(f'nothing to do: every stage of {workdir} was done before')
+    hosts.say(f'nothing to do: every stage of {workdir} is already done')
   spent = results.seconds(workdir)
-  hosts.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in sorted(spent, key=spent.get, reverse=True)))
+  slowest_first = sorted(spent, key=spent.get, reverse=True)
+  hosts.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in slowest_first))
   hosts.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
 
 
@@ -87,7 +98,7 @@ def _finished(workdir) -> dict[str, str]:
 
 
 def refuse_mistakes(config):
-  """Raises InputError for what a later stage would find wrong with the config, hours from here."""
+  """Raises InputError for mistakes in the config that a stage would only find hours later."""
   judges.load(config.judge.template)
   judges.load(config.meta_judge.template, meta_judge.SLOTS, 'config.meta_judge.template')
   templates.load_author(config.prompts.template)
@@ -95,42 +106,49 @@ def refuse_mistakes(config):
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
-  data, losses = configs.training_data(config), dict(pairs=('dpo', 'sft'), positives=('sft',))[kind]
+  losses = ('sft',) if kind == 'positives' else ('dpo', 'sft')
+  data = configs.training_data(config)
   if kind not in data or config.train.loss not in losses:
-    raise InputError(f'config.pairs.strategy = {config.pairs.strategy} makes {kind} for {config.name}, and it trains '
-                     f'on {", ".join(data)} with the loss {config.train.loss}; set train.data to hold {kind} and '
-                     f'train.loss={" or ".join(losses)} (--ablation=positives_only sets all that positives need)')
+    raise InputError(
+        f'config.pairs.strategy = {config.pairs.strategy} makes {kind} for {config.name}, which '
+        f'trains on {", ".join(data)} with the loss {config.train.loss}; set train.data to hold '
+        f'{kind} and train.loss={" or ".join(losses)} (--ablation=positives_only sets all that '
+        f'positives need)')
 
 
-def first_model(config, seeded, workdir):
-  """M0, converted, and the seeds, by the config of the first model that reads them."""
-  folder, sandboxed = stage.model_folder(workdir, 'm0'), config.data.source == 'sandbox'
+def convert_m0(config, workdir):
+  """M0 as a checkpoint, from a Hugging Face folder."""
+  folder = stage.model_folder(workdir, 'm0')
   source = config.m0 or (sandbox.M0 if config.model == 'sandbox' else '')
-  if not sandboxed and not config.data.path:
-    raise InputError('--data is missing: the OASST1 file to make seeds from, 2023-04-12_oasst_ready.trees.jsonl.gz')
+  if config.data.source != 'sandbox' and not config.data.path:
+    raise InputError('--data is missing: the OASST1 file to make seeds from, '
+                     '2023-04-12_oasst_ready.trees.jsonl.gz')
   if model_files.exists(folder):
     if source:
       convert.check_source(source, folder)
-    hosts.say('m0/model: done before')
+    hosts.say('m0/model: already done')
   elif not source:
-    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it to {folder}')
+    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it '
+                     f'to {folder}')
   elif jax.process_count() > 1:
     raise InputError(f'convert M0 on one host first: '
                      f'python -m srlm_jax.checkpoint.convert --from_hf={source} --out={folder}')
   else:
     convert.from_hf(source, folder)
-  (sandbox.make_seeds if sandboxed else seeds.run)(seeded, workdir)
 
 
-def one_model(config, workdir) -> str:
-  """Every stage of one model, from its data to its evaluation; says why, if there is nothing to train it on."""
-  data, why = configs.training_data(config), ''
+def make_seeds(config, workdir):
+  """The seeds, with the config of the first model that reads them."""
+  (sandbox.make_seeds if config.data.source == 'sandbox' else seeds.run)(config, workdir)
+
+
+def one_model(config, workdir):
+  """Every stage of one model, from its data to its evaluation. Raises NothingToTrainOn."""
   if catalog.needs('eft', config):
-    why = make_eft(config, workdir)
-  elif catalog.needs('prompts', config):
-    why = make_prompts(config, workdir) or make_pairs(config, workdir, data)
-  if why:
-    return why
+    make_eft(config, workdir)
+  if catalog.needs('prompts', config):
+    make_prompts(config, workdir)
+    make_pairs(config, workdir)
   train.run(config, workdir)
   if catalog.needs('selection', config):
     selection.run(config, workdir)
@@ -140,32 +158,34 @@ def one_model(config, workdir) -> str:
   if catalog.needs('oracle', config):
     respond.run(config, workdir, 'greedy')
     oracle.run(config, workdir)
-  return ''
 
 
-def make_eft(config, workdir) -> str:
-  """The data that teaches M1 to judge; why there is none, if so."""
+def make_eft(config, workdir):
+  """The examples that teach M1 to judge."""
   if catalog.needs('judge', config):
     judge.run(config, workdir)
     health.run(config, workdir)
   eft.run(config, workdir)
   made = stage.finished(workdir / 'm1' / 'eft')
-  return '' if made['examples'] else (
-      f'none of {made["replies"]} judged replies gave EFT ({page.counts(made["dropped"])}); start from a '
-      f'stronger model, or take the ranks of people as scores (--set=eft.targets=ranks)')
+  if not made['examples']:
+    raise NothingToTrainOn(
+        f'none of {made["replies"]} judged replies gave EFT ({page.counts(made["dropped"])}); '
+        f'start from a stronger model, or take human ranks as scores (--set=eft.targets=ranks)')
 
 
-def make_prompts(config, workdir) -> str:
-  """New prompts; why there are none, if so."""
+def make_prompts(config, workdir):
+  """New prompts."""
   prompts.run(config, workdir)
   made = stage.finished(workdir / config.name / 'prompts')
-  return '' if made['prompts'] else (
-      f'none of {made["attempts"]} attempts is a usable prompt ({page.counts(made["dropped"])}); name '
-      f'another author (--set=prompts.author=FOLDER), or give it more tokens (--set=prompts.max_tokens=N)')
+  if not made['prompts']:
+    raise NothingToTrainOn(
+        f'none of {made["attempts"]} attempts is a usable prompt ({page.counts(made["dropped"])}); '
+        f'name another author (--set=prompts.author=FOLDER), or allow more tokens '
+        f'(--set=prompts.max_tokens=N)')
 
 
-def make_pairs(config, workdir, data: list[str]) -> str:
-  """Candidates, judgements, and what the strategy of `pairs.strategy` makes of them; why there is too little, if so."""
+def make_pairs(config, workdir):
+  """Candidates, judgements, and the pairs or positives that `pairs.strategy` makes of them."""
   respond.run(config, workdir)
   (judge if config.judge.by == 'model' else control).run(config, workdir)
   if catalog.needs('judge_again', config):
@@ -179,40 +199,56 @@ def make_pairs(config, workdir, data: list[str]) -> str:
   health.run(config, workdir)
   if catalog.needs('audit', config):
     audit.run(config, workdir)
-  made = stage.finished(workdir / config.name / 'pairs')
-  few = made['pairs'] < config.train.batch if 'pairs' in data else not made['positives']
-  if few:
-    kind, limit = ('pairs', f'fewer than one batch of {config.train.batch}') if 'pairs' in data else (
-        'positives', f'and positives are what scores {config.pairs.positive:g} or more')
-    return (f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made[kind]} {kind} are left '
-            f'({page.counts(made["dropped"])}), {limit}; start from a '
-            f'stronger model, judge with a template that it can follow (--set=judge.template=FILE), or make more '
-            f'prompts (--set=prompts.count=N)')
+  refuse_too_few(config, stage.finished(workdir / config.name / 'pairs'))
   if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
-  return ''
+
+
+def refuse_too_few(config, made: dict):
+  """Raises NothingToTrainOn where the pairs stage, whose done.json is `made`, gave too little."""
+  if 'pairs' in configs.training_data(config):
+    kind, enough = 'pairs', made['pairs'] >= config.train.batch
+    limit = f'fewer than one batch of {config.train.batch}'
+  else:
+    kind, enough = 'positives', made['positives'] > 0
+    limit = f'and positives are responses that score {config.pairs.positive:g} or more'
+  if not enough:
+    raise NothingToTrainOn(
+        f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made[kind]} {kind} are '
+        f'left ({page.counts(made["dropped"])}), {limit}; start from a stronger model, judge with '
+        f'a template that it can follow (--set=judge.template=FILE), or make more prompts '
+        f'(--set=prompts.count=N)')
 
 
 def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) -> ConfigDict:
-  """The config of one model, with this run's paths and changes."""
+  """The config of one model, with this run's paths and its --set changes."""
   config = configs.get(name, size)
   config.m0, config.data.path = m0, data
   for change in changes:
-    models, colon, rest = change.partition(':')
-    models, rest = (models.split(','), rest) if colon and '=' not in models else (list(configs.MODELS), change)
-    for model in models:
-      if model not in configs.MODELS:
-        raise InputError(f'--set={configs.short(change)}: there is no model {configs.show(model)}'
-                         f'{closest(model, configs.MODELS)}')
+    models, text = _models(change)
     if name in models:
-      _set(config, rest, change)
+      _set(config, text, change)
   configs.check(config)
   return config
 
 
+def _models(change: str) -> tuple[list[str], str]:
+  """'m2,m3:KEY=VALUE' or 'KEY=VALUE' -> the models that it changes, and KEY=VALUE."""
+  before, colon, text = change.partition(':')
+  if not colon or '=' in before:
+    return list(configs.MODELS), change
+  for model in before.split(','):
+    if model not in configs.MODELS:
+      raise InputError(f'--set={configs.short(change)}: there is no model {configs.show(model)}'
+                       f'{closest(model, configs.MODELS)}')
+  return before.split(','), text
+
+
 def _set(config: ConfigDict, text: str, change: str):
-  """Applies KEY=VALUE, with VALUE converted to the type of the present value. Raises InputError,
-  one sentence of bounded length, for an unknown key and for a text that cannot be converted."""
+  """Applies KEY=VALUE, with VALUE converted to the type of the present value.
+
+  Raises InputError, of bounded length, for an unknown key or a value that cannot be converted.
+  """
   path, _, value = text.partition('=')
   start = f'--set={configs.short(change)}'
   if path in ('name', 'size'):

@@ -1,4 +1,4 @@
-"""Scalars of a run: metrics.jsonl, TensorBoard, and one progress line."""
+"""Training metrics: metrics.jsonl, TensorBoard, and the progress line."""
 import json
 import math
 import time
@@ -10,19 +10,23 @@ from srlm_jax import InputError
 
 
 class Writer:
-  """Appends a line a step to metrics.jsonl; lines of steps after `step`, left by a kill, are dropped first."""
+  """Writes scalars to TensorBoard and to FOLDER/metrics.jsonl, one line per step.
+
+  A run that was killed may have written steps after its last checkpoint; training repeats them, so
+  lines of steps after `step` are dropped. `kept` holds the scalars of the other lines.
+  """
 
   def __init__(self, folder, step: int):
-    self._path = epath.Path(folder) / 'metrics.jsonl'
-    kept = [line for line in (self._path.read_text().splitlines() if self._path.exists() else [])
-            if line.endswith('}') and json.loads(line)['step'] <= step]
-    self.kept = list(map(json.loads, kept))  # the scalars of the steps before
-    self._path.write_text(''.join(line + '\n' for line in kept))
-    self._file = self._path.open('a')
-    self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / 'tensorboard'), purge_step=step + 1)
+    path = epath.Path(folder) / 'metrics.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
+    self.kept = list(map(json.loads, kept))
+    path.write_text(''.join(line + '\n' for line in kept))
+    self._file = path.open('a')
+    self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / 'tensorboard'),
+                                             purge_step=step + 1)
 
   def write(self, step: int, scalars: dict):
-    """Writes the scalars of one step to both places."""
     self._file.write(json.dumps(dict(step=step, **scalars)) + '\n')
     self._file.flush()
     for name, value in scalars.items():
@@ -34,21 +38,25 @@ class Writer:
 
 
 def finite(where: str, values: dict) -> dict:
-  """Arrays [] -> floats, by name; raises InputError at the first that is not a number, saying where."""
+  """{name: array []} -> {name: float}.
+
+  Raises InputError for the first value that is NaN or infinite; `where` starts the message.
+  """
   scalars = {name: float(value) for name, value in sorted(values.items())}
   for name, value in scalars.items():
     if not math.isfinite(value):
-      raise InputError(f'{where}: {name} is {value}; lower config.train.learning_rate or look at the data')
+      raise InputError(f'{where}: {name} is {value}; lower config.train.learning_rate or check '
+                       f'the data')
   return scalars
 
 
 def last(folder) -> dict:
-  """The last line of a run's metrics.jsonl."""
+  """The last line of FOLDER/metrics.jsonl."""
   return json.loads((epath.Path(folder) / 'metrics.jsonl').read_text().splitlines()[-1])
 
 
 class Clock:
-  """Rates since the last look."""
+  """Measures training throughput."""
 
   def __init__(self):
     self._last, self._tokens = time.perf_counter(), 0
@@ -57,6 +65,7 @@ class Clock:
     self._tokens += tokens
 
   def tokens_per_second(self) -> float:
+    """The mean rate since the previous call."""
     now = time.perf_counter()
     rate = self._tokens / max(now - self._last, 1e-9)
     self._last, self._tokens = now, 0
@@ -64,7 +73,8 @@ class Clock:
 
 
 def progress(title: str, step: int, steps: int, scalars: dict) -> str:
-  """
+  """The progress line of a training step.
+
   >>> progress('m2', 10, 20, dict(loss=0.69314, margin=0.0))
   'm2  10/20  loss 0.6931  margin 0'
   """

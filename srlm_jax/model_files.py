@@ -1,8 +1,9 @@
-"""A model's folder as files: config.json, the tokenizer's files, and steps/N/{params,train,hash}.
+"""The files of a model folder: config.json, tokenizer files, and steps/N/{params,train,hash}.
 
-Every model of a run is such a folder, a converted one (step 0, parameters alone) like a trained
-one. What is inside of `params` and `train` is the business of `checkpoint.store`.
+Converted models (step 0, parameters only) and trained models have the same layout.
+`checkpoint.store` reads and writes the arrays in `params` and `train`.
 """
+import dataclasses
 import hashlib
 import json
 
@@ -12,19 +13,44 @@ from srlm_jax import InputError, records
 
 TOKENIZER = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
              'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja')
-SELECTED = 'selected.json'  # in a folder, of whose steps one was chosen
-SOURCE = 'source.json'  # of a converted model: hashes of the Hugging Face folder it came from
-HASH_FORMAT = 3  # of a step's `hash`; format 1 missed changes that cancel, and 2 had no `files`
+SELECTED = 'selected.json'  # the step that checkpoint selection chose
+SOURCE = 'source.json'      # hashes of the Hugging Face folder that a model was converted from
+HASH_FORMAT = 3  # of steps/N/hash; 1 missed changes that cancel out, 2 did not cover the files
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamHashes:
+  """Hashes of a model's parameters. `stored` identifies the model."""
+  stored: str    # in the dtype on disk
+  float32: str   # cast to float32
+  bfloat16: str  # cast to bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class StepHashes:
+  """The hashes saved with a step, in steps/N/hash."""
+  params: ParamHashes
+  files: dict[str, str]     # {name: hash} of config.json and the tokenizer files
+  train: str | None = None  # of the optimizer state and step; None if they were not saved
+
+  def to_json(self) -> dict:
+    fields = dict(format=HASH_FORMAT, **dataclasses.asdict(self.params), files=self.files)
+    if self.train is not None:
+      fields['train'] = self.train
+    return fields
 
 
 def steps(folder) -> list[int]:
-  """The whole steps of a checkpoint folder, in order."""
-  place = epath.Path(folder) / 'steps'
-  return sorted(int(p.name) for p in place.iterdir() if p.name.isdigit()) if place.exists() else []
+  """The completely saved steps of a checkpoint folder, in ascending order."""
+  path = epath.Path(folder) / 'steps'
+  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
 
 
 def latest(folder) -> int:
-  """The step that stands for the model of a checkpoint folder: the selected one, or else the last."""
+  """The selected step of a checkpoint folder, or the last one if none was selected.
+
+  Raises InputError if there is no step.
+  """
   if not (found := steps(folder)):
     raise InputError(f'no checkpoint in {folder}; train or convert that model first')
   selected = epath.Path(folder) / SELECTED
@@ -32,6 +58,7 @@ def latest(folder) -> int:
 
 
 def exists(folder) -> bool:
+  """Whether the folder has a checkpoint."""
   try:
     return latest(folder) >= 0
   except InputError:
@@ -39,18 +66,22 @@ def exists(folder) -> bool:
 
 
 def recorded_hash(folder, step: int | None = None) -> str:
-  """The name of a checkpoint's parameters, without reading them."""
-  return read_hashes(folder, step)['stored']
+  """The recorded hash of a checkpoint's parameters, without reading them."""
+  return read_hashes(folder, step).params.stored
 
 
 def hashes(folder) -> dict[str, str]:
-  """{name: hash} of config.json and the tokenizer's files of a model folder, without which parameters mean nothing."""
+  """{name: hash} of config.json and the tokenizer files in a model folder."""
   paths = ((name, epath.Path(folder) / name) for name in ('config.json', *TOKENIZER))
-  return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths if path.exists()}
+  return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+          for name, path in paths if path.exists()}
 
 
 def read_source(folder) -> dict[str, list[str]]:
-  """The source.json of a converted model: {file: [hash, stamp]} of what it was converted from."""
+  """Reads source.json of a converted model -> {file: [hash, stamp]} of its source folder.
+
+  Raises InputError if the file is damaged.
+  """
   path, advice = epath.Path(folder) / SOURCE, f'delete {folder} and convert that model again'
   found = records.read_json(path, advice)
   if not isinstance(found, dict) or not all(
@@ -60,7 +91,7 @@ def read_source(folder) -> dict[str, list[str]]:
 
 
 def copy(source, folder):
-  """Copies config.json and the tokenizer's files, without which parameters mean nothing."""
+  """Copies config.json and the tokenizer files from `source` to `folder`."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   for name in ('config.json', *TOKENIZER):
@@ -68,26 +99,33 @@ def copy(source, folder):
       (epath.Path(source) / name).copy(folder / name, overwrite=True)
 
 
-def read_hashes(folder, step: int | None = None) -> dict:
-  """The hashes that were saved with a step, by default that of `latest`.
+def read_hashes(folder, step: int | None = None) -> StepHashes:
+  """The hashes saved with a step, by default with the step that `latest` returns.
 
-  `stored`: of the parameters as stored, which is their name; `float32` and `bfloat16`: of the
-  parameters in that dtype; `train`: of what only training needs, if it was saved; `files`: {name:
-  hash} of the model's files. Raises InputError if these files changed since then.
+  Raises InputError if they are missing or damaged, or if config.json or a tokenizer file changed
+  after the step was saved.
   """
   step = latest(folder) if step is None else step
-  path = epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata'
+  found = _parse_hashes(epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata')
+  before, now = found.files, hashes(folder)
+  if changed := sorted(n for n in {*before, *now} if before.get(n) != now.get(n)):
+    raise InputError(f'{folder}: {", ".join(changed)} changed after the model was made; restore '
+                     f'the original files, or delete {folder} and convert or train that model '
+                     f'again')
+  return found
+
+
+def _parse_hashes(path) -> StepHashes:
   advice = 'the checkpoint is damaged, restore it from a copy'
   if not path.exists():
     raise InputError(f'{path} does not exist; {advice}')
   found = records.read_json(path, advice)
   if not isinstance(found, dict) or found.get('format') != HASH_FORMAT:
-    raise InputError(f'{path} has another hash format than {HASH_FORMAT}: an older version wrote this '
+    raise InputError(f'{path} does not have hash format {HASH_FORMAT}: an older version wrote this '
                      f'checkpoint; convert or train that model again')
-  if not isinstance(found.get('stored'), str) or not isinstance(found.get('files'), dict):
-    raise InputError(f'{path} lacks "stored" or "files"; {advice}')
-  before, now = found['files'], hashes(folder)
-  if changed := sorted(n for n in {*before, *now} if before.get(n) != now.get(n)):
-    raise InputError(f'{folder}: {", ".join(changed)} changed after the model was made; restore '
-                     f'what was there, or delete {folder} and make that model again')
-  return found
+  names = [field.name for field in dataclasses.fields(ParamHashes)]
+  if not all(isinstance(found.get(name), str) for name in names) or not isinstance(
+      found.get('files'), dict):
+    raise InputError(f'{path} must have the fields {", ".join(names)} and files; {advice}')
+  params = ParamHashes(**{name: found[name] for name in names})
+  return StepHashes(params, found['files'], found.get('train'))

@@ -1,6 +1,6 @@
 """JSONL records: the files in which stages meet.
 
-Every record is one JSON object a line, with a string `id`. Files end in .jsonl or .jsonl.gz.
+A file holds one JSON object per line, most with a string `id`. Names end in .jsonl or .jsonl.gz.
 """
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -18,7 +18,8 @@ from etils import epath
 
 from srlm_jax import InputError
 
-_REQUEST = dict(responses='prompt_id', judgements='response_id', comparisons='response_id')  # other shards: id
+# Fields that say which request a record belongs to; in other shards it is `id`.
+_REQUEST = dict(responses='prompt_id', judgements='response_id', comparisons='response_id')
 _TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejected split finish '
                    'chosen_finish rejected_finish reason dropped'.split())
 _NUMBERS = frozenset('step loss margin accuracy j score chosen_score rejected_score'.split())
@@ -26,13 +27,16 @@ _NULLABLE = frozenset(['score'])  # null: a judgement that could not be parsed
 
 
 def read(path, *fields: str) -> Iterator[dict]:
-  """Yields the records of a file, each checked to hold `fields`; a bad line is named by file and number."""
+  """Yields the records of a file.
+
+  Raises InputError, with file and line, for a line that is not a record or lacks one of `fields`.
+  """
   for _, record in numbered(path, *fields):
     yield record
 
 
 def numbered(path, *fields: str) -> Iterator[tuple[str, dict]]:
-  """Yields what `read` yields, each record with its place, file:line."""
+  """Yields (FILE:LINE, record) for every record that `read` yields."""
   path = epath.Path(path)
   with reading(path, 'give a file of JSON lines'):
     if not path.exists():
@@ -46,29 +50,33 @@ def numbered(path, *fields: str) -> Iterator[tuple[str, dict]]:
         if line.strip():
           yield f'{path}:{number}', parse(line, f'{path}:{number}', fields)
     except (EOFError, OSError, zlib.error) as error:
-      raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it again') from error
+      raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it '
+                       f'again') from error
 
 
 def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
-  """Yields the records of every shard `stem-00000-of-00001.jsonl` of a stage, in the order of the requests.
+  """Yields the records of all shards `STEM-00000-of-00001.jsonl` of a stage, in request order.
 
-  Host h of H writes the requests h, h + H, h + 2 H, .. (`stage.share`), each as one or more records in a row. Taking
-  one request from every shard in turn gives the order in which a single host would have written them.
+  Host h of H writes the requests h, h + H, h + 2 H, .. (`hosts.share`), each as one or more
+  consecutive records. Reading one request from each shard in turn restores the order in which a
+  single host would have written them.
   """
   paths = sorted(epath.Path(folder).glob(f'{stem}-*-of-*.jsonl'))
   if not paths:
     raise InputError(f'{folder} holds no {stem}-*.jsonl; run the stage that writes it first')
   for path in paths:
     if not re.fullmatch(r'-\d{5}-of-\d{5}\.jsonl', path.name.removeprefix(stem)):
-      raise InputError(f'{path} is no shard of {stem}; delete or move it')
+      raise InputError(f'{path} is not a shard of {stem}; delete or move it')
   count = int(paths[0].stem.rpartition('-')[2])
   if [p.name for p in paths] != [shard_name(stem, i, count) for i in range(count)]:
-    raise InputError(f'{folder} should hold {count} shards of {stem} and holds {len(paths)}; rerun the stage')
+    raise InputError(f'{folder} should hold {count} shards of {stem} but holds {len(paths)}; run '
+                     f'the stage again')
   if count == 1:
     yield from read(paths[0], *fields)
     return
   field = _REQUEST.get(stem, 'id')
-  streams = [itertools.groupby(read(path, field, *fields), key=operator.itemgetter(field)) for path in paths]
+  streams = [itertools.groupby(read(path, field, *fields), key=operator.itemgetter(field))
+             for path in paths]
   while streams:
     left = []
     for stream in streams:
@@ -79,7 +87,7 @@ def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
 
 
 def shards(folder, stem: str) -> list:
-  """The shards of a stage; where there is none, the name of what is missing, for whoever asks to say so."""
+  """The paths of a stage's shards; without any, a placeholder path for the error message."""
   folder = epath.Path(folder)
   return sorted(folder.glob(f'{stem}-*-of-*.jsonl')) or [folder / f'{stem}.jsonl']
 
@@ -93,17 +101,18 @@ def shard_name(stem: str, index: int, count: int) -> str:
 
 
 def same_hosts(path):
-  """Raises InputError if a killed run left shards of another number of hosts beside this one."""
+  """Raises InputError if a killed run with another number of hosts left shards beside `path`."""
   path = epath.Path(path)
   count = path.stem.rpartition('-')[2]
   for other in path.parent.glob('*-of-*.jsonl'):
     if other.stem.rpartition('-')[2] != count:
-      raise InputError(f'{other} was written by a run on {int(other.stem.rpartition("-")[2])} hosts, and '
-                       f'this run has {int(count)}; finish it on as many, or delete {path.parent}')
+      before = int(other.stem.rpartition('-')[2])
+      raise InputError(f'{other} was written by a run on {before} hosts, and this run has '
+                       f'{int(count)}; finish it on as many, or delete {path.parent}')
 
 
 def read_json(path, advice: str):
-  """The value of a JSON file; `advice` ends the error where it cannot be read or is not JSON."""
+  """The value of a JSON file. Raises InputError, which ends with `advice`."""
   path = epath.Path(path)
   with reading(path, advice):
     data = path.read_bytes()
@@ -115,7 +124,7 @@ def read_json(path, advice: str):
 
 @contextlib.contextmanager
 def reading(path, advice: str):
-  """Turns an error of the file system in reading `path` into an InputError with `advice`."""
+  """Turns an error of the file system while reading `path` into an InputError with `advice`."""
   try:
     yield
   except IsADirectoryError as error:
@@ -126,9 +135,9 @@ def reading(path, advice: str):
 
 @contextlib.contextmanager
 def replacing(path):
-  """Yields an open file that replaces `path` once it is written; an error leaves `path` as it was.
+  """Yields an open file that replaces `path` when the block ends; an error leaves `path` unchanged.
 
-  An error of the file system becomes an InputError.
+  Raises InputError for an error of the file system.
   """
   path = epath.Path(path)
   partial = path.parent / f'{path.name}.partial'
@@ -150,7 +159,7 @@ def replacing(path):
 
 
 def write(path, records: Iterable[dict]) -> int:
-  """Writes a whole file at once, or nothing; returns how many records."""
+  """Writes a whole file or nothing; returns the number of records."""
   count = 0
   with replacing(path) as file:
     for record in records:
@@ -160,7 +169,10 @@ def write(path, records: Iterable[dict]) -> int:
 
 
 class Appender:
-  """A file that grows record by record; after a kill it holds whole records only, and says how many."""
+  """A file that grows record by record. `count`: the whole records that are in it.
+
+  A line that a kill cut off is removed when the file is opened again.
+  """
 
   def __init__(self, path):
     self.path = epath.Path(path)
@@ -172,12 +184,12 @@ class Appender:
         size += len(line)
         if line.endswith(b'\n'):
           self.count, whole = self.count + 1, size
-    if whole < size:  # a line cut by the kill
+    if whole < size:  # the last line was cut off
       os.truncate(self.path, whole)
     self._file = self.path.open('a')
 
   def append(self, records: Iterable[dict]):
-    """Adds records and hands them to the file system."""
+    """Appends records and flushes them."""
     for record in records:
       self._file.write(dump(record))
       self.count += 1
@@ -188,17 +200,17 @@ class Appender:
 
 
 def dump(record: dict) -> str:
-  """The one way a record is written, so that equal records are equal bytes."""
+  """A record as a line; equal records give equal bytes."""
   return json.dumps(record, ensure_ascii=False) + '\n'
 
 
 def contents(folder) -> dict[str, list]:
-  """{name: [records, hash]} of the .jsonl and .json files of a folder, without its manifest and done.json (of a .json
-  file, records is null).
+  """{name: [records, hash]} of a folder's .jsonl and .json files; of a .json file, records is None.
 
-  Raises InputError where two records have one id, in one file or in two shards of the same stage.
+  Leaves out manifest.json and done.json. Raises InputError if two records have the same id, in one
+  file or in two shards of a stage.
   """
-  found, seen = {}, {}  # seen, by what the shards have in common: hashes, which take less memory than ids
+  found, seen = {}, {}  # seen: hashes of ids by stem, which take less memory than the ids
   for path in sorted(epath.Path(folder).glob('*.json*')):
     if path.name in ('manifest.json', 'done.json') or path.suffix not in ('.json', '.jsonl'):
       continue
@@ -208,13 +220,14 @@ def contents(folder) -> dict[str, list]:
       found[path.name][0] = (found[path.name][0] or 0) + 1
       if (name := record.get('id')) is not None:
         if hash(name) in names:
-          raise InputError(f'{where}: a second record with the id {name!r}; delete {folder}, and run its stage again')
+          raise InputError(f'{where}: a second record with the id {name!r}; delete {folder} and '
+                           f'run its stage again')
         names.add(hash(name))
   return found
 
 
 def hash_file(path) -> str:
-  """A hash of what a file holds, 16 hexadecimal digits."""
+  """The hash of a file's contents, 16 hexadecimal digits."""
   path = epath.Path(path)
   if not path.exists():
     raise InputError(f'{path} does not exist; run the stage that writes it first')
@@ -228,7 +241,7 @@ def hash_file(path) -> str:
 
 
 def join(name: str, last: str) -> str:
-  """A name of two parts. Different parts give different names: a slash in the last part is escaped.
+  """An id of two parts. A slash in the last part is escaped, so that different parts differ.
 
   >>> join('a', 'b/c'), join('a/b', 'c')
   ('a/b%2Fc', 'a/b/c')
@@ -237,7 +250,7 @@ def join(name: str, last: str) -> str:
 
 
 def digest(*parts: str) -> str:
-  """A short, stable name for texts: the id of a record that the source did not name."""
+  """A short, stable id made from texts, for records whose source gives none."""
   return hashlib.sha256('\x1f'.join(parts).encode()).hexdigest()[:16]
 
 
@@ -252,26 +265,27 @@ def is_number(value) -> bool:
 
 
 def parse(line: bytes, where: str, fields, optional=()) -> dict:
-  """One line as a record, checked to hold `fields`.
+  """One line as a record. `where`: FILE:LINE, for errors; `optional`: fields that may be absent.
 
-  `where`: file:line, for errors; `optional`: fields whose values are checked where present.
+  Raises InputError if it is not a JSON object, lacks one of `fields`, or has a value of a wrong
+  type in one of `fields` or `optional`.
   """
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
-    raise InputError(f'{where}: not a JSON object ({error}); mend or delete the line') from error
+    raise InputError(f'{where}: not a JSON object ({error}); correct or delete the line') from error
   if not isinstance(record, dict):
-    raise InputError(f'{where}: a {type(record).__name__} where a JSON object belongs; '
-                     f'mend or delete the line')
+    raise InputError(f'{where}: a {type(record).__name__}, not a JSON object; '
+                     f'correct or delete the line')
   for field in fields:
     if field not in record:
       raise InputError(f'{where}: no field "{field}"; it has {", ".join(sorted(record))}')
   for field in (*fields, *(name for name in optional if name in record)):
     value = record[field]
-    wrong = ('not a text' if field in _TEXTS and not isinstance(value, str) else
-             'which is no number' if field in _NUMBERS and not is_number(value)
+    wrong = ('which is not a string' if field in _TEXTS and not isinstance(value, str) else
+             'which is not a number' if field in _NUMBERS and not is_number(value)
              and not (value is None and field in _NULLABLE) else '')
     if wrong:
       raise InputError(f'{where}: "{field}" is {json.dumps(value)[:40]}, {wrong}; '
-                       f'mend or delete the line')
+                       f'correct or delete the line')
   return record

@@ -1,14 +1,17 @@
-"""Chooses the checkpoint of a trained model that later stages use.
+"""Checkpoint selection: chooses the step of a trained model that later stages use.
 
-`python -m srlm_jax.selection --config=configs/iter2.py --workdir=runs/x --config.train.select=agreement`
+`python -m srlm_jax.selection --config=iter2 --workdir=runs/x --config.train.select=agreement`
 
-Training with `train.select` keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1). Here each is measured,
-and the best, of equal ones the earliest, is written to MODEL/model/selected.json; of the others the folders go.
+With `train.select`, training keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1).
+This stage measures each of them and writes the best to MODEL/model/selected.json; ties go to the
+earliest. It deletes the other checkpoints. `train.select` is one of:
 
-  agreement  pairwise accuracy of the model as a judge of the seeds' ranked replies to tune on (data.ranked_tune); where
-             there are none, of the evaluation replies, whose agreement is then no longer clean
-  a command  of yours: {checkpoint} in it becomes a checkpoint folder, and the last line that it prints is the measure,
-             the higher the better. It runs beside this process, which holds the accelerators.
+  agreement  pairwise accuracy of the model as a judge of the ranked replies for tuning
+             (data.ranked_tune). Without those it uses the ranked replies for evaluation, and the
+             agreement reported on them is then biased by the selection.
+  a command  {checkpoint} in it is replaced by a checkpoint folder. The last line of its output is
+             the measure, and higher is better. The command runs while this process still holds the
+             accelerators.
 """
 import math
 import os
@@ -21,93 +24,121 @@ from srlm_jax.sample import judge
 
 
 def run(config, workdir):
-  """MODEL/model/steps/* -> MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
-  all_of_it = config
+  """Writes MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
+  full_config = config  # the stages that measure agreement have views of their own
   spec = catalog.find('selection')
   config = spec.view(config)
+  folder = _trained_folder(workdir, config)
+  params, files = stage.finished(folder)['params'], model_files.hashes(folder)
+  s = stage.Stage(spec, config, workdir, str((params, files)))
+  if s.done:
+    return
+  s.begin()
+  measures = _measure_steps(s, full_config, workdir, folder)
+  best = min(measures, key=lambda step: (-measures[step], step))
+  if hosts.is_first_host():
+    select(folder, best)
+  s.finish(step=best, measure=round(measures[best], 4), measured=len(measures))
+
+
+def _trained_folder(workdir, config):
+  """The model's folder; raises InputError unless it was trained with this train.select."""
   by = config.train.select
   if not by:
-    raise InputError('config.train.select is empty: the last checkpoint is used; name agreement, or a command')
+    raise InputError('config.train.select is empty, so the last checkpoint is used and there is '
+                     'nothing to select; set it to agreement or to a command')
   folder = stage.model_folder(workdir, config.name)
   if not (folder / 'done.json').exists():
     raise InputError(f'{folder} is not finished; run python -m srlm_jax.train first')
   if (trained := stage.selects_by(folder)) != by:
-    raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; only what is trained '
-                     f'with it keeps every checkpoint')
-  of = stage.finished(folder)['params'], model_files.hashes(folder)
-  s = stage.Stage(spec, config, workdir, str(of))
-  if s.done:
-    return
-  s.begin()
-  path = s.folder / 'measures.jsonl'
+    raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; '
+                     f'use the value of the training, or train the model again with this one')
+  return folder
+
+
+def _measure_steps(s: stage.Stage, config, workdir, folder) -> dict[int, float]:
+  """Measures every step of the model in `folder` that measures.jsonl lacks -> {step: measure}."""
+  path, by = s.folder / 'measures.jsonl', config.train.select
   out = records.Appender(path) if hosts.is_first_host() else None
-  hosts.sync(f'{s.title} was opened')
-  have = {r['step'] for r in records.read(path)}
-  hosts.sync(f'{s.title} was read')
+  hosts.sync(f'{s.title} opened')  # the first host may remove a line that a kill cut off
+  measured = {r['step'] for r in records.read(path)}
+  hosts.sync(f'{s.title} read')    # before the first host appends a line
   for step in model_files.steps(folder):
-    if step in have:
+    if step in measured:
       continue
-    candidate = alone(workdir, s.folder / str(step), config.name, step)
-    measure = _agreement(all_of_it, candidate) if by == 'agreement' else _command(by, candidate / config.name / 'model')
+    candidate = make_workdir(workdir, s.folder / str(step), config.name, step)
+    if by == 'agreement':
+      measure = _agreement(config, candidate)
+    else:
+      measure = _command(by, candidate / config.name / 'model')
     hosts.say(f'{s.title}: step {step}, {measure:.4f}')
     if out:
       out.append([dict(step=step, measure=measure)])
     hosts.sync(f'{s.title} {step}')
-  found = {r['step']: r['measure'] for r in records.read(path)}
-  best = min(found, key=lambda step: (-found[step], step))
   if out:
     out.close()
-    select(folder, best)
-  s.finish(step=best, measure=round(found[best], 4), measured=len(found))
+  return {r['step']: r['measure'] for r in records.read(path)}
 
 
 def select(folder, step: int):
-  """Makes a step the one that is meant by the model in `folder`, and deletes the others."""
+  """Marks the selected checkpoint of the model in `folder` and deletes the others."""
   stage.write_json(folder / model_files.SELECTED, dict(step=step))
   for other in model_files.steps(folder):
     if other != step:
       (folder / 'steps' / str(other)).rmtree()
 
 
-def alone(workdir, folder, name: str, step: int):
-  """A workdir in `folder` that holds the seeds, and of the model one step; the files themselves stay where they are."""
+def make_workdir(workdir, folder, name: str, step: int):
+  """Makes `folder` a workdir with the seed data and one step of the model -> `folder`.
+
+  The seed data and the step are symbolic links, so nothing large is copied.
+  """
   source, model = stage.model_folder(workdir, name), folder / name / 'model'
   if hosts.is_first_host():
     (model / 'steps').mkdir(parents=True, exist_ok=True)
     model_files.copy(source, model)
-    for link, place in ((folder / 'data', stage.seeds(workdir).parent), (model / 'steps' / str(step),
-                                                                         source / 'steps' / str(step))):
+    links = {folder / 'data': stage.seeds(workdir).parent,
+             model / 'steps' / str(step): source / 'steps' / str(step)}
+    for link, target in links.items():
       if not link.exists():
-        os.symlink(place.resolve(), link)
-  hosts.sync(f'{folder} is made')
+        os.symlink(target.resolve(), link)
+  hosts.sync(f'{folder} made')
   return folder
 
 
 def _agreement(config, workdir) -> float:
+  """Pairwise accuracy of the model in `workdir` as a judge."""
   config = config.copy_and_resolve_references()
-  config.eval.split = 'valid'  # what chooses a checkpoint is not what is reported, where there is another split
+  config.eval.split = 'valid'  # selects on data.ranked_tune, not on the data that is reported
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
   measure = stage.finished(workdir / config.name / 'agreement')['pairwise_accuracy']
   if measure is None:
-    raise InputError(f'config.train.select = agreement: no two judgements of one prompt have scores to compare, see '
-                     f'{workdir}; choose by a command, or look at what the model was trained on')
+    raise InputError(f'config.train.select = agreement: no prompt has two replies with scores to '
+                     f'compare, see {workdir}; select by a command, or check the training data of '
+                     f'the model')
   return measure
 
 
 def _command(command: str, folder) -> float:
-  """What the command prints last; on the first host, the others take it from the file."""
+  """The number in the last line that the command prints.
+
+  It runs on the first host only. The other hosts get NaN here and read measures.jsonl later.
+  Raises InputError if it fails or prints no finite number.
+  """
   if not hosts.is_first_host():
     return math.nan
   words = [word.replace('{checkpoint}', str(folder)) for word in shlex.split(command)]
   try:
-    done = subprocess.run(words, capture_output=True, text=True)
-    value = float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else math.nan
+    ended = subprocess.run(words, capture_output=True, text=True)
+    value = math.nan if ended.returncode else float(ended.stdout.strip().splitlines()[-1])
   except (OSError, ValueError, IndexError) as error:
-    raise InputError(f'config.train.select: {shlex.join(words)} gave no number ({error})') from error
+    raise InputError(
+        f'config.train.select: {shlex.join(words)} gave no number ({error})') from error
   if not math.isfinite(value):
-    raise InputError(f'config.train.select: {shlex.join(words)} ended with {done.returncode} and gave no number: '
-                     f'{(done.stderr or done.stdout).strip()[-300:]}')
+    raise InputError(f'config.train.select: {shlex.join(words)} ended with exit code '
+                     f'{ended.returncode} and gave no number: '
+                     f'{(ended.stderr or ended.stdout).strip()[-300:]}')
   return value
 
 

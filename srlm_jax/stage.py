@@ -1,7 +1,7 @@
-"""A stage: a folder `WORKDIR/MODEL/STAGE` with a manifest, records, and a done file.
+"""A stage: a folder WORKDIR/OWNER/NAME with manifest.json, records, and done.json.
 
-It writes manifest.json before anything else and done.json after everything else; run again with the
-same config and inputs, it does nothing.
+The manifest is written first and says what the stage was made with; done.json is written last. A
+finished stage that is run again with the same config and inputs does nothing.
 """
 import hashlib
 import json
@@ -9,7 +9,15 @@ import time
 
 from etils import epath
 
-from srlm_jax import catalog, config as configs, environment, hosts, InputError, model_files, records
+from srlm_jax import (
+  catalog,
+  config as configs,
+  environment,
+  hosts,
+  InputError,
+  model_files,
+  records,
+)
 
 FORMAT = 3  # of manifest.json
 
@@ -17,14 +25,15 @@ FORMAT = 3  # of manifest.json
 class Stage:
   """One stage's folder.
 
-  `s = Stage(..)`; return if `s.done`; check the input; `s.begin()`; work; `s.finish()`.
+  Use: `s = Stage(..)`; return if `s.done`; check the input; `s.begin()`; work; `s.finish()`.
+  `models` and `inputs` are the checkpoint folders that it runs and the files that it reads.
   """
 
   def __init__(self, spec: catalog.Spec, config, workdir, template: str = '', more_inputs=()):
-    """`template`: the text of its template; `more_inputs`: files that it reads beside `spec.reads`.
+    """`template`: text that the output depends on; `more_inputs`: files beside those of `spec`.
 
-    Raises InputError if the folder was made with others, if a stage that it reads from has not
-    finished, or if files of a finished stage do not hold the records that it wrote.
+    Raises InputError if the folder was made with something else, if a stage that it reads from has
+    not finished, or if a file of a finished stage has changed.
     """
     self.folder = spec.folder(workdir, config)
     self.title = f'{self.folder.parent.name}/{spec.name}'
@@ -35,9 +44,9 @@ class Stage:
     models = {folder: model_files.read_hashes(folder) for folder in self.models}
     self._manifest = json.loads(json.dumps(dict(
         format=FORMAT, stage=self.title,
-        params='-'.join(found['stored'] for found in models.values()),
+        params='-'.join(found.params.stored for found in models.values()),
         model_files={f'{_relative(folder, workdir)}/{file}': name
-                     for folder, found in models.items() for file, name in found['files'].items()},
+                     for folder, found in models.items() for file, name in found.files.items()},
         inputs=_names(hashes, workdir),
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config=spec.recorded(config))))
@@ -46,126 +55,126 @@ class Stage:
     if self.done and not path.exists():
       require_finished(self.folder)
     if path.exists():
-      for change in _changes(self._before(path, config), self._manifest):
-        raise InputError(f'{self.folder} was made with another {change}; delete that folder or use another --workdir')
+      self._compare(path, config)
     for source, found in hashes.items():
       require_finished(source.parent)
       _check_file(source, found)
     if self.done:
       _check_files(self.folder)
-      hosts.say(f'{self.title}: done before')
+      hosts.say(f'{self.title}: already done')
 
-  def _before(self, path, config) -> dict:
-    """The manifest that is there, with the keys of today: one that it lacks had its default, and one that the stage no
-    longer reads is left out."""
-    before = read_manifest(path)
+  def _compare(self, path, config):
+    """Raises InputError if the manifest at `path` differs from this one.
+
+    A config key that the older manifest lacks had its default value. A key that the stage no longer
+    reads, and the environment, are not compared.
+    """
+    before, now = read_manifest(path), self._manifest
     before.pop('environments', None)
-    if missing := self._manifest['config'].keys() - before['config'].keys():
+    if missing := now['config'].keys() - before['config'].keys():
       default = configs.get(config.name, config.size)
-      before['config'] |= json.loads(json.dumps({key: catalog.look_up(default, key) for key in missing}))
-    before['config'] = {key: before['config'][key] for key in self._manifest['config']}
-    return before
+      values = {key: catalog.look_up(default, key) for key in missing}
+      before['config'] |= json.loads(json.dumps(values))
+    before['config'] = {key: before['config'][key] for key in now['config']}
+    for change in _changes(before, now):
+      raise InputError(f'{self.folder} was made with another {change}; delete that folder or use '
+                       f'another --workdir')
 
   def begin(self, mesh=None):
-    """Writes the manifest, before anything else of the stage; a stage that resumes in another environment, or on
-    another `mesh`, adds that one."""
-    hosts.sync(f'{self.title} was looked up')  # no host finds a manifest that is half written
-    now = environment.record() | (dict(mesh=dict(mesh.shape)) if mesh else {})
+    """Writes the manifest, before anything else of the stage.
+
+    It lists every environment, with the mesh, in which the stage was started or resumed.
+    """
+    hosts.sync(f'{self.title} was looked up')  # no host may find a manifest that is half written
+    now = environment.record()
+    if mesh:
+      now['mesh'] = dict(mesh.shape)
     if hosts.is_first_host():
       path = self.folder / 'manifest.json'
       before = read_manifest(path).get('environments', []) if path.exists() else []
       self.folder.mkdir(parents=True, exist_ok=True)
-      write_json(path, dict(self._manifest, environments=[*(e for e in before if e != now), now]))
+      environments = [*(other for other in before if other != now), now]
+      write_json(path, dict(self._manifest, environments=environments))
     params = self._manifest['params']
-    hosts.say(f'{self.title}: starts' + f', parameters {params}' * bool(params))
+    hosts.say(f'{self.title}: starts, parameters {params}' if params else f'{self.title}: starts')
     hosts.sync(f'{self.title} begins')
 
   def finish(self, **summary):
-    """Marks the stage done; `summary` is kept in done.json and printed."""
+    """Marks the stage done; `summary` is kept in done.json, and its numbers and texts printed."""
     hosts.sync(f'{self.title} ends')
     seconds = round(time.time() - self.started, 1)
     if hosts.is_first_host():
-      write_json(self.folder / 'done.json', dict(summary, files=records.contents(self.folder), seconds=seconds))
+      files = records.contents(self.folder)
+      write_json(self.folder / 'done.json', dict(summary, files=files, seconds=seconds))
     hosts.sync(f'{self.title} is done')  # every host may read done.json
-    hosts.say(f'{self.title}: done in {seconds} s' + ''.join(f', {k} {v}' for k, v in summary.items()
-                                                       if not isinstance(v, dict | list | None)))
+    shown = [f'{key} {value}' for key, value in summary.items()
+             if not isinstance(value, dict | list | None)]
+    hosts.say(', '.join([f'{self.title}: done in {seconds} s', *shown]))
 
 
 def model_folder(workdir, name: str):
-  """The checkpoint folder of a model of the run; of any model, where `name` is a path."""
+  """The checkpoint folder of a model: of the run, by its name, or any, by its path."""
   if not name:
-    raise InputError('this config names no model for this stage (config.sampler is empty); it is for m1, m2 and m3')
+    raise InputError('this config names no model for this stage (config.sampler is empty); the '
+                     'stage is for m1 and later models')
   return epath.Path(name) if '/' in name else epath.Path(workdir) / name / 'model'
 
 
 def finished_model(workdir, name: str):
-  """The checkpoint folder of a model that another stage runs; refused while its training has not finished, or no
-  checkpoint of it was selected that should be."""
+  """The checkpoint folder of a model that a stage runs.
+
+  Raises InputError if its training has not finished, or if a checkpoint is still to be selected.
+  """
   folder = model_folder(workdir, name)
   require_finished(folder)
   if selects_by(folder) and not (folder / model_files.SELECTED).exists():
-    raise InputError(f'{folder} was trained with train.select, and nothing is selected; run python -m '
-                     f'srlm_jax.selection with the config of {name}')
+    raise InputError(f'{folder} was trained with train.select, and no checkpoint is selected yet; '
+                     f'run python -m srlm_jax.selection with the config of {name}')
   return folder
 
 
 def selects_by(folder) -> str:
-  """The train.select that the model in `folder` was trained with; '' too for one that was not trained here."""
+  """The train.select that the model in `folder` was trained with; '' if it was not trained here."""
   path = folder / 'manifest.json'
   return read_manifest(path)['config'].get('train.select', '') if path.exists() else ''
 
 
 def read_manifest(path) -> dict:
-  """The manifest of a stage, checked for its format."""
+  """The manifest of a stage; raises InputError if it has another format."""
   advice = 'delete that folder or use another --workdir'
   found = records.read_json(path, advice)
-  if not isinstance(found, dict) or found.get('format') != FORMAT or not isinstance(found.get('config'), dict):
-    raise InputError(f'{path} is damaged, or was written by another version of srlm_jax (this one writes format '
-                     f'{FORMAT}); {advice}')
+  is_ours = isinstance(found, dict) and found.get('format') == FORMAT
+  if not is_ours or not isinstance(found.get('config'), dict):
+    raise InputError(f'{path} is damaged, or was written by another version of srlm_jax (this one '
+                     f'writes format {FORMAT}); {advice}')
   return found
 
 
-def require_finished(folder, name: str = ''):
-  """Raises InputError if a stage began in this folder and did not finish, or if its file `name` is not as it was then.
-  A folder without manifest.json and done.json was not made by a stage, and is not checked."""
+def require_finished(folder):
+  """Raises InputError if a stage started in this folder and has not finished.
+
+  A folder without manifest.json and done.json was not made by a stage, and is not checked.
+  """
   folder = epath.Path(folder)
   manifest, done = ((folder / file).exists() for file in ('manifest.json', 'done.json'))
   if manifest and not done:
-    raise InputError(f'{folder} is not finished; run that stage again, it does what is missing')
+    raise InputError(f'{folder} is not finished; run that stage again, it resumes where it stopped')
   if done and not manifest:
-    raise InputError(f'{folder} has a done.json and no manifest.json; restore it, or delete {folder} and run that '
-                     f'stage again')
+    raise InputError(f'{folder} has a done.json and no manifest.json; restore it, or delete '
+                     f'{folder} and run that stage again')
   if done:
     finished(folder)
-  if name:
-    _check_file(folder / name)
-
-
-def _check_file(path, found: str = ''):
-  """Raises InputError if a file of a finished stage is not as its stage left it; `found`: its hash, if it is known."""
-  if path.suffix not in ('.json', '.jsonl') or not (path.parent / 'done.json').exists():
-    return
-  files = finished(path.parent)['files']
-  if path.name not in files:
-    raise InputError(f'{path} was not there when its stage finished; delete it')
-  if not path.exists() or (found or records.hash_file(path)) != files[path.name][1]:
-    raise InputError(f'{path} is not as its stage left it ({files[path.name][0]} records); restore it, or delete '
-                     f'{path.parent} and run that stage again')
-
-
-def _check_files(folder):
-  """`_check_file` for every file that a finished stage wrote, and for records that were added to its folder."""
-  for path in sorted({*folder.glob('*.jsonl'), *(folder / name for name in finished(folder)['files'])}):
-    _check_file(path)
 
 
 def finished(folder) -> dict:
-  """What a finished stage wrote of itself into done.json, checked for what every stage writes."""
+  """The done.json of a stage: `files` {name: [records, hash]}, `seconds`, and its summary."""
   path = epath.Path(folder) / 'done.json'
   advice = 'delete it, and run that stage again'
   found = records.read_json(path, advice)
-  if not isinstance(found, dict) or not isinstance(found.get('files'), dict) or 'seconds' not in found:
-    raise InputError(f'{path} lacks "files" or "seconds": it is damaged, or of an older version; {advice}')
+  is_whole = isinstance(found, dict) and isinstance(found.get('files'), dict)
+  if not is_whole or 'seconds' not in found:
+    raise InputError(f'{path} lacks "files" or "seconds": it is damaged, or from an older version; '
+                     f'{advice}')
   return found
 
 
@@ -182,9 +191,32 @@ def seeds(workdir):
   return epath.Path(workdir) / 'data' / 'seeds'
 
 
+def _check_file(path, found: str = ''):
+  """Raises InputError if a file of a finished stage has changed; `found`: its hash, if known."""
+  if path.suffix not in ('.json', '.jsonl') or not (path.parent / 'done.json').exists():
+    return
+  files = finished(path.parent)['files']
+  if path.name not in files:
+    raise InputError(f'{path} was not there when its stage finished; delete it')
+  count, wanted = files[path.name]
+  if not path.exists() or (found or records.hash_file(path)) != wanted:
+    raise InputError(f'{path} has changed since its stage finished ({count} records then); restore '
+                     f'it, or delete {path.parent} and run that stage again')
+
+
+def _check_files(folder):
+  """Checks every file that a finished stage wrote, and refuses records added to its folder."""
+  written = (folder / name for name in finished(folder)['files'])
+  for path in sorted({*folder.glob('*.jsonl'), *written}):
+    _check_file(path)
+
+
 def _names(hashes: dict, workdir) -> dict[str, str]:
-  """{path: hash} -> {name: hash}: files of the workdir by their path in it, others by their name, so that both may be
-  moved; of several with one name each gets a number."""
+  """{path: hash} -> {name: hash}.
+
+  The name is the path within the workdir, or the file's name elsewhere, so that both may be moved.
+  A name that occurs again gets a number.
+  """
   found = {}
   for path, value in hashes.items():
     name = str(_relative(path, workdir))
@@ -197,9 +229,9 @@ def _relative(path, workdir):
   return path.relative_to(workdir) if path.is_relative_to(workdir) else epath.Path(path.name)
 
 
-def _changes(before, now, where=''):
-  """Yields 'key (old, now new)' where two manifests differ."""
-  for key in sorted(set(before) | set(now)):
+def _changes(before: dict, now: dict, where: str = ''):
+  """Yields 'KEY (old, now new)' where two manifests differ."""
+  for key in sorted(before.keys() | now.keys()):
     a, b = before.get(key), now.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
       yield from _changes(a, b, f'{where}{key}.')

@@ -1,4 +1,4 @@
-"""Eight fake devices, before JAX wakes up; where the real data is; small models and tokenizers."""
+"""Eight fake CPU devices, the folder of test data, small models and tokenizers."""
 import dataclasses
 import functools
 import io
@@ -12,7 +12,8 @@ import sys
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
+                           ' --xla_force_host_platform_device_count=8')
 
 import hypothesis
 import jax
@@ -26,7 +27,8 @@ from srlm_jax.checkpoint import store
 from srlm_jax.models import cache as caches, llama
 from srlm_jax.sample import programs
 
-hypothesis.settings.register_profile('same', deadline=None, derandomize=True)  # a loaded machine is no failure
+# Without a deadline, because the machine may be loaded.
+hypothesis.settings.register_profile('same', deadline=None, derandomize=True)
 hypothesis.settings.load_profile('same')
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,7 +41,7 @@ def make_mesh(data, fsdp, tensor):
 
 
 def init(config, seed=0):
-  """Random parameters, by numpy: to compile an initialiser takes seconds."""
+  """Random parameters, from numpy, because compiling an initializer takes seconds."""
   rng = np.random.default_rng(seed)
   return jax.tree_util.tree_map_with_path(
       lambda path, x: jnp.ones(x.shape) if path[-1].key.startswith('scale') else
@@ -47,42 +49,52 @@ def init(config, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def forward(model, params, tokens, positions=None):
-  """Logits and no cache."""
-  return model.apply({'params': params}, tokens, positions)
+def full_logits(model, params, tokens):
+  """tokens [B, T] -> logits [B, T, V] of the full forward pass."""
+  return model.apply({'params': params}, tokens)
+
+
+def forward(model, params, tokens):
+  """-> logits and None; for tests that do not use `full_logits` yet."""
+  return full_logits(model, params, tokens), None
 
 
 def shape(mesh, dims, *sizes, dtype=jnp.int32):
-  """An array that is not there, in its place."""
+  """The shape, dtype and sharding of an array, without memory."""
   return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding.named(mesh, dims))
 
 
 def sampler(config, kernels, mesh, rows, size, prefix):
-  """What the sampler's programs take, as shapes: model, parameters, cache and prefix; and the rows. A mesh is set."""
+  """The arguments of the sampler's programs as shapes, under a mesh.
+
+  -> (model, parameters, cache, prefix), and the state of the rows.
+  """
   params = store.abstract_on(mesh, llama.abstract_params(config), config.dtype)
-  layers, heads = config.layers, config.K
-  cache = [shape(mesh, 'LBKSH', layers, rows, heads, size, config.H, dtype=config.dtype)] * 2
-  shared = [shape(mesh, 'LKSH', layers, heads, prefix, config.H, dtype=config.dtype)] * 2
-  cache, shared = caches.Cache(*cache), caches.Cache(*shared)
+  layers, K, H = config.layers, config.K, config.H
+  cache = caches.Cache(
+      *[shape(mesh, 'LBKSH', layers, rows, K, size, H, dtype=config.dtype)] * 2)
+  prefix = caches.PrefixCache(
+      *[shape(mesh, 'LKWH', layers, K, prefix, H, dtype=config.dtype)] * 2)
   if kernels.unrolled:
+    def one_layer(x):
+      return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding)
     params = jax.eval_shape(llama.unroll, params)
-    cache, shared = ((jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding),
-                                   one),) * layers for one in (cache, shared))
+    cache, prefix = ((jax.tree.map(one_layer, x),) * layers for x in (cache, prefix))
   kinds = dict(word=jnp.uint32, live=jnp.bool, ended=jnp.bool)
   state = programs.Rows(**{f.name: shape(mesh, 'B', rows, dtype=kinds.get(f.name, jnp.int32))
                            for f in dataclasses.fields(programs.Rows)})
-  return (llama.Llama(config, kernels=kernels), params, cache, shared), state
+  return (llama.Llama(config, kernels=kernels), params, cache, prefix), state
 
 
 def gathered(compiled) -> set[int]:
-  """Elements of every all-gather of a program."""
+  """The number of elements of each all-gather in a program."""
   found = re.findall(r'= \(?\w+\[([\d,]*)\]\S* all-gather', compiled.as_text())
   return {math.prod(map(int, dims.split(','))) for dims in found}
 
 
 @pytest.fixture
 def mesh():
-  """One device, set."""
+  """Sets a mesh of one device."""
   mesh = make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
     yield mesh
@@ -90,7 +102,7 @@ def mesh():
 
 @pytest.fixture(scope='session')
 def stories():
-  """A real trained Llama of 260K parameters, as a Hugging Face folder."""
+  """A trained Llama of 260K parameters, as a Hugging Face folder."""
   folder = DATA / 'tinyllamas-260k'
   if not folder.exists():
     pytest.skip(f'{folder} is absent; set SRLM_TEST_DATA to the folder of test data')
@@ -98,7 +110,7 @@ def stories():
 
 
 def run_main(module, *flags, **how):
-  """`python -m srlm_jax.MODULE FLAGS` in a process of its own -> (exit code, stdout, stderr)."""
+  """Runs `python -m srlm_jax.MODULE FLAGS` -> (exit code, stdout, stderr)."""
   command = [sys.executable, '-m', f'srlm_jax.{module}', *flags]
   done = subprocess.run(command, capture_output=True, text=True, **how)
   return done.returncode, done.stdout, done.stderr
@@ -106,12 +118,14 @@ def run_main(module, *flags, **how):
 
 @functools.cache
 def tokenizer_bytes() -> bytes:
-  """A SentencePiece model of 64 pieces, as `tiny-test` has."""
+  """A SentencePiece model of 64 pieces, the vocabulary size of `tiny-test`."""
   out = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(['User: Name a fruit. Assistant: pear fig plum', 'Score: 0 1 2 3 4 5'] * 50),
-      model_writer=out, vocab_size=64, model_type='bpe', character_coverage=1.0, hard_vocab_limit=False,
-      user_defined_symbols=['\n'], normalization_rule_name='identity', minloglevel=2)
+      sentence_iterator=iter(
+          ['User: Name a fruit. Assistant: pear fig plum', 'Score: 0 1 2 3 4 5'] * 50),
+      model_writer=out, vocab_size=64, model_type='bpe', character_coverage=1.0,
+      hard_vocab_limit=False, user_defined_symbols=['\n'], normalization_rule_name='identity',
+      minloglevel=2)
   return out.getvalue()
 
 
@@ -122,19 +136,20 @@ def tokenizer_folder(tmp_path_factory):
   return folder
 
 
-# The sandbox, small enough for a test.
+# Makes the sandbox small enough for a test.
 CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data.ranked_tune=12',
-           'data.test_prompts=24', 'data.valid_prompts=24', 'prompts.count=48', 'sample.slots=64', 'm1:train.epochs=2',
-           'm2:train.save_every=2', 'train.batch=8')
+           'data.test_prompts=24', 'data.valid_prompts=24', 'prompts.count=48', 'sample.slots=64',
+           'm1:train.epochs=2', 'm2:train.save_every=2', 'train.batch=8')
 
 
-CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # the same programs, process after process
+CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # all processes compile the same programs
 
 
 def main(module, *flags, code=0):
-  """What `python -m srlm_jax.MODULE` prints; it must end with `code`, and never with a traceback."""
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
-                     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
+  """The output of `python -m srlm_jax.MODULE`, which must exit with `code` and no traceback."""
+  environment = dict(
+      os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
   ended, out, err = run_main(module, *flags, cwd=ROOT, env=environment)
   assert ended == code and 'Traceback' not in err, out + err
   return out + err * (code != 0)
@@ -150,9 +165,10 @@ def config_flags(name):
 
 @pytest.fixture(scope='session')
 def demo(tmp_path_factory):
-  """A finished loop of the sandbox, and what it printed."""
+  """The folder of a finished loop of the sandbox, and its output."""
   workdir = tmp_path_factory.mktemp('demo')
-  return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *(f'--set={c}' for c in CHANGES))
+  changes = (f'--set={change}' for change in CHANGES)
+  return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *changes)
 
 
 # Sampling stages that only some strategies need, and the meta-judge.
@@ -171,5 +187,6 @@ def others(demo, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('others') / 'run'
   shutil.copytree(demo[0], workdir)
   for spec in OTHERS.values():
-    main(spec.program, '--config=iter2:tiny', f'--workdir={workdir}', *on(spec), *config_flags('m2'))
+    main(spec.program, '--config=iter2:tiny', f'--workdir={workdir}', *on(spec),
+         *config_flags('m2'))
   return workdir

@@ -1,3 +1,4 @@
+"""Checkpoints: save, restore, hashes, and errors for damaged or mismatched files."""
 import json
 
 from conftest import init, make_mesh
@@ -24,7 +25,7 @@ def saved(tmp_path, tokenizer_folder, mesh):
   return tmp_path, params
 
 
-def test_parameters_come_back_on_another_mesh_with_the_same_hash(saved):
+def test_parameters_restore_on_another_mesh_with_the_same_hash(saved):
   folder, params = saved
   mesh = make_mesh(2, 2, 2)
   with jax.set_mesh(mesh):
@@ -35,14 +36,14 @@ def test_parameters_come_back_on_another_mesh_with_the_same_hash(saved):
   assert name == hashes.hash_params(params) == model_files.recorded_hash(folder)
 
 
-def test_bf16_parameters_keep_the_name_of_what_was_stored(saved, mesh):
+def test_restoring_in_bf16_returns_the_hash_of_the_stored_parameters(saved, mesh):
   folder, params = saved
   half, name = store.restore_params(folder, mesh, 'bfloat16')
   assert name == hashes.hash_params(params)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), half, params)
 
 
-def test_a_changed_value_is_noticed(saved, mesh):
+def test_a_changed_value_changes_the_hash(saved, mesh):
   folder, params = saved
   other = jax.tree.map(lambda x: x, params)
   other['embed_VD'] = params['embed_VD'].at[3, 5].add(1e-7)
@@ -55,8 +56,8 @@ def test_a_changed_value_is_noticed(saved, mesh):
     store.restore_params(folder, mesh, 'float32')
 
 
-def test_no_pattern_of_changes_has_the_same_hash():
-  """A sum that is linear in a bit misses an even number of its flips: all of a matrix, or a few at random."""
+def test_structured_changes_do_not_cancel_in_the_hash():
+  """A sum that is linear in a bit misses an even number of flips: in a whole matrix, or a few."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(64, 48)).astype(np.float32)
   name = hashes.hash_params(dict(x=x))
@@ -72,41 +73,43 @@ def test_no_pattern_of_changes_has_the_same_hash():
   assert len(found) == len(changed) and name not in found
 
 
-def test_the_index_of_a_large_array_has_more_than_32_bits():
-  """Of arrays with 2**33 elements; only their shape and index are made, not their elements."""
+def test_the_flat_index_exceeds_32_bits():
+  """Uses the shape of an array with 2**33 elements, without allocating it."""
   shape = (4, 2**15, 2**16)
-  for where in ((0, 0, 5), (1, 3, 7), (2, 2**15 - 1, 2**16 - 1), (3, 2**15 - 1, 2**16 - 1)):
-    flat = np.ravel_multi_index(where, shape)
+  for index in ((0, 0, 5), (1, 3, 7), (2, 2**15 - 1, 2**16 - 1), (3, 2**15 - 1, 2**16 - 1)):
+    flat = np.ravel_multi_index(index, shape)
     x = np.ones(1, np.float32)
-    alone = hashes.weighted_sums(x, int(flat), np)
+    sums = hashes.hash_sums(x, int(flat), np)
     low, high = (np.asarray(part) for part in hashes._flat_index((1,), int(flat), jnp))
     assert int(low[0]) + (int(high[0]) << 32) == flat
-    assert (alone != hashes.weighted_sums(x, int(flat) % 2**32, np)).any() == (flat >= 2**32)
+    assert (sums != hashes.hash_sums(x, int(flat) % 2**32, np)).any() == (flat >= 2**32)
 
 
-def test_strides_above_32_bits_count():
-  """The shape (3, 2**17, 2**17) without its elements: only one row of one layer is indexed."""
+def test_strides_may_exceed_32_bits():
+  """Uses the shape of a large array, and the indices of a few of its elements."""
   for shape in ((3, 1, 2**33), (2, 3, 2**34)):
     for xp in (np, jnp):
-      low, high = hashes._index([np.arange(2), np.arange(shape[1])[-1:], np.arange(5)], shape, 7, xp)
-      wanted = 7 + (np.arange(2)[:, None] * shape[1] + shape[1] - 1) * shape[2] + np.arange(5)
-      found = np.asarray(low).astype(np.uint64) + (np.asarray(high).astype(np.uint64) << np.uint64(32))
-      np.testing.assert_array_equal(found.reshape(2, 5), wanted.astype(np.uint64))
+      indices = [np.arange(2), np.arange(shape[1])[-1:], np.arange(5)]
+      low, high = (np.asarray(part).astype(np.uint64)
+                   for part in hashes._ravel_index(indices, shape, 7, xp))
+      found = low + (high << np.uint64(32))
+      expected = 7 + (np.arange(2)[:, None] * shape[1] + shape[1] - 1) * shape[2] + np.arange(5)
+      np.testing.assert_array_equal(found.reshape(2, 5), expected.astype(np.uint64))
 
 
-def test_the_optimizer_state_is_hashed_too(saved):
+def test_a_changed_optimizer_state_is_refused(saved):
   folder, _ = saved
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = dict(step=jax.ShapeDtypeStruct((), jnp.int32, sharding=place))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = dict(step=jax.ShapeDtypeStruct((), jnp.int32, sharding=device))
   assert int(store.restore_train(folder, 7, abstract)['step']) == 7
   path = folder / 'steps' / '7' / 'hash' / 'metadata'
   found = json.loads(path.read_text())
   path.write_text(json.dumps(found | dict(train=hashes.hash_params(dict(step=jnp.asarray(8))))))
-  with pytest.raises(InputError, match='train does not have the hash that it was saved with'):
+  with pytest.raises(InputError, match='train does not match its recorded hash'):
     store.restore_train(folder, 7, abstract)
 
 
-def test_a_checkpoint_of_the_older_hash_is_refused_in_one_sentence(saved, mesh):
+def test_a_checkpoint_with_an_older_hash_format_is_refused(saved, mesh):
   folder, _ = saved
   path = folder / 'steps' / '7' / 'hash' / 'metadata'
   found = json.loads(path.read_text())
@@ -116,25 +119,25 @@ def test_a_checkpoint_of_the_older_hash_is_refused_in_one_sentence(saved, mesh):
     store.restore_params(folder, mesh, 'float32')
 
 
-def test_hashes_of_slices_add_up():
+def test_sums_over_slices_add_up_to_the_sums_over_the_array():
   x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
-  parts = sum(hashes.weighted_sums(x[i], 20 * i, np) for i in range(3))
-  np.testing.assert_array_equal(parts, hashes.weighted_sums(x, 0, np))
-  np.testing.assert_array_equal(parts, hashes.weighted_sums(jnp.asarray(x), 0, jnp))
+  parts = sum(hashes.hash_sums(x[i], 20 * i, np) for i in range(3))
+  np.testing.assert_array_equal(parts, hashes.hash_sums(x, 0, np))
+  np.testing.assert_array_equal(parts, hashes.hash_sums(jnp.asarray(x), 0, jnp))
 
 
-def test_a_missing_checkpoint_or_one_of_another_shape_is_named(saved, mesh, tmp_path_factory):
+def test_a_missing_checkpoint_and_one_of_another_model_are_named(saved, mesh, tmp_path_factory):
   with pytest.raises(InputError, match='no checkpoint in'):
     model_files.latest(tmp_path_factory.mktemp('empty'))
   folder, _ = saved
   (folder / 'config.json').write_text(json.dumps(model_config.to_hf(PRESETS['stories-260k'])))
-  rename_files(folder)
+  record_files(folder)
   with pytest.raises(InputError, match='checkpoint of another model'):
     store.restore_params(folder, mesh, 'float32')
 
 
-def rename_files(folder):
-  """Records the files of a model as they are now, as if they had been there when it was saved."""
+def record_files(folder):
+  """Replaces the recorded hashes of the model files by those of the current files."""
   path = folder / 'steps' / '7' / 'hash' / 'metadata'
   found = json.loads(path.read_text())
   path.write_text(json.dumps(found | dict(files=model_files.hashes(folder))))
@@ -143,9 +146,8 @@ def rename_files(folder):
 @pytest.mark.parametrize('name, change', [
     ('config.json', lambda text: text.replace(b'10000.0', b'50000.0')),
     ('tokenizer.model', lambda text: text + b'x'), ('generation_config.json', lambda _: b'{}')])
-def test_no_reader_takes_parameters_with_other_files_than_they_were_saved_with(
-    saved, mesh, name, change):
-  """Whoever reads them: a stage, generate, the export, a benchmark."""
+def test_every_reader_refuses_parameters_whose_model_files_changed(saved, mesh, name, change):
+  """The readers are stages, generate, the conversion and benchmarks."""
   folder, _ = saved
   path = folder / name
   before = path.read_bytes() if path.exists() else b''
@@ -157,12 +159,12 @@ def test_no_reader_takes_parameters_with_other_files_than_they_were_saved_with(
       read()
 
 
-@pytest.mark.parametrize('where, size', [('params', 0), ('params', 100)])
-def test_damaged_arrays_are_called_damaged_and_not_another_model(saved, mesh, where, size):
+@pytest.mark.parametrize('size', [0, 100])
+def test_damaged_arrays_are_reported_as_damage_not_as_another_model(saved, mesh, size):
   folder, _ = saved
-  files = [p for p in (folder / 'steps' / '7' / where).rglob('d/*') if p.is_file()]
+  files = [p for p in (folder / 'steps' / '7' / 'params').rglob('d/*') if p.is_file()]
   assert files
   for path in files:
     path.write_bytes(path.read_bytes()[:size])
-  with pytest.raises(InputError, match=f'{where} cannot be read.*the checkpoint is damaged'):
+  with pytest.raises(InputError, match='params cannot be read.*the checkpoint is damaged'):
     store.restore_params(folder, mesh, 'float32')

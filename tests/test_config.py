@@ -13,9 +13,12 @@ from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
 
 LLAMA3 = dict(
-    architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=8, num_key_value_heads=2, vocab_size=96, max_position_embeddings=131072, rms_norm_eps=1e-5,
-    rope_theta=500000.0, hidden_act='silu', tie_word_embeddings=True, attention_bias=False, mlp_bias=False,
+    architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=64, intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8, num_key_value_heads=2, vocab_size=96, max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0, hidden_act='silu', tie_word_embeddings=True, attention_bias=False,
+    mlp_bias=False,
     bos_token_id=1, eos_token_id=[2, 3], torch_dtype='bfloat16', use_cache=True, pretraining_tp=1,
     rope_scaling=dict(rope_type='llama3', factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                       original_max_position_embeddings=8192))
@@ -32,12 +35,14 @@ def test_the_rotary_fields_of_new_transformers_are_read():
   del new['rope_scaling'], new['rope_theta']
   assert model_config.from_hf(new) == model_config.from_hf(LLAMA3)
   plain = dict(new, rope_parameters=dict(rope_type='default', rope_theta=1234.0))
-  assert model_config.from_hf(plain).rope_theta == 1234.0 and model_config.from_hf(plain).rope_scaling is None
+  found = model_config.from_hf(plain)
+  assert found.rope_theta == 1234.0 and found.rope_scaling is None
 
 
 @pytest.mark.parametrize('name', PRESETS)
 def test_configs_survive_the_way_to_hugging_face_and_back(name):
-  assert model_config.from_hf(json.loads(json.dumps(model_config.to_hf(PRESETS[name])))) == PRESETS[name]
+  fields = json.loads(json.dumps(model_config.to_hf(PRESETS[name])))
+  assert model_config.from_hf(fields) == PRESETS[name]
   llama3 = model_config.from_hf(LLAMA3)
   assert model_config.from_hf(model_config.to_hf(llama3)) == llama3
 
@@ -45,7 +50,8 @@ def test_configs_survive_the_way_to_hugging_face_and_back(name):
 @pytest.mark.parametrize('change, message', [
     (dict(model_type='mistral'), 'model_type'), (dict(hidden_act='gelu'), 'hidden_act'),
     (dict(mlp_bias=True), 'mlp_bias'),
-    (dict(sliding_window=4096), 'sliding_window'), (dict(quantization_config=dict(bits=4)), 'quantization_config'),
+    (dict(sliding_window=4096), 'sliding_window'), (dict(quantization_config=dict(bits=4)),
+                                                    'quantization_config'),
     (dict(attention_dropout=0.1), 'attention_dropout'), (dict(vocab_size=None), 'vocab_size'),
     (dict(rope_scaling=dict(type='yarn', factor=4.0)), 'yarn'),
     (dict(rope_scaling=dict(rope_type='llama3', factor=8.0)), 'low_freq_factor'),
@@ -65,9 +71,11 @@ def test_the_file_is_named(tmp_path):
 
 HUGE = {str: 'x' * 5000, tuple: ('x' * 5000,)}
 NEVER = {  # what a knob of each type refuses, whatever its range
-    int: [math.nan, math.inf, -math.inf, 1.5, 2.0, 10**20, 10**400, 10**5000, -10**400, '4', '', True, [4],
+    int: [math.nan, math.inf, -math.inf, 1.5, 2.0, 10**20, 10**400, 10**5000, -10**400, '4', '',
+          True, [4],
           [10**5000], (4,), None],
-    float: [math.nan, math.inf, -math.inf, 1e20, 1e300, -1e300, 10**20, 10**400, 10**5000, -10**400, '0.5', '',
+    float: [math.nan, math.inf, -math.inf, 1e20, 1e300, -1e300, 10**20, 10**400, 10**5000, -10**400,
+            '0.5', '',
             True, False, [0.5], (0.5,), None, 1j],
     bool: [0, 1, 0.0, math.nan, 'true', '', [True], None, 10**5000],
     str: [0, 1.0, math.nan, True, ['x'], ('x',), None, 10**5000, b'x'],
@@ -100,16 +108,21 @@ def refused(key, value) -> str:
 
 @pytest.mark.parametrize('key, value, sentence', [
     ('train.epochs', math.nan,
-     'config.train.epochs is nan; it must be a finite number above 0 and at most 1,000,000 (passes over the data)'),
+     'config.train.epochs is nan; it must be a finite number above 0 and at most 1,000,000 '
+     '(passes over the data)'),
     ('train.b1', 2.0,
-     'config.train.b1 is 2.0; it must be 0 or more and less than 1 (decay of the first moment per step)'),
+     'config.train.b1 is 2.0; it must be 0 or more and less than 1 '
+     '(decay of the first moment per step)'),
     ('data.ift', -5, 'config.data.ift is -5; it is 0 to 1,000,000,000 (examples: '),
-    ('respond.n', 10**20, 'config.respond.n is 100000000000000000000; it must be above 0 and at most 1,000,000,000 '
+    ('respond.n', 10**20,
+     'config.respond.n is 100000000000000000000; it must be above 0 and at most 1,000,000,000 '
      '(candidates per prompt)'),
     ('seed', 2**64, 'config.seed is 18446744073709551616; it is 0 to 4,294,967,295 ('),
     ('seed', 10**400, 'config.seed is an int of about 400 digits; it is 0 to 4,294,967,295 ('),
-    ('train.batch', True, 'config.train.batch is True; it must be a whole number above 0 and at most'),
-    ('mesh.fsdp', 0, 'config.mesh.fsdp is 0; it must be -1, or above 0 and at most 1,000,000,000 ('),
+    ('train.batch', True,
+     'config.train.batch is True; it must be a whole number above 0 and at most'),
+    ('mesh.fsdp', 0,
+     'config.mesh.fsdp is 0; it must be -1, or above 0 and at most 1,000,000,000 ('),
     ('respond.temperature', -0.7, 'config.respond.temperature is -0.7; it is 0, or 1e-30 to 100 ('),
     ('respond.top_p', 0.0, 'config.respond.top_p is 0.0; it is 1e-30 to 1 ('),
     ('train.loss', 'ppo', "config.train.loss is 'ppo'; it is sft or dpo ("),
@@ -127,10 +140,12 @@ def test_every_knob_refuses_what_it_is_not(key):
     bad += ['', 'x', HUGE[str], values.choices[0].upper(), values.choices[0] + ' ']
   if values.kind in (int, float):
     low = values.least if values.above == -math.inf else values.above
-    assert math.isfinite(low) and math.isfinite(min(values.most, values.below)), 'a number has two ends'
+    assert math.isfinite(low) and math.isfinite(min(values.most,
+                                                    values.below)), 'a number has two ends'
     bad += [-1, -1.0] * (values.also != -1 and low > -1)
     bad += [0] * (values.above == 0 and values.also != 0) + [-2, -10**9] * (low > -2)
-    bad += [math.nextafter(values.least, -math.inf), math.nextafter(values.most, math.inf), values.above,
+    bad += [math.nextafter(values.least, -math.inf), math.nextafter(values.most, math.inf),
+            values.above,
             values.below]
   for value in bad:
     refused(key, value)
@@ -142,7 +157,8 @@ def test_every_knob_takes_its_default_and_both_ends(key):
   v = knob.values
   good = [knob.default, *v.choices, *[v.also] * (v.also is not None)]
   if v.kind is int:
-    good += [v.least if math.isfinite(v.least) else v.above + 1, v.most if math.isfinite(v.most) else v.below - 1]
+    good += [v.least if math.isfinite(v.least) else v.above + 1,
+             v.most if math.isfinite(v.most) else v.below - 1]
   elif v.kind is float:
     good += [v.least if math.isfinite(v.least) else math.nextafter(v.above, math.inf),
              v.most if math.isfinite(v.most) else math.nextafter(v.below, -math.inf)]
@@ -158,7 +174,8 @@ def test_every_knob_takes_its_default_and_both_ends(key):
 def test_every_knob_says_its_unit_and_its_source(key):
   knob = configs.KNOBS[key]
   assert type(knob.default) is knob.values.kind and len(knob.unit) > 3 and '. ' not in knob.unit
-  assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT, configs.OURS)
+  assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT,
+                         configs.OURS)
 
 
 @pytest.mark.parametrize('name, size', itertools.product(configs.MODELS, configs.SIZES))
@@ -189,7 +206,8 @@ def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
 
 
 @pytest.mark.parametrize('changes, message', [
-    ({'judge.quorum': 4}, 'quorum is 4, more than the 3'), ({'train.beta': 0.0}, 'beta is 0.0; it must be above 0'),
+    ({'judge.quorum': 4}, 'quorum is 4, more than the 3'),
+    ({'train.beta': 0.0}, 'beta is 0.0; it must be above 0'),
     ({'train.select': 'x'}, 'a command with {checkpoint} in it'),
     ({'data.source': 'oasst', 'data.ranked_tune': 1}, 'ranked_tune is 1; only the sandbox'),
     ({'data.source': 'oasst', 'data.ranked_tune': 0, 'judge.by': 'oracle'},
@@ -221,7 +239,8 @@ def test_values_that_exclude_each_other_are_refused(changes, message):
 
 
 @pytest.mark.parametrize('changes', [
-    {'prompts.min_words': 150}, {'train.learning_rate': 4e-6}, {'train.data': configs.TRAINING_DATA},
+    {'prompts.min_words': 150}, {'train.learning_rate': 4e-6},
+    {'train.data': configs.TRAINING_DATA},
     {'train.data': (','.join(configs.TRAINING_DATA),)},
     *({key: model} for key in configs.NAMES_A_MODEL
       for model in (*configs.MODELS, '', '/m', './m', 'gs://b/m')),
@@ -259,8 +278,10 @@ def parse(monkeypatch, *flag):
 
 
 @pytest.mark.parametrize('key, text', [
-    ('train.epochs', 'nan'), ('train.epochs', 'inf'), ('train.epochs', '1' + '0' * 400), ('train.b1', '2'),
-    ('train.learning_rate', '-1e-5'), ('data.ift', '-5'), ('respond.n', str(10**20)), ('respond.n', '9' * 4000),
+    ('train.epochs', 'nan'), ('train.epochs', 'inf'), ('train.epochs', '1' + '0' * 400),
+    ('train.b1', '2'),
+    ('train.learning_rate', '-1e-5'), ('data.ift', '-5'), ('respond.n', str(10**20)),
+    ('respond.n', '9' * 4000),
     ('seed', str(2**64)), ('seed', '-1'), ('respond.temperature', '1e-310'),
     ('train.learning_rate', '5e-324'), ('mesh.data', '0')], ids=short)
 def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
@@ -286,18 +307,22 @@ def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
 def test_a_change_that_is_not_a_value_gives_one_sentence(change, message):
   with pytest.raises(InputError) as error:
     loop.load_config('m1', 'tiny', '', '', [change])
-  assert message in str(error.value) and len(str(error.value)) < 600 and '\n' not in str(error.value)
+  text = str(error.value)
+  assert message in text and len(text) < 600 and '\n' not in text
 
 
-@pytest.mark.parametrize('key', [k for k, knob in configs.KNOBS.items() if knob.values.kind in (int, float)])
+@pytest.mark.parametrize('key', [key for key, knob in configs.KNOBS.items()
+                                 if knob.values.kind in (int, float)])
 def test_no_text_for_a_number_gets_past(key):
-  for text in ('nan', 'inf', '-inf', '1e400', '-1e400', '', 'x', '0x10', '--', '9' * 5000, str(10**20), 'True', '[1]'):
+  for text in ('nan', 'inf', '-inf', '1e400', '-1e400', '', 'x', '0x10', '--', '9' * 5000,
+               str(10**20), 'True', '[1]'):
     with pytest.raises(InputError):
       loop.load_config('m2', 'tiny', '', '', [f'{key}={text}'])
 
 
 @pytest.mark.parametrize('module, flag', [
-    ('data.seeds', ['--config=configs/sft.py:stories', '--config.data.path=x.jsonl', '--config.data.ift=-5']),
+    ('data.seeds', ['--config=configs/sft.py:stories', '--config.data.path=x.jsonl',
+                    '--config.data.ift=-5']),
     ('sandbox', ['--config=configs/sft.py:tiny', f'--config.seed={2**64}']),
     ('loop', ['--size=tiny', '--set=m3:train.b1=2'])])
 def test_a_refused_stage_leaves_nothing_behind(module, flag, tmp_path):

@@ -1,4 +1,4 @@
-"""Every field of config.json that a model reads: wrong values are refused by name."""
+"""Fields of config.json: a wrong value is refused with the name of its field."""
 import json
 import math
 
@@ -13,40 +13,42 @@ from srlm_jax.checkpoint import convert
 from srlm_jax.models import config as model_config
 
 NAN, INF = math.nan, math.inf
-NO_NUMBER = ['64', '', True, False, [64], [], {}, dict(a=1), NAN, INF, -INF, 10**400, -10**400]
-NO_INTEGER = [*NO_NUMBER, 0, -1, 1.5, 64.0, 2**63, 2**40, -2**63]
-NO_POSITIVE = [*NO_NUMBER, 0, 0.0, -0.0, -1, -1e-5, 1e300, 5e-324]
-NO_BOOL = [None, 'true', '', 0, 1, 1.0, [], [True], {}, NAN]
-NO_NAME = ['', 'SILU', 'gelu', None, 3, True, [], ['silu'], {}, NAN]
-# transformers reads and writes names of torch without 'torch.': float32, bfloat16
-NO_DTYPE = [3, True, [], ['float32'], {}, NAN, '', 'fl32', 'bf16', 'int8', 'Float32',
-            'torch.float32', 'auto']
-NO_ID = ['2', '', 1.0, 1.5, True, {}, NAN, INF, 2**40, -2**63, 10**400]
-NO_TEXT = [3, 4.3, True, [], ['x'], {}, NAN]
-NO_FLAG = NO_BOOL[1:]  # null is read
+BAD_NUMBER = ['64', '', True, False, [64], [], {}, dict(a=1), NAN, INF, -INF, 10**400, -10**400]
+BAD_INTEGER = [*BAD_NUMBER, 0, -1, 1.5, 64.0, 2**63, 2**40, -2**63]
+BAD_POSITIVE = [*BAD_NUMBER, 0, 0.0, -0.0, -1, -1e-5, 1e300, 5e-324]
+BAD_BOOL = [None, 'true', '', 0, 1, 1.0, [], [True], {}, NAN]
+BAD_NAME = ['', 'SILU', 'gelu', None, 3, True, [], ['silu'], {}, NAN]
+# transformers reads and writes dtypes without the prefix 'torch.': float32, bfloat16
+BAD_DTYPE = [3, True, [], ['float32'], {}, NAN, '', 'fl32', 'bf16', 'int8', 'Float32',
+             'torch.float32', 'auto']
+BAD_ID = ['2', '', 1.0, 1.5, True, {}, NAN, INF, 2**40, -2**63, 10**400]
+BAD_TEXT = [3, 4.3, True, [], ['x'], {}, NAN]
+BAD_FLAG = BAD_BOOL[1:]  # null is allowed
 
 WRONG = dict(
-    hidden_size=[None, *NO_INTEGER], intermediate_size=[None, *NO_INTEGER],
-    num_hidden_layers=[None, *NO_INTEGER, 5000], num_attention_heads=[None, *NO_INTEGER],
-    vocab_size=[None, *NO_INTEGER], num_key_value_heads=[*NO_INTEGER, 3, 16],
-    head_dim=[*NO_INTEGER, 7], max_position_embeddings=[None, *NO_INTEGER],
-    rms_norm_eps=[None, *NO_POSITIVE, 2], rope_theta=NO_POSITIVE,
-    tie_word_embeddings=NO_BOOL, attention_bias=NO_BOOL, mlp_bias=[*NO_BOOL, True],
-    hidden_act=NO_NAME, model_type=NO_NAME,
-    attention_dropout=[None, *NO_NUMBER, 0.1, 1, -1], dtype=NO_DTYPE, torch_dtype=NO_DTYPE,
+    hidden_size=[None, *BAD_INTEGER], intermediate_size=[None, *BAD_INTEGER],
+    num_hidden_layers=[None, *BAD_INTEGER, 5000], num_attention_heads=[None, *BAD_INTEGER],
+    vocab_size=[None, *BAD_INTEGER], num_key_value_heads=[*BAD_INTEGER, 3, 16],
+    head_dim=[*BAD_INTEGER, 7], max_position_embeddings=[None, *BAD_INTEGER],
+    rms_norm_eps=[None, *BAD_POSITIVE, 2], rope_theta=BAD_POSITIVE,
+    tie_word_embeddings=BAD_BOOL, attention_bias=BAD_BOOL, mlp_bias=[*BAD_BOOL, True],
+    hidden_act=BAD_NAME, model_type=BAD_NAME,
+    attention_dropout=[None, *BAD_NUMBER, 0.1, 1, -1], dtype=BAD_DTYPE, torch_dtype=BAD_DTYPE,
     architectures=['LlamaForCausalLM', [3], ['a', None], 3, True, {}, NAN],
-    bos_token_id=[*NO_ID, -1, [1]], unk_token_id=[*NO_ID, -1, [0]], pad_token_id=[*NO_ID, -2, [0]],
-    eos_token_id=[*NO_ID, -1, [2, '3'], [True], [2, -1], [[2]], [None]],
-    initializer_range=[*NO_NUMBER, -1, 1e300], pretraining_tp=NO_INTEGER,
-    _name_or_path=NO_TEXT, name_or_path=NO_TEXT, transformers_version=NO_TEXT,
-    use_cache=NO_FLAG, output_attentions=NO_FLAG, output_hidden_states=NO_FLAG, return_dict=NO_FLAG,
+    bos_token_id=[*BAD_ID, -1, [1]], unk_token_id=[*BAD_ID, -1, [0]],
+    pad_token_id=[*BAD_ID, -2, [0]],
+    eos_token_id=[*BAD_ID, -1, [2, '3'], [True], [2, -1], [[2]], [None]],
+    initializer_range=[*BAD_NUMBER, -1, 1e300], pretraining_tp=BAD_INTEGER,
+    _name_or_path=BAD_TEXT, name_or_path=BAD_TEXT, transformers_version=BAD_TEXT,
+    use_cache=BAD_FLAG, output_attentions=BAD_FLAG, output_hidden_states=BAD_FLAG,
+    return_dict=BAD_FLAG,
     rope_scaling=['llama3', '', 0, 3, True, False, [], [LLAMA3['rope_scaling']], NAN],
     rope_parameters=['llama3', '', 0, 3, True, False, [], [LLAMA3['rope_scaling']], NAN])
 WRONG_SCALING = dict(
     rope_type=[None, '', 'yarn', 'linear', 3, [], ['llama3'], {}, NAN],
-    factor=[None, *NO_POSITIVE, 0.5], low_freq_factor=[None, *NO_POSITIVE, 4.0, 5],
-    high_freq_factor=[None, *NO_POSITIVE, 1.0, 0.5],
-    original_max_position_embeddings=[None, *NO_INTEGER], rope_theta=[*NO_POSITIVE])
+    factor=[None, *BAD_POSITIVE, 0.5], low_freq_factor=[None, *BAD_POSITIVE, 4.0, 5],
+    high_freq_factor=[None, *BAD_POSITIVE, 1.0, 0.5],
+    original_max_position_embeddings=[None, *BAD_INTEGER], rope_theta=[*BAD_POSITIVE])
 
 
 def cases(table):
@@ -55,7 +57,7 @@ def cases(table):
 
 
 def refused(folder, fields, *names):
-  """Reads a config.json with `fields`; -> the sentence that refuses it, with all the names."""
+  """Loads a config.json with `fields`, which must raise -> the message, which has all `names`."""
   (folder / 'config.json').write_text(json.dumps(fields))
   with pytest.raises(InputError) as error:
     model_config.load(folder)
@@ -68,19 +70,19 @@ def refused(folder, fields, *names):
 
 
 @pytest.mark.parametrize('name, value', cases(WRONG))
-def test_a_wrong_value_is_refused_with_its_field(tmp_path, name, value):
+def test_a_wrong_value_is_refused_by_field_name(tmp_path, name, value):
   message = refused(tmp_path, LLAMA3 | {name: value}, name)
   assert repr(value)[:12] in message
 
 
 @pytest.mark.parametrize('where', ['rope_scaling', 'rope_parameters'])
 @pytest.mark.parametrize('name, value', cases(WRONG_SCALING))
-def test_a_wrong_value_of_the_rotary_scaling_is_refused(tmp_path, where, name, value):
+def test_a_wrong_value_in_the_rope_scaling_is_refused(tmp_path, where, name, value):
   fields = LLAMA3 | dict(rope_scaling=None) | {where: LLAMA3['rope_scaling'] | {name: value}}
   refused(tmp_path, fields, where, 'type' if name == 'rope_type' else name)
 
 
-def test_a_width_that_heads_do_not_divide_needs_a_head_dim(tmp_path):
+def test_a_hidden_size_that_heads_do_not_divide_needs_a_head_dim(tmp_path):
   message = refused(tmp_path, LLAMA3 | dict(hidden_size=68), 'hidden_size = 68', 'head_dim')
   assert 'num_attention_heads = 8' in message
   assert model_config.from_hf(LLAMA3 | dict(hidden_size=68, head_dim=8)).H == 8
@@ -97,25 +99,30 @@ def test_a_message_stays_on_one_line(tmp_path):
   refused(tmp_path, LLAMA3 | dict(hidden_act='silu\n' * 500), 'hidden_act')
 
 
-@pytest.mark.parametrize('text', [
-    b'', b'{', b'[]', b'[{}]', b'3', b'null', b'"llama"', b'\xff\xfe', b'[' * 10**5,
-    b'{"vocab_size": ' + b'9' * 5000 + b'}'],
-    ids=['empty', 'half', 'list', 'of one', 'number', 'null', 'text', 'bytes', 'nested', 'digits'])
-def test_a_file_that_is_no_object_is_refused(tmp_path, text):
+@pytest.mark.parametrize('text, message', [
+    pytest.param(b'', 'is not valid JSON', id='empty'),
+    pytest.param(b'{', 'is not valid JSON', id='truncated'),
+    pytest.param(b'\xff\xfe', 'is not valid JSON', id='not utf-8'),
+    pytest.param(b'[' * 10**5, 'is not valid JSON', id='nested'),
+    pytest.param(b'{"vocab_size": ' + b'9' * 5000 + b'}', 'is not valid JSON', id='digits'),
+    pytest.param(b'[]', ': ', id='empty list'), pytest.param(b'[{}]', ': ', id='list'),
+    pytest.param(b'3', ': ', id='number'), pytest.param(b'null', ': ', id='null'),
+    pytest.param(b'"llama"', ': ', id='string')])
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path, text, message):
   (tmp_path / 'config.json').write_bytes(text)
-  with pytest.raises(InputError, match='config.json: ') as error:
+  with pytest.raises(InputError, match=f'config.json ?{message}') as error:
     model_config.load(tmp_path)
   assert '\n' not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
+def test_a_folder_instead_of_the_file_is_refused(tmp_path):
   (tmp_path / 'config.json').mkdir()
-  with pytest.raises(InputError, match='config.json: '):
+  with pytest.raises(InputError, match='config.json .*Is a directory'):
     model_config.load(tmp_path)
 
 
-def test_what_the_hub_s_models_have_is_read():
-  """null stands for a default where transformers writes it."""
+def test_null_means_the_default():
+  """For the fields in which transformers writes null."""
   nulls = dict(num_key_value_heads=None, head_dim=None, rope_scaling=None, rope_theta=None,
                torch_dtype=None, attention_dropout=0.0)
   for more in ({}, dict.fromkeys(IGNORED)):
@@ -124,7 +131,7 @@ def test_what_the_hub_s_models_have_is_read():
   assert type(model_config.from_hf(LLAMA3 | dict(rope_theta=10_000)).rope_theta) is float
 
 
-IGNORED = dict(  # what files of the hub hold in fields that we do not use
+IGNORED = dict(  # values on the Hub of fields that we do not use
     architectures=(['LlamaForCausalLM'], ['LLaMAForCausalLM']), dtype=('float16', 'float64'),
     torch_dtype=('float32', 'bfloat16', 'float16'), bos_token_id=(1, 128000), unk_token_id=(0,),
     eos_token_id=(2, 128009, [128001, 128008, 128009]), pad_token_id=(0, -1, 128004),
@@ -132,7 +139,7 @@ IGNORED = dict(  # what files of the hub hold in fields that we do not use
     output_attentions=(False,), output_hidden_states=(False,), return_dict=(True,),
     transformers_version=('4.31.0.dev0',), _name_or_path=('', 'meta-llama/Llama-2-7b-hf'),
     name_or_path=('',))
-REAL = dict(  # config.json of the hub's models, whole
+REAL = dict(  # complete config.json files from the Hub
     llama2=dict(
         _name_or_path='meta-llama/Llama-2-7b-hf', architectures=['LlamaForCausalLM'],
         bos_token_id=1, eos_token_id=2, hidden_act='silu', hidden_size=4096, initializer_range=0.02,
@@ -166,12 +173,12 @@ REAL = dict(  # config.json of the hub's models, whole
 
 
 @pytest.mark.parametrize('name', REAL)
-def test_whole_files_of_the_hub_are_read(name):
+def test_real_files_from_the_hub_are_read(name):
   found = model_config.from_hf(REAL[name])
   assert (found.D, found.V) == (REAL[name]['hidden_size'], REAL[name]['vocab_size'])
 
 
-def test_what_transformers_writes_is_read(stories, tmp_path):
+def test_files_written_by_transformers_are_read(stories, tmp_path):
   for made in (transformers.LlamaConfig.from_pretrained(str(stories)),
                transformers.LlamaConfig(dtype='bfloat16')):
     made.save_pretrained(str(tmp_path))
@@ -180,7 +187,7 @@ def test_what_transformers_writes_is_read(stories, tmp_path):
 
 
 @pytest.mark.parametrize('name, value', cases(IGNORED))
-def test_a_field_without_effect_is_read_where_it_has_its_type(name, value):
+def test_an_unused_field_of_the_right_type_is_ignored(name, value):
   assert model_config.from_hf(LLAMA3 | {name: value}) == model_config.from_hf(LLAMA3)
 
 
@@ -193,7 +200,7 @@ JSON = st.recursive(
 
 @given(fields=st.dictionaries(st.sampled_from(list(WRONG)), JSON, min_size=1, max_size=3))
 @example(fields=dict(rope_scaling=dict(type='default'), rope_theta=1))
-def test_whatever_is_read_is_a_model_with_numbers_in_range(fields):
+def test_random_fields_are_refused_or_give_values_in_range(fields):
   try:
     found = model_config.from_hf(LLAMA3 | fields)
   except InputError as error:
@@ -213,7 +220,7 @@ def test_whatever_is_read_is_a_model_with_numbers_in_range(fields):
   assert model_config.from_hf(json.loads(json.dumps(model_config.to_hf(found)))) == found
 
 
-def test_a_refused_config_leaves_no_folder(tmp_path):
+def test_a_refused_config_leaves_no_output_folder(tmp_path):
   make(tmp_path / 'hf', TIED)
   fields = model_config.to_hf(TIED) | dict(rms_norm_eps=NAN)
   (tmp_path / 'hf' / 'config.json').write_text(json.dumps(fields))

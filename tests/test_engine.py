@@ -3,7 +3,7 @@ import pathlib
 import re
 import weakref
 
-from conftest import forward, init, make_mesh, MESHES
+from conftest import full_logits, init, make_mesh, MESHES
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +13,14 @@ from srlm_jax import config as configs, InputError, records, sharding
 from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.data.examples import Example
-from srlm_jax.data.packing import Batches
+from srlm_jax.data.packing import Packing
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, programs
 from srlm_jax.sample.engine import Request, Sampling
 from srlm_jax.sandbox import __main__ as sandbox, people, world
-from srlm_jax.train import step as train_step
+from srlm_jax.train import batch as batches, step as train_step
 
 TINY = PRESETS['tiny-test']
 GREEDY, WARM = Sampling(0.0, 1.0, 12), Sampling(1.0, 1.0, 12)
@@ -32,8 +32,9 @@ def make(shape=(1, 1, 1), slots=4, eos=(60,), config=TINY, seed=0, size=128, ste
   with jax.set_mesh(mesh):
     params = jax.tree.map(lambda x: x * 4, init(TINY))  # far from uniform
     params = jax.tree.map(sharding.put, params, sharding.shardings(params, mesh))
-  return engines.Engine(llama.Llama(config), params, mesh, eos, seed, 'test', slots=slots, size=size, steps=steps,
-                        **how), params
+  engine = engines.Engine(llama.Llama(config), params, mesh, eos, seed, 'test', slots=slots,
+                          size=size, steps=steps, **how)
+  return engine, params
 
 
 def run(engine, requests, sampling):
@@ -45,42 +46,46 @@ def test_greedy_tokens_are_the_argmax_of_the_full_forward_pass_for_ragged_prompt
   for request, result in zip(RAGGED, run(engine, RAGGED, GREEDY), strict=True):
     row = list(request.ids)
     for token in result.ids:
-      logits, _ = forward(llama.Llama(TINY), params, jnp.asarray([row + [0] * (32 - len(row))]))
+      logits = full_logits(llama.Llama(TINY), params, jnp.asarray([row + [0] * (32 - len(row))]))
       assert token == int(logits[0, len(row) - 1].argmax())
       row.append(token)
     assert result.finish == ('eos' if 60 in result.ids else 'length')
     assert 60 not in result.ids[:-1] and len(result.ids) <= 12
 
 
-def test_log_probs_at_temperature_1_are_the_trainer_s(mesh):
+def test_log_probs_at_temperature_1_are_those_of_the_training_step(mesh):
   engine, params = make()
   for request, result in zip(RAGGED, run(engine, RAGGED, WARM), strict=True):
-    example = Example('', request.ids, (result.ids,))
-    logps = train_step.logps(llama.Llama(TINY), params, Batches([example], 1, 1, 0).at(0))
+    packed = Packing([Example('', request.ids, (result.ids,))], 1, 1, 0)
+    batch = batches.pack(packed.rows(0), packed.shape)
+    logps = train_step.token_logps(llama.Llama(TINY), params, batch, None)
     np.testing.assert_allclose(result.logps, logps[0, :len(result.ids)], atol=1e-4)
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
-def test_the_log_probs_of_given_responses_are_those_they_were_sampled_with(shape):
+def test_the_log_probs_of_given_responses_equal_those_of_sampling(shape):
   results = run(make()[0], RAGGED, WARM)
   given = [(list(request.ids), result.ids) for request, result in zip(RAGGED, results, strict=True)]
   engine = make(shape)[0]
   found = engine.logps(given)
   np.testing.assert_allclose(found, [sum(r.logps) for r in results], atol=1e-4)
   long = ([3] * 60, [4] * 50)
-  assert engine.logps([given[4], long, given[0]])[::2] == [found[4], found[0]]  # to the bit, in any company
+  # bit-identical and batch-invariant
+  assert engine.logps([given[4], long, given[0]])[::2] == [found[4], found[0]]
 
 
-RUBRIC = list(range(3, 43))  # that some requests share
-MIXED = [Request('j0', RUBRIC + [44, 45, 46], 3), Request('own', [9, 8, 7], 2), Request('j1', RUBRIC + [50], 3),
-         Request('two', RUBRIC[:20] + [51, 52], 1), Request('j2', RUBRIC + [2] * 30, 4), Request('one', [5], 2)]
+RUBRIC = list(range(3, 43))  # a prefix that some requests share
+MIXED = [Request('j0', RUBRIC + [44, 45, 46], 3), Request('own', [9, 8, 7], 2),
+         Request('j1', RUBRIC + [50], 3), Request('two', RUBRIC[:20] + [51, 52], 1),
+         Request('j2', RUBRIC + [2] * 30, 4), Request('one', [5], 2)]
 SHARING = [r for r in MIXED if r.id[0] == 'j']
 
 
 @pytest.mark.parametrize('sampling', [GREEDY, Sampling(0.8, 0.9, 12, 40)])
-def test_neither_slots_nor_order_nor_steps_nor_sharing_nor_refill_changes_a_record(sampling):
+def test_samples_do_not_depend_on_slots_order_steps_sharing_or_refill(sampling):
   def records(requests, **how):
-    return {(r.id, i): (x.ids, x.finish) for r, results in make(**how)[0].generate(requests, sampling)
+    engine, _ = make(**how)
+    return {(r.id, i): (x.ids, x.finish) for r, results in engine.generate(requests, sampling)
             for i, x in enumerate(results)}
   wanted = records(MIXED, slots=16, share=False)
   assert len({tuple(wanted['j2', i][0]) for i in range(4)}) == (1 if sampling == GREEDY else 4)
@@ -107,10 +112,13 @@ def m0(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype, slots, share', [
-    ('float32', 48, True), ('float32', 128, False), ('bfloat16', 48, True), ('bfloat16', 128, False)])
-def test_rounding_moves_few_draws_and_they_are_counted(m0, dtype, slots, share):
-  """The guarantee of docs/sampling.md: the draws are the same whatever the slots and the sharing, and a token differs
-  only where rounding moves a draw across the boundary between two tokens."""
+    ('float32', 48, True), ('float32', 128, False), ('bfloat16', 48, True),
+    ('bfloat16', 128, False)])
+def test_rounding_changes_few_samples(m0, dtype, slots, share):
+  """The guarantee of docs/sampling.md: slots and sharing do not change the random numbers.
+
+  A token differs only where rounding moves a number across the boundary between two tokens.
+  """
   folder, asked = m0
   config = configs.get('m2', 'tiny')
   config.sample.dtype = dtype
@@ -122,35 +130,38 @@ def test_rounding_moves_few_draws_and_they_are_counted(m0, dtype, slots, share):
     return run(engine, asked, Sampling(1.0, 1.0, 80))
   pairs = list(zip(sample(128, True), sample(slots, share), strict=True))
   differ = sum(a.ids != b.ids for a, b in pairs)
-  print(f'{dtype}, 128 slots against {slots}{"" if share else " without sharing"}: {differ} of {len(pairs)} samples '
-        f'differ')
+  print(f'{dtype}, 128 slots and {slots}{"" if share else " without sharing"}: {differ} of '
+        f'{len(pairs)} samples differ')
   assert differ <= (8 if dtype == 'float32' else 400)
   for a, b in pairs if dtype == 'float32' else ():
-    same = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y), len(a.ids))
+    same = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y),
+                len(a.ids))
     np.testing.assert_allclose(a.logps[:same], b.logps[:same], atol=1e-5)
 
 
-def test_the_prefix_is_found_and_computed_once_and_a_prompt_once_for_its_samples():
+def test_prefix_and_prompts_are_prefilled_once():
   engine, _ = make(slots=4)
   run(engine, SHARING, GREEDY)
   work, own = engine.work, [len(r.ids) - len(RUBRIC) - 1 for r in SHARING]
   assert work.naive == sum(r.n * len(r.ids) for r in SHARING)
-  assert own == [2, 0, 29] and work.prefilled == 48 + 2 * 32  # the prefix, and two ends; of one prompt nothing is left
+  # the prefix, and the rest of two prompts; the third has no other tokens to prefill
+  assert own == [2, 0, 29] and work.prefilled == 48 + 2 * 32
   apart, _ = make(slots=4, share=False)
   run(apart, SHARING, GREEDY)
   assert apart.work.prefilled > 2 * work.prefilled
 
 
-def test_other_beginnings_after_the_first_look_cost_work_and_change_nothing(monkeypatch):
+def test_prompts_without_the_prefix_give_the_same_samples(monkeypatch):
   monkeypatch.setattr(engines, 'WINDOW', 2)
   late = [MIXED[0], MIXED[2], *MIXED]  # the first two share a rubric that the rest may not
   (found, work), (wanted, most) = (
-      ([x.ids for x in run(engine, late, WARM)], engine.work.prefilled) for engine in (make()[0], make(share=False)[0]))
+      ([x.ids for x in run(engine, late, WARM)], engine.work.prefilled)
+      for engine in (make()[0], make(share=False)[0]))
   assert found == wanted and work < most
 
 
-def test_ended_rows_make_room():
-  """Every place brings a token but at the very end; in static batches the longest decides."""
+def test_refill_keeps_the_slots_busy():
+  """Slots are idle only at the end; in static batches the longest row decides."""
   rng = np.random.default_rng(0)
   lengths = np.minimum(np.exp(rng.normal(size=200) * 0.8 + np.log(8)).astype(int) + 1, 64)
   asked = [Request(f'r{i}', [1, 2, i % 50], lengths=[int(n)]) for i, n in enumerate(lengths)]
@@ -163,8 +174,8 @@ def test_ended_rows_make_room():
   assert occupancy[True] > 0.9 and occupancy[False] < 0.6
 
 
-def test_few_programs_are_compiled_however_many_requests_there_are():
-  """Prompts of 1 to 60 tokens: widths of 16, 32, 48 and 64, one program to decode."""
+def test_the_number_of_compilations_does_not_depend_on_the_number_of_requests():
+  """Prompts of 1 to 60 tokens: widths of 16, 32, 48 and 64, and one decode program."""
   programs.prefill.clear_cache(), programs.decode.clear_cache()
   engine, _ = make(slots=8, size=96)
   def compiled(first, count):
@@ -176,21 +187,22 @@ def test_few_programs_are_compiled_however_many_requests_there_are():
 
 
 @pytest.mark.slow
-def test_ten_thousand_requests_compile_nothing_more_and_take_no_more_memory():
+def test_ten_thousand_requests_need_no_more_compilations_or_memory():
   programs.prefill.clear_cache(), programs.decode.clear_cache()
   engine, seen = make(slots=8, size=96)[0], {}
   asked = (Request(str(i), [1 + i % 59] * (1 + i * 7 % 60), 2) for i in range(10_000))
   for i, _ in enumerate(engine.generate(asked, Sampling(1.0, 1.0, 6)), 1):
     if i in (100, 1000, 10_000):
-      resident = int(re.search(r'VmRSS:\s+(\d+)', pathlib.Path('/proc/self/status').read_text())[1]) / 1024
+      status = pathlib.Path('/proc/self/status').read_text()
+      resident = int(re.search(r'VmRSS:\s+(\d+)', status)[1]) / 1024
       seen[i] = programs.prefill._cache_size(), programs.decode._cache_size(), resident
   print(seen)
   assert seen[100][:2] == seen[10_000][:2] == (4, 1)
   assert seen[10_000][2] < seen[1000][2] + 8  # MB
 
 
-def test_prompts_stream_in_and_results_stream_out():
-  """No more requests are read than may wait, and each can be let go when it has left."""
+def test_requests_and_results_are_streamed():
+  """The engine reads only as many requests as may wait, and keeps none that it has yielded."""
   asked, most, read, left = [], 0, 0, 0
 
   def stream():
@@ -221,24 +233,25 @@ def test_the_same_tokens_on_every_mesh(shape):
       r.ids for r in run(make(slots=8)[0], RAGGED, WARM)]
 
 
-def test_a_row_ends_at_any_of_its_eos_ids():
+def test_a_row_ends_at_any_of_the_eos_ids():
   free = run(make(eos=(63,))[0], RAGGED[:1], GREEDY)[0]
   end = free.ids[3]
   cut = run(make(eos=(63, end))[0], RAGGED[:1], GREEDY)[0]
   assert cut.ids == free.ids[:free.ids.index(end) + 1] and cut.finish == 'eos'
 
 
-def test_a_prompt_without_room_is_named_and_skipped(tmp_path, capsys):
+def test_a_prompt_that_is_too_long_is_named_and_skipped(tmp_path, capsys):
   engine, out = make(size=16)[0], tmp_path / 'x-00000-of-00001.jsonl'
   asked = [Request('long', list(range(1, 8)), 2), Request('short', [1, 2])]
-  engines.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(id=f'{request.id}/{i}', finish=x.finish,
-                                                                        ids=x.ids))
+  engines.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(
+      id=f'{request.id}/{i}', finish=x.finish, ids=x.ids))
   found = [(r['id'], r['finish'] == 'too_long', bool(r['ids'])) for r in records.read(out)]
   assert found == [('long/0', True, False), ('long/1', True, False), ('short/0', False, True)]
-  assert capsys.readouterr().out.count('test: the prompt of long has 7 tokens, more than the 4') == 1
+  said = capsys.readouterr().out
+  assert said.count('test: the prompt of long has 7 tokens, more than the 4') == 1
 
 
-def test_prompts_that_are_all_too_long_and_alike_are_skipped():
+def test_prompts_that_are_too_long_do_not_set_the_prefix():
   asked = [Request(str(i), [7] * 300 + [i]) for i in range(4)]
   assert [r.finish for r in run(make()[0], asked, GREEDY)] == ['too_long'] * 4
   found = run(make()[0], [*asked, *SHARING], GREEDY)
@@ -246,21 +259,22 @@ def test_prompts_that_are_all_too_long_and_alike_are_skipped():
 
 
 @pytest.mark.parametrize('n', [1, 3])
-def test_a_prompt_may_leave_room_for_exactly_what_is_generated(n, mesh):
-  """The last token of the last place; with a shared beginning, with none, and with one that is all but the last."""
+def test_prompt_and_response_may_fill_a_row_completely(n, mesh):
+  """With a prefix of all tokens but the last, with no prefix, and with a prefix of half."""
   for share in (True, False):
-    for asked in ([Request(str(i), [3] * 115 + [i], n) for i in range(4)], [Request('a', [3] * 116, n)],
+    for asked in ([Request(str(i), [3] * 115 + [i], n) for i in range(4)],
+                  [Request('a', [3] * 116, n)],
                   [Request(str(i), [3] * 64 + [i] * 52, n) for i in range(4)]):
       engine, params = make(size=128, share=share, eos=())
       for request, results in engine.generate(asked, GREEDY):
         row = [*request.ids, *results[-1].ids]
         assert len(row) == 128
-        logits, _ = forward(llama.Llama(TINY), params, jnp.asarray([row]))
+        logits = full_logits(llama.Llama(TINY), params, jnp.asarray([row]))
         assert row[116:] == logits[0, 115:127].argmax(-1).tolist()
 
 
-def test_a_file_that_a_kill_cut_is_completed_to_the_same_bytes(tmp_path):
-  """At any place, in the middle of a request's samples too; what was there is not sampled again."""
+def test_an_interrupted_file_is_completed_to_the_same_bytes(tmp_path):
+  """After every line, also between the samples of a request; existing lines are not resampled."""
   def record(request, i, x):
     return dict(id=f'{request.id}/{i}', ids=x.ids, logp=round(sum(x.logps), 4))
   path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
@@ -276,7 +290,7 @@ def test_a_file_that_a_kill_cut_is_completed_to_the_same_bytes(tmp_path):
 
 
 def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path, tokenizer_folder):
-  """Written by fsdp 4 x tensor 2 in float32, read straight by data 4 x tensor 2; with weights of 8 bits too."""
+  """Saved on fsdp 4 x tensor 2 in float32, restored on data 4 x tensor 2; also as int8."""
   training = make_mesh(1, 4, 2)
   with jax.set_mesh(training):
     params = jax.tree.map(lambda x: x * 4, init(TINY))
@@ -293,33 +307,37 @@ def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path,
   one = make_mesh(1, 1, 1)
   with jax.set_mesh(one):
     half = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.bfloat16), params)
-  alone = engines.Engine(llama.Llama(dataclasses.replace(TINY, dtype='bfloat16')), half, one, tokenizer.eos_ids, 0,
-                         'test', slots=4, size=128, steps=4)
+  alone = engines.Engine(
+      llama.Llama(dataclasses.replace(TINY, dtype='bfloat16')), half, one, tokenizer.eos_ids, 0,
+      'test', slots=4, size=128, steps=4)
   wanted = [r.ids for r in run(alone, RAGGED, GREEDY)]
   same = [a == b for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=False)]
-  assert np.mean(same) > 0.9  # bfloat16 rounds by the order of a sum
+  assert np.mean(same) > 0.9  # in bfloat16 the order of a sum changes its rounding
   config.sample.slots = 10**9
-  with pytest.raises(InputError, match='for 1000000000 rows of 128 tokens, and this host has .*lower config.sample'):
+  message = 'for 1000000000 rows of 128 tokens, and this host has .*lower config.sample'
+  with pytest.raises(InputError, match=message):
     engines.load(config, tmp_path, 'test')
   config.sample.int8, config.sample.slots = True, 4
   assert all(r.ids for r in run(engines.load(config, tmp_path, 'test')[0], RAGGED, GREEDY))
 
 
 @pytest.mark.parametrize('context', [100, 128])
-def test_a_width_beyond_the_context_is_no_error(context):
-  config = dataclasses.replace(TINY, context=context)
-  assert all(r.ids for r in run(make(config=config)[0], [Request(str(i), [7] * 85 + [i]) for i in range(3)], GREEDY))
+def test_a_prefill_may_be_wider_than_the_context(context):
+  engine, _ = make(config=dataclasses.replace(TINY, context=context))
+  asked = [Request(str(i), [7] * 85 + [i]) for i in range(3)]
+  assert all(r.ids for r in run(engine, asked, GREEDY))
 
 
-def test_log_probs_that_are_no_numbers_end_the_run_by_name():
+def test_log_probs_that_are_not_finite_end_the_run_with_the_request_s_name():
   engine, _ = make()
   engine._params = engine._params | dict(embed_VD=engine._params['embed_VD'].at[63].set(jnp.nan))
   with pytest.raises(InputError, match='log-probs of bad are not finite'):
     run(engine, [Request('good', [1, 2]), Request('bad', [1, 63, 3])], WARM)
 
 
-def test_bad_engines_are_refused_by_name():
-  with pytest.raises(InputError, match='eos id 64 is not a token of the model, whose vocabulary has 64'):
+def test_invalid_engines_are_refused():
+  message = 'eos id 64 is not a token of the model, whose vocabulary has 64'
+  with pytest.raises(InputError, match=message):
     make(eos=(60, 64))
   with pytest.raises(InputError, match='max_tokens is 12, and a row may have 12 tokens in all'):
     run(make(size=12)[0], RAGGED, GREEDY)

@@ -1,3 +1,4 @@
+"""The environment: pinned JAX options, 64-bit mode, and the record in manifests."""
 import inspect
 import json
 import os
@@ -14,8 +15,7 @@ from srlm_jax import environment
 
 
 def draw():
-  """Every kind of draw of the program: sampling, dropout, initial parameters, split and folded keys;
-  and a sum and a product that mix dtypes and ranks."""
+  """One sample of every random function that the program uses, and of mixed dtypes and ranks."""
   key = jax.random.fold_in(jax.random.key(3), 1)
   mixed = jnp.ones((2, 3), jnp.bfloat16) * jnp.arange(3) + jnp.ones((), jnp.float32)
   drawn = [jax.random.bits(key, (4,)), jax.random.uniform(key, (3,)), jax.random.normal(key, (4,)),
@@ -37,8 +37,8 @@ print(draw())
 """
 
 
-def pinned(**variables):
-  """What another process draws after the pin."""
+def draw_pinned(**variables):
+  """Runs `draw` after `environment.pin` in a process with these environment variables."""
   kept = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_', 'XLA_'))}
   return subprocess.run([sys.executable, '-c', PROGRAM], cwd=ROOT, capture_output=True, text=True,
                         env=dict(kept, JAX_PLATFORMS='cpu', **variables))
@@ -46,7 +46,7 @@ def pinned(**variables):
 
 @pytest.fixture
 def options():
-  """Restores the options after the test."""
+  """Restores the JAX options after the test."""
   before = {name: getattr(jax.config, name) for name in environment.PINNED}
   yield
   for name, value in before.items():
@@ -55,49 +55,54 @@ def options():
 
 @pytest.mark.parametrize('variables', [
     dict(JAX_DEFAULT_PRNG_IMPL='rbg'), dict(JAX_THREEFRY_PARTITIONABLE='0'),
-    dict(JAX_THREEFRY_PARTITIONABLE='1', JAX_RANDOM_SEED_OFFSET='7', JAX_HIGH_DYNAMIC_RANGE_GUMBEL='1',
-         JAX_NUMPY_DTYPE_PROMOTION='strict', JAX_NUMPY_RANK_PROMOTION='raise', JAX_ENABLE_X64='0')])
-def test_no_variable_changes_a_random_number(variables):
-  done = pinned(**variables)
-  assert done.returncode == 0 and done.stdout == f'{draw()}\n', done.stderr  # here nothing is pinned
+    dict(JAX_THREEFRY_PARTITIONABLE='1', JAX_RANDOM_SEED_OFFSET='7',
+         JAX_HIGH_DYNAMIC_RANGE_GUMBEL='1', JAX_NUMPY_DTYPE_PROMOTION='strict',
+         JAX_NUMPY_RANK_PROMOTION='raise', JAX_ENABLE_X64='0')])
+def test_environment_variables_do_not_change_random_numbers(variables):
+  done = draw_pinned(**variables)
+  # This process has the defaults of JAX: it has not called `pin`.
+  assert done.returncode == 0 and done.stdout == f'{draw()}\n', done.stderr
 
 
-def test_64_bits_are_refused_in_one_sentence():
-  done = pinned(JAX_ENABLE_X64='1')
+def test_64_bit_mode_is_refused_in_one_line():
+  done = draw_pinned(JAX_ENABLE_X64='1')
   assert done.returncode == 1 and not done.stdout
   assert done.stderr.count('\n') == 1 and 'unset JAX_ENABLE_X64' in done.stderr
 
 
 @pytest.mark.parametrize('name, other', [
-    ('jax_default_prng_impl', 'rbg'), ('jax_threefry_partitionable', False), ('jax_random_seed_offset', 7),
-    ('jax_high_dynamic_range_gumbel', True), ('jax_numpy_dtype_promotion', 'strict'),
-    ('jax_numpy_rank_promotion', 'raise')])
-def test_every_pinned_option_changes_records_or_stops_the_program(name, other, options):
+    ('jax_default_prng_impl', 'rbg'), ('jax_threefry_partitionable', False),
+    ('jax_random_seed_offset', 7), ('jax_high_dynamic_range_gumbel', True),
+    ('jax_numpy_dtype_promotion', 'strict'), ('jax_numpy_rank_promotion', 'raise')])
+def test_every_pinned_option_changes_results_or_raises(name, other, options):
   expected = draw()
   jax.config.update(name, other)
   try:
     assert draw() != expected
-  except (ValueError, jax.errors.JAXTypeError, TypeError) as error:  # of a promotion
+  except (ValueError, jax.errors.JAXTypeError, TypeError) as error:
     assert 'promotion' in str(error)
   environment.pin()
   assert draw() == expected
 
 
-def test_the_pin_is_what_jax_does_by_default():
+def test_the_pinned_values_are_the_defaults_of_jax():
   assert {name: getattr(jax.config, name) for name in environment.PINNED} == environment.PINNED
 
 
-def test_what_changes_rounding_alone_is_recorded(monkeypatch):
+def test_settings_that_change_only_rounding_are_recorded(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_cpu_enable_fast_math=false')
   found = environment.record()
   assert json.loads(json.dumps(found)) == found
-  assert found['xla_flags'] == '--xla_cpu_enable_fast_math=false' and found['matmul_precision'] == 'default'
-  assert (found['platform'], found['device_kind'], found['devices'], found['hosts']) == ('cpu', 'cpu', 8, 1)
-  assert found['versions']['jax'] == jax.__version__ and {'python', 'jaxlib', 'numpy'} <= {*found['versions']}
+  assert found['xla_flags'] == '--xla_cpu_enable_fast_math=false'
+  assert found['matmul_precision'] == 'default'
+  devices = [found[key] for key in ('platform', 'device_kind', 'devices', 'hosts')]
+  assert devices == ['cpu', 'cpu', 8, 1]
+  assert found['versions']['jax'] == jax.__version__
+  assert {'python', 'jaxlib', 'numpy'} <= {*found['versions']}
   with jax.default_matmul_precision('float32'):
     assert environment.record()['matmul_precision'] == 'float32'
 
 
-def test_a_package_that_is_absent_is_left_out(monkeypatch):
+def test_a_package_that_is_not_installed_is_omitted(monkeypatch):
   monkeypatch.setattr(environment, 'PACKAGES', ('jax', 'no-such-package'))
   assert [*environment.record()['versions']] == ['python', 'jax']

@@ -18,42 +18,46 @@ def pair(name, chosen='pear', rejected='fig plum', **finish):
       dict(chosen_finish='eos', rejected_finish='eos'), **finish))
 
 
-def test_the_loss_is_on_the_response_and_its_eos_alone(tokenizer):
-  first, _ = examples.sft([record('a'), record('b', response='pear fig plum')], tokenizer, 'plain', 64).examples
+def test_the_targets_are_the_response_and_its_eos(tokenizer):
+  records = [record('a'), record('b', response='pear fig plum')]
+  first, _ = examples.sft(records, tokenizer, 'plain', 64).examples
   (response,) = first.responses
   assert first.prompt[0] == tokenizer.bos_id and response[-1] == tokenizer.eos_ids[0]
   assert tokenizer.decode(response).strip() == 'pear'
   assert tokenizer.decode(first.prompt) == 'User: Name a fruit.\nAssistant:'
 
 
-def test_a_response_cut_by_length_has_no_eos(tokenizer):
+def test_a_truncated_response_of_a_pair_has_no_eos(tokenizer):
   (made,) = examples.dpo([pair('a', rejected_finish='length')], tokenizer, 'plain', 64).examples
   chosen, rejected = made.responses
   assert chosen[-1] == tokenizer.eos_ids[0] != rejected[-1]
-  assert len(made) == len(made.prompt) + len(chosen) + len(rejected)  # the prompt once
+  assert len(made) == len(made.prompt) + len(chosen) + len(rejected)  # the prompt counts once
 
 
-@pytest.mark.parametrize('finish, ends', [(dict(), True), (dict(finish='eos'), True), (dict(finish='length'), False)])
-def test_sft_adds_no_eos_to_a_response_cut_by_length(tokenizer, finish, ends):
+@pytest.mark.parametrize('finish, ends', [
+    (dict(), True), (dict(finish='eos'), True), (dict(finish='length'), False)])
+def test_sft_adds_no_eos_to_a_truncated_response(tokenizer, finish, ends):
   (made,) = examples.sft([dict(record('a'), **finish)], tokenizer, 'plain', 64).examples
   assert (made.responses[0][-1] == tokenizer.eos_ids[0]) == ends
 
 
 def test_a_corpus_fills_its_rows(tokenizer):
-  made = examples.corpus([dict(id=str(i), text='pear fig plum') for i in range(30)], tokenizer, 32).examples
-  assert {(len(e.prompt), len(e)) for e in made} == {(1, 32)}  # all but the first token are predicted
+  documents = [dict(id=str(i), text='pear fig plum') for i in range(30)]
+  made = examples.corpus(documents, tokenizer, 32).examples
+  assert {(len(e.prompt), len(e)) for e in made} == {(1, 32)}  # all but the first are targets
   assert tokenizer.decode(made[0].prompt + made[0].responses[0]).startswith('pear fig plum')
   with pytest.raises(InputError, match='fewer than one row'):
     examples.corpus([dict(id='a', text='pear')], tokenizer, 32)
 
 
-def test_what_is_too_long_or_empty_is_dropped_and_counted(tokenizer):
+def test_too_long_and_empty_responses_are_dropped_and_counted(tokenizer):
   records = [record('a'), record('b', response='pear ' * 60), record('c', response=' ')]
   made = examples.sft(records, tokenizer, 'plain', 64)
-  assert [e.id for e in made.examples] == ['a'] and made.dropped == {'longer than 64 tokens': 1, 'empty response': 1}
+  assert [e.id for e in made.examples] == ['a']
+  assert made.dropped == {'longer than 64 tokens': 1, 'empty response': 1}
 
 
-def test_examples_that_cannot_be_are_refused(tokenizer):
+def test_invalid_records_are_refused(tokenizer):
   with pytest.raises(InputError, match='no example is left to train on: 1 empty response'):
     examples.sft([record('a', response='')], tokenizer, 'plain', 64)
   with pytest.raises(InputError, match='the files are empty'):
@@ -61,6 +65,7 @@ def test_examples_that_cannot_be_are_refused(tokenizer):
   with pytest.raises(InputError, match='pair a: chosen and rejected are the same text'):
     examples.dpo([pair('a', rejected='pear ')], tokenizer, 'plain', 64)
   same = pair('b', chosen='\u4e00', rejected='\u4e01')  # both unknown to the tokenizer
-  assert examples.dpo([pair('a'), same], tokenizer, 'plain', 64).dropped == {'chosen and rejected the same tokens': 1}
+  made = examples.dpo([pair('a'), same], tokenizer, 'plain', 64)
+  assert made.dropped == {'chosen and rejected the same tokens': 1}
   with pytest.raises(InputError, match='two training records have the id a'):
     examples.sft([record('a'), record('a')], tokenizer, 'plain', 64)

@@ -1,4 +1,4 @@
-"""The extra `eval` in a new environment: both harnesses run, and the readers read their files."""
+"""The extra `eval` in a new environment: both harnesses run, and our readers parse their output."""
 import json
 import os
 import shutil
@@ -38,7 +38,7 @@ ALPACA = """\
 import alpaca_eval
 from alpaca_eval.annotators import base
 
-def judge(prompts, **_):  # in the place of an API
+def judge(prompts, **_):  # replaces the API
   return dict(completions=['2' if 'good' in p.split('SECOND')[1] else '1' for p in prompts],
               price_per_example=[0.0] * len(prompts), time_per_example=[0.0] * len(prompts))
 
@@ -53,11 +53,12 @@ alpaca_eval.evaluate(
 
 @pytest.fixture
 def installed(tmp_path):
-  """Runs a program of a new environment that holds the package with `eval` alone, in `tmp_path`.
+  """-> a function that runs a program of a new environment, in `tmp_path`.
 
-  $SRLM_TORCH names the torch to install first, for example torch==2.13.0; by default the newest.
+  The environment holds the package with the extra `eval` only. $SRLM_TORCH is the torch requirement
+  to install first, for example torch==2.13.0; by default the newest.
   """
-  source, place = tmp_path / 'source', tmp_path / 'venv'
+  source, venv = tmp_path / 'source', tmp_path / 'venv'
   source.mkdir()
   for name in ('setup.py', 'pyproject.toml'):
     shutil.copy(ROOT / name, source)
@@ -68,18 +69,18 @@ def installed(tmp_path):
                       HF_HOME=str(tmp_path / 'hf'))
 
   def run(program, *words, code=0):
-    done = subprocess.run([place / 'bin' / program, *words], cwd=tmp_path, env=environment,
+    done = subprocess.run([venv / 'bin' / program, *words], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
   try:
-    subprocess.run([sys.executable, '-m', 'venv', place], check=True)
+    subprocess.run([sys.executable, '-m', 'venv', venv], check=True)
     pip = ('-m', 'pip', 'install', '--quiet', '--disable-pip-version-check')
     run('python', *pip, os.environ.get('SRLM_TORCH', 'torch'))
     run('python', *pip, f'{source}[eval]')
     yield run
   finally:
-    shutil.rmtree(place, ignore_errors=True)  # several GB
+    shutil.rmtree(venv, ignore_errors=True)  # several GB
 
 
 @pytest.mark.slow
@@ -89,7 +90,12 @@ def test_the_extra_eval_installs_and_runs_both_harnesses(installed, tmp_path, st
   run('python', '-c', 'import alpaca_eval, lm_eval')
   run('alpaca_eval', '--help')
   run('lm_eval', '--help')
+  check_alpaca(run, tmp_path)
+  check_harness(run, tmp_path, stories)
 
+
+def check_alpaca(run, tmp_path):
+  """alpaca_eval reads our outputs, and we read the win rate from its annotations."""
   answers = [dict(id=f'h{i}/0', prompt=f'Prompt {i}?', response='good' if i else 'poor')
              for i in range(4)]
   records.write(tmp_path / 'answers' / records.shard_name('responses', 0, 1), answers)
@@ -112,6 +118,9 @@ def test_the_extra_eval_installs_and_runs_both_harnesses(installed, tmp_path, st
   for key in ('win_rate', 'standard_error'):
     assert float(own[key]) == rate[key]
 
+
+def check_harness(run, tmp_path, stories):
+  """lm_eval runs a model on a task, and we read its results file."""
   (tmp_path / 'tasks').mkdir()
   records.write(tmp_path / 'piqa.jsonl', QUESTIONS)
   (tmp_path / 'tasks' / 'piqa.yaml').write_text(TASK.replace('FILE', str(tmp_path / 'piqa.jsonl')))

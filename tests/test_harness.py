@@ -8,19 +8,21 @@ import pytest
 from srlm_jax import InputError
 from srlm_jax.eval import harness
 
-KEYS = dict(
-    arc_easy='acc_norm,none', arc_challenge='acc_norm,none', hellaswag='acc_norm,none', piqa='acc_norm,none',
-    openbookqa='acc_norm,none', social_iqa='acc,none', mmlu='acc,none', gsm8k='exact_match,strict-match',
-    nq_open='exact_match,remove_whitespace')
+METRICS = dict(
+    arc_easy='acc_norm,none', arc_challenge='acc_norm,none', hellaswag='acc_norm,none',
+    piqa='acc_norm,none', openbookqa='acc_norm,none', social_iqa='acc,none', mmlu='acc,none',
+    gsm8k='exact_match,strict-match', nq_open='exact_match,remove_whitespace')
 
 
 def results(path, shift=0.0, without=(), shots=0, **more):
-  """A results file in lm-eval's form: other metrics, errors and subtasks beside the numbers that count."""
+  """Writes an lm-eval results file, which also has other metrics, standard errors and subtasks."""
   tasks = {
-      name: {'alias': name, 'acc,none': 0.01, key: 0.5 + i / 100 + shift, key.replace(',', '_stderr,'): 'N/A'}
-      for i, (name, key) in enumerate(KEYS.items()) if name not in without}
+      name: {'alias': name, 'acc,none': 0.01, metric: 0.5 + i / 100 + shift,
+             metric.replace(',', '_stderr,'): 'N/A'}
+      for i, (name, metric) in enumerate(METRICS.items()) if name not in without}
   tasks['mmlu_anatomy'] = {'alias': '  - anatomy', 'acc,none': 0.9}
-  path.write_text(json.dumps({'results': tasks | more, 'n-shot': dict.fromkeys(KEYS, shots), 'config': {}}))
+  path.write_text(json.dumps({
+      'results': tasks | more, 'n-shot': dict.fromkeys(METRICS, shots), 'config': {}}))
   return path
 
 
@@ -34,57 +36,61 @@ def test_docstrings():
 def test_nine_tasks_two_models_and_their_differences(tmp_path):
   one = results(tmp_path / '1.json')
   two = results(tmp_path / '2.json', shift=-0.058, without=['gsm8k', 'nq_open'])
-  code, out, err = run(f'--results=m1={one}', f'--results=m3={two}', f'--out={tmp_path / "nlp.json"}')
+  code, out, err = run(
+      f'--results=m1={one}', f'--results=m3={two}', f'--out={tmp_path / "nlp.json"}')
   assert code == 0, err
   result = json.loads((tmp_path / 'nlp.json').read_text())
   order = 'arc_easy arc_challenge hellaswag siqa piqa gsm8k mmlu obqa nq'  # PAPER table 3
   assert list(result['scores']['m1']) == order.split()
   assert result['scores']['m1'] == pytest.approx(dict(
-      arc_easy=50, arc_challenge=51, hellaswag=52, piqa=53, obqa=54, siqa=55, mmlu=56, gsm8k=57, nq=58))
+      arc_easy=50, arc_challenge=51, hellaswag=52, piqa=53, obqa=54, siqa=55, mmlu=56, gsm8k=57,
+      nq=58))
   assert result['differences'] == {'m3': dict.fromkeys(
       ('arc_easy', 'arc_challenge', 'hellaswag', 'siqa', 'piqa', 'mmlu', 'obqa'), -5.8)}
   assert result['missing'] == dict(m1=[], m3=['gsm8k', 'nq'])
   assert result['metrics']['gsm8k'] == 'exact_match,strict-match'
-  assert 'm3 lacks gsm8k, nq' in out and '44.20 (-5.80)' in out
+  assert 'm3 has no results for gsm8k, nq' in out and '44.20 (-5.80)' in out
 
 
 def test_a_model_may_have_several_files(tmp_path):
   one = results(tmp_path / '1.json', without=['mmlu'])
-  two = results(tmp_path / '2.json', without=[name for name in KEYS if name != 'mmlu'])
+  two = results(tmp_path / '2.json', without=[name for name in METRICS if name != 'mmlu'])
   assert len(harness.read_models([f'm={one}', f'm={two}'])['m']) == 9
-  with pytest.raises(InputError, match='arc_easy of m was given before'):
+  with pytest.raises(InputError, match='m already has results for arc_easy'):
     harness.read_models([f'm={one}', f'm={one}'])
 
 
-def test_models_must_be_measured_alike(tmp_path):
+def test_models_need_the_same_shots_and_metrics(tmp_path):
   one, two = results(tmp_path / '1.json', shots=0), results(tmp_path / '2.json', shots=5)
-  with pytest.raises(InputError, match='5 shots here and 0 before'):
+  with pytest.raises(InputError, match='5 shots here and 0 shots before'):
     harness.read_models([f'a={one}', f'b={two}'])
-  old = results(tmp_path / 'old.json', without=['gsm8k'], gsm8k={'exact_match,get-answer': 0.5})
+  old = results(
+      tmp_path / 'old.json', without=['gsm8k'], gsm8k={'exact_match,get-answer': 0.5})
   with pytest.raises(InputError, match='gsm8k was measured by'):
     harness.table(harness.read_models([f'a={one}', f'b={old}']))
 
 
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path):
+def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):
   (tmp_path / 'bad.json').write_text('{')
   code, _, err = run('--results=m1', f'--out={tmp_path / "out.json"}')
   assert code == 1 and 'NAME=FILE' in err and err.startswith('error: ') and err.count('\n') == 1
   assert not (tmp_path / 'out.json').exists()
   (tmp_path / 'latin.json').write_bytes(b'["\xe9"]')
-  for name, word in [('no.json', 'cannot be read'), ('bad.json', 'not JSON'),
-                     ('latin.json', 'not JSON'), ('', 'is a folder; give a results file of lm-eval')]:
-    with pytest.raises(InputError, match=word):
+  for name, message in [
+      ('no.json', 'cannot be read'), ('bad.json', 'not JSON'), ('latin.json', 'not JSON'),
+      ('', 'is a folder; give a results file of lm-eval')]:
+    with pytest.raises(InputError, match=message):
       harness.read_models([f'm1={tmp_path / name}'])
 
 
-@pytest.mark.parametrize('content, word', [
+@pytest.mark.parametrize('content, message', [
     ([], 'no "results"'), ({'results': []}, 'no "results"'),
     ({'results': {'winogrande': {}}}, 'none of the tasks'),
     ({'results': {'piqa': {'acc,none': 0.5}}}, 'piqa has no acc_norm,none; it has acc,none'),
-    ({'results': {'piqa': 0.5}}, 'it has nothing'),
+    ({'results': {'piqa': 0.5}}, 'it has no metrics'),
     ({'results': {'piqa': {'acc_norm,none': 'N/A'}}}, "'N/A'"),
     ({'results': {'piqa': {'acc_norm,none': 82.0}}}, '82.0')])
-def test_results_of_the_wrong_kind_are_refused(tmp_path, content, word):
+def test_invalid_results_are_refused(tmp_path, content, message):
   (tmp_path / 'r.json').write_text(json.dumps(content))
-  with pytest.raises(InputError, match=word):
+  with pytest.raises(InputError, match=message):
     harness.read_results(tmp_path / 'r.json')

@@ -20,47 +20,65 @@ def test_a_healthy_iteration_has_no_warning():
   assert not health.warn_pairs('m2/pairs', [dict(chosen='x' * 14, rejected='x' * 10)], 10)
 
 
-def test_each_known_failure_is_said_in_words():
+def test_each_known_failure_gives_a_warning():
   found = health.warn_judgements('m2/judge', judgements(4, 4, 4, 4, 4, 4, 4, None, None, 1))
-  assert found[0] == 'm2/judge: 8 of 10 judgements have a score (the others: 2 no score), fewer than 90%.'
-  assert found[1].startswith('m2/judge: 88% of the scores are 4; such a judge hardly tells')
-  assert 'are cut at the length limit' in health.warn_responses('m2', responses('a', 'b', finish='length'))[0]
-  assert '75% of the candidates repeat' in health.warn_responses('m2', [dict(r, prompt_id='p') for r in responses(
-      'a', 'a ', 'a', ' a')])[0]
-  assert 'learn length alone' in health.warn_pairs('m2/pairs', [dict(chosen='x' * 16, rejected='x' * 10)], 9)[0]
-  assert health.warn_pairs('m2/pairs', [], 20) == ['m2/pairs: 0 pairs from 20 prompts, fewer than 100 of 1,000.']
+  assert found[0] == ('m2/judge: 8 of 10 judgements have a score (the others: 2 no score), '
+                      'fewer than 90%.')
+  assert found[1].startswith('m2/judge: 88% of the scores are 4; the judge hardly distinguishes')
+  cut = health.warn_responses('m2', responses('a', 'b', finish='length'))
+  assert 'are cut at the length limit' in cut[0]
+  same_prompt = [dict(r, prompt_id='p') for r in responses('a', 'a ', 'a', ' a')]
+  assert '75% of the candidates duplicate' in health.warn_responses('m2', same_prompt)[0]
+  long = health.warn_pairs('m2/pairs', [dict(chosen='x' * 16, rejected='x' * 10)], 9)
+  assert 'only learn to prefer length' in long[0]
+  assert health.warn_pairs('m2/pairs', [], 20) == [
+      'm2/pairs: 0 pairs from 20 prompts, fewer than 100 per 1,000.']
 
 
-def test_the_numbers_of_an_iteration(tmp_path, capsys):
+def write_iteration(folder):
+  """The records of an iteration with two prompts and two candidates each."""
+  records.write(folder / 'prompts' / 'attempts.jsonl', [
+      dict(id=str(i), dropped='' if i else 'held out') for i in range(5)])
+  records.write(folder / 'prompts' / 'prompts.jsonl', [
+      dict(id='p0', prompt='x\u2028y'), dict(id='p1', prompt='z')])
+  finished, cut = (responses('a', 'a', 'b', text, finish=finish)
+                   for text, finish in (('', 'eos'), ('cc', 'length')))
+  records.write(folder / 'respond' / 'responses-00000-of-00001.jsonl', finished[:3] + cut[3:])
+  scores = {'p0/0': (3, 3), 'p0/1': (3, 3), 'p1/0': (5, 4), 'p1/1': (1, None)}
+  records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', [
+      dict(id=f'{name}/{j}', response_id=name, prompt_id=name[:2], score=score,
+           reason='' if score is not None else 'x')
+      for name, judged in scores.items() for j, score in enumerate(judged)])
+  records.write(folder / 'pairs' / 'pairs.jsonl', [
+      dict(chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1)])
+
+
+def test_the_statistics_of_an_iteration(tmp_path, capsys):
   folder = tmp_path / 'm2'
-  records.write(folder / 'prompts' / 'attempts.jsonl', [dict(id=str(i), dropped='' if i else 'held out')
-                                                        for i in range(5)])
-  records.write(folder / 'prompts' / 'prompts.jsonl', [dict(id='p0', prompt='x\u2028y'), dict(id='p1', prompt='z')])
-  records.write(folder / 'respond' / 'responses-00000-of-00001.jsonl', responses('a', 'a', 'b', '', finish='eos')[:3]
-                + responses('a', 'a', 'b', 'cc', finish='length')[3:])
-  scores = [dict(id=f'{name}/{j}', response_id=name, prompt_id=name[:2], score=s, reason='' if s is not None else 'x')
-            for name, three in (('p0/0', (3, 3)), ('p0/1', (3, 3)), ('p1/0', (5, 4)), ('p1/1', (1, None)))
-            for j, s in enumerate(three)]
-  records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', scores)
-  pair = dict(chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1)
-  records.write(folder / 'pairs' / 'pairs.jsonl', [pair])
+  write_iteration(folder)
   health.run(configs.get('m2'), tmp_path)
   found = json.loads((folder / 'health' / 'health.json').read_text())
-  assert found['prompts'] == dict(attempts=5, accepted=2, dropped={'held out': 1, 'more than wanted': 2})
-  assert [found['responses'][name] for name in ('unfinished', 'repeated', 'cut')] == [0.25, 0.25, 1]
-  assert (found['judgements']['parse_rate'], found['judgements']['unparsed']) == (0.875, {'x': 1})
-  assert found['judgements']['score_histogram'] == {'1': 1, '3': 4, '4': 1, '5': 1}
-  assert found['ties'] == dict(prompts=1, all_equal=1.0)  # of p1 one candidate misses the quorum
-  assert found['pairs'] == dict(count=1, per_1000_prompts=500.0, chosen_characters=3.0, rejected_characters=1.0,
-                                length_gap=2.0, margin=3.5)
-  said = capsys.readouterr().out
-  assert len(found['warnings']) == 4 and all(f'warning: {w}' in said for w in found['warnings'])
+  assert found['prompts'] == dict(
+      attempts=5, accepted=2, dropped={'held out': 1, 'more than wanted': 2})
+  assert [found['responses'][name] for name in ('unfinished', 'repeated', 'cut')] == [
+      0.25, 0.25, 1]
+  judged = found['judgements']
+  assert (judged['parse_rate'], judged['unparsed']) == (0.875, {'x': 1})
+  assert judged['score_histogram'] == {'1': 1, '3': 4, '4': 1, '5': 1}
+  # One candidate of p1 misses the quorum, which leaves one prompt with two scores.
+  assert found['ties'] == dict(prompts=1, all_equal=1.0)
+  assert found['pairs'] == dict(count=1, per_1000_prompts=500.0, chosen_characters=3.0,
+                                rejected_characters=1.0, length_gap=2.0, margin=3.5)
+  printed = capsys.readouterr().out
+  assert len(found['warnings']) == 4
+  assert all(f'warning: {warning}' in printed for warning in found['warnings'])
   health.run(configs.get('m2'), tmp_path)
-  assert 'm2/health: done before' in capsys.readouterr().out
+  assert 'm2/health: already done' in capsys.readouterr().out
 
 
-def test_m1_has_only_its_judgements(tmp_path):
-  records.write(tmp_path / 'm1' / 'judge' / 'judgements-00000-of-00001.jsonl', judgements(1, 2, 3, 4))
+def test_m1_has_only_judgements(tmp_path):
+  records.write(tmp_path / 'm1' / 'judge' / 'judgements-00000-of-00001.jsonl',
+                judgements(1, 2, 3, 4))
   found = health.measure(tmp_path / 'm1', 1)
   assert set(found) == {'judgements', 'warnings'} and found['warnings'] == []
 

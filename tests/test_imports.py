@@ -21,8 +21,10 @@ ORDER = '''
 # Third-party packages that may be imported inside a function: slow, or optional.
 LATE = {'sentencepiece', 'transformers', 'tokenizers', 'tensorflow_datasets', 'array_record'}
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('config', 'ablations', 'records', 'lock', 'data.oasst', 'data.ranked', 'data.similar',
-               'data.templates', 'data.tokenizer', 'data.examples', 'data.packing', 'reward.judges',
+WITHOUT_JAX = ('config', 'ablations', 'records', 'lock', 'data.oasst', 'data.ranked',
+               'data.similar',
+               'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
+               'data.packing', 'reward.judges',
                'reward.scores', 'reward.strategies')
 
 
@@ -97,8 +99,11 @@ def test_every_module_has_a_test_of_its_own():
   elsewhere = dict(
       attention='llama', hf='convert', scores='pairs', generate='llama', state='step',
       world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
-      control='sandbox', results='report', page='report', oracle='loop', respond='loop',
-      judge='loop', metrics='loop', implicit='strategies', catalog='stage', shards='loop', programs='engine',
+      control='sandbox', results='report', page='report',
+      summaries='report', plots='report', splits='seeds', turns='seeds',
+      oracle='loop', respond='loop',
+      judge='loop', metrics='loop', implicit='strategies', catalog='stage', shards='loop',
+      programs='engine',
       packed='step', hosts='launch', cli='config', store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference')
   for path in PACKAGE.rglob('*.py'):

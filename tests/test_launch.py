@@ -1,3 +1,4 @@
+"""The launch scripts, and training in several processes."""
 import importlib.util
 import itertools
 import json
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from srlm_jax import records
+from srlm_jax import config as configs, records
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config, llama
 
@@ -24,44 +25,47 @@ LOCAL = LAUNCH / 'local.sh'
 
 
 def launch(hosts, *command, devices=1, **env):
-  """Starts launch/local.sh with fake devices in every process."""
+  """Runs a command with launch/local.sh, with fake devices in every process."""
   fake = dict(JAX_PLATFORMS='cpu', XLA_FLAGS=f'--xla_force_host_platform_device_count={devices}')
   return subprocess.run([LOCAL, str(hosts), *command], cwd=ROOT, env=os.environ | fake | env,
                         capture_output=True, text=True, timeout=240)
 
 
 def bash(script, **env):
+  """Runs a bash script in two processes."""
   return launch(2, 'bash', '-c', script, **env)
 
 
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: p.name)
-def test_scripts_are_sound(script):
+def test_scripts_parse_and_state_their_usage(script):
   subprocess.run(['bash', '-n', script], check=True)
   lines = script.read_text().splitlines()
   assert lines[0] == '#!/usr/bin/env bash' and os.access(script, os.X_OK)
   assert any(re.match(r'set -.*u.*o pipefail', line) for line in lines)
-  assert any(line.startswith('# ') and script.name in line for line in lines[:25]), 'its usage is at the top'
+  assert any(line.startswith('# ') and script.name in line for line in lines[:25]), 'no usage'
   if shutil.which('shellcheck'):
     subprocess.run(['shellcheck', script], check=True)
 
 
-def test_scripts_without_arguments_say_how():
+def test_scripts_without_arguments_print_their_usage():
   for script in SCRIPTS:
     done = subprocess.run([script], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith('usage: '), script
 
 
-def test_what_launchers_name_exists():
+def test_modules_configs_and_flags_in_launchers_exist():
   texts = {path.name: path.read_text() for path in LAUNCH.iterdir()}
   assert set(texts) == {'local.sh', 'tpu.sh', 'slurm.sh', 'gke_jobset.yaml'}
   for name, text in texts.items():
     modules = re.findall(r'-m[\s-]+(srlm_jax[\w.]*)', text)
     assert modules, name
     assert all(importlib.util.find_spec(module) for module in modules)
-    for config, size in re.findall(r'--config=(configs/\w+\.py):(\w+)', text):
-      assert (ROOT / config).exists() and size in ('tiny', 'stories', '7b', '13b', '70b')
+    found = re.findall(r'--config=(\w+):(\w+)', text)
+    assert len(found) == text.count('--config=') > 0
+    for config, size in found:
+      assert config in configs.FILES and size in configs.SIZES
     for line in re.findall(r'python -m srlm_jax.*', text):
-      assert set(re.findall(r'--(\w+)', line)) <= {'config', 'workdir'}, line  # what cli.main defines
+      assert set(re.findall(r'--(\w+)', line)) <= {'config', 'workdir'}, line  # flags of cli.main
 
 
 @pytest.mark.parametrize('name, words', [
@@ -70,15 +74,17 @@ def test_what_launchers_name_exists():
 def test_placeholders_are_used_and_explained(name, words):
   text = (LAUNCH / name).read_text()
   for word in words:
-    assert len(re.findall(rf'\b{word}\b', text)) >= 2 and re.search(rf'^#.*\b{word}: ', text, re.M), word
+    assert len(re.findall(rf'\b{word}\b', text)) >= 2, word
+    assert re.search(rf'^#.*\b{word}: ', text, re.M), word
 
 
-def test_jobset_has_a_pod_for_every_host_of_its_slice():
+def test_jobset_has_one_pod_per_host_of_the_slice():
   job = yaml.safe_load((LAUNCH / 'gke_jobset.yaml').read_text())
   assert (job['apiVersion'], job['kind']) == ('jobset.x-k8s.io/v1alpha2', 'JobSet')
   spec = job['spec']['replicatedJobs'][0]['template']['spec']
   pod = spec['template']['spec']
-  chips = np.prod([int(n) for n in pod['nodeSelector']['cloud.google.com/gke-tpu-topology'].split('x')])
+  topology = pod['nodeSelector']['cloud.google.com/gke-tpu-topology']
+  chips = np.prod([int(n) for n in topology.split('x')])
   container = pod['containers'][0]
   hosts = chips / container['resources']['limits']['google.com/tpu']
   assert spec['parallelism'] == spec['completions'] == hosts
@@ -89,7 +95,7 @@ def test_jobset_has_a_pod_for_every_host_of_its_slice():
 
 
 def test_tpu_command_reaches_the_hosts_unchanged(tmp_path):
-  """A gcloud that runs --command here, as each host would."""
+  """A fake gcloud runs --command locally, as each host would."""
   fake = tmp_path / 'bin' / 'gcloud'
   fake.parent.mkdir()
   fake.write_text('#!/usr/bin/env bash\necho "${@:1:$# - 1}"\nlast=${@: -1}\n'
@@ -98,27 +104,28 @@ def test_tpu_command_reaches_the_hosts_unchanged(tmp_path):
   (tmp_path / 'srlm_jax').mkdir()
   env = os.environ | dict(PATH=f'{fake.parent}:{os.environ["PATH"]}', HOME=str(tmp_path))
   words = ['a b', "it's", '$HOME', '--set=m2,m3:x=1']
-  done = subprocess.run([LAUNCH / 'tpu.sh', 'my-tpu', 'us-east5-a', 'printenv', 'SRLM_HOSTS'], env=env,
-                        check=True, capture_output=True, text=True)
+  done = subprocess.run([LAUNCH / 'tpu.sh', 'my-tpu', 'us-east5-a', 'printenv', 'SRLM_HOSTS'],
+                        env=env, check=True, capture_output=True, text=True)
   assert done.stdout.splitlines() == [
       'compute tpus tpu-vm ssh my-tpu --zone=us-east5-a --worker=all', 'auto']
-  done = subprocess.run([LAUNCH / 'tpu.sh', 'my-tpu', 'z', 'printf', '%s\\n', *words], env=env, check=True,
-                        capture_output=True, text=True)
+  done = subprocess.run([LAUNCH / 'tpu.sh', 'my-tpu', 'z', 'printf', '%s\\n', *words], env=env,
+                        check=True, capture_output=True, text=True)
   assert done.stdout.splitlines()[1:] == words
 
 
-def test_slurm_gives_a_process_all_gpus_of_its_node(tmp_path):
+def test_slurm_process_uses_all_gpus_of_its_node(tmp_path):
   fake = tmp_path / 'srun'
-  fake.write_text('#!/usr/bin/env bash\nshift\necho "$SRLM_HOSTS $JAX_LOCAL_DEVICE_IDS $PWD"\nexec "$@"\n')
+  fake.write_text('#!/usr/bin/env bash\nshift\n'
+                  'echo "$SRLM_HOSTS $JAX_LOCAL_DEVICE_IDS $PWD"\nexec "$@"\n')
   fake.chmod(0o755)
   env = os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),
                           SLURM_GPUS_ON_NODE='4')
-  done = subprocess.run([LAUNCH / 'slurm.sh', 'echo', 'a b'], env=env, check=True, capture_output=True,
-                        text=True)
+  done = subprocess.run([LAUNCH / 'slurm.sh', 'echo', 'a b'], env=env, check=True,
+                        capture_output=True, text=True)
   assert done.stdout.splitlines() == [f'auto 0,1,2,3 {tmp_path}', 'a b']
 
 
-def test_local_tells_every_process_who_it_is():
+def test_local_gives_every_process_its_index_and_gpus():
   done = bash('echo "$SRLM_HOST of $SRLM_HOSTS at $SRLM_COORDINATOR, GPUs $CUDA_VISIBLE_DEVICES"',
               CUDA_VISIBLE_DEVICES='4,5,6,7', SRLM_PORT='1234')
   assert done.returncode == 0
@@ -127,19 +134,19 @@ def test_local_tells_every_process_who_it_is():
   assert bash('true', CUDA_VISIBLE_DEVICES='0,1,2').returncode == 2
 
 
-@pytest.mark.parametrize('deaf', ['', 'trap "" TERM; '])
-def test_local_stops_all_when_one_fails(deaf):
+@pytest.mark.parametrize('trap', ['', 'trap "" TERM; '], ids=['default', 'ignores SIGTERM'])
+def test_local_stops_all_processes_if_one_fails(trap):
   started = time.monotonic()
-  done = bash(f'echo $$; {deaf}((SRLM_HOST == 0)) && exit 7; while :; do sleep 0.2; done')
+  done = bash(f'echo $$; {trap}((SRLM_HOST == 0)) && exit 7; while :; do sleep 0.2; done')
   assert done.returncode == 7 and time.monotonic() - started < 20
-  assert 'process 0 of 2 ended with 7' in done.stderr
+  assert 'process 0 of 2 exited with code 7' in done.stderr
   for pid in done.stdout.split():
     with pytest.raises(ProcessLookupError):
       os.kill(int(pid), 0)
 
 
-def test_processes_of_local_find_each_other():
-  program = ('import jax; from srlm_jax import stage; hosts.join(); '
+def test_processes_of_local_connect_to_each_other():
+  program = ('import jax; from srlm_jax import hosts; hosts.join(); '
              'hosts.say(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}")')
   done = launch(2, sys.executable, '-c', program, devices=3)
   assert done.returncode == 0, done.stderr
@@ -148,7 +155,7 @@ def test_processes_of_local_find_each_other():
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory, tokenizer_folder):
-  """A run that holds what the SFT baseline is trained from: a random M0 and its seeds."""
+  """A workdir with a random M0 and IFT data, from which the SFT baseline is trained."""
   workdir = tmp_path_factory.mktemp('run')
   shape = model_config.PRESETS['tiny-test']
   store.write_model_files(shape, tokenizer_folder, workdir / 'm0' / 'model')
@@ -165,17 +172,18 @@ def workdir(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(workdir):
-  """Two processes of two devices, and one of four: the same losses and the same parameters."""
+def test_two_processes_train_as_one(workdir):
+  """Two processes with two devices each give the losses and parameters of one with four."""
   losses, params = {}, {}
   for hosts in (1, 2):
     copy = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-{hosts}')
-    done = launch(hosts, sys.executable, '-m', 'srlm_jax.train', '--config=configs/sft.py:tiny',
+    done = launch(hosts, sys.executable, '-m', 'srlm_jax.train', '--config=sft:tiny',
                   f'--workdir={copy}', '--config.model=tiny-test', '--config.mesh.fsdp=-1',
-                  '--config.train.batch=4', '--config.train.epochs=2', '--config.train.max_length=96',
-                  '--config.train.learning_rate=1e-2', '--config.train.log_every=1', devices=4 // hosts)
+                  '--config.train.batch=4', '--config.train.epochs=2',
+                  '--config.train.max_length=96', '--config.train.learning_rate=1e-2',
+                  '--config.train.log_every=1', devices=4 // hosts)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('sft/model: done') == 1  # however many hosts there are
+    assert done.stdout.count('sft/model: done') == 1  # only the first host prints
     lines = (copy / 'sft' / 'model' / 'metrics.jsonl').read_text().splitlines()
     losses[hosts] = [json.loads(line)['loss'] for line in lines]
     mesh = make_mesh(1, 1, 1)
@@ -184,8 +192,8 @@ def test_two_processes_train_what_one_does(workdir):
       before = store.restore_params(copy / 'm0' / 'model', mesh, 'float32')[0]
   assert len(losses[1]) == 3
   np.testing.assert_allclose(losses[2], losses[1], atol=1e-5)
-  moved = 0.0
+  change = 0.0
   for one, two, start in zip(*map(jax.tree.leaves, (params[1], params[2], before)), strict=True):
     np.testing.assert_allclose(two, one, atol=1e-5)
-    moved = max(moved, float(abs(one - start).max()))
-  assert moved > 1e-3  # it did train
+    change = max(change, float(abs(one - start).max()))
+  assert change > 1e-3

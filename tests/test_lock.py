@@ -1,3 +1,4 @@
+"""The lock of a workdir or output folder: held, stale, damaged, and under clock skew."""
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import os, sys, time
 from srlm_jax import lock
 workdir, lock.BEAT, ahead = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 path, utime = os.path.join(workdir, 'lock.json'), os.utime
-def skewed(path):  # as a host whose clock is `ahead` seconds ahead
+def skewed(path):  # like a host whose clock is `ahead` seconds ahead
   utime(path, (time.time() + ahead,) * 2)
 if ahead:
   os.utime = skewed
@@ -32,14 +33,14 @@ needs_proc = pytest.mark.skipif(not pathlib.Path('/proc/self/ns/pid').exists(),
 
 
 def hold(workdir, beat=10.0, ahead=0.0):
-  """Starts a process that holds the lock of `workdir`, its clock `ahead` seconds ahead of ours."""
+  """Starts a process that holds the lock of `workdir`; its clock is `ahead` seconds ahead."""
   return subprocess.Popen([sys.executable, '-c', HOLD, workdir, str(beat), str(ahead)], cwd=ROOT,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
 def start(tmp_path):
-  """A function that starts another process that holds the lock of `tmp_path`."""
+  """A function that starts a process that holds the lock of `tmp_path`."""
   processes = []
   def start(**kwargs):
     processes.append(hold(tmp_path, **kwargs))
@@ -56,7 +57,7 @@ def kill(process):
 
 
 def write(workdir, age=0.0, **fields):
-  """Changes fields of the lock, or writes that of another host; its heartbeat is `age` s old."""
+  """Changes fields of the lock, or writes one of another host; its heartbeat is `age` s old."""
   path = workdir / 'lock.json'
   if path.exists():
     content = json.loads(path.read_text())
@@ -80,20 +81,20 @@ def assert_taken_over(workdir):
   assert not list(workdir.iterdir())
 
 
-def test_a_second_run_is_refused_with_who_holds_the_workdir_and_since_when(tmp_path, start):
+def test_a_second_run_is_refused_and_the_message_names_the_holder(tmp_path, start):
   other = start()
   assert_refused(tmp_path, rf'is in use by \w+ on .*, process {other.pid}, since 20\d\d-.*'
                            'another --workdir')
   assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == other.pid
 
 
-def test_the_lock_of_a_killed_run_is_taken_over_and_a_free_one_is_removed(tmp_path, start, capsys):
+def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, start, capsys):
   kill(start())
   assert_taken_over(tmp_path)
-  assert not capsys.readouterr().err  # at once
+  assert not capsys.readouterr().err  # no message about waiting
 
 
-def test_a_lock_of_another_host_is_stale_without_a_heartbeat(tmp_path, monkeypatch):
+def test_a_lock_of_another_host_without_a_heartbeat_is_stale(tmp_path, monkeypatch):
   write(tmp_path)
   assert_refused(tmp_path, 'in use by ann on elsewhere')
   write(tmp_path, age=lock.STALE + 1)
@@ -102,16 +103,16 @@ def test_a_lock_of_another_host_is_stale_without_a_heartbeat(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('ahead', [-3600.0, 3600.0])
-def test_a_live_lock_is_respected_whatever_its_clock_says(tmp_path, start, capsys, ahead):
+def test_a_live_lock_is_respected_despite_clock_skew(tmp_path, start, capsys, ahead):
   start(beat=0.1, ahead=ahead)
   assert_refused(tmp_path)
   where = 'future' if ahead > 0 else 'past'
   assert re.search(rf'found the lock of .*3[56]\d\d s in the {where} by the clock of this host; '
-                   'waits up to 30 s', capsys.readouterr().err)
+                   'waiting up to 30 s', capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('age', [-3600.0, 3600.0])
-def test_a_dead_lock_is_taken_over_whatever_its_clock_said(tmp_path, monkeypatch, capsys, age):
+def test_a_dead_lock_is_taken_over_despite_clock_skew(tmp_path, monkeypatch, capsys, age):
   monkeypatch.setattr(lock, 'BEAT', 0.2)
   write(tmp_path, age=age)
   before = time.monotonic()
@@ -120,7 +121,7 @@ def test_a_dead_lock_is_taken_over_whatever_its_clock_said(tmp_path, monkeypatch
   assert 'the lock of ann on elsewhere' in capsys.readouterr().err
 
 
-def test_a_stopped_run_that_goes_on_while_it_is_watched_keeps_its_lock(tmp_path, start):
+def test_a_suspended_run_that_continues_while_watched_keeps_its_lock(tmp_path, start):
   other = start(beat=0.1)
   other.send_signal(signal.SIGSTOP)
   write(tmp_path, age=lock.STALE + 1)
@@ -128,7 +129,7 @@ def test_a_stopped_run_that_goes_on_while_it_is_watched_keeps_its_lock(tmp_path,
   assert_refused(tmp_path)
 
 
-def test_a_lock_that_is_released_while_it_is_watched_is_free(tmp_path):
+def test_a_lock_released_while_watched_is_free(tmp_path):
   write(tmp_path, age=3600.0)
   subprocess.Popen(['sh', '-c', f'sleep 1; rm {tmp_path}/lock.json'])
   before = time.monotonic()
@@ -138,7 +139,7 @@ def test_a_lock_that_is_released_while_it_is_watched_is_free(tmp_path):
 
 @needs_proc
 @pytest.mark.parametrize('field, value', [('boot', 'another'), ('namespace', 1)])
-def test_a_pid_of_another_boot_or_namespace_says_nothing(
+def test_a_pid_of_another_boot_or_namespace_is_not_trusted(
     tmp_path, start, monkeypatch, field, value):
   kill(start())
   write(tmp_path, **{field: value})
@@ -149,11 +150,11 @@ def test_a_pid_of_another_boot_or_namespace_says_nothing(
 
 
 @needs_proc
-def test_a_reused_pid_is_another_process(tmp_path, start, capsys):
+def test_a_reused_pid_does_not_keep_the_lock(tmp_path, start, capsys):
   kill(start())
   write(tmp_path, pid=os.getpid())
   assert_taken_over(tmp_path)
-  assert not capsys.readouterr().err  # at once
+  assert not capsys.readouterr().err  # no message about waiting
 
 
 def test_without_proc_the_host_and_the_pid_identify_a_process(tmp_path, monkeypatch):
@@ -169,52 +170,52 @@ def test_without_proc_the_host_and_the_pid_identify_a_process(tmp_path, monkeypa
 
 
 @needs_proc
-def test_the_start_time_is_that_of_the_process_whatever_its_name(tmp_path):
+def test_the_start_time_is_parsed_for_any_process_name(tmp_path):
   program = tmp_path / ') R 1 (2 3'
   program.symlink_to('/bin/sleep')
   before = time.clock_gettime(time.CLOCK_BOOTTIME)
   process = subprocess.Popen([program, '60'])
   after = time.clock_gettime(time.CLOCK_BOOTTIME)
   try:
-    while pathlib.Path(f'/proc/{process.pid}/comm').read_text() != ') R 1 (2 3\n':  # starts
+    while pathlib.Path(f'/proc/{process.pid}/comm').read_text() != ') R 1 (2 3\n':  # still starting
       assert time.clock_gettime(time.CLOCK_BOOTTIME) < after + 30
       time.sleep(0.01)
-    started = lock._started(process.pid) / os.sysconf('SC_CLK_TCK')
+    started = lock._start_ticks(process.pid) / os.sysconf('SC_CLK_TCK')
     assert before - 0.1 <= started <= after + 0.1
   finally:
     process.kill()
     process.wait()
-  assert lock._started(process.pid) is None
+  assert lock._start_ticks(process.pid) is None
 
 
-def test_an_empty_lock_is_that_of_a_run_that_crashed_or_is_about_to_write_it(tmp_path, monkeypatch):
+def test_an_empty_lock_is_watched_before_it_is_taken_over(tmp_path, monkeypatch):
   path = tmp_path / 'lock.json'
   path.touch()
-  (tmp_path / 'whole').write_text(json.dumps(dict(id='x', owner='ann', host='elsewhere')))
-  subprocess.Popen(['sh', '-c', f'sleep 0.5; cat {tmp_path}/whole >> {path}'])
+  (tmp_path / 'full').write_text(json.dumps(dict(id='x', owner='ann', host='elsewhere')))
+  subprocess.Popen(['sh', '-c', f'sleep 0.5; cat {tmp_path}/full >> {path}'])
   with pytest.raises(InputError, match='is in use by ann on elsewhere'):
     with lock.held(tmp_path):
       pass
-  (tmp_path / 'whole').unlink()
+  (tmp_path / 'full').unlink()
   path.write_text('')
   monkeypatch.setattr(lock, 'BEAT', 0.05)
   assert_taken_over(tmp_path)
 
 
 @pytest.mark.parametrize('text', ['version = 1', '{"nodes": {}}', '[]'])
-def test_a_file_of_something_else_is_not_removed(tmp_path, text):
+def test_a_file_that_is_not_a_lock_is_not_removed(tmp_path, text):
   (tmp_path / 'lock.json').write_text(text)
   os.utime(tmp_path / 'lock.json', (0, 0))
   assert_refused(tmp_path, 'lock.json is not a lock that this program wrote; move or delete it')
 
 
-def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path):
+def test_a_run_that_writes_no_files_leaves_no_folder(tmp_path):
   with lock.held(tmp_path / 'runs' / 'new'):
     assert (tmp_path / 'runs' / 'new' / 'lock.json').exists()
   assert not list(tmp_path.iterdir())
 
 
-def test_the_lock_of_an_output_lies_beside_it(tmp_path):
+def test_the_lock_of_an_output_folder_is_beside_it(tmp_path):
   with lock.held_output(f'{tmp_path}/new/out/', '--out'):
     assert [p.name for p in (tmp_path / 'new').iterdir()] == ['out.lock']
     with pytest.raises(InputError, match=f'{tmp_path}/new/out is in use by .* use another --to_hf'):
@@ -225,41 +226,41 @@ def test_the_lock_of_an_output_lies_beside_it(tmp_path):
   assert [p.name for p in (tmp_path / 'new').iterdir()] == ['out']
 
 
-def test_the_heart_survives_a_file_system_that_fails_for_a_moment(tmp_path, monkeypatch):
+def test_the_heartbeat_survives_a_temporary_file_system_failure(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'BEAT', 0.02)
-  fails = iter([OSError('stale file handle')] * 3)
+  failures = iter([OSError('stale file handle')] * 3)
   real = os.utime
   def utime(*args):
-    if error := next(fails, None):
+    if error := next(failures, None):
       raise error
     real(*args)
   with lock.held(tmp_path):
     real(tmp_path / 'lock.json', (0, 0))
     monkeypatch.setattr(os, 'utime', utime)
-    ends = time.time() + 10
-    while (tmp_path / 'lock.json').stat().st_mtime == 0 and time.time() < ends:
+    deadline = time.time() + 10
+    while (tmp_path / 'lock.json').stat().st_mtime == 0 and time.time() < deadline:
       time.sleep(0.02)
     assert (tmp_path / 'lock.json').stat().st_mtime > 0
 
 
-def test_the_heart_beats(tmp_path, monkeypatch):
+def test_the_heartbeat_updates_the_mtime(tmp_path, monkeypatch):
   monkeypatch.setattr(lock, 'BEAT', 0.02)
   with lock.held(tmp_path):
     os.utime(tmp_path / 'lock.json', (0, 0))
-    ends = time.time() + 10
-    while (tmp_path / 'lock.json').stat().st_mtime == 0 and time.time() < ends:
+    deadline = time.time() + 10
+    while (tmp_path / 'lock.json').stat().st_mtime == 0 and time.time() < deadline:
       time.sleep(0.02)
     assert (tmp_path / 'lock.json').stat().st_mtime > 0
 
 
-def test_a_run_whose_lock_another_one_holds_ends(tmp_path, start):
+def test_a_run_exits_if_another_run_took_its_lock(tmp_path, start):
   other = start(beat=0.1)
   write(tmp_path, id='new')
   assert other.wait(timeout=30) == 1
   assert f'error: another run took over {tmp_path}' in other.stderr.read()
 
 
-def test_a_stale_lock_that_another_run_took_is_given_back(tmp_path):
+def test_a_lock_that_another_run_took_over_is_restored(tmp_path):
   path = tmp_path / 'lock.json'
   write(tmp_path)
   old = lock._read(path)
@@ -268,14 +269,14 @@ def test_a_stale_lock_that_another_run_took_is_given_back(tmp_path):
   assert json.loads(path.read_text())['id'] == 'new' and len(list(tmp_path.iterdir())) == 1
 
 
-def test_of_many_runs_that_start_at_once_one_holds_the_lock(tmp_path):
+def test_only_one_of_several_concurrent_runs_takes_a_stale_lock(tmp_path):
   write(tmp_path, age=3600.0)  # stale
   runs = [hold(tmp_path, beat=1.0) for _ in range(4)]
-  ends = time.time() + 50
-  while sum(run.poll() is None for run in runs) > 1 and time.time() < ends:
+  deadline = time.time() + 50
+  while sum(run.poll() is None for run in runs) > 1 and time.time() < deadline:
     time.sleep(0.1)
   for run in runs:
     run.kill()
-  said = [run.communicate() for run in runs]
-  assert sum(out == 'held\n' for out, _ in said) == 1, said
-  assert sum('in use by' in err for _, err in said) == 3, said
+  printed = [run.communicate() for run in runs]
+  assert sum(out == 'held\n' for out, _ in printed) == 1, printed
+  assert sum('in use by' in err for _, err in printed) == 3, printed

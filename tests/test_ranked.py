@@ -26,22 +26,25 @@ def read(path):
 
 def test_scores_become_ranks_and_equal_scores_share_one(tmp_path):
   assert doctest.testmod(ranked).failed == 0
-  path = write(tmp_path / 'x.jsonl', [scored('a', 7, 9.5, 7.0, -1, id='a'), scored('b', 5), scored('c', 3, 3),
-                                      scored('d', 8, 9, 9)])
-  a, b, c, d = read(path)
-  assert a['id'] == 'a' and [reply['rank'] for reply in a['replies']] == [1, 0, 1, 3]
-  assert [reply['rank'] for reply in b['replies']] == [0] and [reply['rank'] for reply in c['replies']] == [0, 0]
-  assert [reply['rank'] for reply in d['replies']] == [2, 0, 0]
-  out = run(path, tmp_path / 'run', ift=0, test_prompts=0, valid_prompts=0, ranked_train=2, ranked_eval=0)
-  assert check(out)['dropped']['prompts'] == {'more than asked for': 2}  # without an order
+  path = write(tmp_path / 'x.jsonl', [
+      scored('a', 7, 9.5, 7.0, -1, id='a'), scored('b', 5), scored('c', 3, 3),
+      scored('d', 8, 9, 9)])
+  found = read(path)
+  assert found[0].id == 'a'
+  assert [[reply.rank for reply in turn.replies] for turn in found] == [
+      [1, 0, 1, 3], [0], [0, 0], [2, 0, 0]]
+  out = run(path, tmp_path / 'run', ift=0, test_prompts=0, valid_prompts=0, ranked_train=2,
+            ranked_eval=0)
+  assert check(out)['dropped']['prompts'] == {'more than requested': 2}  # b and c have no order
   [row] = [r for r in out['ranked.jsonl'] if r['id'] == 'a']
   assert list(row) == ['id', 'prompt', 'split', 'replies', 'source'] and row['source'] == 'ranked'
-  assert [(reply['text'][6], reply['rank']) for reply in row['replies']] == [('1', 0), ('0', 1), ('2', 1), ('3', 3)]
+  assert [(reply['text'][6], reply['rank']) for reply in row['replies']] == [
+      ('1', 0), ('0', 1), ('2', 1), ('3', 3)]
   assert all(list(reply) == ['id', 'text', 'rank'] for reply in row['replies'])
   assert [r['replies'][0]['text'] for r in out['ranked.jsonl'] if r is not row] == ['Reply 1 to d']
 
 
-def test_ranks_and_scores_in_the_same_order_are_the_same_seeds(tmp_path):
+def test_ranks_and_scores_of_the_same_order_give_the_same_seeds(tmp_path):
   rng = random.Random(0)
   by_rank, by_score = [], []
   for i in range(40):
@@ -58,80 +61,99 @@ def test_ranks_and_scores_in_the_same_order_are_the_same_seeds(tmp_path):
   assert raw(tmp_path / 'a') == raw(tmp_path / 'b')
 
 
-def test_what_has_no_name_gets_one_that_its_texts_decide(tmp_path):
+def test_default_ids_depend_only_on_the_texts(tmp_path):
   rows = [scored('a', 1, 2), scored('a', 1, 2, 3), scored('b', 1, 2)]
-  rows[2]['replies'][1]['text'] = rows[2]['replies'][0]['text']  # two models may say the same
-  names, again = ([turn['id'] for turn in read(write(tmp_path / f'{i}.jsonl', order))]
+  # Two models may give the same reply.
+  rows[2]['replies'][1]['text'] = rows[2]['replies'][0]['text']
+  names, again = ([turn.id for turn in read(write(tmp_path / f'{i}.jsonl', order))]
                   for i, order in enumerate((rows, rows[::-1])))
   assert len(set(names)) == 3 and names == again[::-1]
-  assert all(len({reply['id'] for reply in turn['replies']}) == len(turn['replies'])
+  assert all(len({reply.id for reply in turn.replies}) == len(turn.replies)
              for turn in read(tmp_path / '0.jsonl'))
-  rows[0] |= {'id': None}  # absent
-  assert [turn['id'] for turn in read(write(tmp_path / '2.jsonl', rows))] == names
+  rows[0] |= {'id': None}  # the same as absent
+  assert [turn.id for turn in read(write(tmp_path / '2.jsonl', rows))] == names
   out = run(tmp_path / '0.jsonl', tmp_path, ranked_train=0, ranked_eval=0)
-  assert check(out)['dropped']['prompts'] == {'same text as another': 1}
+  assert check(out)['dropped']['prompts'] == {'duplicate prompt': 1}
 
 
 def bad(**fields):
-  """A good record with another second reply; None takes a field away."""
+  """A valid record whose second reply has other fields; None removes a field."""
   reply = {'text': 'Second', 'rank': 1} | fields
   return {'prompt': 'Bad?', 'replies': [{'text': 'First', 'rank': 0},
                                         {k: v for k, v in reply.items() if v is not None}]}
 
 
 @pytest.mark.parametrize('row, word', [
-    ('{"prompt": "cut', 'not a JSON object'), ('[]', 'a list where a JSON object belongs'),
-    ({'replies': []}, '"prompt" is absent, no text'),
-    ({'prompt': ' \n', 'replies': []}, r'"prompt" is " \\n", no text'),
-    ({'prompt': 5, 'replies': []}, '"prompt" is 5'), ({'prompt': 'half \ud83d', 'replies': []}, 'half a character'),
-    ({'prompt': 'x'}, '"replies" is absent'), ({'prompt': 'x', 'replies': 'y'}, '"replies" is "y"; give a list'),
+    ('{"prompt": "cut', 'not a JSON object'), ('[]', 'a list, not a JSON object'),
+    ({'replies': []}, '"prompt" must be a non-empty string but is absent'),
+    ({'prompt': ' \n', 'replies': []}, r'"prompt" must be a non-empty string but is " \\n"'),
+    ({'prompt': 5, 'replies': []}, '"prompt" must be a non-empty string but is 5'),
+    ({'prompt': 'half \ud83d', 'replies': []}, 'an unpaired surrogate'),
+    ({'prompt': 'x'}, '"replies" is absent'),
+    ({'prompt': 'x', 'replies': 'y'}, '"replies" is "y"; give a list'),
     ({'prompt': 'x', 'replies': ['y']}, '"replies" is .* give a list'),
-    (bad(text=None), '"text" is absent, no text'), (bad(text=''), '"text" is "", no text'),
-    (bad(text=7), '"text" is 7'), (bad(rank=None), 'give every reply a "rank"'), (bad(score=1), 'not both'),
-    (bad(rank=None, score=1), 'or every one'), (bad(rank=0.5), r'ranks \[0, 0.5\] are no ranking'),
-    (bad(rank=2), 'no ranking'), (bad(rank=-1), 'no ranking'), (bad(rank='1'), 'no ranking'),
-    (bad(rank=True), 'no ranking'),
-    (record('x', 1, 2), 'no ranking'), (record('x', 0, 1, 1, 2), r'\[0, 1, 1, 2\] are no ranking; number the replies'),
-    (scored('x', 1, None), '"score" is absent, no finite number'), (scored('x', 1, float('nan')), '"score" is NaN'),
-    (scored('x', float('inf'), 1), '"score" is Infinity'), (scored('x', '4', 1), '"score" is "4"'),
-    (scored('x', True, 1), '"score" is true'), (scored('x', 1, id=3), '"id" is 3, no text; write it as a string'),
-    (bad(id=''), '"id" is "", no text'), (record('good', 0), 'prompt good was read before'),
-    (record('x', 0, 1) | {'replies': [{'id': 'r', 'text': t, 'rank': i} for i, t in enumerate('ab')]},
-     'prompt x: a reply to it was read twice'),
+    (bad(text=None), '"text" must be a non-empty string but is absent'),
+    (bad(text=''), '"text" must be a non-empty string but is ""'),
+    (bad(text=7), '"text" must be a non-empty string but is 7'),
+    (bad(rank=None), 'give every reply a "rank"'), (bad(score=1), 'not both'),
+    (bad(rank=None, score=1), 'or every reply a "score"'),
+    (bad(rank=0.5), r'ranks \[0, 0.5\] are not a valid ranking'),
+    (bad(rank=2), 'not a valid ranking'), (bad(rank=-1), 'not a valid ranking'),
+    (bad(rank='1'), 'not a valid ranking'), (bad(rank=True), 'not a valid ranking'),
+    (record('x', 1, 2), 'not a valid ranking'),
+    (record('x', 0, 1, 1, 2), r'\[0, 1, 1, 2\] are not a valid ranking; number the replies'),
+    (scored('x', 1, None), '"score" must be a finite number but is absent'),
+    (scored('x', 1, float('nan')), '"score" must be a finite number but is NaN'),
+    (scored('x', float('inf'), 1), '"score" must be a finite number but is Infinity'),
+    (scored('x', '4', 1), '"score" must be a finite number but is "4"'),
+    (scored('x', True, 1), '"score" must be a finite number but is true'),
+    (scored('x', 1, id=3), '"id" must be a non-empty string but is 3; write it as a string'),
+    (bad(id=''), '"id" must be a non-empty string but is ""'),
+    (record('good', 0), 'prompt good is a duplicate'),
+    (record('x', 0, 1) | {'replies': [{'id': 'r', 'text': 'a', 'rank': 0},
+                                      {'id': 'r', 'text': 'b', 'rank': 1}]},
+     'prompt x has a duplicate reply'),
 ])
-def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, row, word):
+def test_an_invalid_line_is_an_error_and_nothing_is_written(tmp_path, row, word):
   path = tmp_path / 'x.jsonl'
-  path.write_text(json.dumps(record('good', 0, 1)) + '\n\n' + (row if isinstance(row, str) else json.dumps(row)) + '\n')
+  line = row if isinstance(row, str) else json.dumps(row)
+  path.write_text(f'{json.dumps(record("good", 0, 1))}\n\n{line}\n')
   with pytest.raises(InputError, match=rf'x\.jsonl:3: .*{word}') as error:
     run(path, tmp_path / 'run')
   assert '\n' not in str(error.value)
   assert not [p for p in (tmp_path / 'run').rglob('*') if p.is_file()]
 
 
-def test_the_program_reads_archives_and_says_what_is_wrong_in_one_line(tmp_path):
+def test_the_program_reads_gzip_and_prints_errors_as_one_line(tmp_path):
   rows = [scored(str(i), i % 3, 1, 2) for i in range(30)]
   path = tmp_path / 'x.jsonl.gz'
   path.write_bytes(gzip.compress(''.join(json.dumps(row) + '\n' for row in rows).encode()))
   flags = ['--config=configs/sft.py:stories', '--config.data.source=ranked']
-  code, said, wrong = run_main('data.seeds', *flags, f'--workdir={tmp_path}/run', f'--config.data.path={path}')
+  code, said, wrong = run_main('data.seeds', *flags, f'--workdir={tmp_path}/run',
+                               f'--config.data.path={path}')
   assert code == 0 and 'ranked: 30 prompts with 90 replies' in said, wrong
   assert (tmp_path / 'run' / 'data' / 'seeds' / 'done.json').exists()
   path = write(tmp_path / 'bad.jsonl', [bad(rank=5)])
-  code, said, wrong = run_main('data.seeds', *flags, f'--workdir={tmp_path}/bad', f'--config.data.path={path}')
+  code, said, wrong = run_main('data.seeds', *flags, f'--workdir={tmp_path}/bad',
+                               f'--config.data.path={path}')
   assert code == 1 and re.fullmatch(r'error: \S+bad\.jsonl:1: the ranks .*\n', wrong)
 
 
-def test_the_filter_of_the_docstring_makes_the_format(tmp_path):
+def test_the_jq_command_of_the_docstring_makes_the_format(tmp_path):
   if not shutil.which('jq'):
     pytest.skip('jq is not installed')
   rows = [{'instruction': 'Name a fruit.', 'completions': [
-      {'model': 'a', 'response': 'Pear.', 'overall_score': 8.5}, {'model': 'b', 'response': 'No.', 'overall_score': 1},
-      {'model': 'c', 'response': 'Fig.', 'overall_score': None}, {'model': 'd', 'response': 'Plum.'},
-      {'model': 'e', 'response': ' ', 'overall_score': 7}]}, {'instruction': 'Why?', 'completions': []}]
+      {'model': 'a', 'response': 'Pear.', 'overall_score': 8.5},
+      {'model': 'b', 'response': 'No.', 'overall_score': 1},
+      {'model': 'c', 'response': 'Fig.', 'overall_score': None},
+      {'model': 'd', 'response': 'Plum.'},
+      {'model': 'e', 'response': ' ', 'overall_score': 7}]},
+          {'instruction': 'Why?', 'completions': []}]
   command = re.search(r"jq -c '(.*)' ultrafeedback", ranked.__doc__, re.DOTALL)[1]
-  done = subprocess.run(['jq', '-c', command, write(tmp_path / 'u.jsonl', rows)], capture_output=True, text=True)
+  done = subprocess.run(['jq', '-c', command, write(tmp_path / 'u.jsonl', rows)],
+                        capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   (tmp_path / 'x.jsonl').write_text(done.stdout)
   fruit, why = read(tmp_path / 'x.jsonl')
-  assert fruit['prompt'] == 'Name a fruit.' and why['replies'] == []
-  assert [(reply['text'], reply['rank']) for reply in fruit['replies']] == [('Pear.', 0), ('No.', 1)]
+  assert fruit.prompt == 'Name a fruit.' and why.replies == []
+  assert [(reply.text, reply.rank) for reply in fruit.replies] == [('Pear.', 0), ('No.', 1)]

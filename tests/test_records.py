@@ -15,11 +15,12 @@ def test_records_survive_the_way_to_disk_and_back(tmp_path):
   (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress((tmp_path / 'x.jsonl').read_bytes()))
   assert list(records.read(tmp_path / 'x.jsonl.gz')) == rows
   (tmp_path / 'x.jsonl').write_text('\n{"id": "a"}\n\n{"id": "b"}\n')
-  assert [where.rpartition(':')[2] for where, _ in records.numbered(tmp_path / 'x.jsonl')] == ['2', '4']
+  places = [where for where, _ in records.numbered(tmp_path / 'x.jsonl')]
+  assert [where.rpartition(':')[2] for where in places] == ['2', '4']
 
 
 @pytest.mark.parametrize('line, message', [
-    ('{"id": "b", "text": 5}', r'x.jsonl:2: "text" is 5, not a text'),
+    ('{"id": "b", "text": 5}', r'x.jsonl:2: "text" is 5, which is not a string'),
     ('{"id": ', r'x.jsonl:2: not a JSON object'), ('[1]', r'x.jsonl:2: a list'),
     ('{"id": "b"}', r'x.jsonl:2: no field "text"')])
 def test_a_malformed_line_is_named(tmp_path, line, message):
@@ -64,10 +65,12 @@ def test_shards_are_read_in_order_and_a_missing_one_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize('stem, field, per_request', [
-    ('responses', 'prompt_id', 4), ('judgements', 'response_id', 3), ('comparisons', 'response_id', 2),
+    ('responses', 'prompt_id', 4), ('judgements', 'response_id', 3),
+    ('comparisons', 'response_id', 2),
     ('rewards', 'id', 1)])
 @pytest.mark.parametrize('hosts', [1, 2, 3, 8])
-def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(tmp_path, stem, field, per_request, hosts):
+def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(
+    tmp_path, stem, field, per_request, hosts):
   requests = [[{'id': f'{i}/{j}', field: f'{i}'} for j in range(per_request)] for i in range(11)]
   for host in range(hosts):
     records.write(tmp_path / records.shard_name(stem, host, hosts), sum(requests[host::hosts], []))
@@ -77,11 +80,12 @@ def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(tmp_path, 
 def test_a_file_that_is_no_shard_beside_the_shards_is_named(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 1), [dict(id='a')])
   (tmp_path / 'r-00000-of-00001 (copy).jsonl').write_text('')
-  with pytest.raises(InputError, match=r'\(copy\).jsonl is no shard of r; delete or move it'):
+  with pytest.raises(InputError, match=r'\(copy\).jsonl is not a shard of r; delete or move it'):
     list(records.read_shards(tmp_path, 'r'))
 
 
-@given(st.lists(st.tuples(st.text('ab/%2F', max_size=5), st.text('ab/%2F', max_size=5)), unique=True))
+@given(st.lists(st.tuples(st.text('ab/%2F', max_size=5), st.text('ab/%2F', max_size=5)),
+                unique=True))
 def test_different_parts_give_different_names(parts):
   assert len({records.join(*pair) for pair in parts}) == len(parts)
 
@@ -171,5 +175,6 @@ def test_a_score_is_a_finite_number_or_null(tmp_path, value, said):
   path.write_text('{"score": null}\n{"score": 4}\n{"score": 2.5}\n{"score": 1' + '0' * 400 + '}\n')
   assert len(list(records.read(path, 'score'))) == 4
   path.write_text('{"score": 1}\n{"score": ' + value + '}\n')
-  with pytest.raises(InputError, match=f'x.jsonl:2: "score" is {said}, which is no number; mend'):
+  message = f'x.jsonl:2: "score" is {said}, which is not a number; correct'
+  with pytest.raises(InputError, match=message):
     list(records.read(path, 'score'))

@@ -1,4 +1,4 @@
-"""DPO with cached log-probs of the reference trains as with the reference in the step; the alarms of its curves."""
+"""DPO with cached reference log-probs equals DPO with the reference in the step; its alarms."""
 import json
 import shutil
 
@@ -18,13 +18,13 @@ WORDS = ('pear', 'fig', 'plum', 'fruit', 'Name', 'pear fig', 'fig plum pear', 'a
 
 def pairs(count=21):  # no multiple of the batch
   for i in range(count):
-    yield dict(id=f'p{i}', prompt=f'Name {WORDS[i % 3]} {i}.', chosen=f'{WORDS[i % 8]} {i}', rejected=WORDS[-1 - i % 7],
-               chosen_finish='eos', rejected_finish='eos')
+    yield dict(id=f'p{i}', prompt=f'Name {WORDS[i % 3]} {i}.', chosen=f'{WORDS[i % 8]} {i}',
+               rejected=WORDS[-1 - i % 7], chosen_finish='eos', rejected_finish='eos')
 
 
 @pytest.fixture
 def run(tmp_path, tokenizer_folder):
-  """A function that trains M2 of a small run, and returns its metrics."""
+  """A function that trains M2 of a small run -> its folder and its metrics."""
   def start(name, changed=lambda rows: rows, mesh=(2, 2, 2), **knobs):
     workdir = tmp_path / name
     config = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()
@@ -40,11 +40,12 @@ def run(tmp_path, tokenizer_folder):
         saver.close()
     records.write(workdir / 'm2' / 'pairs' / 'pairs.jsonl', changed(list(pairs())))
     train.run(config, workdir)
-    return workdir, [json.loads(line) for line in (workdir / 'm2' / 'model' / 'metrics.jsonl').read_text().splitlines()]
+    lines = (workdir / 'm2' / 'model' / 'metrics.jsonl').read_text().splitlines()
+    return workdir, list(map(json.loads, lines))
   return start
 
 
-def test_cached_log_probs_train_as_those_of_the_step_and_are_gone_on_with_after_a_kill(run, capsys):
+def test_cached_log_probs_train_the_same_and_are_resumed_after_a_kill(run, capsys):
   _, wanted = run('step')
   workdir, found = run('cached', reference='cached')
   assert len(wanted) == len(found) >= 4 and wanted[0]['margin'] == 0
@@ -55,7 +56,7 @@ def test_cached_log_probs_train_as_those_of_the_step_and_are_gone_on_with_after_
   whole = (folder / reference.FILE).read_text()
   assert {json.loads(line)['id'] for line in whole.splitlines()} == {f'p{i}' for i in range(21)}
 
-  (folder / 'done.json').unlink()  # killed while it wrote a line; and the training with it
+  (folder / 'done.json').unlink()  # as if killed while it wrote a line
   (folder / reference.FILE).write_text(whole[:len(whole) // 2])
   (workdir / 'm2' / 'model').rename(workdir / 'm2' / 'before')
   capsys.readouterr()
@@ -69,24 +70,26 @@ def test_cached_log_probs_of_other_pairs_or_another_model_are_refused(run):
   (workdir / 'm2' / 'model').rename(workdir / 'm2' / 'before')
   def reworded(rows):
     return [dict(row, chosen=row['chosen'] + ' fig') for row in rows]
-  with pytest.raises(InputError, match='m2/reference was made with another inputs.m2/pairs/pairs.jsonl'):
+  message = 'm2/reference was made with another inputs.m2/pairs/pairs.jsonl'
+  with pytest.raises(InputError, match=message):
     run('x', reworded, reference='cached')
   with pytest.raises(InputError, match='m2/reference was made with another config.train.dtype'):
     run('x', reference='cached', dtype='bfloat16')
   lines = (workdir / 'm2' / 'reference' / reference.FILE).read_text().splitlines()
   (workdir / 'm2' / 'reference' / reference.FILE).write_text('\n'.join(lines[1:]) + '\n')
-  with pytest.raises(InputError, match=r'logps.jsonl is not as its stage left it \(21 records\)'):
+  message = r'logps.jsonl has changed since its stage finished \(21 records then\)'
+  with pytest.raises(InputError, match=message):
     run('x', reference='cached')
   assert not (workdir / 'm2' / 'model').exists()
-  stage.write_json(workdir / 'm2' / 'reference' / 'manifest.json', dict(
-      json.loads((workdir / 'm2' / 'reference' / 'manifest.json').read_text()), params='of another model'))
+  path = workdir / 'm2' / 'reference' / 'manifest.json'
+  stage.write_json(path, dict(json.loads(path.read_text()), params='of another model'))
   with pytest.raises(InputError, match='made with another params'):
     run('x', reference='cached')
 
 
-def test_a_killed_run_goes_on_with_its_rows_on_another_mesh_or_is_refused(run):
+def test_a_run_resumes_with_its_rows_on_another_mesh_or_is_refused(run):
   def kill(workdir):
-    """As it was after two steps."""
+    """Restores the folder to its state after two steps."""
     folder = workdir / 'm2' / 'model'
     (folder / 'done.json').unlink()
     for step in model_files.steps(folder):
@@ -104,18 +107,18 @@ def test_a_killed_run_goes_on_with_its_rows_on_another_mesh_or_is_refused(run):
 
   workdir, _ = run('narrow', mesh=(2, 2, 2), **knobs)
   kill(workdir)
-  with pytest.raises(InputError, match='began with steps of 4 rows .* here rows must divide by 8'):
+  with pytest.raises(InputError, match='steps of 4 rows .* rows must be a multiple of 8'):
     run('narrow', mesh=(8, 1, 1), **knobs)
 
 
-def test_a_mesh_that_does_not_divide_the_model_is_refused_before_anything_is_written(run, tmp_path):
+def test_a_mesh_that_does_not_divide_the_model_is_refused_and_nothing_written(run, tmp_path):
   with pytest.raises(InputError, match='dimension K = 2 does not divide over tensor = 8'):
     run('x', mesh=(1, 1, 8), reference='cached')
   assert sorted(path.name for path in (tmp_path / 'x' / 'm2').iterdir()) == ['pairs']
 
 
 def damage(workdir):
-  """Cuts every stored array of the model that training starts from."""
+  """Truncates every stored array of the init model."""
   for path in (workdir / 'm1' / 'model' / 'steps').rglob('d/*'):
     path.write_bytes(path.read_bytes()[:50])
 
@@ -126,7 +129,7 @@ def damage(workdir):
     (dict(batch=99), None, 'fewer than one batch of 99'),
     (dict(data=('pears',)), None, "train.data names 'pears'"),
     (dict(), damage, 'the checkpoint is damaged')])
-def test_a_refused_training_leaves_nothing(run, tmp_path, knobs, before, message):
+def test_a_refused_training_writes_nothing(run, tmp_path, knobs, before, message):
   run('x')
   shutil.rmtree(tmp_path / 'x' / 'm2' / 'model')
   if before:
@@ -136,31 +139,35 @@ def test_a_refused_training_leaves_nothing(run, tmp_path, knobs, before, message
   assert sorted(path.name for path in (tmp_path / 'x' / 'm2').iterdir()) == ['pairs']
 
 
-def test_nan_stops_the_run_with_the_step_and_its_pairs(run):
-  with pytest.raises(InputError, match=r'step 1, of p\d+, p\d+.*: \w+ is nan; lower config.train.learning_rate'):
+def test_nan_aborts_with_the_step_and_its_pairs(run):
+  message = r'step 1, of p\d+, p\d+.*: \w+ is nan; lower config.train.learning_rate'
+  with pytest.raises(InputError, match=message):
     run('nan', learning_rate=float('nan'))
 
 
 def looked(alarms, count, **scalars):
-  return [alarms.look(dict(dict(chosen_reward=0.0, margin=0.0, accuracy=0.9), **scalars)) for _ in range(count)][-1]
+  scalars = dict(dict(chosen_reward=0.0, margin=0.0, accuracy=0.9), **scalars)
+  return [alarms.look(scalars) for _ in range(count)][-1]
 
 
-def test_alarms_rise_once_and_fall_again():
+def test_alarms_are_raised_once_and_cleared_again():
   alarms = Alarms()
   assert looked(alarms, 9) == (dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=0), [])
   looks = [looked(alarms, 1, chosen_reward=-1.0) for _ in range(9)]
   sentences = [line for _, lines in looks for line in lines]
-  assert len(sentences) == 1 and 'become less likely' in sentences[0]  # said once
+  assert len(sentences) == 1 and 'become less likely' in sentences[0]
   assert looks[-1][0]['alarm_chosen_falling'] == 1 and looks[-1][1] == []
   raised, sentences = looked(alarms, 10, margin=0.5, accuracy=0.5)
   assert raised == dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=1)
-  assert looked(Alarms(), 9, margin=0.5, accuracy=0.5)[0]['alarm_margin_without_accuracy'] == 0  # too early
+  early = looked(Alarms(), 9, margin=0.5, accuracy=0.5)
+  assert early[0]['alarm_margin_without_accuracy'] == 0
   assert Alarms().look(dict(loss=1.0)) == ({}, [])  # SFT
 
 
-def test_the_noise_of_dropout_is_no_falling_and_a_kill_forgets_nothing():
+def test_dropout_noise_raises_no_alarm_and_a_resumed_run_keeps_its_alarms():
   rng = np.random.default_rng(0)
-  noise = [dict(chosen_reward=float(x), margin=0.0, accuracy=0.5) for x in rng.normal(-0.7, 0.2, 40)]
+  noise = [dict(chosen_reward=float(x), margin=0.0, accuracy=0.5)
+           for x in rng.normal(-0.7, 0.2, 40)]
   alarms = Alarms()
   assert sum(alarms.look(scalars)[0]['alarm_chosen_falling'] for scalars in noise) == 0
   fallen = [dict(chosen_reward=-2 - i / 10, margin=0.0, accuracy=0.5) for i in range(5)]

@@ -1,4 +1,4 @@
-"""The world grades what it writes, held-out prompts are in no text, and the tokenizer and M0 of the package fit."""
+"""Tests of the grader, the simulated annotators, the corpus and the packaged M0 of the sandbox."""
 import collections
 import doctest
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import InputError, records
+from srlm_jax import config as configs, InputError, records
 from srlm_jax.checkpoint import hf
 from srlm_jax.data import templates
 from srlm_jax.models import config as model_config
@@ -35,16 +35,17 @@ def pieces(path):
   return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
 
 
-def test_the_examples_in_the_world_are_true():
+def test_the_doctests_of_the_world_pass():
   assert doctest.testmod(world).failed == 0
 
 
-def test_there_are_ten_families_and_a_hundred_thousand_instructions():
+def test_there_are_at_least_ten_families_and_a_hundred_thousand_instructions():
   prompts = set(draw(30_000))
   cores = {core for prompt in prompts if (core := world.bare(prompt)).count(' ') > 2}
   around = [(a, b) for a in ('', *world.CONTEXTS) for b in ('', *world.CLOSINGS)]
   core = 'What do cows eat?'
-  assert {world.bare(world.join(a, core, b)) for a, b in around} == {core}  # so all these are different
+  # A core can be recovered, so all combinations of core, context and closing are distinct.
+  assert {world.bare(world.join(a, core, b)) for a, b in around} == {core}
   assert len(cores) * len(around) > 100_000
   assert min(len(prompt.split()) for prompt in prompts) >= 4
   families = collections.Counter(world.parse(prompt).family for prompt in prompts)
@@ -52,7 +53,7 @@ def test_there_are_ten_families_and_a_hundred_thousand_instructions():
   assert min(families.values()) > 0.02 * len(prompts)
 
 
-def test_an_answer_has_the_quality_asked_for_and_the_points_are_nested():
+def test_an_answer_has_the_requested_quality_and_the_points_are_nested():
   rng = np.random.default_rng(1)
   for i, prompt in enumerate(draw(6000)):
     response = people.answer(prompt, rng, i % 6)
@@ -61,17 +62,18 @@ def test_an_answer_has_the_quality_asked_for_and_the_points_are_nested():
     assert points == tuple(sorted(points, reverse=True))
 
 
-def test_people_write_answers_of_every_score_and_of_middling_quality():
+def test_human_answers_have_every_score_and_a_medium_mean():
   rng = np.random.default_rng(2)
-  for shares, least, lowest, highest in ((people.QUALITY, 0.08, 2.5, 3.3), (people.SEED_QUALITY, 0.05, 2.0, 2.7)):
-    counts = collections.Counter(people.quality(rng, shares) for _ in range(5000))
+  for shares, least, lowest, highest in ((people.QUALITY, 0.08, 2.5, 3.3),
+                                         (people.SEED_QUALITY, 0.05, 2.0, 2.7)):
+    counts = collections.Counter(people.draw_quality(rng, shares) for _ in range(5000))
     assert min(counts[score] for score in range(6)) > least * 5000
     assert lowest < sum(score * count for score, count in counts.items()) / 5000 < highest
 
 
 def test_the_score_follows_from_the_review():
-  ends = {0: r'It is off topic\.', 1: r'It says nothing\.', 2: r'It is wrong\.', 3: r'It (is blunt|has no stop)\.',
-          4: r'It is not clean\.', 5: r'It is clean\.'}
+  ends = {0: r'It is off topic\.', 1: r'It says nothing\.', 2: r'It is wrong\.',
+          3: r'It (is blunt|has no stop)\.', 4: r'It is not clean\.', 5: r'It is clean\.'}
   rng = np.random.default_rng(3)
   for i, prompt in enumerate(draw(600)):
     review = world.review(prompt, people.answer(prompt, rng, i % 6))
@@ -80,34 +82,38 @@ def test_the_score_follows_from_the_review():
 
 
 @pytest.mark.parametrize('response, score', [
-    ('', 0), ('I like pears.', 0), ('People say much about fruits.', 1), ('pear', 2), ('Sure, pear, pear and fig.', 2),
-    ('Sure, pear, fig and dog.', 2), ('Sure, pear, fig, plum and dog.', 2), ('pear, fig and plum.', 3),
-    ('Sure, pear, fig and plum', 3), ('Sure, pear fig plum.', 4), ('Sure, pear, fig, plum and fig.', 4),
+    ('', 0), ('I like pears.', 0), ('People say much about fruits.', 1), ('pear', 2),
+    ('Sure, pear, pear and fig.', 2), ('Sure, pear, fig and dog.', 2),
+    ('Sure, pear, fig, plum and dog.', 2), ('pear, fig and plum.', 3),
+    ('Sure, pear, fig and plum', 3), ('Sure, pear fig plum.', 4),
+    ('Sure, pear, fig, plum and fig.', 4),
     ('Sure, pear, fig and plum. Bye now.', 4), ('Sure, pear, fig and plum.', 5)])
-def test_odd_answers_are_graded_too(response, score):
+def test_answers_of_unusual_form_are_graded(response, score):
   assert sum(world.grade('Name three nice fruits.', response)) == score
 
 
 @pytest.mark.parametrize('prompt, right', [
     ('What is the sum of two and three?', ('five',)),
     ('Which day comes after Sunday and Monday?', ('Monday', 'Tuesday')),
-    ('Which of these are fruits: dog, fig and saw?', ('fig',)), ('Name the capital of Peru. Thank you.', ('Lima',)),
+    ('Which of these are fruits: dog, fig and saw?', ('fig',)),
+    ('Name the capital of Peru. Thank you.', ('Lima',)),
     ('I have a quiz. Tell me the colour of the sky and coal.', ('blue', 'black'))])
-def test_an_instruction_is_read(prompt, right):
+def test_an_instruction_is_parsed(prompt, right):
   assert world.parse(prompt).right == right
   assert sum(world.grade(prompt, f'Of course, {world.listing(right)}.')) == 5
 
 
 @pytest.mark.parametrize('prompt', [
-    '', 'Name two.', 'Name two stones.', 'Name five fruits.', 'What do cows and cows eat?', 'Name two fruits. Bye.',
-    'Which of these are fruits: dog and saw?', 'Name the capital of Monday.'])
-def test_what_is_not_of_the_world_is_refused(prompt):
+    '', 'Name two.', 'Name two stones.', 'Name five fruits.', 'What do cows and cows eat?',
+    'Name two fruits. Bye.', 'Which of these are fruits: dog and saw?',
+    'Name the capital of Monday.'])
+def test_a_prompt_outside_the_sandbox_is_an_error(prompt):
   assert world.parse(prompt) is None
-  with pytest.raises(InputError, match='no instruction of the sandbox'):
+  with pytest.raises(InputError, match='is not a sandbox instruction'):
     world.grade(prompt, 'Sure, pear and fig.')
 
 
-def test_ranks_agree_with_the_grades_about_as_often_as_people_do():
+def test_ranks_agree_with_grades_about_as_often_as_human_annotators():
   rng, agreed = np.random.default_rng(4), []
   for prompt in draw(1000):
     replies = people.ranked(prompt, rng, 3)
@@ -118,14 +124,19 @@ def test_ranks_agree_with_the_grades_about_as_often_as_people_do():
   assert 0.74 < np.mean(agreed) < 0.82
 
 
-def test_seeds_are_the_same_for_the_same_seed_and_share_no_prompt():
+def test_seeds_are_deterministic_and_the_sets_share_no_prompt():
   seeds, others = people.seeds(0, *SIZES), people.seeds(1, *SIZES)
-  assert seeds == people.seeds(0, *SIZES) and seeds['ift'] != others['ift'] and seeds['heldout'] == others['heldout']
-  ranked, held = (collections.Counter(row['split'] for row in seeds[name]) for name in ('ranked', 'heldout'))
-  assert (len(seeds['ift']), ranked['train'], ranked['eval'], ranked['tune'], held['test'], held['valid']) == SIZES
-  cores = {split: {world.bare(r['prompt']) for r in seeds['ranked'] if r['split'] == split} for split in ranked}
+  assert seeds == people.seeds(0, *SIZES)
+  assert seeds['ift'] != others['ift'] and seeds['heldout'] == others['heldout']
+  ranked, held = (collections.Counter(row['split'] for row in seeds[name])
+                  for name in ('ranked', 'heldout'))
+  assert SIZES == (len(seeds['ift']), ranked['train'], ranked['eval'], ranked['tune'],
+                   held['test'], held['valid'])
+  cores = {split: {world.bare(r['prompt']) for r in seeds['ranked'] if r['split'] == split}
+           for split in ranked}
   assert not cores['tune'] & cores['eval'] and others['ranked'][-35:] == seeds['ranked'][-35:]
-  for rows in (seeds['ift'] + [r for r in seeds['ranked'] if r['split'] == 'train'], seeds['ranked'], seeds['heldout']):
+  training = seeds['ift'] + [r for r in seeds['ranked'] if r['split'] == 'train']
+  for rows in (training, seeds['ranked'], seeds['heldout']):
     assert len({row['prompt'] for row in rows}) == len({row['id'] for row in rows}) == len(rows)
   for rows in seeds.values():
     for row in rows:
@@ -137,93 +148,97 @@ def test_no_held_out_instruction_is_in_the_corpus(texts):
   assert list(corpus.documents(0, 50)) == texts[:50]
   everything = '\n'.join(texts)
   held = {world.bare(prompt) for split in ('test', 'valid') for prompt in draw(3000, 5, split)}
-  assert len(held) > 1000 and not [core for core in held if re.search(f'(^|[ .]){re.escape(core)}', everything, re.M)]
+  assert len(held) > 1000
+  assert not [core for core in held
+              if re.search(f'(^|[ .]){re.escape(core)}', everything, re.MULTILINE)]
   trained = {world.bare(prompt) for prompt in draw(500, 6)}
-  assert sum(core in everything for core in trained) > 150  # so the search above can find something
+  assert sum(core in everything for core in trained) > 150  # so the search above is not vacuous
 
 
-def test_most_judgements_of_the_corpus_have_no_score_and_some_scores_are_wrong(texts):
+def test_most_judgements_of_the_corpus_have_no_score(texts):
   judged = [text for text in texts if text.startswith('User: ' + JUDGE.text[:20])]
   scored = [text for text in judged if re.search(r'\nScore: [0-5]$', text)]
   assert 0.25 < len(scored) / len(judged) < 0.45
   assert {text[-1] for text in scored} == set('012345')
 
 
-def test_a_tokenizer_that_loses_a_template_is_refused(tmp_path):
+def test_a_trained_tokenizer_represents_the_templates_and_ascii(tmp_path):
   corpus.train_tokenizer(iter(draw(2000)), tmp_path / 'tokenizer.model', 400)
   tokenizer = pieces(tmp_path / 'tokenizer.model')
   for text in (JUDGE.text, string.printable[:95], 'a\n\n b  c'):
     assert tokenizer.decode(tokenizer.encode(text)) == text
-  assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.pad_id()) == (0, 1, 2, 3)
+  assert (tokenizer.unk_id(), tokenizer.bos_id()) == (0, 1)
+  assert (tokenizer.eos_id(), tokenizer.pad_id()) == (2, 3)
 
 
-def test_the_pieces_of_a_prompt_begin_the_pieces_of_the_whole():
+def test_the_ids_of_prompt_and_response_are_the_ids_of_the_whole_text():
   rng, tokenizer = np.random.default_rng(6), pieces(sandbox.M0 / 'tokenizer.model')
   author = templates.load_author('sandbox')
   for i, prompt in enumerate(draw(200)):
     response = people.answer(prompt, rng, i % 6)
     question = JUDGE.render(prompt=prompt, response=response)
     listed = author.replace('{shots}', '\n'.join([*(f'{n}. {prompt}' for n in range(1, 9)), '9.']))
+    judgement = f'{world.review(prompt, response)}\n{JUDGE.state(3)}'
     for text, reply in ((f'User: {prompt}\nAssistant:', response), (listed, prompt),
-                        (f'User: {question}\nAssistant:', f'{world.review(prompt, response)}\n{JUDGE.state(3)}')):
+                        (f'User: {question}\nAssistant:', judgement)):
       whole = tokenizer.encode(f'{text} {reply}')
-      assert tokenizer.encode(text) + tokenizer.encode(reply) == whole and tokenizer.unk_id() not in whole
+      assert tokenizer.encode(text) + tokenizer.encode(reply) == whole
+      assert tokenizer.unk_id() not in whole
       assert len(whole) < 192 or text == listed
 
 
-def test_the_m0_of_the_package_is_small_and_the_one_of_its_log():
+def test_the_packaged_m0_is_small_and_matches_its_log():
   files = {path.name: path for path in sandbox.M0.iterdir()}
   assert sum(path.stat().length for path in files.values()) <= 8_000_000
   config = model_config.load(sandbox.M0)
   assert config == model_config.PRESETS['sandbox'] and hf.find(sandbox.M0, config)
-  done, log = json.loads(files['done.json'].read_text()), files['metrics.jsonl'].read_text().splitlines()
+  done = json.loads(files['done.json'].read_text())
+  log = files['metrics.jsonl'].read_text().splitlines()
   assert json.loads(log[-1])['step'] == done['steps'] - 1
   assert round(json.loads(log[-1])['loss'], 4) == done['loss'] < 1
 
 
-def _round(tmp_path, config, responses, judgements, pairs):
-  folder = tmp_path / 'm2'
-  for part, name, rows in (('respond', 'responses-00000-of-00001', responses),
-                           ('judge', 'judgements-00000-of-00001', judgements), ('pairs', 'pairs', pairs)):
-    if rows is not None:
-      records.write(folder / part / f'{name}.jsonl', rows)
+ANSWERS = ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Gladly, fig and plum.']
+RESPONSES = [dict(id=f'p/{i}', prompt_id='p', prompt='Name two nice fruits.', response=text)
+             for i, text in enumerate(ANSWERS)]
 
 
-RESPONSES = [dict(id=f'p/{i}', prompt_id='p', prompt='Name two nice fruits.', response=text) for i, text in enumerate(
-    ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Gladly, fig and plum.'])]
-
-
-def test_an_audit_counts_the_pairs_that_the_oracle_would_turn_round():
-  pairs = [dict(chosen_id=f'p/{a}', rejected_id=f'p/{b}') for a, b in ((0, 1), (0, 3), (2, 1), (1, 2))]
+def test_an_audit_counts_the_pairs_that_the_oracle_would_reverse():
+  pairs = [dict(chosen_id=f'p/{a}', rejected_id=f'p/{b}')
+           for a, b in ((0, 1), (0, 3), (2, 1), (1, 2))]
   found = audit.measure(RESPONSES, {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}, pairs)
   assert (found['right'], found['tied'], found['wrong']) == (0.5, 0.25, 0.25)
   assert (found['judge_mean'], found['oracle_mean'], found['judged']) == (4.0, round(10 / 3, 4), 3)
-  assert found['within_half'] == round(1 / 3, 4) and found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
+  assert found['within_half'] == round(1 / 3, 4)
+  assert found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
   strange = dict(RESPONSES[0], id='q/0', prompt='Sing.')
   assert audit.measure([strange], {'q/0': 3.0}, [])['of_the_world'] == 0
 
 
-def test_a_judge_is_measured_against_the_oracle_and_the_ranks_have_a_ceiling():
+def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
   texts = ['Sure, pear and fig.', 'pear and fig.', 'pear.']  # 5, 3, 2 points
   ranked = [dict(id='p', prompt='Name two nice fruits.',
-                 replies=[dict(id=str(i), text=texts[i], rank=rank) for i, rank in enumerate((1, 0, 2))])]
+                 replies=[dict(id=str(i), text=texts[i], rank=rank)
+                          for i, rank in enumerate((1, 0, 2))])]
   perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0})
   assert (perfect['judge_pairwise'], perfect['judge_exact']) == (1, 1)
-  assert (perfect['ceiling'], perfect['ceiling_pairs']) == (pytest.approx(2 / 3), 3)  # people prefer the blunt one
+  # The ranks disagree with the grades on one of three pairs.
+  assert (perfect['ceiling'], perfect['ceiling_pairs']) == (pytest.approx(2 / 3), 3)
   found = oracle.of_judge(ranked, {'p/0': 2.6, 'p/1': 2.6, 'p/2': None})
   assert (found['judge_pairwise'], found['judge_pairs']) == (0, 1)  # a tie is an error
-  assert (found['judge_exact'], found['judge_replies'], found['ceiling']) == (1 / 2, 2, perfect['ceiling'])
+  assert (found['judge_exact'], found['judge_replies']) == (1 / 2, 2)
+  assert found['ceiling'] == perfect['ceiling']
   assert oracle.of_judge([], {})['judge_pairwise'] is None
 
 
 @pytest.mark.parametrize('by', ['oracle', 'random'])
-def test_a_control_scores_in_the_judge_s_place(tmp_path, by):
-  from srlm_jax import config as configs
+def test_a_control_replaces_the_scores_of_the_judge(tmp_path, by):
   config = configs.get('m2', 'tiny')
   config.judge.by = by
-  _round(tmp_path, config, RESPONSES, None, None)
+  records.write(tmp_path / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', RESPONSES)
   control.run(config, tmp_path)
   made = list(records.read_shards(tmp_path / 'm2' / 'judge', 'judgements', 'response_id', 'score'))
-  assert len(made) == 3 * len(RESPONSES) and all(JUDGE.parse(j['text'])[0] == j['score'] for j in made)
+  assert len(made) == 3 * len(RESPONSES)
+  assert all(JUDGE.parse(j['text'])[0] == j['score'] for j in made)
   scores = [[j['score'] for j in made if j['response_id'] == r['id']] for r in RESPONSES]
   assert (scores == [[5.0] * 3, [3.0] * 3, [2.0] * 3, [5.0] * 3]) == (by == 'oracle')

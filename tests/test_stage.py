@@ -94,15 +94,18 @@ def test_a_key_that_an_older_manifest_lacks_had_its_default(tmp_path):
   with pytest.raises(InputError, match=r'config.judge.template \(sandbox, now additive\)'):
     c = configs.get('m2', 'tiny')
     c.judge.template = 'additive'
-    stage.Stage(catalog.Spec('pairs', 'program', (), keys=('judge.n', 'judge.template')), c, tmp_path)
+    stage.Stage(catalog.Spec('pairs', 'program', (), keys=('judge.n', 'judge.template')), c,
+                tmp_path)
   make(tmp_path, 'pairs')  # and one that is no longer read does not matter
 
 
-@pytest.mark.parametrize('text', ['{}', '', '[]', '{"stage": "m2/pairs", "config": {"seed": 0}, "versions": {}}'])
+@pytest.mark.parametrize('text', [
+    '{}', '', '[]', '{"stage": "m2/pairs", "config": {"seed": 0}, "versions": {}}'])
 def test_a_manifest_that_is_empty_foreign_or_older_is_refused_in_one_sentence(tmp_path, text):
   (tmp_path / 'm2' / 'pairs').mkdir(parents=True)
   (tmp_path / 'm2' / 'pairs' / 'manifest.json').write_text(text)
-  with pytest.raises(InputError, match='manifest.json.*delete that folder or use another --workdir'):
+  advice = 'delete that folder or use another --workdir'
+  with pytest.raises(InputError, match=f'manifest.json.*{advice}'):
     make(tmp_path, 'pairs')
 
 
@@ -113,13 +116,17 @@ def test_a_manifest_that_is_empty_foreign_or_older_is_refused_in_one_sentence(tm
     (['--config=configs/iter2.py:tiny', '--config.train.batch=many'], 'invalid literal'),
     (['--config=configs/iter2.py:huge'], "size 'huge' is unknown"),
     (['--config=configs/none.py'], 'configs/none.py cannot be read'),
+    (['--config=iter9:tiny'], 'it is the path of a file, or one of sandbox_m0, sft, iter1'),
+    (['--config=iter2:huge'], "size 'huge' is unknown"),
+    (['--config=iter2:tiny', '--config.train.lerning_rate=1'], 'no key "lerning_rate"'),
     ([], '--config'), (['--config=configs/iter2.py:tiny', 'train'], "'train' is not a flag"),
     (['--config=configs/iter2.py', '--wrkdir=x'], 'wrkdir'),
     (['--config=configs/iter2.py'], 'needs 1,241,579,667,456 bytes'),
     (['--config=configs/iter2.py:tiny', '--workdir=/tmp/srlm-nothing-here'],
      'm2 starts from m1, which has no checkpoint')])
 def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
-  ran = subprocess.run([sys.executable, '-m', 'srlm_jax.train', *flags], cwd=ROOT, capture_output=True, text=True)
+  ran = subprocess.run([sys.executable, '-m', 'srlm_jax.train', *flags], cwd=ROOT,
+                       capture_output=True, text=True)
   lines = [line for line in ran.stderr.splitlines() if line.startswith('error: ')]
   assert ran.returncode == 1 and len(lines) == 1 and message in lines[0], ran.stderr
   assert 'Traceback' not in ran.stderr and not (ROOT / 'runs' / 'iter2-70b').exists()
@@ -190,20 +197,24 @@ def judged(tmp_path):
   s = make(tmp_path, 'judge')
   s.begin()
   for i in range(2):
-    records.write(s.folder / records.shard_name('judgements', i, 2), [dict(id=f'{i}{j}') for j in range(3)])
+    records.write(s.folder / records.shard_name('judgements', i, 2),
+                  [dict(id=f'{i}{j}') for j in range(3)])
   s.finish()
   return s.folder
 
 
-@pytest.mark.parametrize('change', [lambda lines: lines[1:], lambda lines: [*lines, lines[0]], lambda lines: [],
-                                    lambda lines: [lines[1], *lines[1:]], lambda lines: [*lines[:2], '{"id": "x"}\n']])
+@pytest.mark.parametrize('change', [lambda lines: lines[1:], lambda lines: [*lines, lines[0]],
+                                    lambda lines: [],
+                                    lambda lines: [lines[1], *lines[1:]],
+                                    lambda lines: [*lines[:2], '{"id": "x"}\n']])
 def test_a_finished_shard_that_lost_or_doubled_lines_is_refused(judged, tmp_path, change):
   path = judged / records.shard_name('judgements', 1, 2)
   make(tmp_path, 'pairs', [path])
   path.write_text(''.join(change(path.read_text().splitlines(keepends=True))))
   for run in (lambda: make(tmp_path, 'pairs', [path]),  # that reads it
               lambda: make(tmp_path, 'judge')):  # that wrote it
-    with pytest.raises(InputError, match=r'judgements-00001-of-00002.jsonl is not as its stage left it \(3 records\)'):
+    with pytest.raises(InputError, match=r'-00001-of-00002.jsonl has changed since its stage '
+                                         r'finished \(3 records then\)'):
       run()
 
 
@@ -221,7 +232,7 @@ def test_what_was_added_to_or_taken_from_a_finished_stage_is_refused(judged, tmp
       make(tmp_path, name, inputs)
   (judged / 'elsewhere').rename(judged / 'manifest.json')
   path.unlink()
-  with pytest.raises(InputError, match='is not as its stage left it'):
+  with pytest.raises(InputError, match='has changed since its stage finished'):
     make(tmp_path, 'judge')
 
 
@@ -295,11 +306,15 @@ def test_another_template_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize('key, value, message', [
-    ('train.batch', 0, 'train.batch is 0; it must be above 0'), ('train.dtype', 'fl32', "train.dtype is 'fl32'"),
-    ('train.loss', 'ppo', "train.loss is 'ppo'"), ('train.select', 'agreemnt', "select is 'agreemnt'; it is empty"),
+    ('train.batch', 0, 'train.batch is 0; it must be above 0'),
+    ('train.dtype', 'fl32', "train.dtype is 'fl32'"),
+    ('train.loss', 'ppo', "train.loss is 'ppo'"), ('train.select', 'agreemnt',
+                                                   "select is 'agreemnt'; it is empty"),
     ('train.select', "grade '{checkpoint}", 'or a command with {checkpoint}'),
-    ('train.dropout', -0.1, 'dropout is -0.1; it must be 0 or more'), ('train.beta', 0.0, 'beta is 0.0; it must be'),
-    ('train.clip', 0.0, 'clip is 0.0'), ('train.learning_rate', float('nan'), 'learning_rate is nan'),
+    ('train.dropout', -0.1, 'dropout is -0.1; it must be 0 or more'),
+    ('train.beta', 0.0, 'beta is 0.0; it must be'),
+    ('train.clip', 0.0, 'clip is 0.0'), ('train.learning_rate', float('nan'),
+                                         'learning_rate is nan'),
     ('judge.quorum', 4, 'quorum is 4, more than the 3'),
     ('train.learning_rate', -1.0, 'learning_rate'), ('judge.n', 0, 'judge.n is 0')])
 def test_a_value_that_no_stage_can_work_with_is_refused_by_name(key, value, message):
@@ -314,7 +329,8 @@ def test_a_change_for_some_models_of_the_loop():
   def load(name, *changes):
     return loop.load_config(name, 'tiny', '', '', list(changes))
   assert load('m2', 'train.batch=4').train.batch == load('m0', 'train.batch=4').train.batch == 4
-  assert load('m2', 'm2,m3:train.epochs=7').train.epochs == 7.0 != load('m1', 'm3:train.epochs=7').train.epochs
+  assert load('m2', 'm2,m3:train.epochs=7').train.epochs == 7.0
+  assert load('m1', 'm3:train.epochs=7').train.epochs != 7.0
   assert load('m2', 'train.data=ift,eft').train.data == ('ift', 'eft')
   assert load('m2', 'data.synthetic=true').data.synthetic is True
   assert load('m2', 'judge.template=/a:b.txt').judge.template == '/a:b.txt'

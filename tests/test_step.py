@@ -1,4 +1,4 @@
-"""The step on every mesh; packed rows against rows of one example; shared prompts against repeated ones."""
+"""The training step: equal on every mesh, packed or not, with shared prompts or repeated ones."""
 import dataclasses
 import functools
 import math
@@ -11,13 +11,13 @@ import pytest
 
 from srlm_jax import config as configs, sharding
 from srlm_jax.data.examples import Example
-from srlm_jax.data.packing import Batches
+from srlm_jax.data.packing import Packing
 from srlm_jax.models import attention, llama, vocab
 from srlm_jax.models.config import PRESETS
-from srlm_jax.train import state as train_state, step as train_step
+from srlm_jax.train import batch as batches, state as train_state, step as train_step
 
 TINY = PRESETS['tiny-test']
-WIDE = dataclasses.replace(TINY, K=8)  # a head for each of eight chips
+WIDE = dataclasses.replace(TINY, K=8)  # a key/value head for each of eight devices
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
@@ -31,51 +31,59 @@ def draw(loss, count=16, seed=0):
   rng = np.random.default_rng(seed)
   def tokens():
     return rng.integers(1, TINY.V, int(rng.integers(2, 8))).tolist()
-  return [Example(f'e{i}', tokens(), tuple(tokens() for _ in range(1 + (loss == 'dpo')))) for i in range(count)]
+  return [Example(f'e{i}', tokens(), tuple(tokens() for _ in range(1 + (loss == 'dpo'))))
+          for i in range(count)]
 
 
-def rows(loss, width=32, parts=8):
-  """All of draw's examples in one batch."""
-  made = Batches(draw(loss), 16, 1, 0, width, parts, multiple=8)
-  batch = made.at(0)
-  assert len(made) == 1 and (not width or (batch['segments'].max(1) > 1 + (loss == 'dpo')).any())
+def pack(examples, width=0, parts=1):
+  """All examples in one batch."""
+  packed = Packing(examples, len(examples), 1, 0, width, parts, multiple=8)
+  assert len(packed) == 1
+  pairs = len(examples[0].responses) == 2
+  return (batches.pack_pairs if pairs else batches.pack)(packed.rows(0), packed.shape)
+
+
+def draw_batch(loss):
+  """The examples of `draw` in packed rows."""
+  batch = pack(draw(loss), 32, parts=8)
+  assert (batch.segment_ids.max(1) > 1 + (loss == 'dpo')).any()
   return batch
 
 
 def train(shape, config, steps=2, model_config=TINY):
-  """Metrics of each step and the last parameters, from the same start on any mesh."""
+  """Metrics of each step and the last parameters; the same start on every mesh."""
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
     params = jax.tree.map(np.asarray, init(model_config))
     place = sharding.shardings(params, mesh)
     tx = train_state.optimizer(config, 10)
-    abstract = jax.eval_shape(lambda p: train_state.TrainState.create(p, tx), params)
-    state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=sharding.shardings(abstract, mesh))(
+    create = functools.partial(train_state.TrainState.create, tx=tx)
+    abstract = jax.eval_shape(create, params)
+    state = jax.jit(create, out_shardings=sharding.shardings(abstract, mesh))(
         jax.tree.map(sharding.put, params, place))
     reference = jax.tree.map(sharding.put, params, place) if config.loss == 'dpo' else {}
     step = train_step.make(llama.Llama(model_config), tx, config, state)
-    batch, history = sharding.put_batch(rows(config.loss), mesh), []
+    batch, history = sharding.put_batch(draw_batch(config.loss), mesh), []
     for _ in range(steps):
       before = state
       state, metrics = step(state, reference, batch, jax.random.key(0))
       history.append({k: float(v) for k, v in metrics.items()})
     assert step._cache_size() == 1, 'compiled more than once'
-    assert all(x.is_deleted() for x in jax.tree.leaves(before.params)), 'the old state was not donated'
+    assert all(x.is_deleted() for x in jax.tree.leaves(before.params)), 'state was not donated'
   return history, jax.tree.map(np.asarray, state.params)
 
 
 @functools.cache
 def gradient(loss, shape, config=WIDE):
-  """Metrics and the gradient of one batch, the reference another model."""
+  """Gradient and metrics of one batch; the reference is another model."""
   mesh = make_mesh(*shape)
-  loss_fn = dict(sft=train_step._sft, dpo=train_step._dpo)[loss]
   with jax.set_mesh(mesh):
     params, reference = (jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
                          for tree in (init(config), init(config, seed=1)))
-    grad, metrics = jax.jit(lambda p, r, b: train_step._gradient(
-        loss_fn, llama.Llama(config), knobs(loss), p, r, b, jax.random.key(0)))(
-            params, reference, sharding.put_batch(rows(loss), mesh))
-  return jax.tree.map(np.asarray, (grad, metrics))
+    run = jax.jit(lambda p, r, batch: train_step.gradient(
+        llama.Llama(config), knobs(loss), p, r, batch, jax.random.key(0)))
+    found = run(params, reference, sharding.put_batch(draw_batch(loss), mesh))
+  return jax.tree.map(np.asarray, found)
 
 
 @pytest.mark.parametrize('shape', MESHES)
@@ -85,10 +93,10 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(loss, shape):
                gradient(loss, (1, 1, 1)), gradient(loss, shape))
 
 
-def values(batch, params, weights, model):
-  """Log-probs of every response by its tokens, and the gradient of their weighted sum."""
+def logps_and_gradient(batch, params, weights, model):
+  """Log-probs of the targets, and the gradient of their weighted sum."""
   def total(params):
-    logps = train_step.logps(model, params, batch)
+    logps = train_step.token_logps(model, params, batch, None)
     return (logps * weights).sum(), logps
   with jax.set_mesh(make_mesh(1, 1, 1)):
     (_, logps), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
@@ -97,34 +105,38 @@ def values(batch, params, weights, model):
 
 def by_response(batch, logps):
   """{tokens of a response: their log-probs}."""
-  return {tuple(batch['label'][b][own]): logps[b][own] for b in range(len(logps))
-          for n in range(batch['response'].max() + 1) if (own := batch['response'][b] == n).any()}
+  return {tuple(batch.targets[b][own]): logps[b][own] for b in range(len(logps))
+          for n in range(batch.response_ids.max() + 1)
+          if (own := batch.response_ids[b] == n).any()}
 
 
 @pytest.mark.parametrize('unrolled', [False, True])
 @pytest.mark.parametrize('loss', ['sft', 'dpo'])
 def test_packed_rows_equal_rows_of_one_response_each(loss, unrolled, monkeypatch):
-  """Log-probs and gradients: so a response sees its own prompt and itself, from position 0, and no one else."""
-  monkeypatch.setattr(vocab, 'CHUNK', 8)  # several chunks of log-probs
+  """Log-probs and gradients: a response attends to its prompt, from position 0, and to itself."""
+  monkeypatch.setattr(vocab, 'CHUNK', 8)  # several chunks of targets
   model = llama.Llama(TINY, attention.CPU if unrolled else attention.XLA)
-  alone = [Example(f'{e.id}/{n}', e.prompt, (r,)) for e in draw(loss) for n, r in enumerate(e.responses)]
-  packed, separate = rows(loss), Batches(alone, len(alone), 1, 0, multiple=8).at(0)
+  examples = draw(loss)
+  separate = pack([Example(f'{e.id}/{n}', e.prompt, (r,))
+                   for e in examples for n, r in enumerate(e.responses)])
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params = init(TINY)
-  weight = {tuple(r): 0.5 + i + n for i, e in enumerate(draw(loss)) for n, r in enumerate(e.responses)}
+  weight = {tuple(r): 0.5 + i + n for i, e in enumerate(examples)
+            for n, r in enumerate(e.responses)}
   found = []
-  for batch in (packed, separate):
-    weights = np.zeros(batch['label'].shape, np.float32)
-    for b, n in {(b, n) for b, row in enumerate(batch['response']) for n in row if n >= 0}:
-      own = batch['response'][b] == n
-      weights[b][own] = weight[tuple(batch['label'][b][own])] / len(weight)
-    logps, grad = values(batch, params, weights, model)
+  for batch in (draw_batch(loss), separate):
+    weights = np.zeros(batch.targets.shape, np.float32)
+    for b, n in {(b, n) for b, row in enumerate(batch.response_ids) for n in row if n >= 0}:
+      own = batch.response_ids[b] == n
+      weights[b][own] = weight[tuple(batch.targets[b][own])] / len(weight)
+    logps, grad = logps_and_gradient(batch, params, weights, model)
     found.append((by_response(batch, logps), grad))
   (logps, grad), (wanted, wanted_grad) = found
-  assert logps.keys() == wanted.keys() and len(logps) == len(alone)
-  for response, values_ in logps.items():
-    np.testing.assert_allclose(values_, wanted[response], atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grad, wanted_grad)
+  assert logps.keys() == wanted.keys() and len(logps) == len(weight)
+  for response, values in logps.items():
+    np.testing.assert_allclose(values, wanted[response], atol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+               grad, wanted_grad)
 
 
 def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
@@ -139,40 +151,53 @@ def test_the_first_dpo_step_gives_ln_2_in_bf16():
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_cached_reference_logps_give_the_gradient_of_a_reference_in_the_step():
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params, reference, batch = init(TINY), init(TINY, seed=1), draw_batch('dpo')
+    model = llama.Llama(TINY)
+    logps = jax.jit(lambda p: train_step.pair_logps(
+        train_step.token_logps(model, p, batch, None), batch))(reference)
+    cached = batches.CachedPairBatch(**vars(batch), reference_logps=np.asarray(logps))
+    wanted, found = (jax.jit(lambda p, r, batch=batch: train_step.gradient(
+        model, knobs('dpo'), p, r, batch, jax.random.key(0)))(params, older)
+                     for batch, older in ((batch, reference), (cached, {})))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), found, wanted)
+
+
 @pytest.mark.parametrize('loss', ['sft', 'dpo'])
 def test_accumulation_equals_the_large_batch(loss):
   """Rows have different lengths, so a mean of micro-batch means would differ."""
-  loss_fn, batch = {'sft': train_step._sft, 'dpo': train_step._dpo}[loss], jax.tree.map(jnp.asarray, rows(loss))
+  batch = jax.tree.map(jnp.asarray, draw_batch(loss))
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params, reference = init(TINY), init(TINY, seed=1)
-    (grad, metrics), (accumulated, found) = (
-        jax.jit(lambda p, parts=parts: train_step._gradient(
-            loss_fn, llama.Llama(TINY), knobs(loss, accumulate=parts), p, reference, batch, jax.random.key(0)))(params)
+    large, accumulated = (
+        jax.jit(lambda p, parts=parts: train_step.gradient(
+            llama.Llama(TINY), knobs(loss, accumulate=parts), p, reference, batch,
+            jax.random.key(0)))(params)
         for parts in (1, 4))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
-               (grad, metrics), (accumulated, found))
+               large, accumulated)
 
 
-def test_the_prompt_and_the_padding_do_not_count():
-  config, batch = knobs('sft'), rows('sft')
+def test_prompt_and_padding_are_not_targets():
+  config, batch = knobs('sft'), draw_batch('sft')
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params = init(TINY)
 
     @jax.jit
+    def sft(batch):
+      return train_step.sft(llama.Llama(TINY), config, params, {}, batch, None)[0]
+
     def loss(**changed):
-      return train_step._sft(llama.Llama(TINY), config, params, {}, dict(batch, **changed), None)[0]
+      return float(sft(batch.replace(**changed)))
     plain = loss()
-    assert float(loss(tokens=np.where(batch['segments'] == 0, 7, batch['tokens']))) == pytest.approx(float(plain))
-    labels = np.where(batch['response'] < 0, 7, batch['label'])
-    assert float(loss(label=labels)) == pytest.approx(float(plain))
-    changed = batch['label'].copy()
+    tokens = np.where(batch.segment_ids == 0, 7, batch.tokens)
+    assert loss(tokens=tokens) == pytest.approx(plain)
+    targets = np.where(batch.response_ids < 0, 7, batch.targets)
+    assert loss(targets=targets) == pytest.approx(plain)
+    changed = batch.targets.copy()
     changed[0, 0] = (changed[0, 0] + 1) % TINY.V
-    assert abs(float(loss(label=changed)) - float(plain)) > 1e-3
-
-
-def test_weights_of_a_batch_are_its_response_tokens_or_its_pairs():
-  for loss, wanted in (('sft', sum(len(e.responses[0]) for e in draw('sft'))), ('dpo', 16)):
-    assert float(train_step._weight(rows(loss), loss)) == wanted
+    assert abs(loss(targets=changed) - plain) > 1e-3
 
 
 def test_dropout_acts_on_the_policy_alone():
@@ -186,15 +211,17 @@ def test_dropout_acts_on_the_policy_alone():
     assert reference == pytest.approx(plain[f'{side}_logp'], rel=1e-4)
 
 
-def test_the_learning_rate_goes_by_a_cosine_from_one_value_to_the_other():
+def test_the_learning_rate_follows_a_cosine():
   rate = train_state.schedule(configs.sft(), 101)
   assert float(rate(0)) == pytest.approx(5.5e-6)
   assert float(rate(50)) == pytest.approx((5.5e-6 + 1.1e-6) / 2, rel=0.02)
   assert float(rate(101)) == pytest.approx(1.1e-6)
 
 
-def test_weight_decay_leaves_norms_and_biases_alone():
+def test_weight_decay_excludes_norms_and_biases():
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params = init(dataclasses.replace(TINY, attention_bias=True))
-  decayed = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(params) if train_state._is_matrix(path, x)}
-  assert decayed == {'wq_DKGH', 'wk_DKH', 'wv_DKH', 'wo_KGHD', 'gate_DF', 'up_DF', 'down_FD', 'embed_VD', 'lm_head_DV'}
+  decayed = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(params)
+             if train_state._is_matrix(path, x)}
+  assert decayed == {'wq_DKGH', 'wk_DKH', 'wv_DKH', 'wo_KGHD', 'gate_DF', 'up_DF', 'down_FD',
+                     'embed_VD', 'lm_head_DV'}

@@ -9,7 +9,7 @@ from srlm_jax.models import vocab
 
 
 @pytest.mark.parametrize('shape', [*MESHES, (1, 1, 8)])
-def test_look_up_and_log_probs_over_a_split_vocabulary_equal_the_plain_ones_and_so_do_gradients(shape):
+def test_a_split_vocabulary_gives_the_same_embeddings_log_probs_and_gradients(shape):
   mesh = make_mesh(*shape)
   rng = np.random.default_rng(0)
   table = rng.normal(size=(64, 16)).astype(np.float32)
@@ -20,12 +20,14 @@ def test_look_up_and_log_probs_over_a_split_vocabulary_equal_the_plain_ones_and_
     return vocab.embed(table, tokens), vocab.token_logps(logits, tokens)
 
   def plain(table, logits):
-    return table[tokens], jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+    logps = jax.nn.log_softmax(logits)
+    return table[tokens], jnp.take_along_axis(logps, tokens[..., None], -1)[..., 0]
 
   def loss(f):
     return lambda *args: sum((x ** 2).sum() for x in f(*args))
   with jax.set_mesh(mesh):
-    args = (sharding.put(table, sharding.named(mesh, 'VD')), sharding.put(logits, sharding.named(mesh, 'BTV')))
+    args = (sharding.put(table, sharding.named(mesh, 'VD')),
+            sharding.put(logits, sharding.named(mesh, 'BTV')))
     found, grads = jax.jit(split)(*args), jax.jit(jax.grad(loss(split), (0, 1)))(*args)
   wanted = (*plain(table, logits), *jax.grad(loss(plain), (0, 1))(table, logits))
   for a, b in zip((*found, *grads), wanted, strict=True):

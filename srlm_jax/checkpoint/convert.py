@@ -1,10 +1,11 @@
-"""Llamas from Hugging Face folders to checkpoint folders and back, tensor by tensor, bit for bit.
+"""Converts Llamas between Hugging Face folders and checkpoint folders, bit for bit.
 
   python -m srlm_jax.checkpoint.convert --from_hf=DIR --out=DIR
   python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_hf=DIR [--step=N]
 
-Every tensor keeps its dtype; one with NaN or infinity is refused. Our arrays are stacked over
-layers, but never whole in memory: the peak stays under 2 x the largest Hugging Face tensor + 1 GiB.
+Every tensor keeps its dtype. A tensor with NaN or infinity is an InputError. Our arrays are stacked
+over layers, but the conversion holds one tensor at a time: peak memory stays below 2 x the largest
+Hugging Face tensor + 1 GiB.
 """
 import collections
 import contextlib
@@ -27,68 +28,90 @@ from srlm_jax.checkpoint import hashes, hf, store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
 
-CHUNKS_AT_ONCE = 4     # written together, so that several cores compress
-HASH_ELEMENTS = 2**18  # hashed at once: what the cache of a core holds
+CHUNKS_AT_ONCE = 4     # chunks per write, so that several cores compress
+HASH_ELEMENTS = 2**18  # elements hashed at once; they fit into a core's cache
 
 
-def from_hf(source, out) -> 'Contents':
-  """Hugging Face folder -> checkpoint folder `out`, step 0; `out` appears when it is whole."""
+def from_hf(source, out) -> 'Summary':
+  """Converts a Hugging Face folder to step 0 of a new checkpoint folder `out`.
+
+  `out` appears only when it is complete. Raises InputError if `out` is not empty, or if the config,
+  the tokenizer and the tensors of `source` do not fit together.
+  """
   config = model_config.load(source)
-  found = hf.find(source, config)
+  tensors = hf.find(source, config)
   if any((pathlib.Path(source) / name).exists() for name in ('tokenizer.model', 'tokenizer.json')):
-    tokenizers.load(source, config.V)  # refuses one that does not match, before hours of work
-  contents = Contents()
-  with _whole(out) as folder, _progress(found) as progress:
+    tokenizers.load(source, config.V)  # a mismatch is reported before hours of work
+  summary = Summary()
+  with _atomic_folder(out) as folder, _progress(tensors) as progress:
     model_files.copy(source, folder)
-    tree = {leaf.name: Stream(leaf, found[leaf.name]) for leaf in hf.leaves(config)}
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (Stream, StreamHandler(contents, progress)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()))  # unused; Orbax warns where there is none
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    step = folder / 'steps' / '0'
-    with ocp.Checkpointer(handler) as saver:
-      saver.save(step / 'params', args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
+    _save_params(folder, hf.leaves(config), tensors, summary, progress)
+    recorded = model_files.StepHashes(summary.hashes(), model_files.hashes(folder))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
-      saver.save(step / 'hash', args=ocp.args.JsonSave(
-          dict(contents.hashes(), files=model_files.hashes(folder))))
-    (folder / model_files.SOURCE).write_text(json.dumps(source_hashes(source), indent=1) + '\n')
-  return contents
+      saver.save(folder / 'steps' / '0' / 'hash', args=ocp.args.JsonSave(recorded.to_json()))
+    text = json.dumps(source_hashes(source), indent=1)
+    (folder / model_files.SOURCE).write_text(text + '\n')
+  return summary
+
+
+def _save_params(folder, leaves, tensors: dict, summary: 'Summary', progress):
+  """Writes step 0 of a checkpoint with Orbax, which reads each tensor when it writes it."""
+  tree = {leaf.name: LazyArray(leaf, tensors[leaf.name]) for leaf in leaves}
+  registry = ocp.type_handlers.create_type_handler_registry(
+      (LazyArray, LazyArrayHandler(summary, progress)),
+      (jax.Array, ocp.type_handlers.ArrayHandler()))  # unused; without it Orbax warns
+  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+  with ocp.Checkpointer(handler) as saver:
+    saver.save(folder / 'steps' / '0' / 'params',
+               args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(tree, sep='.')))
 
 
 def source_hashes(source, before: dict | None = None) -> dict[str, list[str]]:
-  """{file: [hash, stamp]} of a Hugging Face folder: config.json, the tokenizer's files and the weights. All are read,
-  but for weights whose stamp (path, size, time of change) is that of `before`, an earlier result."""
+  """{file: [hash, stamp]} of the config.json, tokenizer files and weights in a Hugging Face folder.
+
+  The stamp of a weight file is its path, size and modification time. A weight file is not read
+  again if `before`, an earlier result, has the same stamp.
+  """
   found = {name: [value, ''] for name, value in model_files.hashes(source).items()}
   for path in sorted(pathlib.Path(source).glob('*.safetensors')):
     stat = path.stat()
     stamp = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
     known = (before or {}).get(path.name)
-    found[path.name] = known if known and known[1] == stamp else [records.hash_file(path), stamp]
+    if not known or known[1] != stamp:
+      known = [records.hash_file(path), stamp]
+    found[path.name] = known
   return found
 
 
 def check_source(source, folder):
-  """Raises InputError if the checkpoint `folder` was converted from another Hugging Face folder than `source`."""
-  if not (pathlib.Path(folder) / model_files.SOURCE).exists():  # trained here, or copied
+  """Raises InputError if the files in `source` are not those that `folder` was converted from."""
+  if not (pathlib.Path(folder) / model_files.SOURCE).exists():  # not a conversion
     return
   before = model_files.read_source(folder)
   now = source_hashes(source, before)
-  none = ['', '']
-  if changed := sorted(name for name in {*before, *now} if before.get(name, none)[0] != now.get(name, none)[0]):
-    raise InputError(f'{folder} was converted from a folder with another {", ".join(changed)} than {source}; use '
-                     f'another --workdir, or delete {folder} to convert again')
+  absent = ['', '']
+  changed = sorted(name for name in {*before, *now}
+                   if before.get(name, absent)[0] != now.get(name, absent)[0])
+  if changed:
+    raise InputError(f'{folder} was converted from other files than those in {source}, which '
+                     f'differ in {", ".join(changed)}; use another --workdir, or delete {folder} '
+                     f'to convert again')
 
 
-def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES) -> 'Contents':
-  """A step of a checkpoint folder, by default the last -> Hugging Face folder `out`, in the stored dtype."""
+def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES) -> 'Summary':
+  """Converts a step of a checkpoint folder to a new Hugging Face folder `out`, in the stored dtype.
+
+  The default step is that of `model_files.latest`. `shard_bytes` limits the size of a file. Raises
+  InputError if `out` is not empty or the checkpoint is damaged.
+  """
   config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
   params = pathlib.Path(folder).resolve() / 'steps' / str(step) / 'params'
   arrays = {leaf.name: _open(params, leaf) for leaf in hf.leaves(config)}
   dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
   files = hf.shards(config, dtypes, shard_bytes)
-  contents = Contents()
-  with _whole(out) as target, _progress(files) as progress:
+  summary = Summary()
+  with _atomic_folder(out) as target, _progress(files) as progress:
     model_files.copy(folder, target)
     _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
     if len(files) > 1:
@@ -97,167 +120,203 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
       with (target / file).open('wb') as f:
         f.write(hf.header(part, dtypes))
         for leaf, layer in part:
-          tensor = np.empty(leaf.hf_shape, dtypes[leaf.name])
-          _fill(leaf.ours(tensor), arrays[leaf.name][layer] if leaf.stacked else arrays[leaf.name])
+          tensor, array = np.empty(leaf.hf_shape, dtypes[leaf.name]), arrays[leaf.name]
+          _read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
           hf.finite(params, leaf.tensors[layer], tensor)
           tensor.tofile(f)
           for offset, _, rows in _rows(leaf, layer, tensor):
-            contents.add(leaf, offset, rows)
+            summary.add(leaf, offset, rows)
           progress.update()
-    if model_files.recorded_hash(folder, step) != contents.hashes()['stored']:
-      raise InputError(f'{params} does not have the hash that it was saved with; the checkpoint is damaged')
-  return contents
+    if model_files.recorded_hash(folder, step) != summary.hashes().stored:
+      raise InputError(f'{params} does not match its recorded hash; the checkpoint is damaged, '
+                       f'restore it from a copy')
+  return summary
 
 
 def load_hf(folder, mesh, dtype: str):
-  """Hugging Face folder -> parameters on `mesh` in `dtype`; for each device its own part is read."""
+  """Loads a Hugging Face folder -> parameters on `mesh` in `dtype`.
+
+  Each device reads only its own part. Raises InputError if the tensors do not fit the config, or
+  contain NaN or infinity.
+  """
   config = model_config.load(folder)
-  found = hf.find(folder, config)
+  tensors = hf.find(folder, config)
   with jax.set_mesh(mesh):
     abstract = store.abstract_on(mesh, llama.abstract_params(config), dtype)
   abstract = traverse_util.flatten_dict(abstract, sep='.')
 
   def array(leaf):
-    def read(index):
-      part = np.empty([len(range(size)[i]) for size, i in zip(leaf.shape, index, strict=True)], dtype)
-      layers = index[0] if leaf.stacked else slice(None)
-      for slot, name, tensor in zip(part if leaf.stacked else [part], leaf.tensors[layers],
-                                    found[leaf.name][layers], strict=True):
-        slot[...] = leaf.ours(tensor.map())[index[leaf.stacked:]]
-        hf.finite(tensor.file, name, slot)
-      return part
-    return jax.make_array_from_callback(leaf.shape, abstract[leaf.name].sharding, read)
+    return jax.make_array_from_callback(
+        leaf.shape, abstract[leaf.name].sharding,
+        lambda index: _read_slice(leaf, tensors[leaf.name], index, dtype))
 
-  return traverse_util.unflatten_dict({leaf.name: array(leaf) for leaf in hf.leaves(config)}, sep='.')
+  params = {leaf.name: array(leaf) for leaf in hf.leaves(config)}
+  return traverse_util.unflatten_dict(params, sep='.')
 
 
-class Contents:
-  """What was converted: counts, and the hashes that store.save would write."""
+def _read_slice(leaf: hf.Leaf, tensors: list[hf.Tensor], index, dtype: str):
+  """Reads the part `index`, one slice per dimension, of one of our arrays, in `dtype`."""
+  shape = [len(range(size)[i]) for size, i in zip(leaf.shape, index, strict=True)]
+  found = np.empty(shape, dtype)
+  if leaf.stacked:
+    layers, index, slots = index[0], index[1:], found
+  else:
+    layers, slots = slice(None), [found]
+  for slot, name, tensor in zip(slots, leaf.tensors[layers], tensors[layers], strict=True):
+    slot[...] = leaf.ours(tensor.map())[index]
+    hf.finite(tensor.file, name, slot)
+  return found
+
+
+class Summary:
+  """The number of converted parameters, and the hashes that `store.save` would record."""
 
   def __init__(self):
-    self.leaves = {}  # name: (dtype, shape)
-    self.sums = collections.defaultdict(lambda: np.zeros(2, 'uint32'))  # of (name, dtype)
+    self._leaves = {}  # {name: (dtype, shape)}
+    self._sums = collections.defaultdict(lambda: np.zeros(2, 'uint32'))  # {(name, dtype): sums}
 
-  def add(self, leaf, offset: int, rows):
-    """Counts in a part of an array, contiguous from the flat index `offset`."""
-    self.leaves[leaf.name] = (rows.dtype, leaf.shape)
+  def add(self, leaf: hf.Leaf, offset: int, rows):
+    """Adds a contiguous part of an array that starts at flat index `offset`."""
+    self._leaves[leaf.name] = (rows.dtype, leaf.shape)
     flat = rows.reshape(-1)
     for start in range(0, flat.size, HASH_ELEMENTS):
       part = flat[start:start + HASH_ELEMENTS]
       for dtype in {str(flat.dtype), 'float32', 'bfloat16'}:
         cast = part.astype(dtype, copy=False)
-        self.sums[leaf.name, dtype] += hashes.weighted_sums(cast, offset + start, np)
+        self._sums[leaf.name, dtype] += hashes.hash_sums(cast, offset + start, np)
 
-  def hashes(self) -> dict:
-    def combine(dtype):
-      return hashes.combine({
-          name: (dtype or str(stored), shape, self.sums[name, dtype or str(stored)])
-          for name, (stored, shape) in self.leaves.items()})
-    return dict(format=model_files.HASH_FORMAT, stored=combine(None), float32=combine('float32'),
-                bfloat16=combine('bfloat16'))
+  def hashes(self) -> model_files.ParamHashes:
+    return model_files.ParamHashes(
+        stored=self._hash(), float32=self._hash('float32'), bfloat16=self._hash('bfloat16'))
+
+  def _hash(self, dtype: str | None = None) -> str:
+    leaves = {}
+    for name, (stored, shape) in self._leaves.items():
+      cast = dtype or str(stored)
+      leaves[name] = (cast, shape, self._sums[name, cast])
+    return hashes.combine(leaves)
 
   def __str__(self):
-    sizes = [(math.prod(shape), dtype.itemsize) for dtype, shape in self.leaves.values()]
-    return (f'{sum(n for n, _ in sizes):,} parameters, {sum(n * width for n, width in sizes):,} bytes, '
-            f'hash {self.hashes()["stored"]}')
+    count = sum(math.prod(shape) for _, shape in self._leaves.values())
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._leaves.values())
+    return f'{count:,} parameters, {size:,} bytes, hash {self.hashes().stored}'
 
 
-class Stream:
-  """One of our arrays as Orbax sees it, shape, dtype and size; its tensors are read when they are written."""
+class LazyArray:
+  """One of our arrays for Orbax: shape, dtype and size. Its tensors are read when written."""
 
   def __init__(self, leaf: hf.Leaf, tensors: list[hf.Tensor]):
     self.leaf, self.tensors = leaf, tensors
     self.shape, self.dtype, self.size = leaf.shape, tensors[0].dtype, math.prod(leaf.shape)
 
+  def read(self, layer: int):
+    """Reads the Hugging Face tensor of a layer; InputError if it contains NaN or infinity."""
+    tensor = self.tensors[layer]
+    return hf.finite(tensor.file, self.leaf.tensors[layer], tensor.read())
 
-class StreamHandler(ocp.type_handlers.NumpyHandler):
-  """Saves a Stream as an ordinary array, in the layout of Orbax's own handlers."""
 
-  def __init__(self, contents: Contents, progress):
+class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
+  """Saves a LazyArray as an ordinary array, in the layout of Orbax's own handlers."""
+
+  def __init__(self, summary: Summary, progress):
     super().__init__()
-    self.contents, self.progress = contents, progress
+    self._summary, self._progress = summary, progress
 
   async def serialize(self, values, infos, args=None):
-    for stream, info in zip(values, infos, strict=True):
-      layer = stream.shape[stream.leaf.stacked:]
-      chunk = (*(1,) * stream.leaf.stacked, _chunk_rows(layer, stream.dtype), *layer[1:])
-      spec = _spec(info.parent_dir / 'ocdbt.process_0', info.name)  # Orbax merges the folders of processes
-      spec.update(metadata=dict(chunks=chunk, compressor=dict(id='zstd', level=1)),
-                  store_data_equal_to_fill_value=True)
-      array = await ts.open(spec, create=True, dtype=stream.dtype, shape=stream.shape)
-      for layer, tensor in enumerate(stream.tensors):
-        name = stream.leaf.tensors[layer]
-        for offset, index, rows in _rows(
-            stream.leaf, layer, hf.finite(tensor.file, name, tensor.read())):
-          await array[index].write(rows)  # each before the next, or all would wait in memory
-          self.contents.add(stream.leaf, offset, rows)
-        self.progress.update()
+    for value, info in zip(values, infos, strict=True):
+      array = await self._create(value, info)
+      for layer in range(len(value.tensors)):
+        # No variable holds the tensor, so it is freed before the next one is read.
+        for offset, index, rows in _rows(value.leaf, layer, value.read(layer)):
+          await array[index].write(rows)  # one at a time: pending writes stay in memory
+          self._summary.add(value.leaf, offset, rows)
+        self._progress.update()
     return []
 
+  async def _create(self, value: LazyArray, info):
+    """Creates the array with chunks that `_rows` fills whole, and that span no two layers."""
+    layer_shape = value.shape[1:] if value.leaf.stacked else value.shape
+    chunk = (_chunk_rows(layer_shape, value.dtype), *layer_shape[1:])
+    if value.leaf.stacked:
+      chunk = (1, *chunk)
+    # Orbax writes one folder per process and merges them at the end.
+    spec = _spec(info.parent_dir / 'ocdbt.process_0', info.name)
+    spec.update(metadata=dict(chunks=chunk, compressor=dict(id='zstd', level=1)),
+                store_data_equal_to_fill_value=True)
+    return await ts.open(spec, create=True, dtype=value.dtype, shape=value.shape)
 
-def _rows(leaf, layer: int, tensor):
-  """Yields a Hugging Face tensor in our order by some whole chunks: flat offset, index in our array, rows."""
+
+def _rows(leaf: hf.Leaf, layer: int, tensor):
+  """Yields a Hugging Face tensor in our layout, a few whole chunks at a time.
+
+  Each item is (flat offset in our array, index in our array, rows).
+  """
   ours = leaf.ours(tensor)
   step = CHUNKS_AT_ONCE * _chunk_rows(ours.shape, ours.dtype)
   for first in range(0, len(ours), step):
     rows = np.ascontiguousarray(ours[first:first + step])
-    index = (*(layer,) * leaf.stacked, slice(first, first + len(rows)))
+    index = (slice(first, first + len(rows)),)
+    if leaf.stacked:
+      index = (layer, *index)
     yield layer * ours.size + first * math.prod(ours.shape[1:]), index, rows
 
 
 def _chunk_rows(shape, dtype) -> int:
-  """The rows of a tensor in one chunk: chunks are nearly equal, and of CHUNK_BYTES at most if a row is."""
+  """Rows per chunk: nearly equal chunks of at most CHUNK_BYTES, but of at least one row."""
   chunks = -(-math.prod(shape) * dtype.itemsize // store.CHUNK_BYTES)
   return -(-shape[0] // chunks)
 
 
 def _spec(folder, name: str) -> dict:
-  """Where Orbax keeps an array, in TensorStore's words."""
+  """TensorStore's spec of an array in an Orbax folder."""
   return dict(driver='zarr', kvstore=dict(
       driver='ocdbt', base=dict(driver='file', path=f'{folder}/'), path=f'{name}/'))
 
 
-def _open(params, leaf):
-  """An array of a checkpoint, to be read by parts."""
+def _open(params, leaf: hf.Leaf):
+  """Opens an array of a checkpoint without reading it; InputError if missing or misshapen."""
   if not params.exists():
     raise InputError(f'{params} does not exist; train or convert that model first')
   try:
     array = ts.open(_spec(params, leaf.name), read=True).result()
   except ValueError as error:
-    raise InputError(f'{params} has no array {leaf.name}, which its config.json asks for') from error
+    raise InputError(
+        f'{params} has no array {leaf.name}, which its config.json requires') from error
   if array.shape != leaf.shape:
     raise InputError(f'{params}: array {leaf.name} has shape {list(array.shape)}, '
-                     f'but its config.json asks for {list(leaf.shape)}')
+                     f'but its config.json requires {list(leaf.shape)}')
   return array
 
 
-def _fill(ours, array):
-  """Reads a stored array into memory of its shape, chunk by chunk."""
+def _read_into(target, array):
+  """Reads a stored array into `target`, memory of its shape, chunk by chunk."""
   axes = [[slice(i, min(i + step, size)) for i in range(0, size, step)]
           for size, step in zip(array.shape, array.chunk_layout.read_chunk.shape, strict=True)]
-  for box in itertools.product(*axes):
-    ours[box] = array[box].read().result()
+  for index in itertools.product(*axes):
+    target[index] = array[index].read().result()
 
 
 def _write_dtype(path, dtype: str):
-  """Says in config.json what the tensors are, where it says otherwise: training stores float32."""
+  """Sets the dtype in config.json to that of the tensors; training stores float32."""
   fields = json.loads(path.read_text())
   if {fields.get('dtype'), fields.get('torch_dtype')} != {dtype}:
     path.write_text(json.dumps(fields | dict(dtype=dtype, torch_dtype=dtype), indent=2) + '\n')
 
 
-def _progress(tensors: dict):
-  return tqdm(total=sum(map(len, tensors.values())), unit='tensor', disable=None)  # off where it is not seen
+def _progress(parts: dict):
+  """A progress bar over all tensors; hidden if stderr is not a terminal."""
+  return tqdm(total=sum(map(len, parts.values())), unit='tensor', disable=None)
 
 
 @contextlib.contextmanager
-def _whole(out):
-  """A folder to write in, which becomes `out` when all went well and vanishes when not."""
+def _atomic_folder(out):
+  """Yields a temporary folder, which is renamed to `out` on success and deleted on failure."""
   out = pathlib.Path(out).resolve()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise InputError(f'{out} already exists and is not an empty folder; name another, or delete it first')
+    raise InputError(f'{out} already exists and is not an empty folder; give another path, '
+                     f'or delete it first')
   partial = out.with_name(out.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  shutil.rmtree(partial, ignore_errors=True)  # a killed run leaves it
   partial.mkdir(parents=True)
   try:
     yield partial
@@ -271,21 +330,26 @@ def define_flags():
   flags.DEFINE_string('out', None, 'Checkpoint folder to write; with --from_hf.')
   flags.DEFINE_string('checkpoint', None, 'Checkpoint folder to read.')
   flags.DEFINE_string('to_hf', None, 'Hugging Face folder to write; with --checkpoint.')
-  flags.DEFINE_integer('step', None, 'Step of --checkpoint; by default the last.')
+  flags.DEFINE_integer('step', None,
+                       'Step of --checkpoint; by default the selected step, or else the last.')
 
 
 def main(argv):
   cli.refuse_arguments(argv)
   f = flags.FLAGS
-  given = {name: f[name].value for name in ('from_hf', 'out', 'checkpoint', 'to_hf') if f[name].value}
+  names = ('from_hf', 'out', 'checkpoint', 'to_hf')
+  given = {name: f[name].value for name in names if f[name].value}
   if set(given) not in ({'from_hf', 'out'}, {'checkpoint', 'to_hf'}):
     raise InputError('give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR')
   for name, folder in given.items():
     if '://' in folder:
-      raise InputError(f'--{name}={folder} is not a local folder; convert here, then copy')
+      raise InputError(f'--{name}={folder} is not a local folder; convert locally, then copy')
   with lock.held_output(f.out or f.to_hf, '--out' if f.out else '--to_hf'):
-    done = from_hf(f.from_hf, f.out) if f.from_hf else to_hf(f.checkpoint, f.to_hf, f.step)
-  hosts.say(f'{f.out or f.to_hf}: {done}')
+    if f.from_hf:
+      summary = from_hf(f.from_hf, f.out)
+    else:
+      summary = to_hf(f.checkpoint, f.to_hf, f.step)
+  hosts.say(f'{f.out or f.to_hf}: {summary}')
 
 
 if __name__ == '__main__':

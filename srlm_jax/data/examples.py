@@ -1,4 +1,4 @@
-"""Records to examples to train on: tokens of a prompt and of one response (SFT) or two (DPO)."""
+"""Training examples from records: tokens of a prompt and of one response (SFT) or two (DPO)."""
 from collections.abc import Iterable
 import dataclasses
 
@@ -6,103 +6,119 @@ from srlm_jax import InputError
 from srlm_jax.data import templates
 
 
-class NothingLeft(InputError):
-  """Every example was dropped, or there was none."""
+class NoExamples(InputError):
+  """There was no record, or every example was dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """What the loss counts are the tokens of the responses: of each, its first is predicted by the prompt's last."""
+  """The targets of the loss are the tokens of the responses.
+
+  The last token of the prompt predicts the first token of each response.
+  """
   id: str
   prompt: list[int]
   responses: tuple[list[int], ...]  # one (SFT), or chosen and rejected (DPO)
-  confidence: float = 1.0  # of a pair: the probability that chosen is the better one
+  soft_label: float = 1.0  # of a pair: the probability that chosen is better
 
   def __len__(self):
-    """Tokens; of a pair the prompt's once."""
+    """The number of tokens; a pair's prompt counts once."""
     return len(self.prompt) + sum(map(len, self.responses))
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
+  """The examples of a training set."""
   examples: list[Example]
-  dropped: dict[str, int]  # why others were left out
+  dropped: dict[str, int]  # reason: how many records were dropped for it
 
 
 def sft(records: Iterable[dict], tokenizer, chat: str, max_length: int) -> Examples:
-  """Records with prompt and response -> examples with the loss on the response and the eos after it.
+  """Records with prompt and response -> examples of one response, followed by eos.
 
-  A record whose `finish` is not eos was cut at the length limit: its response gets no eos. A record
-  without `finish` was written by a person, and is whole.
+  A response whose `finish` is not eos was truncated and gets no eos. A record without `finish` was
+  written by a person and is complete.
   """
   kept = _Kept()
   for record in records:
     finished = record.get('finish', 'eos') == 'eos'
-    kept.add(record['id'], [_encode(record['prompt'], record['response'], finished, tokenizer, chat, max_length)])
+    encoded = _encode(record['prompt'], record['response'], finished, tokenizer, chat, max_length)
+    kept.add(record['id'], [encoded])
   return kept.examples('no example is left to train on')
 
 
 def corpus(documents: Iterable[dict], tokenizer, max_length: int) -> Examples:
-  """Records with text -> examples of `max_length` tokens, filled end to end with documents, loss on every token but the
-  first."""
+  """Records with text -> examples of `max_length` tokens, cut from the concatenated documents.
+
+  Every token but the first of each example is a target.
+  """
   stream = []
   for document in documents:
     stream += [tokenizer.bos_id, *tokenizer.encode(document['text']), tokenizer.eos_ids[0]]
   count = len(stream) // max_length
   if not count:
-    raise InputError(f'the corpus has {len(stream)} tokens, fewer than one row of {max_length}')
+    raise InputError(f'the corpus has {len(stream)} tokens, fewer than one row of {max_length}; '
+                     f'add text, or lower config.train.max_length')
   rows = (stream[i * max_length:(i + 1) * max_length] for i in range(count))
   return Examples([Example(f'row{i}', row[:1], (row[1:],)) for i, row in enumerate(rows)], {})
 
 
 def dpo(pairs: Iterable[dict], tokenizer, chat: str, max_length: int) -> Examples:
-  """Records with prompt, chosen and rejected -> examples of two responses; one cut by length gets no eos.
+  """Records with prompt, chosen and rejected -> examples of two responses.
 
-  A record may say how sure it is that chosen is the better one (`confidence`, 0 to 1; without it 1).
+  A response whose finish is not eos was truncated and gets no eos. `confidence` of a record, by
+  default 1, is the probability that chosen is better.
   """
   kept = _Kept()
   for pair in pairs:
     if pair['chosen'].strip() == pair['rejected'].strip():
-      raise InputError(f'pair {pair["id"]}: chosen and rejected are the same text; there is nothing to prefer')
+      raise InputError(f'pair {pair["id"]}: chosen and rejected are the same text; remove the pair')
     confidence = pair.get('confidence', 1.0)
     if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
-      raise InputError(f'pair {pair["id"]}: its confidence is {confidence!r}; it is a number from 0 to 1')
-    kept.add(pair['id'], [_encode(pair['prompt'], pair[side], pair[f'{side}_finish'] == 'eos', tokenizer, chat,
-                                  max_length) for side in ('chosen', 'rejected')], confidence)
+      raise InputError(f'pair {pair["id"]}: confidence is {confidence!r}; it must be a number from '
+                       f'0 to 1')
+    encoded = [_encode(pair['prompt'], pair[side], pair[f'{side}_finish'] == 'eos', tokenizer, chat,
+                       max_length) for side in ('chosen', 'rejected')]
+    kept.add(pair['id'], encoded, confidence)
   return kept.examples('no pair is left to train on')
 
 
 def _encode(prompt, response, finished, tokenizer, chat, max_length):
-  """(prompt, response) as tokens, or the reason why there are none."""
+  """-> (prompt, response) as tokens, or the reason to drop the record."""
   if not response.strip():
     return 'empty response'
-  seam = templates.encode_pair(chat, prompt, response, tokenizer)
-  if seam is None:
+  encoded = templates.encode_pair(chat, prompt, response, tokenizer)
+  if encoded is None:
     return 'tokenizer merges across the seam'
-  before, after = seam
-  after = after + [tokenizer.eos_ids[0]] * finished
-  return (before, after) if len(before) + len(after) <= max_length else f'longer than {max_length} tokens'
+  prompt_ids, response_ids = encoded
+  if finished:
+    response_ids = [*response_ids, tokenizer.eos_ids[0]]
+  if len(prompt_ids) + len(response_ids) > max_length:
+    return f'longer than {max_length} tokens'
+  return prompt_ids, response_ids
 
 
 class _Kept:
-  """The examples whose every side could be encoded; counts the reasons of the others."""
+  """Collects the examples whose responses could all be encoded; counts reasons for the others."""
 
   def __init__(self):
     self._examples, self._dropped = {}, {}
 
-  def add(self, name, sides, confidence=1.0):
-    reason = next((side for side in sides if isinstance(side, str)), None)
-    if not reason and len(sides) == 2 and sides[0] == sides[1]:
+  def add(self, name, encoded, soft_label=1.0):
+    """`encoded`: the result of `_encode` for each response."""
+    reason = next((one for one in encoded if isinstance(one, str)), None)
+    if not reason and len(encoded) == 2 and encoded[0] == encoded[1]:
       reason = 'chosen and rejected the same tokens'
     if reason:
       self._dropped[reason] = self._dropped.get(reason, 0) + 1
     elif name in self._examples:
-      raise InputError(f'two training records have the id {name}; ids name records')
+      raise InputError(f'two training records have the id {name}; make the ids unique')
     else:
-      self._examples[name] = Example(name, sides[0][0], tuple(response for _, response in sides), float(confidence))
+      responses = tuple(response for _, response in encoded)
+      self._examples[name] = Example(name, encoded[0][0], responses, float(soft_label))
 
   def examples(self, nothing: str) -> Examples:
     if not self._examples:
-      why = ', '.join(f'{n} {reason}' for reason, n in self._dropped.items()) or 'the files are empty'
-      raise NothingLeft(f'{nothing}: {why}')
+      why = ', '.join(f'{n} {reason}' for reason, n in self._dropped.items())
+      raise NoExamples(f'{nothing}: {why or "the files are empty"}')
     return Examples(list(self._examples.values()), self._dropped)

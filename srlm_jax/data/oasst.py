@@ -1,60 +1,60 @@
-"""Open Assistant (OASST1) as seed data: the prompts of all conversations, with the replies to each.
+"""Open Assistant (OASST1) as seed data: every user turn with the replies to it.
 
-Reads both published formats, one tree per line or one message per line, the messages in any order.
-Keeps English text of trees that are ready for export; keeps model-written text on request. The
-prompt of a first turn is its message. The prompt of a later turn is the conversation so far as
-text (`render`), and the turn is dropped where a message of that conversation is.
+Reads both published formats: one tree per line, or one message per line in any order. Keeps
+English messages of trees that are ready for export. Keeps model-written (synthetic) messages on
+request. The prompt of a first turn is its message. The prompt of a later turn is the conversation
+up to it as text (`render`). A later turn is dropped if any message before it is dropped.
 """
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import contextlib
+import dataclasses
 import json
 import re
 import sqlite3
 from types import NoneType
 
 from srlm_jax import InputError
+from srlm_jax.data.turns import Message, Turn
 
 NAME = 'oasst1'
-# No chat form and no judge template uses these marks, so `judges` shows them unchanged.
+# No chat format and no judge template contains [user] or [assistant], so a rendered conversation
+# passes through them unchanged.
 _SPEAKERS = ('user', 'assistant')
 _MARK = re.compile(r'^([^\S\n]*)\[(?=(?:user|assistant)\])', re.MULTILINE | re.IGNORECASE)
 
+# (place, message) -> (place, reply) of each reply; place: file:line, for errors.
+_Replies = Callable[[str, dict], list[tuple[str, dict]]]
 
-def turns(rows: Iterable[tuple[str, dict]], synthetic: bool) -> Iterator[tuple[str, dict]]:
-  """Yields (place, turn) of (place, record): trees as they come, then flat messages."""
-  with contextlib.closing(sqlite3.connect('')) as flat:  # '': in a temporary file, for a reply may come first
-    flat.execute('create table message (id text, parent text, place text, record text)')
+
+def turns(rows: Iterable[tuple[str, dict]], synthetic: bool) -> Iterator[tuple[str, Turn]]:
+  """(place, record) -> (place, turn); place is file:line, for errors.
+
+  Trees come first, in their order, then flat messages. `synthetic`: keep model-written messages.
+  Raises InputError for a record that is not OASST1.
+  """
+  with _MessageTable() as table:
     for where, record in rows:
       if 'prompt' in record:
         root = _field(record, 'prompt', where, dict)
-        yield from _walk(where, root, _state(record, where), _replies, synthetic)
+        yield from _walk(where, root, _tree_flaw(record, where), _nested_replies, synthetic)
       elif 'message_id' in record:
-        names = [_field(record, 'message_id', where, str), _field(record, 'parent_id', where, str, NoneType)]
-        flat.execute('insert into message values (?, ?, ?, ?)', (*names, where, json.dumps(record)))
+        table.insert(where, record)
       else:
-        raise InputError(f'{where}: neither a tree ("prompt") nor a message ("message_id") of OASST1')
-    flat.execute('create index by_parent on message (parent)')
-
-    def select(which: str, *values) -> Iterator[tuple[str, dict]]:
-      query = f'select place, record from message where {which} order by rowid'
-      for place, text in flat.execute(query, values):
-        yield place, json.loads(text)
-
-    def replies(where: str, raw: dict) -> list[tuple[str, dict]]:
-      return list(select('parent is ?', raw['message_id']))
-
-    for where, raw in select('parent is null'):
-      yield from _walk(where, raw, _state(raw, where), replies, synthetic)
-    # Messages whose parent is not in the files, for example because the files were filtered.
-    for where, raw in select('parent is not null and parent not in (select id from message)'):
-      for place, prompt in [(where, raw)] if raw.get('role') == 'prompter' else replies(where, raw):
-        yield from _walk(place, prompt, 'after a missing message', replies, synthetic, ('', ''))
+        raise InputError(f'{where}: neither a tree ("prompt") nor a message ("message_id") of '
+                         f'OASST1; give OASST1 files')
+    table.index()
+    for where, raw in table.roots():
+      yield from _walk(where, raw, _tree_flaw(raw, where), table.replies, synthetic)
+    for where, raw in table.orphans():
+      is_prompt = raw.get('role') == 'prompter'
+      for place, prompt in [(where, raw)] if is_prompt else table.replies(where, raw):
+        yield from _walk(place, prompt, 'after a missing message', table.replies, synthetic,
+                         before=('', ''))
 
 
 def render(messages: Sequence[str]) -> str:
-  """A conversation as a prompt: one message as it is, several each below a line with its speaker.
+  """A conversation as a prompt: a single message as it is, several each below a speaker's line.
 
-  No message can contain such a line, see `quoted`.
+  `quoted` ensures that no message contains such a line.
 
   >>> render(['Name a fruit.', 'Pear.', 'Why?'])
   '[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?'
@@ -66,7 +66,7 @@ def render(messages: Sequence[str]) -> str:
 
 
 def user_messages(prompt: str) -> list[str]:
-  """The user's messages in a rendered conversation; the prompt itself where it is not one.
+  """The user's messages in a rendered conversation; any other prompt is one message.
 
   >>> user_messages(render(['Name a fruit.', 'Pear.', 'Why?']))
   ['Name a fruit.', 'Why?']
@@ -77,7 +77,7 @@ def user_messages(prompt: str) -> list[str]:
 
 
 def quoted(text: str) -> str:
-  """Adds a space to a speaker's mark at the start of a line.
+  """Adds a space to a speaker mark at the start of a line, so that it is no longer a mark.
 
   >>> quoted('Pear.\\n[user] Why?')
   'Pear.\\n[ user] Why?'
@@ -85,57 +85,98 @@ def quoted(text: str) -> str:
   return _MARK.sub(r'\1[ ', re.sub('\r\n?|[\x85\u2028\u2029]', '\n', text))
 
 
-def _walk(where: str, root: dict, flaw: str, replies: Callable, synthetic: bool,
-          before: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
-  """Yields (place, turn) of a prompt and of all prompts below it; `flaw` drops all of them.
+class _MessageTable:
+  """Flat messages in a temporary file, because a reply may come before its parent."""
 
-  `replies(place, message)` returns the (place, message) of its children; `before` is what was said.
+  def __enter__(self):
+    self._database = sqlite3.connect('')  # '': a temporary file
+    self._database.execute('create table message (id text, parent text, place text, record text)')
+    return self
+
+  def __exit__(self, *_):
+    self._database.close()
+
+  def insert(self, where: str, record: dict):
+    names = (_field(record, 'message_id', where, str),
+             _field(record, 'parent_id', where, str, NoneType))
+    self._database.execute('insert into message values (?, ?, ?, ?)',
+                           (*names, where, json.dumps(record)))
+
+  def index(self):
+    """Indexes the messages by parent; call it after the last `insert`."""
+    self._database.execute('create index by_parent on message (parent)')
+
+  def roots(self) -> Iterator[tuple[str, dict]]:
+    return self._select('parent is null')
+
+  def orphans(self) -> Iterator[tuple[str, dict]]:
+    """Messages whose parent is not in the files, for example because the files were filtered."""
+    return self._select('parent is not null and parent not in (select id from message)')
+
+  def replies(self, where: str, raw: dict) -> list[tuple[str, dict]]:
+    del where  # each reply has its own place
+    return list(self._select('parent is ?', raw['message_id']))
+
+  def _select(self, condition: str, *values) -> Iterator[tuple[str, dict]]:
+    query = f'select place, record from message where {condition} order by rowid'
+    for place, text in self._database.execute(query, values):
+      yield place, json.loads(text)
+
+
+def _walk(where: str, root: dict, flaw: str, replies: _Replies, synthetic: bool,
+          before: tuple[str, ...] = ()) -> Iterator[tuple[str, Turn]]:
+  """Yields (place, turn) of a user message and of all user messages below it.
+
+  `flaw`: the reason to drop all of them, or ''; `before`: the messages before `root`.
   """
   stack = [(where, root, before, flaw)]
   while stack:
     where, raw, before, flaw = stack.pop()
-    asked, answers = _message(where, raw, 'prompter', synthetic), []
-    said = (*before, asked['text'])
+    prompt, answers = _message(where, raw, 'prompter', synthetic), []
+    said = (*before, prompt.text)
     for place, reply in replies(where, raw):
       answer = _message(place, reply, 'assistant', synthetic)
-      broken = flaw or ('after a dropped message' if asked['dropped'] or answer['dropped'] else '')
-      stack += [(below, prompt, (*said, answer['text']), broken)
-                for below, prompt in replies(place, reply)]
-      if not answer['dropped'] and answer['rank'] < 0:
-        answer['dropped'] = 'unranked'
+      is_broken = prompt.dropped or answer.dropped
+      below = flaw or ('after a dropped message' if is_broken else '')
+      stack += [(later_place, later, (*said, answer.text), below)
+                for later_place, later in replies(place, reply)]
+      if not answer.dropped and answer.rank < 0:
+        answer = dataclasses.replace(answer, dropped='unranked')
       answers.append(answer)
-    ranks = [answer['rank'] for answer in answers if not answer['dropped']]
-    dropped = flaw or asked['dropped'] or ('ranks repeat' if len(set(ranks)) < len(ranks) else '')
-    yield where, {'id': asked['id'], 'turn': len(before) // 2, 'prompt': render(said),
-                  'dropped': dropped, 'replies': answers}
+    ranks = [answer.rank for answer in answers if not answer.dropped]
+    repeated = 'ranks repeat' if len(set(ranks)) < len(ranks) else ''
+    yield where, Turn(prompt.id, len(before) // 2, render(said),
+                      flaw or prompt.dropped or repeated, answers)
 
 
-def _replies(where: str, raw: dict) -> list[tuple[str, dict]]:
-  """The (place, reply) of a message in the tree format."""
+def _nested_replies(where: str, raw: dict) -> list[tuple[str, dict]]:
+  """The replies to a message in the tree format."""
   return [(where, reply) for reply in _field(raw, 'replies', where, list, NoneType) or []]
 
 
-def _state(record: dict, where: str) -> str:
-  """Why the whole tree is dropped, or ''."""
+def _tree_flaw(record: dict, where: str) -> str:
+  """The reason to drop a whole tree, or ''."""
   if _field(record, 'tree_state', where, str) == 'ready_for_export':
     return ''
-  return 'tree not ready for export'  # spam, given up, or still growing
+  return 'tree not ready for export'  # spam, abandoned or still growing
 
 
-def _message(where: str, raw: dict, role: str, synthetic: bool) -> dict:
-  """Checks a published message; absent is null, as one format leaves out what the other writes as null."""
+def _message(where: str, raw: dict, role: str, synthetic: bool) -> Message:
+  """Checks a message. An absent field is null: one format omits what the other writes as null."""
   if not isinstance(raw, dict) or raw.get('role') != role:
-    raise InputError(f'{where}: no message with role "{role}" where one belongs; this is not OASST1')
+    raise InputError(f'{where}: expected a message with role "{role}"; give OASST1 files')
   rank, text = _field(raw, 'rank', where, int, NoneType), _field(raw, 'text', where, str)
   flaws = {'deleted': _field(raw, 'deleted', where, bool, NoneType),
            'synthetic': _field(raw, 'synthetic', where, bool, NoneType) and not synthetic,
            'not English': _field(raw, 'lang', where, str) != 'en', 'empty': not text.strip()}
-  return {'id': _field(raw, 'message_id', where, str), 'text': text, 'rank': -1 if rank is None else rank,
-          'dropped': next((name for name, found in flaws.items() if found), '')}
+  return Message(_field(raw, 'message_id', where, str), text, -1 if rank is None else rank,
+                 next((name for name, found in flaws.items() if found), ''))
 
 
 def _field(raw: dict, name: str, where: str, *types):
+  """The value of a field, checked to have one of the types; ranks must not be negative."""
   value = raw.get(name)
   if type(value) not in types or (name == 'rank' and value is not None and value < 0):
-    raise InputError(f'{where}: "{name}" is {str(value)[:40]!r}, which OASST1 never has; mend the line')
+    raise InputError(f'{where}: "{name}" is {str(value)[:40]!r}, which is not valid in OASST1; '
+                     f'correct or delete the line')
   return value

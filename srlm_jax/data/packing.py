@@ -1,12 +1,15 @@
-"""Examples to batches of fixed shape: which examples, in which order, in which row, and who sees whom.
+"""Packs examples into rows of fixed width: which examples, in which order, in which row.
 
-A row holds one example after the other, each as [prompt | response] or, of a pair, [prompt | chosen | rejected].
-Responses are numbered within their row from 1, and a token's segment is the number of its response. The prompt of a
-pair belongs to two: `segments` has the first of them and `shared` the second. See `models/packed.py` for the mask.
+A row holds examples one after the other, each as [prompt | response] or, of a pair,
+[prompt | chosen | rejected]. Responses are numbered within their row from 1, and the number of a
+token's response is its segment. The prompt of a pair belongs to two segments: `segment_ids` holds
+the first and `second_segment` the second. `models/attention.py` makes the mask from them, and
+`train/batch.py` makes padded batches.
 """
 import bisect
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,141 +19,160 @@ import numpy as np
 from srlm_jax import InputError
 from srlm_jax.data.examples import Example
 
-AHEAD = 32  # examples that fit into no row and wait for the next step, before a step is called full
-NEAR = 0.97  # of `batch`, the examples that a packed step holds on average, at least
-TRIAL = 50  # steps that say whether it does
+LOOKAHEAD = 32    # examples that fit into no row before a step counts as full; they come next
+MIN_FILL = 0.97   # of `batch`: the least average number of examples per packed step
+TRIAL_STEPS = 50  # steps that estimate this average
+TARGETS = 16      # the number of targets per row is a multiple of it
 
 
-class Batches:
-  """The batches of a run: every example once a pass, each pass in an order of its own, passes chained without a gap.
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The shape of every batch of a run."""
+  rows: int     # B
+  width: int    # T, tokens per row
+  targets: int  # N, targets per row
+  pairs: int    # M, pairs per row; 0 for examples of one response
 
-  A step holds `batch` examples, packed on average; the last one what is left.
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One packed row without padding: int32 arrays [tokens of the row] and [targets of the row]."""
+  tokens: np.ndarray
+  positions: np.ndarray         # within the example; chosen and rejected both continue the prompt
+  segment_ids: np.ndarray       # the response that a token belongs to, from 1
+  second_segment: np.ndarray    # the second response that a pair's prompt belongs to; else 0
+  target_positions: np.ndarray  # where in the row the token is that predicts a target
+  targets: np.ndarray           # the tokens that the loss counts: those of the responses
+  response_ids: np.ndarray      # the response that a target belongs to, from 0
+
+
+class Packing:
+  """The packed rows of a run. Every epoch contains every example once, in its own random order.
+
+  Epochs follow each other without a gap. A step holds `batch` examples: with packing on average,
+  without packing exactly; the last step holds the remainder.
   """
 
-  def __init__(self, examples: list[Example], batch: int, epochs: float, seed: int, width: int = 0, parts: int = 1,
-               multiple: int = 16, shape: tuple[int, int] | None = None):
-    """`width`: of a row that holds several examples, at most, or the longest example; 0: a row for every example.
-    `parts`: rows are a multiple of it; `multiple`: a row's tokens are. `shape`: rows and their width, where a run that
-    began with them goes on; InputError where they are no such multiples."""
-    sizes = list(map(len, examples))
-    longest = max(sizes)
+  def __init__(self, examples: Sequence[Example], batch: int, epochs: float, seed: int,
+               width: int = 0, parts: int = 1, multiple: int = 16,
+               rows_and_width: tuple[int, int] | None = None):
+    """`width`: tokens of a packed row at most, or the longest example; 0: one example per row.
+
+    The number of rows is a multiple of `parts` and the width of `multiple`. `rows_and_width`: those
+    of a run that is resumed; InputError if they are not such multiples.
+    """
+    lengths = list(map(len, examples))
+    longest = max(lengths)
     if not width:
-      sizes = [_round_up(longest, multiple)] * len(sizes)
+      lengths = [_round_up(longest, multiple)] * len(lengths)
     total = max(1, round(epochs * len(examples)))
-    fill = functools.partial(_fill, sizes, batch, total, seed)
-    if shape:
-      self.rows, self.width = shape
-      if self.rows % parts or self.width % multiple:
+    pack = functools.partial(_pack, lengths, batch, total, seed)
+    if rows_and_width:
+      rows, width = rows_and_width
+      if rows % parts or width % multiple:
         raise InputError(
-            f'the run began with steps of {self.rows} rows of {self.width} tokens; here rows must divide by {parts}, '
-            f'config.train.accumulate times data x fsdp of config.mesh, and tokens by {multiple}; choose another mesh')
+            f'the run began with steps of {rows} rows of {width} tokens; here rows must be a '
+            f'multiple of {parts}, config.train.accumulate times data x fsdp of config.mesh, and '
+            f'tokens of {multiple}; choose another mesh')
     elif not width:
-      self.rows, self.width = batch, sizes[0]
+      rows, width = batch, lengths[0]
       if batch % parts:
-        raise InputError(f'config.train.batch = {batch} rows do not divide by {parts}, config.train.accumulate times '
-                         f'data x fsdp of config.mesh; choose a multiple, or move devices to config.mesh.tensor')
+        raise InputError(
+            f'config.train.batch = {batch} is not a multiple of {parts}, config.train.accumulate '
+            f'times data x fsdp of config.mesh; choose a multiple, or move devices to '
+            f'config.mesh.tensor')
     else:
-      self.rows, self.width = _shape(fill, sizes, min(batch, total), max(width, longest), parts, multiple)
-    self.examples = examples
-    self.reference = None  # {id of a pair: log-probs of both under DPO's reference}, where they are known
-    self._steps = list(fill(self.width, self.rows))
-    rows = [[examples[i] for i in row] for step in self._steps for row in step]
-    self.seen = sum(map(len, rows))  # examples, of all steps
-    self.real = sum(len(e) for row in rows for e in row) / (len(rows) * self.width)  # of the places: a token is there
-    self._responses = max(sum(len(e.responses) for e in row) for row in rows)
-    self._targets = _round_up(max(sum(len(r) for e in row for r in e.responses) for row in rows), 16)
+      rows, width = _shape(pack, lengths, min(batch, total), max(width, longest), parts, multiple)
+    self.all = examples
+    self._steps = list(pack(width, rows))
+    packed = [[examples[i] for i in row] for step in self._steps for row in step]
+    self.count = sum(map(len, packed))  # examples of all steps
+    tokens = sum(len(e) for row in packed for e in row)
+    self.padding_free = tokens / (len(packed) * width)  # fraction of the tokens
+    targets = max(sum(len(r) for e in row for r in e.responses) for row in packed)
+    responses = max(sum(len(e.responses) for e in row) for row in packed)
+    self.shape = Shape(rows, width, _round_up(targets, TARGETS), responses // 2)
 
   def __len__(self):
-    """Steps."""
+    """The number of steps."""
     return len(self._steps)
 
+  def rows(self, step: int) -> list[list[Example]]:
+    """The examples of each row of a step; a row may be empty."""
+    return [[self.all[i] for i in row] for row in self._steps[step]]
+
   def ids(self, step: int) -> list[list[str]]:
-    """Of the examples of each row."""
-    return [[self.examples[i].id for i in row] for row in self._steps[step]]
-
-  def at(self, step: int) -> dict[str, np.ndarray]:
-    """The batch of one step; absent examples, responses and tokens are 0 (`response`: -1).
-
-    tokens, positions, segments and, of pairs, shared [B, T]. Of the R tokens that the loss counts [B, R]: `at`, the
-    place of the token that predicts one, `label`, the token, and `response`, whose it is (0, 1, .. within the row). Of
-    pairs [B, P]: `pair`, whether there is one, its `confidence`, and `reference` [B, P, 2], where it is known.
-    """
-    B, T, R, P = self.rows, self.width, self._targets, self._responses // 2
-    of_pairs = len(self.examples[0].responses) == 2
-    batch = {name: np.zeros((B, T), np.int32) for name in ('tokens', 'positions', 'segments', *['shared'] * of_pairs)}
-    batch |= {name: np.full((B, R), fill, np.int32) for name, fill in (('at', 0), ('label', 0), ('response', -1))}
-    if of_pairs:
-      batch |= dict(pair=np.zeros((B, P), np.int32), confidence=np.zeros((B, P), np.float32))
-    if self.reference:
-      batch |= dict(reference=np.zeros((B, P, 2), np.float32))
-    for b, row in enumerate(self._steps[step]):
-      examples = [self.examples[i] for i in row]
-      values = dict(layout(examples), pair=[1] * len(row), confidence=[e.confidence for e in examples])
-      if self.reference:
-        values['reference'] = [self.reference[e.id] for e in examples]
-      for name in batch:
-        if values[name]:  # else the row is empty
-          batch[name][b, :len(values[name])] = values[name]
-    return batch
+    """The ids of the examples of each row of a step."""
+    return [[e.id for e in row] for row in self.rows(step)]
 
 
-def layout(examples: list[Example]) -> dict[str, list[int]]:
-  """One row, without its padding: `Batches.at` says of what."""
-  row = {name: [] for name in ('tokens', 'positions', 'segments', 'shared', 'at', 'label', 'response')}
-  number = 0
+def layout(examples: Sequence[Example]) -> Row:
+  """The examples of one row -> the row."""
+  row = {field.name: [] for field in dataclasses.fields(Row)}
+
+  def add(tokens, position, segment, second):
+    row['tokens'] += tokens
+    row['positions'] += range(position, position + len(tokens))
+    row['segment_ids'] += [segment] * len(tokens)
+    row['second_segment'] += [second] * len(tokens)
+
+  segment = 0
   for example in examples:
-    first, size = len(row['tokens']), len(example.prompt)
-    _append(row, example.prompt, 0, number + 1, number + 2 if len(example.responses) == 2 else 0)
+    last = len(row['tokens']) + len(example.prompt) - 1  # of the prompt, in the row
+    is_pair = len(example.responses) == 2
+    add(example.prompt, 0, segment + 1, segment + 2 if is_pair else 0)
     for response in example.responses:
-      number += 1
+      segment += 1
       start = len(row['tokens'])
-      _append(row, response, size, number, 0)
-      row['at'] += [first + size - 1, *range(start, start + len(response) - 1)]
-      row['label'] += response
-      row['response'] += [number - 1] * len(response)
-  return row
+      add(response, len(example.prompt), segment, 0)
+      row['target_positions'] += [last, *range(start, start + len(response) - 1)]
+      row['targets'] += response
+      row['response_ids'] += [segment - 1] * len(response)
+  return Row(**{name: np.asarray(values, np.int32) for name, values in row.items()})
 
 
-def _append(row, tokens, position: int, segment: int, shared: int):
-  row['tokens'] += tokens
-  row['positions'] += range(position, position + len(tokens))
-  row['segments'] += [segment] * len(tokens)
-  row['shared'] += [shared] * len(tokens)
+def _shape(pack, lengths, batch: int, width: int, parts: int, multiple: int) -> tuple[int, int]:
+  """The fewest rows, and then the smallest width, that hold `batch` examples per step on average.
 
-
-def _shape(fill, sizes, batch: int, width: int, parts: int, multiple: int) -> tuple[int, int]:
-  """As few rows, and then as narrow ones, as hold `batch` examples a step, by a trial of some steps."""
+  Tries each candidate on the first TRIAL_STEPS steps.
+  """
   def holds(rows, width):
-    steps = [sum(map(len, step)) for step in itertools.islice(fill(width, rows), TRIAL)]
-    whole = steps[:-1] or steps  # the last of all may hold less
-    return sum(whole) >= NEAR * batch * len(whole)
-  tokens, most = batch * sum(sizes) / len(sizes), _round_up(width, multiple)
-  rows = next(n for n in itertools.count(_round_up(tokens / most, parts), parts) if holds(n, most))
-  narrow = _round_up(max(max(sizes), tokens / rows), multiple)
-  return rows, next(n for n in range(narrow, most + 1, multiple) if holds(rows, n))
+    counts = [sum(map(len, step)) for step in itertools.islice(pack(width, rows), TRIAL_STEPS)]
+    full = counts[:-1] or counts  # the last step of a run may hold fewer
+    return sum(full) >= MIN_FILL * batch * len(full)
+  tokens, widest = batch * sum(lengths) / len(lengths), _round_up(width, multiple)
+  rows = next(n for n in itertools.count(_round_up(tokens / widest, parts), parts)
+              if holds(n, widest))
+  narrowest = _round_up(max(max(lengths), tokens / rows), multiple)
+  return rows, next(n for n in range(narrowest, widest + 1, multiple) if holds(rows, n))
 
 
-def _fill(sizes, batch: int, total: int, seed: int, width: int, rows: int) -> Iterator[list[list[int]]]:
-  """Puts `total` examples, pass after pass, into the rows of step after step, each into the fullest row that has room;
-  what has no room begins the next step. After k steps there are at most k times `batch`."""
-  passes = (np.random.default_rng((seed, epoch)).permutation(len(sizes)) for epoch in itertools.count())
-  order = itertools.islice((int(i) for order in passes for i in order), total)
+def _pack(lengths, batch: int, total: int, seed: int, width: int,
+          rows: int) -> Iterator[list[list[int]]]:
+  """Best-fit packing: yields the indices of the examples in each row, step by step.
+
+  Takes `total` examples, epoch after epoch, and puts each into the fullest row with room for it.
+  Examples that fit into no row begin the next step. k steps hold at most k times `batch` examples.
+  """
+  epochs = (np.random.default_rng((seed, epoch)).permutation(len(lengths))
+            for epoch in itertools.count())
+  order = itertools.islice((int(i) for epoch in epochs for i in epoch), total)
   waiting, limit = deque(), 0
   while True:
     step = [[] for _ in range(rows)]
-    free = [(width, row) for row in range(rows)]  # sorted
+    free = [(width, row) for row in range(rows)]  # sorted by free tokens
     skipped, placed = [], 0
     limit += batch
-    while len(skipped) < AHEAD and placed < limit:
+    while len(skipped) < LOOKAHEAD and placed < limit:
       index = waiting.popleft() if waiting else next(order, None)
       if index is None:
         break
-      at = bisect.bisect_left(free, (sizes[index], 0))
-      if at == len(free):
+      best = bisect.bisect_left(free, (lengths[index], 0))
+      if best == len(free):
         skipped.append(index)
         continue
-      space, row = free.pop(at)
-      bisect.insort(free, (space - sizes[index], row))
+      space, row = free.pop(best)
+      bisect.insort(free, (space - lengths[index], row))
       step[row].append(index)
       placed += 1
     waiting.extendleft(reversed(skipped))

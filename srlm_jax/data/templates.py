@@ -1,14 +1,14 @@
-"""The texts around prompts and responses: chat forms, few-shot authoring; templates as files."""
+"""Chat formats, the templates for few-shot prompt generation, and template files."""
 from etils import epath
 
 from srlm_jax import InputError
 from srlm_jax.config import CHATS
 
-AUTHORS = 'data/author'  # templates in the package: the beginning of their path
+AUTHORS = 'data/author'  # path prefix of the author templates in the package
 
 
 def chat(kind: str, prompt: str, tokenizer) -> str:
-  """The prompt up to where the response begins, for `tokenizer.encode`.
+  """The prompt in a chat format, up to the response. Encode it with `tokenizer.encode`.
 
   >>> chat('plain', 'Name a fruit.', None)
   'User: Name a fruit.\\nAssistant:'
@@ -19,20 +19,20 @@ def chat(kind: str, prompt: str, tokenizer) -> str:
     return f'[INST] {prompt} [/INST]'
   if kind == 'tokenizer':
     return tokenizer.chat(prompt)
-  raise InputError(f'config.chat is {kind!r}; it is one of {", ".join(CHATS)}')
+  raise InputError(f'config.chat is {kind!r}; choose one of {", ".join(CHATS)}')
 
 
 def encode_prompt(kind: str, prompt: str, tokenizer) -> list[int]:
-  """Ids of the prompt in its chat form, bos first: what the model answers."""
+  """Token ids of the prompt in its chat format, starting with bos: the input of the model."""
   return _encode(chat(kind, prompt, tokenizer), tokenizer)
 
 
 def encode_pair(
     kind: str, prompt: str, response: str, tokenizer) -> tuple[list[int], list[int]] | None:
-  """(prompt ids, response ids); None if the tokenizer merges a piece across the seam between them.
+  """(prompt ids, response ids); None if a token would cross the boundary between them.
 
-  The pieces of prompt + response must be those of the whole text, or training would show the model
-  a seam that sampling never makes.
+  The ids of prompt and response must equal the ids of the whole text. Otherwise the model would be
+  trained on token sequences that never occur in sampling.
   """
   text = chat(kind, prompt, tokenizer)
   before = _encode(text, tokenizer)
@@ -44,23 +44,28 @@ def encode_pair(
 
 
 def _encode(text: str, tokenizer) -> list[int]:
-  """Ids of a chat form, bos first: a tokenizer's own template may write bos itself."""
+  """Token ids starting with one bos; the chat template of a tokenizer may already contain bos."""
   ids = tokenizer.encode(text)
   return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
 def load_author(name: str) -> str:
-  """The template that asks for new prompts; its slot {shots} is a numbered list."""
+  """The template that asks a model for new prompts. Its slot {shots} takes a numbered list.
+
+  Raises InputError if the template does not exist or does not have the slot exactly once.
+  """
   path, text = read(AUTHORS, name, 'config.prompts.template')
   if text.count('{shots}') != 1:
-    raise InputError(f'{path} holds the slot {{shots}} {text.count("{shots}")} times; an author template holds it once')
+    raise InputError(f'{path} contains the slot {{shots}} {text.count("{shots}")} times; '
+                     f'an author template must contain it once')
   return text
 
 
-def read(kind: str, name: str, key: str):
-  """A template: of the package by its name, srlm_jax/{kind}_{name}.txt, or any file by its path.
+def read(kind: str, name: str, key: str) -> tuple[epath.Path, str]:
+  """(path, text) of a template file.
 
-  Returns its path and its text. Raises InputError, which names the config key `key`.
+  `name` is the name of a template in the package, srlm_jax/{kind}_{name}.txt, or the path of a
+  file. `key` is the config key that an InputError names.
   """
   package = epath.resource_path('srlm_jax')
   is_path = '/' in name or name.endswith('.txt')
@@ -73,4 +78,5 @@ def read(kind: str, name: str, key: str):
   try:
     return path, path.read_text().replace('\r\n', '\n').rstrip('\n')
   except (OSError, UnicodeDecodeError) as error:
-    raise InputError(f'{key}: {path} cannot be read as text ({error}); name a file of UTF-8 text') from error
+    raise InputError(f'{key}: {path} cannot be read as text ({error}); '
+                     f'give a UTF-8 text file') from error

@@ -1,11 +1,19 @@
-"""Two models' answers to the same held-out prompts, compared by an outside judge in both orders (PAPER 3.1).
+"""Head-to-head comparison of two models by an external judge, in both answer orders (PAPER 3.1).
+
+Both models must have answered the same held-out prompts.
 
   python -m srlm_jax.eval.head_to_head --a=runs/x/m2/answers --b=runs/x/m1/answers --out=DIR
-writes DIR/requests.jsonl; send each `text` to the judge, and keep its replies as lines of {"id", "text"};
+
+writes DIR/requests.jsonl. Send each `text` to the judge and save its replies as lines of
+{"id", "text"}.
+
   python -m srlm_jax.eval.head_to_head --a=... --b=... --out=DIR --verdicts=FILE.jsonl
-reads them and writes DIR/head_to_head.json. Answers that a program graded need no judge:
+
+reads the replies and writes DIR/head_to_head.json. Answers graded by a program need no judge:
+
   python -m srlm_jax.eval.head_to_head --a=runs/x/m2/oracle --b=runs/x/m1/oracle --out=DIR --graded
 """
+from collections.abc import Iterable
 import re
 
 from absl import flags
@@ -16,8 +24,9 @@ from srlm_jax import cli, InputError, records
 from srlm_jax.reward import judges
 
 PROMPT = """\
-Two assistants answered the same prompt. Decide which answer serves its user better: relevance, correctness, \
-completeness, clarity. The order of the answers says nothing about them, and longer is not better in itself.
+Two assistants answered the same prompt. Decide which answer serves its user better: relevance, \
+correctness, completeness, clarity. The order of the answers says nothing about them, and longer \
+is not better in itself.
 
 <prompt>
 {prompt}
@@ -31,19 +40,23 @@ completeness, clarity. The order of the answers says nothing about them, and lon
 {b}
 </answer_b>
 
-Give your reasons in a few sentences. Then end with one line that is exactly "Winner: A", "Winner: B" or \
-"Winner: tie".
+Give your reasons in a few sentences. Then end with one line that is exactly "Winner: A", \
+"Winner: B" or "Winner: tie".
 """
 _WINNER = re.compile(r'[\s>#*_"\'`]*winner[\s*_]*:(.*)', re.IGNORECASE)
 
 
 def requests(a: dict[str, dict], b: dict[str, dict]) -> list[dict]:
-  """Answers by prompt id -> two requests a prompt; the hash in an id ties a reply to these very answers."""
+  """{prompt id: answer} of both models -> two judge requests per prompt, one per order.
+
+  The request id contains a hash of the text, so that a reply cannot be matched to other answers.
+  """
   made = []
-  for name, first in a.items():
-    for order, shown in (('ab', (first, b[name])), ('ba', (b[name], first))):
-      text = render(first['prompt'], *(answer['response'] for answer in shown))
-      made.append(dict(id=f'{name}/{order}/{records.digest(text)}', prompt_id=name, order=order, text=text))
+  for prompt_id, answer in a.items():
+    for order, shown in (('ab', (answer, b[prompt_id])), ('ba', (b[prompt_id], answer))):
+      text = render(answer['prompt'], *(x['response'] for x in shown))
+      made.append(dict(id=f'{prompt_id}/{order}/{records.digest(text)}', prompt_id=prompt_id,
+                       order=order, text=text))
   return made
 
 
@@ -59,9 +72,9 @@ def render(prompt: str, a: str, b: str) -> str:
 
 
 def parse(text: str) -> str | None:
-  """A reply -> the verdict of the last line that begins with "Winner:": 'A', 'B', 'tie', or None.
+  """A reply of the judge -> 'A', 'B' or 'tie', or None if it states no verdict.
 
-  None if there is no such line or it says something else. Linear in the length of the reply.
+  The verdict is the last line that starts with "Winner:". Takes time linear in the length.
 
   >>> parse('A is clearer. Winner: B would be wrong.\\n**Winner: A**')
   'A'
@@ -72,7 +85,9 @@ def parse(text: str) -> str | None:
 
 
 def outcome(first: str, second: str) -> str:
-  """The verdicts with model a shown first, then with b shown first -> 'win', 'tie' or 'loss' of a.
+  """The verdicts of both orders -> 'win', 'tie' or 'loss' of model a.
+
+  first: the verdict with model a shown first. second: the verdict with model b shown first.
 
   >>> outcome('A', 'B'), outcome('A', 'A'), outcome('B', 'A')
   ('win', 'tie', 'loss')
@@ -81,13 +96,16 @@ def outcome(first: str, second: str) -> str:
 
 
 def compare(verdicts: dict[str, tuple[str | None, str | None]]) -> dict:
-  """Both verdicts of every prompt -> counts, shares and sign test; a prompt without both is left out."""
-  outcomes = {name: outcome(*both) for name, both in verdicts.items() if None not in both}
-  return dict(tally(outcomes.values()), left_out=len(verdicts) - len(outcomes))
+  """{prompt id: both verdicts} -> `tally`, and the number of prompts left out.
+
+  A prompt is left out if a verdict is None.
+  """
+  outcomes = [outcome(*both) for both in verdicts.values() if None not in both]
+  return dict(tally(outcomes), left_out=len(verdicts) - len(outcomes))
 
 
 def compare_scores(a: dict[str, float], b: dict[str, float]) -> dict:
-  """Scores by prompt -> counts, shares and sign test; the higher score wins.
+  """{prompt id: score} of both models -> `tally`. The higher score wins.
 
   >>> compare_scores(dict(p=3, q=1), dict(p=2, q=1))['win_share']
   0.5
@@ -95,76 +113,87 @@ def compare_scores(a: dict[str, float], b: dict[str, float]) -> dict:
   return tally('win' if a[name] > b[name] else 'loss' if a[name] < b[name] else 'tie' for name in a)
 
 
-def tally(outcomes) -> dict:
-  """Outcomes of a -> counts and shares; p_value: two-sided sign test of wins against losses; or None."""
+def tally(outcomes: Iterable[str]) -> dict:
+  """Outcomes of model a -> counts, shares and p_value. Shares are None without any outcome.
+
+  p_value is the two-sided sign test of wins against losses; None if there are neither.
+  """
   outcomes = list(outcomes)
   count = len(outcomes)
   win, tie, loss = (outcomes.count(x) for x in ('win', 'tie', 'loss'))
-  shares = [n / count if count else None for n in (win, tie, loss)]
-  p = float(stats.binomtest(win, win + loss).pvalue) if win + loss else None
-  return dict(count=count, wins=win, ties=tie, losses=loss, win_share=shares[0], tie_share=shares[1],
-              loss_share=shares[2], p_value=p)
+  win_share, tie_share, loss_share = (n / count if count else None for n in (win, tie, loss))
+  p_value = float(stats.binomtest(win, win + loss).pvalue) if win + loss else None
+  return dict(count=count, wins=win, ties=tie, losses=loss, win_share=win_share,
+              tie_share=tie_share, loss_share=loss_share, p_value=p_value)
 
 
 def read_answers(folder) -> dict[str, dict]:
-  """MODEL/answers by prompt id."""
-  return _by_prompt(folder, records.read_shards(folder, 'responses', 'prompt_id', 'prompt', 'response'))
+  """MODEL/answers -> {prompt id: answer}."""
+  answers = records.read_shards(folder, 'responses', 'prompt_id', 'prompt', 'response')
+  return _by_prompt(folder, answers)
 
 
 def read_graded(folder) -> dict[str, dict]:
-  """MODEL/oracle by prompt id, each with a score."""
+  """MODEL/oracle -> {prompt id: answer with a score}."""
   path = epath.Path(folder) / 'graded.jsonl'
   found = _by_prompt(folder, records.read(path, 'prompt_id', 'prompt', 'response', 'score'))
-  for name, answer in found.items():
-    if isinstance(answer['score'], bool) or not isinstance(answer['score'], int | float):
-      raise InputError(f'{path}: prompt {name} has the score {answer["score"]!r}, which is no number; '
-                       f'grade it again')
+  for prompt_id, answer in found.items():
+    score = answer['score']
+    if not records.is_number(score):
+      raise InputError(f'{path}: prompt {prompt_id} has the score {score!r}, which is not a '
+                       f'number; grade it again')
   return found
 
 
 def read_verdicts(path, asked: list[dict]) -> tuple[dict, dict]:
-  """Replies to requests -> ({prompt id: both verdicts}, counts of verdicts that are unparsed and missing)."""
+  """A file of replies to the requests -> ({prompt id: both verdicts}, counts).
+
+  The counts are those of unparsed and missing verdicts. Both kinds of verdict are None.
+  """
   texts, known = {}, {r['id'] for r in asked}
   for reply in records.read(path, 'id', 'text'):
     if reply['id'] not in known:
-      raise InputError(f'{path}: reply {reply["id"]!r} answers no request made from these answers; '
+      raise InputError(f'{path}: reply {reply["id"]!r} matches no request for these answers; '
                        f'give the --a and --b of its requests.jsonl, or send the new requests')
     if reply['id'] in texts:
       raise InputError(f'{path}: two replies have the id {reply["id"]}; delete one')
     texts[reply['id']] = reply['text']
   verdicts = {}
-  for request in asked:  # ab before ba
+  for request in asked:  # the order ab comes before ba
     verdict = parse(texts[request['id']]) if request['id'] in texts else None
     verdicts[request['prompt_id']] = (*verdicts.get(request['prompt_id'], ()), verdict)
-  unread = sum(v is None for both in verdicts.values() for v in both)
+  without = sum(verdict is None for both in verdicts.values() for verdict in both)
   missing = len(known) - len(texts)
-  return verdicts, dict(unparsed=unread - missing, missing=missing)
+  return verdicts, dict(unparsed=without - missing, missing=missing)
 
 
-def _by_prompt(folder, answers) -> dict[str, dict]:
+def _by_prompt(folder, answers: Iterable[dict]) -> dict[str, dict]:
   found = {}
   for answer in answers:
-    name = answer['prompt_id']
-    if name in found:
-      raise InputError(f'{folder} holds two answers to prompt {name}; head to head takes one')
-    found[name] = answer
+    prompt_id = answer['prompt_id']
+    if prompt_id in found:
+      raise InputError(f'{folder} holds two answers to prompt {prompt_id}; keep one per prompt')
+    found[prompt_id] = answer
   if not found:
-    raise InputError(f'{folder} holds no answer; answer the held-out prompts first')
+    raise InputError(f'{folder} holds no answers; answer the held-out prompts first')
   return found
 
 
-def _same_prompts(a: dict, b: dict, folder_a, folder_b):
-  texts = [{name: answer['prompt'] for name, answer in x.items()} for x in (a, b)]
-  name = next((n for n in sorted({*a, *b}) if texts[0].get(n) != texts[1].get(n)), None)
-  if name is not None:
-    raise InputError(f'{folder_a} and {folder_b} answer different prompts (the first is {name}); '
-                     f'compare models of one run')
+def _check_same_prompts(a: dict, b: dict, folder_a, folder_b):
+  """Raises InputError unless both models answered the same prompts."""
+  for prompt_id in sorted({*a, *b}):
+    texts = [answers.get(prompt_id, {}).get('prompt') for answers in (a, b)]
+    if texts[0] != texts[1]:
+      raise InputError(f'{folder_a} and {folder_b} answer different prompts (first difference: '
+                       f'{prompt_id}); compare models of the same run')
 
 
 def define_flags():
-  flags.DEFINE_string('a', None, 'MODEL/answers of the model whose wins are counted.', required=True)
+  flags.DEFINE_string(
+      'a', None, 'MODEL/answers of the model whose wins are counted.', required=True)
   flags.DEFINE_string('b', None, 'MODEL/answers of the model it is compared with.', required=True)
-  flags.DEFINE_string('out', None, 'Folder for requests.jsonl and head_to_head.json.', required=True)
+  flags.DEFINE_string(
+      'out', None, 'Folder for requests.jsonl and head_to_head.json.', required=True)
   flags.DEFINE_string('verdicts', '', 'The judge\'s replies: lines with id and text.')
   flags.DEFINE_bool('graded', False, '--a and --b are MODEL/oracle folders: the higher score wins.')
 
@@ -173,22 +202,26 @@ def main(argv):
   cli.refuse_arguments(argv)
   f = flags.FLAGS
   if f.graded and f.verdicts:
-    raise InputError('--graded needs no --verdicts; give one of them')
-  a, b = ((read_graded if f.graded else read_answers)(folder) for folder in (f.a, f.b))
-  _same_prompts(a, b, f.a, f.b)
+    raise InputError('--graded needs no --verdicts; give only one of them')
+  read = read_graded if f.graded else read_answers
+  a, b = read(f.a), read(f.b)
+  _check_same_prompts(a, b, f.a, f.b)
   out = epath.Path(f.out)
   if f.graded:
-    result = compare_scores(*({name: answer['score'] for name, answer in x.items()} for x in (a, b)))
+    result = compare_scores(*(
+        {name: answer['score'] for name, answer in x.items()} for x in (a, b)))
   elif f.verdicts:
-    verdicts, unread = read_verdicts(f.verdicts, requests(a, b))
-    result = dict(compare(verdicts), **unread)
+    verdicts, failures = read_verdicts(f.verdicts, requests(a, b))
+    result = dict(compare(verdicts), **failures)
     a, b = ({name: x[name] for name, both in verdicts.items() if None not in both} for x in (a, b))
   else:
     count = records.write(out / 'requests.jsonl', requests(a, b))
-    print(f'{out / "requests.jsonl"}: {count} requests; send each text to the judge, then give --verdicts')
+    print(f'{out / "requests.jsonl"}: {count} requests; send each text to the judge, '
+          f'then give --verdicts')
     return
-  for name, answers in dict(a=a, b=b).items():  # beside every win rate: judges like length
-    result[f'characters_{name}'] = sum(len(x['response']) for x in answers.values()) / len(a) if a else None
+  for name, answers in dict(a=a, b=b).items():  # reported because judges prefer long answers
+    total = sum(len(x['response']) for x in answers.values())
+    result[f'characters_{name}'] = total / len(answers) if answers else None
   records.write(out / 'head_to_head.json', [dict(a=str(f.a), b=str(f.b), **result)])
   print(f'{out / "head_to_head.json"}: ' + ', '.join(
       f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in result.items()))

@@ -1,10 +1,11 @@
-"""MT-Bench scores from the judgments of FastChat's single-answer mode: the three rows of PAPER table 2.
+"""MT-Bench scores from FastChat's single-answer judgments: the three rows of PAPER table 2.
 
-  python -m srlm_jax.eval.mt_bench --judgments=gpt-4_single.jsonl --questions=question.jsonl --out=FILE.json
+  python -m srlm_jax.eval.mt_bench --judgments=gpt-4_single.jsonl --questions=question.jsonl \\
+    --out=FILE.json
 
-Both files are those of FastChat's llm_judge: its gen_model_answer.py asks the model (a Hugging Face folder,
-see srlm_jax.checkpoint.convert), its gen_judgment.py asks the judge. A score of -1 is a reply without a score: it
-is counted and enters no mean.
+Both input files come from FastChat's llm_judge. Its gen_model_answer.py samples the answers of a
+Hugging Face model (see srlm_jax.checkpoint.convert), and its gen_judgment.py queries the judge. A
+score of -1 marks a judgment without a score. These are counted and excluded from the means.
 """
 from absl import flags
 
@@ -15,38 +16,39 @@ NO_SCORE = -1
 
 
 def scores(judgments: list[dict], questions: dict[int, dict]) -> dict[str, dict]:
-  """Judgments and questions by id -> for each model its means; None where nothing was scored.
+  """Judgments, {question id: question} -> {model: statistics}.
 
-  overall, math_code_reasoning, other, turn_1, turn_2: means of scores of 1 to 10; scored, no_score: judgments
-  with a score and without; absent: turns of the questions that were not judged.
+  overall, math_code_reasoning, other, turn_1, turn_2  mean scores from 1 to 10; None without scores
+  scored, no_score  number of judgments with and without a score
+  absent            number of question turns without a judgment
   """
   turns = sum(len(q['turns']) for q in questions.values())
   result = {}
   for model in sorted({j['model'] for j in judgments}):
     own = [j for j in judgments if j['model'] == model]
-    good = [j for j in own if j['score'] != NO_SCORE]
-    hard = [questions[j['question_id']]['category'] in HARD for j in good]
+    scored = [j for j in own if j['score'] != NO_SCORE]
+    hard = [j for j in scored if questions[j['question_id']]['category'] in HARD]
+    other = [j for j in scored if questions[j['question_id']]['category'] not in HARD]
     result[model] = dict(
-        overall=_mean(j['score'] for j in good),
-        math_code_reasoning=_mean(j['score'] for j, h in zip(good, hard, strict=True) if h),
-        other=_mean(j['score'] for j, h in zip(good, hard, strict=True) if not h),
-        turn_1=_mean(j['score'] for j in good if j['turn'] == 1),
-        turn_2=_mean(j['score'] for j in good if j['turn'] == 2),
-        scored=len(good), no_score=len(own) - len(good), absent=turns - len(own))
+        overall=_mean_score(scored), math_code_reasoning=_mean_score(hard),
+        other=_mean_score(other),
+        turn_1=_mean_score([j for j in scored if j['turn'] == 1]),
+        turn_2=_mean_score([j for j in scored if j['turn'] == 2]),
+        scored=len(scored), no_score=len(own) - len(scored), absent=turns - len(own))
   return result
 
 
 def read_questions(path) -> dict[int, dict]:
-  """FastChat's question.jsonl by question id."""
+  """FastChat's question.jsonl -> {question id: question}."""
+  hint = 'give FastChat\'s question.jsonl'
   questions = {}
   for q in records.read(path, 'question_id', 'category', 'turns'):
-    kinds = dict(question_id=int, category=str, turns=list)
-    for name, kind in kinds.items():
-      if not isinstance(q[name], kind):
-        raise InputError(f'{path}: a question has {name} = {q[name]!r}; give FastChat\'s question.jsonl')
+    for field, kind in dict(question_id=int, category=str, turns=list).items():
+      if not isinstance(q[field], kind):
+        raise InputError(f'{path}: a question has {field} = {q[field]!r}; {hint}')
     questions[q['question_id']] = q
   if not questions:
-    raise InputError(f'{path} holds no question; give FastChat\'s question.jsonl')
+    raise InputError(f'{path} holds no questions; {hint}')
   return questions
 
 
@@ -54,44 +56,52 @@ def read_judgments(path, questions: dict[int, dict]) -> list[dict]:
   """FastChat's *_single.jsonl, checked against the questions."""
   judgments, seen = [], set()
   for j in records.read(path, 'question_id', 'model', 'turn', 'score'):
-    where = f'{path}: the judgment of question {j["question_id"]}, turn {j["turn"]}, model {j["model"]},'
-    if not isinstance(j['question_id'], int) or j['question_id'] not in questions:
-      raise InputError(f'{where} is of no question in --questions; give the questions that were judged')
-    if not isinstance(j['turn'], int) or not 1 <= j['turn'] <= len(questions[j['question_id']]['turns']):
-      raise InputError(f'{where} is of a turn that the question does not have')
-    if not isinstance(j['model'], str):
-      raise InputError(f'{where} has a model that is no string')
-    s = j['score']
-    if isinstance(s, bool) or not isinstance(s, int | float) or not (s == NO_SCORE or 0 <= s <= 10):
-      raise InputError(f'{where} has the score {s!r}, which is neither from 0 to 10 nor {NO_SCORE} for none')
-    if (j['model'], j['question_id'], j['turn']) in seen:
-      raise InputError(f'{where} is there twice; delete one')
-    seen.add((j['model'], j['question_id'], j['turn']))
+    question, turn, model, score = j['question_id'], j['turn'], j['model'], j['score']
+    where = f'{path}: the judgment of question {question}, turn {turn}, model {model},'
+    if not isinstance(question, int) or question not in questions:
+      raise InputError(f'{where} matches no question in --questions; give the questions that were '
+                       f'judged')
+    if not isinstance(turn, int) or not 1 <= turn <= len(questions[question]['turns']):
+      raise InputError(f'{where} has a turn that the question does not have; give the questions '
+                       f'that were judged')
+    if not isinstance(model, str):
+      raise InputError(f'{where} has a model that is not a string; correct it')
+    if not records.is_number(score) or not (score == NO_SCORE or 0 <= score <= 10):
+      raise InputError(f'{where} has the score {score!r}, which is neither between 0 and 10 nor '
+                       f'{NO_SCORE} (no score); correct it')
+    if (model, question, turn) in seen:
+      raise InputError(f'{where} appears twice; delete one')
+    seen.add((model, question, turn))
     judgments.append(j)
   if not judgments:
-    raise InputError(f'{path} holds no judgment; judge the answers first')
+    raise InputError(f'{path} holds no judgments; judge the answers first')
   return judgments
 
 
 def text_table(result: dict[str, dict]) -> str:
-  """A line a model."""
+  """One line per model."""
   width = max(len('model'), *map(len, result))
   headings = list(next(iter(result.values())))
   lines = ['  '.join(['model'.ljust(width), *headings])]
   for name, row in result.items():
-    cells = ['-' if v is None else f'{v:.2f}' if isinstance(v, float) else str(v) for v in row.values()]
-    cells = [cell.rjust(len(h)) for cell, h in zip(cells, headings, strict=True)]
+    cells = [_cell(value).rjust(len(heading)) for heading, value in row.items()]
     lines.append('  '.join([name.ljust(width), *cells]))
   return '\n'.join(lines)
 
 
-def _mean(values) -> float | None:
-  values = list(values)
-  return sum(values) / len(values) if values else None
+def _cell(value: float | int | None) -> str:
+  if value is None:
+    return '-'
+  return f'{value:.2f}' if isinstance(value, float) else str(value)
+
+
+def _mean_score(judgments: list[dict]) -> float | None:
+  return sum(j['score'] for j in judgments) / len(judgments) if judgments else None
 
 
 def define_flags():
-  flags.DEFINE_string('judgments', None, 'FastChat\'s model_judgment/*_single.jsonl.', required=True)
+  flags.DEFINE_string(
+      'judgments', None, 'FastChat\'s model_judgment/*_single.jsonl.', required=True)
   flags.DEFINE_string('questions', None, 'FastChat\'s question.jsonl.', required=True)
   flags.DEFINE_string('out', None, 'JSON file to write.', required=True)
 

@@ -1,89 +1,146 @@
-"""Attention over grouped heads, by plain XLA, and the rotary embedding of positions.
+"""Grouped-query attention in plain XLA, the arrays that all attention kernels take, and RoPE.
 
-The sampler attends in two ways, `prefill` and `decode`, over keys of a row's own and over a prefix that all rows share.
-`models/kernels.py` has what an accelerator does instead, and chooses.
+Training attends within packed rows (`packed`). The sampler has two forms, `prefill` and `decode`,
+over a row's own keys and over a prefix that all rows share. `models/kernels.py` holds the TPU and
+GPU kernels and selects one set per platform.
 """
 from collections.abc import Callable
 import dataclasses
 import functools
 import math
 
+import flax
 import jax
 import jax.numpy as jnp
 
 from srlm_jax.models.config import RopeScaling
 
-BLOCK = 64  # keys that plain decoding reads at a time
-ROWS = 2  # rows that a CPU reads together: few wait for a longer one, and a block of their keys stays in its cache
+BLOCK = 64  # keys that `decode` reads at a time
+# Rows that a CPU decodes together: short rows wait for few longer ones, and a block of keys stays
+# in the processor's cache.
+ROWS = 2
 
 
-def attend(q, k, v, visible):
-  """q [B, T, K, G, H], k and v [B, S, K, H], visible [B, T, S] -> [B, T, K, G, H]; softmax in float32."""
-  scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-  scores = jnp.where(visible[:, None, None], scores, -1e30)  # finite: a row that sees nothing stays a number
+@flax.struct.dataclass
+class Segments:
+  """Rows of single-response examples: a query attends to the earlier keys of its own segment."""
+  segment_ids: jax.Array  # [B, T] the response that a token belongs to, from 1; 0 = padding
+
+  def mask(self):
+    """-> [B, T, S], True where a query attends to a key."""
+    T = self.segment_ids.shape[1]
+    return jnp.tri(T, dtype=bool) & (self.segment_ids[:, :, None] == self.segment_ids[:, None])
+
+  def key_segments(self):
+    """-> [B, S = T], for kernels that allow one segment per key."""
+    return self.segment_ids
+
+
+@flax.struct.dataclass
+class PairSegments(Segments):
+  """Rows of pairs [prompt | chosen | rejected]: both responses attend to the prompt they share.
+
+  The prompt has the segment of chosen; `second_segment` adds that of rejected. Neither response
+  attends to the other.
+  """
+  second_segment: jax.Array  # [B, T] the second response that a prompt token belongs to; 0 = none
+
+  def mask(self):
+    """-> [B, T, S], True where a query attends to a key."""
+    T, query = self.segment_ids.shape[1], self.segment_ids[:, :, None]
+    same = (query == self.segment_ids[:, None]) | (query == self.second_segment[:, None])
+    return jnp.tri(T, dtype=bool) & same
+
+  def key_segments(self):
+    """-> [B, S = 2 T]: kernels that allow one segment per key get every key twice."""
+    second = jnp.where(self.second_segment > 0, self.second_segment, -1)
+    return jnp.concatenate([self.segment_ids, second], 1)
+
+
+@flax.struct.dataclass
+class Cache:
+  """Keys and values of all slots. Heads precede positions, so that the keys of a slot and head are
+  one matrix, however many heads a chip holds."""
+  k: jax.Array  # [L, B, K, S, H]
+  v: jax.Array  # [L, B, K, S, H]
+
+
+@flax.struct.dataclass
+class Prefix:
+  """One layer of a prefix that all rows share: row b attends to its first length[b] tokens."""
+  k: jax.Array       # [K, W, H]
+  v: jax.Array       # [K, W, H]
+  length: jax.Array  # [B]
+
+
+def attend(q, k, v, mask):
+  """q [B, T, K, G, H], k and v [B, S, K, H], mask [B, T, S] -> [B, T, K, G, H].
+
+  The softmax is in float32.
+  """
+  scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32)
+  scores *= q.shape[-1] ** -0.5
+  scores = jnp.where(mask[:, None, None], scores, -1e30)  # finite: a fully masked row is not NaN
   probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum('BKGTS,BSKH->BTKGH', probs, v)
 
 
-def causal(positions, size: int):
-  """positions [B, T], the query's place in the row -> visible [B, T, S = size]: keys up to and including it."""
-  return jnp.arange(size) <= positions[..., None]
+def causal(q, k, v):
+  """q [B, T, K, G, H], k and v [B, T, K, H] of whole rows from position 0 -> [B, T, K, G, H]."""
+  B, T = q.shape[:2]
+  return attend(q, k, v, jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T)))
 
 
-def train(q, k, v, segments, shared=None):
-  """q [B, T, K, G, H] over k, v [B, T, K, H] of the same tokens, as `packed.Packed` says -> [B, T, K, G, H]."""
-  return attend(q, k, v, visible(segments, shared))
+def packed(q, k, v, segments: Segments):
+  """q [B, T, K, G, H], k and v [B, T, K, H] of packed rows -> [B, T, K, G, H]."""
+  return attend(q, k, v, segments.mask())
 
 
-def visible(segments, shared=None):
-  """segments, shared [B, T] -> [B, T, S]: whether a query sees a key (`packed.Packed`)."""
-  query = segments[:, :, None]
-  same = query == segments[:, None] if shared is None else (query == segments[:, None]) | (query == shared[:, None])
-  return jnp.tri(segments.shape[1], dtype=bool) & same
-
-
-def prefill(q, k, v, prefix_k, prefix_v, shared):
-  """q [B, T, K, G, H] over k, v [B, T, K, H] of the same tokens and the first shared [B] of prefix [K, P, H] ->
-  [B, T, K, G, H]."""
-  B, T, P = *k.shape[:2], prefix_k.shape[1]
-  before = (jnp.broadcast_to(x.swapaxes(0, 1), (B, P, *k.shape[2:])) for x in (prefix_k, prefix_v))
+def prefill(q, k, v, prefix: Prefix):
+  """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix."""
+  B, T = k.shape[:2]
+  W = prefix.k.shape[1]
+  before = (jnp.broadcast_to(x.swapaxes(0, 1), (B, W, *k.shape[2:])) for x in (prefix.k, prefix.v))
   k, v = (jnp.concatenate([x.astype(y.dtype), y], 1) for x, y in zip(before, (k, v), strict=True))
-  seen = jnp.broadcast_to(jnp.arange(P) < shared[:, None, None], (B, T, P))
+  shared = jnp.broadcast_to(jnp.arange(W) < prefix.length[:, None, None], (B, T, W))
   own = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
-  return attend(q, k, v, jnp.concatenate([seen, own], -1))
+  return attend(q, k, v, jnp.concatenate([shared, own], -1))
 
 
-def decode(q, k, v, layer, length, prefix_k, prefix_v, shared, *, together: int | None):
-  """One token a row: q [B, K, G, H] over the first length [B] keys of layer [] of the cache k, v [L, B, K, S, H] and
-  the first shared [B] of prefix [K, P, H] -> [B, K, G, H].
+def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | None):
+  """One token per row: q [B, K, G, H], layer [], length [B] -> [B, K, G, H].
 
-  The prefix is one matrix product for all rows. A row's own keys are read block by block, `together` rows at once
-  (None: all), as many blocks as the longest of them has: the cache's empty end is not read, nor a layer of it copied.
+  Row b attends to its prefix and to the first length[b] keys of `layer` of the cache. The prefix is
+  one matrix product for all rows. The cache is read block by block, `row_block` rows at a time
+  (None: all), up to the longest of these rows: the unused end of the cache is not read, and no
+  layer is copied.
   """
-  B, (K, S, H) = q.shape[0], k.shape[2:]
-  block, size = math.gcd(S, BLOCK), math.gcd(B, together or B)
+  B, (K, S, H) = q.shape[0], cache.k.shape[2:]
+  block, size = math.gcd(S, BLOCK), math.gcd(B, row_block or B)
 
   def product(equation, a, b):
     a = a.astype(b.dtype)
-    if together:  # on a CPU, which has no product of bfloat16 rows with a float32 result
+    if row_block:  # XLA's CPU backend has no bfloat16 product of rows with a float32 result
       a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
-  scores = product('BKGH,KPH->BKGP', q, prefix_k) * H ** -0.5
-  seen = (jnp.arange(prefix_k.shape[1]) < shared[:, None])[:, None, None]
-  sums = _Sums.empty(q.shape).add(jnp.where(seen, scores, -jnp.inf), lambda w: product('BKGP,KPH->BKGH', w, prefix_v))
+  scores = product('BKGH,KWH->BKGW', q, prefix.k) * H ** -0.5
+  mask = (jnp.arange(prefix.k.shape[1]) < prefix.length[:, None])[:, None, None]
+  softmax = _Softmax.empty(q.shape).add(
+      jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v))
 
   def rows(first):
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
-    mine, n = take(q), take(length)
+    some_q, some_length = take(q), take(length)
 
-    def read(i, sums):
-      at, shape = (layer, first, 0, i * block, 0), (1, size, K, block, H)
-      keys, values = (jax.lax.dynamic_slice(x, at, shape)[0] for x in (k, v))
-      visible = (i * block + jnp.arange(block) < n[:, None])[:, None, None]
-      scores = jnp.where(visible, product('BKGH,BKSH->BKGS', mine, keys) * H ** -0.5, -jnp.inf)
-      return sums.add(scores, lambda w: product('BKGS,BKSH->BKGH', w, values))
-    return jax.lax.fori_loop(0, -(-n.max() // block), read, jax.tree.map(take, sums)).mean()
+    def read(i, softmax):
+      start, shape = (layer, first, 0, i * block, 0), (1, size, K, block, H)
+      keys, values = (jax.lax.dynamic_slice(x, start, shape)[0] for x in (cache.k, cache.v))
+      mask = (i * block + jnp.arange(block) < some_length[:, None])[:, None, None]
+      scores = jnp.where(mask, product('BKGH,BKSH->BKGS', some_q, keys) * H ** -0.5, -jnp.inf)
+      return softmax.add(scores, lambda w: product('BKGS,BKSH->BKGH', w, values))
+    blocks = -(-some_length.max() // block)
+    return jax.lax.fori_loop(0, blocks, read, jax.tree.map(take, softmax)).mean()
 
   if size == B:
     return rows(0).astype(q.dtype)
@@ -92,75 +149,78 @@ def decode(q, k, v, layer, length, prefix_k, prefix_v, shared, *, together: int 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class _Sums:
-  """A softmax-weighted mean of values under way (Milakov and Gimelshein 2018): weights are relative to `peak`."""
+class _Softmax:
+  """Online-softmax accumulator (Milakov and Gimelshein 2018); weights are relative to `peak`."""
   peak: jax.Array    # [B, K, G] highest score so far
   weight: jax.Array  # [B, K, G]
   value: jax.Array   # [B, K, G, H]
 
   @classmethod
   def empty(cls, shape):
-    return cls(jnp.full(shape[:-1], -1e30), jnp.zeros(shape[:-1]), jnp.zeros(shape))  # finite, for inf - inf is none
+    peak = jnp.full(shape[:-1], -1e30)  # finite, because inf - inf is NaN
+    return cls(peak, jnp.zeros(shape[:-1]), jnp.zeros(shape))
 
   def add(self, scores, values):
-    """scores [B, K, G, S], -inf where unseen; values: weights of that shape -> [B, K, G, H]."""
+    """scores [B, K, G, S], -inf where masked; values: weights of that shape -> [B, K, G, H]."""
     peak = jnp.maximum(self.peak, scores.max(-1, initial=-1e30))
     old, new = jnp.exp(self.peak - peak), jnp.exp(scores - peak[..., None])
-    return _Sums(peak, self.weight * old + new.sum(-1), self.value * old[..., None] + values(new))
+    weight = self.weight * old + new.sum(-1)
+    return _Softmax(peak, weight, self.value * old[..., None] + values(new))
 
   def mean(self):
-    """[B, K, G, H]; zeros where nothing was seen."""
+    """-> [B, K, G, H]; zeros where everything was masked."""
     return self.value / jnp.maximum(self.weight, 1e-30)[..., None]
 
 
-def append(cache_k, cache_v, k, v, layer, position):
-  """Writes k, v [B, K, H] at position [B] of layer [] of caches [L, B, K, S, H]; beyond S nothing is written."""
+def append(cache: Cache, k, v, layer, position) -> Cache:
+  """Writes k and v [B, K, H] at position[b] of `layer` in slot b; positions >= S write nothing."""
   rows = jnp.arange(k.shape[0])
-  return tuple(cache.at[layer, rows, :, position].set(new.astype(cache.dtype), mode='drop')
-               for cache, new in ((cache_k, k), (cache_v, v)))
+  return Cache(*(old.at[layer, rows, :, position].set(new.astype(old.dtype), mode='drop')
+                 for old, new in ((cache.k, k), (cache.v, v))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """How a platform attends: functions as those above, and the shapes that they want."""
+  """The attention functions of a platform, with the signatures of those above, and the shapes that
+  they need."""
   name: str
-  train: Callable
+  packed: Callable
   prefill: Callable
   decode: Callable
   append: Callable
-  width: int  # a prefill's tokens a row are a multiple of it
-  group: int  # tokens that are prefilled together, where rows have fewer
-  block: int  # a cache's tokens a row are a multiple of it
-  unrolled: bool  # wants every layer's arrays on their own
-  formats: Callable | None = None  # parameters -> where and in which layout they are wanted, if not as they come
+  width_multiple: int  # of the width of a prefill or a training batch
+  size_multiple: int   # of the size of a cache
+  prefill_tokens: int  # narrower prefills take as many rows as make up this many tokens
+  unrolled: bool       # each layer's parameters and cache are separate arrays, not one stack
+  formats: Callable | None = None  # parameters -> their sharding and memory layout; None = as given
 
 
-XLA = Kernels('xla', train, prefill, functools.partial(decode, together=None), append, width=16, group=256, block=BLOCK,
-              unrolled=False)
-# A CPU's loop over stacked layers copies each layer's weights and cache out of the stack at every token; and a small
-# product costs it no more a token than a large one.
-CPU = dataclasses.replace(XLA, name='xla for a cpu', decode=functools.partial(decode, together=ROWS), group=32,
-                          unrolled=True)
+XLA = Kernels('xla', packed, prefill, functools.partial(decode, row_block=None), append,
+              width_multiple=16, size_multiple=BLOCK, prefill_tokens=256, unrolled=False)
+# On a CPU, a loop over stacked layers would copy each layer's weights and cache out of the stack
+# for every token, and small matrix products are as fast per token as large ones.
+CPU = dataclasses.replace(XLA, name='xla for a cpu', prefill_tokens=32, unrolled=True,
+                          decode=functools.partial(decode, row_block=ROWS))
 
 
 def divisor(size: int, most: int) -> int:
-  """The largest multiple of 128 up to `most` that divides `size`.
+  """The largest multiple of 128 that divides `size` and is at most `most`.
 
   >>> divisor(4096 + 384, 1024), divisor(4096, 1024)
   (896, 1024)
   """
   if size % 128:
-    raise ValueError(f'the kernels want multiples of 128 keys, not {size}')
+    raise ValueError(f'the kernels need a multiple of 128 keys, not {size}')
   return max(n for n in range(128, max(most, 128) + 1, 128) if size % n == 0)
 
 
 def rope(x, positions, theta: float, scaling: RopeScaling | None):
-  """Rotates pairs of features by angles of their position. x [B, T, ..., H], positions [B, T]."""
+  """x [B, T, ..., H], positions [B, T] -> x with pairs of features rotated by their position."""
   half = x.shape[-1] // 2
   freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling:
     freq = stretch(freq, scaling)
-  # bf16 rounds 257 to 256, so angles stay float32
+  # Angles stay float32, because bfloat16 rounds 257 to 256.
   angle = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2)).astype(jnp.float32) * freq
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = jnp.sin(angle), jnp.cos(angle)
@@ -168,7 +228,9 @@ def rope(x, positions, theta: float, scaling: RopeScaling | None):
 
 
 def stretch(freq, s: RopeScaling):
-  """Divides slow frequencies by the factor, keeps fast ones, blends between (Llama 3.1). freq [H / 2]."""
+  """freq [H / 2] -> [H / 2], as in Llama 3.1: low frequencies are divided by the factor, high ones
+  are kept, those between are interpolated."""
   turns = s.original_context * freq / (2 * jnp.pi)  # over the original context
-  keep = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+  keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+  keep = jnp.clip(keep, 0, 1)
   return freq * (keep + (1 - keep) / s.factor)

@@ -1,91 +1,93 @@
-"""Keys and values of tokens seen before: what a prefill writes, and what a decoded token reads and adds."""
+"""The KV cache: what a prefill writes, and what a decoded token reads and appends."""
 import functools
 
 import flax
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models.attention import Kernels
+from srlm_jax.models.attention import Cache, Kernels, Prefix
 from srlm_jax.models.config import Config
 from srlm_jax.sharding import AXES, constrain, spec
 
 
 @flax.struct.dataclass
-class Cache:
-  """Of `slots` rows; a prefix, which all rows share, has no B. Heads come before positions, so that a row's keys of
-  one head are one matrix, whatever the number of heads on a chip."""
-  k: jax.Array  # [L, B, K, S, H]
-  v: jax.Array  # [L, B, K, S, H]
+class PrefixCache:
+  """Keys and values of a prefix that all rows share, of every layer: a `Cache` without slots."""
+  k: jax.Array  # [L, K, W, H]
+  v: jax.Array  # [L, K, W, H]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def empty(config: Config, batch: int, size: int, unrolled: bool) -> Cache | tuple[Cache, ...]:
-  """A cache of `size` tokens a row; `unrolled`: one of a single layer for every layer."""
+def empty(config: Config, slots: int, size: int, unrolled: bool) -> Cache | tuple[Cache, ...]:
+  """A cache of zeros with `size` tokens per slot; `unrolled`: a tuple of one cache per layer."""
   def zeros(layers):
-    return constrain(jnp.zeros((layers, batch, config.K, size, config.H), config.dtype), 'LBKSH')
+    shape = layers, slots, config.K, size, config.H
+    return constrain(jnp.zeros(shape, config.dtype), 'LBKSH')
   if unrolled:
     return tuple(Cache(zeros(1), zeros(1)) for _ in range(config.layers))
   return Cache(zeros(config.layers), zeros(config.layers))
 
 
 @jax.jit
-def as_prefix(cache):
-  """The first row of a cache (or of every layer's), for all rows to see: [L, K, P, H]."""
-  return jax.tree.map(lambda x: constrain(x[:, 0], 'LKSH'), cache)
+def as_prefix(cache: Cache | tuple[Cache, ...]) -> PrefixCache | tuple[PrefixCache, ...]:
+  """The first slot of a cache (or of every layer's cache), as a prefix for all rows."""
+  def one(cache):
+    return PrefixCache(*(constrain(x[:, 0], 'LKWH') for x in (cache.k, cache.v)))
+  return tuple(map(one, cache)) if isinstance(cache, tuple) else one(cache)
 
 
-def _sharded(*dims):
-  """shard_map by the letters of the inputs; the outputs are the activations and the cache."""
-  return functools.partial(jax.shard_map, in_specs=tuple(spec(d) for d in dims),
-                           out_specs=(spec('BTKGH'), spec('LBKSH'), spec('LBKSH')), check_vma=False)
+CACHE, PREFIX = spec('LBKSH'), spec('LKWH')
 
 
 @flax.struct.dataclass
 class Prefill:
-  """The tokens of a call begin rows: row source[i] is copied to slot target[i] of the cache, for i < copies."""
-  shared: jax.Array  # [B] tokens of the prefix that come before a row's own
-  source: jax.Array  # [N]
-  target: jax.Array  # [N]
-  copies: jax.Array  # []
+  """Writes prompt K/V into the slots: row source[i] goes to slot target[i], for i < copies."""
+  prefix_length: jax.Array  # [A] tokens of the prefix that precede a row's own tokens
+  source: jax.Array         # [B] rows; entries from `copies` on are not read
+  target: jax.Array         # [B] slots
+  copies: jax.Array         # []
 
-  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: Cache, layer):
-    """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H] and the cache."""
-    @_sharded('BTKGH', 'BTKH', 'BTKH', 'B', 'LBKSH', 'LBKSH', 'LKSH', 'LKSH', '', '', '', '')
-    def local(q, k, v, shared, cache_k, cache_v, prefix_k, prefix_v, layer, source, target, copies):
-      out = kernels.prefill(q, k, v, prefix_k[layer], prefix_v[layer], shared)
-      first = jax.lax.axis_index(AXES['B']) * cache_k.shape[1]  # of this chip's slots
-      new = [jax.lax.all_gather(x, AXES['B'], tiled=True).swapaxes(1, 2) for x in (k, v)]  # [B, K, T, H]
+  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: PrefixCache, layer):
+    """q [A, T, K, G, H], k and v [A, T, K, H] -> [A, T, K, G, H] and the cache."""
+    @functools.partial(
+        jax.shard_map, check_vma=False, out_specs=(spec('ATKGH'), CACHE),
+        in_specs=(spec('ATKGH'), spec('ATKH'), spec('ATKH'), CACHE, PREFIX, spec(''),
+                  Prefill(spec('A'), spec(''), spec(''), spec(''))))
+    def local(q, k, v, cache, prefix, layer, view):
+      out = kernels.prefill(q, k, v, Prefix(prefix.k[layer], prefix.v[layer], view.prefix_length))
+      slots = cache.k.shape[1]  # of this chip
+      first = jax.lax.axis_index(AXES['B']) * slots
+      new = [jax.lax.all_gather(x, AXES['A'], tiled=True).swapaxes(1, 2) for x in (k, v)]  # AKTH
 
       def copy(i, caches):
-        slot = target[i] - first
-        at = (layer, jnp.clip(slot, 0, cache_k.shape[1] - 1), 0, 0, 0)
+        slot = view.target[i] - first
+        start = (layer, jnp.clip(slot, 0, slots - 1), 0, 0, 0)
         def one(cache, x):
-          row = x[source[i]][None, None].astype(cache.dtype)
-          row = jnp.where((0 <= slot) & (slot < cache.shape[1]), row, jax.lax.dynamic_slice(cache, at, row.shape))
-          return jax.lax.dynamic_update_slice(cache, row, at)
+          row = x[view.source[i]][None, None].astype(cache.dtype)
+          old = jax.lax.dynamic_slice(cache, start, row.shape)
+          row = jnp.where((0 <= slot) & (slot < slots), row, old)
+          return jax.lax.dynamic_update_slice(cache, row, start)
         return tuple(one(*pair) for pair in zip(caches, new, strict=True))
-      return out, *jax.lax.fori_loop(0, copies, copy, (cache_k, cache_v))
-    out, cache_k, cache_v = local(q, k, v, self.shared, cache.k, cache.v, prefix.k, prefix.v, layer, self.source,
-                                  self.target, self.copies)
-    return out, Cache(cache_k, cache_v)
+      return out, Cache(*jax.lax.fori_loop(0, view.copies, copy, (cache.k, cache.v)))
+    return local(q, k, v, cache, prefix, layer, self)
 
 
 @flax.struct.dataclass
 class Decode:
-  """The call adds one token to every live row."""
-  shared: jax.Array  # [B] tokens of the prefix that come before a row's own
-  length: jax.Array  # [B] tokens of its own in the cache
-  live: jax.Array    # [B] others are neither read nor written
+  """Appends one token to every live slot."""
+  prefix_length: jax.Array  # [B] tokens of the prefix that precede a slot's own tokens
+  length: jax.Array         # [B] the slot's own tokens in the cache
+  live: jax.Array           # [B] other slots are neither read nor written
 
-  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: Cache, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: PrefixCache, layer):
     """q [B, 1, K, G, H], k and v [B, 1, K, H] -> [B, 1, K, G, H] and the cache."""
-    @_sharded('BTKGH', 'BTKH', 'BTKH', 'B', 'B', 'B', 'LBKSH', 'LBKSH', 'LKSH', 'LKSH', '')
-    def local(q, k, v, shared, length, live, cache_k, cache_v, prefix_k, prefix_v, layer):
-      position = jnp.where(live, length, cache_k.shape[3])
-      cache_k, cache_v = kernels.append(cache_k, cache_v, k[:, 0], v[:, 0], layer, position)
-      out = kernels.decode(q[:, 0], cache_k, cache_v, layer, jnp.where(live, length + 1, 0), prefix_k[layer],
-                           prefix_v[layer], shared)
-      return out[:, None], cache_k, cache_v
-    out, cache_k, cache_v = local(q, k, v, self.shared, self.length, self.live, cache.k, cache.v, prefix.k, prefix.v,
-                                  layer)
-    return out, Cache(cache_k, cache_v)
+    @functools.partial(
+        jax.shard_map, check_vma=False, out_specs=(spec('BTKGH'), CACHE),
+        in_specs=(spec('BTKGH'), spec('BTKH'), spec('BTKH'), CACHE, PREFIX, spec(''), spec('B')))
+    def local(q, k, v, cache, prefix, layer, view):
+      position = jnp.where(view.live, view.length, cache.k.shape[3])
+      cache = kernels.append(cache, k[:, 0], v[:, 0], layer, position)
+      out = kernels.decode(q[:, 0], cache, layer, jnp.where(view.live, view.length + 1, 0),
+                           Prefix(prefix.k[layer], prefix.v[layer], view.prefix_length))
+      return out[:, None], cache
+    return local(q, k, v, cache, prefix, layer, self)

@@ -1,4 +1,4 @@
-"""The shape of a Llama, and its `config.json` in Hugging Face's words."""
+"""The architecture of a Llama, and its Hugging Face `config.json`."""
 import dataclasses
 import itertools
 import json
@@ -10,7 +10,7 @@ from srlm_jax import InputError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama 3.1's stretch of the slow frequencies."""
+  """Llama 3.1's scaling of the low RoPE frequencies."""
   factor: float
   low_freq_factor: float
   high_freq_factor: float
@@ -19,16 +19,17 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+  """The letters are the dimensions of `models/llama.py`."""
   D: int; F: int; K: int; G: int; H: int; V: int
   layers: int
-  context: int                           # tokens a row may hold
+  context: int                           # tokens per row that the model supports
   rope_theta: float = 10_000.0
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
-  tied: bool = False                     # lm_head is the embedding, transposed
+  tied: bool = False                     # lm_head is the transposed embedding
   attention_bias: bool = False
   dtype: str = 'float32'                 # of activations; parameters keep their own
-  dropout: float = 0.0                   # on the residual branches, only where a 'dropout' key is passed
+  dropout: float = 0.0                   # on residual branches, where a 'dropout' key is passed
 
 
 PRESETS = {
@@ -37,11 +38,12 @@ PRESETS = {
     'llama2-70b': Config(D=8192, F=28672, K=8, G=8, H=128, V=32000, layers=80, context=4096),
     # D, depth and context of tinyllamas-260k, whose weights are published
     'stories-260k': Config(D=64, F=172, K=4, G=2, H=8, V=512, layers=5, context=512, tied=True),
-    'sandbox': Config(D=128, F=384, K=2, G=2, H=32, V=1024, layers=4, context=256, rope_theta=1000.0, tied=True),
+    'sandbox': Config(D=128, F=384, K=2, G=2, H=32, V=1024, layers=4, context=256,
+                      rope_theta=1000.0, tied=True),
     'tiny-test': Config(D=32, F=64, K=2, G=2, H=8, V=64, layers=2, context=128),
 }
 
-# Bounds far beyond any Llama: a file with more is damaged.
+# Bounds far above those of any Llama; a file that exceeds them is damaged.
 _SIZE = 2**24           # of a dimension, the context or the vocabulary
 _LAYERS = 2**12
 _NUMBER = 1e-30, 1e30   # float32 holds them and their inverses
@@ -51,7 +53,7 @@ def _is_id(x, least: int = 0) -> bool:
   return type(x) is int and least <= x < _SIZE
 
 
-# What a field must be: a function that says whether a value is that, and its name.
+# What a field must be: a predicate, and its description for error messages.
 _TEXT = (lambda x: isinstance(x, str), 'a string')
 _TEXTS = (lambda x: isinstance(x, list) and all(isinstance(v, str) for v in x),
           'a list of strings')
@@ -63,7 +65,7 @@ _IDS = (lambda x: _is_id(x) or isinstance(x, list) and all(map(_is_id, x)),
         f'an integer from 0 to {_SIZE - 1} or a list of such integers')
 _SPREAD = (lambda x: type(x) in (int, float) and 0 <= x <= _NUMBER[1],
            f'a number from 0 to {_NUMBER[1]:g}')
-# transformers writes these names, and reads no name with a "torch." before it.
+# The names that transformers writes; it does not read them with the prefix "torch.".
 _DTYPE = (lambda x: x in ('float32', 'bfloat16', 'float16', 'float64'),
           'float32, bfloat16, float16 or float64')
 
@@ -73,10 +75,10 @@ _IGNORED = dict(
     dtype=_DTYPE, torch_dtype=_DTYPE, bos_token_id=_ID, unk_token_id=_ID, pad_token_id=_ID_OR_NONE,
     eos_token_id=_IDS, initializer_range=_SPREAD, pretraining_tp=_COUNT, use_cache=_FLAG,
     output_attentions=_FLAG, output_hidden_states=_FLAG, return_dict=_FLAG)
-# null in them stands for the default, as transformers reads and writes it.
+# Fields in which null means the default, as in transformers.
 _NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
              *_IGNORED)
-# Fields of which one value is supported, and the default.
+# Fields with a single supported value, which is also the default.
 _ONLY = dict(hidden_act='silu', mlp_bias=False, attention_dropout=0.0)
 
 
@@ -88,7 +90,7 @@ def load(folder) -> Config:
   try:
     return from_hf(json.loads(path.read_text()))
   except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path}: no JSON can be read from it ({error}); fetch it again') from error
+    raise InputError(f'{path} is not valid JSON ({error}); download it again') from error
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
 
@@ -96,8 +98,8 @@ def load(folder) -> Config:
 def from_hf(fields: dict) -> Config:
   """Fields of a Llama config.json -> Config.
 
-  InputError names a field that is not supported, and one of a wrong type or out of range with its
-  value and with what it must be.
+  InputError names an unsupported field, or one of a wrong type or out of range with its value and
+  what it must be.
   """
   if not isinstance(fields, dict):
     raise InputError(f'{_short(fields)} is not a set of fields; '
@@ -115,7 +117,8 @@ def from_hf(fields: dict) -> Config:
   width, heads = _size(f, 'hidden_size'), _size(f, 'num_attention_heads')
   kv_heads = _size(f, 'num_key_value_heads', heads)
   if heads % kv_heads:
-    raise InputError(f'num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}')
+    raise InputError(f'num_attention_heads = {heads} is not a multiple of num_key_value_heads = '
+                     f'{kv_heads}')
   if 'head_dim' not in f and width % heads:
     raise InputError(f'hidden_size = {width} must be a multiple of num_attention_heads = {heads} '
                      f'where there is no head_dim')
@@ -132,7 +135,7 @@ def from_hf(fields: dict) -> Config:
   unknown = sorted(name for name in f if f[name] not in (None, False))
   if unknown:
     raise InputError(f'{_short(unknown[0])[1:-1]} = {_short(f[unknown[0]])} is not supported; '
-                     f'remove it if the weights do without')
+                     f'remove it if the weights do not need it')
   return config
 
 
@@ -154,11 +157,11 @@ def to_hf(config: Config, dtype: str = 'float32') -> dict:
 
 
 def _rope(f: dict):
-  """Takes the rotary fields out of `f` -> (RopeScaling or None, theta), as transformers reads them.
+  """Removes the RoPE fields from `f` -> (RopeScaling or None, theta), as transformers reads them.
 
-  `rope_theta` stands at the top or in `rope_scaling` or `rope_parameters`, and is 10,000 where none
-  states it (`RotaryEmbeddingConfigMixin` of modeling_rope_utils.py). transformers silently prefers
-  the nested value, and `rope_scaling` to `rope_parameters`; here values that differ are refused.
+  `rope_theta` is at the top level, in `rope_scaling` or in `rope_parameters`, and defaults to
+  10,000 (`RotaryEmbeddingConfigMixin` in modeling_rope_utils.py). transformers silently prefers the
+  nested value, and `rope_scaling` to `rope_parameters`; here values that differ are an InputError.
   """
   stated, read = [], []
   if 'rope_theta' in f:
@@ -207,7 +210,7 @@ def _rope(f: dict):
 
 
 def _take(f: dict, name: str, allowed, must: str, *default, where: str = ''):
-  """Takes a field out of `f`, or its default; InputError where it is missing or not `allowed`."""
+  """Removes a field from `f` -> its value, or the default; InputError if missing or not allowed."""
   if name not in f and not default:
     raise InputError(f'{where}{name} is missing; it must be {must}')
   value = f.pop(name, *default)
@@ -231,6 +234,6 @@ def _flag(f, name) -> bool:
 
 
 def _short(value) -> str:
-  """A value for a message: on one line, and not long."""
+  """The value's repr for an error message, shortened to one short line."""
   found = repr(value)
   return found if len(found) <= 60 else f'{found[:40]}...{found[-10:]}'

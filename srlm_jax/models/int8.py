@@ -1,19 +1,21 @@
-"""Weights of 8 bits for sampling: a weight is values * scale, with one scale for each output channel."""
+"""Weight-only int8 quantization for sampling: a weight is values * scale, one scale per output."""
 import flax
 import jax
 import jax.numpy as jnp
 
-DENSE = ('wq', 'wk', 'wv', 'wo', 'gate', 'up', 'down', 'lm_head')  # the rest is looked up, or small
+# Other weights are lookup tables, or small.
+DENSE = ('wq', 'wk', 'wv', 'wo', 'gate', 'up', 'down', 'lm_head')
 
 
 @flax.struct.dataclass
 class Int8:
+  """A quantized weight."""
   values: jax.Array  # [..., inputs, outputs], int8
   scale: jax.Array   # [..., outputs], float32
 
 
 def quantize(params):
-  """Parameters with every dense weight as an Int8; until it returns, both are in memory."""
+  """Parameters -> the same with dense weights as Int8; both are in memory until it returns."""
   def one(path, w):
     name, _, dims = path[-1].key.rpartition('_')
     return _quantize(w, dims, w.ndim - len(dims)) if name in DENSE else w
@@ -21,7 +23,7 @@ def quantize(params):
 
 
 def inputs(dims: str) -> int:
-  """How many of a weight's dimensions are its inputs: it leads from D to the others, or from the others to D.
+  """The number of a weight's dimensions that are inputs: D alone, or all but D.
 
   >>> inputs('DKGH'), inputs('KGHD')
   (1, 3)
@@ -30,8 +32,10 @@ def inputs(dims: str) -> int:
 
 
 def product(equation: str, x, w, dtype=None):
-  """The einsum of x and a weight, array or Int8, whose outputs are the last dimensions; `dtype` of the result, if it is
-  not x's."""
+  """The einsum of x and a weight (an array or an Int8), whose output dimensions come last.
+
+  `dtype`: of the result, by default that of x.
+  """
   if not isinstance(w, Int8):
     return jnp.einsum(equation, x, w, preferred_element_type=dtype)
   y = jnp.einsum(equation, x, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -39,7 +43,7 @@ def product(equation: str, x, w, dtype=None):
 
 
 def _quantize(w, dims: str, layers: int):
-  """w [layers.., dims] -> Int8, symmetric: the largest of a channel is 127."""
+  """w [layers.., dims] -> Int8, symmetric: the largest absolute value of an output becomes 127."""
   @jax.jit
   def run(w):
     axes = tuple(range(layers, layers + inputs(dims)))

@@ -2,7 +2,8 @@
 
   B batch           D model width         F feed-forward width
   T query position  K key/value heads     V vocabulary
-  S key position    G query heads per K   H head width           L layer
+  S key position    G query heads per K   H head width
+  N targets         L layer
 """
 import math
 
@@ -10,39 +11,50 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models import attention, int8, vocab
+from srlm_jax.models import attention, int8, packed, vocab
 from srlm_jax.models.config import Config
 from srlm_jax.sharding import constrain
 
 
 class Module(nn.Module):
+  """A Flax module whose parameters are named after their dimensions."""
   config: Config
 
   def weight(self, name: str, dims: str, init=None):
     """A parameter named after its dimensions, e.g. wq_DKGH, in the dtype of activations."""
     shape = tuple(getattr(self.config, d) for d in dims)
-    w = self.param(f'{name}_{dims}', init or nn.initializers.normal(self.config.D ** -0.5), shape, jnp.float32)
+    init = init or nn.initializers.normal(self.config.D ** -0.5)
+    w = self.param(f'{name}_{dims}', init, shape, jnp.float32)
     return w if isinstance(w, int8.Int8) else w.astype(self.config.dtype)
 
-  def dense(self, equation: str, x, name: str, dtype=None):
+  def dense(self, equation: str, x, name: str):
     """x times a parameter, whose dimensions are the equation's second term."""
-    return int8.product(equation, x, self.weight(name, equation.partition(',')[2].partition('->')[0]), dtype)
+    dims = equation.partition(',')[2].partition('->')[0]
+    return int8.product(equation, x, self.weight(name, dims))
 
 
 class RMSNorm(Module):
+  """Root mean square normalization over D, in float32."""
+
   @nn.compact
   def __call__(self, x):
+    """x [..., D] -> [..., D]."""
     y = x.astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(y**2, -1, keepdims=True) + self.config.norm_eps)
     return y.astype(x.dtype) * self.weight('scale', 'D', nn.initializers.ones)
 
 
 class Attention(Module):
+  """Grouped-query attention with RoPE."""
   kernels: attention.Kernels
 
   @nn.compact
   def __call__(self, x, positions, cache, prefix, layer, view):
-    """x [B, T, D], positions [B, T], layer [] -> [B, T, D] and the cache; without one (view is None), causal."""
+    """x [B, T, D], positions [B, T], layer [] -> [B, T, D] and the cache.
+
+    `view` decides what a query attends to: `packed.Causal` and `packed.Packed` without a cache
+    (None), `cache.Prefill` and `cache.Decode` with one.
+    """
     c = self.config
     q = self.dense('BTD,DKGH->BTKGH', x, 'wq')
     k = self.dense('BTD,DKH->BTKH', x, 'wk')
@@ -53,10 +65,7 @@ class Attention(Module):
       v += self.weight('bv', 'KH', nn.initializers.zeros)
     q = attention.rope(q, positions, c.rope_theta, c.rope_scaling)
     k = attention.rope(k, positions, c.rope_theta, c.rope_scaling)
-    if view is None:
-      out = attention.attend(q, k, v, attention.causal(positions, k.shape[1]))
-    else:
-      out, cache = view.attend(self.kernels, q, k, v, cache, prefix, layer)
+    out, cache = view.attend(self.kernels, q, k, v, cache, prefix, layer)
     out = self.dense('BTKGH,KGHD->BTD', out, 'wo')
     if c.attention_bias:
       out += self.weight('bo', 'D', nn.initializers.zeros)
@@ -64,18 +73,23 @@ class Attention(Module):
 
 
 class MLP(Module):
+  """The gated feed-forward layer (SwiGLU)."""
+
   @nn.compact
   def __call__(self, x):
+    """x [B, T, D] -> [B, T, D]."""
     gate = self.dense('BTD,DF->BTF', x, 'gate')
     up = self.dense('BTD,DF->BTF', x, 'up')
     return self.dense('BTF,FD->BTD', nn.silu(gate) * up, 'down')
 
 
 class Block(Module):
+  """One transformer layer; its signature is that of the body of a scan over layers."""
   kernels: attention.Kernels
 
   @nn.compact
   def __call__(self, carry, layer, positions, prefix, view):
+    """carry = (x [B, T, D], cache), layer [] -> (x, cache), None."""
     x, cache = carry
     x = constrain(x, 'BTD')
     y, cache = Attention(self.config, self.kernels, name='attention')(
@@ -87,63 +101,98 @@ class Block(Module):
 
 
 class Llama(Module):
-  kernels: attention.Kernels = attention.XLA  # to sample with; unrolled ones want parameters as from `unroll`
+  """Hidden states, and from them logits or the log-probs of targets.
+
+  `Llama(config).apply({'params': params}, ..., method='hidden')` calls one of the methods.
+  """
+  kernels: attention.Kernels = attention.XLA  # if they are unrolled, parameters come from `unroll`
   remat: bool = False  # recompute each layer in the backward pass
 
-  @nn.compact
-  def __call__(self, tokens, positions=None, cache=None, prefix=None, view=None, targets=None):
-    """tokens [B, T] -> logits [B, T, V], float32, and the cache (None without one).
-
-    positions [B, T]: each token's place in its example, by default 0, 1, .. The sampler passes a cache, the prefix that
-    its rows share, and a view of them: `cache.Prefill` or `cache.Decode`. Training passes `packed.Packed`, and targets
-    (at, label) [B, R], and has the log-probs [B, R] of the labels as predicted by the tokens at those places.
-    """
+  def setup(self):
     c = self.config
-    if view is None and tokens.shape[1] > c.context:  # the sampler's rows are padded, and measured by it
-      raise ValueError(f'a row of {tokens.shape[1]} tokens; the model was made for {c.context}')
-    if positions is None:
-      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    table = self.weight('embed', 'VD')
-    x = vocab.embed(table, tokens)
+    self.embed = self.weight('embed', 'VD')
+    if not c.tied:
+      self.lm_head = self.weight('lm_head', 'DV')
     block = nn.remat(Block, prevent_cse=False) if self.remat else Block
     if self.kernels.unrolled:
+      self.layer = [block(c, self.kernels) for _ in range(c.layers)]
+    else:
+      self.layers = nn.scan(
+          block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)(c, self.kernels)
+    self.final_norm = RMSNorm(c)
+
+  def __call__(self, tokens):
+    """tokens [B, T], one example per row -> logits [B, T, V], float32.
+
+    ValueError if the rows are longer than the model's context.
+    """
+    T = tokens.shape[1]
+    if T > self.config.context:
+      raise ValueError(f'a row has {T} tokens; the model supports {self.config.context}')
+    positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+    return self.logits(self.hidden(tokens, positions, packed.Causal()))
+
+  def hidden(self, tokens, positions, view: packed.Causal | packed.Packed):
+    """tokens [B, T], positions [B, T] within each example -> final hidden states [B, T, D].
+
+    Dropout is on where a 'dropout' key is passed.
+    """
+    return self._hidden(tokens, positions, None, None, view)[0]
+
+  def hidden_and_cache(self, tokens, positions, cache, prefix, view):
+    """tokens [B, T], positions [B, T], a cache, the prefix that its rows share, and `cache.Prefill`
+    or `cache.Decode` -> final hidden states [B, T, D] and the updated cache."""
+    return self._hidden(tokens, positions, cache, prefix, view)
+
+  def logits(self, hidden):
+    """hidden [B, T, D] -> logits [B, T, V], float32."""
+    if self.config.tied:
+      logits = jnp.einsum('BTD,VD->BTV', hidden, self.embed, preferred_element_type=jnp.float32)
+    else:
+      logits = int8.product('BTD,DV->BTV', hidden, self.lm_head, jnp.float32)
+    return constrain(logits, 'BTV')
+
+  def logps(self, hidden, targets):
+    """hidden [B, N, D], at the positions that predict targets [B, N] -> their log-probs [B, N].
+
+    float32; never holds the logits of all targets at once.
+    """
+    head = self.embed.T if self.config.tied else self.lm_head
+    return vocab.target_logps(hidden, head, targets)
+
+  def _hidden(self, tokens, positions, cache, prefix, view):
+    x = vocab.embed(self.embed, tokens)
+    if self.kernels.unrolled:
       caches = []
-      for i in range(c.layers):
+      for i, layer in enumerate(self.layer):
         own = (None, None) if cache is None else (cache[i], prefix[i])
-        (x, new), _ = block(c, self.kernels, name=f'layer_{i}')((x, own[0]), 0, positions, own[1], view)
+        (x, new), _ = layer((x, own[0]), 0, positions, own[1], view)
         caches.append(new)
       cache = tuple(caches)
     else:
-      layers = nn.scan(
-          block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)
-      (x, cache), _ = layers(c, self.kernels, name='layers')((x, cache), jnp.arange(c.layers), positions, prefix, view)
-    x = RMSNorm(c, name='final_norm')(x)
-    if targets is not None:
-      at, label = targets
-      head = table.T if c.tied else self.weight('lm_head', 'DV')
-      return vocab.logps(jnp.take_along_axis(x, at[..., None], 1), head, label), cache
-    logits = (jnp.einsum('BTD,VD->BTV', x, table, preferred_element_type=jnp.float32) if c.tied else
-              self.dense('BTD,DV->BTV', x, 'lm_head', jnp.float32))
-    return constrain(logits, 'BTV'), cache
+      (x, cache), _ = self.layers((x, cache), jnp.arange(self.config.layers), positions, prefix,
+                                  view)
+    return self.final_norm(x), cache
 
 
 @jax.jit
 def unroll(params):
-  """Parameters of stacked layers -> the same with every layer's on their own, for a model that is `unrolled`."""
+  """Stacked parameters -> the same with one subtree per layer, for kernels that are `unrolled`."""
   rest = {name: x for name, x in params.items() if name != 'layers'}
-  layers, form = jax.tree.flatten(params['layers'])
-  return rest | {f'layer_{i}': form.unflatten([x[i] for x in layers]) for i in range(len(layers[0]))}
+  layers, tree = jax.tree.flatten(params['layers'])
+  return rest | {f'layer_{i}': tree.unflatten([x[i] for x in layers])
+                 for i in range(len(layers[0]))}
 
 
 def abstract_params(config: Config):
-  """The parameters as shapes, without memory; a mesh must be set."""
+  """The shapes of the parameters, without memory; a mesh must be set."""
   return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def init_params(config: Config, key):
   """Random float32 parameters; a mesh must be set."""
-  batch = math.prod(jax.sharding.get_abstract_mesh().shape.values())  # a row for every chip
+  batch = math.prod(jax.sharding.get_abstract_mesh().shape.values())  # one row per chip
   return Llama(config).init(key, jnp.zeros((batch, 1), jnp.int32))['params']
 
 

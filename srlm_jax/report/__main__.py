@@ -1,4 +1,7 @@
-"""Writes WORKDIR/report.html again from the files of a run: `python -m srlm_jax.report --workdir=runs/demo`."""
+"""Makes WORKDIR/report.html from the files of a run.
+
+  python -m srlm_jax.report --workdir=runs/demo
+"""
 from absl import flags
 
 from srlm_jax import cli, hosts

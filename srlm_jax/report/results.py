@@ -1,5 +1,7 @@
-"""The numbers of a run: a row a model, compared prompt by prompt, as a table; and the seconds of its stages."""
+"""The numbers of a run: one row per model, as tables; and the seconds of its stages."""
 from collections import Counter
+from collections.abc import Collection
+import dataclasses
 import statistics
 
 from etils import epath
@@ -8,130 +10,169 @@ from srlm_jax import catalog, InputError, records
 from srlm_jax.config import MODELS
 from srlm_jax.reward import scores
 
-# Columns of the tables, by table: (heading, stage, key of its JSON, digits).
+_AGREEMENT, _AUDIT = 'agreement/agreement.json', 'audit/audit.json'
+_ORACLE, _PAIRED = 'oracle/oracle.json', ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column of a table of models."""
+  heading: str  # also the key of the number in a row
+  file: str     # in the folder of the model; '' for the paired comparisons of `compare`
+  key: str      # in the JSON object of the file
+  digits: int
+
+  @property
+  def interval(self) -> str:
+    """The key of the number's 95 % interval in a row."""
+    return f'{self.heading} 95 %'
+
+
 TABLES = dict(
     answers=(
-        ('oracle 0-5', 'oracle/oracle.json', 'score', 2),
-        ('+- prompts', 'oracle/oracle.json', 'standard_error', 2),
-        ('greedy', 'oracle/oracle.json', 'greedy', 2),
-        ('gain', '', 'gain', 2),
-        ('of gain +- prompts', '', 'gain_error', 2),
-        ('wins', '', 'wins', 2),
-        ('losses', '', 'losses', 2),
-        ('answer chars', 'oracle/oracle.json', 'characters', 1)),
+        Column('oracle 0-5', _ORACLE, 'score', 2),
+        Column('+- prompts', _ORACLE, 'standard_error', 2),
+        Column('greedy', _ORACLE, 'greedy', 2),
+        Column('gain', _PAIRED, 'gain', 2),
+        Column('of gain +- prompts', _PAIRED, 'gain_error', 2),
+        Column('wins', _PAIRED, 'wins', 2),
+        Column('losses', _PAIRED, 'losses', 2),
+        Column('answer chars', _ORACLE, 'characters', 1)),
     judge=(
-        ('judge: pairwise', 'agreement/agreement.json', 'pairwise_accuracy', 3),
-        ('of pairs', 'agreement/agreement.json', 'pairs', 0),
-        ('of prompts', 'agreement/agreement.json', 'prompts', 0),
-        ('unscored as errors', 'agreement/agreement.json', 'pairwise_accuracy_all', 3),
-        ('of all pairs', 'agreement/agreement.json', 'pairs_all', 0),
-        ('ties', 'agreement/agreement.json', 'ties', 3),
-        ('exact', 'agreement/agreement.json', 'exact_match', 3),
-        ('spearman', 'agreement/agreement.json', 'spearman', 3),
-        ('kendall', 'agreement/agreement.json', 'kendall_tau', 3),
-        ('parsed', 'agreement/agreement.json', 'parse_rate', 3),
-        ('ceiling', 'oracle/oracle.json', 'ceiling', 3),
-        ('oracle: pairwise', 'oracle/oracle.json', 'judge_pairwise', 3),
-        ('of graded pairs', 'oracle/oracle.json', 'judge_pairs', 0),
-        ('oracle: exact', 'oracle/oracle.json', 'judge_exact', 3),
-        ('of replies', 'oracle/oracle.json', 'judge_replies', 0)),
+        Column('judge: pairwise', _AGREEMENT, 'pairwise_accuracy', 3),
+        Column('of pairs', _AGREEMENT, 'pairs', 0),
+        Column('of prompts', _AGREEMENT, 'prompts', 0),
+        Column('unscored as errors', _AGREEMENT, 'pairwise_accuracy_all', 3),
+        Column('of all pairs', _AGREEMENT, 'pairs_all', 0),
+        Column('ties', _AGREEMENT, 'ties', 3),
+        Column('exact', _AGREEMENT, 'exact_match', 3),
+        Column('spearman', _AGREEMENT, 'spearman', 3),
+        Column('kendall', _AGREEMENT, 'kendall_tau', 3),
+        Column('parsed', _AGREEMENT, 'parse_rate', 3),
+        Column('ceiling', _ORACLE, 'ceiling', 3),
+        Column('oracle: pairwise', _ORACLE, 'judge_pairwise', 3),
+        Column('of graded pairs', _ORACLE, 'judge_pairs', 0),
+        Column('oracle: exact', _ORACLE, 'judge_exact', 3),
+        Column('of replies', _ORACLE, 'judge_replies', 0)),
     data=(
-        ('EFT examples', 'eft/done.json', 'examples', 0),
-        ('pairs', 'pairs/done.json', 'pairs', 0),
-        ('right', 'audit/audit.json', 'right', 2),
-        ('wrong', 'audit/audit.json', 'wrong', 2),
-        ('judge mean', 'audit/audit.json', 'judge_mean', 2),
-        ('oracle mean', 'audit/audit.json', 'oracle_mean', 2)))
+        Column('EFT examples', 'eft/done.json', 'examples', 0),
+        Column('pairs', 'pairs/done.json', 'pairs', 0),
+        Column('right', _AUDIT, 'right', 2),
+        Column('wrong', _AUDIT, 'wrong', 2),
+        Column('judge mean', _AUDIT, 'judge_mean', 2),
+        Column('oracle mean', _AUDIT, 'oracle_mean', 2)))
 COLUMNS = tuple(column for table in TABLES.values() for column in table)
-DIGITS = {heading: digits for heading, _, _, digits in COLUMNS}
-INTERVAL = ' 95 %'  # after a heading: the key of its interval in a row
-ON_PAGE = ('exact', 'spearman', 'kendall')  # columns that the terminal's table is too narrow for
-DATA = ('prompts', 'respond', 'judge', 'pairs')
+PAGE_ONLY = ('exact', 'spearman', 'kendall')  # columns for which a terminal is too narrow
+_DIGITS = {column.heading: column.digits for column in COLUMNS}
 
 
 def of_models(workdir) -> list[dict]:
-  """One row a model that was trained: every column's number, None where the run has none."""
-  rows, last, base = [], {}, {}
+  """One row per trained model: {heading: number, or None if the run does not have it}.
+
+  A row also has `model` and the intervals (`Column.interval`) that exist.
+  """
+  rows, previous, baseline = [], {}, {}
   for model in MODELS:
     folder = epath.Path(workdir) / model
-    if (folder / 'model' / 'done.json').exists() or model == 'm0' and (folder / 'model' / 'config.json').exists():
-      mine = graded(folder)
-      paired = compared(mine, last, base)
-      last, base = mine, mine if model == 'sft' else base
-      found = {file: read(folder / file) if file else paired for _, file, _, _ in COLUMNS}
-      numbers = {heading: found[file].get(key) for heading, file, key, _ in COLUMNS}
-      intervals = {heading + INTERVAL: interval for heading, file, key, _ in COLUMNS
-                   if (interval := found[file].get('intervals', {}).get(key))}
-      rows.append(dict(model=model, **numbers, **intervals))
+    if not _is_trained(folder):
+      continue
+    grades = graded(folder)
+    paired = compare(grades, previous, baseline)
+    previous = grades
+    if model == 'sft':
+      baseline = grades
+    found = {column.file: read(folder / column.file) if column.file else paired
+             for column in COLUMNS}
+    row = dict(model=model)
+    row |= {column.heading: found[column.file].get(column.key) for column in COLUMNS}
+    row |= {column.interval: interval for column in COLUMNS
+            if (interval := found[column.file].get('intervals', {}).get(column.key))}
+    rows.append(row)
   return rows
 
 
 def graded(folder) -> dict[str, float]:
-  """MODEL/oracle -> {prompt id: score of the sampled answer}; {} where there is none."""
-  return {r['prompt_id']: r['score'] for r in lines(folder / 'oracle' / 'graded.jsonl', 'prompt_id', 'score')}
+  """MODEL/oracle -> {prompt id: score of the sampled response}; {} if there is no such file."""
+  path = folder / 'oracle' / 'graded.jsonl'
+  return {r['prompt_id']: r['score'] for r in lines(path, 'prompt_id', 'score')}
 
 
-def compared(mine: dict[str, float], last: dict[str, float], base: dict[str, float]) -> dict:
-  """Graded answers of a model prompt by prompt: the mean gain over the model before it with its standard error, and the
-  shares of prompts on which it wins and loses against the SFT baseline; {} where there is nothing to compare."""
+def compare(grades: dict[str, float], previous: dict[str, float],
+            baseline: dict[str, float]) -> dict:
+  """Compares the scores of a model, {prompt id: score}, with those of two other models.
+
+  gain, gain_error: the mean difference from the previous model, paired by prompt, and its standard
+  error. wins, losses: the shares of prompts on which the score is above or below that of the SFT
+  baseline. Without scores to compare, the keys are absent.
+  """
   found = {}
-  if mine and last:
-    gains = [mine[p] - last[p] for p in mine]
+  if grades and previous:
+    gains = [grades[p] - previous[p] for p in grades]
     found |= dict(gain=statistics.fmean(gains), gain_error=scores.standard_error(gains))
-  if mine and base:
-    found |= dict(wins=statistics.fmean(mine[p] > base[p] for p in mine),
-                  losses=statistics.fmean(mine[p] < base[p] for p in mine))
+  if grades and baseline:
+    found |= dict(wins=statistics.fmean(grades[p] > baseline[p] for p in grades),
+                  losses=statistics.fmean(grades[p] < baseline[p] for p in grades))
   return found
 
 
 def seconds(workdir) -> dict[str, float]:
-  """What every kind of stage took, of all models together."""
-  spent = Counter()
+  """{stage: seconds summed over all models}, of the stages that took at least half a second."""
+  total = Counter()
   for owner in ('data', *MODELS):
     for name in catalog.NAMES:
-      spent[name] += read(epath.Path(workdir) / owner / name / 'done.json').get('seconds', 0)
-  return {name: taken for name, taken in spent.items() if taken >= 0.5}
+      done = read(epath.Path(workdir) / owner / name / 'done.json')
+      total[name] += done.get('seconds', 0)
+  return {name: taken for name, taken in total.items() if taken >= 0.5}
 
 
-def text_table(rows: list[dict], but=ON_PAGE) -> str:
-  """The rows as aligned text, one table after another, without the columns `but`."""
-  return '\n\n'.join(map(aligned, tables(rows, but)))
+def text_table(rows: list[dict], exclude: Collection[str] = PAGE_ONLY) -> str:
+  """The rows as text: aligned tables without the columns `exclude`, with empty lines between."""
+  return '\n\n'.join(map(aligned, tables(rows, exclude)))
 
 
 def aligned(table: list[list[str]]) -> str:
-  """Rows of cells as lines of text, each column as wide as its widest cell."""
+  """Rows of cells as lines of text; each column is as wide as its widest cell."""
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table)
+  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+                   for row in table)
 
 
-def tables(rows: list[dict], but=()) -> list[list[list[str]]]:
-  """The cells of each of TABLES that has a number: a line of headings, and one for each model with a number. Columns
-  without a number and those of `but` are left out."""
+def tables(rows: list[dict], exclude: Collection[str] = ()) -> list[list[list[str]]]:
+  """The cells of each table: a row of headings, then one row per model.
+
+  Leaves out the columns `exclude`, and all tables, columns and models without a number.
+  """
   made = []
   for columns in TABLES.values():
-    shown = [h for h, *_ in columns if h not in but and any(r[h] is not None for r in rows)]
-    lines = [[row['model'], *(number(row[h], h, row.get(h + INTERVAL)) for h in shown)]
-             for row in rows if any(row[h] is not None for h in shown)]
-    made += [[['model', *shown], *lines]] if lines else []
+    shown = [c for c in columns if c.heading not in exclude
+             and any(row[c.heading] is not None for row in rows)]
+    cells = [
+        [row['model'], *(number(row[c.heading], c.heading, row.get(c.interval)) for c in shown)]
+        for row in rows if any(row[c.heading] is not None for c in shown)]
+    if cells:
+      made.append([['model', *(c.heading for c in shown)], *cells])
   return made
 
 
 def number(value: float | None, heading: str, interval=None) -> str:
-  """A column's number with its digits, and its interval if it has one.
+  """A number with the digits of its column, and its interval if there is one.
 
   >>> number(0.6969, 'judge: pairwise', [0.66, 0.7301])
   '0.697 [0.660, 0.730]'
   """
   if value is None:
     return '-'
-  digits = DIGITS[heading]
-  return f'{value:.{digits}f}' + (f' [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]' if interval else '')
+  digits = _DIGITS[heading]
+  text = f'{value:.{digits}f}'
+  if interval:
+    text += f' [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]'
+  return text
 
 
 def lines(path, *fields: str, optional=()) -> list[dict]:
-  """The records of a file, checked as by `records.parse`; [] where there is no file.
+  """The records of a file, checked by `records.parse`; [] if there is no file.
 
-  A last line that a kill cut, which has no newline, is left out.
+  Ignores a last line without a newline, which a killed stage may leave.
   """
   with records.reading(path, 'delete it, and run the loop again'):
     data = path.read_bytes() if path.exists() else b''
@@ -140,12 +181,19 @@ def lines(path, *fields: str, optional=()) -> list[dict]:
 
 
 def read(path) -> dict:
-  """The JSON object of a file; {} where there is no file."""
-  advice = 'mend or delete it, and run the loop again'
+  """The JSON object of a file; {} if there is no file. Raises InputError if it is damaged."""
+  advice = 'correct or delete it, and run the loop again'
   with records.reading(path, advice):
     if not path.exists():
       return {}
   found = records.read_json(path, advice)
   if not isinstance(found, dict):
-    raise InputError(f'{path}: a {type(found).__name__} where a JSON object belongs; {advice}')
+    raise InputError(f'{path}: a {type(found).__name__}, not a JSON object; {advice}')
   return found
+
+
+def _is_trained(folder) -> bool:
+  """Whether the folder of a model has a finished model; M0 may be a converted one."""
+  if (folder / 'model' / 'done.json').exists():
+    return True
+  return folder.name == 'm0' and (folder / 'model' / 'config.json').exists()

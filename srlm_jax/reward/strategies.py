@@ -1,9 +1,13 @@
-"""Which of a prompt's candidates are chosen and rejected: the strategies of `pairs.strategy`, each with its source.
+"""Strategies that select the chosen and the rejected response among a prompt's candidates.
 
-Every strategy takes the scored candidates of one prompt and gives (chosen, rejected), or the reason why there is
-none. What holds for all of them: only candidates with text and a score take part; a response that was cut at the
-length limit may be rejected, and chosen only if the config says so; the chosen one's score is the higher, and its text
-another; of equals the first candidate is taken.
+`pairs.strategy` names the strategy. Each strategy maps the scored candidates of one prompt to
+(chosen, rejected), or to the reason why the prompt gives no pair. All of them follow these rules:
+
+- A candidate must have text and a score.
+- A response that was cut at the length limit may be rejected. It may be chosen only if
+  `pairs.unfinished_chosen` is set.
+- The chosen response has the higher score, and the two texts differ.
+- Among equal candidates the first one is taken.
 """
 from collections.abc import Callable
 import dataclasses
@@ -16,15 +20,15 @@ from srlm_jax import closest, InputError
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """One response to a prompt, and all that is known of it."""
+  """One response to a prompt, with the scores that the strategies use."""
   id: str
   response: str
   finish: str
   score: float | None            # mean of the sampler's judgements
-  spread: float | None = None    # their standard deviation
-  again: float | None = None     # mean of the older model's judgements (consistency)
-  implicit: float | None = None  # log p under the sampler minus log p under the older model (agreement)
-  older: bool = False            # written by the older model (temporal)
+  spread: float | None = None    # standard deviation of these judgements
+  again: float | None = None     # consistency: mean of the older model's judgements
+  implicit: float | None = None  # agreement: log p under the sampler - log p under the older model
+  older: bool = False            # temporal: the older model wrote it
 
   @property
   def valid(self) -> bool:
@@ -35,39 +39,49 @@ Choice = tuple[Candidate, Candidate] | str
 
 
 def max_min(candidates: list[Candidate], config) -> Choice:
-  """Highest mean score against lowest: Yuan et al. 2024, 2.2."""
+  """The highest mean score against the lowest: Yuan et al. 2024, section 2.2."""
   return _best_and_worst(candidates, candidates, config)
 
 
 def margin(candidates: list[Candidate], config) -> Choice:
-  """`max_min` where the two are at least `margin` points apart: of best-of-N pairs only the confident ones, as Pace et
-  al. 2024 (West-of-N, 2401.12086) keep those whose predicted preference is surest."""
+  """`max_min`, restricted to pairs whose scores differ by at least `margin` points.
+
+  West-of-N (Pace et al. 2024, 2401.12086) likewise keeps only the most confident of its best-of-N
+  pairs.
+  """
   choice = max_min(candidates, config)
   if not isinstance(choice, str) and choice[0].score - choice[1].score < config.margin:
-    return 'scores nearer than the margin'
+    return 'score gap below the margin'
   return choice
 
 
 def length_controlled(candidates: list[Candidate], config) -> Choice:
-  """The shortest of the best band against the longest of the worst; each band is the share `rho` of the range of
-  scores: Wu et al. 2024 (Meta-Rewarding, 2407.19594), 2.2. With rho 0 only equal scores share a band."""
+  """The shortest response of the top score band against the longest of the bottom band.
+
+  Each band spans the fraction `rho` of the score range: Meta-Rewarding (Wu et al. 2024,
+  2407.19594), section 2.2. With rho = 0, a band holds only equal scores.
+  """
   choice = max_min(candidates, config)
   if isinstance(choice, str):
     return choice
   high, low = choice[0].score, choice[1].score
-  top = [c for c in candidates if _choosable(c, config) and c.score >= (1 - config.rho) * high + config.rho * low]
+  top = [c for c in candidates if _may_be_chosen(c, config)
+         and c.score >= (1 - config.rho) * high + config.rho * low]
   chosen = min(top, key=_length)
   bottom = [c for c in candidates if c.valid and c.response != chosen.response
             and c.score <= (1 - config.rho) * low + config.rho * high]
   if not bottom:
     return 'same text'
   rejected = max(bottom, key=_length)
-  return 'bands meet' if chosen.score <= rejected.score else (chosen, rejected)
+  return 'score bands overlap' if chosen.score <= rejected.score else (chosen, rejected)
 
 
 def consistency(candidates: list[Candidate], config) -> Choice:
-  """`max_min`; its pairs are trained on with the confidence of `consistency_rate`: Wang et al. 2024 (CREAM,
-  2410.12735), who rank by the likelihood under the two models; here both judge."""
+  """`max_min`; training weights the pairs with the confidence of `consistency_rate`.
+
+  CREAM (Wang et al. 2024, 2410.12735) ranks by the likelihood under two models. Here the two models
+  act as judges.
+  """
   choice = max_min(candidates, config)
   if not isinstance(choice, str) and kendall_tau(candidates) is None:
     return 'not ranked by the older model'
@@ -75,72 +89,92 @@ def consistency(candidates: list[Candidate], config) -> Choice:
 
 
 def agreement(candidates: list[Candidate], config) -> Choice:
-  """`max_min` where the implicit reward, log p under the sampler minus log p under the older model, prefers the same
-  one: the data selection of Zhou et al. 2025 (SCIR, 2502.08922). SCIR's consistency loss is not implemented."""
+  """`max_min`, restricted to pairs for which the implicit reward prefers the same response.
+
+  The implicit reward is log p under the sampler minus log p under the older model. This is the data
+  selection of SCIR (Zhou et al. 2025, 2502.08922). Its consistency loss is not implemented.
+  """
   choice = max_min(candidates, config)
   if not isinstance(choice, str):
     if choice[0].implicit is None or choice[1].implicit is None:
-      return 'without an implicit reward'
+      return 'no implicit reward'
     if choice[0].implicit <= choice[1].implicit:
       return 'implicit reward disagrees'
   return choice
 
 
 def temporal(candidates: list[Candidate], config) -> Choice:
-  """The sampler's best against the worst of the model before it, so that the two do not become alike: after Temporal
-  Self-Rewarding (2508.06026), which takes rejected responses from the initial model and chosen ones from the next."""
-  return _best_and_worst([c for c in candidates if not c.older], [c for c in candidates if c.older], config)
+  """The sampler's best response against the worst response of the older model.
+
+  This keeps chosen and rejected responses from becoming similar. It follows Temporal Self-Rewarding
+  (2508.06026), which takes rejected responses from the initial model and chosen responses from the
+  next model.
+  """
+  return _best_and_worst([c for c in candidates if not c.older],
+                         [c for c in candidates if c.older], config)
 
 
 PAIRS: dict[str, Callable[[list[Candidate], object], Choice]] = dict(
-    max_min=max_min, margin=margin, length_controlled=length_controlled, consistency=consistency, agreement=agreement,
-    temporal=temporal)
+    max_min=max_min, margin=margin, length_controlled=length_controlled, consistency=consistency,
+    agreement=agreement, temporal=temporal)
 POSITIVES = 'positives_only'
 
 
 def check(strategy: str):
-  """Raises InputError for a strategy that there is not."""
+  """Raises InputError if `strategy` is unknown."""
   names = (*PAIRS, POSITIVES)
   if strategy not in names:
-    raise InputError(f'config.pairs.strategy is {strategy!r}{closest(strategy, names)}; it is one of '
-                     f'{", ".join(names)}')
+    raise InputError(f'config.pairs.strategy is {strategy!r}{closest(strategy, names)}; '
+                     f'choose one of {", ".join(names)}')
 
 
 def positives_only(candidates: list[Candidate], config) -> list[Candidate] | str:
-  """Every finished candidate with a mean of `positive` or more, for SFT: the ablation of Yuan et al. 2024, 3.3, which
-  gained nothing. Equal texts are taken once."""
-  found = {c.response: c for c in reversed(candidates) if _choosable(c, config) and c.score >= config.positive}
+  """The finished candidates with a mean score of at least `positive`, for SFT.
+
+  This is the ablation of Yuan et al. 2024, section 3.3, which brought no gain. Duplicate texts are
+  kept once.
+  """
+  found = {c.response: c for c in reversed(candidates)
+           if _may_be_chosen(c, config) and c.score >= config.positive}
   return list(reversed(found.values())) or 'no candidate scored high enough'
 
 
 def kendall_tau(candidates: list[Candidate]) -> float | None:
-  """Kendall's tau-b between the sampler's and the older model's scores; 0 where either scores all equal; None with
-  fewer than two candidates that both scored."""
+  """Kendall's tau-b between the scores of the sampler and of the older model.
+
+  0 if either model gives equal scores to all. None if fewer than two candidates have both scores.
+  """
   both = [(c.score, c.again) for c in candidates if c.valid and c.again is not None]
   if len(both) < 2:
     return None
-  ours, older = zip(*both, strict=True)
-  return 0.0 if len(set(ours)) == 1 or len(set(older)) == 1 else float(stats.kendalltau(ours, older).statistic)
+  scores, older_scores = zip(*both, strict=True)
+  if len(set(scores)) == 1 or len(set(older_scores)) == 1:
+    return 0.0
+  return float(stats.kendalltau(scores, older_scores).statistic)
 
 
 def consistency_rate(taus: list[float]) -> float:
-  """CREAM's C: the mean over prompts of (tau + 1) / 2. The loss of a pair is C times DPO's plus 1 - C times DPO's with
-  chosen and rejected exchanged."""
+  """CREAM's consistency rate C: the mean over prompts of (tau + 1) / 2.
+
+  The loss of a pair is C times its DPO loss plus (1 - C) times the DPO loss with chosen and
+  rejected swapped.
+  """
   return sum((tau + 1) / 2 for tau in taus) / len(taus)
 
 
 def has_tie(candidates: list[Candidate]) -> bool:
-  """Are all scores equal?"""
-  scores = {c.score for c in candidates if c.valid}
-  return len(scores) == 1 and sum(c.valid for c in candidates) > 1
+  """Whether there are two or more valid candidates and all their scores are equal."""
+  scores = [c.score for c in candidates if c.valid]
+  return len(scores) > 1 and len(set(scores)) == 1
 
 
 def _best_and_worst(highs: list[Candidate], lows: list[Candidate], config) -> Choice:
-  scored = [c for c in {c.id: c for c in itertools.chain(highs, lows)}.values() if c.valid]
+  """The best candidate of `highs` against the worst of `lows`."""
   highs, lows = [c for c in highs if c.valid], [c for c in lows if c.valid]
-  if not highs or not lows or len(scored) < 2:
+  distinct = {c.id for c in itertools.chain(highs, lows)}
+  if not highs or not lows or len(distinct) < 2:
     return 'fewer than two scored candidates'
-  finished = [c for c in highs if _choosable(c, config)]
+  finished = [c for c in highs if _may_be_chosen(c, config)]
   if not finished:
     return 'no finished candidate'
   chosen = max(finished, key=lambda c: c.score)
@@ -150,12 +184,12 @@ def _best_and_worst(highs: list[Candidate], lows: list[Candidate], config) -> Ch
   rejected = min(others, key=lambda c: c.score)
   if chosen.score <= rejected.score:
     if max(c.score for c in highs) > chosen.score:
-      return 'best candidate unfinished'
+      return 'best candidate is unfinished'
     return 'not better than the older model' if rejected.older else 'all scores equal'
   return chosen, rejected
 
 
-def _choosable(candidate: Candidate, config) -> bool:
+def _may_be_chosen(candidate: Candidate, config) -> bool:
   return candidate.valid and (config.unfinished_chosen or candidate.finish == 'eos')
 
 

@@ -1,8 +1,9 @@
-"""The sampling engine: requests in, results out, and no row waits for another.
+"""The sampling engine: continuous batching with a shared prefix.
 
-`slots` rows decode together, a few tokens a call; between calls the slots of rows that ended go to samples that wait.
-A request, one prompt and n samples, is prefilled once, and its keys are copied to n rows. What the first requests of a
-stream begin with alike (the judge's rubric) is prefilled once for all, and every row reads it.
+`slots` rows decode together, a few tokens per call. Between calls, the slots of finished rows go to
+waiting samples. A request (one prompt, n samples) is prefilled once, and its K/V are copied to n
+slots. The common prefix of a stream's first requests (the judge's rubric) is prefilled once, and
+every row reads it.
 """
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,40 +25,42 @@ from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
 
-# What every sampling stage reads: keys that change records, if by rounding alone, and others.
+# Config keys of every sampling stage: those that change records, if only by rounding; the others.
 KEYS = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
 FREE = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
-WINDOW = 64  # requests of a stream that are looked at for a common beginning
-LEAST_PREFIX = 16  # tokens; less is not worth a part of its own in the attention
-SCORED = 16  # rows whose log-probs are computed at once; their logits are whole
-HELD = 16  # requests a slot whose results may wait for an earlier one
+WINDOW = 64        # the common prefix is that of the first requests of a stream, this many
+LEAST_PREFIX = 16  # tokens; a shorter prefix does not pay for its part of the attention
+SCORED = 16        # rows that `Engine.logps` scores together; all their logits are in memory
+HELD = 16          # requests per slot whose results may wait for an earlier request
 
 
 @dataclasses.dataclass
 class Work:
-  """What an engine has done, in tokens."""
-  naive: int = 0      # all prompts, for every sample anew
-  prefilled: int = 0  # computed in fact, padding included
-  places: int = 0     # for generated tokens: slots x steps
+  """The work of an engine, in tokens."""
+  naive: int = 0      # prompts, counted once per sample
+  prefilled: int = 0  # computed by prefills, with padding
+  places: int = 0     # slots x decode steps
   generated: int = 0
 
   @property
   def occupancy(self) -> float:
-    """Generated tokens a place."""
+    """Slot utilization: generated tokens per slot and decode step."""
     return self.generated / max(self.places, 1)
 
 
 class Engine:
-  """A model ready to sample: parameters on a mesh, and a cache of `slots` rows of `size` tokens."""
+  """A model ready to sample: parameters on a mesh, and a cache of `slots` slots of `size` tokens."""
 
-  def __init__(self, model: llama.Llama, params, mesh, eos_ids: Sequence[int], seed: int, stage: str, *, slots: int,
-               size: int, steps: int, share: bool = True, refill: bool = True):
-    """`steps`: tokens a call. Without `share` every sample is prefilled whole, and without `refill` none enters before
-    all have ended: the same results, to measure what either is worth."""
+  def __init__(self, model: llama.Llama, params, mesh, eos_ids: Sequence[int], seed: int,
+               stage: str, *, slots: int, size: int, steps: int, share: bool = True,
+               refill: bool = True):
+    """`steps`: tokens per call. Without `share`, every sample is prefilled whole. Without `refill`,
+    new rows start only when all have ended. Both exist for measurements; samples are the same."""
     config = model.config
     for eos in eos_ids:
       if not 0 <= eos < config.V:
-        raise InputError(f'the eos id {eos} is not a token of the model, whose vocabulary has {config.V}')
+        raise InputError(f'the eos id {eos} is not a token of the model, whose vocabulary has '
+                         f'{config.V}')
     self._kernels = kernels.choose(mesh.devices.flat[0].platform, config)
     self._model = model.clone(kernels=self._kernels)
     if self._kernels.formats:
@@ -80,8 +83,11 @@ class Engine:
 
   def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0) -> Iterator[
       tuple[Request, list[Result]]]:
-    """Yields every request with its n results, in order. The first `done` samples of the stream are known to the
-    caller: a request that has no others comes with no results."""
+    """Yields every request with its n results, in order.
+
+    The caller already has the first `done` samples of the stream; a request with no other samples
+    comes without results.
+    """
     room = self.room(sampling)
     stream = iter(requests)
     first = list(itertools.islice(stream, WINDOW))
@@ -92,12 +98,12 @@ class Engine:
     ids = ids if len(ids) >= LEAST_PREFIX else ()
     count = sum(r.n for r in first) if len(first) < WINDOW else self.slots
     rows = programs.Rows.empty(self._rows(count))
-    schedule = Schedule(itertools.chain(first, stream), rows.size, room, done, HELD * self.slots, self._share,
-                        self._refill)
+    schedule = Schedule(itertools.chain(first, stream), rows.size, room, done, HELD * self.slots,
+                        self._share, self._refill)
     prefix = self._prefix(ids)
     cache, self._cache = self._cache, None
     if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.size:
-      cache = None  # the old one goes before the new one comes
+      cache = None  # frees the old cache before the new one is allocated
       cache = self._empty(rows.size, self.size)
     while not schedule.done():
       cache = self._enter(schedule.admit(), rows, cache, prefix, ids, sampling)
@@ -105,13 +111,13 @@ class Engine:
         cache, rows = self._decode(schedule, rows, cache, prefix, sampling)
       for request, results in schedule.leave():
         if results and results[0].finish == 'too_long':
-          print(f'{self.title}: the prompt of {request.id} has {len(request.ids)} tokens, more than the {room} that '
-                f'there is room for: skipped', flush=True)
+          print(f'{self.title}: the prompt of {request.id} has {len(request.ids)} tokens, more '
+                f'than the {room} that fit: skipped', flush=True)
         yield request, results
     self._cache = cache
 
   def _enter(self, parts, rows, cache, prefix, prefix_ids, sampling):
-    """Prefills the prompts of `parts` but for their last tokens, and makes their slots live."""
+    """Prefills the prompts of `parts` without their last tokens, and starts their slots."""
     groups = defaultdict(list)  # by width
     for part in parts:
       ids = part.request.ids
@@ -125,51 +131,53 @@ class Engine:
       if len(own):
         groups[self._width(len(own))].append((own, shared, part.slots))
     for width, group in sorted(groups.items()):
-      size = self._parts * max(self._kernels.group // width // self._parts, 1)
+      size = self._parts * max(self._kernels.prefill_tokens // width // self._parts, 1)
       for i in range(0, len(group), size):
         cache = self._prefill(group[i:i + size], size, width, cache, prefix)
     return cache
 
   def _prefill(self, group, size: int, width: int, cache, prefix):
-    """Runs at most `size` prompts (ids, tokens of the prefix before them, slots) of at most `width` tokens."""
+    """Prefills at most `size` prompts of at most `width` tokens: (ids, prefix length, slots)."""
     tokens = np.zeros((size, width), np.int32)
-    shared = np.zeros(size, np.int32)
+    prefix_length = np.zeros(size, np.int32)
     copies = []
     for i, (ids, before, slots) in enumerate(group):
-      tokens[i, :len(ids)], shared[i] = ids, before
+      tokens[i, :len(ids)], prefix_length[i] = ids, before
       copies += [(i, slot) for slot in slots]
-    pairs = np.zeros((2, jax.tree.leaves(cache)[0].shape[1]), np.int32)  # as many as there are slots
+    pairs = np.zeros((2, jax.tree.leaves(cache)[0].shape[1]), np.int32)  # one per slot
     pairs[:, :len(copies)] = np.transpose(copies)
     self.work.prefilled += tokens.size
     with jax.set_mesh(self._mesh):
-      batch = sharding.put_batch(dict(tokens=tokens, shared=shared), self._mesh)
-      view = caches.Prefill(batch['shared'], *pairs, np.int32(len(copies)))
-      return programs.prefill(self._model, self._params, cache, prefix, batch['tokens'], view)
+      tokens, prefix_length = sharding.put_batch((tokens, prefix_length), self._mesh)
+      view = caches.Prefill(prefix_length, *pairs, np.int32(len(copies)))
+      return programs.prefill(self._model, self._params, cache, prefix, tokens, view)
 
   def _decode(self, schedule: Schedule, rows, cache, prefix, sampling: Sampling):
-    """A call of `steps` tokens; its tokens go to the schedule."""
+    """Decodes `steps` tokens, and passes them to the schedule."""
+    static = dataclasses.replace(sampling, max_tokens=1)  # one compilation for all lengths
     with jax.set_mesh(self._mesh):
-      cache, *made = programs.decode(
-          self._model, self._params, cache, prefix, jax.device_put(rows, sharding.named(self._mesh, 'B')), self._key,
-          self._eos, steps=self._steps, sampling=dataclasses.replace(sampling, max_tokens=1))  # one for all lengths
+      placed = jax.device_put(rows, sharding.named(self._mesh, 'B'))
+      cache, *made = programs.decode(self._model, self._params, cache, prefix, placed, self._key,
+                                     self._eos, steps=self._steps, sampling=static)
     after, ids, logps, steps = jax.tree.map(np.array, jax.device_get(made))
     self.work.places += rows.size * int(steps)
     for slot in list(schedule.running):
       new = int(after.count[slot] - rows.count[slot])
       if not np.isfinite(logps[slot, :new]).all():
-        raise InputError(f'{self.title}: log-probs of {schedule.name(slot)} are not finite numbers; the model\'s '
-                         f'parameters are broken, train or convert it again')
+        raise InputError(f'{self.title}: log-probs of {schedule.name(slot)} are not finite; the '
+                         f'model\'s parameters are damaged, train or convert it again')
       finish = '' if after.live[slot] else 'eos' if after.ended[slot] else 'length'
       schedule.add(slot, ids[slot, :new].tolist(), logps[slot, :new].tolist(), finish)
       self.work.generated += new
     return cache, after
 
   def _prefix(self, ids: tuple[int, ...]):
-    """Keys and values of a beginning, for all rows to read."""
+    """The K/V of a prefix that all rows read."""
     if ids not in self._prefixes:
       if ids:
         width = self._width(len(ids))
-        cache = self._prefill([(ids, 0, [0])], self._parts, width, self._empty(self._parts, width), self._prefix(()))
+        cache = self._prefill([(ids, 0, [0])], self._parts, width,
+                              self._empty(self._parts, width), self._prefix(()))
       else:
         cache = self._empty(self._parts, 0)
       with jax.set_mesh(self._mesh):
@@ -177,31 +185,34 @@ class Engine:
     return self._prefixes[ids]
 
   def _empty(self, rows: int, size: int):
-    """A cache; its size is rounded up to what the kernels read at a time."""
+    """An empty cache; its size is rounded up to a multiple that the kernels support."""
     with jax.set_mesh(self._mesh):
-      return caches.empty(self._model.config, rows, _up(size, self._kernels.block), self._kernels.unrolled)
+      return caches.empty(self._model.config, rows, _up(size, self._kernels.size_multiple),
+                          self._kernels.unrolled)
 
   def _width(self, length: int) -> int:
-    """What a prompt of `length` tokens is padded to: few shapes, few compilations."""
-    return min(_up(bucket(length), self._kernels.width), _up(self.size, self._kernels.block))
+    """The width that a prompt is padded to; few widths, so that there are few compilations."""
+    return min(_up(bucket(length), self._kernels.width_multiple),
+               _up(self.size, self._kernels.size_multiple))
 
   def _rows(self, count: int) -> int:
-    """Rows for `count` samples: all slots, but fewer, by halves, where that is enough."""
+    """The number of slots for `count` samples: all, or halved while that is enough."""
     rows = self.slots
     while rows % (2 * self._parts) == 0 and rows // 2 >= count:
       rows //= 2
     return rows
 
   def room(self, sampling: Sampling) -> int:
-    """Tokens that a prompt may have."""
+    """The most tokens that a prompt may have."""
     room = self.size - sampling.max_tokens
     if room < 1:
-      raise InputError(f'max_tokens is {sampling.max_tokens}, and a row may have {self.size} tokens in all (the '
-                       f'model\'s context, or config.sample.size where that is less); lower it')
+      raise InputError(f'max_tokens is {sampling.max_tokens}, and a row may have {self.size} tokens '
+                       f'in all (the smaller of the model\'s context and config.sample.size); lower '
+                       f'it')
     return room
 
   def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-    """(prompt ids, response ids) -> the sum of log-probs of each response, the same in any company."""
+    """(prompt ids, response ids) -> the sum of log-probs of each response; batch-invariant."""
     places = defaultdict(list)  # by width, which a row's own length decides
     for i, (before, after) in enumerate(rows):
       places[min(bucket(len(before) + len(after)), self.context)].append(i)
@@ -214,15 +225,18 @@ class Engine:
           end = len(before) + len(after)
           tokens[row, :end], mask[row, len(before):end] = [*before, *after], 1
         with jax.set_mesh(self._mesh):
-          found = programs.response_logps(
-              self._model, self._params, **sharding.put_batch(dict(tokens=tokens, mask=mask), self._mesh))
-        for i, logp in zip(some, np.asarray(found).tolist(), strict=False):  # the rest are empty rows
+          found = programs.response_logps(self._model, self._params,
+                                          *sharding.put_batch((tokens, mask), self._mesh))
+        for i, logp in zip(some, np.asarray(found).tolist(), strict=False):  # the rest is padding
           sums[i] = logp
     return sums
 
 
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
-  """A checkpoint onto this host's devices in the sampling dtype, ready; `stop`: a text that ends a row like eos."""
+  """Restores a checkpoint onto this host's devices in the sampling dtype -> engine and tokenizer.
+
+  `stop`: a text whose last token ends a row, like eos.
+  """
   c, mesh = config.sample, host_mesh(config)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
@@ -231,31 +245,36 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * width
   here = hosts.memory() // jax.process_count()
   if weights + cache > here:
-    raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} for {c.slots} rows of '
-                     f'{size} tokens, and this host has {here:,}; lower config.sample.slots or config.sample.size, or '
-                     f'take a larger host')
+    raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} for '
+                     f'{c.slots} rows of {size} tokens, and this host has {here:,}; lower '
+                     f'config.sample.slots or config.sample.size, or use a larger host')
   with jax.set_mesh(mesh):
     params, _ = store.restore_params(folder, mesh, c.dtype)
     params = int8.quantize(params) if c.int8 else params
   ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
-  return Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, slots=c.slots, size=c.size,
-                steps=c.steps), tokenizer
+  engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, slots=c.slots,
+                  size=c.size, steps=c.steps)
+  return engine, tokenizer
 
 
 def host_mesh(config):
-  """The mesh on which this host samples: config.sample_mesh over its own devices."""
+  """The mesh on which this host samples: config.sample_mesh over the local devices."""
   m = config.sample_mesh
   return sharding.make_mesh(m.data, m.fsdp, m.tensor, jax.local_devices())
 
 
-def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sampling, path, record: Callable):
-  """Appends `record(request, i, result)` of every sample to a file, in order; what a killed run left there is not made
-  again. `samples`: how many there are in all."""
+def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sampling, path,
+        record: Callable):
+  """Appends `record(request, i, result)` of every sample to a file, in order.
+
+  Resumes a file that an interrupted run left. `samples`: their total number.
+  """
   records.same_hosts(path)
   out = records.Appender(path)
   known, row = out.count, 0
-  progress = tqdm.tqdm(total=samples, initial=known, desc=engine.title, unit='rows', delay=2, leave=False,
-                       mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
+  progress = tqdm.tqdm(
+      total=samples, initial=known, desc=engine.title, unit='rows', delay=2, leave=False,
+      mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
   for request, results in engine.generate(requests, sampling, known):
     new = [record(request, i, result) for i, result in enumerate(results) if row + i >= known]
     out.append(new)
@@ -265,12 +284,13 @@ def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sam
   out.close()
   work = engine.work
   if work.generated:
-    hosts.say(f'{engine.title}: {work.generated} tokens in {work.occupancy:.0%} of the places that were computed, '
-               f'{work.prefilled} prefilled, {work.prefilled / work.naive:.0%} of all prompts\'; by {engine.kernels}')
+    hosts.say(f'{engine.title}: {work.generated} generated tokens, slot utilization '
+              f'{work.occupancy:.0%}; {work.prefilled} prefilled tokens, '
+              f'{work.prefilled / work.naive:.0%} of one prompt per sample; by {engine.kernels}')
 
 
 def common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
-  """The longest beginning that all rows share.
+  """The longest common prefix of all rows.
 
   >>> common([[1, 2, 3, 4], [1, 2, 5]])
   (1, 2)
@@ -280,7 +300,7 @@ def common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def bucket(length: int) -> int:
-  """A few widths for all lengths: 16, 24, 32, 48, 64, 96, 128, ..
+  """The smallest width of 16, 24, 32, 48, 64, 96, 128, .. that holds `length` tokens.
 
   >>> [bucket(n) for n in (5, 17, 65, 130, 300)]
   [16, 24, 96, 192, 384]
@@ -296,5 +316,5 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _word(text: str) -> int:
-  """32 bits of a text."""
+  """32 bits of a text's hash."""
   return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'big')

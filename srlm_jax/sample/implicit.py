@@ -1,7 +1,7 @@
-"""The implicit reward of a model's own candidates: log p under the sampler minus log p under the model before it.
+"""Implicit rewards of candidates: log p under the sampler minus log p under the older model.
 
-DPO's reward is beta times this, up to a constant of the prompt (Rafailov et al. 2023, eq. 5); beta scales all
-candidates alike, so it is left out.
+DPO's reward is beta times this difference, up to a constant per prompt (Rafailov et al. 2023,
+eq. 5). beta is omitted because it scales all candidates alike.
 """
 import jax
 import tqdm
@@ -12,54 +12,78 @@ from srlm_jax.sample import engine as engines
 
 
 def run(config, workdir):
-  """MODEL/respond -> MODEL/implicit/rewards-*.jsonl: reward = logp - older_logp, each the sum over the response's
-  tokens (and the eos of a finished one); null where the candidate could not be encoded."""
+  """Writes MODEL/implicit/rewards-*.jsonl with reward = logp - older_logp.
+
+  Reads MODEL/respond. Both log-probabilities are sums over the tokens of a response, including the
+  eos token of a finished one. All three are null if the candidate could not be encoded.
+  """
   spec = catalog.find('sample.implicit')
   config = spec.view(config)
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(records.read_shards(s.inputs[0].parent, 'responses', 'id', 'prompt', 'response', 'finish'))
+  responses = list(records.read_shards(
+      s.inputs[0].parent, 'responses', 'id', 'prompt', 'response', 'finish'))
   responses = responses[jax.process_index()::jax.process_count()]
   s.begin(engines.host_mesh(config))
-  logps = {}
-  for name, folder in zip(('logp', 'older_logp'), s.models, strict=True):
-    path = s.folder / records.shard_name(name, jax.process_index(), jax.process_count())
-    logps[name] = _logps(config, folder, responses, path, f'{s.title} {name}')
-  records.write(s.folder / records.shard_name('rewards', jax.process_index(), jax.process_count()), (
-      dict(id=r['id'], reward=None if None in pair else round(pair[0] - pair[1], 4), logp=pair[0], older_logp=pair[1])
-      for r, pair in zip(responses, zip(*logps.values(), strict=True), strict=True)))
+  logps, older_logps = (
+      _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
+      for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
+  rows = zip(responses, logps, older_logps, strict=True)
+  records.write(_shard(s, 'rewards'), (_reward(r['id'], logp, older) for r, logp, older in rows))
   hosts.sync(f'{s.title} scored')
   rewards = [r['reward'] for r in records.read_shards(s.folder, 'rewards')]
   s.finish(responses=len(rewards), without_reward=rewards.count(None))
 
 
+def _shard(s: stage.Stage, stem: str):
+  return s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
+
+
+def _reward(name: str, logp: float | None, older_logp: float | None) -> dict:
+  is_missing = logp is None or older_logp is None
+  reward = None if is_missing else round(logp - older_logp, 4)
+  return dict(id=name, reward=reward, logp=logp, older_logp=older_logp)
+
+
 def _logps(config, folder, responses, path, title) -> list[float | None]:
-  """Sum of log-probs of each response under the model in `folder`; what a killed run wrote to `path` is kept."""
+  """The summed log-probability of each response under the model in `folder`.
+
+  Appends the results to `path`. Resumes from what a killed run wrote there.
+  """
   records.same_hosts(path)
   out = records.Appender(path)
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
-  start = out.count // engines.SCORED * engines.SCORED
-  for at in tqdm.trange(start, len(responses), engines.SCORED, desc=title, unit='batch', delay=2, leave=False):
-    batch = encoded[at:at + engines.SCORED]
-    values = iter(engine.logps([row for row in batch if row]) if any(batch) else ())
+  size = engines.SCORED
+  # Batches start at the same places as in an uninterrupted run, so that the results are the same.
+  starts = range(out.count // size * size, len(responses), size)
+  for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False):
+    batch = encoded[start:start + size]
+    rows = [row for row in batch if row]
+    values = iter(engine.logps(rows) if rows else ())
     new = [dict(id=r['id'], logp=round(next(values), 4) if row else None)
-           for r, row in zip(responses[at:at + engines.SCORED], batch, strict=True)]
-    out.append(new[max(out.count - at, 0):])
+           for r, row in zip(responses[start:start + size], batch, strict=True)]
+    out.append(new[max(out.count - start, 0):])
   out.close()
   return [r['logp'] for r in records.read(path, 'id', 'logp')]
 
 
 def _encode(chat, response, tokenizer, context: int) -> tuple[list[int], list[int]] | None:
-  """(prompt ids, response ids), or None where the response is empty, merges with its prompt, or is too long."""
+  """-> (prompt ids, response ids), or None if the response is empty or too long.
+
+  Also None if the tokenizer merges a piece of the response with its prompt.
+  """
   if not response['response'].strip():
     return None
   pair = templates.encode_pair(chat, response['prompt'], response['response'], tokenizer)
   if pair is None:
     return None
-  before, after = pair[0], pair[1] + [tokenizer.eos_ids[0]] * (response['finish'] == 'eos')
-  return (before, after) if len(before) + len(after) <= context else None
+  prompt_ids, response_ids = pair
+  if response['finish'] == 'eos':
+    response_ids = response_ids + [tokenizer.eos_ids[0]]
+  fits = len(prompt_ids) + len(response_ids) <= context
+  return (prompt_ids, response_ids) if fits else None
 
 
 if __name__ == '__main__':

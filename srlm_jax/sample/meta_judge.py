@@ -1,10 +1,11 @@
-"""Judges the judge: compares judgements of one response pairwise, and makes pairs of judgements to train on.
+"""Meta-judging: compares judgements of the same response and makes preference pairs of judgements.
 
-Wu et al. 2024 (Meta-Rewarding, 2407.19594), 2.3: the same model says which of two judgements is the better one, in
-both orders; positions are weighed so that a model that likes the first place does not decide by it; Elo scores order
-the judgements of a response, and the highest against the lowest is a preference pair. Two things bound the pairs: their
-share of all pairs (`meta_judge.share`), and the share of them that has one score chosen (`meta_judge.score_share`),
-without which the judge would learn to give the score that it likes best.
+Meta-Rewarding (Wu et al. 2024, 2407.19594), section 2.3. The model decides which of two judgements
+is better, in both orders. Wins are weighted by position, so that a position bias of the model does
+not decide. Elo scores rank the judgements of a response. The best and the worst judgement form a
+preference pair. Two limits apply: `meta_judge.share` bounds the share of these pairs among all
+pairs. `meta_judge.score_share` bounds the share of them whose chosen judgements have the same
+score. Without it the judge would learn to give its favourite score.
 """
 from collections import Counter
 import itertools
@@ -20,122 +21,161 @@ from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, judge as judge_stage, shards
 
 SLOTS = ('request', 'first', 'second')
-PRIOR = 1e-2  # of a normal prior on Elo scores: keeps those finite of a judgement that won or lost every time
+# Precision of a normal prior on Elo scores. It keeps them finite if a judgement always wins or
+# always loses.
+PRIOR = 1e-2
 
 
 def run(config, workdir):
-  """MODEL/respond, MODEL/judge, MODEL/pairs -> MODEL/meta_judge: comparisons-*.jsonl, one a line with its raw text,
-  and judge_pairs.jsonl, records as of pairs.jsonl whose prompt is the judge's."""
+  """Writes MODEL/meta_judge: comparisons-*.jsonl and judge_pairs.jsonl.
+
+  Reads MODEL/respond, MODEL/judge and MODEL/pairs. comparisons-*.jsonl keeps the raw text of each
+  comparison. judge_pairs.jsonl has the format of pairs.jsonl; its prompts are judge prompts.
+  """
   spec = catalog.find('sample.meta_judge')
   config = spec.view(config)
   c, folder = config.meta_judge, spec.folder(workdir, config).parent
-  judge, meta = judges.load(config.judge.template), judges.load(c.template, SLOTS, 'config.meta_judge.template')
+  judge = judges.load(config.judge.template)
+  meta = judges.load(c.template, SLOTS, 'config.meta_judge.template')
   s = stage.Stage(spec, config, workdir, f'{judge} {meta}')
   if s.done:
     return
   if config.judge.n < 2:
-    raise InputError(f'config.judge.n is {config.judge.n}: with one judgement a response there are none to compare; '
-                     f'set it to 2 or more')
+    raise InputError(f'config.judge.n is {config.judge.n}, but comparing judgements needs at least '
+                     f'two per response; set it to 2 or more')
   asked = {r['id']: judge.render(prompt=r['prompt'], response=r['response'])
-           for r in records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response')}
-  judgements = records.read_shards(folder / 'judge', 'judgements', 'id', 'prompt_id', 'response_id', 'text', 'score',
-                                   'finish')
-  pairs = sum(1 for _ in records.read(s.inputs[-1]))
-  chosen = doubtful(scoring.by_response(judgements, config.judge.quorum), c.responses)
-  mine = chosen[jax.process_index()::jax.process_count()]
-  rows = [(a, b) for group in mine for a, b in itertools.permutations(group, 2)]
-  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
+           for r in records.read_shards(
+               folder / 'respond', 'responses', 'id', 'prompt', 'response')}
+  judgements = records.read_shards(folder / 'judge', 'judgements', 'id', 'prompt_id', 'response_id',
+                                   'text', 'score', 'finish')
+  pair_count = sum(1 for _ in records.read(s.inputs[-1]))
+  groups = most_uncertain(scoring.by_response(judgements, config.judge.quorum), c.responses)
+  comparisons = _compare(s, config, meta, asked, groups)
+  if not hosts.is_first_host():
+    return s.finish()
+  made, dropped = _make_pairs(asked, groups, comparisons)
+  kept = limit(made, pair_count, c.share, c.score_share)
+  dropped['over the share limits'] = len(made) - len(kept)
+  records.write(s.folder / 'judge_pairs.jsonl', kept)
+  if not kept:
+    reasons = ', '.join(f'{n} {why}' for why, n in (+dropped).items())
+    hosts.say(f'{s.title}: no pairs of judgements from {len(groups)} responses with at least two '
+              f'distinct judgements; dropped: {reasons or "none"}')
+  unparsed = Counter(x['reason'] for x in comparisons if x['reason'])
+  s.finish(
+      judge_pairs=len(kept), responses=len(groups), comparisons=len(comparisons),
+      parsed=len(comparisons) - unparsed.total(), unparsed=dict(sorted(unparsed.items())),
+      first_wins=sum(x['winner'] == 1 for x in comparisons),
+      second_wins=sum(x['winner'] == -1 for x in comparisons),
+      dropped=dict(+dropped), scores_chosen=scoring.histogram(p['chosen_score'] for p in kept))
+
+
+def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
+             groups: list[list[dict]]) -> list[dict]:
+  """Samples the comparisons of every ordered pair in a group -> the records of all hosts.
+
+  asked: {response id: judge prompt}.
+  """
+  c = config.meta_judge
+  own = groups[jax.process_index()::jax.process_count()]
+  items = [dict(id=_comparison_id(first, second), pair=(first, second))
+           for group in own for first, second in itertools.permutations(group, 2)]
 
   def prompt(item, tokenizer):
     first, second = item['pair']
-    asks = meta.render(request=asked[first['response_id']], first=first['text'],
+    text = meta.render(request=asked[first['response_id']], first=first['text'],
                        second=second['text'])
-    return templates.encode_prompt(config.chat, asks, tokenizer)
+    return templates.encode_prompt(config.chat, text, tokenizer)
 
   def record(item, _, text, result):
     first, second = item['pair']
     winner, reason = judge_stage.read(meta, text, result.finish)
     return dict(id=item['id'], response_id=first['response_id'], first=first['id'],
                 second=second['id'], text=text, winner=winner, reason=reason, finish=result.finish)
-  comparisons = list(shards.write(
-      s, config, 'comparisons', sampling,
-      [dict(id=_pair_id(a, b), pair=(a, b)) for a, b in rows], len(rows), prompt, record))
-  if not hosts.is_first_host():
-    return s.finish()
+  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
+  return list(shards.write(
+      s, config, 'comparisons', sampling, items, len(items), prompt, record))
+
+
+def _comparison_id(first: dict, second: dict) -> str:
+  """A unique id for two judgements in this order; a colon in the second id is escaped."""
+  return f'{first["id"]}:{second["id"].replace("%", "%25").replace(":", "%3A")}'
+
+
+def _make_pairs(asked: dict[str, str], groups: list[list[dict]],
+                comparisons: list[dict]) -> tuple[list[dict], Counter]:
+  """-> one pair per response, and the number of responses without one, by reason."""
   weights = position_weights(comparisons)
   of_response = {}
   for comparison in comparisons:
     of_response.setdefault(comparison['response_id'], []).append(comparison)
   made, dropped = [], Counter()
-  for group in chosen:
-    found = best_and_worst(group, of_response[group[0]['response_id']], weights)
+  for group in groups:
+    response_id = group[0]['response_id']
+    found = best_and_worst(group, of_response[response_id], weights)
     if isinstance(found, str):
       dropped[found] += 1
     else:
-      made.append(_pair(asked[group[0]['response_id']], *found))
-  kept = bounded(made, pairs, c.share, c.score_share)
-  dropped['above the shares'] = len(made) - len(kept)
-  records.write(s.folder / 'judge_pairs.jsonl', kept)
-  if not kept:
-    hosts.say(f'{s.title}: no pair of judgements; of {len(chosen)} responses with two different judgements '
-              f'{", ".join(f"{n} {why}" for why, n in (+dropped).items()) or "none was dropped"}')
-  reasons = Counter(x['reason'] for x in comparisons if x['reason'])
-  s.finish(judge_pairs=len(kept), responses=len(chosen), comparisons=len(comparisons),
-           parsed=len(comparisons) - reasons.total(), unparsed=dict(sorted(reasons.items())),
-           first_wins=sum(x['winner'] == 1 for x in comparisons),
-           second_wins=sum(x['winner'] == -1 for x in comparisons),
-           dropped=dict(+dropped), scores_chosen=scoring.histogram(p['chosen_score'] for p in kept))
+      made.append(_pair(asked[response_id], *found))
+  return made, dropped
 
 
-def _pair_id(a: dict, b: dict) -> str:
-  """A name for two judgements in this order; a colon in the second id is escaped, so that no others have it."""
-  return f'{a["id"]}:{b["id"].replace("%", "%25").replace(":", "%3A")}'
+def most_uncertain(scores: dict[str, scoring.Score], responses: int) -> list[list[dict]]:
+  """-> groups of judgements, one per selected response, at least two judgements each.
 
-
-def doubtful(scores: dict[str, scoring.Score], responses: int) -> list[list[dict]]:
-  """Of each prompt the `responses` on whose judgements the judge differs most -> their finished, parsed judgements of
-  different texts, two or more of each. In the order of ids, however many hosts wrote them."""
-  groups = {}
+  Selects, per prompt, the `responses` responses whose judgements have the largest spread. A group
+  has the finished, parsed judgements with distinct texts. The order is that of the ids, so that it
+  does not depend on the number of hosts.
+  """
+  by_prompt = {}
   for score in scores.values():
-    texts = {j['text']: j for j in reversed(score.judgements) if j['score'] is not None and j['finish'] == 'eos'}
-    if score.mean is not None and len(texts) > 1:
+    usable = [j for j in score.judgements if j['score'] is not None and j['finish'] == 'eos']
+    first_of_text = {j['text']: j for j in reversed(usable)}
+    if score.mean is not None and len(first_of_text) > 1:
       judgement = score.judgements[0]
-      groups.setdefault(judgement['prompt_id'], []).append(
-          (-score.spread, judgement['response_id'], list(reversed(texts.values()))))
-  return [judged for _, group in sorted(groups.items()) for _, _, judged in sorted(group)[:responses]]
+      group = list(reversed(first_of_text.values()))
+      by_prompt.setdefault(judgement['prompt_id'], []).append(
+          (-score.spread, judgement['response_id'], group))
+  return [group for _, found in sorted(by_prompt.items())
+          for _, _, group in sorted(found)[:responses]]
 
 
 def position_weights(comparisons: list[dict]) -> tuple[float, float]:
-  """What a win in the first and in the second place is worth: the other place's share of all wins, so that wins at
-  the place that the model likes count less.
+  """-> the weight of a win in the first position and of a win in the second.
+
+  The weight is the other position's share of all wins. So wins in the position that the model
+  prefers count less.
 
   >>> position_weights([dict(winner=1.0)] * 3 + [dict(winner=-1.0)])
   (0.25, 0.75)
   """
-  first, second = (sum(x['winner'] == place for x in comparisons) for place in (1, -1))
-  return (second / (first + second), first / (first + second)) if first + second else (0.5, 0.5)
+  first, second = (sum(x['winner'] == winner for x in comparisons) for winner in (1, -1))
+  wins = first + second
+  return (second / wins, first / wins) if wins else (0.5, 0.5)
 
 
 def elo(wins: np.ndarray) -> np.ndarray:
-  """wins [N, N], the weight with which i beat j -> Elo scores [N] in the scale of natural logits, of sum 0.
+  """wins [N, N], the weight of i's wins over j -> Elo scores [N] in natural logits, with mean 0.
 
-  They maximise sum_ij wins_ij log sigmoid(e_i - e_j), with a weak normal prior (`PRIOR`).
+  Maximizes sum_ij wins_ij log sigmoid(e_i - e_j) with a weak normal prior (`PRIOR`).
   """
-  def loss(e):
-    apart = e[:, None] - e[None, :]  # [N, N]
-    p = np.exp(-np.logaddexp(0, apart))  # sigmoid(-apart)
-    slope = wins * p
-    return (wins * np.logaddexp(0, -apart)).sum() + PRIOR / 2 * e @ e, slope.sum(0) - slope.sum(1) + PRIOR * e
-  e = optimize.minimize(loss, np.zeros(len(wins)), jac=True, method='L-BFGS-B').x
+  def loss_and_gradient(e):
+    difference = e[:, None] - e[None, :]  # [N, N]
+    p_loss = np.exp(-np.logaddexp(0, difference))  # sigmoid(-difference)
+    slope = wins * p_loss
+    loss = (wins * np.logaddexp(0, -difference)).sum() + PRIOR / 2 * e @ e
+    return loss, slope.sum(0) - slope.sum(1) + PRIOR * e
+  e = optimize.minimize(loss_and_gradient, np.zeros(len(wins)), jac=True, method='L-BFGS-B').x
   return e - e.mean()
 
 
-def best_and_worst(group: list[dict], comparisons: list[dict], weights) -> tuple[dict, dict] | str:
-  """The judgements of one response with the highest and the lowest Elo, or why there are none."""
-  places = {j['id']: i for i, j in enumerate(group)}
+def best_and_worst(
+    group: list[dict], comparisons: list[dict], weights) -> tuple[dict, dict] | str:
+  """-> the judgements of a response with the highest and the lowest Elo score, or a reason."""
+  index = {j['id']: i for i, j in enumerate(group)}
   wins = np.zeros((len(group), len(group)))
   for x in comparisons:
-    first, second = places[x['first']], places[x['second']]
+    first, second = index[x['first']], index[x['second']]
     if x['winner'] == 1:
       wins[first, second] += weights[0]
     elif x['winner'] == -1:
@@ -145,20 +185,24 @@ def best_and_worst(group: list[dict], comparisons: list[dict], weights) -> tuple
   scores = elo(wins)
   best, worst = int(scores.argmax()), int(scores.argmin())
   if math.isclose(scores[best], scores[worst], abs_tol=1e-6):
-    return 'all judgements equal'
-  return dict(group[best], elo=round(float(scores[best]), 4)), dict(group[worst], elo=round(float(scores[worst]), 4))
+    return 'all Elo scores are equal'
+  return (dict(group[best], elo=round(float(scores[best]), 4)),
+          dict(group[worst], elo=round(float(scores[worst]), 4)))
 
 
-def bounded(made: list[dict], pairs: int, share: float, score_share: float) -> list[dict]:
-  """The widest apart in Elo first, as many that they are at most `share` of all pairs with the `pairs` of responses,
-  and at most `score_share` of them have one score chosen."""
-  limit = math.floor(share / (1 - share) * pairs + 1e-9)
-  order = sorted(made, key=lambda p: p['rejected_elo'] - p['chosen_elo'])  # a stable sort: the first of equals
-  for size in range(min(limit, len(made)), 0, -1):  # the largest set that keeps both bounds
-    each = math.floor(score_share * size + 1e-9)
+def limit(made: list[dict], pair_count: int, share: float, score_share: float) -> list[dict]:
+  """Selects the pairs of judgements with the largest Elo difference within two limits.
+
+  1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
+  2. At most `score_share` of them have the same chosen score.
+  """
+  maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
+  ordered = sorted(made, key=lambda p: p['rejected_elo'] - p['chosen_elo'])
+  for size in range(min(maximum, len(made)), 0, -1):  # the largest selection that satisfies both
+    per_score = math.floor(score_share * size + 1e-9)
     count, kept = Counter(), []
-    for pair in order:
-      if count[pair['chosen_score']] < each and len(kept) < size:
+    for pair in ordered:
+      if count[pair['chosen_score']] < per_score and len(kept) < size:
         count[pair['chosen_score']] += 1
         kept.append(pair)
     if len(kept) == size:
@@ -167,9 +211,10 @@ def bounded(made: list[dict], pairs: int, share: float, score_share: float) -> l
 
 
 def _pair(prompt: str, best: dict, worst: dict) -> dict:
-  record = dict(id=f'{best["response_id"]}/judge', prompt=prompt, chosen=best['text'], rejected=worst['text'])
+  record = dict(id=f'{best["response_id"]}/judge', prompt=prompt, chosen=best['text'],
+                rejected=worst['text'])
   for side, judgement in (('chosen', best), ('rejected', worst)):
-    record |= {f'{side}_{key}': judgement[key] for key in ('score', 'elo', 'finish', 'id')}
+    record |= {f'{side}_{field}': judgement[field] for field in ('score', 'elo', 'finish', 'id')}
   return record
 
 

@@ -1,5 +1,9 @@
-"""Writes new prompts from few shots, and filters them (Self-Instruct, Wang et al. 2023; PAPER 2.2)."""
+"""Generates new prompts by few-shot prompting and filters them.
+
+The method is Self-Instruct (Wang et al. 2023), as PAPER 2.2 uses it.
+"""
 from collections import Counter
+import dataclasses
 import functools
 import itertools
 import json
@@ -13,109 +17,98 @@ from srlm_jax import catalog, cli, config as configs, hosts, InputError, records
 from srlm_jax.data import oasst, similar, templates
 from srlm_jax.sample import engine as engines
 
-# What text cannot show (Self-Instruct), as whole words.
-BANNED = ('image', 'images', 'graph', 'graphs', 'picture', 'pictures', 'file', 'files', 'map', 'maps', 'draw', 'plot',
-          'go to')
+# Self-Instruct rejects prompts with these whole words: text alone cannot answer them.
+BANNED = ('image', 'images', 'graph', 'graphs', 'picture', 'pictures', 'file', 'files', 'map',
+          'maps', 'draw', 'plot', 'go to')
 
 
 def run(config, workdir):
-  """The seeds' prompts -> MODEL/prompts/prompts.jsonl, and every attempt with its fate in attempts.jsonl."""
+  """Writes MODEL/prompts: prompts.jsonl and attempts.jsonl.
+
+  Reads the prompts of the seed data and of earlier rounds. attempts.jsonl has every generated text
+  and, if it was rejected, the reason.
+  """
   spec = catalog.find('sample.prompts')
   config = spec.view(config)
   c = config.prompts
-  author = spec.models(config)[0]
-  others = [epath.Path(p.strip()) for p in c.held_out.split(',') if p.strip()]
+  evaluation_files = [epath.Path(p.strip()) for p in c.held_out.split(',') if p.strip()]
   earlier = earlier_rounds(workdir, config.name)
   template = templates.load_author(c.template)
-  s = stage.Stage(spec, config, workdir, template, [*earlier, *others])
+  s = stage.Stage(spec, config, workdir, template, [*earlier, *evaluation_files])
   if s.done:
     return
-  ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in s.inputs[:3])
-  seeds = [r['prompt'] for r in ift]
-  shown = [p for p in seeds if len(p.split()) <= c.shot_words]
-  if len(shown) < c.seed_shots + c.new_shots:
-    raise InputError(f'{s.inputs[0]} holds {len(shown)} prompts of at most {c.shot_words} words, fewer than the '
-                     f'{c.seed_shots + c.new_shots} shots; add seeds, or raise config.prompts.shot_words')
+  seeds = read_seeds(*s.inputs[:3])
+  shot_pool = short_prompts(seeds.ift, c, s.inputs[0])
   written = [r['prompt'] for path in earlier for r in records.read(path, 'prompt')]
-  held = [r['prompt'] for r in heldout] + requests(r['prompt'] for r in ranked if r['split'] != 'train')
-  screen = Filter(c, seeds + requests(r['prompt'] for r in ranked if r['split'] == 'train') + written,
-                  held + [p for path in others for p in evaluation_prompts(path)])
-  sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
+  evaluation = [p for path in evaluation_files for p in evaluation_prompts(path)]
+  screen = Filter(c, [*seeds.ift, *seeds.ranked, *written], [*seeds.held_out, *evaluation])
+  author = Author(config, s.models[0], s.title, template)
   s.begin(engines.host_mesh(config))
   if not hosts.is_first_host():
     return s.finish()
-  out = records.Appender(s.folder / 'attempts.jsonl')
-  before = list(records.read(s.folder / 'attempts.jsonl'))  # of a killed run
-  author_of = functools.cache(lambda: engines.load(config, s.models[0], s.title, stop='\n'))  # when there is work to do
-  accepted, first, size = [], 0, c.round
-  while len(accepted) < c.count and first < c.max_attempts * c.count:
-    texts = [(a['text'], a['finish']) for a in before[first:first + size]]
-    if len(texts) < size:
-      shots = [draw_shots(config, shown, accepted, first + i) for i in range(size)]
-      texts = _write(*author_of(), c.chat, template, shots, first, sampling)
-    attempts = []
-    for i, (text, finish) in enumerate(texts):
-      prompt, why = screen(text, finish)
-      accepted += [prompt] * (not why)
-      attempts.append(dict(id=str(first + i), text=text, finish=finish, dropped=why))
-    out.append(attempts[max(out.count - first, 0):])
-    first += size
-    hosts.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
-  out.close()
-  surplus, accepted = max(len(accepted) - c.count, 0), accepted[:c.count]
-  records.write(s.folder / 'prompts.jsonl', (dict(id=records.digest(p), prompt=p, author=author) for p in accepted))
-  hosts.say(f'{s.title}: {screen.near_held_out} of {first} attempts were held-out or evaluation prompts, or near one; '
-            f'none entered')
-  s.finish(prompts=len(accepted), wanted=c.count, attempts=first, near_held_out=screen.near_held_out,
-           shortened=screen.shortened,
+  accepted, attempts = generate_prompts(s, config, author, shot_pool, screen)
+  kept, surplus = accepted[:c.count], len(accepted[c.count:])
+  author_name = spec.models(config)[0]
+  records.write(s.folder / 'prompts.jsonl', (
+      dict(id=records.digest(p), prompt=p, author=author_name) for p in kept))
+  hosts.say(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
+            f'match or resemble a held-out or evaluation prompt')
+  s.finish(prompts=len(kept), wanted=c.count, attempts=attempts,
+           near_held_out=screen.near_held_out, shortened=screen.shortened,
            dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))
 
 
+@dataclasses.dataclass(frozen=True)
+class Seeds:
+  """The prompts of the seed data."""
+  ift: list[str]       # of the examples for instruction fine-tuning, from which shots are drawn
+  ranked: list[str]    # of the ranked training data
+  held_out: list[str]  # of the held-out data and the other splits of the ranked data
+
+
+def read_seeds(ift, ranked, heldout) -> Seeds:
+  """Reads the seed files with these paths."""
+  ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in (ift, ranked, heldout))
+  return Seeds(
+      ift=[r['prompt'] for r in ift],
+      ranked=user_prompts(r['prompt'] for r in ranked if r['split'] == 'train'),
+      held_out=([r['prompt'] for r in heldout] +
+                user_prompts(r['prompt'] for r in ranked if r['split'] != 'train')))
+
+
+def short_prompts(prompts: list[str], config, path) -> list[str]:
+  """The prompts of at most `shot_words` words.
+
+  Raises InputError if there are fewer than one request needs; `path` is the file to name.
+  """
+  short = [p for p in prompts if len(p.split()) <= config.shot_words]
+  needed = config.seed_shots + config.new_shots
+  if len(short) < needed:
+    raise InputError(f'{path} has {len(short)} prompts of at most {config.shot_words} words, but '
+                     f'each request shows {needed}; add seeds, or raise config.prompts.shot_words')
+  return short
+
+
 def earlier_rounds(workdir, name: str) -> list:
-  """The prompts.jsonl of every model before `name` that has one: a prompt is written in one round alone."""
+  """The existing prompts.jsonl of the models before `name`, whose prompts must not repeat."""
   models = itertools.takewhile(lambda model: model != name, configs.MODELS)
-  paths = [stage.model_folder(workdir, model).parent / 'prompts' / 'prompts.jsonl' for model in models]
+  paths = [stage.model_folder(workdir, model).parent / 'prompts' / 'prompts.jsonl'
+           for model in models]
   return [path for path in paths if path.exists()]
 
 
-def requests(prompts) -> list[str]:
-  """What users ask in prompts that may be whole conversations (later turns of OASST1): the first message, and later
-  ones of at least `similar.HeldOut.SHORTEST` words, because shorter ones ("Tell me more.") are no prompts alone.
-
-  >>> requests(['[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?', 'Name a tree.'])
-  ['Name a fruit.', 'Name a tree.']
-  """
-  return [message for prompt in prompts for i, message in enumerate(oasst.user_messages(prompt))
-          if i == 0 or len(message.split()) >= similar.HeldOut.SHORTEST]
-
-
-def _write(engine, tokenizer, chat: str, template: str, shots: list[list[str]], first: int, sampling):
-  """(continuation, finish) of each list of shots; attempts are numbered from `first`."""
-  requests = [engines.Request(str(first + i), ask(chat, template, shot, tokenizer)) for i, shot in enumerate(shots)]
-  return [(tokenizer.decode(r.ids), r.finish) for _, (r,) in engine.generate(requests, sampling)]
-
-
-def ask(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:
-  """Ids that a new prompt continues: the shots as a numbered list, and the next number. A model of conversations
-  (`chat` is not none) is asked in its own form, and finds the number at the beginning of its response."""
-  listed, number = numbered(shots), f'{len(shots) + 1}.'
-  if chat == 'none':
-    return [tokenizer.bos_id, *tokenizer.encode(template.replace('{shots}', f'{listed}\n{number}'))]
-  pair = templates.encode_pair(chat, template.replace('{shots}', listed), number, tokenizer)
-  if pair is None:
-    raise InputError(f'the tokenizer merges the end of config.prompts.template with "{number}" in the form {chat}; '
-                     f'use config.prompts.chat=none, or end the template with a full stop')
-  return pair[0] + pair[1]
-
-
 def evaluation_prompts(path) -> list[str]:
-  """The prompts of a file: JSONL, or one JSON list; their field is prompt, instruction (AlpacaEval) or turns (MT-Bench,
-  a list)."""
+  """The prompts of an evaluation set: a .json file with one list, or JSONL.
+
+  A record has a prompt, an instruction (AlpacaEval) or a list of turns (MT-Bench); every turn
+  counts as a prompt. Raises InputError if it has none of them.
+  """
   if path.suffix == '.json':
     try:
       found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-      raise InputError(f'config.prompts.held_out: {path} cannot be read as JSON ({error})') from error
+      raise InputError(
+          f'config.prompts.held_out: {path} cannot be read as JSON ({error})') from error
   else:
     found = list(records.read(path))
   prompts = []
@@ -123,77 +116,63 @@ def evaluation_prompts(path) -> list[str]:
     fields = record if isinstance(record, dict) else {}
     texts = fields.get('turns') or [fields.get('prompt') or fields.get('instruction')]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-      raise InputError(f'config.prompts.held_out: record {i} of {path} has no prompt, instruction or turns')
+      raise InputError(f'config.prompts.held_out: record {i} of {path} has no prompt, '
+                       f'instruction or turns')
     prompts += texts
   return prompts
 
 
-class Filter:
-  """Calls a generated text a prompt, or says why not; remembers what it accepted."""
+def user_prompts(prompts) -> list[str]:
+  """The user messages of prompts, some of which are whole conversations (OASST1).
 
-  def __init__(self, config, seeds: list[str], held_out: list[str]):
-    self._config = config
-    self._held_out = similar.HeldOut(held_out)
-    self._known = similar.Index(seeds)
-    self._exact = {similar.normal(p) for p in seeds}
-    self.dropped = Counter()
-    self.near_held_out = 0  # texts that were held-out prompts, or near one
-    self.shortened = 0  # texts with more than one prompt, or with an answer begun
+  Keeps every first message. Keeps a later one if it has at least `similar.HeldOut.SHORTEST` words:
+  shorter ones ("Tell me more.") mean nothing without the conversation.
 
-  def __call__(self, text: str, finish: str) -> tuple[str, str]:
-    """-> (prompt, '') or (prompt, reason)."""
-    prompt, more = cut(text, self._config.seed_shots + self._config.new_shots + 1)
-    self.shortened += more
-    why = self._reason(prompt, finish, more)
-    if why:
-      self.dropped[why] += 1
-    else:
-      self._known.add(prompt)
-      self._exact.add(similar.normal(prompt))
-    return prompt, why
-
-  def _reason(self, prompt, finish, more) -> str:
-    c = self._config
-    if finish == 'too_long':
-      return 'shots too long for the context'
-    if prompt and (why := self._held_out.why(prompt, c.rouge_held_out)):
-      self.near_held_out += 1  # asked first, so that all that tried are counted
-      return why
-    if finish != 'eos' and not more:
-      return 'cut off by length'
-    if not c.min_words <= len(prompt.split()) <= c.max_words:
-      return f'not {c.min_words} to {c.max_words} words'
-    if re.search(r'\b(' + '|'.join(BANNED) + r')\b', prompt.lower()):
-      return 'asks for what text cannot show'
-    if prompt.lower().startswith('write a program') or prompt[0] in string.punctuation or not prompt[0].isascii():
-      return 'a start that Self-Instruct refuses'
-    if similar.normal(prompt) in self._exact:
-      return 'seen before'
-    return 'like one seen before' if self._known.find(prompt, c.rouge) is not None else ''
-
-
-_END = r'(?<=[.?!:"\')])'  # of a sentence
-_ANSWER = rf'\[/?INST\]|{_END}\s+(?:Answer|Response|Output|Solution|Assistant|User)\s*:'
-
-
-def cut(text: str, number: int) -> tuple[str, bool]:
-  """The first prompt in a generation, without the number it may repeat, and whether more came after it: another of
-  the list, on its own line or as `number` + 1, or an answer to it.
-
-  >>> cut(' 9. Name a fruit.\\n10. Name a tree.', 9)
-  ('Name a fruit.', True)
-  >>> cut('Name a fruit. 10. Name a tree.', 9), cut('Name a fruit. Answer: A pear.', 9)
-  (('Name a fruit.', True), ('Name a fruit.', True))
+  >>> user_prompts(['[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?',
+  ...               'Name a tree.'])
+  ['Name a fruit.', 'Name a tree.']
   """
-  line, _, more = text.strip().partition('\n')
-  line = re.sub(r'^\d+[.)]\s+', '', line)
-  prompt = re.split(rf'{_END}\s+{number + 1}[.)]\s|{_ANSWER}', line, maxsplit=1)[0]
-  return prompt.strip(), bool(more.strip()) or prompt != line
+  return [message for prompt in prompts for i, message in enumerate(oasst.user_messages(prompt))
+          if i == 0 or len(message.split()) >= similar.HeldOut.SHORTEST]
+
+
+def generate_prompts(
+    s: stage.Stage, config, author: 'Author', shot_pool: list[str],
+    screen: 'Filter') -> tuple[list[str], int]:
+  """-> the accepted prompts, which may be more than `count`, and the number of attempts.
+
+  Works in rounds of `round` attempts until `count` prompts are accepted, or until there are
+  `max_attempts` attempts per prompt. Appends each round to attempts.jsonl. Rounds that a killed
+  run left there are filtered again but not sampled again, so the files end byte-identical.
+  """
+  c, path = config.prompts, s.folder / 'attempts.jsonl'
+  out = records.Appender(path)
+  previous = [(a['text'], a['finish']) for a in records.read(path)]  # of a killed run
+  accepted, first = [], 0
+  while len(accepted) < c.count and first < c.max_attempts * c.count:
+    texts = previous[first:first + c.round]
+    if len(texts) < c.round:
+      texts = author.write([draw_shots(config, shot_pool, accepted, first + i)
+                            for i in range(c.round)], first)
+    attempts = []
+    for i, (text, finish) in enumerate(texts):
+      prompt, reason = screen(text, finish)
+      if not reason:
+        accepted.append(prompt)
+      attempts.append(dict(id=str(first + i), text=text, finish=finish, dropped=reason))
+    out.append(attempts[max(out.count - first, 0):])
+    first += c.round
+    hosts.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
+  out.close()
+  return accepted, first
 
 
 def draw_shots(config, seeds: list[str], accepted: list[str], attempt: int) -> list[str]:
-  """6 seed prompts and 2 accepted before (more seeds while there are none), in random order. The draw depends on the
-  model whose prompts are written, the seed and the attempt, so no two rounds see the same shots."""
+  """The shots of one attempt, in random order: `seed_shots` seeds and `new_shots` accepted prompts.
+
+  Seeds replace accepted prompts until there are enough of those. The PRNG is seeded with the
+  model's name, `config.seed` and the attempt, so each round and each attempt gets its own draw.
+  """
   c, rng = config.prompts, random.Random(f'{config.name}/prompts/{config.seed}/{attempt}')
   new = rng.sample(accepted, min(c.new_shots, len(accepted)))
   shots = rng.sample(seeds, c.seed_shots + c.new_shots - len(new)) + new
@@ -201,12 +180,130 @@ def draw_shots(config, seeds: list[str], accepted: list[str], attempt: int) -> l
   return shots
 
 
-def numbered(shots: list[str]) -> str:
+class Author:
+  """The model that writes prompts. It is loaded on first use: a resumed run may not need it."""
+
+  def __init__(self, config, folder, title: str, template: str):
+    """`folder`: the model's checkpoint folder; `template`: see `templates.load_author`."""
+    c = config.prompts
+    self._chat, self._template = c.chat, template
+    self._sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
+    self._load = functools.cache(lambda: engines.load(config, folder, title, stop='\n'))
+
+  def write(self, shots: list[list[str]], first: int) -> list[tuple[str, str]]:
+    """One list of shots per attempt, numbered from `first` -> (generated text, finish) of each."""
+    engine, tokenizer = self._load()
+    requests = [
+        engines.Request(str(first + i), encode_request(self._chat, self._template, shot, tokenizer))
+        for i, shot in enumerate(shots)]
+    return [(tokenizer.decode(result.ids), result.finish)
+            for _, (result,) in engine.generate(requests, self._sampling)]
+
+
+def encode_request(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:
+  """Token ids that ask for one more prompt: the numbered shots, then the next number.
+
+  With `chat` none, the model continues the list. Otherwise the list is in the user's message, and
+  the next number is the start of the response. Raises InputError if the tokenizer merges the two.
   """
-  >>> numbered(['Name a fruit.', 'Name a tree.'])
+  listed, number = numbered_list(shots), f'{len(shots) + 1}.'
+  if chat == 'none':
+    text = template.replace('{shots}', f'{listed}\n{number}')
+    return [tokenizer.bos_id, *tokenizer.encode(text)]
+  pair = templates.encode_pair(chat, template.replace('{shots}', listed), number, tokenizer)
+  if pair is None:
+    raise InputError(f'the tokenizer merges the end of config.prompts.template with "{number}" '
+                     f'in the chat format {chat}; use config.prompts.chat=none, or end the '
+                     f'template with a full stop')
+  prompt_ids, response_ids = pair
+  return prompt_ids + response_ids
+
+
+def numbered_list(shots: list[str]) -> str:
+  """One line per shot.
+
+  >>> numbered_list(['Name a fruit.', 'Name a tree.'])
   '1. Name a fruit.\\n2. Name a tree.'
   """
   return '\n'.join(f'{i}. {" ".join(shot.split())}' for i, shot in enumerate(shots, 1))
+
+
+class Filter:
+  """Accepts a generated text as a prompt or gives the reason to reject it.
+
+  It remembers the accepted prompts and rejects later ones that resemble them.
+  """
+
+  def __init__(self, config, known: list[str], held_out: list[str]):
+    """`known`: seed prompts and those of earlier rounds; `held_out`: prompts for evaluation."""
+    self._config = config
+    self._held_out = similar.HeldOut(held_out)
+    self._known = similar.Index(known)
+    self._exact = {similar.normal(p) for p in known}
+    self.dropped = Counter()  # rejected texts by reason
+    self.near_held_out = 0    # texts that match or resemble a held-out prompt
+    self.shortened = 0        # texts from which a second prompt or an answer was removed
+
+  def __call__(self, text: str, finish: str) -> tuple[str, str]:
+    """-> (prompt, '') if the prompt is accepted, otherwise (prompt, reason)."""
+    prompt, has_more = first_prompt(text, self._config.seed_shots + self._config.new_shots + 1)
+    self.shortened += has_more
+    reason = self._reason(prompt, finish, has_more)
+    if reason:
+      self.dropped[reason] += 1
+    else:
+      self._known.add(prompt)
+      self._exact.add(similar.normal(prompt))
+    return prompt, reason
+
+  def _reason(self, prompt: str, finish: str, has_more: bool) -> str:
+    """Why the prompt is rejected; '' if it is accepted."""
+    c = self._config
+    if finish == 'too_long':
+      return 'shots too long for the context'
+    # Checked before the other reasons, so that near_held_out counts every such text.
+    if prompt and (reason := self._held_out.why(prompt, c.rouge_held_out)):
+      self.near_held_out += 1
+      return reason
+    if finish != 'eos' and not has_more:
+      return 'cut off by length'
+    if not c.min_words <= len(prompt.split()) <= c.max_words:
+      return f'not {c.min_words} to {c.max_words} words'
+    if re.search(r'\b(' + '|'.join(BANNED) + r')\b', prompt.lower()):
+      return 'asks for what text cannot show'
+    if (prompt.lower().startswith('write a program') or prompt[0] in string.punctuation
+        or not prompt[0].isascii()):
+      return 'a start that Self-Instruct refuses'
+    if similar.normal(prompt) in self._exact:
+      return 'seen before'
+    if self._known.find(prompt, c.rouge) is not None:
+      return 'like one seen before'
+    return ''
+
+
+_SENTENCE_END = r'(?<=[.?!:"\')])'
+_ANSWER = (r'\[/?INST\]|'
+           rf'{_SENTENCE_END}\s+(?:Answer|Response|Output|Solution|Assistant|User)\s*:')
+
+
+def first_prompt(text: str, number: int) -> tuple[str, bool]:
+  """-> the first prompt in a generated text, and whether the text has more after it.
+
+  `number` is the prompt's number in the list; the text may repeat it. More is another line, item
+  `number` + 1 on the same line, or the start of an answer.
+
+  >>> first_prompt(' 9. Name a fruit.\\n10. Name a tree.', 9)
+  ('Name a fruit.', True)
+  >>> first_prompt('Name a fruit. 10. Name a tree.', 9)
+  ('Name a fruit.', True)
+  >>> first_prompt('Name a fruit. Answer: A pear.', 9)
+  ('Name a fruit.', True)
+  """
+  line, _, rest = text.strip().partition('\n')
+  line = re.sub(r'^\d+[.)]\s+', '', line)
+  next_item = rf'{_SENTENCE_END}\s+{number + 1}[.)]\s'
+  prompt = re.split(f'{next_item}|{_ANSWER}', line, maxsplit=1)[0]
+  return prompt.strip(), bool(rest.strip()) or prompt != line
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Answers prompts: N candidates for the next round's pairs, or one answer to each held-out prompt."""
+"""Samples responses: N candidates per new prompt, or one response per held-out prompt."""
 from collections import Counter
 import itertools
 
@@ -8,12 +8,13 @@ from srlm_jax.sample import engine as engines, shards
 
 
 def run(config, workdir, on: str = 'prompts'):
-  """Writes responses-*.jsonl. `on` says what is answered, by whom, and where it goes:
+  """Writes responses-*.jsonl. `on` selects the prompts, the model and the output folder:
 
-  prompts  MODEL/prompts by the sampler -> MODEL/respond
-  older    MODEL/prompts by the model before the sampler (pairs.older) -> MODEL/respond_older
-  heldout  the held-out prompts of eval.split by the model itself, once each -> MODEL/answers
-  greedy   the same, always the most likely token -> MODEL/answers_greedy
+  prompts  the sampler responds to MODEL/prompts -> MODEL/respond
+  older    the model before the sampler (pairs.older) responds to the same prompts
+           -> MODEL/respond_older
+  heldout  MODEL itself responds once to each held-out prompt of eval.split -> MODEL/answers
+  greedy   as heldout, with greedy sampling -> MODEL/answers_greedy
   """
   spec = catalog.find('sample.respond', on)
   config = spec.view(config)
@@ -22,14 +23,14 @@ def run(config, workdir, on: str = 'prompts'):
     return
   is_held_out = on in ('heldout', 'greedy')
   n = 1 if is_held_out else config.respond.n
-  prefix = 'older' if on == 'older' else ''  # so that no two candidates of a prompt have one name
+  prefix = 'older' if on == 'older' else ''  # keeps the ids of a prompt's candidates distinct
 
   def items():
     rows = records.read(s.inputs[0], 'id', 'prompt')
     return (r for r in rows if not is_held_out or r['split'] == config.eval.split)
   total = sum(1 for _ in items())
   if not total:
-    raise InputError(f'{s.inputs[0]} holds no prompt to answer; make prompts first')
+    raise InputError(f'{s.inputs[0]} has no prompts to respond to; generate prompts first')
 
   def prompt(item, tokenizer):
     return templates.encode_prompt(config.chat, item['prompt'], tokenizer)
@@ -39,9 +40,10 @@ def run(config, workdir, on: str = 'prompts'):
                 response=text, finish=result.finish, tokens=len(result.ids),
                 logp=round(sum(result.logps), 4))
   share = hosts.share(total)
-  finishes = Counter(r['finish'] for r in shards.write(
+  responses = shards.write(
       s, config, 'responses', _sampling(config, on), itertools.islice(items(), *share),
-      len(range(*share)), prompt, record, n))
+      len(range(*share)), prompt, record, n)
+  finishes = Counter(r['finish'] for r in responses)
   s.finish(responses=finishes.total(), finished=finishes['eos'], cut=finishes['length'],
            too_long=finishes['too_long'])
 
@@ -54,4 +56,5 @@ def _sampling(config, on: str) -> engines.Sampling:
 
 
 if __name__ == '__main__':
-  cli.main(run, on=('prompts', 'What to answer: prompts, older (by the model before), heldout or greedy.'))
+  cli.main(run, on=('prompts', 'What to respond to: prompts, older (the same prompts, by the model '
+                               'before), heldout or greedy.'))

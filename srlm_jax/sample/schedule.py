@@ -1,4 +1,7 @@
-"""Requests, the slots in which their samples are made, and the order in which they leave. No arrays: ids and counts."""
+"""Assigns cache slots to the samples of requests and returns results in request order.
+
+Plain Python: it handles token ids and counts, no arrays.
+"""
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
@@ -9,35 +12,40 @@ from srlm_jax import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """One prompt to continue n times. Sample i draws its randomness from its name, `id/i`: the same in any company, on
-  any host, after a restart."""
+  """A prompt that is sampled n times.
+
+  The PRNG key of sample i comes from the name `id/i`. Its tokens are therefore batch-invariant, and
+  the same on every host and after a restart. Raises InputError if a field is out of range.
+  """
   id: str
-  ids: Sequence[int]  # the prompt, bos first
+  ids: Sequence[int]  # token ids of the prompt, bos first
   n: int = 1
-  about: Any = None  # the caller's own
-  lengths: Sequence[int] | None = None  # of each sample, to generate at most, where that is less than for all
+  data: Any = None    # the caller's data; not used here
+  lengths: Sequence[int] | None = None  # per sample, the maximum of generated tokens, if lower
 
   def __post_init__(self):
     if not len(self.ids):
       raise InputError(f'request {self.id} has an empty prompt')
     if self.n < 1:
-      raise InputError(f'request {self.id} asks for n = {self.n} samples; it is 1 or more')
+      raise InputError(f'request {self.id} has n = {self.n} samples; n must be at least 1')
     if self.lengths is not None and (len(self.lengths) != self.n or min(self.lengths) < 1):
-      raise InputError(f'request {self.id} has lengths = {self.lengths}; they are n = {self.n} numbers, 1 or more')
+      raise InputError(f'request {self.id} has lengths = {self.lengths}; it must have n = {self.n} '
+                       f'lengths of at least 1')
 
 
 @dataclasses.dataclass
 class Result:
-  ids: list[int]      # generated, with the eos if there was one
-  logps: list[float]  # log p of each under the model itself: before temperature and the cuts
-  finish: str = ''    # eos, length (cut at max_tokens), or too_long (the prompt leaves no room: not sampled)
+  """The generated tokens of one sample."""
+  ids: list[int]      # with the eos, if one was generated
+  logps: list[float]  # per token, under the model itself: before temperature, top-k and top-p
+  finish: str = ''    # eos; length: max_tokens reached; too_long: prompt too long, not sampled
 
 
 @dataclasses.dataclass
 class Part:
-  """Samples of one request that enter together, and their slots."""
+  """Samples of one request that get slots at the same time."""
   request: Request
-  numbers: Sequence[int]
+  numbers: Sequence[int]  # of the samples
   slots: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -45,27 +53,32 @@ class Part:
 class _Entry:
   request: Request
   results: list[Result]
-  missing: int  # results that are not finished
+  unfinished: int  # number of results
 
 
 class Schedule:
-  """Gives free slots to the samples that wait, first come, first served, and lets results leave in that order."""
+  """Assigns free slots to waiting samples in request order, and returns results in that order."""
 
-  def __init__(self, requests: Iterable[Request], slots: int, room: int, done: int, held: int, together: bool,
-               refill: bool):
-    """Prompts of more than `room` tokens are too long; the first `done` samples are known to the caller; at most `held`
-    requests are here at a time. Not `together`: a request's samples enter one by one; not `refill`: none enters before
-    all have ended."""
+  def __init__(self, requests: Iterable[Request], slots: int, prompt_limit: int, known: int,
+               max_held: int, together: bool, refill: bool):
+    """
+    prompt_limit: longer prompts, in tokens, are not sampled
+    known: the number of samples at the start of the stream that the caller already has
+    max_held: how many requests are read from the stream and not returned yet, at most
+    together: all samples of a request get slots at the same time; otherwise each alone
+    refill: free slots are reused at once; otherwise after all running samples have finished
+    """
     self._requests = iter(requests)
-    self._room, self._done, self._held, self._refill = room, done, held, refill
-    self._most = slots if together else 1  # samples of a part
+    self._prompt_limit, self._known = prompt_limit, known
+    self._max_held, self._refill = max_held, refill
+    self._part_size = slots if together else 1
     self._free = list(range(slots))[::-1]
-    self._entries = deque()  # in order, from the first that has not left
-    self._waiting = deque()  # (entry, part) that have no slots yet
+    self._entries = deque()  # requests that have not been returned, in order
+    self._waiting = deque()  # (entry, part) without slots
     self.running: dict[int, tuple[_Entry, Result]] = {}  # by slot
 
   def admit(self) -> list[Part]:
-    """The parts that enter now."""
+    """Assigns free slots -> the parts that start now."""
     parts = []
     if self.running and not self._refill:
       return parts
@@ -79,33 +92,36 @@ class Schedule:
     return parts
 
   def add(self, slot: int, ids: list[int], logps: list[float], finish: str):
-    """What a slot has generated; with a `finish` (eos or length) it is free again."""
+    """Adds generated tokens to a slot's result; `finish` (eos or length) frees the slot."""
     entry, result = self.running[slot]
     result.ids += ids
     result.logps += logps
     if finish:
       result.finish = finish
-      entry.missing -= 1
+      entry.unfinished -= 1
       del self.running[slot]
       self._free.append(slot)
 
   def name(self, slot: int) -> str:
-    """Whose tokens a slot makes."""
+    """The id of the request that runs in a slot."""
     return self.running[slot][0].request.id
 
   def leave(self) -> Iterator[tuple[Request, list[Result]]]:
-    """The requests that are finished and have no unfinished one before them."""
-    while self._entries and not self._entries[0].missing:
+    """Yields and removes the finished requests that have no unfinished one before them."""
+    while self._entries and not self._entries[0].unfinished:
       entry = self._entries.popleft()
       yield entry.request, entry.results
 
   def done(self) -> bool:
-    """Nothing is here and nothing comes; looks for the next request."""
+    """Whether every request has been returned; may read the next request from the stream."""
     return not self._pull() and not self._entries
 
   def _pull(self) -> bool:
-    """Takes requests in until some part waits for slots; False where there is none, or no place to hold it."""
-    while not self._waiting and len(self._entries) < self._held:
+    """Reads requests until a part waits for slots -> whether one does.
+
+    None does if the stream has ended or `max_held` requests are held.
+    """
+    while not self._waiting and len(self._entries) < self._max_held:
       request = next(self._requests, None)
       if request is None:
         break
@@ -113,11 +129,13 @@ class Schedule:
     return bool(self._waiting)
 
   def _enter(self, request: Request):
-    known, self._done = self._done >= request.n, max(self._done - request.n, 0)
-    fits = len(request.ids) <= self._room
-    results = [] if known else [Result([], [], '' if fits else 'too_long') for _ in range(request.n)]
-    entry = _Entry(request, results, len(results) if fits else 0)
+    """Adds a request and, unless it is known or too long, its waiting parts."""
+    is_known, self._known = self._known >= request.n, max(self._known - request.n, 0)
+    fits = len(request.ids) <= self._prompt_limit
+    results = [] if is_known else [
+        Result([], [], '' if fits else 'too_long') for _ in range(request.n)]
+    entry = _Entry(request, results, unfinished=len(results) if fits else 0)
     self._entries.append(entry)
-    for first in range(0, entry.missing, self._most):
-      numbers = range(first, min(first + self._most, request.n))
+    for first in range(0, entry.unfinished, self._part_size):
+      numbers = range(first, min(first + self._part_size, request.n))
       self._waiting.append((entry, Part(request, numbers)))

@@ -1,4 +1,4 @@
-"""What the sampling stages share: load the model, sample requests, write records, one shard per host."""
+"""The common part of the sampling stages: loads the model, samples, and writes a shard per host."""
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -13,11 +13,15 @@ def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: 
           record: Callable[[dict, int, str, engines.Result], dict], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
           ) -> Iterator[dict]:
-  """Begins the stage, samples `n` texts for each of this host's items, and writes them.
+  """Begins the stage, samples n texts for each of this host's items and writes their records.
 
-  `items`, `count` of them, have an `id`; `prompt` gives the ids of one's prompt, `record` the record
-  of its i-th sample: (item, i, text, result). `check` may raise InputError, before anything is
-  written. Returns the records of all hosts, in the order of the items; a killed run is resumed.
+  stem: records go to stem-*.jsonl
+  items: dicts with an id, one per prompt; `count` of them
+  prompt: (item, tokenizer) -> token ids of the prompt
+  record: (item, index of the sample, text, result) -> record
+  check: (engine, tokenizer); may raise InputError before anything is written
+
+  Yields the records of all hosts in the order of the items. Resumes a killed run.
   """
   engine, tokenizer = engines.load(config, s.models[0], s.title)
   engine.room(sampling)  # raises InputError if the context is too short
@@ -26,9 +30,9 @@ def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: 
   s.begin(engines.host_mesh(config))
   requests = (engines.Request(item['id'], prompt(item, tokenizer), n, item) for item in items)
 
-  def line(request, i, result):
-    return record(request.about, i, tokenizer.decode(result.ids).strip(), result)
+  def sample_record(request, i, result):
+    return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
   path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
-  engines.run(engine, requests, n * count, sampling, path, line)
-  hosts.sync(f'{s.title} sampled')  # so that all shards are there to read
+  engines.run(engine, requests, n * count, sampling, path, sample_record)
+  hosts.sync(f'{s.title} sampled')  # every shard must be complete before any host reads them
   return records.read_shards(s.folder, stem)

@@ -1,4 +1,4 @@
-"""Makes the sandbox's data: the seeds of a run; or, for m0, the corpus and the tokenizer.
+"""Makes the data of the sandbox: the seeds of a run or, for m0, the corpus and the tokenizer.
 
   python -m srlm_jax.sandbox --config=configs/sft.py:tiny --workdir=runs/demo
   python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
@@ -11,15 +11,19 @@ from srlm_jax import catalog, cli, hosts, records, stage
 from srlm_jax.models import config as model_config
 from srlm_jax.sandbox import corpus, people
 
-M0 = epath.resource_path('srlm_jax') / 'sandbox' / 'm0'  # what `make sandbox-m0` made, as a Hugging Face folder
+# The trained M0 as a Hugging Face folder; `make sandbox-m0` made it.
+M0 = epath.resource_path('srlm_jax') / 'sandbox' / 'm0'
 
 
 def run(config, workdir):
-  (make_corpus if config.name == 'm0' else make_seeds)(config, workdir)
+  if config.name == 'm0':
+    make_corpus(config, workdir)
+  else:
+    make_seeds(config, workdir)
 
 
 def make_seeds(config, workdir):
-  """Writes data/seeds: ift.jsonl, ranked.jsonl, heldout.jsonl."""
+  """Writes ift.jsonl, ranked.jsonl and heldout.jsonl into data/seeds."""
   spec = catalog.find('sandbox')
   config = spec.view(config)
   s = stage.Stage(spec, config, workdir)
@@ -28,15 +32,16 @@ def make_seeds(config, workdir):
   s.begin()
   c = config.data
   if hosts.is_first_host():
-    made = people.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.ranked_tune, c.test_prompts,
-                        c.valid_prompts)
+    made = people.seeds(config.seed, c.ift, c.ranked_train, c.ranked_eval, c.ranked_tune,
+                        c.test_prompts, c.valid_prompts)
     for name, rows in made.items():
       records.write(s.folder / f'{name}.jsonl', rows)
-  s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval + c.ranked_tune, heldout=c.test_prompts + c.valid_prompts)
+  s.finish(ift=c.ift, ranked=c.ranked_train + c.ranked_eval + c.ranked_tune,
+           heldout=c.test_prompts + c.valid_prompts)
 
 
 def make_corpus(config, workdir):
-  """Writes data/corpus: corpus.jsonl, tokenizer.model."""
+  """Writes corpus.jsonl and tokenizer.model into data/corpus."""
   spec = catalog.find('sandbox', 'corpus')
   config = spec.view(config)
   s = stage.Stage(spec, config, workdir)
@@ -44,10 +49,12 @@ def make_corpus(config, workdir):
     return
   s.begin()
   if hosts.is_first_host():
+    path = s.folder / 'corpus.jsonl'
     texts = corpus.documents(config.seed, config.data.documents)
-    records.write(s.folder / 'corpus.jsonl', (dict(id=f'd{i}', text=text) for i, text in enumerate(texts)))
-    some = (row['text'] for row in itertools.islice(records.read(s.folder / 'corpus.jsonl'), corpus.TOKENIZED))
-    corpus.train_tokenizer(some, s.folder / 'tokenizer.model', model_config.PRESETS[config.model].V)
+    records.write(path, (dict(id=f'd{i}', text=text) for i, text in enumerate(texts)))
+    sample = itertools.islice(records.read(path), corpus.TOKENIZED)
+    corpus.train_tokenizer((row['text'] for row in sample), s.folder / 'tokenizer.model',
+                           model_config.PRESETS[config.model].V)
   s.finish(documents=config.data.documents)
 
 

@@ -1,4 +1,7 @@
-"""What the oracle thinks of a round: of the sampler's candidates, of its judgements, and of the pairs made of them."""
+"""Compares one iteration's judgements and preference pairs with the oracle.
+
+The oracle is the program that grades sandbox responses (`world.grade`).
+"""
 import statistics
 
 from srlm_jax import catalog, cli, hosts, records, stage
@@ -7,7 +10,7 @@ from srlm_jax.sandbox import world
 
 
 def run(config, workdir):
-  """MODEL/respond, judge and pairs -> MODEL/audit/audit.json; prompts that are not of the world are left out."""
+  """MODEL/respond, MODEL/judge and MODEL/pairs -> MODEL/audit/audit.json."""
   spec = catalog.find('sandbox.audit')
   config = spec.view(config)
   folder = spec.folder(workdir, config).parent
@@ -16,34 +19,44 @@ def run(config, workdir):
   if s.done:
     return
   responses = list(records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response'))
-  judged = scoring.by_response(records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score'),
-                               config.judge.quorum)
+  judgements = records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score')
+  means = {name: score.mean
+           for name, score in scoring.by_response(judgements, config.judge.quorum).items()
+           if score.mean is not None}
   s.begin()
-  found = measure(responses, {name: x.mean for name, x in judged.items() if x.mean is not None},
-                  list(records.read(pairs)) if pairs.exists() else [])
+  found = measure(responses, means, list(records.read(pairs)) if pairs.exists() else [])
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)
   s.finish(**{key: found[key] for key in ('right', 'tied', 'wrong', 'judge_mean', 'oracle_mean')})
 
 
 def measure(responses: list[dict], judged: dict[str, float], pairs: list[dict]) -> dict:
-  """Shares of pairs in which the oracle, too, prefers the chosen (right), neither (tied) or the rejected (wrong); the
-  means of judge and oracle over the candidates that were judged: where the first alone rises, the judge is deceived."""
+  """Candidates, mean judge scores by response id, pairs -> the numbers of audit.json.
+
+  right, tied, wrong: shares of the pairs in which the oracle prefers the chosen response, neither,
+  or the rejected one. judge_mean, oracle_mean: means over the judged candidates; if judge_mean
+  alone rises over the iterations, that is reward hacking. within_half: share of judged candidates
+  whose judge score is within half a point of the oracle's. characters: mean length of a candidate.
+  Prompts that are not sandbox instructions count only in `candidates` and `characters`. A share or
+  a mean of nothing is None.
+  """
   known = [r for r in responses if world.parse(r['prompt'])]
   grades = {r['id']: sum(world.grade(r['prompt'], r['response'])) for r in known}
   both = [(judged[name], grade) for name, grade in grades.items() if name in judged]
-  margins = [grades[p['chosen_id']] - grades[p['rejected_id']] for p in pairs if p['chosen_id'] in grades]
-
-  def share(holds):
-    return round(statistics.fmean(map(holds, margins)), 4) if margins else None
+  margins = [grades[p['chosen_id']] - grades[p['rejected_id']]
+             for p in pairs if p['chosen_id'] in grades]
   return dict(
       candidates=len(responses), of_the_world=len(known), judged=len(both), pairs=len(pairs),
-      right=share(lambda m: m > 0), tied=share(lambda m: m == 0), wrong=share(lambda m: m < 0),
-      judge_mean=round(statistics.fmean(j for j, _ in both), 4) if both else None,
-      oracle_mean=round(statistics.fmean(o for _, o in both), 4) if both else None,
-      within_half=round(statistics.fmean(abs(j - o) <= 0.5 for j, o in both), 4) if both else None,
-      characters=round(statistics.fmean(len(r['response']) for r in responses), 2) if responses else None,
+      right=_mean([m > 0 for m in margins]), tied=_mean([m == 0 for m in margins]),
+      wrong=_mean([m < 0 for m in margins]),
+      judge_mean=_mean([j for j, _ in both]), oracle_mean=_mean([o for _, o in both]),
+      within_half=_mean([abs(j - o) <= 0.5 for j, o in both]),
+      characters=_mean([len(r['response']) for r in responses], digits=2),
       oracle_histogram=scoring.histogram(list(grades.values())))
+
+
+def _mean(values: list[float], digits: int = 4) -> float | None:
+  return round(statistics.fmean(values), digits) if values else None
 
 
 if __name__ == '__main__':

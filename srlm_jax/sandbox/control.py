@@ -1,4 +1,4 @@
-"""Scores candidates without a judge, to compare with one: by the program that knows the rubric, or blindly."""
+"""Control experiments: the oracle or random scores replace the judge."""
 import zlib
 
 from srlm_jax import catalog, cli, hosts, InputError, records, stage
@@ -7,36 +7,40 @@ from srlm_jax.sandbox import world
 
 
 def run(config, workdir):
-  """MODEL/respond -> MODEL/judge, as the judge stage writes it: the sampler's candidates scored by `judge.by`."""
+  """MODEL/respond -> MODEL/judge in the format of the judge stage, scored by `judge.by`."""
   spec = catalog.find('sandbox.control')
   config = spec.view(config)
   by = config.judge.by
   if by == 'model':
-    raise InputError('config.judge.by is model; run python -m srlm_jax.sample.judge, or name oracle or random')
+    raise InputError('config.judge.by is model; run python -m srlm_jax.sample.judge, '
+                     'or set it to oracle or random')
   judge = judges.load(config.judge.template)
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  responses = list(records.read_shards(s.inputs[0].parent, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
+  responses = list(records.read_shards(
+      s.inputs[0].parent, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
   s.begin()
-  judged = [_judgement(r, j, by, config.seed, judge) for r in responses for j in range(config.judge.n)]
+  judged = [_judgement(r, j, by, config.seed, judge)
+            for r in responses for j in range(config.judge.n)]
   if hosts.is_first_host():
     records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
-  s.finish(judgements=len(judged), parsed=sum(j['score'] is not None for j in judged), lowest=judge.lowest,
-           highest=judge.highest, unparsed={})
+  s.finish(judgements=len(judged), parsed=sum(j['score'] is not None for j in judged),
+           lowest=judge.lowest, highest=judge.highest, unparsed={})
 
 
-def _judgement(response, j: int, by: str, seed: int, judge) -> dict:
+def _judgement(response: dict, j: int, by: str, seed: int, judge) -> dict:
+  """The judgement record number `j` of a response; no score for prompts outside the sandbox."""
   name = f'{response["id"]}/{j}'
-  if by == 'random':  # by the name, so that no order matters
-    score = float(judge.lowest + zlib.crc32(f'{seed}/{name}'.encode()) % (judge.highest - judge.lowest + 1))
+  score = None
+  if by == 'random':  # a hash of the id, so the score does not depend on the order of the records
+    values = judge.highest - judge.lowest + 1
+    score = float(judge.lowest + zlib.crc32(f'{seed}/{name}'.encode()) % values)
   elif world.parse(response['prompt']):
     score = float(sum(world.grade(response['prompt'], response['response'])))
-  else:
-    score = None
   return dict(id=name, prompt_id=response['prompt_id'], response_id=response['id'], j=j,
               text=judge.state(score) if score is not None else '', score=score,
-              reason='' if score is not None else 'not of the sandbox', finish='eos')
+              reason='' if score is not None else 'not a sandbox prompt', finish='eos')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The text from which the sandbox's M0 learns: facts, chats, lists of tasks, and reviews of answers."""
+"""The pretraining corpus of the sandbox's M0: facts, chats, lists of tasks and reviews."""
 from collections.abc import Iterable, Iterator
 import string
 
@@ -11,19 +11,22 @@ from srlm_jax.data import templates
 from srlm_jax.reward import judges
 from srlm_jax.sandbox import people, world
 
-SHARES = dict(facts=0.04, drill=0.18, chat=0.26, check=0.18, judged=0.24, tasks=0.10)  # of the documents
-TOKENIZED = 30_000  # documents from which the tokenizer is learnt
-SENTENCES = 5  # of a document of facts
-REPEATED = 12  # words, at most, of a drill
+# The share of each kind of document.
+SHARES = dict(facts=0.04, drill=0.18, chat=0.26, check=0.18, judged=0.24, tasks=0.10)
+TOKENIZED = 30_000  # documents that train the tokenizer
+SENTENCES = 5  # per document of facts
+REPEATED = 12  # maximum words of a drill
 SHOTS = 8  # tasks before the one to write, as in the paper
-SCORED = 0.35  # of the judged documents have a score: M0 knows how to check, and has seen few verdicts
-WRONG_SCORE = 0.4  # of the scores are drawn blindly
-WRONG_REVIEW = 0.05  # of the scored reviews speak of another answer
-CHOICE = 0.15  # of the judged documents are by letters
+# M0 learns to check responses well but sees few scores, and many of the scores are wrong. The
+# judge can therefore still improve.
+SCORED = 0.35  # share of judgements that end with a score
+WRONG_SCORE = 0.4  # share of scores that are random
+WRONG_REVIEW = 0.05  # share of scored judgements that review another response
+CHOICE = 0.15  # share of judgements by the multiple-choice judge
 
 
 def documents(seed: int, count: int) -> Iterator[str]:
-  """Yields `count` documents; no instruction in them is of the held-out splits."""
+  """Yields `count` documents. They contain no instruction of the held-out splits."""
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
   points, letters = judges.load('sandbox'), judges.load('sandbox_choice')
@@ -31,7 +34,7 @@ def documents(seed: int, count: int) -> Iterator[str]:
     kind = rng.choice(list(SHARES), p=list(SHARES.values()))
     if kind == 'facts':
       yield ' '.join(world.statement(rng) for _ in range(SENTENCES))
-    elif kind == 'drill':  # without it, a model this small learns late to repeat a word that it sees
+    elif kind == 'drill':  # without drills, a model of this size learns to copy words very late
       words = world.sample(rng, tuple(world.WORDS.values()), int(rng.integers(3, REPEATED + 1)))
       yield f'Repeat: {" ".join(words)}\nAgain: {" ".join(words)}'
     elif kind == 'tasks':
@@ -39,46 +42,54 @@ def documents(seed: int, count: int) -> Iterator[str]:
       yield author.replace('{shots}', '\n'.join(tasks))
     else:
       prompt = world.instruction(rng)
-      response = people.answer(prompt, rng, people.quality(rng))
+      response = people.answer(prompt, rng, people.draw_quality(rng))
       if kind == 'chat':
         yield _chat(prompt, response)
       elif kind == 'check':
-        yield f'Task: {prompt}\n<response> {response} </response>\nReview: {world.review(prompt, response)}'
+        yield (f'Task: {prompt}\n<response> {response} </response>\n'
+               f'Review: {world.review(prompt, response)}')
       else:
         judge = letters if rng.random() < CHOICE else points
-        yield _chat(judge.render(prompt=prompt, response=response), _judgement(prompt, response, judge, rng))
+        yield _chat(judge.render(prompt=prompt, response=response),
+                    _judgement(prompt, response, judge, rng))
 
 
 def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
-  """Writes a SentencePiece BPE model to `path`, which must lose no character of a template or of ASCII."""
+  """Writes a SentencePiece BPE model to `path`.
+
+  Raises InputError if it cannot represent every character of ASCII and of the templates.
+  """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('wb') as file:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=file, model_type='bpe', vocab_size=vocab_size,
-        character_coverage=1.0,  # the default drops rare characters, the digits of the scores among them
+        character_coverage=1.0,  # the default drops rare characters, such as the score digits
         required_chars=string.printable[:94],
-        normalization_rule_name='identity', remove_extra_whitespaces=False, user_defined_symbols=['\n'],
-        unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
+        normalization_rule_name='identity', remove_extra_whitespaces=False,
+        user_defined_symbols=['\n'], unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
   pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
   used = [judges.load(name) for name in ('sandbox', 'sandbox_choice')]
-  known = [text for judge in used for text in (judge.text, judge.example)]
-  for text in (*known, templates.load_author('sandbox'), _chat('a', 'b'), string.digits):
+  required = [text for judge in used for text in (judge.text, judge.example)]
+  for text in (*required, templates.load_author('sandbox'), _chat('a', 'b'), string.digits):
     ids = pieces.encode(text)
     if pieces.unk_id() in ids or pieces.decode(ids) != text:
-      raise InputError(f'{path} loses characters of "{text}"; train it on text that holds the templates')
+      raise InputError(f'{path} cannot represent every character of "{text}"; '
+                       f'train it on text that contains the templates')
 
 
-def _judgement(prompt, response, judge, rng):
-  """A right review, or a doubtful one with a score: M0 knows how to check, and judges like most people."""
+def _judgement(prompt: str, response: str, judge, rng: np.random.Generator) -> str:
+  """A correct review without a score; with probability SCORED, a noisy review and a noisy score."""
   if rng.random() >= SCORED:
     return world.review(prompt, response)
   score = sum(world.grade(prompt, response))
   if rng.random() < WRONG_SCORE:
     score = int(rng.integers(6))
-  reviewed = people.answer(prompt, rng, people.quality(rng)) if rng.random() < WRONG_REVIEW else response
+  reviewed = response
+  if rng.random() < WRONG_REVIEW:
+    reviewed = people.answer(prompt, rng, people.draw_quality(rng))
   return f'{world.review(prompt, reviewed)}\n{judge.state(score)}'
 
 
-def _chat(prompt, response):
+def _chat(prompt: str, response: str) -> str:
   return f'User: {prompt}\nAssistant: {response}'

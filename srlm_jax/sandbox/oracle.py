@@ -1,4 +1,4 @@
-"""What the program that knows the rubric says of a model: of its answers, and of its judgements."""
+"""Scores a model's responses and its judgements with the oracle, the program that grades them."""
 import statistics
 
 import numpy as np
@@ -7,48 +7,66 @@ from srlm_jax import catalog, cli, config as configs, hosts, records, stage
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
+_SUMMARY = ('score', 'standard_error', 'greedy', 'judge_pairwise', 'judge_exact', 'ceiling')
+
 
 def run(config, workdir):
-  """MODEL/answers, answers_greedy and judge_eval -> MODEL/oracle/oracle.json: the mean score of 5 of the answers to
-  held-out prompts, each point's share, length, histogram, and `judge`, as `of_judge` says; and graded.jsonl, every
-  sampled answer with its score."""
+  """MODEL/answers, answers_greedy and judge_eval -> MODEL/oracle/oracle.json and graded.jsonl.
+
+  oracle.json has the numbers of `of_answers` and `of_judge`, and `greedy`, the mean score of the
+  greedy responses. graded.jsonl has every sampled response with its score, 0 to 5.
+  """
   spec = catalog.find('sandbox.oracle')
   config = spec.view(config)
   folder = spec.folder(workdir, config).parent
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  answers, greedy = (list(records.read_shards(folder / name, 'responses', 'prompt', 'response', 'finish'))
-                     for name in ('answers', 'answers_greedy'))
-  judged = scoring.by_response(records.read_shards(folder / 'judge_eval', 'judgements', 'response_id', 'score'),
-                               config.eval.quorum)
+  answers, greedy = (
+      list(records.read_shards(folder / name, 'responses', 'prompt', 'response', 'finish'))
+      for name in ('answers', 'answers_greedy'))
+  judgements = records.read_shards(folder / 'judge_eval', 'judgements', 'response_id', 'score')
+  judged = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
   points = [world.grade(a['prompt'], a['response']) for a in answers]
-  scores = [sum(p) for p in points]
-  count = len(scores)
-  result = dict(score=statistics.fmean(scores), standard_error=scoring.standard_error(scores), prompts=count,
-                greedy=statistics.fmean(sum(world.grade(a['prompt'], a['response'])) for a in greedy),
-                points=[sum(p[i] for p in points) / count for i in range(5)],
-                characters=sum(len(a['response']) for a in answers) / count,
-                finished=sum(a['finish'] == 'eos' for a in answers) / count, histogram=scoring.histogram(scores))
   split = configs.ranked_split(config)
-  result |= of_judge([r for r in records.read(s.inputs[0], 'id', 'prompt', 'split', 'replies') if r['split'] == split],
-                     {name: score.mean for name, score in judged.items()})
+  ranked = [r for r in records.read(s.inputs[0], 'id', 'prompt', 'split', 'replies')
+            if r['split'] == split]
+  result = of_answers(answers, points)
+  result['greedy'] = statistics.fmean(sum(world.grade(a['prompt'], a['response'])) for a in greedy)
+  result |= of_judge(ranked, {name: score.mean for name, score in judged.items()})
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
-    records.write(s.folder / 'graded.jsonl', (dict(a, score=x) for a, x in zip(answers, scores, strict=True)))
-  s.finish(**{key: value if value is None else round(value, 3)
-              for key in ('score', 'standard_error', 'greedy', 'judge_pairwise', 'judge_exact', 'ceiling')
-              for value in (result[key],)})
+    graded = (dict(a, score=sum(p)) for a, p in zip(answers, points, strict=True))
+    records.write(s.folder / 'graded.jsonl', graded)
+  s.finish(**{key: None if result[key] is None else round(result[key], 3) for key in _SUMMARY})
+
+
+def of_answers(answers: list[dict], points: list[tuple[bool, ...]]) -> dict:
+  """Response records and their points (`world.grade`) -> the numbers of the responses.
+
+  score: mean number of points, with its standard error over prompts. points: for each point, the
+  share of responses that earn it. characters: mean length. finished: share that ended with eos.
+  """
+  scores = [sum(p) for p in points]
+  count = len(scores)
+  return dict(
+      score=statistics.fmean(scores), standard_error=scoring.standard_error(scores), prompts=count,
+      points=[sum(p[i] for p in points) / count for i in range(5)],
+      characters=sum(len(a['response']) for a in answers) / count,
+      finished=sum(a['finish'] == 'eos' for a in answers) / count,
+      histogram=scoring.histogram(scores))
 
 
 def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
-  """Ranked prompts and the mean score of each reply by its response id -> how well the judge agrees with the program.
+  """Ranked prompts and mean judge scores by response id -> agreement of judge and oracle.
 
-  judge_pairwise: of the `judge_pairs` pairs of scored replies with different grades, the share that the scores order
-  as the grades do (ties are errors); judge_exact: of the `judge_replies` scored replies, the share whose mean score,
-  rounded, is the grade. ceiling: the share of all `ceiling_pairs` pairs that the grades order as people rank them:
-  what a judge that never errs reaches against these noisy ranks. None where undefined. intervals: 95 %, over prompts.
+  judge_pairwise: over the `judge_pairs` pairs of scored replies with different grades, the share
+  that the judge orders as the grades do; ties count as errors. judge_exact: over the
+  `judge_replies` scored replies, the share whose rounded mean score equals the grade. ceiling:
+  over all `ceiling_pairs` pairs, the share that the grades order as the human ranks do; a perfect
+  judge reaches this pairwise accuracy, because the ranks are noisy. intervals: the 95 % interval of
+  each, over prompts. Undefined values are None.
   """
   sums, counts = [], []
   for r in ranked:
@@ -62,10 +80,12 @@ def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
     counts.append([len(by_grade), len(exact), len(by_rank)])
   sums, counts = (np.array(rows, float).reshape(-1, 3) for rows in (sums, counts))
   names = ('judge_pairwise', 'judge_exact', 'ceiling')
-  found = {name: float(above / below) if below else None
-           for name, above, below in zip(names, sums.sum(0), counts.sum(0), strict=True)}
-  sizes = dict(zip(('judge_pairs', 'judge_replies', 'ceiling_pairs'), counts.sum(0).astype(int).tolist(), strict=True))
-  return dict(found, **sizes, intervals=dict(zip(names, scoring.intervals(sums, counts), strict=True)))
+  shares = {name: float(hits / total) if total else None
+            for name, hits, total in zip(names, sums.sum(0), counts.sum(0), strict=True)}
+  sizes = dict(zip(('judge_pairs', 'judge_replies', 'ceiling_pairs'),
+                   counts.sum(0).astype(int).tolist(), strict=True))
+  intervals = dict(zip(names, scoring.intervals(sums, counts), strict=True))
+  return dict(shares, **sizes, intervals=intervals)
 
 
 if __name__ == '__main__':

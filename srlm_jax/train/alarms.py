@@ -1,25 +1,26 @@
-"""Warnings about the curves of DPO that are easy to overlook."""
+"""Alarms for two failures of DPO that its training curves show but a reader may overlook."""
 from collections.abc import Sequence
 
 import numpy as np
 
 
 class Alarms:
-  """What the curves of DPO show and their reader may not: each alarm is a scalar, 0 or 1, and a sentence when it rises.
+  """Each alarm is a scalar, 0 or 1, and a sentence when it is raised.
 
-  `chosen_falling`: over the last WINDOW looks, the chosen responses are less likely than over the first WINDOW of the
-  run, by more than ERRORS standard errors. (Not than under the reference: dropout is on in the policy alone, and makes
-  every response less likely.) `margin_without_accuracy`: the mean margin is above MARGIN, and less than ACCURACY of the
-  pairs have one above 0: a few pairs make it.
+  `chosen_falling`: over the last WINDOW logged steps, the chosen responses are less likely than
+  over the first WINDOW of the run, by more than ERRORS standard errors. The comparison is not with
+  the reference, because dropout acts on the policy alone and makes every response less likely.
+  `margin_without_accuracy`: the mean margin is above MARGIN, but less than ACCURACY of the pairs
+  have a positive margin, so that a few pairs produce the mean.
   """
   WINDOW, ERRORS, MARGIN, ACCURACY = 5, 3, 0.1, 0.55
 
   def __init__(self, before: Sequence[dict] = ()):
-    """`before`: the scalars of earlier looks."""
+    """`before`: the metrics of the steps logged before, by a run that is resumed."""
     self._seen, self._on = [scalars for scalars in before if 'margin' in scalars], {}
 
   def look(self, scalars: dict) -> tuple[dict[str, int], list[str]]:
-    """Metrics of a step -> the alarms, and the sentences of those that have just gone off; none for SFT."""
+    """Metrics of a step -> the alarms, and the sentences of those just raised; none for SFT."""
     if 'margin' not in scalars:
       return {}, []
     self._seen = [*self._seen, scalars]
@@ -35,10 +36,11 @@ class Alarms:
         chosen_falling=bool(full and fall > self.ERRORS * error),
         margin_without_accuracy=bool(full and margin > self.MARGIN and accuracy < self.ACCURACY))
     sentences = dict(
-        chosen_falling=f'the chosen responses become less likely, too (chosen_reward {now.mean():.3g}, at first '
-                       f'{first.mean():.3g}); lower the learning rate, or add train.nll',
-        margin_without_accuracy=f'the mean margin is {margin:.3g}, and {accuracy:.0%} of the pairs have one above 0; a '
-                                f'few pairs make it')
+        chosen_falling=f'the chosen responses also become less likely (chosen_reward '
+                       f'{now.mean():.3g}, at first {first.mean():.3g}); lower the learning rate, '
+                       f'or add train.nll',
+        margin_without_accuracy=f'the mean margin is {margin:.3g}, but only {accuracy:.0%} of the '
+                                f'pairs have a positive margin; a few pairs produce the mean')
     new = [sentences[name] for name, on in found.items() if on and not self._on.get(name)]
     self._on = found
     return {f'alarm_{name}': int(on) for name, on in found.items()}, new

@@ -1,26 +1,33 @@
-"""Losses: log-probabilities in, sums over examples out."""
+"""Losses: log-probs in, losses out."""
 import jax
 
 
-def sft_loss(logps):
-  """Token log-probs [B, R], 0 where there is none -> their negative sum."""
-  return -logps.sum()
+def sft_loss(token_logps):
+  """token_logps [B, N], 0 where there is no target -> their negative sum []."""
+  return -token_logps.sum()
 
 
-def dpo_loss(ratios, beta, confidence):
-  """Log-ratios of policy to reference [..., 2], of chosen and rejected -> losses [...] and margins [...].
+def dpo_loss(log_ratios, beta, soft_label):
+  """log_ratios [..., 2], soft_label [...] -> losses [...] and margins [...].
 
-  Of sums of log-probs it is DPO itself: Rafailov et al. 2023, eq. 7. Each divided by the tokens of its response, it is
-  the length-normalised DPO of Tulu 3 (Lambert et al. 2024, 2411.15124, section 5). confidence [...] is the probability
-  that chosen is the better one; 1 gives eq. 7. Wang et al. 2024 (CREAM, 2410.12735): the loss is that of both orders,
-  weighted by it: -c log s(m) - (1 - c) log s(-m), and log s(-m) is log s(m) - m.
+  `log_ratios` are log-probs under the policy minus those under the reference, of chosen and
+  rejected. As sums over tokens they give DPO (Rafailov et al. 2023, eq. 7); each divided by the
+  response's number of tokens they give length-normalized DPO (Tulu 3, Lambert et al. 2024,
+  2411.15124, section 5).
+
+  `soft_label` is the probability that chosen is better; 1 gives eq. 7. It weights the losses of
+  both orders (CREAM, Wang et al. 2024, 2410.12735): -c log s(m) - (1 - c) log s(-m), where
+  log s(-m) = log s(m) - m.
   """
-  margin = beta * (ratios[..., 0] - ratios[..., 1])
-  return -jax.nn.log_sigmoid(margin) + (1 - confidence) * margin, margin
+  margin = beta * (log_ratios[..., 0] - log_ratios[..., 1])
+  return -jax.nn.log_sigmoid(margin) + (1 - soft_label) * margin, margin
 
 
-def nll(logp, length):
-  """Sums of log-probs [...] of the chosen responses, and their tokens [...] -> [...]: the term beside DPO in Iterative
-  RPO, the negative log-likelihood by token (Pang et al. 2024, 2404.19733, section 2; there it has the weight 1, and DPO
-  alpha, which is the same as 1 / alpha here, but for the learning rate)."""
-  return -logp / length
+def nll(logps, lengths):
+  """Log-probs [...] of the chosen responses and their numbers of tokens [...] -> [...].
+
+  The negative log-likelihood per token that Iterative RPO adds to DPO (Pang et al. 2024,
+  2404.19733, section 2). There it has weight 1 and DPO has alpha, which equals a weight of
+  1 / alpha here up to the learning rate.
+  """
+  return -logps / lengths

@@ -1,4 +1,4 @@
-"""DPO's reference log-probs, computed once and kept: MODEL/reference/logps.jsonl, a line a pair."""
+"""Log-probs of DPO's reference, computed once: MODEL/reference/logps.jsonl, one line per pair."""
 import hashlib
 
 import jax
@@ -8,49 +8,55 @@ import tqdm
 
 from srlm_jax import catalog, hosts, InputError, metrics, records, sharding, stage
 from srlm_jax.checkpoint import store
-from srlm_jax.data.packing import Batches
-from srlm_jax.train import step as train_step
+from srlm_jax.data.packing import Packing
+from srlm_jax.train import batch as batches, step as train_step
 
 FILE = 'logps.jsonl'
 
 
-def cached(config, workdir, files, source, model, batches: Batches, mesh) -> dict[str, list[float]]:
-  """{id of a pair: [log p of chosen, of rejected]} under the parameters in `source`; a mesh must be set.
+def cached(config, workdir, files, source, model, packed: Packing,
+           mesh) -> dict[str, list[float]]:
+  """-> {id of a pair: log-probs [chosen, rejected]} under the parameters in `source`.
 
-  What is there already is read, and what a kill left half-written is gone on with. The stage's manifest holds the
-  hashes of parameters, pairs, tokens and chat template: a folder made with others is an InputError.
+  A mesh must be set. Reads a finished file, and resumes one that an interrupted run left. The
+  stage's manifest holds hashes of parameters, pairs, tokens and chat template; InputError for a
+  folder made with others.
   """
-  tokens = hashlib.sha256('\n'.join(map(repr, batches.examples)).encode()).hexdigest()
+  tokens = hashlib.sha256('\n'.join(map(repr, packed.all)).encode()).hexdigest()
   s = stage.Stage(catalog.find('train', 'reference'), config, workdir, f'{config.chat} {tokens}',
                   files)
   path = s.folder / FILE
   if not s.done:
     s.begin(mesh)
-    _compute(s, path, store.restore_params(source, mesh, config.train.dtype)[0], model, batches, mesh)
-    s.finish(pairs=len(batches.examples))
+    params, _ = store.restore_params(source, mesh, config.train.dtype)
+    _compute(s, path, params, model, packed, mesh)
+    s.finish(pairs=len(packed.all))
   found = {r['id']: [r['chosen'], r['rejected']] for r in records.read(path, 'id')}
-  if found.keys() != {e.id for e in batches.examples}:
-    raise InputError(f'{path} does not hold every pair once; delete {s.folder}')
+  if found.keys() != {e.id for e in packed.all}:
+    raise InputError(f'{path} does not hold every pair exactly once; delete {s.folder}')
   return found
 
 
-def _compute(s, path, params, model, batches: Batches, mesh):
+def _compute(s, path, params, model, packed: Packing, mesh):
   """Appends a line for every pair that has none."""
-  run = jax.jit(lambda params, batch: train_step.response_logps(train_step.logps(model, params, batch), batch),
-                out_shardings=NamedSharding(mesh, P()))
+  def logps(params, batch):
+    return train_step.pair_logps(train_step.token_logps(model, params, batch, key=None), batch)
+  run = jax.jit(logps, out_shardings=NamedSharding(mesh, P()))
   out = records.Appender(path) if hosts.is_first_host() else None
   hosts.sync(f'{s.title} was opened')
   have = {r['id'] for r in records.read(path, 'id')}
-  hosts.sync(f'{s.title} was read')  # before a line is added
-  for step in tqdm.trange(len(batches), desc=s.title, unit='step', delay=2, leave=False):
-    rows = batches.ids(step)
-    if {name for row in rows for name in row} <= have:
+  hosts.sync(f'{s.title} was read')  # before the first host appends a line
+  for step in tqdm.trange(len(packed), desc=s.title, unit='step', delay=2, leave=False):
+    rows = packed.rows(step)
+    if {e.id for row in rows for e in row} <= have:
       continue
-    logps = np.asarray(run(params, sharding.put_batch(batches.at(step), mesh)))  # [B, pairs, 2]
-    lines = [dict(id=name, chosen=float(pair[0]), rejected=float(pair[1]))
-             for row, values in zip(rows, logps, strict=True) for name, pair in zip(row, values, strict=False)]
+    batch = batches.pack_pairs(rows, packed.shape)
+    found = np.asarray(run(params, sharding.put_batch(batch, mesh)))  # [B, M, 2]
+    lines = [dict(id=e.id, chosen=float(pair[0]), rejected=float(pair[1]))
+             for row, pairs in zip(rows, found, strict=True)
+             for e, pair in zip(row, pairs, strict=False)]  # the rest of a row is padding
     metrics.finite(s.title, {f'the log-prob of {side} of pair {r["id"]}': r[side]
-                          for r in lines for side in ('chosen', 'rejected')})
+                             for r in lines for side in ('chosen', 'rejected')})
     if out:
       out.append(r for r in lines if r['id'] not in have)
   if out:

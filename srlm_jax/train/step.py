@@ -1,4 +1,4 @@
-"""One jitted step: SFT or DPO loss, the gradient over micro-batches, the update."""
+"""The jitted training step: loss, gradient accumulation over micro-batches, update."""
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -7,46 +7,48 @@ import optax
 from srlm_jax import sharding
 from srlm_jax.models import llama, packed
 from srlm_jax.train import losses
+from srlm_jax.train.batch import Batch, CachedPairBatch, PairBatch
 from srlm_jax.train.state import TrainState
 
 
 def make(model, tx, config, state: TrainState):
-  """-> step(state, reference, batch, key) -> (state, metrics), compiled once.
+  """-> step(state, reference_params, batch, key) -> (state, metrics), compiled once.
 
-  `state` (arrays, or shapes with shardings) says where the result lives; it is donated. `reference`: DPO's
-  parameters in the dtype of activations; {} for SFT, and where the batch holds its log-probs. `batch`: as
-  `data.batches` makes it. Metrics are means over the whole batch.
+  `state` (arrays, or shapes with shardings) gives the sharding of the result; the step donates its
+  state. `reference_params`: those of DPO's reference in the dtype of activations, or {} for a batch
+  that does not need them. Metrics are means over the batch.
   """
-  loss_fn = {'sft': _sft, 'dpo': _dpo}[config.loss]
-
-  def step(state: TrainState, reference, batch, key):
+  def step(state: TrainState, reference_params, batch: Batch, key):
     with jax.named_scope('loss'):
-      grad, metrics = _gradient(loss_fn, model, config, state.params, reference, batch,
-                                jax.random.fold_in(key, state.step))
+      grad, metrics = gradient(model, config, state.params, reference_params, batch,
+                               jax.random.fold_in(key, state.step))
     with jax.named_scope('update'):
       updates, opt_state = tx.update(grad, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), dict(metrics, grad_norm=optax.global_norm(grad))
+    metrics = dict(metrics, grad_norm=optax.global_norm(grad))
+    return TrainState(state.step + 1, params, opt_state), metrics
 
-  places = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+  out = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
 
 
-def _gradient(loss_fn, model, config, params, reference, batch, key):
-  """The gradient and metrics of a batch; every example weighs the same, however micro-batches cut it."""
-  weight = _weight(batch, config.loss)
+def gradient(model, config, params, reference_params, batch: Batch, key):
+  """-> the gradient and the metrics of a batch.
+
+  Every target or pair has the same weight, however micro-batches divide the batch.
+  """
+  loss_fn, weight = LOSSES[type(batch)], batch.weight()
 
   def mean(params, batch, key):
-    loss, metrics = loss_fn(model, config, params, reference, batch, key)
+    loss, metrics = loss_fn(model, config, params, reference_params, batch, key)
     return loss / weight, jax.tree.map(lambda m: m / weight, dict(metrics, loss=loss))
 
   def one(batch, key):
-    grad, metrics = jax.grad(mean, has_aux=True)(params, batch, key)
-    return grad, metrics
+    return jax.grad(mean, has_aux=True)(params, batch, key)
 
   if config.accumulate == 1:
     return one(batch, key)
-  micro = jax.tree.map(lambda x: _cut(x, config.accumulate), batch)
+  micro = jax.tree.map(lambda x: _split(x, config.accumulate), batch)
   keys = jax.random.split(key, config.accumulate)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                        jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro), keys[0]))
@@ -54,54 +56,65 @@ def _gradient(loss_fn, model, config, params, reference, batch, key):
                       zeros, (micro, keys))[0]
 
 
-def _cut(x, parts: int):
+def _split(x, parts: int):
   """[B, ...] -> [parts, B / parts, ...], each part spread over the same chips as the whole."""
   x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-  return jax.lax.with_sharding_constraint(x, P(None, *sharding.spec('B'), *(None,) * (x.ndim - 2)))
+  place = P(None, *sharding.spec('B'), *(None,) * (x.ndim - 2))
+  return jax.lax.with_sharding_constraint(x, place)
 
 
-def _weight(batch, loss: str):
-  """What the sums of a batch are divided by: response tokens (SFT) or pairs (DPO)."""
-  return (batch['response'] >= 0 if loss == 'sft' else batch['pair']).sum().astype(jnp.float32)
+def sft(model, config, params, reference_params, batch: Batch, key):
+  """-> the sum of negative log-likelihoods over targets, and no metrics."""
+  return losses.sft_loss(token_logps(model, params, batch, key)), {}
 
 
-def _sft(model, config, params, reference, batch, key):
-  """Sum of negative log-likelihoods over the response tokens."""
-  return losses.sft_loss(logps(model, params, batch, key)), {}
+def dpo(model, config, params, reference_params, batch: PairBatch, key):
+  """-> sums of losses and of metrics over pairs; computes the reference's log-probs, too."""
+  policy = pair_logps(token_logps(model, params, batch, key), batch)
+  reference = pair_logps(token_logps(model, reference_params, batch, None), batch)
+  return _dpo_sums(config, policy, jax.lax.stop_gradient(reference), batch)
 
 
-def _dpo(model, config, params, reference, batch, key):
-  """Sum of DPO losses over pairs; the reference's log-probs are in the batch, or computed in the same program."""
-  policy = response_logps(logps(model, params, batch, key), batch)  # [B, pairs, 2]
-  if 'reference' in batch:
-    reference = batch['reference']
-  else:
-    reference = jax.lax.stop_gradient(response_logps(logps(model, reference, batch, None), batch))
-  lengths = jnp.maximum(response_logps(jnp.ones_like(batch['at'], jnp.float32), batch), 1)
-  ratios = (policy - reference) / (lengths if config.by_length else 1)
-  reward = config.beta * ratios
-  loss, margin = losses.dpo_loss(ratios, config.beta, batch['confidence'])
+def cached_dpo(model, config, params, reference_params, batch: CachedPairBatch, key):
+  """-> sums of losses and of metrics over pairs."""
+  policy = pair_logps(token_logps(model, params, batch, key), batch)
+  return _dpo_sums(config, policy, batch.reference_logps, batch)
+
+
+LOSSES = {Batch: sft, PairBatch: dpo, CachedPairBatch: cached_dpo}
+
+
+def _dpo_sums(config, policy, reference, batch: PairBatch):
+  """Log-probs [B, M, 2] under policy and reference -> sums of losses and of metrics over pairs."""
+  lengths = pair_logps(jnp.ones_like(batch.target_positions, jnp.float32), batch)
+  lengths = jnp.maximum(lengths, 1)
+  log_ratios = policy - reference
+  if config.by_length:
+    log_ratios /= lengths
+  reward = config.beta * log_ratios
+  loss, margin = losses.dpo_loss(log_ratios, config.beta, batch.soft_labels)
   if config.nll:
     loss += config.nll * losses.nll(policy[..., 0], lengths[..., 0])
-  each = dict(loss=loss, margin=margin, accuracy=(margin > 0).astype(jnp.float32),
-              chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
-              chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
-  sums = {name: (values * batch['pair']).sum() for name, values in each.items()}
+  values = dict(loss=loss, margin=margin, accuracy=(margin > 0).astype(jnp.float32),
+                chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
+                chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
+  sums = {name: (value * batch.pair_mask).sum() for name, value in values.items()}
   return sums.pop('loss'), sums
 
 
-def logps(model, params, batch, key=None):
-  """log p [B, R] of the tokens that the loss counts, 0 where there is none; dropout is on where there is a key."""
-  dropout = key is not None and model.config.dropout > 0
-  params = llama.unroll(params) if model.kernels.unrolled else params
-  found, _ = model.apply({'params': params}, batch['tokens'], batch['positions'],
-                         view=packed.Packed(batch['segments'], batch.get('shared')),
-                         targets=(batch['at'], batch['label']), rngs={'dropout': key} if dropout else None)
-  return jnp.where(batch['response'] >= 0, found, 0)
+def token_logps(model, params, batch: Batch, key):
+  """-> [B, N] log-probs of the targets, 0 for padding; key None: without dropout."""
+  params = {'params': llama.unroll(params) if model.kernels.unrolled else params}
+  dropout = {'dropout': key} if key is not None and model.config.dropout > 0 else None
+  hidden = model.apply(params, batch.tokens, batch.positions, packed.Packed(batch.segments()),
+                       rngs=dropout, method='hidden')
+  hidden = jnp.take_along_axis(hidden, batch.target_positions[..., None], 1)  # [B, N, D]
+  logps = model.apply(params, hidden, batch.targets, method='logps')
+  return jnp.where(batch.response_ids >= 0, logps, 0)
 
 
-def response_logps(logps, batch):
-  """log p of the tokens [B, R] -> their sums over the responses of every pair, [B, pairs, 2]."""
-  B, pairs = batch['pair'].shape
-  own = jax.nn.one_hot(batch['response'], 2 * pairs, dtype=logps.dtype)
-  return jnp.einsum('BR,BRN->BN', logps, own, precision='highest').reshape(B, pairs, 2)
+def pair_logps(token_logps, batch: PairBatch):
+  """token_logps [B, N] -> [B, M, 2], their sums over chosen and rejected of every pair."""
+  B, M = batch.pair_mask.shape
+  own = jax.nn.one_hot(batch.response_ids, 2 * M, dtype=token_logps.dtype)
+  return jnp.einsum('BN,BN...->B...', token_logps, own, precision='highest').reshape(B, M, 2)
