@@ -234,7 +234,7 @@ def compare(name: str, kind: Kind, work: Work, plan: Plan, peer: Peer, peak) -> 
                peer_rows=rows, seconds=taken, tried=dict(ours=ours, transformers=theirs),
                tokens_per_second={side: work.tokens / s for side, s in taken.items()},
                ratio=taken['transformers'] / taken['ours'], of_bound=least / taken['ours'],
-               slot_utilization=engine.work.occupancy)
+               slot_utilization=engine.work.slot_utilization)
   if kind.rubric:
     found |= dict(share_speed=taken['unshared'] / taken['ours'],
                   computed=engine.work.prefilled / engine.work.naive)
@@ -280,7 +280,8 @@ def refill(plan: Plan, mesh) -> dict:
                  for name, engine in pair.items()}, 1)
   return dict(requests=kind.count, tokens=work.tokens, cap=kind.cap, slots=plan.slots,
               seconds=taken,
-              slot_utilization={name: engine.work.occupancy for name, engine in pair.items()},
+              slot_utilization={name: engine.work.slot_utilization for name,
+                                engine in pair.items()},
               ratio=taken['static'] / taken['refill'])
 
 

@@ -176,7 +176,7 @@ STAGES = (
          keys=('seed', 'judge.by', 'judge.n', 'judge.template'),
          needed=lambda c: _trains_on_own(c) and c.judge.by != 'model'),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
-         runs=('sampler',), on='ranked', keys=('eft.tries', *_JUDGE), free=_SAMPLE_FREE,
+         runs=('sampler',), on='ranked', keys=('eft.judgements', *_JUDGE), free=_SAMPLE_FREE,
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c) and c.eft.targets == 'baseline'),
     Spec('judge_again', 'sample.judge', ('judgements-*.jsonl',),
          reads=('respond/responses-*.jsonl',), runs=('older',), on='again',
@@ -221,9 +221,9 @@ STAGES = (
     Spec('model', 'train', ('metrics.jsonl',), runs=('init',),
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
-             'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2', 'clip',
-             'dropout', 'beta', 'nll', 'by_length', 'max_length', 'dtype', 'remat', 'save_every',
-             'select'))),
+             'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
+             'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
+             'dtype', 'remat', 'save_every', 'select'))),
          free=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
                'data.source')),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
@@ -253,7 +253,8 @@ READ_IF = {
     'pairs.positive': _strategy('positives_only'),
     'data.ranked_tune': lambda c: _in_sandbox(c) or c.eval.split == 'valid',
     'train.save_every': lambda c: bool(c.train.select),
-    **dict.fromkeys(('train.reference', 'train.beta', 'train.nll', 'train.by_length'), _is_dpo),
+    **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',
+                     'train.length_normalize'), _is_dpo),
 }
 
 

@@ -102,11 +102,19 @@ def _config_file(argument: str) -> str:
 def _parse_flags(argv):
   """Parses flags; an error is printed as one line, whatever absl and ml_collections make of it."""
   try:
+    _refuse_old_keys(argv)
     return flags.FLAGS([_config_file(argument) for argument in argv])
   except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError,
           RecursionError) as error:
     print(f'error: {_flag_error(error)}', file=sys.stderr)
     sys.exit(1)
+
+
+def _refuse_old_keys(argv):
+  for argument in argv:
+    key = argument.partition('=')[0].lstrip('-').removeprefix('config.')
+    if key in configs.RENAMED:
+      raise InputError(f'--config.{key} is now --config.{configs.RENAMED[key]}')
 
 
 def _flag_error(error: Exception) -> str:

@@ -21,6 +21,9 @@ MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 # Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO
 # (and pairs for SFT on the chosen responses).
 TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
+# Keys that have a new name.
+RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
+           'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements'}
 # Keys that name a model, and the names that each takes besides a path.
 NAMES_A_MODEL = {'sampler': MODELS, 'train.init': MODELS, 'pairs.older': MODELS,
                  'prompts.author': (*MODELS, 'sampler')}
@@ -194,7 +197,8 @@ _SECTIONS = {
         weight_decay=Knob(0.0, WEIGHT, 'per step, times the learning rate', OURS),
         b1=Knob(0.9, BELOW_1, 'decay of the first moment per step', OURS),
         b2=Knob(0.95, BELOW_1, 'decay of the second moment per step', OURS),
-        clip=Knob(1.0, Values(float, least=TINY, most=10**12), 'global norm of the gradient', OURS),
+        max_grad_norm=Knob(1.0, Values(float, least=TINY, most=10**12),
+                           'clips the gradient to this global norm', OURS),
         dropout=Knob(0.1, BELOW_1, 'share of activations', PAPER),
         # longer examples are dropped and counted
         max_length=Knob(2048, COUNT, 'tokens per row', OURS),
@@ -211,8 +215,8 @@ _SECTIONS = {
         # cached: once, before training; its parameters are then freed
         reference=Knob('step', one_of('step', 'cached'),
                        'when DPO computes the log-probs of the reference', OURS),
-        nll=Knob(0.0, WEIGHT, 'weight of the NLL per token of the chosen, Iterative RPO', OURS),
-        by_length=Knob(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
+        nll_weight=Knob(0.0, WEIGHT, 'weight of the NLL of the chosen, Iterative RPO', OURS),
+        length_normalize=Knob(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
         learning_rate=Knob(1e-6, RATE, 'per step, before the cosine', PAPER),
         learning_rate_end=Knob(1e-7, Values(float, least=0, most=10), 'per step, after it', PAPER),
         beta=Knob(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
@@ -273,7 +277,7 @@ _SECTIONS = {
     'eft': dict(
         # baseline: judgements of the SFT baseline; ranks: human ranks as scores
         targets=Knob('baseline', one_of('baseline', 'ranks'), 'source of the target scores', PAPER),
-        tries=Knob(3, COUNT, 'judgements per ranked reply', OURS),
+        judgements=Knob(3, COUNT, 'judgements per ranked reply', OURS),
         quorum=Knob(1, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
     ),
     'pairs': dict(  # srlm_jax/reward/strategies.py describes each strategy, with its source
@@ -354,6 +358,8 @@ def check(c: ConfigDict):
   """Raises InputError if a key is missing or unknown, a value is not allowed, or two conflict."""
   values = dict(flat(c))
   for key in sorted({*values} ^ {*KNOBS}):
+    if key in RENAMED:
+      raise InputError(f'config.{key} is now config.{RENAMED[key]}; write the new name')
     problem = 'missing' if key in KNOBS else 'not a config key'
     raise InputError(f'config.{short(key)} is {problem}; a config has the keys of KNOBS in '
                      'srlm_jax/config.py and no others')
@@ -371,7 +377,7 @@ def check(c: ConfigDict):
   if c.train.select not in ('', 'agreement') and not _names_checkpoint(c.train.select):
     raise InputError(f'config.train.select is {c.train.select!r}; it is empty, agreement, or a '
                      'command with {checkpoint} in it')
-  for section, name in (('judge', 'n'), ('eft', 'tries'), ('eval', 'judgements')):
+  for section, name in (('judge', 'n'), ('eft', 'judgements'), ('eval', 'judgements')):
     if c[section].quorum > c[section][name]:
       raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the '
                        f'{c[section][name]} judgements ({section}.{name})')
@@ -503,7 +509,7 @@ def _tiny(c: ConfigDict):
   c.respond.max_tokens = 32
   c.judge.template = 'sandbox'
   c.judge.max_tokens = 80
-  c.eft.tries = 6             # most judgements of the baseline do not parse: M0 saw few of them
+  c.eft.judgements = 6        # most judgements of the baseline do not parse: M0 saw few of them
   t = c.train
   t.max_length = 192
   t.weight_decay = 0.1

@@ -253,6 +253,8 @@ def _set(config: ConfigDict, text: str, change: str):
   start = f'--set={configs.short(change)}'
   if path in ('name', 'size'):
     raise InputError(f'{start}: {path} says which config this is; it cannot be changed')
+  if path in configs.RENAMED:
+    raise InputError(f'{start}: {path} is now {configs.RENAMED[path]}; write the new name')
   place, old = None, config
   for part in path.split('.'):
     known = old if isinstance(old, ConfigDict) else ()

@@ -8,7 +8,7 @@ from conftest import CHANGES, main, ROOT
 from ml_collections import config_flags
 import pytest
 
-from srlm_jax import ablations, config as configs, InputError, loop
+from srlm_jax import ablations, cli, config as configs, InputError, loop
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS, RopeScaling
 
@@ -344,3 +344,12 @@ def test_a_long_flag_is_shortened_in_the_error(flag, said, tmp_path):
   assert len(errors) == 1 and said in errors[0] and len(errors[0]) < 400, printed
   if '9' in flag:
     assert 'value has 5000 digits' in errors[0], 'the reason is kept'
+
+
+@pytest.mark.parametrize('old, new', configs.RENAMED.items())
+def test_an_old_key_is_refused_with_the_new_name(old, new, tmp_path):
+  assert new in configs.KNOBS and old not in configs.KNOBS
+  with pytest.raises(InputError, match=f'{old} is now {new}'):
+    loop.load_config('m2', 'tiny', '', '', [f'{old}=1'])
+  with pytest.raises(SystemExit):
+    cli._parse_flags(['program', f'--config.{old}=1'])

@@ -165,13 +165,13 @@ def test_refill_keeps_the_slots_busy():
   rng = np.random.default_rng(0)
   lengths = np.minimum(np.exp(rng.normal(size=200) * 0.8 + np.log(8)).astype(int) + 1, 64)
   asked = [Request(f'r{i}', [1, 2, i % 50], lengths=[int(n)]) for i, n in enumerate(lengths)]
-  occupancy = {}
+  slot_utilization = {}
   for refill in (True, False):
     engine, _ = make(slots=8, steps=1, eos=(), refill=refill)
     assert [len(x.ids) for x in run(engine, asked, Sampling(1.0, 1.0, 64))] == lengths.tolist()
     assert engine.work.generated == lengths.sum()
-    occupancy[refill] = engine.work.occupancy
-  assert occupancy[True] > 0.9 and occupancy[False] < 0.6
+    slot_utilization[refill] = engine.work.slot_utilization
+  assert slot_utilization[True] > 0.9 and slot_utilization[False] < 0.6
 
 
 def test_the_number_of_compilations_does_not_depend_on_the_number_of_requests():

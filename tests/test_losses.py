@@ -75,11 +75,11 @@ def test_the_loss_uses_sums_of_log_probs_and_the_cached_reference():
 
 def test_nll_of_chosen_by_hand():
   # 3 nats over 2 tokens, with weight 0.3
-  assert dpo(beta=0.5, nll=0.3)[0] - dpo(beta=0.5)[0] == pytest.approx(0.3 * 3 / 2)
+  assert dpo(beta=0.5, nll_weight=0.3)[0] - dpo(beta=0.5)[0] == pytest.approx(0.3 * 3 / 2)
 
 
 def test_length_normalized_dpo_by_hand():
-  loss, metrics = dpo(beta=0.5, by_length=True)
+  loss, metrics = dpo(beta=0.5, length_normalize=True)
   assert metrics['margin'] == pytest.approx(0.5 * ((-3 + 2) / 2 - (-4 + 5) / 1))
   assert loss == pytest.approx(math.log(1 + math.exp(0.75)))
 

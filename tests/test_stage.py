@@ -313,7 +313,7 @@ def test_another_template_is_noticed(tmp_path):
     ('train.select', "grade '{checkpoint}", 'or a command with {checkpoint}'),
     ('train.dropout', -0.1, 'dropout is -0.1; it must be 0 or more'),
     ('train.beta', 0.0, 'beta is 0.0; it must be'),
-    ('train.clip', 0.0, 'clip is 0.0'), ('train.learning_rate', float('nan'),
+    ('train.max_grad_norm', 0.0, 'max_grad_norm is 0.0'), ('train.learning_rate', float('nan'),
                                          'learning_rate is nan'),
     ('judge.quorum', 4, 'quorum is 4, more than the 3'),
     ('train.learning_rate', -1.0, 'learning_rate'), ('judge.n', 0, 'judge.n is 0')])

@@ -1,9 +1,9 @@
 """Builds the EFT data, which trains a model to judge (PAPER 3.1).
 
 An EFT example is a judge prompt with a judgement, justification and score, as its response. The SFT
-baseline judges every ranked reply `eft.tries` times. The score of a reply is the mean of its parsed
-judgements. The paper keeps the judgements that agree with the human ranking and does not say how
-partial agreement counts. Here a prompt is kept if
+baseline judges every ranked reply `eft.judgements` times. The score of a reply is the mean of its
+parsed judgements. The paper keeps the judgements that agree with the human ranking and does not say
+how partial agreement counts. Here a prompt is kept if
 
 1. every reply has a score, that is, `eft.quorum` parsed judgements,
 2. no pair of replies is discordant: scored against the human ranks, and

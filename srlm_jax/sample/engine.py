@@ -25,9 +25,6 @@ from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
 
-# Config keys of every sampling stage: those that change records, if only by rounding; the others.
-KEYS = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
-FREE = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
 WINDOW = 64        # the common prefix is that of the first requests of a stream, this many
 LEAST_PREFIX = 16  # tokens; a shorter prefix does not pay for its part of the attention
 SCORED = 16        # rows that `Engine.logps` scores together; all their logits are in memory
@@ -43,13 +40,13 @@ class Work:
   generated: int = 0
 
   @property
-  def occupancy(self) -> float:
+  def slot_utilization(self) -> float:
     """Slot utilization: generated tokens per slot and decode step."""
     return self.generated / max(self.places, 1)
 
 
 class Engine:
-  """A model ready to sample: parameters on a mesh, and a cache of `slots` slots of `size` tokens."""
+  """A model ready to sample: parameters on a mesh and a cache of `slots` slots of `size` tokens."""
 
   def __init__(self, model: llama.Llama, params, mesh, eos_ids: Sequence[int], seed: int,
                stage: str, *, slots: int, size: int, steps: int, share: bool = True,
@@ -206,9 +203,9 @@ class Engine:
     """The most tokens that a prompt may have."""
     room = self.size - sampling.max_tokens
     if room < 1:
-      raise InputError(f'max_tokens is {sampling.max_tokens}, and a row may have {self.size} tokens '
-                       f'in all (the smaller of the model\'s context and config.sample.size); lower '
-                       f'it')
+      raise InputError(f'max_tokens is {sampling.max_tokens}, and a row may have {self.size} '
+                       f'tokens in all (the smaller of the model\'s context and '
+                       f'config.sample.size); lower it')
     return room
 
   def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
@@ -245,8 +242,8 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * width
   here = hosts.memory() // jax.process_count()
   if weights + cache > here:
-    raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} for '
-                     f'{c.slots} rows of {size} tokens, and this host has {here:,}; lower '
+    raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} '
+                     f'for {c.slots} rows of {size} tokens, and this host has {here:,}; lower '
                      f'config.sample.slots or config.sample.size, or use a larger host')
   with jax.set_mesh(mesh):
     params, _ = store.restore_params(folder, mesh, c.dtype)
@@ -285,7 +282,7 @@ def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sam
   work = engine.work
   if work.generated:
     hosts.say(f'{engine.title}: {work.generated} generated tokens, slot utilization '
-              f'{work.occupancy:.0%}; {work.prefilled} prefilled tokens, '
+              f'{work.slot_utilization:.0%}; {work.prefilled} prefilled tokens, '
               f'{work.prefilled / work.naive:.0%} of one prompt per sample; by {engine.kernels}')
 
 

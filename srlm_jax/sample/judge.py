@@ -8,7 +8,7 @@ from srlm_jax.reward import eft, judges
 from srlm_jax.sample import engine as engines, shards
 
 # --on -> the config key for the number of judgements per response
-TIMES = dict(responses='judge.n', again='judge.n', older='judge.n', ranked='eft.tries',
+TIMES = dict(responses='judge.n', again='judge.n', older='judge.n', ranked='eft.judgements',
              eval='eval.judgements')
 
 

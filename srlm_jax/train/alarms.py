@@ -38,7 +38,7 @@ class Alarms:
     sentences = dict(
         chosen_falling=f'the chosen responses also become less likely (chosen_reward '
                        f'{now.mean():.3g}, at first {first.mean():.3g}); lower the learning rate, '
-                       f'or add train.nll',
+                       f'or add train.nll_weight',
         margin_without_accuracy=f'the mean margin is {margin:.3g}, but only {accuracy:.0%} of the '
                                 f'pairs have a positive margin; a few pairs produce the mean')
     new = [sentences[name] for name, on in found.items() if on and not self._on.get(name)]

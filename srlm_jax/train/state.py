@@ -42,7 +42,7 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
   def matrices(params):
     return jax.tree_util.tree_map_with_path(_is_matrix, params)
   return optax.chain(
-      optax.clip_by_global_norm(config.clip),
+      optax.clip_by_global_norm(config.max_grad_norm),
       optax.adamw(schedule(config, steps), b1=config.b1, b2=config.b2,
                   weight_decay=config.weight_decay, mask=matrices))
 

@@ -89,12 +89,12 @@ def _dpo_sums(config, policy, reference, batch: PairBatch):
   lengths = pair_logps(jnp.ones_like(batch.target_positions, jnp.float32), batch)
   lengths = jnp.maximum(lengths, 1)
   log_ratios = policy - reference
-  if config.by_length:
+  if config.length_normalize:
     log_ratios /= lengths
   reward = config.beta * log_ratios
   loss, margin = losses.dpo_loss(log_ratios, config.beta, batch.soft_labels)
-  if config.nll:
-    loss += config.nll * losses.nll(policy[..., 0], lengths[..., 0])
+  if config.nll_weight:
+    loss += config.nll_weight * losses.nll(policy[..., 0], lengths[..., 0])
   values = dict(loss=loss, margin=margin, accuracy=(margin > 0).astype(jnp.float32),
                 chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
                 chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
