@@ -47,12 +47,13 @@ demo: .venv/.installed  ## the whole loop, M0 to M3, in the sandbox
 
 M0 := srlm_jax/sandbox/m0
 sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes
-	$(BIN)/python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
-	$(BIN)/python -m srlm_jax.train --config=configs/sandbox_m0.py --workdir=runs/m0
+	$(BIN)/python -m srlm_jax.sandbox --config=sandbox_m0 --workdir=runs/m0
+	$(BIN)/python -m srlm_jax.train --config=sandbox_m0 --workdir=runs/m0
 	rm -rf runs/m0/hf
 	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
 	mkdir -p $(M0)
 	cp runs/m0/hf/* runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
+	@echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -m 'not slow and not aot' -n 2 --dist loadfile --no-loadscope-reorder tests/test_loop.py tests srlm_jax

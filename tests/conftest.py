@@ -54,11 +54,6 @@ def full_logits(model, params, tokens):
   return model.apply({'params': params}, tokens)
 
 
-def forward(model, params, tokens):
-  """-> logits and None; for tests that do not use `full_logits` yet."""
-  return full_logits(model, params, tokens), None
-
-
 def shape(mesh, dims, *sizes, dtype=jnp.int32):
   """The shape, dtype and sharding of an array, without memory."""
   return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding.named(mesh, dims))

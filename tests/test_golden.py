@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 
-from conftest import forward, main, ROOT
+from conftest import full_logits, main, ROOT
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +57,7 @@ def test_the_forward_pass_gives_the_log_probs_of_transformers(mesh):
   labels = tokens[:, 1:, None]
 
   def logps_and_best(dtype):
-    logits = forward(llama.Llama(dataclasses.replace(config, dtype=dtype)), params, tokens)[0]
+    logits = full_logits(llama.Llama(dataclasses.replace(config, dtype=dtype)), params, tokens)
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), labels, 2)[..., 0]
     return np.asarray(logps), np.asarray(logits).argmax(-1)
 

@@ -7,7 +7,7 @@ recomputed.
 import dataclasses
 import json
 
-from conftest import forward, init, ROOT
+from conftest import full_logits, init, ROOT
 import jax
 import make_golden
 import numpy as np
@@ -99,7 +99,7 @@ def test_a_model_of_transformers_has_the_same_logits_here_and_back(mesh, tmp_pat
   wanted = logits_of(model, rows)
 
   loaded = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
-  close(forward(llama.Llama(config), loaded, rows)[0], wanted)
+  close(full_logits(llama.Llama(config), loaded, rows), wanted)
   convert.from_hf(tmp_path / 'hf', tmp_path / 'ours')
   restored, _ = store.restore_params(tmp_path / 'ours', mesh, 'float32')
   jax.tree.map(np.testing.assert_array_equal, restored, loaded)
@@ -121,7 +121,7 @@ def test_a_model_made_here_has_the_same_logits_in_transformers(mesh, tmp_path, n
   store.save(saver, 0, params)
   saver.close()
   convert.to_hf(tmp_path / 'ours', tmp_path / 'hf')
-  close(logits_of(load(tmp_path / 'hf'), rows), forward(llama.Llama(config), params, rows)[0])
+  close(logits_of(load(tmp_path / 'hf'), rows), full_logits(llama.Llama(config), params, rows))
 
 
 def without(name: str):
