@@ -61,8 +61,8 @@ test: .venv/.installed
 test-slow: .venv/.installed  ## the tests that are too slow for every change
 	$(BIN)/python -m pytest -q -m slow
 
-# What pip installs as torch; on Linux plain torch is the CUDA build, of several GB. The CPU build:
-# make test-parity TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
+# What pip installs as torch, with pip options if needed. On Linux plain torch is the CUDA build, of
+# several GB; a CPU build is enough.
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
 	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py

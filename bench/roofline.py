@@ -62,12 +62,13 @@ def bound(config: Config, requests: Sequence[engines.Request], slots: int, bandw
   keys = sum(sum(p) + len(p) for p in positions)
   prefill = max(layers * itemsize / bandwidth, (2 * layers * distinct + key_flops * keys) / flops)
 
-  shared = len(engines.common(prompts))
+  prefix_length = len(engines.common(prompts))
   tokens = sum(sum(r.lengths) for r in requests)
-  own_keys = sum(n * (len(r.ids) - shared) + n * (n - 1) // 2 for r in requests for n in r.lengths)
+  own_keys = sum(n * (len(r.ids) - prefix_length) + n * (n - 1) // 2
+                 for r in requests for n in r.lengths)
   steps = tokens / slots
-  read = steps * (weights * itemsize + shared * key_bytes) + own_keys * key_bytes
-  computed = 2 * weights * tokens + key_flops * (own_keys + shared * tokens)
+  read = steps * (weights * itemsize + prefix_length * key_bytes) + own_keys * key_bytes
+  computed = 2 * weights * tokens + key_flops * (own_keys + prefix_length * tokens)
   return prefill + max(read / bandwidth, computed / flops)
 
 

@@ -153,7 +153,7 @@ class Work:
     """-> an engine that has seen every prompt, so all its programs are compiled."""
     engine = self.make(slots=slots, **how)
     run(engine, [dataclasses.replace(r, lengths=[1] * r.n) for r in requests], self.sampling)
-    engine.work = engines.Work()
+    engine.reset_work()
     return engine
 
 
@@ -237,7 +237,7 @@ def compare(name: str, kind: Kind, work: Work, plan: Plan, peer: Peer, peak) -> 
                slot_utilization=engine.work.slot_utilization)
   if kind.rubric:
     found |= dict(share_speed=taken['unshared'] / taken['ours'],
-                  computed=engine.work.prefilled / engine.work.naive)
+                  computed=engine.work.prefilled / engine.work.unshared_prompt_tokens)
   return found
 
 

@@ -83,7 +83,7 @@ def compile(program: Program, mesh, rows: int):
   config = dataclasses.replace(PRESETS[f'llama2-{program.size}'], dtype=c.dtype, dropout=c.dropout)
   half = c.max_length // 2  # tokens of the prompt, and of each response
   count = rows * mesh.size // mesh.shape['tensor']
-  responses = ([1] * half,) * (1 + (program.loss == 'dpo'))
+  responses = ([1] * half,) * (2 if program.loss == 'dpo' else 1)
   examples = [Example(f'e{i}', [1] * half, responses) for i in range(count)]
   packed = Packing(examples, count, 1, 0)
   host_rows, batch_shape = packed.rows(0), packed.shape
@@ -96,8 +96,7 @@ def compile(program: Program, mesh, rows: int):
     host_batch = batches.pack_pairs(host_rows, batch_shape)
 
   def abstract(x):
-    place = sharding.named(mesh, 'B' + 'T' * (x.ndim - 1))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, 'B'))
 
   with jax.set_mesh(mesh):
     tx = train_state.optimizer(c, 100)

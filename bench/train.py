@@ -216,7 +216,7 @@ def operations(config: Config, examples: list[Example], loss: str) -> float:
 
 def compare(loss: str, plan: Plan, params, mesh, device: str, peak: float) -> dict:
   """-> the result of our step and TRL's trainer for one loss."""
-  packed = Packing(draw(plan, 1 + (loss == 'dpo')), plan.batch, 1, 0, plan.width)
+  packed = Packing(draw(plan, 2 if loss == 'dpo' else 1), plan.batch, 1, 0, plan.width)
   ids = {name for step in range(plan.steps) for row in packed.ids(step) for name in row}
   examples = [e for e in packed.all if e.id in ids]  # those of our first steps
   pack = batches.pack_pairs if loss == 'dpo' else batches.pack

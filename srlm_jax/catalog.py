@@ -1,8 +1,8 @@
 """Every stage of a run, declared once: what it reads, writes and runs, and its config keys.
 
-A stage is a folder WORKDIR/OWNER/NAME. `loop.py` calls the stages in order; everything else that
-must know of them takes it from `STAGES`: which files a stage reads, which model it runs, which
-config keys its manifest lists, whether a config needs it, what its program's --on means.
+A stage is a folder WORKDIR/OWNER/NAME. `loop.py` calls the stages in order. `STAGES` says which
+files a stage reads and writes, which model it runs, which config keys its manifest lists, whether a
+config needs it, and which --on selects it.
 """
 from collections.abc import Callable
 import dataclasses
@@ -12,19 +12,19 @@ from ml_collections import ConfigDict
 
 from srlm_jax import closest, config as configs, InputError, records
 
-SHARDS = '-*.jsonl'  # ends the name of records that are written in shards, one per host
-# Roles: what the model is that a stage runs, as the config of the stage's own model names it.
+SHARDS = '-*.jsonl'  # the end of the name of a file that is written in shards, one per host
+# Role of a model that a stage runs -> its name in the config.
 ROLES = {
     'self': lambda c: c.name,
     'sampler': lambda c: c.sampler,
-    'older': lambda c: c.pairs.older,  # the model before the sampler
+    'older': lambda c: c.pairs.older,  # the model one iteration before the sampler
     'init': lambda c: c.train.init,
     'author': lambda c: c.sampler if c.prompts.author == 'sampler' else c.prompts.author,
 }
 
 
 class Undeclared(Exception):
-  """A stage reads a key that it does not declare: a mistake in the program, not of its user."""
+  """A stage reads a config key that it does not declare: a bug, not an error of the user."""
 
 
 def _always(_) -> bool:
@@ -33,44 +33,58 @@ def _always(_) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """One stage; where several programs write the same folder, one `Spec` for each.
+  """One stage. If several programs can write the same folder, each has a `Spec`.
 
-  `reads` and `writes` are files, `STAGE/FILE` and `FILE`; a FILE that ends in `-*.jsonl` is written
-  in shards. A stage reads what its own model's stages wrote, or those of `data`.
+  Files that it writes are named FILE, files that it reads STAGE/FILE, where STAGE belongs to the
+  same model or to `data`. A FILE that ends in `-*.jsonl` is written in shards.
   """
-  name: str                       # of the folder
-  program: str                    # python -m srlm_jax.PROGRAM
+  name: str                              # of the folder
+  program: str                           # python -m srlm_jax.PROGRAM
   writes: tuple[str, ...]
   reads: tuple[str, ...] = ()
   reads_if_needed: tuple[str, ...] = ()  # if the config needs the stage that writes them
   reads_if_there: tuple[str, ...] = ()
-  runs: tuple[str, ...] = ()      # ROLES
-  on: str = ''                    # the program's --on
-  owner: str = ''                 # whose folder it is: data, a model, or '': the config's own model
-  keys: tuple[str, ...] = ()      # config keys that change what is written; see READ_IF
-  free: tuple[str, ...] = ()      # config keys that do not, and are not compared
+  runs: tuple[str, ...] = ()             # ROLES of the models that it runs
+  on: str = ''                           # the program's --on that selects it
+  samples: str = ''                      # config key of the samples per item; '': 1
+  owner: str = ''                        # parent folder: data, a model, or '' for config.name
+  keys: tuple[str, ...] = ()             # config keys that the manifest records; see READ_IF
+  free: tuple[str, ...] = ()             # config keys that it reads and does not record
   needed: Callable[[ConfigDict], bool] = _always  # whether the loop runs it
 
   def view(self, config: ConfigDict) -> 'View':
-    """What this stage may read of a config."""
+    """The part of a config that this stage may read."""
     return View(whole(config), self.keys + self.free + ALWAYS)
 
   def recorded(self, config) -> dict:
-    """{key: value} of the keys that change what is written with this config."""
+    """{key: value} of the config keys that the manifest records."""
     config = whole(config)
-    return {key: look_up(config, key) for key in self.keys
-            if key not in READ_IF or READ_IF[key](config)}
+    found = {key: look_up(config, key) for key in self.keys
+             if key not in READ_IF or READ_IF[key](config)}
+    if 'train.data' in found:  # a flag gives one string with commas
+      found['train.data'] = configs.training_data(config)
+    return found
 
   def folder(self, workdir, config):
     """The stage's folder."""
     return epath.Path(workdir) / (self.owner or config.name) / self.name
 
-  def models(self, config) -> list[str]:
-    """The names of the models that it runs."""
-    return [name for role in self.runs if (name := ROLES[role](whole(config))) or role != 'init']
+  def models(self, config) -> dict[str, str]:
+    """{role: name} of the models that it runs; '' for one that the config leaves empty.
+
+    Training from scratch runs no model.
+    """
+    names = {role: ROLES[role](whole(config)) for role in self.runs}
+    if names.get('init') == '':
+      del names['init']
+    return names
+
+  def count(self, config) -> int:
+    """The samples per item."""
+    return look_up(whole(config), self.samples) if self.samples else 1
 
   def inputs(self, workdir, config) -> list:
-    """The files that it reads; where shards are missing, a path that does not exist."""
+    """The files that it reads; for missing shards, a placeholder path."""
     config = whole(config)
     needed = [f for f in self.reads_if_needed if needs(f.partition('/')[0], config)]
     always = [path for file in (*self.reads, *needed) for path in _paths(file, workdir, config)]
@@ -79,7 +93,7 @@ class Spec:
 
 
 def _paths(file: str, workdir, config) -> list:
-  """STAGE/FILE -> its path, or those of its shards."""
+  """STAGE/FILE -> its path, or the paths of its shards."""
   stage, _, name = file.partition('/')
   folder = next(spec for spec in STAGES if spec.name == stage).folder(workdir, config)
   return (records.shards(folder, name.removesuffix(SHARDS)) if name.endswith(SHARDS) else
@@ -87,7 +101,7 @@ def _paths(file: str, workdir, config) -> list:
 
 
 class View:
-  """A config, or a section of it, that gives its declared keys alone.
+  """A config, or a section of it, that allows reading only declared keys.
 
   >>> view = find('reward.health').view(configs.get('m2', 'tiny'))
   >>> view.judge.quorum
@@ -111,7 +125,7 @@ class View:
 
 
 def whole(config) -> ConfigDict:
-  """The config behind a view, for a stage that runs other stages; a config as it is."""
+  """Unwraps a View; returns a ConfigDict unchanged."""
   return config._config if isinstance(config, View) else config
 
 
@@ -151,12 +165,12 @@ _JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.t
 
 ALWAYS = ('name', 'size')  # which config it is; every stage may read them
 STAGES = (
-    Spec('seeds', 'data.seeds', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl'), owner='data',
-         keys=('seed', 'data.source', 'data.synthetic', *_SEEDS), free=('data.path',),
+    Spec('seeds', 'data.seeds', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl', 'counts.json'),
+         owner='data', keys=('seed', 'data.source', 'data.synthetic', *_SEEDS), free=('data.path',),
          needed=lambda c: not _in_sandbox(c)),
     Spec('seeds', 'sandbox', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl'), owner='data',
          keys=('seed', 'data.ranked_tune', *_SEEDS), needed=_in_sandbox),
-    Spec('corpus', 'sandbox', ('corpus.jsonl',), owner='data', on='corpus',
+    Spec('corpus', 'sandbox', ('corpus.jsonl', 'tokenizer.model'), owner='data', on='corpus',
          keys=('seed', 'data.documents', 'model'), needed=lambda c: c.name == 'm0'),
     Spec('prompts', 'sample.prompts', ('prompts.jsonl', 'attempts.jsonl'),
          reads=('seeds/ift.jsonl', 'seeds/ranked.jsonl', 'seeds/heldout.jsonl'), runs=('author',),
@@ -166,26 +180,29 @@ STAGES = (
              'rouge', 'rouge_held_out', 'min_words', 'max_words')), *_SAMPLE),
          free=_SAMPLE_FREE, needed=_trains_on_own),
     Spec('respond', 'sample.respond', ('responses-*.jsonl',), reads=('prompts/prompts.jsonl',),
-         runs=('sampler',), on='prompts', keys=_RESPOND, free=_SAMPLE_FREE,
+         runs=('sampler',), on='prompts', samples='respond.n', keys=_RESPOND, free=_SAMPLE_FREE,
          needed=_trains_on_own),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
-         runs=('sampler',), on='responses', keys=('judge.n', *_JUDGE),
+         runs=('sampler',), on='responses', samples='judge.n', keys=('judge.n', *_JUDGE),
          free=('judge.by', *_SAMPLE_FREE),
          needed=lambda c: _trains_on_own(c) and c.judge.by == 'model'),
     Spec('judge', 'sandbox.control', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
          keys=('seed', 'judge.by', 'judge.n', 'judge.template'),
          needed=lambda c: _trains_on_own(c) and c.judge.by != 'model'),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
-         runs=('sampler',), on='ranked', keys=('eft.judgements', *_JUDGE), free=_SAMPLE_FREE,
+         runs=('sampler',), on='ranked', samples='eft.judgements',
+         keys=('eft.judgements', *_JUDGE), free=_SAMPLE_FREE,
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c) and c.eft.targets == 'baseline'),
     Spec('judge_again', 'sample.judge', ('judgements-*.jsonl',),
-         reads=('respond/responses-*.jsonl',), runs=('older',), on='again',
+         reads=('respond/responses-*.jsonl',), runs=('older',), on='again', samples='judge.n',
          keys=('judge.n', *_JUDGE), free=_SAMPLE_FREE, needed=_strategy('consistency')),
     Spec('respond_older', 'sample.respond', ('responses-*.jsonl',),
-         reads=('prompts/prompts.jsonl',), runs=('older',), on='older', keys=_RESPOND,
+         reads=('prompts/prompts.jsonl',), runs=('older',), on='older', samples='respond.n',
+         keys=_RESPOND,
          free=_SAMPLE_FREE, needed=_strategy('temporal')),
     Spec('judge_older', 'sample.judge', ('judgements-*.jsonl',),
          reads=('respond_older/responses-*.jsonl',), runs=('sampler',), on='older',
+         samples='judge.n',
          keys=('judge.n', *_JUDGE), free=_SAMPLE_FREE, needed=_strategy('temporal')),
     Spec('implicit', 'sample.implicit', ('logp-*.jsonl', 'older_logp-*.jsonl', 'rewards-*.jsonl'),
          reads=('respond/responses-*.jsonl',), runs=('sampler', 'older'), keys=('chat', *_SAMPLE),
@@ -193,7 +210,7 @@ STAGES = (
     Spec('pairs', 'reward.pairs', ('pairs.jsonl', 'positives.jsonl', 'scores.jsonl'),
          reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl'),
          reads_if_needed=('judge_again/judgements-*.jsonl', 'respond_older/responses-*.jsonl',
-                'judge_older/judgements-*.jsonl', 'implicit/rewards-*.jsonl'),
+                          'judge_older/judgements-*.jsonl', 'implicit/rewards-*.jsonl'),
          keys=('pairs.strategy', 'pairs.unfinished_chosen', 'pairs.margin', 'pairs.rho',
                'pairs.positive', 'judge.quorum'), needed=_trains_on_own),
     Spec('meta_judge', 'sample.meta_judge', ('comparisons-*.jsonl', 'judge_pairs.jsonl'),
@@ -204,8 +221,8 @@ STAGES = (
          free=('judge.n', *_SAMPLE_FREE), needed=_trains_on('judge_pairs')),
     Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
          reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl',
-                         'respond/responses-*.jsonl',
-                   'judge/judgements-*.jsonl', 'pairs/pairs.jsonl', 'pairs/positives.jsonl'),
+                         'respond/responses-*.jsonl', 'judge/judgements-*.jsonl',
+                         'pairs/pairs.jsonl', 'pairs/positives.jsonl'),
          needed=lambda c: needs('judge', c)),
     Spec('audit', 'sandbox.audit', ('audit.json',), keys=('judge.quorum',),
          reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl'),
@@ -218,7 +235,7 @@ STAGES = (
     Spec('reference', 'train', ('logps.jsonl',), runs=('init',), on='reference',
          keys=('chat', 'model', 'train.dtype'),
          needed=lambda c: _is_dpo(c) and c.train.reference == 'cached'),
-    Spec('model', 'train', ('metrics.jsonl',), runs=('init',),
+    Spec('model', 'train', ('metrics.jsonl', 'rows.json'), runs=('init',),
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
@@ -227,9 +244,13 @@ STAGES = (
          free=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
                'data.source')),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
-         needed=lambda c: bool(c.train.select)),
+         needed=lambda c: c.train.select not in ('', 'agreement')),
+    Spec('selection', 'selection', ('measures.jsonl',), reads=('seeds/ranked.jsonl',),
+         on='agreement', keys=('train.select', 'eval.judgements', 'eval.quorum',
+                               'data.ranked_tune', *_JUDGE),
+         free=_SAMPLE_FREE, needed=lambda c: c.train.select == 'agreement'),
     Spec('judge_eval', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
-         runs=('self',), on='eval',
+         runs=('self',), on='eval', samples='eval.judgements',
          keys=('eval.judgements', 'eval.split', 'data.ranked_tune', *_JUDGE), free=_SAMPLE_FREE),
     Spec('agreement', 'eval.agreement', ('agreement.json',),
          reads=('seeds/ranked.jsonl', 'judge_eval/judgements-*.jsonl'),
@@ -246,12 +267,13 @@ STAGES = (
          keys=('eval.split', 'eval.quorum', 'data.ranked_tune'), needed=_in_sandbox),
 )
 NAMES = tuple(dict.fromkeys(spec.name for spec in STAGES))
-# Keys that only some configs read; with others they are left out of the manifest.
+# Keys that are read, and recorded, only with some configs.
 READ_IF = {
     'pairs.margin': _strategy('margin'),
     'pairs.rho': _strategy('length_controlled'),
     'pairs.positive': _strategy('positives_only'),
     'data.ranked_tune': lambda c: _in_sandbox(c) or c.eval.split == 'valid',
+    'eft.quorum': lambda c: c.eft.targets == 'baseline',
     'train.save_every': lambda c: bool(c.train.select),
     **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',
                      'train.length_normalize'), _is_dpo),
@@ -259,11 +281,16 @@ READ_IF = {
 
 
 def find(program: str, on: str = '') -> Spec:
-  """The stage that a program runs with this --on; InputError names the values that it takes."""
+  """The stage that a program runs with this --on. Raises InputError for another value."""
   specs = {spec.on: spec for spec in STAGES if spec.program == program}
   if on not in specs:
     raise InputError(f'--on={on}{closest(on, specs)}: it is one of {", ".join(specs)}')
   return specs[on]
+
+
+def choices(program: str) -> list[str]:
+  """The values of a program's --on."""
+  return [spec.on for spec in STAGES if spec.program == program]
 
 
 def needs(name: str, config: ConfigDict) -> bool:
@@ -272,7 +299,7 @@ def needs(name: str, config: ConfigDict) -> bool:
 
 
 def training_file(workdir, config, name: str):
-  """The file of a name in `train.data`: of the stage that writes NAME.jsonl."""
+  """The path of a name in `train.data`: NAME.jsonl of the stage that writes it."""
   for spec in STAGES:
     if f'{name}.jsonl' in spec.writes and name in configs.TRAINING_DATA:
       return spec.folder(workdir, config) / f'{name}.jsonl'

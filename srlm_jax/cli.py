@@ -61,10 +61,9 @@ def alone(workdir):
 
 
 def keep_compiled(workdir):
-  """Makes JAX keep compiled programs in the workdir, for the next stage and the next run.
+  """Enables JAX's compilation cache in WORKDIR/compiled, unless one is configured.
 
-  JAX's own setting of that folder is left alone. Raises InputError if the workdir is a file, or
-  below one.
+  Raises InputError if the workdir is a file, or below one.
   """
   folder = epath.Path(workdir)
   for place in (folder, *folder.parents):
@@ -93,14 +92,14 @@ def default_workdir(config: str, size: str) -> str:
 
 
 def _config_file(argument: str) -> str:
-  """--config=iter2:tiny means get_config('iter2:tiny') of srlm_jax/config.py; others stay."""
+  """--config=NAME -> the path of srlm_jax/config.py with NAME; other arguments are unchanged."""
   if not (found := re.fullmatch(r'(--?config=)([^/.]+)', argument)):
     return argument
   return f'{found[1]}{configs.__file__}:{found[2]}'
 
 
 def _parse_flags(argv):
-  """Parses flags; an error is printed as one line, whatever absl and ml_collections make of it."""
+  """Parses flags. Every error that absl and ml_collections raise is printed as one line."""
   try:
     _refuse_old_keys(argv)
     return flags.FLAGS([_config_file(argument) for argument in argv])

@@ -61,10 +61,7 @@ class Values:
     return not self.choices or value in self.choices
 
   def wanted(self, value=None) -> str:
-    """What is allowed, as the end of a sentence: 'it must be ..' or 'it is ..'.
-
-    Names the type if `value` has another type or is not finite.
-    """
+    """The allowed values, to end an error message; with the type, if `value` has another."""
     if self.choices:
       return f'it is {_listed(self.choices)}'
     kind = {int: 'a whole number', float: 'a finite number', bool: 'True or False', str: 'a string',
@@ -127,7 +124,7 @@ def short(text: str, most: int = 120) -> str:
 
 
 # Ranges. Their ends are far beyond any use; they keep arithmetic within int32 and float32.
-TINY = 1e-30  # lower ones may become 0 in float32, and then NaN
+TINY = 1e-30  # smaller values underflow in float32
 MANY = 10**9  # two such counts still add up within int32
 COUNT = Values(int, above=0, most=MANY)
 COUNT_OR_0 = Values(int, least=0, most=MANY)
@@ -152,12 +149,12 @@ OURS = 'not in the paper'
 _SECTIONS = {
     '': dict(
         name=Knob('m2', one_of(*MODELS), 'the model of the table', PAPER),
-        size=Knob('70b', one_of(*SIZES), 'of the model and of everything else', PAPER),
+        size=Knob('70b', one_of(*SIZES), 'preset of model, data and training', PAPER),
         seed=Knob(0, SEED, 'seed of all random draws', OURS),
         m0=Knob('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
         model=Knob('llama2-70b', TEXT, 'shape of M0: a name of models.config.PRESETS', PAPER),
         sampler=Knob('', TEXT, 'the model that writes the data of this one', PAPER),
-        chat=Knob('llama2', one_of(*CHATS), 'form of prompt and response', OURS),
+        chat=Knob('llama2', one_of(*CHATS), 'chat format of prompt and response', OURS),
     ),
     'mesh': dict(  # training, over all devices
         data=Knob(1, AXIS, 'devices; -1: all that are left', OURS),
@@ -188,8 +185,8 @@ _SECTIONS = {
         init=Knob('', TEXT, 'the model to start from, which is also the reference of DPO', PAPER),
         # names of TRAINING_DATA
         data=Knob(('',), Values(tuple), 'names of the files to train on', PAPER),
-        batch=Knob(16, COUNT, 'examples or pairs per step; packed, on average', PAPER),
-        pack=Knob(True, SWITCH, 'several examples per row, or one, padded', OURS),
+        batch=Knob(16, COUNT, 'examples or pairs per step; with packing, on average', PAPER),
+        pack=Knob(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
         # same result, with fewer activations in memory
         accumulate=Knob(1, COUNT, 'micro-batches per step', OURS),
         epochs=Knob(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
@@ -224,16 +221,16 @@ _SECTIONS = {
     'sample': dict(
         slots=Knob(64, COUNT, 'rows decoded together, per host', OURS),
         size=Knob(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
-        steps=Knob(8, COUNT, 'tokens per call; ended rows make room between calls', OURS),
+        steps=Knob(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
         dtype=Knob('bfloat16', one_of('float32', 'bfloat16'), 'of weights and activations', OURS),
         # half the memory after loading; bench/int8.py prints what changes
         int8=Knob(False, SWITCH, '8-bit weights', OURS),
     ),
     'prompts': dict(  # self-instruction creation, PAPER 2.2 and 3.1
         # PAPER: Llama-2-Chat-70B, fixed
-        author=Knob('m0', TEXT, 'a model of the run, a folder, or sampler: M_t', PAPER),
+        author=Knob('m0', TEXT, 'a model of the run, a folder, or sampler', PAPER),
         template=Knob('list', TEXT, 'a name in srlm_jax/data/author_*.txt, or a path', OURS),
-        chat=Knob('none', one_of('none', *CHATS), 'form; none continues the list', OURS),
+        chat=Knob('none', one_of('none', *CHATS), 'chat format; none: few-shot continuation', OURS),
         held_out=Knob('', TEXT, 'files of evaluation prompts to exclude, with commas', OURS),
         round=Knob(256, COUNT,
                    'attempts per round; a round shares its shots of accepted prompts', OURS),
@@ -288,7 +285,7 @@ _SECTIONS = {
         rho=Knob(0.1, Values(float, least=0, most=0.5),
                  'for length_controlled: share of the range of scores per band', OURS),
         positive=Knob(5.0, SCORE, 'for positives_only: least mean score', 'PAPER 3.3'),
-        older=Knob('', TEXT, 'the model before the sampler', OURS),
+        older=Knob('', TEXT, 'the older model: one iteration before the sampler', OURS),
     ),
     'meta_judge': dict(  # runs where train.data names judge_pairs
         template=Knob('meta', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', META),
@@ -386,6 +383,9 @@ def check(c: ConfigDict):
     if values[low] > values[high]:
       raise InputError(f'config.{low} is {values[low]}, more than the {values[high]} of {high}; '
                        f'lower one or raise the other')
+  if c.train.accumulate > c.train.batch:
+    raise InputError(f'config.train.accumulate is {c.train.accumulate}, more than the '
+                     f'{c.train.batch} examples of a batch; lower it')
   names = training_data(c)
   for i, name in enumerate(names):
     if name not in TRAINING_DATA:

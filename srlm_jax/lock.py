@@ -94,10 +94,11 @@ def _create(path, mine: dict) -> bool:
 def _current_holder(path, folder) -> Lock | None:
   """The lock if another run holds it; None if there is none. Removes a stale lock.
 
-  A lock is stale if its process is known to have ended. Otherwise the heartbeat decides. If it is
-  at most `STALE` seconds old, the lock is held. It may be older, or in the future if the clocks of
-  two hosts differ: then the lock is stale if it does not change while this run watches it. The same
-  applies to an empty file, which another run is about to write, or which a crash truncated.
+  A lock is held if its process is known to be alive, even if stopped, and stale if it is known to
+  have ended. Otherwise the heartbeat decides. If it is at most `STALE` seconds old, the lock is
+  held. It may be older, or in the future if the clocks of two hosts differ: then the lock is stale
+  if it does not change while this run watches it. The same applies to an empty file, which another
+  run is about to write, or which a crash truncated.
 
   Raises InputError if the file is not a lock.
   """
@@ -106,8 +107,9 @@ def _current_holder(path, folder) -> Lock | None:
     return None
   if lock.size and 'id' not in lock.holder:
     raise InputError(f'{path} is not a lock that this program wrote; move or delete it')
-  if not _has_ended(lock.holder):
-    if lock.size and 0 <= _age(lock) <= STALE:
+  state = _state(lock.holder)
+  if state != 'ended':
+    if state == 'alive' or lock.size and 0 <= _age(lock) <= STALE:
       return lock
     now = _watch(path, folder, lock)
     if now != lock:
@@ -215,24 +217,26 @@ def _start_ticks(pid) -> int | None:
   return int(stat.rpartition(')')[2].split()[22 - 3])
 
 
-def _has_ended(holder: dict) -> bool:
-  """Whether the process is known to have ended; False if this host cannot know.
+def _state(holder: dict) -> str:
+  """The state of the process: ended, alive, or unknown if this host cannot know.
 
   A pid alone does not identify a process: containers may share a host name, and the system reuses
   pids. Without /proc, as on macOS, the host name and the pid must suffice.
   """
   here = _pid_scope()
   if any(holder.get(key) != value for key, value in here.items()):
-    return False
+    return 'unknown'
   if PROC.exists() and None in here.values():
-    return False
+    return 'unknown'
   try:
     os.kill(holder['pid'], 0)
   except ProcessLookupError:
-    return True
+    return 'ended'
   except PermissionError:  # the process belongs to another user
     pass
   except (KeyError, TypeError, OverflowError):  # not a pid
-    return False
+    return 'unknown'
   started = _start_ticks(holder['pid'])
-  return None not in (started, holder.get('started')) and started != holder['started']
+  if None in (started, holder.get('started')):
+    return 'unknown'
+  return 'alive' if started == holder['started'] else 'ended'

@@ -17,6 +17,7 @@ from srlm_jax import (
   config as configs,
   hosts,
   InputError,
+  lock,
   model_files,
   selection,
   stage,
@@ -37,7 +38,7 @@ class NothingToTrainOn(Exception):
 
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Size of the model and of everything else.')
+  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Preset of model, data and training.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
   flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'The last model to train.')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own data).')
@@ -134,11 +135,12 @@ def convert_m0(config, workdir):
     raise InputError(f'convert M0 on one host first: '
                      f'python -m srlm_jax.checkpoint.convert --from_hf={source} --out={folder}')
   else:
-    convert.from_hf(source, folder)
+    with lock.held_output(folder, '--workdir'):
+      convert.from_hf(source, folder)
 
 
 def make_seeds(config, workdir):
-  """The seeds, with the config of the first model that reads them."""
+  """Makes the seed data; `config` is that of the SFT baseline."""
   (sandbox.make_seeds if config.data.source == 'sandbox' else seeds.run)(config, workdir)
 
 

@@ -5,14 +5,14 @@ Converted models (step 0, parameters only) and trained models have the same layo
 """
 import dataclasses
 import hashlib
-import json
 
 from etils import epath
 
 from srlm_jax import InputError, records
 
 TOKENIZER = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
-             'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja')
+             'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja',
+             'added_tokens.json', 'tokenizer.*.json', 'additional_chat_templates/*.jinja')
 SELECTED = 'selected.json'  # the step that checkpoint selection chose
 SOURCE = 'source.json'      # hashes of the Hugging Face folder that a model was converted from
 HASH_FORMAT = 3  # of steps/N/hash; 1 missed changes that cancel out, 2 did not cover the files
@@ -54,7 +54,14 @@ def latest(folder) -> int:
   if not (found := steps(folder)):
     raise InputError(f'no checkpoint in {folder}; train or convert that model first')
   selected = epath.Path(folder) / SELECTED
-  return json.loads(selected.read_text())['step'] if selected.exists() else found[-1]
+  if not selected.exists():
+    return found[-1]
+  advice = 'delete it, and run the selection again'
+  chosen = records.read_json(selected, advice)
+  step = chosen.get('step') if isinstance(chosen, dict) else None
+  if step not in found:
+    raise InputError(f'{selected} names the step {step}, and there is {found}; {advice}')
+  return step
 
 
 def exists(folder) -> bool:
@@ -70,11 +77,19 @@ def recorded_hash(folder, step: int | None = None) -> str:
   return read_hashes(folder, step).params.stored
 
 
+def names(folder) -> list[str]:
+  """config.json and the tokenizer files of a model folder, those that exist."""
+  folder = epath.Path(folder)
+  patterns = ('config.json', *TOKENIZER)
+  return [str(path.relative_to(folder)) for pattern in patterns
+          for path in sorted(folder.glob(pattern))]
+
+
 def hashes(folder) -> dict[str, str]:
-  """{name: hash} of config.json and the tokenizer files in a model folder."""
-  paths = ((name, epath.Path(folder) / name) for name in ('config.json', *TOKENIZER))
-  return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-          for name, path in paths if path.exists()}
+  """{name: hash} of config.json, the tokenizer files and source.json in a model folder."""
+  folder = epath.Path(folder)
+  found = [*names(folder), *([SOURCE] if (folder / SOURCE).exists() else [])]
+  return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in found}
 
 
 def read_source(folder) -> dict[str, list[str]]:
@@ -92,11 +107,11 @@ def read_source(folder) -> dict[str, list[str]]:
 
 def copy(source, folder):
   """Copies config.json and the tokenizer files from `source` to `folder`."""
-  folder = epath.Path(folder)
+  source, folder = epath.Path(source), epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  for name in ('config.json', *TOKENIZER):
-    if (epath.Path(source) / name).exists():
-      (epath.Path(source) / name).copy(folder / name, overwrite=True)
+  for name in names(source):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (source / name).copy(folder / name, overwrite=True)
 
 
 def read_hashes(folder, step: int | None = None) -> StepHashes:

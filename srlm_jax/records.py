@@ -1,4 +1,4 @@
-"""JSONL records: the files in which stages meet.
+"""JSONL records: the files that stages exchange.
 
 A file holds one JSON object per line, most with a string `id`. Names end in .jsonl or .jsonl.gz.
 """
@@ -23,6 +23,7 @@ _REQUEST = dict(responses='prompt_id', judgements='response_id', comparisons='re
 _TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejected split finish '
                    'chosen_finish rejected_finish reason dropped'.split())
 _NUMBERS = frozenset('step loss margin accuracy j score chosen_score rejected_score'.split())
+HASHED = ('.json', '.jsonl', '.model')  # the files of a stage that done.json lists
 _NULLABLE = frozenset(['score'])  # null: a judgement that could not be parsed
 
 
@@ -182,6 +183,9 @@ class Appender:
     with self.path.open('rb') as file:
       for line in file:
         size += len(line)
+        if not line.strip():
+          raise InputError(f'{self.path} has an empty line, which no stage writes; delete '
+                           f'{self.path.parent} and run its stage again')
         if line.endswith(b'\n'):
           self.count, whole = self.count + 1, size
     if whole < size:  # the last line was cut off
@@ -205,14 +209,14 @@ def dump(record: dict) -> str:
 
 
 def contents(folder) -> dict[str, list]:
-  """{name: [records, hash]} of a folder's .jsonl and .json files; of a .json file, records is None.
+  """{name: [records, hash]} of a folder's files; records is None for all but .jsonl files.
 
   Leaves out manifest.json and done.json. Raises InputError if two records have the same id, in one
   file or in two shards of a stage.
   """
   found, seen = {}, {}  # seen: hashes of ids by stem, which take less memory than the ids
-  for path in sorted(epath.Path(folder).glob('*.json*')):
-    if path.name in ('manifest.json', 'done.json') or path.suffix not in ('.json', '.jsonl'):
+  for path in sorted(epath.Path(folder).iterdir()):
+    if path.name in ('manifest.json', 'done.json') or path.suffix not in HASHED:
       continue
     found[path.name] = [None, hash_file(path)]
     names = seen.setdefault(path.name.partition('-')[0], set())

@@ -20,17 +20,20 @@ import subprocess
 
 from srlm_jax import catalog, cli, hosts, InputError, model_files, records, stage
 from srlm_jax.eval import agreement
+from srlm_jax.reward import judges
 from srlm_jax.sample import judge
 
 
 def run(config, workdir):
   """Writes MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
   full_config = config  # the stages that measure agreement have views of their own
-  spec = catalog.find('selection')
+  by_agreement = config.train.select == 'agreement'
+  spec = catalog.find('selection', 'agreement' if by_agreement else '')
   config = spec.view(config)
   folder = _trained_folder(workdir, config)
   params, files = stage.finished(folder)['params'], model_files.hashes(folder)
-  s = stage.Stage(spec, config, workdir, str((params, files)))
+  template = str(judges.load(config.judge.template)) if by_agreement else ''
+  s = stage.Stage(spec, config, workdir, f'{params} {files} {template}')
   if s.done:
     return
   s.begin()

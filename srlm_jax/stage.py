@@ -38,15 +38,16 @@ class Stage:
     self.folder = spec.folder(workdir, config)
     self.title = f'{self.folder.parent.name}/{spec.name}'
     self.started = time.time()
-    self.models = [finished_model(workdir, name) for name in spec.models(config)]
+    models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
+    self.models = list(models.values())
     self.inputs = [*spec.inputs(workdir, config), *more_inputs]
     hashes = {epath.Path(path): records.hash_file(path) for path in self.inputs}
-    models = {folder: model_files.read_hashes(folder) for folder in self.models}
+    saved = {role: model_files.read_hashes(folder) for role, folder in models.items()}
     self._manifest = json.loads(json.dumps(dict(
         format=FORMAT, stage=self.title,
-        params='-'.join(found.params.stored for found in models.values()),
-        model_files={f'{_relative(folder, workdir)}/{file}': name
-                     for folder, found in models.items() for file, name in found.files.items()},
+        params='-'.join(found.params.stored for found in saved.values()),
+        model_files={f'{role}/{file}': name
+                     for role, found in saved.items() for file, name in found.files.items()},
         inputs=_names(hashes, workdir),
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config=spec.recorded(config))))
@@ -71,6 +72,9 @@ class Stage:
     """
     before, now = read_manifest(path), self._manifest
     before.pop('environments', None)
+    for old, new in configs.RENAMED.items():
+      if old in before['config']:
+        before['config'][new] = before['config'].pop(old)
     if missing := now['config'].keys() - before['config'].keys():
       default = configs.get(config.name, config.size)
       values = {key: catalog.look_up(default, key) for key in missing}
@@ -123,13 +127,20 @@ def model_folder(workdir, name: str):
 def finished_model(workdir, name: str):
   """The checkpoint folder of a model that a stage runs.
 
-  Raises InputError if its training has not finished, or if a checkpoint is still to be selected.
+  Raises InputError if its training has not finished, if a checkpoint is still to be selected, or
+  if its checkpoint is not the one that training or the selection ended with.
   """
   folder = model_folder(workdir, name)
   require_finished(folder)
-  if selects_by(folder) and not (folder / model_files.SELECTED).exists():
+  selected = (folder / model_files.SELECTED).exists()
+  if selects_by(folder) and not selected:
     raise InputError(f'{folder} was trained with train.select, and no checkpoint is selected yet; '
                      f'run python -m srlm_jax.selection with the config of {name}')
+  if (folder / 'done.json').exists() and not selected:
+    wanted, found = finished(folder).get('params'), model_files.recorded_hash(folder)
+    if found != wanted:
+      raise InputError(f'the last step of {folder} has the parameters {found}, but training ended '
+                       f'with {wanted}; restore its steps, or delete {folder} and train again')
   return folder
 
 
@@ -144,7 +155,8 @@ def read_manifest(path) -> dict:
   advice = 'delete that folder or use another --workdir'
   found = records.read_json(path, advice)
   is_ours = isinstance(found, dict) and found.get('format') == FORMAT
-  if not is_ours or not isinstance(found.get('config'), dict):
+  if not is_ours or not isinstance(found.get('config'), dict) or not isinstance(
+      found.get('environments', []), list):
     raise InputError(f'{path} is damaged, or was written by another version of srlm_jax (this one '
                      f'writes format {FORMAT}); {advice}')
   return found
@@ -175,6 +187,10 @@ def finished(folder) -> dict:
   if not is_whole or 'seconds' not in found:
     raise InputError(f'{path} lacks "files" or "seconds": it is damaged, or from an older version; '
                      f'{advice}')
+  for name, entry in found['files'].items():
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+      raise InputError(f'{path}: the entry of {name} is {str(entry)[:40]}, not a count and a hash; '
+                       f'{advice}')
   return found
 
 
@@ -191,13 +207,24 @@ def seeds(workdir):
   return epath.Path(workdir) / 'data' / 'seeds'
 
 
+def check_records(folder):
+  """Raises InputError if the stage in this folder has not finished, or if its files have changed.
+
+  A folder that was not made by a stage is not checked.
+  """
+  folder = epath.Path(folder)
+  require_finished(folder)
+  if (folder / 'done.json').exists():
+    _check_files(folder)
+
+
 def _check_file(path, found: str = ''):
   """Raises InputError if a file of a finished stage has changed; `found`: its hash, if known."""
-  if path.suffix not in ('.json', '.jsonl') or not (path.parent / 'done.json').exists():
+  if path.suffix not in records.HASHED or not (path.parent / 'done.json').exists():
     return
   files = finished(path.parent)['files']
   if path.name not in files:
-    raise InputError(f'{path} was not there when its stage finished; delete it')
+    raise InputError(f'{path} was added after its stage finished; delete it')
   count, wanted = files[path.name]
   if not path.exists() or (found or records.hash_file(path)) != wanted:
     raise InputError(f'{path} has changed since its stage finished ({count} records then); restore '
@@ -214,8 +241,8 @@ def _check_files(folder):
 def _names(hashes: dict, workdir) -> dict[str, str]:
   """{path: hash} -> {name: hash}.
 
-  The name is the path within the workdir, or the file's name elsewhere, so that both may be moved.
-  A name that occurs again gets a number.
+  A file in the workdir is named by its path there, another by its file name alone, so that folders
+  may be moved. A name that occurs again gets a number.
   """
   found = {}
   for path, value in hashes.items():

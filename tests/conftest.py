@@ -7,14 +7,13 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
                            ' --xla_force_host_platform_device_count=8')
 
+import forks
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -75,7 +74,7 @@ def sampler(config, kernels, mesh, rows, size, prefix):
       return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding)
     params = jax.eval_shape(llama.unroll, params)
     cache, prefix = ((jax.tree.map(one_layer, x),) * layers for x in (cache, prefix))
-  kinds = dict(word=jnp.uint32, live=jnp.bool, ended=jnp.bool)
+  kinds = dict(fold_data=jnp.uint32, live=jnp.bool, ended=jnp.bool)
   state = programs.Rows(**{f.name: shape(mesh, 'B', rows, dtype=kinds.get(f.name, jnp.int32))
                            for f in dataclasses.fields(programs.Rows)})
   return (llama.Llama(config, kernels=kernels), params, cache, prefix), state
@@ -102,13 +101,6 @@ def stories():
   if not folder.exists():
     pytest.skip(f'{folder} is absent; set SRLM_TEST_DATA to the folder of test data')
   return folder
-
-
-def run_main(module, *flags, **how):
-  """Runs `python -m srlm_jax.MODULE FLAGS` -> (exit code, stdout, stderr)."""
-  command = [sys.executable, '-m', f'srlm_jax.{module}', *flags]
-  done = subprocess.run(command, capture_output=True, text=True, **how)
-  return done.returncode, done.stdout, done.stderr
 
 
 @functools.cache
@@ -140,14 +132,24 @@ CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data
 CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # all processes compile the same programs
 
 
-def main(module, *flags, code=0):
-  """The output of `python -m srlm_jax.MODULE`, which must exit with `code` and no traceback."""
+@functools.cache
+def server() -> forks.Server:
   environment = dict(
       os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
-  ended, out, err = run_main(module, *flags, cwd=ROOT, env=environment)
+  return forks.Server(environment, ROOT)
+
+
+def run_main(module, *flags) -> tuple[int, str, str]:
+  """Runs the program srlm_jax.MODULE -> exit code, stdout, stderr."""
+  return server().run(module, flags)
+
+
+def main(module, *flags, code=0):
+  """The output of the program srlm_jax.MODULE, which must exit with `code` and no traceback."""
+  ended, out, err = run_main(module, *flags)
   assert ended == code and 'Traceback' not in err, out + err
-  return out + err * (code != 0)
+  return out + err if code else out
 
 
 def config_flags(name):

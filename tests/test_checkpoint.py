@@ -168,3 +168,24 @@ def test_damaged_arrays_are_reported_as_damage_not_as_another_model(saved, mesh,
     path.write_bytes(path.read_bytes()[:size])
   with pytest.raises(InputError, match='params cannot be read.*the checkpoint is damaged'):
     store.restore_params(folder, mesh, 'float32')
+
+
+@pytest.mark.parametrize('name', [
+    'added_tokens.json', 'tokenizer.4.0.0.json', 'additional_chat_templates/default.jinja'])
+def test_every_file_that_a_tokenizer_reads_is_hashed_and_copied(saved, tmp_path_factory, name):
+  folder, _ = saved
+  (folder / name).parent.mkdir(exist_ok=True)
+  (folder / name).write_text('{}')
+  with pytest.raises(InputError, match=f'{name} changed after the model was made'):
+    model_files.read_hashes(folder)
+  target = tmp_path_factory.mktemp('copy')
+  model_files.copy(folder, target)
+  assert (target / name).read_text() == '{}'
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[]', '{"step": 8}', '{"step": "7"}'])
+def test_a_damaged_selection_is_refused(saved, text):
+  folder, _ = saved
+  (folder / model_files.SELECTED).write_text(text)
+  with pytest.raises(InputError, match='selected.json.*run the selection again'):
+    model_files.latest(folder)

@@ -30,7 +30,7 @@ def test_a_llama_3_config_is_read():
       rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), norm_eps=1e-5, tied=True)
 
 
-def test_the_rotary_fields_of_new_transformers_are_read():
+def test_rope_parameters_of_newer_transformers_are_read():
   new = dict(LLAMA3, rope_parameters=dict(LLAMA3['rope_scaling'], rope_theta=500000.0))
   del new['rope_scaling'], new['rope_theta']
   assert model_config.from_hf(new) == model_config.from_hf(LLAMA3)
@@ -40,7 +40,7 @@ def test_the_rotary_fields_of_new_transformers_are_read():
 
 
 @pytest.mark.parametrize('name', PRESETS)
-def test_configs_survive_the_way_to_hugging_face_and_back(name):
+def test_configs_round_trip_through_the_hugging_face_format(name):
   fields = json.loads(json.dumps(model_config.to_hf(PRESETS[name])))
   assert model_config.from_hf(fields) == PRESETS[name]
   llama3 = model_config.from_hf(LLAMA3)
@@ -56,12 +56,12 @@ def test_configs_survive_the_way_to_hugging_face_and_back(name):
     (dict(rope_scaling=dict(type='yarn', factor=4.0)), 'yarn'),
     (dict(rope_scaling=dict(rope_type='llama3', factor=8.0)), 'low_freq_factor'),
     (dict(num_key_value_heads=3), 'num_key_value_heads')])
-def test_a_field_that_is_not_supported_is_refused_by_name(change, message):
+def test_the_error_names_an_unsupported_field(change, message):
   with pytest.raises(InputError, match=message):
     model_config.from_hf(LLAMA3 | change)
 
 
-def test_the_file_is_named(tmp_path):
+def test_the_error_names_the_config_file(tmp_path):
   with pytest.raises(InputError, match='holds no config.json'):
     model_config.load(tmp_path)
   (tmp_path / 'config.json').write_text(json.dumps(LLAMA3 | dict(sliding_window=1)))
@@ -69,8 +69,8 @@ def test_the_file_is_named(tmp_path):
     model_config.load(tmp_path)
 
 
-HUGE = {str: 'x' * 5000, tuple: ('x' * 5000,)}
-NEVER = {  # what a knob of each type refuses, whatever its range
+LONG = {str: 'x' * 5000, tuple: ('x' * 5000,)}
+INVALID = {  # values that a knob of each type refuses for any range
     int: [math.nan, math.inf, -math.inf, 1.5, 2.0, 10**20, 10**400, 10**5000, -10**400, '4', '',
           True, [4],
           [10**5000], (4,), None],
@@ -83,12 +83,12 @@ NEVER = {  # what a knob of each type refuses, whatever its range
 
 
 def short(value) -> str:
-  """The name of a case."""
+  """The id of a test case."""
   return str(value)[:40]
 
 
 def force(key, value, name='m2', size='tiny'):
-  """A config with any value at all at `key`, past the casts of ConfigDict."""
+  """A config with `value` at `key`, without the type casts of ConfigDict."""
   config = configs.get(name, size).copy_and_resolve_references()
   section, _, knob = key.rpartition('.')
   place = config[section] if section else config
@@ -97,7 +97,7 @@ def force(key, value, name='m2', size='tiny'):
 
 
 def refused(key, value) -> str:
-  """The sentence that refuses a value."""
+  """Checks that the value is refused in one sentence -> that sentence."""
   with pytest.raises(InputError) as error:
     configs.check(force(key, value))
   text = str(error.value)
@@ -128,34 +128,39 @@ def refused(key, value) -> str:
     ('train.loss', 'ppo', "config.train.loss is 'ppo'; it is sft or dpo ("),
     ('data.synthetic', 1, 'config.data.synthetic is 1; it must be True or False ('),
     ('train.data', 'ift', "config.train.data is 'ift'; it must be a tuple of strings (")])
-def test_what_is_refused_is_said_in_one_sentence(key, value, sentence):
+def test_the_error_states_the_key_the_value_and_the_allowed_values(key, value, sentence):
   assert refused(key, value).startswith(sentence)
 
 
 @pytest.mark.parametrize('key', configs.KNOBS)
-def test_every_knob_refuses_what_it_is_not(key):
+def test_every_knob_refuses_wrong_types_and_values_out_of_range(key):
   values = configs.KNOBS[key].values
-  bad = list(NEVER[values.kind])
+  bad = list(INVALID[values.kind])
   if values.choices:
-    bad += ['', 'x', HUGE[str], values.choices[0].upper(), values.choices[0] + ' ']
+    bad += ['', 'x', LONG[str], values.choices[0].upper(), values.choices[0] + ' ']
   if values.kind in (int, float):
     low = values.least if values.above == -math.inf else values.above
-    assert math.isfinite(low) and math.isfinite(min(values.most,
-                                                    values.below)), 'a number has two ends'
-    bad += [-1, -1.0] * (values.also != -1 and low > -1)
-    bad += [0] * (values.above == 0 and values.also != 0) + [-2, -10**9] * (low > -2)
+    high = min(values.most, values.below)
+    assert math.isfinite(low) and math.isfinite(high), 'the range of a number must be bounded'
+    if values.also != -1 and low > -1:
+      bad += [-1, -1.0]
+    if values.above == 0 and values.also != 0:
+      bad += [0]
+    if low > -2:
+      bad += [-2, -10**9]
     bad += [math.nextafter(values.least, -math.inf), math.nextafter(values.most, math.inf),
-            values.above,
-            values.below]
+            values.above, values.below]
   for value in bad:
     refused(key, value)
 
 
 @pytest.mark.parametrize('key', configs.KNOBS)
-def test_every_knob_takes_its_default_and_both_ends(key):
+def test_every_knob_accepts_its_default_and_both_ends_of_its_range(key):
   knob = configs.KNOBS[key]
   v = knob.values
-  good = [knob.default, *v.choices, *[v.also] * (v.also is not None)]
+  good = [knob.default, *v.choices]
+  if v.also is not None:
+    good += [v.also]
   if v.kind is int:
     good += [v.least if math.isfinite(v.least) else v.above + 1,
              v.most if math.isfinite(v.most) else v.below - 1]
@@ -165,13 +170,13 @@ def test_every_knob_takes_its_default_and_both_ends(key):
   elif v.kind is bool:
     good += [True, False]
   elif not v.choices:
-    good += [HUGE[v.kind]]
+    good += [LONG[v.kind]]
   for value in good:
     knob.check(key, value)
 
 
 @pytest.mark.parametrize('key', configs.KNOBS)
-def test_every_knob_says_its_unit_and_its_source(key):
+def test_every_knob_has_a_unit_and_a_source(key):
   knob = configs.KNOBS[key]
   assert type(knob.default) is knob.values.kind and len(knob.unit) > 3 and '. ' not in knob.unit
   assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT,
@@ -179,7 +184,7 @@ def test_every_knob_says_its_unit_and_its_source(key):
 
 
 @pytest.mark.parametrize('name, size', itertools.product(configs.MODELS, configs.SIZES))
-def test_every_config_has_the_keys_of_the_table_and_values_in_range(name, size):
+def test_every_config_has_exactly_the_known_keys_and_valid_values(name, size):
   config = configs.get(name, size)
   values = dict(configs.flat(config))
   assert {*values} == {*configs.KNOBS} and config.is_locked and config.train.is_locked
@@ -188,7 +193,7 @@ def test_every_config_has_the_keys_of_the_table_and_values_in_range(name, size):
   configs.check(config)
 
 
-def test_another_key_and_a_missing_one_are_refused():
+def test_unknown_and_missing_keys_are_refused():
   config = force('train.lerning_rate', 1.0)
   with pytest.raises(InputError, match='config.train.lerning_rate is not a config key; a config '
                      'has the keys of KNOBS'):
@@ -200,7 +205,7 @@ def test_another_key_and_a_missing_one_are_refused():
 
 
 @pytest.mark.parametrize('name, size', [('m9', 'tiny'), ('m1', 'huge')])
-def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
+def test_an_unknown_model_or_size_is_refused(name, size):
   with pytest.raises(InputError, match='is unknown; it is one of'):
     configs.get(name, size)
 
@@ -230,7 +235,7 @@ def test_a_model_and_a_size_that_are_not_there_are_refused(name, size):
     ({'prompts.author': 'M0'},
      "config.prompts.author is 'M0'; it is empty, m0, sft, m1, m2, m3, m4 or sampler, or a path")],
     ids=short)
-def test_values_that_exclude_each_other_are_refused(changes, message):
+def test_invalid_combinations_and_unknown_names_are_refused(changes, message):
   config = configs.get('m2', 'tiny')
   config.update_from_flattened_dict(changes)
   with pytest.raises(InputError, match=message) as error:
@@ -245,7 +250,7 @@ def test_values_that_exclude_each_other_are_refused(changes, message):
     *({key: model} for key in configs.NAMES_A_MODEL
       for model in (*configs.MODELS, '', '/m', './m', 'gs://b/m')),
     {'prompts.author': 'sampler'}], ids=short)
-def test_values_that_go_together_are_taken(changes):
+def test_valid_combinations_and_known_names_are_accepted(changes):
   config = configs.get('m2', 'tiny')
   config.update_from_flattened_dict(changes)
   configs.check(config)
@@ -260,7 +265,7 @@ def test_the_changes_of_the_tests_and_the_ablations_are_valid(name, size):
       loop.load_config(name, size, '', '', changes)
 
 
-def test_a_whole_number_for_a_float_and_a_flag_with_commas_still_work():
+def test_an_int_for_a_float_and_comma_separated_data_are_accepted():
   config = configs.get('m2', 'tiny')
   config.train.epochs = 3
   config.train.data = ('pairs,judge_pairs',)
@@ -269,7 +274,7 @@ def test_a_whole_number_for_a_float_and_a_flag_with_commas_still_work():
 
 
 def parse(monkeypatch, *flag):
-  """The config that flags make, as `stage.main` reads it."""
+  """The config that a program reads from its flags."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file('config', flag_values=values)
   monkeypatch.setattr(sys, 'argv', ['program', '--config=configs/iter2.py:tiny', *flag])
@@ -284,7 +289,7 @@ def parse(monkeypatch, *flag):
     ('respond.n', '9' * 4000),
     ('seed', str(2**64)), ('seed', '-1'), ('respond.temperature', '1e-310'),
     ('train.learning_rate', '5e-324'), ('mesh.data', '0')], ids=short)
-def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
+def test_values_from_config_flags_and_set_are_range_checked(key, text, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(InputError, match=f'^config.{key} is '):
     configs.check(parse(monkeypatch, f'--config.{key}={text}'))
@@ -304,7 +309,7 @@ def test_flags_and_changes_that_parse_are_checked(key, text, monkeypatch):
     ('x' * 5000 + ':seed=1', "there is no model 'xxx"),
     ('name=' + 'x' * 5000, 'name says which config'),
     ('m1:train.epochs=1:2', "is not a float")], ids=short)
-def test_a_change_that_is_not_a_value_gives_one_sentence(change, message):
+def test_an_invalid_set_flag_gives_a_one_sentence_error(change, message):
   with pytest.raises(InputError) as error:
     loop.load_config('m1', 'tiny', '', '', [change])
   text = str(error.value)
@@ -313,7 +318,7 @@ def test_a_change_that_is_not_a_value_gives_one_sentence(change, message):
 
 @pytest.mark.parametrize('key', [key for key, knob in configs.KNOBS.items()
                                  if knob.values.kind in (int, float)])
-def test_no_text_for_a_number_gets_past(key):
+def test_numeric_keys_refuse_invalid_text(key):
   for text in ('nan', 'inf', '-inf', '1e400', '-1e400', '', 'x', '0x10', '--', '9' * 5000,
                str(10**20), 'True', '[1]'):
     with pytest.raises(InputError):
@@ -325,29 +330,29 @@ def test_no_text_for_a_number_gets_past(key):
                     '--config.data.ift=-5']),
     ('sandbox', ['--config=configs/sft.py:tiny', f'--config.seed={2**64}']),
     ('loop', ['--size=tiny', '--set=m3:train.b1=2'])])
-def test_a_refused_stage_leaves_nothing_behind(module, flag, tmp_path):
-  said = main(module, *flag, f'--workdir={tmp_path / "run"}', code=1)
-  errors = [line for line in said.splitlines() if line.startswith('error: ')]
+def test_a_refused_config_writes_no_file(module, flag, tmp_path):
+  printed = main(module, *flag, f'--workdir={tmp_path / "run"}', code=1)
+  errors = [line for line in printed.splitlines() if line.startswith('error: ')]
   assert len(errors) == 1 and errors[0].startswith('error: config.')
   assert not [p for p in tmp_path.rglob('*') if p.is_file()]
 
 
-@pytest.mark.parametrize('flag, said', [
+@pytest.mark.parametrize('flag, shown', [
     ('--config.respond.n=' + '9' * 5000, '--config.respond.n=99'),
     ('--config.train.batch=' + 'x' * 5000, '--config.train.batch=xx'),
     ('--config.train.pack=' + 'x y ' * 2000, '--config.train.pack=x y'),
     ('--config.train.' + 'x' * 5000 + '=1', 'no key "xx'),
     ('--' + 'x' * 5000 + '=1', 'name')], ids=short)
-def test_a_long_flag_is_shortened_in_the_error(flag, said, tmp_path):
+def test_a_long_flag_is_shortened_in_the_error(flag, shown, tmp_path):
   printed = main('train', '--config=configs/iter2.py:tiny', f'--workdir={tmp_path}', flag, code=1)
   errors = [line for line in printed.splitlines() if line.startswith('error: ')]
-  assert len(errors) == 1 and said in errors[0] and len(errors[0]) < 400, printed
+  assert len(errors) == 1 and shown in errors[0] and len(errors[0]) < 400, printed
   if '9' in flag:
-    assert 'value has 5000 digits' in errors[0], 'the reason is kept'
+    assert 'value has 5000 digits' in errors[0], 'the error must give the reason'
 
 
 @pytest.mark.parametrize('old, new', configs.RENAMED.items())
-def test_an_old_key_is_refused_with_the_new_name(old, new, tmp_path):
+def test_the_error_for_a_renamed_key_gives_the_new_key(old, new, tmp_path):
   assert new in configs.KNOBS and old not in configs.KNOBS
   with pytest.raises(InputError, match=f'{old} is now {new}'):
     loop.load_config('m2', 'tiny', '', '', [f'{old}=1'])

@@ -1,6 +1,7 @@
 import pytest
 
 from srlm_jax import InputError
+from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import eft, judges, scores as scoring
 
 JUDGE = judges.load('additive')
@@ -69,7 +70,7 @@ def test_balance_downsamples_the_most_frequent_score_to_the_runner_up():
 def test_replies_with_equal_ranks_have_no_order():
   replies = [dict(id=str(i), text=f't{i}', rank=rank) for i, rank in enumerate((0, 1, 1))]
   tied = dict(ranked(3), replies=replies)
-  eft.check([tied], 'f')
+  ranking.check([tied], 'f')
   assert len(eft.from_baseline([tied], scores([5] * 3, [2] * 3, [4] * 3), JUDGE)[0]) == 3
   equal = dict(ranked(2), replies=[dict(id=str(i), text=f't{i}', rank=0) for i in range(2)])
   reason = 'all replies have the same human rank'
@@ -80,13 +81,13 @@ def test_replies_with_equal_ranks_have_no_order():
 def test_invalid_ranks_are_refused(ranks):
   replies = [dict(id=str(i), text='t', rank=rank) for i, rank in enumerate(ranks)]
   with pytest.raises(InputError, match='r.jsonl: the ranks .* of p are not a ranking'):
-    eft.check([dict(ranked(), replies=replies)], 'r.jsonl')
+    ranking.check([dict(ranked(), replies=replies)], 'r.jsonl')
 
 
 def test_a_reply_without_text_is_refused():
   replies = [dict(id='0', text='t', rank=0), dict(id='1', text=' ', rank=1)]
   with pytest.raises(InputError, match='a reply of p has no text'):
-    eft.check([dict(ranked(2), replies=replies)], 'r.jsonl')
+    ranking.check([dict(ranked(2), replies=replies)], 'r.jsonl')
 
 
 def test_a_cut_judgement_is_not_a_target():
@@ -125,4 +126,4 @@ def test_the_table_shows_the_yield_the_reasons_and_the_scores_before_and_after()
     [dict(text='a', rank=0), dict(text='b', rank=1)]])
 def test_records_in_another_format_raise_an_input_error(replies):
   with pytest.raises(InputError, match='r.jsonl: .* of p'):
-    eft.check([dict(ranked(), replies=replies)], 'r.jsonl')
+    ranking.check([dict(ranked(), replies=replies)], 'r.jsonl')

@@ -58,8 +58,8 @@ def test_log_probs_at_temperature_1_are_those_of_the_training_step(mesh):
   for request, result in zip(RAGGED, run(engine, RAGGED, WARM), strict=True):
     packed = Packing([Example('', request.ids, (result.ids,))], 1, 1, 0)
     batch = batches.pack(packed.rows(0), packed.shape)
-    logps = train_step.token_logps(llama.Llama(TINY), params, batch, None)
-    np.testing.assert_allclose(result.logps, logps[0, :len(result.ids)], atol=1e-4)
+    token_logps = train_step.token_logps(llama.Llama(TINY), params, batch, None)
+    np.testing.assert_allclose(result.token_logps, token_logps[0, :len(result.ids)], atol=1e-4)
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
@@ -68,7 +68,7 @@ def test_the_log_probs_of_given_responses_equal_those_of_sampling(shape):
   given = [(list(request.ids), result.ids) for request, result in zip(RAGGED, results, strict=True)]
   engine = make(shape)[0]
   found = engine.logps(given)
-  np.testing.assert_allclose(found, [sum(r.logps) for r in results], atol=1e-4)
+  np.testing.assert_allclose(found, [sum(r.token_logps) for r in results], atol=1e-4)
   long = ([3] * 60, [4] * 50)
   # bit-identical and batch-invariant
   assert engine.logps([given[4], long, given[0]])[::2] == [found[4], found[0]]
@@ -136,14 +136,14 @@ def test_rounding_changes_few_samples(m0, dtype, slots, share):
   for a, b in pairs if dtype == 'float32' else ():
     same = next((i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)) if x != y),
                 len(a.ids))
-    np.testing.assert_allclose(a.logps[:same], b.logps[:same], atol=1e-5)
+    np.testing.assert_allclose(a.token_logps[:same], b.token_logps[:same], atol=1e-5)
 
 
 def test_prefix_and_prompts_are_prefilled_once():
   engine, _ = make(slots=4)
   run(engine, SHARING, GREEDY)
   work, own = engine.work, [len(r.ids) - len(RUBRIC) - 1 for r in SHARING]
-  assert work.naive == sum(r.n * len(r.ids) for r in SHARING)
+  assert work.unshared_prompt_tokens == sum(r.n * len(r.ids) for r in SHARING)
   # the prefix, and the rest of two prompts; the third has no other tokens to prefill
   assert own == [2, 0, 29] and work.prefilled == 48 + 2 * 32
   apart, _ = make(slots=4, share=False)
@@ -152,7 +152,7 @@ def test_prefix_and_prompts_are_prefilled_once():
 
 
 def test_prompts_without_the_prefix_give_the_same_samples(monkeypatch):
-  monkeypatch.setattr(engines, 'WINDOW', 2)
+  monkeypatch.setattr(engines, 'PREFIX_REQUESTS', 2)
   late = [MIXED[0], MIXED[2], *MIXED]  # the first two share a rubric that the rest may not
   (found, work), (wanted, most) = (
       ([x.ids for x in run(engine, late, WARM)], engine.work.prefilled)
@@ -204,6 +204,7 @@ def test_ten_thousand_requests_need_no_more_compilations_or_memory():
 def test_requests_and_results_are_streamed():
   """The engine reads only as many requests as may wait, and keeps none that it has yielded."""
   asked, most, read, left = [], 0, 0, 0
+  limit = engines.PREFIX_REQUESTS + engines.HELD_PER_SLOT * 4
 
   def stream():
     nonlocal read
@@ -216,8 +217,8 @@ def test_requests_and_results_are_streamed():
     left += 1
     most = max(most, read - left)
     if left == 2000:
-      assert sum(ref() is not None for ref in asked) <= engines.WINDOW + engines.HELD * 4
-  assert left == 3000 and most <= engines.WINDOW + engines.HELD * 4
+      assert sum(ref() is not None for ref in asked) <= limit
+  assert left == 3000 and most <= limit
 
 
 def test_other_ids_and_other_seeds_give_other_samples():
@@ -276,7 +277,7 @@ def test_prompt_and_response_may_fill_a_row_completely(n, mesh):
 def test_an_interrupted_file_is_completed_to_the_same_bytes(tmp_path):
   """After every line, also between the samples of a request; existing lines are not resampled."""
   def record(request, i, x):
-    return dict(id=f'{request.id}/{i}', ids=x.ids, logp=round(sum(x.logps), 4))
+    return dict(id=f'{request.id}/{i}', ids=x.ids, logp=round(sum(x.token_logps), 4))
   path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
   engines.run(make()[0], MIXED, total, WARM, path, record)
   whole = path.read_bytes()
@@ -336,7 +337,7 @@ def test_log_probs_that_are_not_finite_end_the_run_with_the_request_s_name():
 
 
 def test_invalid_engines_are_refused():
-  message = 'eos id 64 is not a token of the model, whose vocabulary has 64'
+  message = 'eos id 64 is not a token of the model, whose vocabulary has 64; use the tokenizer'
   with pytest.raises(InputError, match=message):
     make(eos=(60, 64))
   with pytest.raises(InputError, match='max_tokens is 12, and a row may have 12 tokens in all'):

@@ -1,4 +1,4 @@
-"""Imports go down: a module imports only what stands before it in ORDER."""
+"""Imports go down: a module imports only parts listed before it in ORDER."""
 import ast
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from conftest import ROOT
 import pytest
 
 PACKAGE = ROOT / 'srlm_jax'
-# Modules and packages from the ground up, line by line. `/` separates those that do not import each
-# other; the others may import those before them in their line.
+# Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
+# parts may also import the parts before them in the same line.
 ORDER = '''
   config ablations sharding hosts records lock environment
   model_files catalog stage metrics cli
@@ -19,7 +19,8 @@ ORDER = '''
   selection loop study
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
-LATE = {'sentencepiece', 'transformers', 'tokenizers', 'tensorflow_datasets', 'array_record'}
+LATE = {'sentencepiece', 'transformers', 'tokenizers'}
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('config', 'ablations', 'records', 'lock', 'data.oasst', 'data.ranked',
                'data.similar',
@@ -29,7 +30,7 @@ WITHOUT_JAX = ('config', 'ablations', 'records', 'lock', 'data.oasst', 'data.ran
 
 
 def parts() -> dict[str, set[str]]:
-  """Module or package: what it may import."""
+  """Reads ORDER -> {module or package: the parts that it may import}."""
   found, before = {}, set()
   for line in ORDER.split('\n'):
     names = line.split()
@@ -62,13 +63,13 @@ def imports(path):
 
 
 @pytest.mark.parametrize('name', MODULES)
-def test_a_module_imports_only_what_stands_before_it(name):
+def test_modules_import_only_earlier_parts_of_the_order(name):
   part = name.split('.')[0]
   if part != '__init__':
     assert {found.split('.')[0] for found in imports(MODULES[name])} <= MAY[part]
 
 
-def test_no_import_leads_back():
+def test_imports_have_no_cycle():
   graph = {name: set(imports(path)) for name, path in MODULES.items()}
   def visit(name, above):
     assert name not in above, ' -> '.join([*above, name])
@@ -81,7 +82,7 @@ def test_no_import_leads_back():
 @pytest.mark.parametrize('name', MODULES)
 def test_only_slow_or_optional_packages_are_imported_inside_functions(name):
   tree = ast.parse(MODULES[name].read_text())
-  for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+  for function in (n for n in ast.walk(tree) if isinstance(n, FUNCTIONS)):
     for node in ast.walk(function):
       if isinstance(node, ast.Import | ast.ImportFrom):
         names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
@@ -94,7 +95,7 @@ def test_modules_that_transform_records_do_not_import_jax():
   assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
-def test_every_module_has_a_test_of_its_own():
+def test_every_module_has_a_test_file():
   tested = {p.stem.removeprefix('test_') for p in (ROOT / 'tests').glob('test_*.py')}
   elsewhere = dict(
       attention='llama', hf='convert', scores='pairs', generate='llama', state='step',

@@ -27,9 +27,9 @@ def normal(seed, *shapes, dtype=jnp.float32):
 
 def attend(q, k, v, prefix, mask):
   """q [B, T, K, G, H], k and v [B, K, S, H], mask [B, T, W + S] -> [B, T, K, G, H], float64."""
-  q, k, v, *shared = (np.asarray(x, np.float64) for x in (q, k, v, prefix.k, prefix.v))
+  q, k, v, *prefix_kv = (np.asarray(x, np.float64) for x in (q, k, v, prefix.k, prefix.v))
   k, v = (np.concatenate([np.broadcast_to(w, (len(x), *w.shape)), x], 2)
-          for x, w in zip((k, v), shared, strict=True))
+          for x, w in zip((k, v), prefix_kv, strict=True))
   scores = np.einsum('BTKGH,BKSH->BKGTS', q, k) * q.shape[-1] ** -0.5
   scores = np.where(mask[:, None, None], scores, -1e30)
   probs = np.exp(scores - scores.max(-1, keepdims=True))
@@ -157,8 +157,9 @@ def prefill_inputs(A, T, W, K, G, H, dtype=jnp.float32):
                             dtype=dtype)
   length = jnp.array([0, W, W // 3, 1 % (W + 1)])[:A]
   prefix = Prefix(*prefix, length)
-  shared = np.broadcast_to(np.arange(W) < np.asarray(length)[:, None, None], (A, T, W))
-  mask = np.concatenate([shared, np.broadcast_to(np.tri(T, dtype=bool), (A, T, T))], -1)
+  prefix_mask = np.broadcast_to(np.arange(W) < np.asarray(length)[:, None, None], (A, T, W))
+  own_mask = np.broadcast_to(np.tri(T, dtype=bool), (A, T, T))
+  mask = np.concatenate([prefix_mask, own_mask], -1)
   wanted = attend(q, *(np.einsum('BTKH->BKTH', x) for x in (k, v)), prefix, mask)
   return (q, k, v, prefix), wanted
 

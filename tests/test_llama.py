@@ -119,7 +119,7 @@ def test_the_log_probs_of_targets_are_those_of_the_logits(mesh, tied):
   tokens, targets = np.random.default_rng(0).integers(1, TINY.V, (2, 3, 16), np.int32)
   positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
   hidden = model.apply(params, tokens, positions, packed.Causal(), method='hidden')
-  logps = model.apply(params, hidden, targets, method='logps')
+  logps = model.apply(params, hidden, targets, method='token_logps')
   wanted = jax.nn.log_softmax(model.apply(params, hidden, method='logits'))
   wanted = jnp.take_along_axis(wanted, targets[..., None], -1)[..., 0]
   np.testing.assert_allclose(logps, wanted, atol=1e-5)

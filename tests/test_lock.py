@@ -22,6 +22,7 @@ def skewed(path):  # like a host whose clock is `ahead` seconds ahead
   utime(path, (time.time() + ahead,) * 2)
 if ahead:
   os.utime = skewed
+  lock._pid_scope = lambda: dict(host='elsewhere', boot='b', namespace=1)
 with lock.held(workdir):
   os.utime(path)
   print('held', flush=True)
@@ -127,6 +128,17 @@ def test_a_suspended_run_that_continues_while_watched_keeps_its_lock(tmp_path, s
   write(tmp_path, age=lock.STALE + 1)
   subprocess.Popen(['sh', '-c', f'sleep 1; kill -CONT {other.pid}'])
   assert_refused(tmp_path)
+
+
+def test_a_stopped_process_of_this_host_keeps_its_lock(tmp_path, start):
+  """It would write again when it continues, until its next heartbeat."""
+  other = start(beat=10)
+  other.send_signal(signal.SIGSTOP)
+  old = time.time() - lock.STALE - 1
+  os.utime(tmp_path / 'lock.json', (old, old))
+  before = time.monotonic()
+  assert_refused(tmp_path)
+  assert time.monotonic() - before < 5
 
 
 def test_a_lock_released_while_watched_is_free(tmp_path):

@@ -13,8 +13,18 @@ from conftest import CHANGES, config_flags, DATA, main, on, OTHERS, ROOT
 import numpy as np
 import pytest
 
-from srlm_jax import ablations, catalog, InputError, loop, metrics, model_files, records
-from srlm_jax.reward import pairs
+from srlm_jax import (
+  ablations,
+  catalog,
+  config as configs,
+  InputError,
+  loop,
+  metrics,
+  model_files,
+  records,
+  stage as stages,
+)
+from srlm_jax.reward import pairs, strategies
 from srlm_jax.sandbox import __main__ as sandbox
 
 
@@ -31,7 +41,7 @@ def table(printed):
   return {row[0]: dict(zip(columns, row, strict=True)) for row in cells}
 
 
-def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
+def test_the_loop_trains_every_model_and_prints_their_table(demo):
   workdir, printed = demo
   rows = table(printed)
   assert list(rows) == ['sft', 'm1', 'm2', 'm3'], printed  # M0 is not evaluated
@@ -46,17 +56,23 @@ def test_the_loop_trains_every_model_and_ends_with_their_table(demo):
 
 
 def test_every_stage_used_the_parameters_of_the_right_model(demo):
-  """Another implementation sampled and judged with the base model in every iteration."""
+  """Regression: each stage must load the right model."""
   workdir, _ = demo
   params = {m: model_files.recorded_hash(workdir / m / 'model')
             for m in ('m0', 'sft', 'm1', 'm2', 'm3')}
   assert params['m0'] == json.loads((sandbox.M0 / 'done.json').read_text())['params']
-  for folder, model in (
-      ('m1/judge', 'sft'), ('m1/model', 'm0'), ('sft/judge_eval', 'sft'), ('m1/answers', 'm1'),
-      ('m2/prompts', 'm0'), ('m2/respond', 'm1'), ('m2/judge', 'm1'), ('m2/model', 'm1'),
-      ('m3/respond', 'm2'), ('m3/judge', 'm2'), ('m3/model', 'm2'), ('m3/judge_eval', 'm3')):
-    manifest = json.loads((workdir / folder / 'manifest.json').read_text())
-    assert manifest['params'] == params[model], folder
+  # Role -> model, independent of the configs.
+  for name, roles in dict(
+      sft=dict(init='m0'), m1=dict(init='m0', sampler='sft'),
+      m2=dict(init='m1', sampler='m1', author='m0'),
+      m3=dict(init='m2', sampler='m2', author='m0')).items():
+    config = loop.load_config(name, 'tiny', '', '', list(CHANGES))
+    specs = [spec for spec in catalog.STAGES if spec.runs and spec.needed(config)]
+    assert {role for spec in specs for role in spec.runs} == {'self', *roles}
+    for spec in specs:
+      manifest = json.loads((spec.folder(workdir, config) / 'manifest.json').read_text())
+      role, = spec.runs
+      assert manifest['params'] == params[roles.get(role, name)], f'{name}/{spec.name}'
 
 
 def test_prompts_do_not_repeat_in_a_later_round(demo, tmp_path):
@@ -123,13 +139,14 @@ def test_a_different_config_in_the_same_workdir_is_an_error(demo):
   assert 'respond.n (4, now 5)' in printed
 
 
-APPENDED = dict(  # stage -> the file to which it appends records
-    prompts='attempts.jsonl', respond='responses-00000-of-00001.jsonl',
-    judge='judgements-00000-of-00001.jsonl')
+# Sampling stages of M2 -> the file to which they append records: the last one of `writes`.
+M2 = configs.get('m2', 'tiny')
+APPENDED = {spec.name: spec.writes[-1].replace('*', '00000-of-00001') for spec in catalog.STAGES
+            if spec.program == f'sample.{spec.name}' and spec.needed(M2)}
 
 
 @pytest.mark.parametrize('stage', APPENDED)
-def test_a_killed_stage_does_only_what_is_missing_and_ends_byte_identical(demo, tmp_path, stage):
+def test_a_killed_stage_resumes_and_ends_byte_identical(demo, tmp_path, stage):
   module, name = f'sample.{stage}', APPENDED[stage]
   shutil.copytree(demo[0], tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / stage
@@ -183,16 +200,15 @@ def test_the_meta_judge_compares_in_both_orders_and_keeps_every_text(others):
       1 for _ in records.read(others / 'm2' / 'meta_judge' / 'judge_pairs.jsonl'))
 
 
-@pytest.mark.parametrize('strategy', [
-    'consistency', 'agreement', 'temporal', 'length_controlled', 'positives_only'])
-def test_every_strategy_makes_its_pairs(others, tmp_path, strategy):
+@pytest.mark.parametrize('strategy', [*strategies.PAIRS, strategies.POSITIVES])
+def test_every_strategy_makes_pairs_or_positives(others, tmp_path, strategy):
   shutil.copytree(others / 'm2', tmp_path / 'm2',
                   ignore=shutil.ignore_patterns('pairs', 'model', 'health'))
   config = loop.load_config('m2', 'tiny', '', '', [
       *CHANGES, f'pairs.strategy={strategy}', 'pairs.positive=4'])
   pairs.run(config, tmp_path)
   done = json.loads((tmp_path / 'm2' / 'pairs' / 'done.json').read_text())
-  made = done['positives' if strategy == 'positives_only' else 'pairs']
+  made = done['positives' if strategy == strategies.POSITIVES else 'pairs']
   assert 0 < made and done['strategy'] == strategy
   assert made + sum(done['dropped'].values()) >= done['prompts']
 
@@ -231,7 +247,7 @@ def test_a_stage_killed_many_times_ends_byte_identical(demo, tmp_path, stage):
 def test_the_other_killed_stages_end_byte_identical(others, tmp_path, stage):
   spec = OTHERS[stage]
   stems = [w.removesuffix(catalog.SHARDS) for w in spec.writes if w.endswith(catalog.SHARDS)]
-  stems = [stem for stem in stems if stem != 'rewards']  # is written at once
+  stems = [stem for stem in stems if stem != 'rewards']  # written once, not appended
   shutil.copytree(others, tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / stage
   whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
@@ -364,6 +380,41 @@ def test_every_make_target_in_the_docs_exists():
   for target in targets:
     ended = subprocess.run(['make', '-n', target], cwd=ROOT, capture_output=True)
     assert ended.returncode == 0, target
+
+
+@pytest.mark.parametrize('module, flag, message', [
+    ('sample.prompts', '--config.sample.slots=1000000000', 'lower config.sample.slots'),
+    ('sample.prompts', '--config.prompts.max_tokens=1000000', 'max_tokens is 1000000'),
+    ('sample.prompts', '--config.prompts.chat=tokenizer', 'no chat template'),
+    ('sample.implicit', '--config.sample.slots=1000000000', 'lower config.sample.slots'),
+    ('sample.implicit', '--config.chat=tokenizer', 'no chat template'),
+    ('sample.respond', '--config.chat=tokenizer', 'no chat template'),
+    ('sample.judge', '--config.chat=tokenizer', 'no chat template')])
+def test_a_refused_sampling_stage_writes_nothing(others, tmp_path, module, flag, message):
+  """Else its manifest would refuse the corrected config."""
+  for part in ('data', 'm0', 'sft', 'm1'):
+    (tmp_path / part).symlink_to(others / part)
+  stage = module.removeprefix('sample.')
+  shutil.copytree(others / 'm2', tmp_path / 'm2', ignore=shutil.ignore_patterns(stage, 'model'))
+  printed = main(module, '--config=iter2:tiny', f'--workdir={tmp_path}', *config_flags('m2'), flag,
+                 code=1)
+  assert message in printed
+  assert not (tmp_path / 'm2' / stage).exists()
+
+
+def test_every_file_of_a_stage_is_declared(others):
+  """In the catalog, from which inputs and training files are found."""
+  checked = 0
+  for path in others.glob('*/*/done.json'):
+    specs = [spec for spec in catalog.STAGES if spec.name == path.parent.name]
+    declared = {name for spec in specs for name in spec.writes}
+    files = stages.finished(path.parent)['files']
+    names = {re.sub(r'-\d{5}-of-\d{5}', '-*', name) for name in files}
+    names -= {'config.json', 'tokenizer.model', model_files.SELECTED}
+    if 'corpus' not in str(path.parent):
+      assert names <= declared, path
+    checked += 1
+  assert checked > 40
 
 
 def test_every_command_in_the_docs_runs(others, tmp_path):

@@ -59,7 +59,7 @@ def dpo(**changes):
   batch = pair_batch([0, 0, 1], [1], jnp.asarray([[[-2., -5.]]]))
   with unittest.mock.patch.object(
       train_step, 'token_logps', lambda *_: jnp.asarray([[-1., -2., -4.]])):
-    loss, metrics = train_step.cached_dpo(None, config, None, {}, batch, None)
+    loss, metrics = train_step.sums(None, config, None, {}, batch, None)
   return float(loss), {name: float(value) for name, value in metrics.items()}
 
 

@@ -16,16 +16,16 @@ def make_filter(known=('Name a nice fruit for me.',), held_out=('Where is the mo
     ('Tell me about', 'length', 'cut off by length'),
     ('Ships please.', 'eos', 'not 4 to 150 words'), ('', 'eos', 'not 4'),
     ('Tell me a ' + 'very ' * 150 + 'long story', 'eos', 'not 4 to 150 words'),
-    ('Draw me a small horse.', 'eos', 'asks for what'),
-    ('What is in this picture?', 'eos', 'asks for what'),
-    ('Please go to the shop now.', 'eos', 'asks for what'),
-    ('Write a program that sorts numbers.', 'eos', 'a start that'),
-    ('"Tell me about old ships."', 'eos', 'a start that'),
-    ('Öl is what you need.', 'eos', 'a start that'),
+    ('Draw me a small horse.', 'eos', 'contains a banned word'),
+    ('What is in this picture?', 'eos', 'contains a banned word'),
+    ('Please go to the shop now.', 'eos', 'contains a banned word'),
+    ('Write a program that sorts numbers.', 'eos', 'start excluded'),
+    ('"Tell me about old ships."', 'eos', 'start excluded'),
+    ('Öl is what you need.', 'eos', 'start excluded'),
     ('where is the MOON now', 'eos', 'held out'),
     ('Say it: where is the moon now', 'eos', 'contains a held-out prompt'),
     ('Name a nice fruit for me!', 'eos', 'seen before'),
-    ('Name a nice fruit for us.', 'eos', 'like one seen before'),
+    ('Name a nice fruit for us.', 'eos', 'similar to one seen before'),
     ('x', 'too_long', 'shots too long')])
 def test_filter_gives_the_reason_for_a_rejection(text, finish, expected):
   prompt, reason = make_filter()(text, finish)
@@ -41,8 +41,8 @@ def test_accepted_prompts_count_as_seen():
   screen = make_filter()
   assert screen('Tell me about old ships.', 'eos')[1] == ''
   assert screen('Tell me about old ships!', 'eos')[1] == 'seen before'
-  assert screen('Tell me about big ships.', 'eos')[1] == 'like one seen before'
-  assert screen.dropped == {'seen before': 1, 'like one seen before': 1}
+  assert screen('Tell me about big ships.', 'eos')[1] == 'similar to one seen before'
+  assert screen.dropped == {'seen before': 1, 'similar to one seen before': 1}
 
 
 @pytest.mark.parametrize('text, prompt, has_more', [

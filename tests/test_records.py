@@ -8,7 +8,7 @@ import pytest
 from srlm_jax import InputError, records
 
 
-def test_records_survive_the_way_to_disk_and_back(tmp_path):
+def test_records_round_trip_through_a_file(tmp_path):
   rows = [dict(id='a', text='é\n"x"'), dict(id='b', text='')]
   assert records.write(tmp_path / 'x.jsonl', rows) == 2
   assert list(records.read(tmp_path / 'x.jsonl', 'id', 'text')) == rows
@@ -23,20 +23,20 @@ def test_records_survive_the_way_to_disk_and_back(tmp_path):
     ('{"id": "b", "text": 5}', r'x.jsonl:2: "text" is 5, which is not a string'),
     ('{"id": ', r'x.jsonl:2: not a JSON object'), ('[1]', r'x.jsonl:2: a list'),
     ('{"id": "b"}', r'x.jsonl:2: no field "text"')])
-def test_a_malformed_line_is_named(tmp_path, line, message):
+def test_the_error_names_the_malformed_line(tmp_path, line, message):
   (tmp_path / 'x.jsonl').write_text('{"id": "a", "text": ""}\n' + line + '\n')
   with pytest.raises(InputError, match=message):
     list(records.read(tmp_path / 'x.jsonl', 'id', 'text'))
 
 
-def test_a_damaged_archive_is_named(tmp_path):
+def test_a_truncated_gzip_file_is_refused(tmp_path):
   whole = gzip.compress(b'{"id": "a"}\n' * 5000)
   (tmp_path / 'x.jsonl.gz').write_bytes(whole[:len(whole) // 2])
   with pytest.raises(InputError, match='fetch it again'):
     list(records.read(tmp_path / 'x.jsonl.gz'))
 
 
-def test_nothing_is_half_written(tmp_path):
+def test_a_failed_write_leaves_no_file(tmp_path):
   def rows():
     yield dict(id='a')
     raise RuntimeError
@@ -45,7 +45,7 @@ def test_nothing_is_half_written(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_line_cut_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
+def test_the_appender_drops_a_truncated_last_line_and_keeps_the_rest(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c')
   out = records.Appender(path)
@@ -55,7 +55,7 @@ def test_a_line_cut_by_a_kill_is_dropped_and_the_rest_kept(tmp_path):
   assert [r['id'] for r in records.read(path)] == ['a', 'b', 'c']
 
 
-def test_shards_are_read_in_order_and_a_missing_one_is_noticed(tmp_path):
+def test_shards_are_read_in_order_and_a_missing_shard_is_refused(tmp_path):
   for i in (1, 0):
     records.write(tmp_path / records.shard_name('r', i, 2), [dict(id=str(i))])
   assert [r['id'] for r in records.read_shards(tmp_path, 'r')] == ['0', '1']
@@ -69,7 +69,7 @@ def test_shards_are_read_in_order_and_a_missing_one_is_noticed(tmp_path):
     ('comparisons', 'response_id', 2),
     ('rewards', 'id', 1)])
 @pytest.mark.parametrize('hosts', [1, 2, 3, 8])
-def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(
+def test_read_shards_restores_the_request_order_for_any_number_of_hosts(
     tmp_path, stem, field, per_request, hosts):
   requests = [[{'id': f'{i}/{j}', field: f'{i}'} for j in range(per_request)] for i in range(11)]
   for host in range(hosts):
@@ -77,7 +77,7 @@ def test_records_come_in_the_order_of_requests_on_any_number_of_hosts(
   assert list(records.read_shards(tmp_path, stem)) == sum(requests, [])
 
 
-def test_a_file_that_is_no_shard_beside_the_shards_is_named(tmp_path):
+def test_a_stray_file_among_the_shards_is_refused(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 1), [dict(id='a')])
   (tmp_path / 'r-00000-of-00001 (copy).jsonl').write_text('')
   with pytest.raises(InputError, match=r'\(copy\).jsonl is not a shard of r; delete or move it'):
@@ -86,11 +86,11 @@ def test_a_file_that_is_no_shard_beside_the_shards_is_named(tmp_path):
 
 @given(st.lists(st.tuples(st.text('ab/%2F', max_size=5), st.text('ab/%2F', max_size=5)),
                 unique=True))
-def test_different_parts_give_different_names(parts):
+def test_join_maps_different_parts_to_different_names(parts):
   assert len({records.join(*pair) for pair in parts}) == len(parts)
 
 
-def test_shards_of_another_number_of_hosts_are_refused(tmp_path):
+def test_shards_from_a_different_number_of_hosts_are_refused(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 2), [dict(id='a')])
   records.same_hosts(tmp_path / records.shard_name('r', 1, 2))
   with pytest.raises(InputError, match='was written by a run on 2 hosts, and this run has 1'):
@@ -100,8 +100,8 @@ def test_shards_of_another_number_of_hosts_are_refused(tmp_path):
 ROW = b'{"id": "a"}\n'
 
 
-def put(path, kind):
-  """Makes what is not a readable file at `path`, or names a path below a file."""
+def put_unreadable(path, kind):
+  """Creates an unreadable file or a folder at `path` -> the path to read."""
   if kind == 'folder':
     path.mkdir()
   elif kind == 'below a file':
@@ -120,18 +120,18 @@ def put(path, kind):
     ('x.jsonl', 'utf8', r'x.jsonl:2: not a JSON object'),
     ('x.jsonl', 'deep', r'x.jsonl:1: not a JSON object'),
     ('x.jsonl.gz', 'zip', r'x.jsonl.gz:1: the file cannot be read further \(Not a gzipped file')])
-def test_what_is_no_file_of_records_is_refused(tmp_path, name, kind, message):
+def test_unreadable_record_files_are_refused(tmp_path, name, kind, message):
   with pytest.raises(InputError, match=message):
-    list(records.read(put(tmp_path / name, kind)))
+    list(records.read(put_unreadable(tmp_path / name, kind)))
 
 
 @pytest.mark.parametrize('kind, message', [
     ('folder', r'x.json is a folder; give a score'), ('utf8', r'x.json: not JSON .*; give a score'),
     ('below a file', r'x.json/x.jsonl cannot be read \(Not a directory\); give a score'),
     ('deep', r'x.json: not JSON .*; give a score')])
-def test_what_is_no_json_file_is_refused(tmp_path, kind, message):
+def test_unreadable_json_files_are_refused(tmp_path, kind, message):
   with pytest.raises(InputError, match=message):
-    records.read_json(put(tmp_path / 'x.json', kind), 'give a score')
+    records.read_json(put_unreadable(tmp_path / 'x.json', kind), 'give a score')
 
 
 def denied(*args, **kwargs):
@@ -140,7 +140,7 @@ def denied(*args, **kwargs):
 
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
   path = epath.Path(tmp_path / 'x.jsonl')
-  path.write_bytes(ROW)  # not by its mode, which root may ignore
+  path.write_bytes(ROW)  # patched below, because root ignores file modes
   for method in ('exists', 'open', 'read_bytes'):
     monkeypatch.setattr(type(path), method, denied)
     with pytest.raises(InputError, match=r'x.jsonl cannot be read \(Permission denied\)'):
@@ -158,7 +158,7 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
     ('file/x.jsonl', r'x.jsonl cannot be written: .*file is a file, not a folder; give another'),
     ('file/new/x.jsonl', r'x.jsonl cannot be written: .*file is a file, not a folder; give'),
     ('x' * 300, r' cannot be written \(File name too long\); give another')])
-def test_a_place_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch, out, message):
+def test_writing_to_an_invalid_path_changes_nothing(tmp_path, monkeypatch, out, message):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'file').write_text('kept')
@@ -168,13 +168,14 @@ def test_a_place_that_cannot_be_written_is_left_as_it_was(tmp_path, monkeypatch,
   assert (tmp_path / 'file').read_text() == 'kept'
 
 
-@pytest.mark.parametrize('value, said', [('"4"', '"4"'), ('NaN', 'NaN'), ('true', 'true'),
-                                         ('[4]', r'\[4\]'), ('-Infinity', '-Infinity')])
-def test_a_score_is_a_finite_number_or_null(tmp_path, value, said):
+@pytest.mark.parametrize('value, shown', [
+    ('"4"', '"4"'), ('NaN', 'NaN'), ('true', 'true'), ('[4]', r'\[4\]'),
+    ('-Infinity', '-Infinity')])
+def test_a_score_is_a_finite_number_or_null(tmp_path, value, shown):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"score": null}\n{"score": 4}\n{"score": 2.5}\n{"score": 1' + '0' * 400 + '}\n')
   assert len(list(records.read(path, 'score'))) == 4
   path.write_text('{"score": 1}\n{"score": ' + value + '}\n')
-  message = f'x.jsonl:2: "score" is {said}, which is not a number; correct'
+  message = f'x.jsonl:2: "score" is {shown}, which is not a number; correct'
   with pytest.raises(InputError, match=message):
     list(records.read(path, 'score'))

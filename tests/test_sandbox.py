@@ -149,7 +149,8 @@ def test_no_held_out_instruction_is_in_the_corpus(texts):
   everything = '\n'.join(texts)
   held = {world.bare(prompt) for split in ('test', 'valid') for prompt in draw(3000, 5, split)}
   assert len(held) > 1000
-  assert not [core for core in held
+  found = [core for core in held if core in everything]  # faster than the regular expression
+  assert not [core for core in found
               if re.search(f'(^|[ .]){re.escape(core)}', everything, re.MULTILINE)]
   trained = {world.bare(prompt) for prompt in draw(500, 6)}
   assert sum(core in everything for core in trained) > 150  # so the search above is not vacuous

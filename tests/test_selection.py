@@ -29,6 +29,7 @@ def trained(tmp_path, tokenizer_folder, mesh):
   saver.close()
   stage.write_json(folder / 'done.json', dict(params='abc', files={}, seconds=1))
   (tmp_path / 'data' / 'seeds').mkdir(parents=True)
+  (tmp_path / 'data' / 'seeds' / 'ranked.jsonl').write_text('')
 
   def config(select):
     c = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()

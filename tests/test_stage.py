@@ -12,7 +12,7 @@ from srlm_jax.models.config import PRESETS
 
 
 def make(workdir, name='pairs', inputs=(), keys=(), runs=(), template='', **changes):
-  """A stage of m2 that declares these config keys; `changes`: of the section judge."""
+  """A stage of m2 that declares these config keys; `changes` apply to the judge section."""
   c = configs.get('m2', 'tiny')
   c.judge.update(changes)
   return stage.Stage(catalog.Spec(name, 'program', (), keys=keys, runs=runs), c, workdir, template,
@@ -30,7 +30,7 @@ def m1(tmp_path, tokenizer_folder, mesh):
   return folder
 
 
-def test_the_manifest_comes_first_and_done_last(tmp_path, m1):
+def test_begin_writes_the_manifest_and_finish_writes_done_json(tmp_path, m1):
   (tmp_path / 'in.jsonl').write_text('{}\n')
   def made():
     return make(tmp_path, 'pairs', [tmp_path / 'in.jsonl'], ('judge.n', 'judge.template'),
@@ -42,14 +42,14 @@ def test_the_manifest_comes_first_and_done_last(tmp_path, m1):
   assert manifest['params'] == model_files.recorded_hash(m1) and manifest['format'] == stage.FORMAT
   assert manifest['config'] == {'judge.n': 3, 'judge.template': 'sandbox'}
   assert list(manifest['inputs']) == ['in.jsonl'] and manifest['environments'][0]['versions']['jax']
-  assert set(manifest['model_files']) == {'m1/model/config.json', 'm1/model/tokenizer.model'}
+  assert set(manifest['model_files']) == {'sampler/config.json', 'sampler/tokenizer.model'}
   assert not (s.folder / 'done.json').exists()
   s.finish(pairs=3)
   again = made()
   assert again.done and stage.finished(s.folder)['pairs'] == 3
 
 
-def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path, m1):
+def test_the_error_names_what_changed_since_the_stage_began(tmp_path, m1):
   source = tmp_path / 'in.jsonl'
   source.write_text('{}\n')
   def made(n=3, source=source, runs=('sampler',)):
@@ -58,7 +58,7 @@ def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path, m1):
   made()
   with pytest.raises(InputError, match=r'config.judge.n \(3, now 2\)'):
     made(2)
-  with pytest.raises(InputError, match=r'm1/model/config.json \(\w+, now None\)'):
+  with pytest.raises(InputError, match=r'sampler/config.json \(\w+, now None\)'):
     made(runs=())
   hf = json.loads((m1 / 'config.json').read_text())
   (m1 / 'config.json').write_text(json.dumps(hf | dict(rope_theta=7.0)))
@@ -78,17 +78,17 @@ def test_a_stage_made_with_something_else_is_refused_by_name(tmp_path, m1):
     made(source=tmp_path / 'nothing')
 
 
-def test_only_the_keys_of_a_stage_matter_and_only_those_can_be_read(tmp_path):
+def test_a_stage_compares_and_reads_only_its_declared_keys(tmp_path):
   make(tmp_path, keys=('judge.n',)).begin()
-  make(tmp_path, keys=('judge.n',), quorum=1)  # which this stage does not read
+  make(tmp_path, keys=('judge.n',), quorum=1)  # this stage does not read judge.quorum
   view = catalog.Spec('pairs', 'program', (), keys=('judge.n',)).view(configs.get('m2', 'tiny'))
   assert view.judge.n == 3 and view.name == 'm2'
   with pytest.raises(catalog.Undeclared, match='config.judge.quorum is read and not declared'):
     view.judge.quorum  # noqa: B018
 
 
-def test_a_key_that_an_older_manifest_lacks_had_its_default(tmp_path):
-  """A knob added later does not invalidate what was made before it, unless it is set."""
+def test_a_key_missing_from_an_older_manifest_counts_as_its_default(tmp_path):
+  """A knob added later does not invalidate older stages, unless it is set."""
   make(tmp_path, keys=('judge.n',)).begin()
   make(tmp_path, keys=('judge.n', 'judge.template'))
   with pytest.raises(InputError, match=r'config.judge.template \(sandbox, now additive\)'):
@@ -96,12 +96,12 @@ def test_a_key_that_an_older_manifest_lacks_had_its_default(tmp_path):
     c.judge.template = 'additive'
     stage.Stage(catalog.Spec('pairs', 'program', (), keys=('judge.n', 'judge.template')), c,
                 tmp_path)
-  make(tmp_path, 'pairs')  # and one that is no longer read does not matter
+  make(tmp_path, 'pairs')  # keys that the stage no longer reads are ignored
 
 
 @pytest.mark.parametrize('text', [
     '{}', '', '[]', '{"stage": "m2/pairs", "config": {"seed": 0}, "versions": {}}'])
-def test_a_manifest_that_is_empty_foreign_or_older_is_refused_in_one_sentence(tmp_path, text):
+def test_an_invalid_or_older_manifest_is_refused(tmp_path, text):
   (tmp_path / 'm2' / 'pairs').mkdir(parents=True)
   (tmp_path / 'm2' / 'pairs' / 'manifest.json').write_text(text)
   advice = 'delete that folder or use another --workdir'
@@ -124,7 +124,7 @@ def test_a_manifest_that_is_empty_foreign_or_older_is_refused_in_one_sentence(tm
     (['--config=configs/iter2.py'], 'needs 1,241,579,667,456 bytes'),
     (['--config=configs/iter2.py:tiny', '--workdir=/tmp/srlm-nothing-here'],
      'm2 starts from m1, which has no checkpoint')])
-def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
+def test_bad_flags_give_a_one_sentence_error_and_exit_code_1(flags, message):
   ran = subprocess.run([sys.executable, '-m', 'srlm_jax.train', *flags], cwd=ROOT,
                        capture_output=True, text=True)
   lines = [line for line in ran.stderr.splitlines() if line.startswith('error: ')]
@@ -132,7 +132,7 @@ def test_bad_flags_give_one_sentence_and_exit_code_1(flags, message):
   assert 'Traceback' not in ran.stderr and not (ROOT / 'runs' / 'iter2-70b').exists()
 
 
-def test_every_file_is_read_once(tmp_path, judged, monkeypatch):
+def test_every_file_is_hashed_once(tmp_path, judged, monkeypatch):
   """Hashing shards of gigabytes twice would double the start of a stage."""
   path, read = judged / records.shard_name('judgements', 1, 2), []
   real = records.hash_file
@@ -179,7 +179,7 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
     records.hash_file(tmp_path)
 
 
-def test_a_stage_that_reads_from_an_unfinished_one_is_refused(tmp_path):
+def test_inputs_from_an_unfinished_stage_are_refused(tmp_path):
   before = make(tmp_path, 'judge')
   before.begin()
   (before.folder / 'judgements.jsonl').write_text('{}\n')
@@ -207,23 +207,23 @@ def judged(tmp_path):
                                     lambda lines: [],
                                     lambda lines: [lines[1], *lines[1:]],
                                     lambda lines: [*lines[:2], '{"id": "x"}\n']])
-def test_a_finished_shard_that_lost_or_doubled_lines_is_refused(judged, tmp_path, change):
+def test_a_shard_changed_after_its_stage_finished_is_refused(judged, tmp_path, change):
   path = judged / records.shard_name('judgements', 1, 2)
   make(tmp_path, 'pairs', [path])
   path.write_text(''.join(change(path.read_text().splitlines(keepends=True))))
-  for run in (lambda: make(tmp_path, 'pairs', [path]),  # that reads it
-              lambda: make(tmp_path, 'judge')):  # that wrote it
+  for run in (lambda: make(tmp_path, 'pairs', [path]),  # reads the shard
+              lambda: make(tmp_path, 'judge')):  # wrote the shard
     with pytest.raises(InputError, match=r'-00001-of-00002.jsonl has changed since its stage '
                                          r'finished \(3 records then\)'):
       run()
 
 
-def test_what_was_added_to_or_taken_from_a_finished_stage_is_refused(judged, tmp_path):
+def test_files_added_to_or_removed_from_a_finished_stage_are_refused(judged, tmp_path):
   path = judged / records.shard_name('judgements', 1, 2)
   records.write(judged / 'more.jsonl', [dict(id='a')])
-  with pytest.raises(InputError, match='more.jsonl was not there when its stage finished'):
+  with pytest.raises(InputError, match='more.jsonl was added after its stage finished'):
     make(tmp_path, 'pairs', [judged / 'more.jsonl'])
-  with pytest.raises(InputError, match='more.jsonl was not there when its stage finished'):
+  with pytest.raises(InputError, match='more.jsonl was added after its stage finished'):
     make(tmp_path, 'judge')
   (judged / 'more.jsonl').unlink()
   (judged / 'manifest.json').rename(judged / 'elsewhere')
@@ -236,7 +236,7 @@ def test_what_was_added_to_or_taken_from_a_finished_stage_is_refused(judged, tmp
     make(tmp_path, 'judge')
 
 
-def test_an_id_that_two_shards_have_is_refused(tmp_path):
+def test_duplicate_ids_across_shards_are_refused(tmp_path):
   s = make(tmp_path, 'judge')
   s.begin()
   for i in range(2):
@@ -254,8 +254,7 @@ def test_a_damaged_done_file_is_refused(judged, tmp_path, text):
       make(tmp_path, name, inputs)
 
 
-def test_the_catalog_names_only_what_there_is():
-  """Config keys, programs, models, and files that a stage writes."""
+def test_the_catalog_names_only_existing_keys_files_roles_and_programs():
   written = {f'{spec.name}/{file}' for spec in catalog.STAGES for file in spec.writes}
   for spec in catalog.STAGES:
     assert {*spec.keys, *spec.free} <= {*configs.KNOBS}, spec
@@ -272,7 +271,7 @@ def test_every_training_set_is_written_by_a_stage(name):
   assert path.name == f'{name}.jsonl' and len(path.parts) == 4
 
 
-def test_the_catalog_knows_which_stages_a_config_needs():
+def test_needs_returns_the_stages_that_each_config_needs():
   def needed(name, **changes):
     c = configs.get(name, 'tiny').unlock()
     c.update_from_flattened_dict({key.replace('__', '.'): value for key, value in changes.items()})
@@ -293,12 +292,12 @@ def test_the_catalog_knows_which_stages_a_config_needs():
   assert {*needed('m2', data__source='oasst')} == own - {'answers_greedy', 'oracle', 'audit'}
 
 
-def test_a_wrong_on_is_refused_with_what_it_may_be():
+def test_the_error_for_an_unknown_on_flag_lists_the_valid_values():
   with pytest.raises(InputError, match=r'--on=agin \(did you mean "again"\?\): it is one of'):
     catalog.find('sample.judge', 'agin')
 
 
-def test_another_template_is_noticed(tmp_path):
+def test_a_changed_template_is_refused(tmp_path):
   s = make(tmp_path, 'judge', template='Judge {prompt}')
   s.begin()
   with pytest.raises(InputError, match='template'):
@@ -317,7 +316,7 @@ def test_another_template_is_noticed(tmp_path):
                                          'learning_rate is nan'),
     ('judge.quorum', 4, 'quorum is 4, more than the 3'),
     ('train.learning_rate', -1.0, 'learning_rate'), ('judge.n', 0, 'judge.n is 0')])
-def test_a_value_that_no_stage_can_work_with_is_refused_by_name(key, value, message):
+def test_the_error_names_the_key_of_an_invalid_value(key, value, message):
   c = configs.get('m2', 'tiny')
   configs.check(c)
   c.update_from_flattened_dict({key: value})
@@ -325,7 +324,7 @@ def test_a_value_that_no_stage_can_work_with_is_refused_by_name(key, value, mess
     configs.check(c)
 
 
-def test_a_change_for_some_models_of_the_loop():
+def test_set_changes_all_models_or_only_the_named_ones():
   def load(name, *changes):
     return loop.load_config(name, 'tiny', '', '', list(changes))
   assert load('m2', 'train.batch=4').train.batch == load('m0', 'train.batch=4').train.batch == 4
@@ -341,3 +340,53 @@ def test_a_change_for_some_models_of_the_loop():
                           ('train.batch', "'' is not an int"), ('seed.x=1', 'no key "x"')):
     with pytest.raises(InputError, match=message):
       load('m2', change)
+
+
+def test_a_renamed_key_keeps_its_value_in_an_older_manifest(tmp_path):
+  """Not the default of the new name: the stage was made with another value."""
+  def stage_with(weight):
+    c = configs.get('m2', 'tiny')
+    c.train.nll_weight = weight
+    return stage.Stage(catalog.Spec('model', 'program', (), keys=('train.nll_weight',)), c,
+                       tmp_path)
+  s = stage_with(0.5)
+  s.begin()
+  path = s.folder / 'manifest.json'
+  path.write_text(path.read_text().replace('train.nll_weight', 'train.nll'))
+  stage_with(0.5)
+  with pytest.raises(InputError, match=r'train.nll_weight \(0.5, now 0.0\)'):
+    stage_with(0.0)
+
+
+def test_a_model_that_lost_its_last_step_or_got_another_is_refused(m1, tmp_path):
+  done = dict(params=model_files.recorded_hash(m1), files={}, seconds=1)
+  stage.write_json(m1 / 'done.json', done)
+  stage.write_json(m1 / 'manifest.json', dict(format=stage.FORMAT, config={}))
+  assert stage.finished_model(tmp_path, 'm1') == m1
+  stage.write_json(m1 / 'done.json', dict(done, params='0' * 16))
+  with pytest.raises(InputError, match='the last step of .* but training ended with 0000'):
+    stage.finished_model(tmp_path, 'm1')
+
+
+@pytest.mark.parametrize('entry', [3, None, [1], [1, 2, 3], [1, 2]])
+def test_a_malformed_entry_of_a_done_file_is_refused(judged, tmp_path, entry):
+  found = json.loads((judged / 'done.json').read_text())
+  found['files'][records.shard_name('judgements', 0, 2)] = entry
+  (judged / 'done.json').write_text(json.dumps(found))
+  with pytest.raises(InputError, match='not a count and a hash'):
+    make(tmp_path, 'judge')
+
+
+def test_readers_outside_of_stages_check_the_records_too(judged):
+  stage.check_records(judged)
+  path = judged / records.shard_name('judgements', 0, 2)
+  path.write_text(path.read_text() + '{"id": "more"}\n')
+  with pytest.raises(InputError, match='has changed since its stage finished'):
+    stage.check_records(judged)
+
+
+def test_training_data_is_recorded_the_same_from_a_flag_and_a_file():
+  spec = catalog.find('train')
+  a, b = configs.get('m1', 'tiny'), configs.get('m1', 'tiny')
+  b.train.data = ('ift,eft',)
+  assert spec.recorded(a) == spec.recorded(b)

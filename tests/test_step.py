@@ -31,7 +31,7 @@ def draw(loss, count=16, seed=0):
   rng = np.random.default_rng(seed)
   def tokens():
     return rng.integers(1, TINY.V, int(rng.integers(2, 8))).tolist()
-  return [Example(f'e{i}', tokens(), tuple(tokens() for _ in range(1 + (loss == 'dpo'))))
+  return [Example(f'e{i}', tokens(), tuple(tokens() for _ in range(2 if loss == 'dpo' else 1)))
           for i in range(count)]
 
 
@@ -46,7 +46,7 @@ def pack(examples, width=0, parts=1):
 def draw_batch(loss):
   """The examples of `draw` in packed rows."""
   batch = pack(draw(loss), 32, parts=8)
-  assert (batch.segment_ids.max(1) > 1 + (loss == 'dpo')).any()
+  assert (batch.segment_ids.max(1) > (2 if loss == 'dpo' else 1)).any()
   return batch
 
 
@@ -94,7 +94,7 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(loss, shape):
 
 
 def logps_and_gradient(batch, params, weights, model):
-  """Log-probs of the targets, and the gradient of their weighted sum."""
+  """Token log-probs of the targets, and the gradient of their weighted sum."""
   def total(params):
     logps = train_step.token_logps(model, params, batch, None)
     return (logps * weights).sum(), logps
@@ -186,7 +186,7 @@ def test_prompt_and_padding_are_not_targets():
 
     @jax.jit
     def sft(batch):
-      return train_step.sft(llama.Llama(TINY), config, params, {}, batch, None)[0]
+      return train_step.sums(llama.Llama(TINY), config, params, {}, batch, None)[0]
 
     def loss(**changed):
       return float(sft(batch.replace(**changed)))

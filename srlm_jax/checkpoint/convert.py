@@ -46,11 +46,11 @@ def from_hf(source, out) -> 'Summary':
   with _atomic_folder(out) as folder, _progress(tensors) as progress:
     model_files.copy(source, folder)
     _save_params(folder, hf.leaves(config), tensors, summary, progress)
+    text = json.dumps(source_hashes(source), indent=1)
+    (folder / model_files.SOURCE).write_text(text + '\n')
     recorded = model_files.StepHashes(summary.hashes(), model_files.hashes(folder))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
       saver.save(folder / 'steps' / '0' / 'hash', args=ocp.args.JsonSave(recorded.to_json()))
-    text = json.dumps(source_hashes(source), indent=1)
-    (folder / model_files.SOURCE).write_text(text + '\n')
   return summary
 
 
@@ -280,11 +280,12 @@ def _open(params, leaf: hf.Leaf):
   try:
     array = ts.open(_spec(params, leaf.name), read=True).result()
   except ValueError as error:
-    raise InputError(
-        f'{params} has no array {leaf.name}, which its config.json requires') from error
+    raise InputError(f'{params} has no array {leaf.name}, which its config.json requires; '
+                     f'restore the config.json of this checkpoint') from error
   if array.shape != leaf.shape:
     raise InputError(f'{params}: array {leaf.name} has shape {list(array.shape)}, '
-                     f'but its config.json requires {list(leaf.shape)}')
+                     f'but its config.json requires {list(leaf.shape)}; '
+                     f'restore the config.json of this checkpoint')
   return array
 
 

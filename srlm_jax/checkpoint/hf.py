@@ -107,13 +107,15 @@ def find(folder, config) -> dict[str, list[Tensor]]:
   for leaf in leaves(config):
     for name in leaf.tensors:
       if name not in tensors:
-        raise InputError(f'{source} has no tensor {name}, which its config.json requires')
+        raise InputError(f'{source} has no tensor {name}, which its config.json requires; '
+                         f'download the weights and config.json of the same model')
     found[leaf.name] = [tensors.pop(name) for name in leaf.tensors]
     _check_layout(leaf, found[leaf.name])
   for name, tensor in tensors.items():
     if not ignored(name):
       raise InputError(f'{tensor.file}: tensor {name} is not part of the Llama that its '
-                       f'config.json describes')
+                       f'config.json describes; download the weights and config.json of the same '
+                       f'model')
   return found
 
 
@@ -122,7 +124,8 @@ def _check_layout(leaf: Leaf, tensors: list[Tensor]):
   for name, tensor in zip(leaf.tensors, tensors, strict=True):
     if tensor.shape != leaf.hf_shape:
       raise InputError(f'{tensor.file}: tensor {name} has shape {list(tensor.shape)}, '
-                       f'but its config.json requires {list(leaf.hf_shape)}')
+                       f'but its config.json requires {list(leaf.hf_shape)}; '
+                       f'download the weights and config.json of the same model')
     if tensor.dtype not in NAMES or tensor.dtype != tensors[0].dtype:
       raise InputError(f'{tensor.file}: tensor {name} is {tensor.dtype}; use one of '
                        f'{", ".join(map(str, NAMES))}, the same for all layers')

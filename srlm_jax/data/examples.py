@@ -89,7 +89,7 @@ def _encode(prompt, response, finished, tokenizer, chat, max_length):
     return 'empty response'
   encoded = templates.encode_pair(chat, prompt, response, tokenizer)
   if encoded is None:
-    return 'tokenizer merges across the seam'
+    return 'token crosses the prompt/response boundary'
   prompt_ids, response_ids = encoded
   if finished:
     response_ids = [*response_ids, tokenizer.eos_ids[0]]

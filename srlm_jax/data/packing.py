@@ -20,7 +20,7 @@ from srlm_jax import InputError
 from srlm_jax.data.examples import Example
 
 LOOKAHEAD = 32    # examples that fit into no row before a step counts as full; they come next
-MIN_FILL = 0.97   # of `batch`: the least average number of examples per packed step
+MIN_FILL = 0.97   # a packed step holds on average at least this fraction of `batch`
 TRIAL_STEPS = 50  # steps that estimate this average
 TARGETS = 16      # the number of targets per row is a multiple of it
 
@@ -56,7 +56,7 @@ class Packing:
   def __init__(self, examples: Sequence[Example], batch: int, epochs: float, seed: int,
                width: int = 0, parts: int = 1, multiple: int = 16,
                rows_and_width: tuple[int, int] | None = None):
-    """`width`: tokens of a packed row at most, or the longest example; 0: one example per row.
+    """`width`: maximum row width (at least the longest example); 0 disables packing.
 
     The number of rows is a multiple of `parts` and the width of `multiple`. `rows_and_width`: those
     of a run that is resumed; InputError if they are not such multiples.

@@ -12,7 +12,7 @@ import statistics
 
 from absl import flags
 
-from srlm_jax import cli, InputError, records
+from srlm_jax import cli, InputError, records, stage
 
 
 def outputs(answers, generator: str, dataset: str) -> list[dict]:
@@ -72,6 +72,7 @@ def _is_missing(preference) -> bool:
 
 
 def _read_answers(folder) -> list[dict]:
+  stage.check_records(folder)
   answers = list(records.read_shards(folder, 'responses', 'id', 'prompt', 'response'))
   if not answers:
     raise InputError(f'{folder} holds no answers; answer the held-out prompts first')

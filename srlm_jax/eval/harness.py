@@ -84,10 +84,12 @@ def read_results(path) -> dict[str, Result]:
                        f'it has {", ".join(sorted(values)) or "no metrics"}')
     value = values[metric]
     if not records.is_number(value) or not 0 <= value <= 1:
-      raise InputError(f'{path}: {name} has {metric} = {value!r}, which is not between 0 and 1')
+      raise InputError(f'{path}: {name} has {metric} = {value!r}, which is not between 0 and 1; '
+                       f'give the results file as lm-eval wrote it')
     found[task] = Result(metric, 100 * value, shots.get(name))
   if not found:
-    raise InputError(f'{path} holds none of the tasks {", ".join(TASKS)}')
+    raise InputError(f'{path} holds none of the tasks {", ".join(TASKS)}; '
+                     f'run lm-eval with at least one of them')
   return found
 
 

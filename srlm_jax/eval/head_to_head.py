@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from scipy import stats
 
-from srlm_jax import cli, InputError, records
+from srlm_jax import cli, InputError, records, stage
 from srlm_jax.reward import judges
 
 PROMPT = """\
@@ -129,12 +129,14 @@ def tally(outcomes: Iterable[str]) -> dict:
 
 def read_answers(folder) -> dict[str, dict]:
   """MODEL/answers -> {prompt id: answer}."""
+  stage.check_records(folder)
   answers = records.read_shards(folder, 'responses', 'prompt_id', 'prompt', 'response')
   return _by_prompt(folder, answers)
 
 
 def read_graded(folder) -> dict[str, dict]:
   """MODEL/oracle -> {prompt id: answer with a score}."""
+  stage.check_records(folder)
   path = epath.Path(folder) / 'graded.jsonl'
   found = _by_prompt(folder, records.read(path, 'prompt_id', 'prompt', 'response', 'score'))
   for prompt_id, answer in found.items():

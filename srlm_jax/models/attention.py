@@ -100,11 +100,13 @@ def prefill(q, k, v, prefix: Prefix):
   """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix."""
   B, T = k.shape[:2]
   W = prefix.k.shape[1]
-  before = (jnp.broadcast_to(x.swapaxes(0, 1), (B, W, *k.shape[2:])) for x in (prefix.k, prefix.v))
-  k, v = (jnp.concatenate([x.astype(y.dtype), y], 1) for x, y in zip(before, (k, v), strict=True))
-  shared = jnp.broadcast_to(jnp.arange(W) < prefix.length[:, None, None], (B, T, W))
-  own = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
-  return attend(q, k, v, jnp.concatenate([shared, own], -1))
+  prefix_kv = (jnp.broadcast_to(x.swapaxes(0, 1), (B, W, *k.shape[2:]))
+               for x in (prefix.k, prefix.v))
+  k, v = (jnp.concatenate([x.astype(own.dtype), own], 1)
+          for x, own in zip(prefix_kv, (k, v), strict=True))
+  prefix_mask = jnp.broadcast_to(jnp.arange(W) < prefix.length[:, None, None], (B, T, W))
+  own_mask = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
+  return attend(q, k, v, jnp.concatenate([prefix_mask, own_mask], -1))
 
 
 def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | None):

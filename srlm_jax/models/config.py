@@ -107,24 +107,27 @@ def from_hf(fields: dict) -> Config:
   f = {name: x for name, x in fields.items() if x is not None or name not in _NULLABLE}
   kind = f.pop('model_type', None)
   if kind != 'llama':
-    raise InputError(f'model_type = {_short(kind)} is not supported, only llama is')
+    raise InputError(f'model_type = {_short(kind)} is not supported, only llama is; '
+                     f'use the checkpoint of a Llama')
   for name, only in _ONLY.items():
     value = f.pop(name, only)
     if value != only or isinstance(value, bool) != isinstance(only, bool):  # 0 == False
-      raise InputError(f'{name} = {_short(value)} is not supported, only {only!r} is')
+      raise InputError(f'{name} = {_short(value)} is not supported, only {only!r} is; '
+                       f'use a model with that value')
   for name in [name for name in _IGNORED if name in f]:
     _take(f, name, *_IGNORED[name])
   width, heads = _size(f, 'hidden_size'), _size(f, 'num_attention_heads')
   kv_heads = _size(f, 'num_key_value_heads', heads)
   if heads % kv_heads:
     raise InputError(f'num_attention_heads = {heads} is not a multiple of num_key_value_heads = '
-                     f'{kv_heads}')
+                     f'{kv_heads}; the file is damaged, download it again')
   if 'head_dim' not in f and width % heads:
     raise InputError(f'hidden_size = {width} must be a multiple of num_attention_heads = {heads} '
-                     f'where there is no head_dim')
+                     f'where there is no head_dim; add the head_dim of the trained model')
   head = _size(f, 'head_dim', width // heads)
   if head % 2:
-    raise InputError(f'head_dim = {head} must be even, for the rotary embedding')
+    raise InputError(f'head_dim = {head} must be even, for the rotary embedding; use a model '
+                     f'with an even head_dim')
   scaling, theta = _rope(f)
   config = Config(
       D=width, F=_size(f, 'intermediate_size'), K=kv_heads, G=heads // kv_heads, H=head,
@@ -132,7 +135,7 @@ def from_hf(fields: dict) -> Config:
       context=_size(f, 'max_position_embeddings', 2048), rope_theta=theta, rope_scaling=scaling,
       norm_eps=_number(f, 'rms_norm_eps', 1e-6, high=1.0), tied=_flag(f, 'tie_word_embeddings'),
       attention_bias=_flag(f, 'attention_bias'))  # defaults: those of transformers' LlamaConfig
-  unknown = sorted(name for name in f if f[name] not in (None, False))
+  unknown = sorted(name for name in f if f[name] is not None and f[name] is not False)
   if unknown:
     raise InputError(f'{_short(unknown[0])[1:-1]} = {_short(f[unknown[0]])} is not supported; '
                      f'remove it if the weights do not need it')
@@ -194,7 +197,7 @@ def _rope(f: dict):
     return None, theta
   if kind != 'llama3':
     raise InputError(f'{name} of type {_short(kind)} with {_short(sorted(scaling))} is not '
-                     f'supported, only llama3 is')
+                     f'supported, only llama3 is; use a model without RoPE scaling, or with llama3')
   where = f'{name}.'
   result = RopeScaling(
       factor=_number(scaling, 'factor', low=1.0, where=where),
@@ -205,7 +208,8 @@ def _rope(f: dict):
     raise InputError(f'{where}low_freq_factor = {result.low_freq_factor} must be less than '
                      f'high_freq_factor = {result.high_freq_factor}')
   if scaling:
-    raise InputError(f'{name} field {_short(sorted(scaling)[0])} is not supported')
+    raise InputError(f'{name} field {_short(sorted(scaling)[0])} is not supported; remove it if '
+                     f'the weights do not need it')
   return result, theta
 
 

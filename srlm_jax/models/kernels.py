@@ -76,7 +76,7 @@ def tpu_prefill(q, k, v, prefix: Prefix, *, interpret=False):
     raise ValueError(f'splash attention needs multiples of 128; the rows have {T} tokens and the '
                      f'prefix {W}')
   block = min(512, W + T)
-  # The causal mask hides the keys that pad the last block; most blocks skip it.
+  # The causal mask hides the keys that pad the last block; fully visible blocks need no mask.
   width = pl.cdiv(W + T, block) * block
   mask = splash_attention_mask.CausalMask((T, width), offset=W)
   sizes = splash_attention_kernel.BlockSizes(block_q=attention.divisor(T, 512), block_kv=block)
@@ -84,9 +84,9 @@ def tpu_prefill(q, k, v, prefix: Prefix, *, interpret=False):
       splash_attention_mask.MultiHeadMask([mask] * G), interpret=interpret, block_sizes=sizes)
   scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5  # splash does not scale
   q = jnp.einsum('BTKGH->BKGTH', scaled).astype(q.dtype)
-  # The transpose of the heads copies the keys anyway; the copy of the prefix is part of it.
-  k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), shared, width)
-          for own, shared in ((k, prefix.k), (v, prefix.v)))
+  # The transpose of the heads copies the keys anyway; prepending the prefix therefore adds no copy.
+  k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), prefix_kv, width)
+          for own, prefix_kv in ((k, prefix.k), (v, prefix.v)))
   key = jnp.arange(width)
   visible = (key >= W) | (key < prefix.length[:, None])  # [B, width]; the causal mask does the rest
   segments = splash_attention_kernel.SegmentIds(
@@ -232,7 +232,7 @@ def tpu_append_kernel(layer_ref, position_ref, k_ref, v_ref, _, __, cache_k_ref,
     begin(row, out=True)
 
   each(functools.partial(begin, out=False))
-  # The semaphore counts bytes, not rows: no row is known to be here before all are.
+  # The semaphore counts bytes, not rows: a single row's arrival cannot be detected.
   each(functools.partial(end, out=False))
   each(modify)
   each(functools.partial(end, out=True))
@@ -243,8 +243,8 @@ def gpu_prefill(q, k, v, prefix: Prefix):
   B, T, K, G, H = q.shape
   W = prefix.k.shape[1]
   k, v = (jnp.concatenate([
-      jnp.broadcast_to(jnp.einsum('KWH->WKH', shared), (B, W, K, H)).astype(own.dtype), own], 1)
-          for own, shared in ((k, prefix.k), (v, prefix.v)))
+      jnp.broadcast_to(jnp.einsum('KWH->WKH', prefix_kv), (B, W, K, H)).astype(own.dtype), own], 1)
+          for own, prefix_kv in ((k, prefix.k), (v, prefix.v)))
   key = jnp.arange(W + T)
   causal = key - W <= jnp.arange(T)[:, None]
   mask = jnp.where(key < W, key < prefix.length[:, None, None], causal)  # [B, T, W + T]
@@ -326,10 +326,10 @@ def merge(out, lse):
   return jnp.sum(weight[..., None] * out, axis=0)
 
 
-def with_prefix(own, prefix, width: int):
-  """own [B, K, T, H], prefix [K, W, H] -> [B, K, W + T, H], padded with zeros to `width` keys."""
-  prefix = jnp.broadcast_to(prefix.astype(own.dtype), own.shape[:1] + prefix.shape)
-  keys = jnp.concatenate([prefix, own], axis=2)
+def with_prefix(own, prefix_kv, width: int):
+  """own [B, K, T, H], prefix_kv [K, W, H] -> [B, K, width, H]: prefix, own, and zeros."""
+  prefix_kv = jnp.broadcast_to(prefix_kv.astype(own.dtype), own.shape[:1] + prefix_kv.shape)
+  keys = jnp.concatenate([prefix_kv, own], axis=2)
   return jnp.pad(keys, ((0, 0), (0, 0), (0, width - keys.shape[2]), (0, 0)))
 
 

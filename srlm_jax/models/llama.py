@@ -3,7 +3,8 @@
   B batch           D model width         F feed-forward width
   T query position  K key/value heads     V vocabulary
   S key position    G query heads per K   H head width
-  N targets         L layer
+  N targets         L layer               M pairs
+  A prefill rows    W shared prefix
 """
 import math
 
@@ -153,7 +154,7 @@ class Llama(Module):
       logits = int8.product('BTD,DV->BTV', hidden, self.lm_head, jnp.float32)
     return constrain(logits, 'BTV')
 
-  def logps(self, hidden, targets):
+  def token_logps(self, hidden, targets):
     """hidden [B, N, D], at the positions that predict targets [B, N] -> their log-probs [B, N].
 
     float32; never holds the logits of all targets at once.

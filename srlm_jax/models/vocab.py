@@ -57,7 +57,7 @@ def target_logps(x, w, targets):
 
 
 def _token_logps(logits, tokens):
-  """`token_logps` on one chip: logits [B, T, V on this chip], tokens [B, T] -> [B, T]."""
+  """`token_logps` on one chip: logits [..., V on this chip], tokens [...] -> [...]."""
   i, here = _local(tokens, logits.shape[-1])
   peak = jax.lax.pmax(jax.lax.stop_gradient(logits).max(-1), 'tensor')
   total = jax.lax.psum(jnp.exp(logits - peak[..., None]).sum(-1), 'tensor')

@@ -15,7 +15,7 @@ is downsampled to the count of the runner-up.
 """
 from collections import Counter
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, records, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
@@ -35,7 +35,7 @@ def run(config, workdir):
   source, *judged = s.inputs
   ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies')
             if r['split'] == 'train']
-  check(ranked, source)
+  ranking.check(ranked, source)
   judgements = []
   if config.eft.targets == 'baseline':
     judgements = list(records.read_shards(
@@ -72,29 +72,6 @@ def _summary(ranked, judgements, agreed, kept, dropped: dict[str, str]) -> dict:
       scores_judged=scoring.histogram(parsed),
       scores_before=scoring.histogram(e['score'] for e in agreed),
       scores=scoring.histogram(e['score'] for e in kept))
-
-
-def check(ranked: list[dict], source):
-  """Raises InputError if a reply lacks a text or if the ranks of a prompt are not a ranking.
-
-  A ranking gives 0 to the best reply and equal ranks to ties, as in 0, 1, 1, 3.
-  """
-  for r in ranked:
-    replies = r['replies']
-    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-      raise InputError(f'{source}: the replies of {r["id"]} must be a list of '
-                       f'{{"id", "text", "rank"}}; correct that record')
-    ranks = [reply.get('rank') for reply in replies]
-    whole = all(type(rank) is int for rank in ranks)
-    if len(ranks) < 2 or not whole or ranks != ranking.competition(ranks):
-      raise InputError(f'{source}: the ranks {ranks} of the replies of {r["id"]} are not a ranking '
-                       f'(0 is best, then 1, 2, ..; ties share a rank); correct or delete that '
-                       f'record')
-    for reply in replies:
-      for field in ('id', 'text'):
-        if not isinstance(reply.get(field), str) or not reply[field].strip():
-          raise InputError(f'{source}: a reply of {r["id"]} has no {field}; correct or delete that '
-                           f'record')
 
 
 def from_baseline(

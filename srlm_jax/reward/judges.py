@@ -268,6 +268,17 @@ def tags(text: str) -> set[str]:
   return set(re.findall(r'</?\s*([A-Za-z_][\w-]*)\s*>', text))
 
 
+def read(judge: Judge, text: str, finish: str) -> tuple[float | None, str]:
+  """Parses a judgement -> (score, reason); the score is None if there is none.
+
+  A prompt that is too long has no judgement. If the judgement was cut at the length limit, its last
+  line is ignored, because a number there may be incomplete.
+  """
+  if finish == 'too_long':
+    return None, 'too long'
+  return judge.parse(text.rpartition('\n')[0] if finish == 'length' else text)
+
+
 def load(name: str, slots: tuple[str, ...] = ('prompt', 'response'),
          key: str = 'config.judge.template') -> Judge:
   """Loads a template: of the package by name (`additive`), or any file by path.

@@ -15,7 +15,8 @@ DRAWS = 4000  # bootstrap resamples
 class Score:
   """The score of one response."""
   mean: float | None    # None if fewer judgements parsed than the quorum
-  spread: float | None  # population standard deviation of the parsed judgements; None if mean is
+  # Population standard deviation of the parsed judgements. None if `mean` is None.
+  spread: float | None
   judgements: list[dict]
 
 

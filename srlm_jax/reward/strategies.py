@@ -93,6 +93,9 @@ def agreement(candidates: list[Candidate], config) -> Choice:
 
   The implicit reward is log p under the sampler minus log p under the older model. This is the data
   selection of SCIR (Zhou et al. 2025, 2502.08922). Its consistency loss is not implemented.
+
+  Not to be confused with the stage and module `eval.agreement`, which measures how well the judge's
+  scores agree with human ranks.
   """
   choice = max_min(candidates, config)
   if not isinstance(choice, str):

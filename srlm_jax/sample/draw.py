@@ -52,7 +52,7 @@ def draw(logits, uniform, sampling: Sampling):
 
 
 def _first_above(mass, sums, threshold):
-  """mass [B, n], its cumulative sums [B, n], threshold [B, 1] -> index [B].
+  """mass [B, entries], its cumulative sums [B, entries], threshold [B, 1] -> index [B].
 
   The first index with mass whose sum is above the threshold. If rounding leaves none, the last
   index with mass.

@@ -25,24 +25,24 @@ from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
 
-WINDOW = 64        # the common prefix is that of the first requests of a stream, this many
-LEAST_PREFIX = 16  # tokens; a shorter prefix does not pay for its part of the attention
-SCORED = 16        # rows that `Engine.logps` scores together; all their logits are in memory
-HELD = 16          # requests per slot whose results may wait for an earlier request
+PREFIX_REQUESTS = 64  # first requests of a stream, whose common prefix is shared
+MIN_PREFIX = 16       # tokens; a shorter prefix does not pay for its part of the attention
+LOGPS_ROWS = 16       # rows that `Engine.logps` computes together; all their logits are in memory
+HELD_PER_SLOT = 16    # requests per slot whose results may wait for an earlier request
 
 
 @dataclasses.dataclass
 class Work:
-  """The work of an engine, in tokens."""
-  naive: int = 0      # prompts, counted once per sample
-  prefilled: int = 0  # computed by prefills, with padding
-  places: int = 0     # slots x decode steps
+  """Token counts for utilization statistics."""
+  unshared_prompt_tokens: int = 0  # prompts, counted once per sample
+  prefilled: int = 0   # computed by prefills, with padding
+  slot_steps: int = 0  # slots x decode steps
   generated: int = 0
 
   @property
   def slot_utilization(self) -> float:
     """Slot utilization: generated tokens per slot and decode step."""
-    return self.generated / max(self.places, 1)
+    return self.generated / max(self.slot_steps, 1)
 
 
 class Engine:
@@ -57,7 +57,7 @@ class Engine:
     for eos in eos_ids:
       if not 0 <= eos < config.V:
         raise InputError(f'the eos id {eos} is not a token of the model, whose vocabulary has '
-                         f'{config.V}')
+                         f'{config.V}; use the tokenizer of this model, or correct its eos id')
     self._kernels = kernels.choose(mesh.devices.flat[0].platform, config)
     self._model = model.clone(kernels=self._kernels)
     if self._kernels.formats:
@@ -70,8 +70,13 @@ class Engine:
     self.size = min(size, config.context)  # tokens of a row, prompt and response
     self.title = stage
     self._eos = jnp.asarray(eos_ids, jnp.int32)
-    self._key = jax.random.fold_in(jax.random.key(seed), _word(stage))
-    self._cache, self._prefixes = None, {}  # of the last call; by ids: that of none, and the last
+    self._key = jax.random.fold_in(jax.random.key(seed), _fold_data(stage))
+    # Cache of the last call; prefix caches by token ids (the empty one and the latest).
+    self._cache, self._prefixes = None, {}
+    self.work = Work()
+
+  def reset_work(self):
+    """Sets the token counts to zero."""
     self.work = Work()
 
   @property
@@ -85,23 +90,23 @@ class Engine:
     The caller already has the first `done` samples of the stream; a request with no other samples
     comes without results.
     """
-    room = self.room(sampling)
+    max_prompt_tokens = self.max_prompt_tokens(sampling)
     stream = iter(requests)
-    first = list(itertools.islice(stream, WINDOW))
+    first = list(itertools.islice(stream, PREFIX_REQUESTS))
     if not first:
       return
-    prompts = [r.ids[:-1] for r in first if len(r.ids) <= room]
+    prompts = [r.ids[:-1] for r in first if len(r.ids) <= max_prompt_tokens]
     ids = common(prompts) if self._share and len(prompts) > 1 else ()
-    ids = ids if len(ids) >= LEAST_PREFIX else ()
-    count = sum(r.n for r in first) if len(first) < WINDOW else self.slots
+    ids = ids if len(ids) >= MIN_PREFIX else ()
+    count = sum(r.n for r in first) if len(first) < PREFIX_REQUESTS else self.slots
     rows = programs.Rows.empty(self._rows(count))
-    schedule = Schedule(itertools.chain(first, stream), rows.size, room, done, HELD * self.slots,
-                        self._share, self._refill)
+    schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
+                        HELD_PER_SLOT * self.slots, self._share, self._refill)
     prefix = self._prefix(ids)
     cache, self._cache = self._cache, None
-    if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.size:
+    if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.slot_count:
       cache = None  # frees the old cache before the new one is allocated
-      cache = self._empty(rows.size, self.size)
+      cache = self._empty(rows.slot_count, self.size)
     while not schedule.done():
       cache = self._enter(schedule.admit(), rows, cache, prefix, ids, sampling)
       if schedule.running:
@@ -109,7 +114,7 @@ class Engine:
       for request, results in schedule.leave():
         if results and results[0].finish == 'too_long':
           print(f'{self.title}: the prompt of {request.id} has {len(request.ids)} tokens, more '
-                f'than the {room} that fit: skipped', flush=True)
+                f'than the {max_prompt_tokens} that fit: skipped', flush=True)
         yield request, results
     self._cache = cache
 
@@ -118,35 +123,35 @@ class Engine:
     groups = defaultdict(list)  # by width
     for part in parts:
       ids = part.request.ids
-      shared = len(common([ids[:-1], prefix_ids]))
-      own = ids[shared:-1]
-      words = [_word(f'{part.request.id}/{number}') for number in part.numbers]
+      prefix_length = len(common([ids[:-1], prefix_ids]))
+      own = ids[prefix_length:-1]
+      fold_data = [_fold_data(f'{part.request.id}/{number}') for number in part.numbers]
       lengths = part.request.lengths or [sampling.max_tokens] * part.request.n
       limits = [min(lengths[number], sampling.max_tokens) for number in part.numbers]
-      rows.begin(part.slots, ids[-1], shared, len(own), limits, words)
-      self.work.naive += len(part.slots) * len(ids)
+      rows.begin(part.slots, ids[-1], prefix_length, len(own), limits, fold_data)
+      self.work.unshared_prompt_tokens += len(part.slots) * len(ids)
       if len(own):
-        groups[self._width(len(own))].append((own, shared, part.slots))
+        groups[self._width(len(own))].append((own, prefix_length, part.slots))
     for width, group in sorted(groups.items()):
-      size = self._parts * max(self._kernels.prefill_tokens // width // self._parts, 1)
-      for i in range(0, len(group), size):
-        cache = self._prefill(group[i:i + size], size, width, cache, prefix)
+      prompts = self._parts * max(self._kernels.prefill_tokens // width // self._parts, 1)
+      for i in range(0, len(group), prompts):
+        cache = self._prefill(group[i:i + prompts], prompts, width, cache, prefix)
     return cache
 
-  def _prefill(self, group, size: int, width: int, cache, prefix):
-    """Prefills at most `size` prompts of at most `width` tokens: (ids, prefix length, slots)."""
-    tokens = np.zeros((size, width), np.int32)
-    prefix_length = np.zeros(size, np.int32)
+  def _prefill(self, group, prompts: int, width: int, cache, prefix):
+    """Prefills at most `prompts` prompts of at most `width` tokens: (ids, prefix length, slots)."""
+    tokens = np.zeros((prompts, width), np.int32)
+    prefix_lengths = np.zeros(prompts, np.int32)
     copies = []
-    for i, (ids, before, slots) in enumerate(group):
-      tokens[i, :len(ids)], prefix_length[i] = ids, before
+    for i, (ids, prefix_length, slots) in enumerate(group):
+      tokens[i, :len(ids)], prefix_lengths[i] = ids, prefix_length
       copies += [(i, slot) for slot in slots]
     pairs = np.zeros((2, jax.tree.leaves(cache)[0].shape[1]), np.int32)  # one per slot
     pairs[:, :len(copies)] = np.transpose(copies)
     self.work.prefilled += tokens.size
     with jax.set_mesh(self._mesh):
-      tokens, prefix_length = sharding.put_batch((tokens, prefix_length), self._mesh)
-      view = caches.Prefill(prefix_length, *pairs, np.int32(len(copies)))
+      tokens, prefix_lengths = sharding.put_batch((tokens, prefix_lengths), self._mesh)
+      view = caches.Prefill(prefix_lengths, *pairs, np.int32(len(copies)))
       return programs.prefill(self._model, self._params, cache, prefix, tokens, view)
 
   def _decode(self, schedule: Schedule, rows, cache, prefix, sampling: Sampling):
@@ -156,15 +161,15 @@ class Engine:
       placed = jax.device_put(rows, sharding.named(self._mesh, 'B'))
       cache, *made = programs.decode(self._model, self._params, cache, prefix, placed, self._key,
                                      self._eos, steps=self._steps, sampling=static)
-    after, ids, logps, steps = jax.tree.map(np.array, jax.device_get(made))
-    self.work.places += rows.size * int(steps)
+    after, ids, token_logps, steps = jax.tree.map(np.array, jax.device_get(made))
+    self.work.slot_steps += rows.slot_count * int(steps)
     for slot in list(schedule.running):
       new = int(after.count[slot] - rows.count[slot])
-      if not np.isfinite(logps[slot, :new]).all():
+      if not np.isfinite(token_logps[slot, :new]).all():
         raise InputError(f'{self.title}: log-probs of {schedule.name(slot)} are not finite; the '
                          f'model\'s parameters are damaged, train or convert it again')
       finish = '' if after.live[slot] else 'eos' if after.ended[slot] else 'length'
-      schedule.add(slot, ids[slot, :new].tolist(), logps[slot, :new].tolist(), finish)
+      schedule.add(slot, ids[slot, :new].tolist(), token_logps[slot, :new].tolist(), finish)
       self.work.generated += new
     return cache, after
 
@@ -199,24 +204,25 @@ class Engine:
       rows //= 2
     return rows
 
-  def room(self, sampling: Sampling) -> int:
+  def max_prompt_tokens(self, sampling: Sampling) -> int:
     """The most tokens that a prompt may have."""
-    room = self.size - sampling.max_tokens
-    if room < 1:
+    found = self.size - sampling.max_tokens
+    if found < 1:
       raise InputError(f'max_tokens is {sampling.max_tokens}, and a row may have {self.size} '
                        f'tokens in all (the smaller of the model\'s context and '
                        f'config.sample.size); lower it')
-    return room
+    return found
 
   def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
     """(prompt ids, response ids) -> the sum of log-probs of each response; batch-invariant."""
-    places = defaultdict(list)  # by width, which a row's own length decides
+    # Row indices by padded width, which depends only on the row.
+    indices = defaultdict(list)
     for i, (before, after) in enumerate(rows):
-      places[min(bucket(len(before) + len(after)), self.context)].append(i)
-    size, sums = _up(SCORED, self._parts), [0.0] * len(rows)
-    for width, group in places.items():
-      for some in (group[i:i + size] for i in range(0, len(group), size)):
-        tokens, mask = np.zeros((2, size, width), np.int32)
+      indices[min(bucket(len(before) + len(after)), self.context)].append(i)
+    batch, sums = _up(LOGPS_ROWS, self._parts), [0.0] * len(rows)
+    for width, group in indices.items():
+      for some in (group[i:i + batch] for i in range(0, len(group), batch)):
+        tokens, mask = np.zeros((2, batch, width), np.int32)
         for row, i in enumerate(some):
           before, after = rows[i]
           end = len(before) + len(after)
@@ -235,16 +241,9 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   `stop`: a text whose last token ends a row, like eos.
   """
   c, mesh = config.sample, host_mesh(config)
+  refuse_too_large(config, folder)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
-  size, width = min(c.size, shape.context), jnp.dtype(c.dtype).itemsize
-  weights = llama.param_count(shape) * (width + 1 if c.int8 else width) * mesh.shape['data']
-  cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * width
-  here = hosts.memory() // jax.process_count()
-  if weights + cache > here:
-    raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} '
-                     f'for {c.slots} rows of {size} tokens, and this host has {here:,}; lower '
-                     f'config.sample.slots or config.sample.size, or use a larger host')
   with jax.set_mesh(mesh):
     params, _ = store.restore_params(folder, mesh, c.dtype)
     params = int8.quantize(params) if c.int8 else params
@@ -252,6 +251,20 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, slots=c.slots,
                   size=c.size, steps=c.steps)
   return engine, tokenizer
+
+
+def refuse_too_large(config, folder):
+  """Raises InputError if this host cannot hold the model in `folder` and the cache."""
+  c, mesh, shape = config.sample, host_mesh(config), model_config.load(folder)
+  size, itemsize = min(c.size, shape.context), jnp.dtype(c.dtype).itemsize
+  weight_bytes = itemsize + 1 if c.int8 else itemsize
+  weights = llama.param_count(shape) * weight_bytes * mesh.shape['data']
+  cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * itemsize
+  here = hosts.memory() // jax.process_count()
+  if weights + cache > here:
+    raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} '
+                     f'for {c.slots} rows of {size} tokens, and this host has {here:,}; lower '
+                     f'config.sample.slots or config.sample.size, or use a larger host')
 
 
 def host_mesh(config):
@@ -279,11 +292,15 @@ def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sam
     row += request.n
   progress.close()
   out.close()
+  if out.count != samples:
+    raise InputError(f'{path} has {out.count} records, but this host writes {samples}; delete '
+                     f'{path.parent} and run its stage again')
   work = engine.work
   if work.generated:
     hosts.say(f'{engine.title}: {work.generated} generated tokens, slot utilization '
               f'{work.slot_utilization:.0%}; {work.prefilled} prefilled tokens, '
-              f'{work.prefilled / work.naive:.0%} of one prompt per sample; by {engine.kernels}')
+              f'{work.prefilled / work.unshared_prompt_tokens:.0%} of the tokens without sharing; '
+              f'kernels: {engine.kernels}')
 
 
 def common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -292,8 +309,8 @@ def common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:
   >>> common([[1, 2, 3, 4], [1, 2, 5]])
   (1, 2)
   """
-  shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
-  return tuple(column[0] for column in shared)
+  columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+  return tuple(column[0] for column in columns)
 
 
 def bucket(length: int) -> int:
@@ -312,6 +329,6 @@ def _up(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
 
 
-def _word(text: str) -> int:
-  """32 bits of a text's hash."""
-  return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], 'big')
+def _fold_data(name: str) -> int:
+  """32 bits of a name's hash, for jax.random.fold_in."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], 'big')

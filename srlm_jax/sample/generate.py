@@ -76,7 +76,8 @@ def generate(folder: str, prompt: str, chat: str, sampling: engines.Sampling, se
   (_, (result,)), = engine.generate([engines.Request(prompt, ids)], sampling)
   # Some tokenizers drop the leading space of a text, so the response is not decoded alone.
   text = tokenizer.decode([*ids, *result.ids])[len(tokenizer.decode(ids)):]
-  return dict(prompt_ids=ids, ids=result.ids, text=text, logps=result.logps, finish=result.finish)
+  return dict(prompt_ids=ids, ids=result.ids, text=text, logps=result.token_logps,
+              finish=result.finish)
 
 
 if __name__ == '__main__':

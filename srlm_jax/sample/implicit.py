@@ -7,7 +7,7 @@ import jax
 import tqdm
 
 from srlm_jax import catalog, cli, hosts, records, stage
-from srlm_jax.data import templates
+from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
 
@@ -25,6 +25,9 @@ def run(config, workdir):
   responses = list(records.read_shards(
       s.inputs[0].parent, 'responses', 'id', 'prompt', 'response', 'finish'))
   responses = responses[jax.process_index()::jax.process_count()]
+  for folder in s.models:
+    engines.refuse_too_large(config, folder)
+    templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused
   s.begin(engines.host_mesh(config))
   logps, older_logps = (
       _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
@@ -55,7 +58,7 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
   out = records.Appender(path)
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
-  size = engines.SCORED
+  size = engines.LOGPS_ROWS
   # Batches start at the same places as in an uninterrupted run, so that the results are the same.
   starts = range(out.count // size * size, len(responses), size)
   for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False):

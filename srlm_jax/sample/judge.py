@@ -3,22 +3,18 @@ from collections import Counter
 import itertools
 
 from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, stage
-from srlm_jax.data import templates
-from srlm_jax.reward import eft, judges
+from srlm_jax.data import ranked as ranking, templates
+from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, shards
-
-# --on -> the config key for the number of judgements per response
-TIMES = dict(responses='judge.n', again='judge.n', older='judge.n', ranked='eft.judgements',
-             eval='eval.judgements')
 
 
 def run(config, workdir, on: str = ''):
   """Writes judgements-*.jsonl. `on` (by default `judge.on`) selects the responses and the judge:
 
   responses  the sampler judges its own candidates -> MODEL/judge
-  again      the model before the sampler (pairs.older) judges the same candidates
+  again      the older model (pairs.older) judges the same candidates
              -> MODEL/judge_again
-  older      the sampler judges the candidates of the model before it -> MODEL/judge_older
+  older      the sampler judges the candidates of the older model -> MODEL/judge_older
   ranked     the sampler judges the ranked replies of the seed data, for EFT -> MODEL/judge
   eval       MODEL itself judges the ranked replies for evaluation (`config.ranked_split`)
              -> MODEL/judge_eval
@@ -46,35 +42,24 @@ def run(config, workdir, on: str = ''):
 
   def check(engine, tokenizer):
     rubric = len(prompt(dict(prompt='', response=''), tokenizer))
-    if rubric >= engine.room(sampling):
+    if rubric >= engine.max_prompt_tokens(sampling):
       raise InputError(f'the rubric of config.judge.template = {c.template} has {rubric} tokens, '
                        f'and judge.max_tokens is {c.max_tokens}, so the model\'s context has no '
                        f'room for a prompt and a response; use a shorter template, or lower '
                        f'judge.max_tokens')
 
   def record(item, j, text, result):
-    score, reason = read(judge, text, result.finish)
+    score, reason = judges.read(judge, text, result.finish)
     return dict(id=f'{item["id"]}/{j}', prompt_id=item['prompt_id'], response_id=item['id'], j=j,
                 text=text, score=score, reason=reason, finish=result.finish)
   share = hosts.share(total)
   judgements = shards.write(
       s, config, 'judgements', sampling, itertools.islice(_items(config, s.inputs[0], on), *share),
-      len(range(*share)), prompt, record, catalog.look_up(config, TIMES[on]), check)
+      len(range(*share)), prompt, record, spec.count(config), check)
   reasons = Counter(j['reason'] if j['score'] is None else '' for j in judgements)
   made, parsed = reasons.total(), reasons.pop('', 0)
   s.finish(judgements=made, parsed=parsed, lowest=judge.lowest, highest=judge.highest,
            unparsed=dict(sorted(reasons.items())))
-
-
-def read(judge: judges.Judge, text: str, finish: str) -> tuple[float | None, str]:
-  """Parses a judgement -> (score, reason); the score is None if there is none.
-
-  A prompt that is too long has no judgement. If the judgement was cut at the length limit, its last
-  line is ignored, because a number there may be incomplete.
-  """
-  if finish == 'too_long':
-    return None, 'too long'
-  return judge.parse(text.rpartition('\n')[0] if finish == 'length' else text)
 
 
 def _items(config, source, on: str):
@@ -86,7 +71,7 @@ def _items(config, source, on: str):
   split = 'train' if on == 'ranked' else configs.ranked_split(config)
   rows = records.read(source, 'id', 'prompt', 'split', 'replies')
   ranked = [r for r in rows if r['split'] == split]
-  eft.check(ranked, source)
+  ranking.check(ranked, source)
   for r in ranked:
     for reply in r['replies']:
       yield dict(id=records.join(r['id'], reply['id']), prompt_id=r['id'], prompt=r['prompt'],

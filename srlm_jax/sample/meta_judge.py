@@ -1,11 +1,11 @@
 """Meta-judging: compares judgements of the same response and makes preference pairs of judgements.
 
 Meta-Rewarding (Wu et al. 2024, 2407.19594), section 2.3. The model decides which of two judgements
-is better, in both orders. Wins are weighted by position, so that a position bias of the model does
-not decide. Elo scores rank the judgements of a response. The best and the worst judgement form a
-preference pair. Two limits apply: `meta_judge.share` bounds the share of these pairs among all
-pairs. `meta_judge.score_share` bounds the share of them whose chosen judgements have the same
-score. Without it the judge would learn to give its favourite score.
+is better, in both orders. Wins are weighted by position, to correct for position bias. Elo scores
+rank the judgements of a response. The best and the worst judgement form a preference pair. Two
+limits apply: `meta_judge.share` bounds the share of these pairs among all pairs.
+`meta_judge.score_share` bounds the share of them whose chosen judgements have the same score.
+Without it the judge would learn to give its favourite score.
 """
 from collections import Counter
 import itertools
@@ -18,7 +18,7 @@ from scipy import optimize
 from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.data import templates
 from srlm_jax.reward import judges, scores as scoring
-from srlm_jax.sample import engine as engines, judge as judge_stage, shards
+from srlm_jax.sample import engine as engines, shards
 
 SLOTS = ('request', 'first', 'second')
 # Precision of a normal prior on Elo scores. It keeps them finite if a judgement always wins or
@@ -89,7 +89,7 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
 
   def record(item, _, text, result):
     first, second = item['pair']
-    winner, reason = judge_stage.read(meta, text, result.finish)
+    winner, reason = judges.read(meta, text, result.finish)
     return dict(id=item['id'], response_id=first['response_id'], first=first['id'],
                 second=second['id'], text=text, winner=winner, reason=reason, finish=result.finish)
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)

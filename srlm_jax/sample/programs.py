@@ -20,26 +20,29 @@ class Rows:
   length: jax.Array         # [B] the row's own tokens in the cache
   count: jax.Array          # [B] generated tokens
   limit: jax.Array          # [B] the most tokens to generate
-  word: jax.Array           # [B] uint32, the row's randomness
+  fold_data: jax.Array      # [B] uint32, folded into the stage's PRNG key
   live: jax.Array           # [B] there is more to generate
   ended: jax.Array          # [B] an eos was generated
 
   @classmethod
-  def empty(cls, size: int):
+  def empty(cls, slot_count: int):
     """Idle rows as numpy arrays, which `begin` writes to."""
-    kinds = dict(word=np.uint32, live=bool, ended=bool)
-    return cls(**{f.name: np.zeros(size, kinds.get(f.name, np.int32))
+    kinds = dict(fold_data=np.uint32, live=bool, ended=bool)
+    return cls(**{f.name: np.zeros(slot_count, kinds.get(f.name, np.int32))
                   for f in dataclasses.fields(cls)})
 
   @property
-  def size(self) -> int:
+  def slot_count(self) -> int:
     """The number of slots."""
     return len(self.token)
 
-  def begin(self, slots, token: int, prefix_length: int, length: int, limits, words):
-    """Starts one prompt in `slots`; `token`: its last one, `length`: its own ones in the cache."""
+  def begin(self, slots, token: int, prefix_length: int, length: int, limits, fold_data):
+    """Starts one prompt in `slots`.
+
+    `token`: the last prompt token; `length`: prompt tokens in the slot, without the shared prefix.
+    """
     values = dict(token=token, prefix_length=prefix_length, length=length, count=0, limit=limits,
-                  word=words, live=True, ended=False)
+                  fold_data=fold_data, live=True, ended=False)
     for name, value in values.items():
       getattr(self, name)[slots] = value
 
@@ -64,12 +67,12 @@ def decode(model, params, cache, prefix, rows: Rows, key, eos, *, sampling: draw
   -> the cache, the rows, token ids [B, steps], their log-probs [B, steps], and the number of
   columns that were written. Log-probs are those of the model, before temperature and truncation.
   """
-  keys = jax.vmap(lambda word: jax.random.fold_in(key, word))(rows.word)
+  keys = jax.vmap(lambda data: jax.random.fold_in(key, data))(rows.fold_data)
   # Sampling needs the whole vocabulary of a row on one chip.
   whole = jax.sharding.PartitionSpec(AXES['B'], None)
 
   def body(carry):
-    cache, rows, ids, logps, t = carry
+    cache, rows, ids, token_logps, t = carry
     view = caches.Decode(rows.prefix_length, rows.length, rows.live)
     positions = (rows.prefix_length + rows.length)[:, None]
     hidden, cache = model.apply({'params': params}, rows.token[:, None], positions, cache, prefix,
@@ -84,9 +87,9 @@ def decode(model, params, cache, prefix, rows: Rows, key, eos, *, sampling: draw
     rows = rows.replace(
         token=jnp.where(rows.live, token, rows.token), length=rows.length + rows.live, count=count,
         live=rows.live & ~ended & (count < rows.limit), ended=rows.ended | ended)
-    return cache, rows, ids.at[:, t].set(token), logps.at[:, t].set(logp), t + 1
+    return cache, rows, ids.at[:, t].set(token), token_logps.at[:, t].set(logp), t + 1
 
-  shape = rows.size, steps
+  shape = rows.slot_count, steps
   start = cache, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
   return jax.lax.while_loop(lambda carry: carry[1].live.any() & (carry[4] < steps), body, start)
 

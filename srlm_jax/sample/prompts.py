@@ -4,7 +4,6 @@ The method is Self-Instruct (Wang et al. 2023), as PAPER 2.2 uses it.
 """
 from collections import Counter
 import dataclasses
-import functools
 import itertools
 import json
 import random
@@ -42,13 +41,15 @@ def run(config, workdir):
   written = [r['prompt'] for path in earlier for r in records.read(path, 'prompt')]
   evaluation = [p for path in evaluation_files for p in evaluation_prompts(path)]
   screen = Filter(c, [*seeds.ift, *seeds.ranked, *written], [*seeds.held_out, *evaluation])
-  author = Author(config, s.models[0], s.title, template)
+  author = None
+  if hosts.is_first_host():
+    author = Author(config, s.models[0], s.title, template, draw_shots(config, shot_pool, [], 0))
   s.begin(engines.host_mesh(config))
-  if not hosts.is_first_host():
+  if not author:
     return s.finish()
   accepted, attempts = generate_prompts(s, config, author, shot_pool, screen)
   kept, surplus = accepted[:c.count], len(accepted[c.count:])
-  author_name = spec.models(config)[0]
+  author_name = spec.models(config)['author']
   records.write(s.folder / 'prompts.jsonl', (
       dict(id=records.digest(p), prompt=p, author=author_name) for p in kept))
   hosts.say(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
@@ -181,23 +182,26 @@ def draw_shots(config, seeds: list[str], accepted: list[str], attempt: int) -> l
 
 
 class Author:
-  """The model that writes prompts. It is loaded on first use: a resumed run may not need it."""
+  """The model that writes prompts."""
 
-  def __init__(self, config, folder, title: str, template: str):
-    """`folder`: the model's checkpoint folder; `template`: see `templates.load_author`."""
+  def __init__(self, config, folder, title: str, template: str, shots: list[str]):
+    """`folder`: the model's checkpoint folder; `template`: see `templates.load_author`.
+
+    Raises InputError if the model does not fit, or if a request with `shots` cannot be made.
+    """
     c = config.prompts
     self._chat, self._template = c.chat, template
     self._sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
-    self._load = functools.cache(lambda: engines.load(config, folder, title, stop='\n'))
+    self._engine, self._tokenizer = engines.load(config, folder, title, stop='\n')
+    self._engine.max_prompt_tokens(self._sampling)
+    encode_request(self._chat, self._template, shots, self._tokenizer)
 
   def write(self, shots: list[list[str]], first: int) -> list[tuple[str, str]]:
     """One list of shots per attempt, numbered from `first` -> (generated text, finish) of each."""
-    engine, tokenizer = self._load()
-    requests = [
-        engines.Request(str(first + i), encode_request(self._chat, self._template, shot, tokenizer))
-        for i, shot in enumerate(shots)]
-    return [(tokenizer.decode(result.ids), result.finish)
-            for _, (result,) in engine.generate(requests, self._sampling)]
+    requests = [engines.Request(str(first + i), encode_request(
+        self._chat, self._template, shot, self._tokenizer)) for i, shot in enumerate(shots)]
+    return [(self._tokenizer.decode(result.ids), result.finish)
+            for _, (result,) in self._engine.generate(requests, self._sampling)]
 
 
 def encode_request(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:
@@ -270,14 +274,14 @@ class Filter:
     if not c.min_words <= len(prompt.split()) <= c.max_words:
       return f'not {c.min_words} to {c.max_words} words'
     if re.search(r'\b(' + '|'.join(BANNED) + r')\b', prompt.lower()):
-      return 'asks for what text cannot show'
+      return 'contains a banned word'
     if (prompt.lower().startswith('write a program') or prompt[0] in string.punctuation
         or not prompt[0].isascii()):
-      return 'a start that Self-Instruct refuses'
+      return 'start excluded by Self-Instruct'
     if similar.normal(prompt) in self._exact:
       return 'seen before'
     if self._known.find(prompt, c.rouge) is not None:
-      return 'like one seen before'
+      return 'similar to one seen before'
     return ''
 
 

@@ -11,7 +11,7 @@ def run(config, workdir, on: str = 'prompts'):
   """Writes responses-*.jsonl. `on` selects the prompts, the model and the output folder:
 
   prompts  the sampler responds to MODEL/prompts -> MODEL/respond
-  older    the model before the sampler (pairs.older) responds to the same prompts
+  older    the older model (pairs.older) responds to the same prompts
            -> MODEL/respond_older
   heldout  MODEL itself responds once to each held-out prompt of eval.split -> MODEL/answers
   greedy   as heldout, with greedy sampling -> MODEL/answers_greedy
@@ -38,7 +38,7 @@ def run(config, workdir, on: str = 'prompts'):
   def record(item, i, text, result):
     return dict(id=f'{item["id"]}/{prefix}{i}', prompt_id=item['id'], n=i, prompt=item['prompt'],
                 response=text, finish=result.finish, tokens=len(result.ids),
-                logp=round(sum(result.logps), 4))
+                logp=round(sum(result.token_logps), 4))
   share = hosts.share(total)
   responses = shards.write(
       s, config, 'responses', _sampling(config, on), itertools.islice(items(), *share),
@@ -56,5 +56,5 @@ def _sampling(config, on: str) -> engines.Sampling:
 
 
 if __name__ == '__main__':
-  cli.main(run, on=('prompts', 'What to respond to: prompts, older (the same prompts, by the model '
-                               'before), heldout or greedy.'))
+  cli.main(run, on=('prompts', 'What to respond to: prompts, older (the same prompts, by the older '
+                               'model), heldout or greedy.'))

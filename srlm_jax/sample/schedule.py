@@ -36,9 +36,9 @@ class Request:
 @dataclasses.dataclass
 class Result:
   """The generated tokens of one sample."""
-  ids: list[int]      # with the eos, if one was generated
-  logps: list[float]  # per token, under the model itself: before temperature, top-k and top-p
-  finish: str = ''    # eos; length: max_tokens reached; too_long: prompt too long, not sampled
+  ids: list[int]  # with the eos, if one was generated
+  token_logps: list[float]  # under the model itself: before temperature, top-k and top-p
+  finish: str = ''  # eos; length: max_tokens reached; too_long: prompt too long, not sampled
 
 
 @dataclasses.dataclass
@@ -91,11 +91,11 @@ class Schedule:
       parts.append(part)
     return parts
 
-  def add(self, slot: int, ids: list[int], logps: list[float], finish: str):
+  def add(self, slot: int, ids: list[int], token_logps: list[float], finish: str):
     """Adds generated tokens to a slot's result; `finish` (eos or length) frees the slot."""
     entry, result = self.running[slot]
     result.ids += ids
-    result.logps += logps
+    result.token_logps += token_logps
     if finish:
       result.finish = finish
       entry.unfinished -= 1
@@ -117,9 +117,9 @@ class Schedule:
     return not self._pull() and not self._entries
 
   def _pull(self) -> bool:
-    """Reads requests until a part waits for slots -> whether one does.
+    """Reads requests until a part waits for slots.
 
-    None does if the stream has ended or `max_held` requests are held.
+    Returns False if the stream has ended or `max_held` requests are held.
     """
     while not self._waiting and len(self._entries) < self._max_held:
       request = next(self._requests, None)

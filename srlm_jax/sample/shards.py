@@ -1,5 +1,6 @@
 """The common part of the sampling stages: loads the model, samples, and writes a shard per host."""
 from collections.abc import Callable, Iterable, Iterator
+import itertools
 
 import jax
 
@@ -24,15 +25,16 @@ def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: 
   Yields the records of all hosts in the order of the items. Resumes a killed run.
   """
   engine, tokenizer = engines.load(config, s.models[0], s.title)
-  engine.room(sampling)  # raises InputError if the context is too short
+  engine.max_prompt_tokens(sampling)  # raises InputError if the context is too short
   if check:
     check(engine, tokenizer)
-  s.begin(engines.host_mesh(config))
   requests = (engines.Request(item['id'], prompt(item, tokenizer), n, item) for item in items)
+  first = list(itertools.islice(requests, 1))  # may be refused, for its chat format
+  s.begin(engines.host_mesh(config))
 
   def sample_record(request, i, result):
     return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
   path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
-  engines.run(engine, requests, n * count, sampling, path, sample_record)
+  engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
   hosts.sync(f'{s.title} sampled')  # every shard must be complete before any host reads them
   return records.read_shards(s.folder, stem)

@@ -1,13 +1,13 @@
 """Makes the data of the sandbox: the seeds of a run or, for m0, the corpus and the tokenizer.
 
-  python -m srlm_jax.sandbox --config=configs/sft.py:tiny --workdir=runs/demo
-  python -m srlm_jax.sandbox --config=configs/sandbox_m0.py --workdir=runs/m0
+  python -m srlm_jax.sandbox --config=sft:tiny --workdir=runs/demo
+  python -m srlm_jax.sandbox --config=sandbox_m0 --workdir=runs/m0
 """
 import itertools
 
 from etils import epath
 
-from srlm_jax import catalog, cli, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, stage
 from srlm_jax.models import config as model_config
 from srlm_jax.sandbox import corpus, people
 
@@ -44,6 +44,10 @@ def make_corpus(config, workdir):
   """Writes corpus.jsonl and tokenizer.model into data/corpus."""
   spec = catalog.find('sandbox', 'corpus')
   config = spec.view(config)
+  if not config.data.documents or config.model not in model_config.PRESETS:
+    raise InputError(f'config.data.documents is {config.data.documents} and config.model is '
+                     f'{config.model!r}; the corpus needs documents and a model of PRESETS in '
+                     f'models/config.py')
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return

@@ -1,10 +1,12 @@
 """Trains one model: `python -m srlm_jax.train --config=configs/iter2.py --workdir=runs/x`."""
+from collections.abc import Callable
 import dataclasses
 import functools
 import json
 
 from etils import epath
 import jax
+import optax
 
 from srlm_jax import (
   catalog,
@@ -15,14 +17,13 @@ from srlm_jax import (
   InputError,
   metrics,
   model_files,
-  records,
   sharding,
   stage,
 )
 from srlm_jax.checkpoint import hashes, store
 from srlm_jax.data import examples as training, packing, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, kernels, llama
-from srlm_jax.train import batch as batches, reference, state as train_state, step as train_step
+from srlm_jax.train import objectives, reference, state as train_state, step as train_step
 from srlm_jax.train.alarms import Alarms
 from srlm_jax.train.state import TrainState
 
@@ -38,20 +39,44 @@ def run(config, workdir):
     _train(config, epath.Path(workdir), mesh)
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run trains and with which programs, before its state exists."""
+  source: epath.Path            # the init model, or the corpus with its tokenizer
+  model: llama.Llama
+  data: training.Examples
+  packed: packing.Packing
+  make_batch: Callable          # (rows, shape) -> batch of numpy arrays
+  tx: optax.GradientTransformation
+  abstract: TrainState          # shapes and shardings
+  step: Callable                # the jitted step
+  kept: list[int]               # checkpoints of the run that is resumed; empty at the start
+
+
 def _train(config, workdir, mesh):
-  c = config.train
-  source = stage.finished_model(workdir, c.init) if c.init else workdir / 'data' / 'corpus'
+  """Trains the model of a config, from its init model or its last checkpoint to done.json."""
+  source = _source(config, workdir)
   shape = _model_config(config, source, workdir)
   files = [catalog.training_file(workdir, config, name)
            for name in configs.training_data(config)]
-  s = stage.Stage(catalog.find('train'), config, workdir,
-                  more_inputs=files if c.init else [*files, source / 'tokenizer.model'])
+  s = stage.Stage(catalog.find('train'), config, workdir, more_inputs=(
+      files if config.train.init else [*files, source / 'tokenizer.model']))
   if s.done:
     return
+  setup = _prepare(config, workdir, s, source, shape, files, mesh)
+  state, reference_params = _restore(config, s, setup, mesh)
+  s.begin(mesh)  # after everything that can raise InputError
+  saver = _open(config, s, setup, state)
+  state = _loop(config, s, setup, state, reference_params, saver, mesh)
+  _finish(s, setup, state)
 
+
+def _prepare(config, workdir, s, source, shape, files, mesh) -> Setup:
+  """Reads and packs the data, computes cached log-probs of the reference, and builds the step."""
+  c, objective = config.train, objectives.find(config.train)
   tokenizer = tokenizers.load(source, shape.V)
   try:
-    data = _examples(c, config.chat, files, tokenizer)
+    data = objective.examples(c, config.chat, files, tokenizer)
   except training.NoExamples as error:
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
   choice = kernels.for_training(jax.default_backend(), shape, c.remat)
@@ -60,51 +85,54 @@ def _train(config, workdir, mesh):
   packed = _pack(config, data, mesh, choice.width_multiple, c.epochs, s.folder if kept else None)
   tx = train_state.optimizer(c, len(packed))
   abstract = train_state.abstract(shape, tx, mesh)
-  if c.loss == 'sft':
-    make_batch = batches.pack
-  elif c.reference == 'step':
-    make_batch = batches.pack_pairs
-  else:
+  make_batch = objective.pack
+  if objective.needs_reference_logps:
     once = _pack(config, data, mesh, choice.width_multiple, epochs=1)
     logps = reference.cached(config, workdir, files, source, model, once, mesh)
-    make_batch = functools.partial(batches.pack_cached_pairs, reference_logps=logps)
+    make_batch = functools.partial(make_batch, reference_logps=logps)
   step = train_step.make(model, tx, c, abstract)
-  if kept:
-    state = _resume(s.folder, kept[-1], abstract, mesh)
+  return Setup(source, model, data, packed, make_batch, tx, abstract, step, kept)
+
+
+def _restore(config, s, setup: Setup, mesh) -> tuple[TrainState, dict]:
+  """-> the state to continue from, and the parameters of the reference, {} if not needed."""
+  if setup.kept:
+    state = _resume(s.folder, setup.kept[-1], setup.abstract, mesh)
   else:
-    state = _start(config, source, shape, tx, abstract, mesh)
-  in_step = c.loss == 'dpo' and c.reference == 'step'
-  reference_params = store.restore_params(source, mesh, c.dtype)[0] if in_step else {}
-  s.begin(mesh)  # after everything that can raise InputError
+    state = _start(config, setup, mesh)
+  if not objectives.find(config.train).needs_reference_params:
+    return state, {}
+  return state, store.restore_params(setup.source, mesh, config.train.dtype)[0]
+
+
+def _open(config, s, setup: Setup, state: TrainState):
+  """Prints the sizes of the run, writes the files of a new one -> the manager of checkpoints."""
+  data, packed, c = setup.data, setup.packed, config.train
   rows, width = packed.shape.rows, packed.shape.width
   dropped = ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items())
   hosts.say(f'{s.title}: {len(data.examples)} examples, {len(packed)} steps of {rows} rows of '
             f'{width} tokens, {packed.count / len(packed):.1f} examples per step, '
-            f'{packed.padding_free:.0%} of the tokens are not padding, attention by {choice.name}'
-            f'{dropped}')
+            f'{packed.padding_free:.0%} of the tokens are not padding, attention by '
+            f'{setup.model.kernels.name}{dropped}')
   saver = store.manager(s.folder, None if c.select else c.keep)
-  if kept:
+  if setup.kept:
     hosts.say(f'{s.title}: continues after step {int(state.step)}')
   elif hosts.is_first_host():
-    store.write_model_files(shape, source, s.folder)
+    store.write_model_files(setup.model.config, setup.source, s.folder)
     stage.write_json(s.folder / ROWS, dict(shape=(rows, width)))
-  state = _steps(config, s, step, state, reference_params, packed, make_batch, saver, mesh)
-  saver.close()
-  s.finish(steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
-           params=hashes.hash_params(state.params), examples=len(data.examples),
-           padding_free=round(packed.padding_free, 3), dropped=data.dropped)
+  return saver
 
 
-def _steps(config, s, step, state, reference_params, packed, make_batch, saver, mesh) -> TrainState:
+def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> TrainState:
   """Runs the remaining steps; writes metrics, progress and checkpoints."""
-  c = config.train
+  c, packed = config.train, setup.packed
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
   writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
   clock, alarms = metrics.Clock(), Alarms(writer.kept if writer else [])
   steps, unchecked = len(packed), {}
   for i in range(int(state.step), steps):
-    batch = make_batch(packed.rows(i), packed.shape)
-    state, unchecked[i] = step(state, reference_params, sharding.put_batch(batch, mesh), key)
+    batch = setup.make_batch(packed.rows(i), packed.shape)
+    state, unchecked[i] = setup.step(state, reference_params, sharding.put_batch(batch, mesh), key)
     clock.add(int((batch.segment_ids > 0).sum()))
     save = (i + 1) % c.save_every == 0 or i + 1 == steps
     if i % c.log_every == 0 or save:
@@ -112,10 +140,10 @@ def _steps(config, s, step, state, reference_params, packed, make_batch, saver, 
       for number, values in unchecked.items():
         scalars = metrics.finite(f'step {number}, of {_some(packed.ids(number))}', values)
       unchecked = {}
-      raised, sentences = alarms.look(scalars)
+      raised, messages = alarms.look(scalars)
       scalars |= raised | dict(tokens_per_second=clock.tokens_per_second())
-      for sentence in sentences:
-        hosts.say(f'{s.title}  {i + 1}/{steps}  alarm: {sentence}')
+      for message in messages:
+        hosts.say(f'{s.title}  {i + 1}/{steps}  alarm: {message}')
       if writer:
         writer.write(i, scalars)
       shown = 'loss', 'margin', 'accuracy', 'tokens_per_second'
@@ -127,7 +155,16 @@ def _steps(config, s, step, state, reference_params, packed, make_batch, saver, 
   if writer:
     writer.close()
   hosts.sync(f'{s.title} trained')
+  saver.close()
   return state
+
+
+def _finish(s, setup: Setup, state: TrainState):
+  """Marks the stage done, with a summary of the run."""
+  data, packed = setup.data, setup.packed
+  s.finish(steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
+           params=hashes.hash_params(state.params), examples=len(data.examples),
+           padding_free=round(packed.padding_free, 3), dropped=data.dropped)
 
 
 def _some(rows: list[list[str]], most: int = 20) -> str:
@@ -141,7 +178,7 @@ def refuse_too_large(config):
   if not config.model:
     return
   count = llama.param_count(_preset(config.model))
-  with_reference = config.train.loss == 'dpo' and config.train.reference == 'step'
+  with_reference = objectives.find(config.train).needs_reference_params
   needed = train_state.bytes_needed(count, with_reference)
   available = hosts.memory()
   if needed > available:
@@ -176,6 +213,12 @@ def _model_config(config, source, workdir):
   return dataclasses.replace(shape, dtype=c.dtype, dropout=c.dropout)
 
 
+def _source(config, workdir):
+  """The folder of the init model, or that of the corpus, which has a tokenizer."""
+  init = config.train.init
+  return stage.finished_model(workdir, init) if init else workdir / 'data' / 'corpus'
+
+
 def _existing(config, source, workdir):
   if not model_files.exists(source):
     inputs = '' if config.data.source == 'sandbox' else ' --m0=FOLDER --data=FILE'
@@ -185,16 +228,17 @@ def _existing(config, source, workdir):
   return source
 
 
-def _start(config, source, shape, tx, abstract, mesh) -> TrainState:
+def _start(config, setup: Setup, mesh) -> TrainState:
   """Step 0: the parameters of the init model, or random ones."""
   if config.train.init:
-    params, _ = store.restore_params(source, mesh, 'float32')
+    params, _ = store.restore_params(setup.source, mesh, 'float32')
   else:
-    out = jax.tree.map(lambda x: x.sharding, abstract.params)
-    init = jax.jit(lambda key: llama.init_params(shape, key), out_shardings=out)
+    out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
+    init = jax.jit(lambda key: llama.init_params(setup.model.config, key), out_shardings=out)
     params = init(jax.random.key(config.seed))
-  out = jax.tree.map(lambda x: x.sharding, abstract)
-  return jax.jit(lambda p: TrainState.create(p, tx), donate_argnums=0, out_shardings=out)(params)
+  out = jax.tree.map(lambda x: x.sharding, setup.abstract)
+  create = jax.jit(lambda p: TrainState.create(p, setup.tx), donate_argnums=0, out_shardings=out)
+  return create(params)
 
 
 def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
@@ -204,36 +248,9 @@ def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
   return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
 
 
-def _examples(c, chat, files, tokenizer) -> training.Examples:
-  if c.data == ('corpus',) and c.loss == 'sft':
-    return training.corpus(_read(files, 'id', 'text'), tokenizer, c.max_length)
-  if c.loss == 'dpo':
-    fields = ('id', 'prompt', 'chosen', 'rejected', 'chosen_finish', 'rejected_finish')
-    return training.dpo(_read(files, *fields), tokenizer, chat, c.max_length)
-  return training.sft(_responses(files), tokenizer, chat, c.max_length)
-
-
-def _responses(files):
-  """The records that SFT trains on; of a pair, the chosen response and its finish."""
-  for file in files:
-    if file.name == 'pairs.jsonl':
-      for pair in records.read(file, 'id', 'prompt', 'chosen', 'chosen_finish'):
-        yield dict(id=pair['id'], prompt=pair['prompt'], response=pair['chosen'],
-                   finish=pair['chosen_finish'])
-    elif file.name == 'positives.jsonl':
-      yield from records.read(file, 'id', 'prompt', 'response', 'finish')
-    else:
-      yield from records.read(file, 'id', 'prompt', 'response')
-
-
-def _read(files, *fields):
-  for file in files:
-    yield from records.read(file, *fields)
-
-
 def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
           begun=None) -> packing.Packing:
-  """`begun`: the folder of a run that is resumed with the same rows, on whatever mesh."""
+  """`begun`: the folder of a resumed run, whose row shape is reused on any mesh."""
   c = config.train
   if len(data.examples) < c.batch:
     dropped = ', '.join(f'{n} {why}' for why, n in data.dropped.items())

@@ -1,8 +1,8 @@
-"""The batches that the training step takes. The type of a batch selects the loss and its reference.
+"""The batches that the training step takes. `train/objectives.py` selects their type.
 
-  Batch            SFT
-  PairBatch        DPO; the step computes the reference's log-probs
-  CachedPairBatch  DPO with the reference's log-probs, computed once before training
+  Batch            single responses
+  PairBatch        pairs; the step computes the reference's log-probs
+  CachedPairBatch  pairs with the reference's log-probs, computed once before training
 
 Rows are packed (`data/packing.py`). Padding is 0 unless stated otherwise.
 """
@@ -84,7 +84,7 @@ def pack_cached_pairs(rows: Sequence[Sequence[Example]], shape: packing.Shape,
 
 
 def _arrays(rows, shape: packing.Shape, more: Sequence[str]) -> dict[str, np.ndarray]:
-  """The fields of Batch and `more`, which packing.Row has too, padded."""
+  """Pads the fields shared with packing.Row, and those in `more`."""
   made = [packing.layout(row) for row in rows]
   def pad(name, width, value=0):
     return _pad((getattr(row, name) for row in made), (shape.rows, width), value)

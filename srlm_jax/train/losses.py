@@ -1,10 +1,29 @@
-"""Losses: log-probs in, losses out."""
+"""Losses: log-probs in, losses out. `objectives.py` selects one by the config."""
 import jax
+import jax.numpy as jnp
 
 
 def sft_loss(token_logps):
   """token_logps [B, N], 0 where there is no target -> their negative sum []."""
   return -token_logps.sum()
+
+
+def dpo(config, policy, reference, lengths, soft_labels):
+  """logps [..., 2] of chosen and rejected, under policy and reference -> losses [...] and metrics.
+
+  `config`: the `train` section. lengths [..., 2]: tokens of the responses. soft_labels [...]: see
+  `dpo_loss`. Metrics are {name: [...]}.
+  """
+  log_ratios = policy - reference
+  if config.length_normalize:
+    log_ratios /= lengths
+  reward = config.beta * log_ratios
+  loss, margin = dpo_loss(log_ratios, config.beta, soft_labels)
+  if config.nll_weight:
+    loss += config.nll_weight * nll(policy[..., 0], lengths[..., 0])
+  return loss, dict(margin=margin, accuracy=(margin > 0).astype(jnp.float32),
+                    chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
+                    chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
 
 
 def dpo_loss(log_ratios, beta, soft_label):

@@ -27,8 +27,8 @@ def cached(config, workdir, files, source, model, packed: Packing,
                   files)
   path = s.folder / FILE
   if not s.done:
-    s.begin(mesh)
     params, _ = store.restore_params(source, mesh, config.train.dtype)
+    s.begin(mesh)  # after all that can be refused
     _compute(s, path, params, model, packed, mesh)
     s.finish(pairs=len(packed.all))
   found = {r['id']: [r['chosen'], r['rejected']] for r in records.read(path, 'id')}

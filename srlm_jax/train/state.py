@@ -49,7 +49,7 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
 
 def bytes_needed(params: int, reference: bool) -> int:
   """Bytes of parameters, gradients and two moments in float32, and of a reference in bfloat16."""
-  return params * (16 + 2 * reference)
+  return params * (18 if reference else 16)
 
 
 def _is_matrix(path, _):

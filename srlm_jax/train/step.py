@@ -6,7 +6,7 @@ import optax
 
 from srlm_jax import sharding
 from srlm_jax.models import llama, packed
-from srlm_jax.train import losses
+from srlm_jax.train import objectives
 from srlm_jax.train.batch import Batch, CachedPairBatch, PairBatch
 from srlm_jax.train.state import TrainState
 
@@ -14,9 +14,9 @@ from srlm_jax.train.state import TrainState
 def make(model, tx, config, state: TrainState):
   """-> step(state, reference_params, batch, key) -> (state, metrics), compiled once.
 
-  `state` (arrays, or shapes with shardings) gives the sharding of the result; the step donates its
-  state. `reference_params`: those of DPO's reference in the dtype of activations, or {} for a batch
-  that does not need them. Metrics are means over the batch.
+  `config`: the `train` section. `state` (arrays, or shapes with shardings) gives the sharding of
+  the result; the step donates its state. `reference_params`: those of DPO's reference in the dtype
+  of activations, or {} for a batch that does not need them. Metrics are means over the batch.
   """
   def step(state: TrainState, reference_params, batch: Batch, key):
     with jax.named_scope('loss'):
@@ -37,10 +37,10 @@ def gradient(model, config, params, reference_params, batch: Batch, key):
 
   Every target or pair has the same weight, however micro-batches divide the batch.
   """
-  loss_fn, weight = LOSSES[type(batch)], batch.weight()
+  weight = batch.weight()
 
   def mean(params, batch, key):
-    loss, metrics = loss_fn(model, config, params, reference_params, batch, key)
+    loss, metrics = sums(model, config, params, reference_params, batch, key)
     return loss / weight, jax.tree.map(lambda m: m / weight, dict(metrics, loss=loss))
 
   def one(batch, key):
@@ -63,43 +63,22 @@ def _split(x, parts: int):
   return jax.lax.with_sharding_constraint(x, place)
 
 
-def sft(model, config, params, reference_params, batch: Batch, key):
-  """-> the sum of negative log-likelihoods over targets, and no metrics."""
-  return losses.sft_loss(token_logps(model, params, batch, key)), {}
-
-
-def dpo(model, config, params, reference_params, batch: PairBatch, key):
-  """-> sums of losses and of metrics over pairs; computes the reference's log-probs, too."""
-  policy = pair_logps(token_logps(model, params, batch, key), batch)
-  reference = pair_logps(token_logps(model, reference_params, batch, None), batch)
-  return _dpo_sums(config, policy, jax.lax.stop_gradient(reference), batch)
-
-
-def cached_dpo(model, config, params, reference_params, batch: CachedPairBatch, key):
-  """-> sums of losses and of metrics over pairs."""
-  policy = pair_logps(token_logps(model, params, batch, key), batch)
-  return _dpo_sums(config, policy, batch.reference_logps, batch)
-
-
-LOSSES = {Batch: sft, PairBatch: dpo, CachedPairBatch: cached_dpo}
-
-
-def _dpo_sums(config, policy, reference, batch: PairBatch):
-  """Log-probs [B, M, 2] under policy and reference -> sums of losses and of metrics over pairs."""
+def sums(model, config, params, reference_params, batch: Batch, key):
+  """-> the sum of losses over the targets or pairs of a batch, and the sums of metrics of pairs."""
+  loss_fn = objectives.find(config).loss
+  policy = token_logps(model, params, batch, key)
+  if not isinstance(batch, PairBatch):
+    return loss_fn(policy), {}
+  policy = pair_logps(policy, batch)
+  if isinstance(batch, CachedPairBatch):
+    reference = batch.reference_logps
+  else:
+    reference = pair_logps(token_logps(model, reference_params, batch, None), batch)
+    reference = jax.lax.stop_gradient(reference)
   lengths = pair_logps(jnp.ones_like(batch.target_positions, jnp.float32), batch)
-  lengths = jnp.maximum(lengths, 1)
-  log_ratios = policy - reference
-  if config.length_normalize:
-    log_ratios /= lengths
-  reward = config.beta * log_ratios
-  loss, margin = losses.dpo_loss(log_ratios, config.beta, batch.soft_labels)
-  if config.nll_weight:
-    loss += config.nll_weight * losses.nll(policy[..., 0], lengths[..., 0])
-  values = dict(loss=loss, margin=margin, accuracy=(margin > 0).astype(jnp.float32),
-                chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
-                chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
-  sums = {name: (value * batch.pair_mask).sum() for name, value in values.items()}
-  return sums.pop('loss'), sums
+  loss, metrics = loss_fn(config, policy, reference, jnp.maximum(lengths, 1), batch.soft_labels)
+  found = jax.tree.map(lambda x: (x * batch.pair_mask).sum(), dict(metrics, loss=loss))
+  return found.pop('loss'), found
 
 
 def token_logps(model, params, batch: Batch, key):
@@ -109,8 +88,8 @@ def token_logps(model, params, batch: Batch, key):
   hidden = model.apply(params, batch.tokens, batch.positions, packed.Packed(batch.segments()),
                        rngs=dropout, method='hidden')
   hidden = jnp.take_along_axis(hidden, batch.target_positions[..., None], 1)  # [B, N, D]
-  logps = model.apply(params, hidden, batch.targets, method='logps')
-  return jnp.where(batch.response_ids >= 0, logps, 0)
+  found = model.apply(params, hidden, batch.targets, method='token_logps')
+  return jnp.where(batch.response_ids >= 0, found, 0)
 
 
 def pair_logps(token_logps, batch: PairBatch):
