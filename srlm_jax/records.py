@@ -218,10 +218,9 @@ def contents(folder) -> dict[str, list]:
   for path in sorted(epath.Path(folder).iterdir()):
     if path.name in ('manifest.json', 'done.json') or path.suffix not in HASHED:
       continue
-    found[path.name] = [None, hash_file(path)]
+    found[path.name] = describe(path)
     names = seen.setdefault(path.name.partition('-')[0], set())
     for where, record in numbered(path) if path.suffix == '.jsonl' else ():
-      found[path.name][0] = (found[path.name][0] or 0) + 1
       if (name := record.get('id')) is not None:
         if hash(name) in names:
           raise InputError(f'{where}: a second record with the id {name!r}; delete {folder} and '
@@ -232,16 +231,25 @@ def contents(folder) -> dict[str, list]:
 
 def hash_file(path) -> str:
   """The hash of a file's contents, 16 hexadecimal digits."""
+  return describe(path)[1]
+
+
+def describe(path) -> list:
+  """[records, hash] of a file, in one read; records is None for all but .jsonl files.
+
+  Raises InputError if it does not exist.
+  """
   path = epath.Path(path)
   if not path.exists():
     raise InputError(f'{path} does not exist; run the stage that writes it first')
   if path.is_dir():
     raise InputError(f'{path} is a folder; give a file')
-  digest = hashlib.sha256()
+  digest, count = hashlib.sha256(), 0
   with path.open('rb') as f:
     while block := f.read(1 << 20):
       digest.update(block)
-  return digest.hexdigest()[:16]
+      count += block.count(b'\n')
+  return [count if path.suffix == '.jsonl' else None, digest.hexdigest()[:16]]
 
 
 def join(name: str, last: str) -> str:

@@ -41,14 +41,14 @@ class Stage:
     models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
     self.models = list(models.values())
     self.inputs = [*spec.inputs(workdir, config), *more_inputs]
-    hashes = {epath.Path(path): records.hash_file(path) for path in self.inputs}
+    found = {epath.Path(path): records.describe(path) for path in self.inputs}
     saved = {role: model_files.read_hashes(folder) for role, folder in models.items()}
     self._manifest = json.loads(json.dumps(dict(
         format=FORMAT, stage=self.title,
         params='-'.join(found.params.stored for found in saved.values()),
         model_files={f'{role}/{file}': name
                      for role, found in saved.items() for file, name in found.files.items()},
-        inputs=_names(hashes, workdir),
+        inputs=_names(found, workdir),
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config=spec.recorded(config))))
     path = self.folder / 'manifest.json'
@@ -57,9 +57,9 @@ class Stage:
       require_finished(self.folder)
     if path.exists():
       self._compare(path, config)
-    for source, found in hashes.items():
+    for source, entry in found.items():
       require_finished(source.parent)
-      _check_file(source, found)
+      _check_file(source, entry)
     if self.done:
       _check_files(self.folder)
       hosts.say(f'{self.title}: already done')
@@ -218,17 +218,19 @@ def check_records(folder):
     _check_files(folder)
 
 
-def _check_file(path, found: str = ''):
-  """Raises InputError if a file of a finished stage has changed; `found`: its hash, if known."""
+def _check_file(path, entry: list | None = None):
+  """Raises InputError if a file of a finished stage has changed.
+
+  `entry`: what `records.describe` gives for it, if it is known.
+  """
   if path.suffix not in records.HASHED or not (path.parent / 'done.json').exists():
     return
   files = finished(path.parent)['files']
   if path.name not in files:
     raise InputError(f'{path} was added after its stage finished; delete it')
-  count, wanted = files[path.name]
-  if not path.exists() or (found or records.hash_file(path)) != wanted:
-    raise InputError(f'{path} has changed since its stage finished ({count} records then); restore '
-                     f'it, or delete {path.parent} and run that stage again')
+  if not path.exists() or (entry or records.describe(path)) != files[path.name]:
+    raise InputError(f'{path} has changed since its stage finished ({files[path.name][0]} records '
+                     f'then); restore it, or delete {path.parent} and run that stage again')
 
 
 def _check_files(folder):
@@ -238,14 +240,14 @@ def _check_files(folder):
     _check_file(path)
 
 
-def _names(hashes: dict, workdir) -> dict[str, str]:
-  """{path: hash} -> {name: hash}.
+def _names(entries: dict, workdir) -> dict[str, str]:
+  """{path: [records, hash]} -> {name: hash}.
 
   A file in the workdir is named by its path there, another by its file name alone, so that folders
   may be moved. A name that occurs again gets a number.
   """
   found = {}
-  for path, value in hashes.items():
+  for path, (_, value) in entries.items():
     name = str(_relative(path, workdir))
     found[name if name not in found else f'{name} {len(found)}'] = value
   return found

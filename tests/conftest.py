@@ -1,4 +1,5 @@
 """Eight fake CPU devices, the folder of test data, small models and tokenizers."""
+import atexit
 import dataclasses
 import functools
 import io
@@ -129,7 +130,14 @@ CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data
            'm1:train.epochs=2', 'm2:train.save_every=2', 'train.batch=8')
 
 
-CACHE = tempfile.mkdtemp(prefix='srlm-compiled-')  # all processes compile the same programs
+# All processes of a run compile the same programs, in ever new closures: they share a cache.
+if 'SRLM_COMPILED' not in os.environ:  # not a worker of pytest-xdist
+  os.environ['SRLM_COMPILED'] = tempfile.mkdtemp(prefix='srlm-compiled-')
+  atexit.register(shutil.rmtree, os.environ['SRLM_COMPILED'], ignore_errors=True)
+CACHE = os.environ['SRLM_COMPILED']
+jax.config.update('jax_compilation_cache_dir', CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
 
 
 @functools.cache

@@ -120,7 +120,8 @@ def test_conversion_records_the_hashes_of_the_restored_parameters(tmp_path, mesh
   convert.from_hf(tmp_path / 'hf', tmp_path / 'ours')
   params, name = store.restore_params(tmp_path / 'ours', mesh, dtype)
   recorded = model_files.read_hashes(tmp_path / 'ours')
-  assert recorded.files == model_files.hashes(tmp_path / 'hf')
+  assert recorded.files == model_files.hashes(tmp_path / 'ours')
+  assert recorded.files.items() > model_files.hashes(tmp_path / 'hf').items()
   assert recorded.params == hashes.hash_all_dtypes(params)
   assert name == recorded.params.stored == hashes.hash_params(params)
   path = tmp_path / 'ours' / 'steps' / '0' / 'hash' / 'metadata'

@@ -135,8 +135,8 @@ def test_bad_flags_give_a_one_sentence_error_and_exit_code_1(flags, message):
 def test_every_file_is_hashed_once(tmp_path, judged, monkeypatch):
   """Hashing shards of gigabytes twice would double the start of a stage."""
   path, read = judged / records.shard_name('judgements', 1, 2), []
-  real = records.hash_file
-  monkeypatch.setattr(records, 'hash_file', lambda path: read.append(path.name) or real(path))
+  real = records.describe
+  monkeypatch.setattr(records, 'describe', lambda path: read.append(path.name) or real(path))
   make(tmp_path, 'pairs', [path])
   assert read == [path.name]
   read.clear()
@@ -390,3 +390,12 @@ def test_training_data_is_recorded_the_same_from_a_flag_and_a_file():
   a, b = configs.get('m1', 'tiny'), configs.get('m1', 'tiny')
   b.train.data = ('ift,eft',)
   assert spec.recorded(a) == spec.recorded(b)
+
+
+@pytest.mark.parametrize('count', [999, -1, 4, None])
+def test_a_count_that_is_not_that_of_the_records_is_refused(judged, tmp_path, count):
+  found = json.loads((judged / 'done.json').read_text())
+  found['files'][records.shard_name('judgements', 0, 2)][0] = count
+  (judged / 'done.json').write_text(json.dumps(found))
+  with pytest.raises(InputError, match=f'has changed since its stage finished .{count} records'):
+    make(tmp_path, 'judge')
