@@ -288,11 +288,6 @@ def find(program: str, on: str = '') -> Spec:
   return specs[on]
 
 
-def choices(program: str) -> list[str]:
-  """The values of a program's --on."""
-  return [spec.on for spec in STAGES if spec.program == program]
-
-
 def needs(name: str, config: ConfigDict) -> bool:
   """Whether a loop with this config runs the stage."""
   return any(spec.name == name and spec.needed(config) for spec in STAGES)

@@ -41,27 +41,27 @@ class Stage:
     models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
     self.models = list(models.values())
     self.inputs = [*spec.inputs(workdir, config), *more_inputs]
-    found = {epath.Path(path): records.describe(path) for path in self.inputs}
+    entries = {epath.Path(path): records.describe(path) for path in self.inputs}
     saved = {role: model_files.read_hashes(folder) for role, folder in models.items()}
     self._manifest = json.loads(json.dumps(dict(
         format=FORMAT, stage=self.title,
-        params='-'.join(found.params.stored for found in saved.values()),
+        params='-'.join(step.params.stored for step in saved.values()),
         model_files={f'{role}/{file}': name
-                     for role, found in saved.items() for file, name in found.files.items()},
-        inputs=_names(found, workdir),
+                     for role, step in saved.items() for file, name in step.files.items()},
+        inputs=_names(entries, workdir),
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config=spec.recorded(config))))
     path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
-    if self.done and not path.exists():
+    if self.done:
       require_finished(self.folder)
     if path.exists():
       self._compare(path, config)
-    for source, entry in found.items():
-      require_finished(source.parent)
-      _check_file(source, entry)
+    written = {folder: _written(folder) for folder in dict.fromkeys(p.parent for p in entries)}
+    for source, entry in entries.items():
+      _check_file(source, written[source.parent], entry)
     if self.done:
-      _check_files(self.folder)
+      check_records(self.folder)
       hosts.say(f'{self.title}: already done')
 
   def _compare(self, path, config):
@@ -213,31 +213,33 @@ def check_records(folder):
   A folder that was not made by a stage is not checked.
   """
   folder = epath.Path(folder)
+  if (files := _written(folder)) is not None:
+    for path in sorted({*folder.glob('*.jsonl'), *(folder / name for name in files)}):
+      _check_file(path, files)
+
+
+def _written(folder) -> dict[str, list] | None:
+  """{name: [records, hash]} of the files of a finished stage; None if no stage made the folder.
+
+  Raises InputError if the stage has not finished.
+  """
   require_finished(folder)
-  if (folder / 'done.json').exists():
-    _check_files(folder)
+  return finished(folder)['files'] if (folder / 'done.json').exists() else None
 
 
-def _check_file(path, entry: list | None = None):
+def _check_file(path, files: dict[str, list] | None, entry: list | None = None):
   """Raises InputError if a file of a finished stage has changed.
 
-  `entry`: what `records.describe` gives for it, if it is known.
+  `files`: what `_written` gives for its folder; `entry`: what `records.describe` gives for the
+  file, if it is known.
   """
-  if path.suffix not in records.HASHED or not (path.parent / 'done.json').exists():
+  if path.suffix not in records.HASHED or files is None:
     return
-  files = finished(path.parent)['files']
   if path.name not in files:
     raise InputError(f'{path} was added after its stage finished; delete it')
   if not path.exists() or (entry or records.describe(path)) != files[path.name]:
     raise InputError(f'{path} has changed since its stage finished ({files[path.name][0]} records '
                      f'then); restore it, or delete {path.parent} and run that stage again')
-
-
-def _check_files(folder):
-  """Checks every file that a finished stage wrote, and refuses records added to its folder."""
-  written = (folder / name for name in finished(folder)['files'])
-  for path in sorted({*folder.glob('*.jsonl'), *written}):
-    _check_file(path)
 
 
 def _names(entries: dict, workdir) -> dict[str, str]:
