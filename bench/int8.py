@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import cli, model_files, records, sharding
+from srlm_jax import cli, model_files, records, schema, sharding
 from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import config as model_config, int8, llama
@@ -22,7 +22,7 @@ from srlm_jax.sample import engine as engines
 
 flags.DEFINE_string('model', None, 'Folder of a checkpoint, or of a Hugging Face model.',
                     required=True)
-flags.DEFINE_string('prompts', '', 'JSONL file of records with a prompt.')
+flags.DEFINE_string('prompts', '', 'JSONL file of records with id and prompt.')
 flags.DEFINE_integer('tokens', 64, 'Tokens to generate per text.')
 flags.DEFINE_integer('tensor', 1, 'Devices that the model is split over.')
 flags.DEFINE_enum('dtype', 'float32', ('float32', 'bfloat16'),
@@ -41,7 +41,7 @@ def main(_):
     quantized = int8.quantize(params)
   texts = [''] * ROWS
   if f.prompts:
-    texts = [r['prompt'] for r in itertools.islice(records.read(f.prompts, 'prompt'), ROWS)]
+    texts = [r.prompt for r in itertools.islice(records.read(f.prompts, schema.Prompt), ROWS)]
   room = config.context - f.tokens
   prompts = [[tokenizer.bos_id, *tokenizer.encode(text)][:room] for text in texts]
   tokens, generated = generate(config, params, mesh, prompts, f.tokens)

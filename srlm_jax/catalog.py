@@ -44,6 +44,7 @@ class Spec:
   reads: tuple[str, ...] = ()
   reads_if_needed: tuple[str, ...] = ()  # if the config needs the stage that writes them
   reads_if_there: tuple[str, ...] = ()
+  trains: bool = False                   # reads the files that `train.data` names
   runs: tuple[str, ...] = ()             # ROLES of the models that it runs
   on: str = ''                           # the program's --on that selects it
   samples: str = ''                      # config key of the samples per item; '': 1
@@ -86,18 +87,32 @@ class Spec:
   def inputs(self, workdir, config) -> list:
     """The files that it reads; for missing shards, a placeholder path."""
     config = whole(config)
-    needed = [f for f in self.reads_if_needed if needs(f.partition('/')[0], config)]
-    always = [path for file in (*self.reads, *needed) for path in _paths(file, workdir, config)]
-    there = [path for file in self.reads_if_there for path in _paths(file, workdir, config)]
-    return always + [path for path in there if path.exists()]
+    files = [*self.reads, *(f for f in self.reads_if_needed if needs(f.partition('/')[0], config))]
+    found = [path for file in files for path in paths(file, workdir, config)]
+    if self.trains:
+      found += training_files(workdir, config)
+    there = [path for file in self.reads_if_there for path in paths(file, workdir, config)]
+    return found + [path for path in there if path.exists()]
+
+  def check_input(self, file: str):
+    """Raises Undeclared if the stage does not declare that it reads STAGE/FILE."""
+    if file not in (*self.reads, *self.reads_if_needed, *self.reads_if_there):
+      raise Undeclared(f'{self.program} reads {file}, which is not declared; add it to catalog.py')
 
 
-def _paths(file: str, workdir, config) -> list:
-  """STAGE/FILE -> its path, or the paths of its shards."""
+def paths(file: str, workdir, config) -> list:
+  """STAGE/FILE -> [its path], or the paths of its shards; for missing ones, a placeholder."""
   stage, _, name = file.partition('/')
-  folder = next(spec for spec in STAGES if spec.name == stage).folder(workdir, config)
-  return (records.shards(folder, name.removesuffix(SHARDS)) if name.endswith(SHARDS) else
-          [folder / name])
+  folder = next(spec for spec in STAGES if spec.name == stage).folder(workdir, whole(config))
+  return records.shards(folder, stem(name)) if name.endswith(SHARDS) else [folder / name]
+
+
+def stem(file: str) -> str:
+  """
+  >>> stem('responses-*.jsonl')
+  'responses'
+  """
+  return file.removesuffix(SHARDS)
 
 
 class View:
@@ -232,10 +247,11 @@ STAGES = (
          reads=('seeds/ranked.jsonl',), reads_if_needed=('judge/judgements-*.jsonl',),
          keys=('eft.targets', 'eft.quorum', 'judge.template'),
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c)),
-    Spec('reference', 'train', ('logps.jsonl',), runs=('init',), on='reference',
+    Spec('reference', 'train', ('logps.jsonl',), trains=True, runs=('init',), on='reference',
          keys=('chat', 'model', 'train.dtype'),
          needed=lambda c: _is_dpo(c) and c.train.reference == 'cached'),
-    Spec('model', 'train', ('metrics.jsonl', 'rows.json'), runs=('init',),
+    Spec('model', 'train', ('metrics.jsonl', 'rows.json'), trains=True,
+         runs=('init',),
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
@@ -293,11 +309,8 @@ def needs(name: str, config: ConfigDict) -> bool:
   return any(spec.name == name and spec.needed(config) for spec in STAGES)
 
 
-def training_file(workdir, config, name: str):
-  """The path of a name in `train.data`: NAME.jsonl of the stage that writes it."""
-  for spec in STAGES:
-    if f'{name}.jsonl' in spec.writes and name in configs.TRAINING_DATA:
-      return spec.folder(workdir, config) / f'{name}.jsonl'
-  known = configs.TRAINING_DATA
-  raise InputError(f'config.train.data names {name!r}{closest(name, known)}; it may name '
-                   f'{", ".join(known)}')
+def training_files(workdir, config) -> list:
+  """The files that `train.data` names: NAME.jsonl of the stage that writes it."""
+  folders = {file: spec.folder(workdir, config) for spec in STAGES for file in spec.writes}
+  return [folders[f'{name}.jsonl'] / f'{name}.jsonl'
+          for name in configs.training_data(whole(config))]

@@ -68,18 +68,27 @@ class Values:
             tuple: 'a tuple of strings'}[self.kind]
     if self.kind not in (int, float):
       return f'it must be {kind}'
+    text = self._range()
     right = self.has_type(value) and (isinstance(value, int) or math.isfinite(value))
-    closed = math.isfinite(self.least) and math.isfinite(self.most)
-    ends = [f'above {self.above:,}'] * math.isfinite(self.above)
-    ends += [f'{self.least:,} or more'] * (math.isfinite(self.least) and not closed)
-    ends += [f'at most {self.most:,}'] * (math.isfinite(self.most) and not closed)
-    ends += [f'less than {self.below:,}'] * math.isfinite(self.below)
-    text = f'{self.least:,} to {self.most:,}' if closed else ' and '.join(ends)
-    if self.also is not None:
-      text = f'{self.also}, or {text}'
     if not right:
       text = f'{kind} {text}' if text.startswith('above') else f'{kind}, {text}'
-    return f'it {"is" if closed else "must be"} {text}'
+    return f'it must be {text}'
+
+  def _range(self) -> str:
+    """The range of a number in words."""
+    ends = []
+    if math.isfinite(self.above):
+      ends.append(f'above {self.above:,}')
+    if math.isfinite(self.least) and math.isfinite(self.most):
+      ends.append(f'{self.least:,} to {self.most:,}')
+    elif math.isfinite(self.least):
+      ends.append(f'{self.least:,} or more')
+    elif math.isfinite(self.most):
+      ends.append(f'at most {self.most:,}')
+    if math.isfinite(self.below):
+      ends.append(f'less than {self.below:,}')
+    text = ' and '.join(ends)
+    return text if self.also is None else f'{self.also}, or {text}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,49 +363,65 @@ def ranked_split(c: ConfigDict) -> str:
 def check(c: ConfigDict):
   """Raises InputError if a key is missing or unknown, a value is not allowed, or two conflict."""
   values = dict(flat(c))
-  for key in sorted({*values} ^ {*KNOBS}):
+  _check_keys({*values})
+  for key, knob in KNOBS.items():
+    knob.check(key, values[key])
+  _check_order(values)
+  _check_sandbox(c)
+  _check_training(c.train)
+  for key, known in NAMES_A_MODEL.items():
+    if values[key] and values[key] not in known and '/' not in values[key]:
+      raise InputError(f'config.{key} is {show(values[key])}; it is empty, {_listed(known)}, or a '
+                       "path with a '/'")
+
+
+def _check_keys(found: set[str]):
+  """Refuses missing, unknown and renamed keys."""
+  for key in sorted(found ^ {*KNOBS}):
     if key in RENAMED:
       raise InputError(f'config.{key} is now config.{RENAMED[key]}; write the new name')
     problem = 'missing' if key in KNOBS else 'not a config key'
     raise InputError(f'config.{short(key)} is {problem}; a config has the keys of KNOBS in '
                      'srlm_jax/config.py and no others')
-  for key, knob in KNOBS.items():
-    knob.check(key, values[key])
-  if c.judge.by != 'model' and c.data.source != 'sandbox':
-    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model, and in the sandbox also '
-                     'oracle or random')
-  if c.data.ranked_tune and c.data.source != 'sandbox':
-    raise InputError(f'config.data.ranked_tune is {c.data.ranked_tune}; only the sandbox makes '
-                     'ranked replies to tune on, with other sources it is 0')
-  if c.train.loss != 'sft' and not c.train.beta > 0:
-    raise InputError(f'config.train.beta is {c.train.beta}; it must be above 0 with '
-                     f'train.loss={c.train.loss}')
-  if c.train.select not in ('', 'agreement') and not _names_checkpoint(c.train.select):
-    raise InputError(f'config.train.select is {c.train.select!r}; it is empty, agreement, or a '
-                     'command with {checkpoint} in it')
-  for section, name in (('judge', 'n'), ('eft', 'judgements'), ('eval', 'judgements')):
-    if c[section].quorum > c[section][name]:
-      raise InputError(f'config.{section}.quorum is {c[section].quorum}, more than the '
-                       f'{c[section][name]} judgements ({section}.{name})')
-  for low, high in (('prompts.min_words', 'prompts.max_words'),
-                    ('train.learning_rate_end', 'train.learning_rate')):
+
+
+def _check_order(values: dict):
+  """Refuses a value that is larger than another one which limits it."""
+  for low, high in (('judge.quorum', 'judge.n'), ('eft.quorum', 'eft.judgements'),
+                    ('eval.quorum', 'eval.judgements'), ('prompts.min_words', 'prompts.max_words'),
+                    ('train.learning_rate_end', 'train.learning_rate'),
+                    ('train.accumulate', 'train.batch')):
     if values[low] > values[high]:
       raise InputError(f'config.{low} is {values[low]}, more than the {values[high]} of {high}; '
                        f'lower one or raise the other')
-  if c.train.accumulate > c.train.batch:
-    raise InputError(f'config.train.accumulate is {c.train.accumulate}, more than the '
-                     f'{c.train.batch} examples of a batch; lower it')
-  names = training_data(c)
+
+
+def _check_sandbox(c: ConfigDict):
+  """Refuses what only the sandbox has, with other sources of data."""
+  if c.data.source == 'sandbox':
+    return
+  if c.judge.by != 'model':
+    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model, and in the sandbox also '
+                     'oracle or random')
+  if c.data.ranked_tune:
+    raise InputError(f'config.data.ranked_tune is {c.data.ranked_tune}; only the sandbox makes '
+                     'ranked replies to tune on, with other sources it is 0')
+
+
+def _check_training(t: ConfigDict):
+  if t.loss != 'sft' and not t.beta > 0:
+    raise InputError(f'config.train.beta is {t.beta}; it must be above 0 with '
+                     f'train.loss={t.loss}')
+  if t.select not in ('', 'agreement') and not _names_checkpoint(t.select):
+    raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a '
+                     'command with {checkpoint} in it')
+  names = ','.join(t.data).split(',')
   for i, name in enumerate(names):
     if name not in TRAINING_DATA:
       raise InputError(f'config.train.data names {show(name)}; it may name '
                        f'{", ".join(TRAINING_DATA)}')
     if name in names[:i]:
       raise InputError(f'config.train.data names {show(name)} twice; name each file once')
-  for key, known in NAMES_A_MODEL.items():
-    if values[key] and values[key] not in known and '/' not in values[key]:
-      raise InputError(f'config.{key} is {show(values[key])}; it is empty, {_listed(known)}, or a '
-                       "path with a '/'")
 
 
 def flat(c: ConfigDict, section: str = '') -> Iterator[tuple[str, object]]:

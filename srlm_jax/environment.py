@@ -26,7 +26,8 @@ PINNED = dict(  # the defaults of JAX 0.10
     jax_numpy_rank_promotion='allow',      # raise fails where this program broadcasts
 )
 PACKAGES = ('srlm_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections',
-            'numpy', 'sentencepiece', 'tokenizers', 'transformers')
+            'msgspec', 'numpy', 'safetensors', 'scipy', 'sentencepiece', 'tensorflow-datasets',
+            'tensorstore', 'tokenizers', 'transformers')
 
 
 def pin():

@@ -19,6 +19,7 @@ from srlm_jax import (
   InputError,
   lock,
   model_files,
+  schema,
   selection,
   stage,
 )
@@ -168,20 +169,20 @@ def make_eft(config, workdir):
     judge.run(config, workdir)
     health.run(config, workdir)
   eft.run(config, workdir)
-  made = stage.finished(workdir / 'm1' / 'eft')
-  if not made['examples']:
+  made = stage.summary(workdir / 'm1' / 'eft', schema.EftSummary)
+  if not made.examples:
     raise NothingToTrainOn(
-        f'none of {made["replies"]} judged replies gave EFT ({page.counts(made["dropped"])}); '
+        f'none of {made.replies} judged replies gave EFT ({page.counts(made.dropped)}); '
         f'start from a stronger model, or take human ranks as scores (--set=eft.targets=ranks)')
 
 
 def make_prompts(config, workdir):
   """New prompts."""
   prompts.run(config, workdir)
-  made = stage.finished(workdir / config.name / 'prompts')
-  if not made['prompts']:
+  made = stage.summary(workdir / config.name / 'prompts', schema.PromptsSummary)
+  if not made.prompts:
     raise NothingToTrainOn(
-        f'none of {made["attempts"]} attempts is a usable prompt ({page.counts(made["dropped"])}); '
+        f'none of {made.attempts} attempts is a usable prompt ({page.counts(made.dropped)}); '
         f'name another author (--set=prompts.author=FOLDER), or allow more tokens '
         f'(--set=prompts.max_tokens=N)')
 
@@ -201,24 +202,24 @@ def make_pairs(config, workdir):
   health.run(config, workdir)
   if catalog.needs('audit', config):
     audit.run(config, workdir)
-  refuse_too_few(config, stage.finished(workdir / config.name / 'pairs'))
+  refuse_too_few(config, stage.summary(workdir / config.name / 'pairs', schema.PairsSummary))
   if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
 
 
-def refuse_too_few(config, made: dict):
-  """Raises NothingToTrainOn where the pairs stage, whose done.json is `made`, gave too little."""
+def refuse_too_few(config, made: schema.PairsSummary):
+  """Raises NothingToTrainOn where the pairs stage, whose summary is `made`, gave too little."""
   if 'pairs' in configs.training_data(config):
-    kind, enough = 'pairs', made['pairs'] >= config.train.batch
+    left, enough = f'{made.pairs} pairs', made.pairs >= config.train.batch
     limit = f'fewer than one batch of {config.train.batch}'
   else:
-    kind, enough = 'positives', made['positives'] > 0
+    left, enough = f'{made.positives} positives', made.positives > 0
     limit = f'and positives are responses that score {config.pairs.positive:g} or more'
   if not enough:
     raise NothingToTrainOn(
-        f'{made["parsed"]} of {made["judgements"]} judgements parsed and {made[kind]} {kind} are '
-        f'left ({page.counts(made["dropped"])}), {limit}; start from a stronger model, judge with '
-        f'a template that it can follow (--set=judge.template=FILE), or make more prompts '
+        f'{made.parsed} of {made.judgements} judgements parsed and {left} are left '
+        f'({page.counts(made.dropped)}), {limit}; start from a stronger model, judge with a '
+        f'template that it can follow (--set=judge.template=FILE), or make more prompts '
         f'(--set=prompts.count=N)')
 
 

@@ -1,9 +1,12 @@
 """JSONL records: the files that stages exchange.
 
-A file holds one JSON object per line, most with a string `id`. Names end in .jsonl or .jsonl.gz.
+A file holds one JSON object per line, most with a string `id`; `schema` has their fields. Names end
+in .jsonl or .jsonl.gz.
 """
 from collections.abc import Iterable, Iterator
 import contextlib
+import dataclasses
+import functools
 import gzip
 import hashlib
 import itertools
@@ -12,32 +15,38 @@ import math
 import operator
 import os
 import re
+from typing import TypeVar
 import zlib
 
 from etils import epath
+import msgspec
 
 from srlm_jax import InputError
 
-# Fields that say which request a record belongs to; in other shards it is `id`.
+Record = TypeVar('Record')  # a dataclass of `schema`
+
+# The field that says which request a record of a shard belongs to; of other shards it is `id`.
 _REQUEST = dict(responses='prompt_id', judgements='response_id', comparisons='response_id')
-_TEXTS = frozenset('id prompt_id response_id prompt response text chosen rejected split finish '
-                   'chosen_finish rejected_finish reason dropped'.split())
-_NUMBERS = frozenset('step loss margin accuracy j score chosen_score rejected_score'.split())
 HASHED = ('.json', '.jsonl', '.model')  # the files of a stage that done.json lists
-_NULLABLE = frozenset(['score'])  # null: a judgement that could not be parsed
 
 
-def read(path, *fields: str) -> Iterator[dict]:
-  """Yields the records of a file.
+def read(path, kind: type[Record]) -> Iterator[Record]:
+  """Yields the records of a file as objects of `kind`, a dataclass of `schema`.
 
-  Raises InputError, with file and line, for a line that is not a record or lacks one of `fields`.
+  Raises InputError, with file and line, for a line that is not such a record.
   """
-  for _, record in numbered(path, *fields):
-    yield record
+  for where, line in _lines(path):
+    yield parse(line, where, kind)
 
 
-def numbered(path, *fields: str) -> Iterator[tuple[str, dict]]:
-  """Yields (FILE:LINE, record) for every record that `read` yields."""
+def read_any(path) -> Iterator[tuple[str, dict]]:
+  """Yields (FILE:LINE, JSON object) for the lines of a file of unknown format."""
+  for where, line in _lines(path):
+    yield where, _object(line, where)
+
+
+def _lines(path) -> Iterator[tuple[str, bytes]]:
+  """Yields (FILE:LINE, line) for every line that is not blank."""
   path = epath.Path(path)
   with reading(path, 'give a file of JSON lines'):
     if not path.exists():
@@ -49,14 +58,16 @@ def numbered(path, *fields: str) -> Iterator[tuple[str, dict]]:
     try:
       for number, line in enumerate(lines, 1):
         if line.strip():
-          yield f'{path}:{number}', parse(line, f'{path}:{number}', fields)
+          yield f'{path}:{number}', line
     except (EOFError, OSError, zlib.error) as error:
       raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it '
                        f'again') from error
 
 
-def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
+def read_shards(folder, stem: str, kind: type[Record]) -> Iterator[Record]:
   """Yields the records of all shards `STEM-00000-of-00001.jsonl` of a stage, in request order.
+
+  kind: as for `read`.
 
   Host h of H writes the requests h, h + H, h + 2 H, .. (`hosts.share`), each as one or more
   consecutive records. Reading one request from each shard in turn restores the order in which a
@@ -73,11 +84,10 @@ def read_shards(folder, stem: str, *fields: str) -> Iterator[dict]:
     raise InputError(f'{folder} should hold {count} shards of {stem} but holds {len(paths)}; run '
                      f'the stage again')
   if count == 1:
-    yield from read(paths[0], *fields)
+    yield from read(paths[0], kind)
     return
-  field = _REQUEST.get(stem, 'id')
-  streams = [itertools.groupby(read(path, field, *fields), key=operator.itemgetter(field))
-             for path in paths]
+  request = operator.attrgetter(_REQUEST.get(stem, 'id'))
+  streams = [itertools.groupby(read(path, kind), key=request) for path in paths]
   while streams:
     left = []
     for stream in streams:
@@ -159,8 +169,8 @@ def replacing(path):
     raise InputError(f'{path} cannot be written{why}; give another path') from error
 
 
-def write(path, records: Iterable[dict]) -> int:
-  """Writes a whole file or nothing; returns the number of records."""
+def write(path, records: Iterable) -> int:
+  """Writes a whole file of records (`dump`) or nothing; returns the number of records."""
   count = 0
   with replacing(path) as file:
     for record in records:
@@ -192,7 +202,7 @@ class Appender:
       os.truncate(self.path, whole)
     self._file = self.path.open('a')
 
-  def append(self, records: Iterable[dict]):
+  def append(self, records: Iterable):
     """Appends records and flushes them."""
     for record in records:
       self._file.write(dump(record))
@@ -203,9 +213,22 @@ class Appender:
     self._file.close()
 
 
-def dump(record: dict) -> str:
-  """A record as a line; equal records give equal bytes."""
-  return json.dumps(record, ensure_ascii=False) + '\n'
+def dump(record) -> str:
+  """A record of `schema`, or a JSON object, as a line; equal records give equal bytes.
+
+  >>> from srlm_jax import schema
+  >>> dump(schema.Prompt(id='a', prompt='Name a fruit.'))
+  '{"id": "a", "prompt": "Name a fruit."}\\n'
+  """
+  if dataclasses.is_dataclass(record):
+    defaults = {field.name: field.default for field in dataclasses.fields(record)}
+    record = {name: value for name, value in dataclasses.asdict(record).items()
+              if value != defaults[name]}
+  try:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + '\n'
+  except ValueError as error:
+    raise InputError(f'the record {str(record)[:80]} has a number that is NaN or infinite; check '
+                     f'the model that made it') from error
 
 
 def contents(folder) -> dict[str, list]:
@@ -220,7 +243,7 @@ def contents(folder) -> dict[str, list]:
       continue
     found[path.name] = describe(path)
     names = seen.setdefault(path.name.partition('-')[0], set())
-    for where, record in numbered(path) if path.suffix == '.jsonl' else ():
+    for where, record in read_any(path) if path.suffix == '.jsonl' else ():
       if (name := record.get('id')) is not None:
         if hash(name) in names:
           raise InputError(f'{where}: a second record with the id {name!r}; delete {folder} and '
@@ -276,12 +299,30 @@ def is_number(value) -> bool:
       isinstance(value, int) or math.isfinite(value))
 
 
-def parse(line: bytes, where: str, fields, optional=()) -> dict:
-  """One line as a record. `where`: FILE:LINE, for errors; `optional`: fields that may be absent.
+def parse(text: bytes, where: str, kind: type[Record]) -> Record:
+  """A JSON object as an object of `kind`. `where`: FILE:LINE, for errors.
 
-  Raises InputError if it is not a JSON object, lacks one of `fields`, or has a value of a wrong
-  type in one of `fields` or `optional`.
+  Raises InputError if it is not JSON, lacks a field without a default, or has a value of a wrong
+  type.
   """
+  try:
+    return _decoder(kind).decode(text)
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{where}: {_sentence(error)}; correct or delete it') from error
+
+
+def _sentence(error: Exception) -> str:
+  """The error of msgspec with names as in the file: $.score -> "score"."""
+  text = re.sub(r' - at `\$\.?([^`]*)`', r' for "\1"', str(error)).replace(' for ""', '')
+  return f'not a valid record: {text.replace("`", "")}'
+
+
+@functools.cache
+def _decoder(kind: type) -> msgspec.json.Decoder:
+  return msgspec.json.Decoder(kind)
+
+
+def _object(line: bytes, where: str) -> dict:
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
@@ -289,15 +330,4 @@ def parse(line: bytes, where: str, fields, optional=()) -> dict:
   if not isinstance(record, dict):
     raise InputError(f'{where}: a {type(record).__name__}, not a JSON object; '
                      f'correct or delete the line')
-  for field in fields:
-    if field not in record:
-      raise InputError(f'{where}: no field "{field}"; it has {", ".join(sorted(record))}')
-  for field in (*fields, *(name for name in optional if name in record)):
-    value = record[field]
-    wrong = ('which is not a string' if field in _TEXTS and not isinstance(value, str) else
-             'which is not a number' if field in _NUMBERS and not is_number(value)
-             and not (value is None and field in _NULLABLE) else '')
-    if wrong:
-      raise InputError(f'{where}: "{field}" is {json.dumps(value)[:40]}, {wrong}; '
-                       f'correct or delete the line')
   return record

@@ -18,20 +18,21 @@ import os
 import shlex
 import subprocess
 
-from srlm_jax import catalog, cli, hosts, InputError, model_files, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, model_files, records, schema, stage
 from srlm_jax.eval import agreement
 from srlm_jax.reward import judges
 from srlm_jax.sample import judge
 
 
 def run(config, workdir):
-  """Writes MODEL/selection/measures.jsonl {step, measure} and MODEL/model/selected.json."""
+  """Writes MODEL/selection/measures.jsonl and MODEL/model/selected.json."""
   full_config = config  # the stages that measure agreement have views of their own
   by_agreement = config.train.select == 'agreement'
   spec = catalog.find('selection', 'agreement' if by_agreement else '')
   config = spec.view(config)
   folder = _trained_folder(workdir, config)
-  params, files = stage.finished(folder)['params'], model_files.hashes(folder)
+  params = stage.summary(folder, schema.TrainingSummary).params
+  files = model_files.hashes(folder)
   template = str(judges.load(config.judge.template)) if by_agreement else ''
   s = stage.Stage(spec, config, workdir, f'{params} {files} {template}')
   if s.done:
@@ -64,7 +65,7 @@ def _measure_steps(s: stage.Stage, config, workdir, folder) -> dict[int, float]:
   path, by = s.folder / 'measures.jsonl', config.train.select
   out = records.Appender(path) if hosts.is_first_host() else None
   hosts.sync(f'{s.title} opened')  # the first host may remove a line that a kill cut off
-  measured = {r['step'] for r in records.read(path)}
+  measured = {r.step for r in records.read(path, schema.Measure)}
   hosts.sync(f'{s.title} read')    # before the first host appends a line
   for step in model_files.steps(folder):
     if step in measured:
@@ -76,11 +77,11 @@ def _measure_steps(s: stage.Stage, config, workdir, folder) -> dict[int, float]:
       measure = _command(by, candidate / config.name / 'model')
     hosts.say(f'{s.title}: step {step}, {measure:.4f}')
     if out:
-      out.append([dict(step=step, measure=measure)])
+      out.append([schema.Measure(step=step, measure=measure)])
     hosts.sync(f'{s.title} {step}')
   if out:
     out.close()
-  return {r['step']: r['measure'] for r in records.read(path)}
+  return {r.step: r.measure for r in records.read(path, schema.Measure)}
 
 
 def select(folder, step: int):

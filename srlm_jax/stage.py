@@ -3,6 +3,7 @@
 The manifest is written first and says what the stage was made with; done.json is written last. A
 finished stage that is run again with the same config and inputs does nothing.
 """
+from collections.abc import Iterator
 import hashlib
 import json
 import time
@@ -26,7 +27,7 @@ class Stage:
   """One stage's folder.
 
   Use: `s = Stage(..)`; return if `s.done`; check the input; `s.begin()`; work; `s.finish()`.
-  `models` and `inputs` are the checkpoint folders that it runs and the files that it reads.
+  `models` are the checkpoint folders that it runs.
   """
 
   def __init__(self, spec: catalog.Spec, config, workdir, template: str = '', more_inputs=()):
@@ -35,13 +36,15 @@ class Stage:
     Raises InputError if the folder was made with something else, if a stage that it reads from has
     not finished, or if a file of a finished stage has changed.
     """
+    self._spec, self._config, self._workdir = spec, config, workdir
     self.folder = spec.folder(workdir, config)
     self.title = f'{self.folder.parent.name}/{spec.name}'
     self.started = time.time()
     models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
     self.models = list(models.values())
-    self.inputs = [*spec.inputs(workdir, config), *more_inputs]
-    entries = {epath.Path(path): records.describe(path) for path in self.inputs}
+    inputs = [*spec.inputs(workdir, config), *more_inputs]
+    self.has_inputs = bool(inputs)
+    entries = {epath.Path(path): records.describe(path) for path in inputs}
     saved = {role: model_files.read_hashes(folder) for role, folder in models.items()}
     self._manifest = json.loads(json.dumps(dict(
         format=FORMAT, stage=self.title,
@@ -63,6 +66,27 @@ class Stage:
     if self.done:
       check_records(self.folder)
       hosts.say(f'{self.title}: already done')
+
+  def read(self, file: str, kind: type[records.Record]) -> Iterator[records.Record]:
+    """The records of an input, STAGE/FILE as in the catalog; none if it reads it if it is there.
+
+    Raises Undeclared if the stage does not declare this input, and InputError if it is missing.
+    """
+    path = self._first(file)
+    if file in self._spec.reads_if_there and not path.exists():
+      return iter(())
+    if file.endswith(catalog.SHARDS):
+      return records.read_shards(path.parent, catalog.stem(file.partition('/')[2]), kind)
+    return records.read(path, kind)
+
+  def has(self, file: str) -> bool:
+    """Whether the input STAGE/FILE exists."""
+    return self._first(file).exists()
+
+  def _first(self, file: str):
+    """The path of an input, or of its first shard."""
+    self._spec.check_input(file)
+    return catalog.paths(file, self._workdir, self._config)[0]
 
   def _compare(self, path, config):
     """Raises InputError if the manifest at `path` differs from this one.
@@ -192,6 +216,13 @@ def finished(folder) -> dict:
       raise InputError(f'{path}: the entry of {name} is {str(entry)[:40]}, not a count and a hash; '
                        f'{advice}')
   return found
+
+
+def summary(folder, kind: type[records.Record]) -> records.Record:
+  """The summary of a finished stage as an object of `kind`, one of the summaries in `schema`."""
+  finished(folder)
+  path = epath.Path(folder) / 'done.json'
+  return records.parse(path.read_bytes(), str(path), kind)
 
 
 def write_json(path, value):

@@ -14,6 +14,7 @@ the same trained models. The one over seeds is the uncertainty for other trained
 prompts. For other seeds and other prompts, the variances add up (`+- both`). The 95 % interval is
 Student's t interval of the mean over seeds, for differences paired by seed.
 """
+import dataclasses
 import math
 import shutil
 import statistics
@@ -38,6 +39,15 @@ _OVERVIEW = ('wins', 'losses', 'pairs', 'right', 'judge: pairwise', 'of pairs', 
              'oracle: exact')
 # Headings of the cells of `_difference` after the mean.
 DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'range of seeds')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+  """WORKDIR/NAME.json: the rows of `table`, and of which runs."""
+  name: str
+  seeds: int
+  changes: list[str]
+  models: list[dict]
 
 
 def define_flags():
@@ -71,7 +81,8 @@ def main(argv):
     loop.run(f.size, run, f.m0, f.data, [*changes, f'seed={seed}'], f.last)
   rows = table(runs, loops)
   path = folder / f'{name}.json'
-  stage.write_json(path, dict(name=name, seeds=f.seeds, changes=changes, models=rows))
+  stage.write_json(path, dataclasses.asdict(
+      Study(name=name, seeds=f.seeds, changes=changes, models=rows)))
   hosts.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{path}')
 
 
@@ -182,15 +193,15 @@ def overview(folder) -> str:
   Shows the score of each model and, for the last model, the difference from the loops of the same
   seeds and other means.
   """
-  studies = sorted((results.read(path) for path in folder.glob('*.json')),
-                   key=lambda study: (study['name'] != LOOP, study['name']))
+  studies = sorted((results.read(path, Study) for path in folder.glob('*.json')),
+                   key=lambda study: (study.name != LOOP, study.name))
   models = configs.MODELS[2:]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, *_OVERVIEW]]
   for study in studies:
-    rows = {row['model']: row for row in study['models']}
-    last = study['models'][-1]
+    rows = {row['model']: row for row in study.models}
+    last = study.models[-1]
     scored = [results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models]
-    lines.append([study['name'], str(study['seeds']), *scored, *_difference(last['against']),
+    lines.append([study.name, str(study.seeds), *scored, *_difference(last['against']),
                   *(_mean(last, heading) for heading in _OVERVIEW)])
   return results.aligned(lines)
 

@@ -37,7 +37,7 @@ def test_every_ablation_is_a_valid_config_at_every_size(name, size):
     ('pairs.strategy=positives_only',
      'makes positives for m2, which trains on pairs with the loss dpo'),
     ('train.data=eft', 'makes pairs for m2'),
-    ('pairs.rho=0.7', 'config.pairs.rho is 0.7; it is 0 to 0.5'),
+    ('pairs.rho=0.7', 'config.pairs.rho is 0.7; it must be 0 to 0.5'),
     ('data.source=ranks', 'config.data.source'),
     ('eval.quorum=4', 'more than the 3 judgements')])
 def test_mistakes_are_refused_before_any_stage(change, message):

@@ -6,7 +6,7 @@ import math
 from conftest import run_main
 import pytest
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, schema
 from srlm_jax.eval import alpaca
 
 
@@ -18,6 +18,10 @@ def annotation(preference, output='four', **fields):
       preference=preference, raw_completion=None) | fields
 
 
+def judged(preference, output='four'):
+  return alpaca.Annotation(preference=preference, generator_2='m2', output_2=output)
+
+
 run = functools.partial(run_main, 'eval.alpaca')
 
 
@@ -26,8 +30,8 @@ def test_docstrings():
 
 
 def test_win_rate_by_hand():
-  given = [annotation(p) for p in (1.0, 2.0, 1.5, 1.9, None, math.nan, 0)]
-  given.append(annotation(1.2, 'x' * 12))
+  given = [judged(p) for p in (1.0, 2.0, 1.5, 1.9, None, math.nan, 0)]
+  given.append(judged(1.2, 'x' * 12))
   result = alpaca.win_rate(given)
   wins = (0, 1, .5, .9, .5, .2)
   assert result['win_rate'] == pytest.approx(100 * sum(wins) / 6)
@@ -36,29 +40,31 @@ def test_win_rate_by_hand():
   counts = [result[k] for k in ('wins', 'draws', 'losses', 'count', 'missing')]
   assert counts == [2, 2, 2, 6, 2]
   assert result['characters'] == (7 * 4 + 12) / 8
-  assert alpaca.win_rate([annotation(None)])['win_rate'] is None
+  assert alpaca.win_rate([judged(None)])['win_rate'] is None
 
 
 def test_outputs_from_the_command_line(tmp_path):
-  rows = [dict(id=f'{i}/0', prompt=f'Prompt {i}?', response=f'Ré {i}') for i in range(3)]
+  rows = [schema.Response(id=f'{i}/0', prompt_id=f'{i}', n=0, prompt=f'Prompt {i}?',
+                          response=f'Ré {i}', finish='eos', tokens=3, logp=-1.0)
+          for i in range(3)]
   records.write(tmp_path / 'answers' / 'responses-00000-of-00001.jsonl', rows)
   out = tmp_path / 'outputs.json'
   code, _, err = run(f'--answers={tmp_path / "answers"}', '--generator=m2', f'--out={out}')
   assert code == 0, err
   assert json.loads(out.read_text()) == [
-      dict(instruction=r['prompt'], output=r['response'], generator='m2', dataset='heldout')
+      dict(instruction=r.prompt, output=r.response, generator='m2', dataset='heldout')
       for r in rows]
   assert not list(tmp_path.glob('**/*.partial'))
 
 
 def test_win_rate_from_the_command_line(tmp_path):
-  given = [annotation(2.0), annotation(1.0), annotation(None)]
+  given = [annotation(2.0), annotation(1.0), annotation(None), annotation(math.nan)]
   (tmp_path / 'annotations.json').write_text(json.dumps(given))
   out = tmp_path / 'new' / 'rate.json'
   code, printed, err = run(f'--annotations={tmp_path / "annotations.json"}', f'--out={out}')
   assert code == 0 and 'win_rate 50' in printed, err
   result = json.loads(out.read_text())
-  assert (result['generator'], result['win_rate'], result['missing']) == ('m2', 50.0, 1)
+  assert (result['generator'], result['win_rate'], result['missing']) == ('m2', 50.0, 2)
   assert not list(tmp_path.glob('**/*.partial'))
 
 
@@ -78,11 +84,13 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-    ({}, 'not a list'), ([], 'not a list'), ([3], 'no field'),
-    ([dict(preference=1.0)], 'generator_2'),
+    ({}, 'not a list of annotations .Expected `array`, got `object`'), ([], 'no annotations'),
+    ([3], r'Expected `object`, got `int` - at `\$\[0\]`'),
+    ([dict(preference=1.0)], 'missing required field `generator_2`'),
     ([annotation(1.0), annotation(2.5)], 'annotation 1 has the preference 2.5'),
-    ([annotation('2')], "'2'"), ([annotation(True)], 'True'),
-    ([annotation(1.0, output=None)], 'not a string'),
+    ([annotation('2')], r'got `str` - at `\$\[0\].preference`'),
+    ([annotation(True)], r'got `bool` - at `\$\[0\].preference`'),
+    ([annotation(1.0, output=None)], r'Expected `str`, got `null` - at `\$\[0\].output_2`'),
     ([annotation(1.0), annotation(1.0, generator_2='m3')], 'both m2 and m3')])
 def test_invalid_annotations_are_refused(tmp_path, content, message):
   (tmp_path / 'a.json').write_text(json.dumps(content))

@@ -113,18 +113,18 @@ def refused(key, value) -> str:
     ('train.b1', 2.0,
      'config.train.b1 is 2.0; it must be 0 or more and less than 1 '
      '(decay of the first moment per step)'),
-    ('data.ift', -5, 'config.data.ift is -5; it is 0 to 1,000,000,000 (examples: '),
+    ('data.ift', -5, 'config.data.ift is -5; it must be 0 to 1,000,000,000 (examples: '),
     ('respond.n', 10**20,
      'config.respond.n is 100000000000000000000; it must be above 0 and at most 1,000,000,000 '
      '(candidates per prompt)'),
-    ('seed', 2**64, 'config.seed is 18446744073709551616; it is 0 to 4,294,967,295 ('),
-    ('seed', 10**400, 'config.seed is an int of about 400 digits; it is 0 to 4,294,967,295 ('),
+    ('seed', 2**64, 'config.seed is 18446744073709551616; it must be 0 to 4,294,967,295 ('),
+    ('seed', 10**400, 'config.seed is an int of about 400 digits; it must be 0 to 4,294,967,295 ('),
     ('train.batch', True,
      'config.train.batch is True; it must be a whole number above 0 and at most'),
     ('mesh.fsdp', 0,
      'config.mesh.fsdp is 0; it must be -1, or above 0 and at most 1,000,000,000 ('),
-    ('respond.temperature', -0.7, 'config.respond.temperature is -0.7; it is 0, or 1e-30 to 100 ('),
-    ('respond.top_p', 0.0, 'config.respond.top_p is 0.0; it is 1e-30 to 1 ('),
+    ('respond.temperature', -0.7, 'config.respond.temperature is -0.7; it must be 0, or 1e-30 to 100 ('),
+    ('respond.top_p', 0.0, 'config.respond.top_p is 0.0; it must be 1e-30 to 1 ('),
     ('train.loss', 'ppo', "config.train.loss is 'ppo'; it is sft or dpo ("),
     ('data.synthetic', 1, 'config.data.synthetic is 1; it must be True or False ('),
     ('train.data', 'ift', "config.train.data is 'ift'; it must be a tuple of strings (")])

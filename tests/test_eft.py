@@ -1,32 +1,30 @@
-import pytest
+import dataclasses
 
-from srlm_jax import InputError
+import pytest
+from samples import judgement, ranked
+
+from srlm_jax import InputError, schema
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import eft, judges, scores as scoring
 
 JUDGE = judges.load('additive')
 
 
-def ranked(n=3):
-  replies = [dict(id=str(i), text=f't{i}', rank=i) for i in range(n)]
-  return dict(id='p', prompt='Why?', split='train', replies=replies)
-
-
 def scores(*lists):
   """One list per reply of the scores of its judgements -> {reply id: Score}."""
   judgements = [
-      dict(response_id=f'p/{i}', j=j, score=score, text=f'{i}.{j}', finish='eos')
+      judgement(f'p/{i}', j, score, text=f'{i}.{j}')
       for i, judged in enumerate(lists) for j, score in enumerate(judged)]
   return scoring.by_response(judgements, 1)
 
 
 def test_scores_in_the_order_of_the_ranks_keep_the_judgement_nearest_to_the_mean():
   judged = scores([5, 4, 4], [3, 3, 3], [1, None, 2])
-  examples, dropped = eft.from_baseline([ranked()], judged, JUDGE)
+  examples, dropped = eft.from_baseline([ranked('p', range(3))], judged, JUDGE)
   assert not dropped
-  assert [(e['response'], e['score']) for e in examples] == [('0.1', 4), ('1.0', 3), ('2.0', 1)]
-  assert examples[0]['prompt'] == JUDGE.render(prompt='Why?', response='t0')
-  assert examples[0]['id'] == 'p/0'
+  assert [(e.response, e.score) for e in examples] == [('0.1', 4), ('1.0', 3), ('2.0', 1)]
+  assert examples[0].prompt == JUDGE.render(prompt='Why?', response='t0')
+  assert examples[0].id == 'p/0'
 
 
 @pytest.mark.parametrize('lists, reason', [
@@ -35,80 +33,77 @@ def test_scores_in_the_order_of_the_ranks_keep_the_judgement_nearest_to_the_mean
     (([5] * 3, [None] * 3, [1] * 3), 'a reply of the prompt has no score')])
 def test_other_prompts_are_dropped_with_a_reason(lists, reason):
   dropped = {f'p/{i}': reason for i in range(3)}
-  assert eft.from_baseline([ranked()], scores(*lists), JUDGE) == ([], dropped)
+  assert eft.from_baseline([ranked('p', range(3))], scores(*lists), JUDGE) == ([], dropped)
 
 
 def test_targets_must_not_contradict_the_ranks():
   """Means of 3.5 and 3.33 are in order. The judgements nearest to them, 3 and 4, are not."""
-  examples, dropped = eft.from_baseline([ranked(2)], scores([3, 4], [4, 4, 2]), JUDGE)
+  examples, dropped = eft.from_baseline([ranked('p', range(2))], scores([3, 4], [4, 4, 2]), JUDGE)
   assert not examples and set(dropped.values()) == {'targets contradict the human ranks'}
   # 4 is the first of the two judgements that are equally near to 3.5.
-  examples, dropped = eft.from_baseline([ranked(2)], scores([4, 3], [4, 4, 2]), JUDGE)
-  assert [e['score'] for e in examples] == [4, 4] and not dropped
+  examples, dropped = eft.from_baseline([ranked('p', range(2))], scores([4, 3], [4, 4, 2]), JUDGE)
+  assert [e.score for e in examples] == [4, 4] and not dropped
 
 
 def test_ties_are_allowed_if_another_pair_agrees():
   judged = scores([4] * 3, [4] * 3, [1] * 3)
-  assert len(eft.from_baseline([ranked()], judged, JUDGE)[0]) == 3
+  assert len(eft.from_baseline([ranked('p', range(3))], judged, JUDGE)[0]) == 3
 
 
 def test_scores_from_ranks_span_the_scale_and_parse():
-  examples, dropped = eft.from_ranks([ranked(3), dict(ranked(2), id='q')], JUDGE)
+  examples, dropped = eft.from_ranks([ranked('p', range(3)), ranked('q', range(2))], JUDGE)
   assert not dropped
-  assert [e['score'] for e in examples] == [5, 3, 0, 5, 0]
-  assert all(JUDGE.parse(e['response']) == (e['score'], '') for e in examples)
+  assert [e.score for e in examples] == [5, 3, 0, 5, 0]
+  assert all(JUDGE.parse(e.response) == (e.score, '') for e in examples)
 
 
 def test_balance_downsamples_the_most_frequent_score_to_the_runner_up():
-  examples = [dict(id=f'{s}{i}', score=float(s))
+  examples = [schema.EftExample(id=f'{s}{i}', prompt='', response='', score=float(s))
               for s, n in ((4, 9), (3, 4), (1, 2)) for i in range(n)]
   kept = eft.balance(examples)
-  assert scoring.histogram(e['score'] for e in kept) == {'1': 2, '3': 4, '4': 4}
+  assert scoring.histogram(e.score for e in kept) == {'1': 2, '3': 4, '4': 4}
   assert kept == [e for e in examples if e in kept] and kept == eft.balance(examples)
 
 
 def test_replies_with_equal_ranks_have_no_order():
-  replies = [dict(id=str(i), text=f't{i}', rank=rank) for i, rank in enumerate((0, 1, 1))]
-  tied = dict(ranked(3), replies=replies)
+  tied = ranked('p', (0, 1, 1))
   ranking.check([tied], 'f')
   assert len(eft.from_baseline([tied], scores([5] * 3, [2] * 3, [4] * 3), JUDGE)[0]) == 3
-  equal = dict(ranked(2), replies=[dict(id=str(i), text=f't{i}', rank=0) for i in range(2)])
   reason = 'all replies have the same human rank'
-  assert eft.from_ranks([equal], JUDGE) == ([], {'p/0': reason, 'p/1': reason})
+  assert eft.from_ranks([ranked('p', (0, 0))], JUDGE) == ([], {'p/0': reason, 'p/1': reason})
 
 
 @pytest.mark.parametrize('ranks', [(0, 2), (1, 2), (0,), (0, 0, 1), (0, 1, 3)])
 def test_invalid_ranks_are_refused(ranks):
-  replies = [dict(id=str(i), text='t', rank=rank) for i, rank in enumerate(ranks)]
   with pytest.raises(InputError, match='r.jsonl: the ranks .* of p are not a ranking'):
-    ranking.check([dict(ranked(), replies=replies)], 'r.jsonl')
+    ranking.check([ranked('p', ranks)], 'r.jsonl')
 
 
 def test_a_reply_without_text_is_refused():
-  replies = [dict(id='0', text='t', rank=0), dict(id='1', text=' ', rank=1)]
+  replies = tuple(schema.Reply(id=str(i), text=text, rank=i) for i, text in enumerate('t '))
   with pytest.raises(InputError, match='a reply of p has no text'):
-    ranking.check([dict(ranked(2), replies=replies)], 'r.jsonl')
+    ranking.check([ranked('p', (), replies=replies)], 'r.jsonl')
 
 
 def test_a_cut_judgement_is_not_a_target():
   judged = scores([5, 4, 4], [3, 3, 3])
-  for judgement in judged['p/1'].judgements:
-    judgement['finish'] = 'length'
-  examples, dropped = eft.from_baseline([ranked(2)], judged, JUDGE)
-  assert [e['id'] for e in examples] == ['p/0'] and dropped == {'p/1': 'no finished judgement'}
+  cut = [dataclasses.replace(j, finish='length') for j in judged['p/1'].judgements]
+  judged['p/1'] = dataclasses.replace(judged['p/1'], judgements=cut)
+  examples, dropped = eft.from_baseline([ranked('p', range(2))], judged, JUDGE)
+  assert [e.id for e in examples] == ['p/0'] and dropped == {'p/1': 'no finished judgement'}
 
 
 def test_ranks_are_stated_in_the_format_of_the_template():
   judge = judges.load('multiple_choice')
-  examples, _ = eft.from_ranks([ranked(3)], judge)
-  last_lines = [e['response'].splitlines()[-1] for e in examples]
+  examples, _ = eft.from_ranks([ranked('p', range(3))], judge)
+  last_lines = [e.response.splitlines()[-1] for e in examples]
   assert last_lines == ['Answer: E', 'Answer: C', 'Answer: A']
-  parsed = [judge.parse(e['response'])[0] for e in examples]
-  assert parsed == [e['score'] for e in examples] == [5, 3, 1]
+  parsed = [judge.parse(e.response)[0] for e in examples]
+  assert parsed == [e.score for e in examples] == [5, 3, 1]
 
 
 def test_the_table_shows_the_yield_the_reasons_and_the_scores_before_and_after():
-  shown = eft.table(dict(
+  shown = eft.table(schema.EftSummary(
       examples=3, replies=8, prompts=3, judgements=24, parsed=20,
       scores_judged={'0': 2, '4': 18}, scores_before={'4': 5}, scores={'4': 3},
       dropped={'scores contradict the human ranks': 3}))
@@ -116,14 +111,3 @@ def test_the_table_shows_the_yield_the_reasons_and_the_scores_before_and_after()
   assert 'scores contradict the human ranks' in shown
   rows = [line.split() for line in shown.splitlines()[-2:]]
   assert rows == [['0', '2', '0', '0'], ['4', '18', '5', '3']]
-
-
-@pytest.mark.parametrize('replies', [
-    None, ['a', 'b'], [dict(id='0', text='a'), dict(id='1', text='b')],
-    [dict(id='0', text='a', rank=None), dict(id='1', text='b', rank=1)],
-    [dict(id='0', text='a', rank=0.0), dict(id='1', text='b', rank=True)],
-    [dict(id='0', text=3, rank=0), dict(id='1', text='b', rank=1)],
-    [dict(text='a', rank=0), dict(text='b', rank=1)]])
-def test_records_in_another_format_raise_an_input_error(replies):
-  with pytest.raises(InputError, match='r.jsonl: .* of p'):
-    ranking.check([dict(ranked(), replies=replies)], 'r.jsonl')

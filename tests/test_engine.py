@@ -246,7 +246,7 @@ def test_a_prompt_that_is_too_long_is_named_and_skipped(tmp_path, capsys):
   asked = [Request('long', list(range(1, 8)), 2), Request('short', [1, 2])]
   engines.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(
       id=f'{request.id}/{i}', finish=x.finish, ids=x.ids))
-  found = [(r['id'], r['finish'] == 'too_long', bool(r['ids'])) for r in records.read(out)]
+  found = [(r['id'], r['finish'] == 'too_long', bool(r['ids'])) for _, r in records.read_any(out)]
   assert found == [('long/0', True, False), ('long/1', True, False), ('short/0', False, True)]
   said = capsys.readouterr().out
   assert said.count('test: the prompt of long has 7 tokens, more than the 4') == 1

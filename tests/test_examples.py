@@ -1,6 +1,6 @@
 import pytest
 
-from srlm_jax import InputError
+from srlm_jax import InputError, schema
 from srlm_jax.data import examples, tokenizer as tokenizers
 
 
@@ -9,13 +9,14 @@ def tokenizer(tokenizer_folder):
   return tokenizers.load(tokenizer_folder)
 
 
-def record(name, prompt='Name a fruit.', response='pear'):
-  return dict(id=name, prompt=prompt, response=response)
+def record(name, response='pear', **changes):
+  return schema.Demonstration(id=name, prompt='Name a fruit.', response=response, **changes)
 
 
-def pair(name, chosen='pear', rejected='fig plum', **finish):
-  return dict(id=name, prompt='Name a fruit.', chosen=chosen, rejected=rejected, **dict(
-      dict(chosen_finish='eos', rejected_finish='eos'), **finish))
+def pair(name, chosen='pear', rejected='fig plum', rejected_finish='eos', **changes):
+  return schema.Preference(
+      id=name, prompt='Name a fruit.', chosen=chosen, rejected=rejected, chosen_finish='eos',
+      rejected_finish=rejected_finish, **changes)
 
 
 def test_the_targets_are_the_response_and_its_eos(tokenizer):
@@ -37,17 +38,17 @@ def test_a_truncated_response_of_a_pair_has_no_eos(tokenizer):
 @pytest.mark.parametrize('finish, ends', [
     (dict(), True), (dict(finish='eos'), True), (dict(finish='length'), False)])
 def test_sft_adds_no_eos_to_a_truncated_response(tokenizer, finish, ends):
-  (made,) = examples.sft([dict(record('a'), **finish)], tokenizer, 'plain', 64).examples
+  (made,) = examples.sft([record('a', **finish)], tokenizer, 'plain', 64).examples
   assert (made.responses[0][-1] == tokenizer.eos_ids[0]) == ends
 
 
 def test_a_corpus_fills_its_rows(tokenizer):
-  documents = [dict(id=str(i), text='pear fig plum') for i in range(30)]
+  documents = [schema.Document(id=str(i), text='pear fig plum') for i in range(30)]
   made = examples.corpus(documents, tokenizer, 32).examples
   assert {(len(e.prompt), len(e)) for e in made} == {(1, 32)}  # all but the first are targets
   assert tokenizer.decode(made[0].prompt + made[0].responses[0]).startswith('pear fig plum')
   with pytest.raises(InputError, match='fewer than one row'):
-    examples.corpus([dict(id='a', text='pear')], tokenizer, 32)
+    examples.corpus([schema.Document(id='a', text='pear')], tokenizer, 32)
 
 
 def test_too_long_and_empty_responses_are_dropped_and_counted(tokenizer):
@@ -64,6 +65,8 @@ def test_invalid_records_are_refused(tokenizer):
     examples.dpo([], tokenizer, 'plain', 64)
   with pytest.raises(InputError, match='pair a: chosen and rejected are the same text'):
     examples.dpo([pair('a', rejected='pear ')], tokenizer, 'plain', 64)
+  with pytest.raises(InputError, match='pair a: confidence is 1.5; it must be a number from 0 to'):
+    examples.dpo([pair('a', confidence=1.5)], tokenizer, 'plain', 64)
   same = pair('b', chosen='\u4e00', rejected='\u4e01')  # both unknown to the tokenizer
   made = examples.dpo([pair('a'), same], tokenizer, 'plain', 64)
   assert made.dropped == {'chosen and rejected the same tokens': 1}

@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT
 import pytest
 
-from srlm_jax import records
+from srlm_jax import records, schema
 
 QUESTIONS = [dict(goal='Once upon a time', sol1='there was a little girl.', sol2='zq xv 7 kk',
                   label=i % 2) for i in range(4)]
@@ -96,12 +96,13 @@ def test_the_extra_eval_installs_and_runs_both_harnesses(installed, tmp_path, st
 
 def check_alpaca(run, tmp_path):
   """alpaca_eval reads our outputs, and we read the win rate from its annotations."""
-  answers = [dict(id=f'h{i}/0', prompt=f'Prompt {i}?', response='good' if i else 'poor')
+  answers = [schema.Response(id=f'h{i}/0', prompt_id=f'h{i}', n=0, prompt=f'Prompt {i}?',
+                             response='good' if i else 'poor', finish='eos', tokens=3, logp=-1.0)
              for i in range(4)]
   records.write(tmp_path / 'answers' / records.shard_name('responses', 0, 1), answers)
   run('python', '-m', 'srlm_jax.eval.alpaca', '--answers=answers', '--generator=m2',
       '--out=outputs.json')
-  reference = [dict(instruction=a['prompt'], output='fair', generator='base', dataset='heldout')
+  reference = [dict(instruction=a.prompt, output='fair', generator='base', dataset='heldout')
                for a in answers]
   (tmp_path / 'reference.json').write_text(json.dumps(reference))
   (tmp_path / 'local').mkdir()

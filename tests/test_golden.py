@@ -70,10 +70,10 @@ def test_the_forward_pass_gives_the_log_probs_of_transformers(mesh):
     assert best[i, first:last].tolist() == case['ids']
 
 
-def check_sampled(found: dict, case: dict):
+def check_sampled(found: generate.Generated, case: dict):
   for key in ('prompt_ids', 'ids', 'finish'):
-    assert found[key] == case[key]
-  np.testing.assert_allclose(found['logps'], case['logps'], rtol=0, atol=ATOL)
+    assert getattr(found, key) == case[key]
+  np.testing.assert_allclose(found.logps, case['logps'], rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize('case', CASES, ids=range(len(CASES)))
@@ -87,4 +87,4 @@ def test_the_program_gives_the_greedy_ids_and_log_probs_of_transformers():
   case = CASES[LONGEST]
   printed = main('sample.generate', f'--model={M0}', f'--prompt={case["prompt"]}', '--chat=plain',
                  '--temperature=0', '--top_p=1', '--max_tokens=24', '--json')
-  check_sampled(json.loads(printed), case)
+  check_sampled(generate.Generated(**json.loads(printed)), case)

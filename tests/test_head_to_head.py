@@ -8,17 +8,22 @@ from hypothesis import given, strategies as st
 import pytest
 from scipy import stats
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, schema
 from srlm_jax.eval import head_to_head
 from srlm_jax.reward import judges
 
 VERDICTS = ('A', 'B', 'tie')
 
 
+def answer(i, text, **fields):
+  """An answer to prompt `i`, as in a file."""
+  return dict(id=f'p{i}/0', prompt_id=f'p{i}', n=0, prompt=f'Prompt {i}?', response=text,
+              finish='eos', tokens=3, logp=-1.0) | fields
+
+
 def answers(folder, responses, **fields):
   """Writes a MODEL/answers folder with two shards."""
-  rows = [dict(id=f'p{i}/0', prompt_id=f'p{i}', n=0, prompt=f'Prompt {i}?', response=r,
-               finish='eos') | fields for i, r in enumerate(responses)]
+  rows = [answer(i, text, **fields) for i, text in enumerate(responses)]
   for i in range(2):
     records.write(folder / records.shard_name('responses', i, 2), rows[i::2])
   return folder
@@ -99,7 +104,7 @@ def test_verdicts_are_parsed_in_linear_time(loop):
 def preferred(request):
   """The verdict of a judge that only sees the texts and prefers the answer 'good'."""
   first, second = (
-      request['text'].partition(f'<answer_{x}>\n')[2].partition('\n')[0] for x in 'ab')
+      request.text.partition(f'<answer_{x}>\n')[2].partition('\n')[0] for x in 'ab')
   if (first == 'good') == (second == 'good'):
     return 'tie'
   return 'A' if first == 'good' else 'B'
@@ -112,12 +117,13 @@ def test_requests_and_verdicts_from_the_command_line(tmp_path):
   code, out, _ = run(*flags)
   assert code == 0 and '10 requests' in out
   path = tmp_path / 'out' / 'requests.jsonl'
-  asked = list(records.read(path, 'id', 'prompt_id', 'order', 'text'))
-  assert [r['order'] for r in asked] == ['ab', 'ba'] * 5 and len({r['id'] for r in asked}) == 10
+  asked = list(records.read(path, head_to_head.Request))
+  assert [r.order for r in asked] == ['ab', 'ba'] * 5 and len({r.id for r in asked}) == 10
 
-  replies = [dict(id=r['id'], text=f'Because.\nWinner: {preferred(r)}') for r in asked]
-  replies = [r | dict(text='I cannot tell') if r['id'].startswith('p1/ab') else r for r in replies
-             if not r['id'].startswith('p4/ba')]
+  replies = [
+      head_to_head.Reply(id=r.id, text='I cannot tell' if r.id.startswith('p1/ab') else
+                         f'Because.\nWinner: {preferred(r)}')
+      for r in asked if not r.id.startswith('p4/ba')]
   records.write(tmp_path / 'verdicts.jsonl', reversed(replies))
   code, out, err = run(*flags, f'--verdicts={tmp_path / "verdicts.jsonl"}')
   assert code == 0, err
@@ -133,8 +139,7 @@ def test_requests_and_verdicts_from_the_command_line(tmp_path):
 def test_graded_answers_from_the_command_line(tmp_path):
   for name, scores in dict(a=[3, 1, 5, 0], b=[2, 1, 4, 4]).items():
     records.write(tmp_path / name / 'graded.jsonl', [
-        dict(id=f'p{i}/0', prompt_id=f'p{i}', prompt=f'Prompt {i}?', response='x' * s, score=s)
-        for i, s in enumerate(scores)])
+        schema.GradedResponse(**answer(i, 'x' * s, score=s)) for i, s in enumerate(scores)])
   code, _, err = run(
       f'--a={tmp_path / "a"}', f'--b={tmp_path / "b"}', f'--out={tmp_path}', '--graded')
   assert code == 0, err
@@ -162,12 +167,12 @@ def test_invalid_replies_are_refused(tmp_path):
   asked = head_to_head.requests(
       *[head_to_head.read_answers(answers(tmp_path / 'a', ['x']))] * 2)
   path = tmp_path / 'v.jsonl'
-  known = asked[0]['id']
+  known = asked[0].id
   for text, message in [
       ('{"id": "3", "text": "Winner: A"}', 'no request'),
-      ('{"id": 3, "text": "Winner: A"}', 'v.jsonl:1: "id" is 3, which is not a string'),
-      ('{"id": "p0"}', 'v.jsonl:1: no field "text"'), ('nonsense', 'v.jsonl:1'),
-      (json.dumps(dict(id=known, text=None)), 'not a string'),
+      ('{"id": 3, "text": "Winner: A"}', 'v.jsonl:1: .*Expected str, got int for "id"'),
+      ('{"id": "p0"}', 'v.jsonl:1: .*missing required field text'), ('nonsense', 'v.jsonl:1'),
+      (json.dumps(dict(id=known, text=None)), 'Expected str, got null for "text"'),
       ('\n'.join([json.dumps(dict(id=known, text=''))] * 2), 'two replies')]:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
@@ -175,11 +180,10 @@ def test_invalid_replies_are_refused(tmp_path):
 
 
 def test_invalid_answers_are_refused(tmp_path):
-  for fields, message in [(dict(response=None), 'not a string'),
+  for fields, message in [(dict(response=None), 'Expected str, got null for "response"'),
                           (dict(prompt_id='p0'), 'two answers')]:
     with pytest.raises(InputError, match=message):
       head_to_head.read_answers(answers(tmp_path / 'b', ['x', 'y'], **fields))
-  records.write(tmp_path / 'g' / 'graded.jsonl', [
-      dict(prompt_id='p', prompt='', response='', score='3')])
-  with pytest.raises(InputError, match='not a number'):
+  records.write(tmp_path / 'g' / 'graded.jsonl', [answer(0, '', score='3')])
+  with pytest.raises(InputError, match='Expected float, got str for "score"'):
     head_to_head.read_graded(tmp_path / 'g')

@@ -1,23 +1,25 @@
+import dataclasses
 import json
 
-from srlm_jax import config as configs, records
+from samples import judgement, pair, response
+
+from srlm_jax import config as configs, records, schema
 from srlm_jax.reward import health
 
 
 def judgements(*scores):
-  return [dict(id=str(i), response_id=f'p{i % 4}/{i % 2}', prompt_id=f'p{i % 4}', score=s,
-               reason='' if s is not None else 'no score') for i, s in enumerate(scores)]
+  return [judgement(f'p{i % 4}/{i % 2}', i, s) for i, s in enumerate(scores)]
 
 
 def responses(*texts, finish='eos'):
-  return [dict(id=f'p{i // 2}/{i % 2}', prompt_id=f'p{i // 2}', response=text, finish=finish)
+  return [response(f'p{i // 2}/{i % 2}', response=text, finish=finish)
           for i, text in enumerate(texts)]
 
 
 def test_a_healthy_iteration_has_no_warning():
   assert not health.warn_judgements('m2/judge', judgements(1, 2, 3, 4, 5, 0, 2, 3, 4, 1))
   assert not health.warn_responses('m2/respond', responses('a', 'b', 'c', 'd'))
-  assert not health.warn_pairs('m2/pairs', [dict(chosen='x' * 14, rejected='x' * 10)], 10)
+  assert not health.warn_pairs('m2/pairs', [pair('p', chosen='x' * 14, rejected='x' * 10)], 10)
 
 
 def test_each_known_failure_gives_a_warning():
@@ -27,9 +29,9 @@ def test_each_known_failure_gives_a_warning():
   assert found[1].startswith('m2/judge: 88% of the scores are 4; the judge hardly distinguishes')
   cut = health.warn_responses('m2', responses('a', 'b', finish='length'))
   assert 'are cut at the length limit' in cut[0]
-  same_prompt = [dict(r, prompt_id='p') for r in responses('a', 'a ', 'a', ' a')]
+  same_prompt = [dataclasses.replace(r, prompt_id='p') for r in responses('a', 'a ', 'a', ' a')]
   assert '75% of the candidates duplicate' in health.warn_responses('m2', same_prompt)[0]
-  long = health.warn_pairs('m2/pairs', [dict(chosen='x' * 16, rejected='x' * 10)], 9)
+  long = health.warn_pairs('m2/pairs', [pair('p', chosen='x' * 16, rejected='x' * 10)], 9)
   assert 'only learn to prefer length' in long[0]
   assert health.warn_pairs('m2/pairs', [], 20) == [
       'm2/pairs: 0 pairs from 20 prompts, fewer than 100 per 1,000.']
@@ -38,19 +40,19 @@ def test_each_known_failure_gives_a_warning():
 def write_iteration(folder):
   """The records of an iteration with two prompts and two candidates each."""
   records.write(folder / 'prompts' / 'attempts.jsonl', [
-      dict(id=str(i), dropped='' if i else 'held out') for i in range(5)])
+      schema.Attempt(id=str(i), text='x', finish='eos', dropped='' if i else 'held out')
+      for i in range(5)])
   records.write(folder / 'prompts' / 'prompts.jsonl', [
-      dict(id='p0', prompt='x\u2028y'), dict(id='p1', prompt='z')])
+      schema.Prompt(id='p0', prompt='x\u2028y'), schema.Prompt(id='p1', prompt='z')])
   finished, cut = (responses('a', 'a', 'b', text, finish=finish)
                    for text, finish in (('', 'eos'), ('cc', 'length')))
   records.write(folder / 'respond' / 'responses-00000-of-00001.jsonl', finished[:3] + cut[3:])
   scores = {'p0/0': (3, 3), 'p0/1': (3, 3), 'p1/0': (5, 4), 'p1/1': (1, None)}
   records.write(folder / 'judge' / 'judgements-00000-of-00001.jsonl', [
-      dict(id=f'{name}/{j}', response_id=name, prompt_id=name[:2], score=score,
-           reason='' if score is not None else 'x')
+      judgement(name, j, score)
       for name, judged in scores.items() for j, score in enumerate(judged)])
   records.write(folder / 'pairs' / 'pairs.jsonl', [
-      dict(chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1)])
+      pair('p1', chosen='a\u2028c', rejected='d', chosen_score=4.5, rejected_score=1.0)])
 
 
 def test_the_statistics_of_an_iteration(tmp_path, capsys):
@@ -63,7 +65,7 @@ def test_the_statistics_of_an_iteration(tmp_path, capsys):
   assert [found['responses'][name] for name in ('unfinished', 'repeated', 'cut')] == [
       0.25, 0.25, 1]
   judged = found['judgements']
-  assert (judged['parse_rate'], judged['unparsed']) == (0.875, {'x': 1})
+  assert (judged['parse_rate'], judged['unparsed']) == (0.875, {'no score': 1})
   assert judged['score_histogram'] == {'1': 1, '3': 4, '4': 1, '5': 1}
   # One candidate of p1 misses the quorum, which leaves one prompt with two scores.
   assert found['ties'] == dict(prompts=1, all_equal=1.0)
@@ -79,7 +81,8 @@ def test_the_statistics_of_an_iteration(tmp_path, capsys):
 def test_m1_has_only_judgements(tmp_path):
   records.write(tmp_path / 'm1' / 'judge' / 'judgements-00000-of-00001.jsonl',
                 judgements(1, 2, 3, 4))
-  found = health.measure(tmp_path / 'm1', 1)
+  health.run(configs.get('m1'), tmp_path)
+  found = json.loads((tmp_path / 'm1' / 'health' / 'health.json').read_text())
   assert set(found) == {'judgements', 'warnings'} and found['warnings'] == []
 
 

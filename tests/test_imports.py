@@ -10,7 +10,7 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  config ablations sharding hosts records lock environment
+  config ablations sharding hosts schema records lock environment
   model_files catalog stage metrics cli
   data / models
   reward / checkpoint
@@ -22,7 +22,7 @@ ORDER = '''
 LATE = {'sentencepiece', 'transformers', 'tokenizers'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('config', 'ablations', 'records', 'lock', 'data.oasst', 'data.ranked',
+WITHOUT_JAX = ('config', 'ablations', 'schema', 'records', 'lock', 'data.oasst', 'data.ranked',
                'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',
@@ -103,9 +103,8 @@ def test_every_module_has_a_test_file():
       control='sandbox', results='report', page='report',
       summaries='report', plots='report', splits='seeds', turns='seeds',
       oracle='loop', respond='loop',
-      judge='loop', metrics='loop', implicit='strategies', catalog='stage', shards='loop',
-      programs='engine',
-      packed='step', hosts='launch', cli='config', store='checkpoint', hashes='checkpoint',
+      judge='loop', metrics='loop', schema='records', implicit='strategies', catalog='stage',
+      shards='loop', programs='engine', packed='step', hosts='launch', cli='config', store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):

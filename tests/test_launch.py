@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from srlm_jax import config as configs, records
+from srlm_jax import config as configs, records, schema
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config, llama
 
@@ -167,7 +167,8 @@ def workdir(tmp_path_factory, tokenizer_folder):
   saver.close()
   fruits = itertools.permutations(['pear', 'fig', 'plum'])
   records.write(workdir / 'data' / 'seeds' / 'ift.jsonl', [
-      dict(id=str(i), prompt='Name a fruit.', response=' '.join(f)) for i, f in enumerate(fruits)])
+      schema.Demonstration(id=str(i), prompt='Name a fruit.', response=' '.join(f))
+      for i, f in enumerate(fruits)])
   return workdir
 
 

@@ -41,8 +41,8 @@ def test_a_trained_model_gives_its_golden_greedy_tokens(stories, mesh, case):
   greedy = engine.Sampling(0.0, 1.0, len(case['greedy_ids']) - len(case['prompt_ids']))
   made = generate.generate(str(stories), case['text'], 'none', greedy, seed=0, dtype='float32',
                            mesh=mesh)
-  assert made['prompt_ids'] == case['prompt_ids']
-  assert made['prompt_ids'] + made['ids'] == case['greedy_ids']
+  assert made.prompt_ids == case['prompt_ids']
+  assert made.prompt_ids + made.ids == case['greedy_ids']
 
 
 def test_a_trained_model_gives_its_golden_log_probs(stories, mesh):

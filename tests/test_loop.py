@@ -22,6 +22,7 @@ from srlm_jax import (
   metrics,
   model_files,
   records,
+  schema,
   stage as stages,
 )
 from srlm_jax.reward import pairs, strategies
@@ -77,8 +78,8 @@ def test_every_stage_used_the_parameters_of_the_right_model(demo):
 
 def test_prompts_do_not_repeat_in_a_later_round(demo, tmp_path):
   workdir, _ = demo
-  written = {m: [r['prompt'] for r in records.read(workdir / m / 'prompts' / 'prompts.jsonl')]
-             for m in ('m2', 'm3')}
+  written = {m: [p.prompt for p in records.read(workdir / m / 'prompts' / 'prompts.jsonl',
+                                                schema.Prompt)] for m in ('m2', 'm3')}
   assert not set(written['m2']) & set(written['m3'])
   assert all(len(p) == 48 for p in written.values())
   inputs = json.loads((workdir / 'm3' / 'prompts' / 'manifest.json').read_text())['inputs']
@@ -87,14 +88,14 @@ def test_prompts_do_not_repeat_in_a_later_round(demo, tmp_path):
     shutil.copytree(workdir / part, tmp_path / part)
   for name in ('manifest.json', 'done.json'):  # as if the user had made these files
     (tmp_path / 'm2' / 'prompts' / name).unlink()
-  first, = itertools.islice(records.read(workdir / 'm3' / 'prompts' / 'prompts.jsonl'), 1)
+  first = next(records.read(workdir / 'm3' / 'prompts' / 'prompts.jsonl', schema.Prompt))
   with (tmp_path / 'm2' / 'prompts' / 'prompts.jsonl').open('a') as f:  # as if M2's round wrote it
     f.write(records.dump(first))
   main('sample.prompts', '--config=configs/iter3.py:tiny', f'--workdir={tmp_path}',
        *config_flags('m3'))
-  reasons = {a['text'].strip(): a['dropped']
-             for a in records.read(tmp_path / 'm3' / 'prompts' / 'attempts.jsonl')}
-  assert reasons[first['prompt']] == 'seen before'
+  attempts = records.read(tmp_path / 'm3' / 'prompts' / 'attempts.jsonl', schema.Attempt)
+  reasons = {a.text.strip(): a.dropped for a in attempts}
+  assert reasons[first.prompt] == 'seen before'
 
 
 def test_dpo_starts_at_ln_2_and_metrics_are_in_jsonl_and_tensorboard(demo):
@@ -109,19 +110,18 @@ def test_dpo_starts_at_ln_2_and_metrics_are_in_jsonl_and_tensorboard(demo):
 
 def test_records_have_the_counts_and_fields_of_the_paper(demo):
   workdir, _ = demo
-  prompts = list(records.read(workdir / 'm2' / 'prompts' / 'prompts.jsonl', 'id', 'prompt'))
-  responses = list(records.read_shards(
-      workdir / 'm2' / 'respond', 'responses', 'prompt_id', 'n', 'response', 'finish'))
-  judgements = list(records.read_shards(
-      workdir / 'm2' / 'judge', 'judgements', 'response_id', 'j', 'text', 'score'))
-  pairs = list(records.read(workdir / 'm2' / 'pairs' / 'pairs.jsonl', 'chosen', 'rejected'))
+  prompts = list(records.read(workdir / 'm2' / 'prompts' / 'prompts.jsonl', schema.Prompt))
+  responses = list(records.read_shards(workdir / 'm2' / 'respond', 'responses', schema.Response))
+  judgements = list(records.read_shards(workdir / 'm2' / 'judge', 'judgements', schema.Judgement))
+  pairs = list(records.read(workdir / 'm2' / 'pairs' / 'pairs.jsonl', schema.Pair))
   assert len(responses) == 4 * len(prompts) and len(judgements) == 3 * len(responses)
-  assert len({r['id'] for r in responses}) == len(responses)
-  assert len({j['id'] for j in judgements}) == len(judgements)
+  assert len({r.id for r in responses}) == len(responses)
+  assert len({j.id for j in judgements}) == len(judgements)
   assert 0 < len(pairs) <= len(prompts)
-  assert all(p['chosen_score'] > p['rejected_score'] for p in pairs)
-  held = {r['prompt'] for r in records.read(workdir / 'data' / 'seeds' / 'heldout.jsonl')}
-  assert not held & {p['prompt'] for p in prompts}
+  assert all(p.chosen_score > p.rejected_score for p in pairs)
+  held = {r.prompt for r in records.read(
+      workdir / 'data' / 'seeds' / 'heldout.jsonl', schema.HeldOutPrompt)}
+  assert not held & {p.prompt for p in prompts}
 
 
 def test_a_finished_loop_changes_nothing(demo):
@@ -169,35 +169,40 @@ def test_the_older_model_judges_the_same_candidates_and_samples_its_own(others):
     manifest = json.loads((others / 'm2' / stage / 'manifest.json').read_text())
     assert manifest['params'] == params[model]
 
-  def ids(stage, stem, key):
-    return {r[key] for r in records.read_shards(others / 'm2' / stage, stem)}
-  assert ids('judge_again', 'judgements', 'response_id') == ids('respond', 'responses', 'id')
-  assert ids('judge_older', 'judgements', 'response_id') == ids('respond_older', 'responses', 'id')
-  assert not ids('respond_older', 'responses', 'id') & ids('respond', 'responses', 'id')
+  def sampled(stage):
+    return {r.id for r in records.read_shards(others / 'm2' / stage, 'responses', schema.Response)}
+
+  def judged(stage):
+    return {j.response_id for j in records.read_shards(
+        others / 'm2' / stage, 'judgements', schema.Judgement)}
+  assert judged('judge_again') == sampled('respond')
+  assert judged('judge_older') == sampled('respond_older')
+  assert not sampled('respond_older') & sampled('respond')
 
 
 def test_the_implicit_reward_uses_the_log_probs_of_the_sampler(others):
-  sampled = {r['id']: r for r in records.read_shards(others / 'm2' / 'respond', 'responses')}
-  rewards = list(records.read_shards(others / 'm2' / 'implicit', 'rewards'))
-  assert [r['id'] for r in rewards] == list(sampled)
-  same = [abs(r['logp'] - sampled[r['id']]['logp']) < 0.01
-          for r in rewards if r['logp'] is not None]
+  sampled = {r.id: r for r in records.read_shards(
+      others / 'm2' / 'respond', 'responses', schema.Response)}
+  rewards = list(records.read_shards(others / 'm2' / 'implicit', 'rewards', schema.ImplicitReward))
+  assert [r.id for r in rewards] == list(sampled)
+  same = [abs(r.logp - sampled[r.id].logp) < 0.01 for r in rewards if r.logp is not None]
   # They may differ where the tokenizer encodes the text as other tokens than were sampled.
   assert len(same) > 0.9 * len(rewards) and sum(same) > 0.9 * len(same)
-  found = [r for r in rewards if r['reward'] is not None]
-  assert all(r['reward'] == round(r['logp'] - r['older_logp'], 4) for r in found)
-  assert np.std([r['reward'] for r in found]) > 0.1
+  found = [r for r in rewards if r.reward is not None]
+  assert all(r.reward == round(r.logp - r.older_logp, 4) for r in found)
+  assert np.std([r.reward for r in found]) > 0.1
 
 
 def test_the_meta_judge_compares_in_both_orders_and_keeps_every_text(others):
-  compared = list(records.read_shards(others / 'm2' / 'meta_judge', 'comparisons'))
-  pairs = {(c['first'], c['second']) for c in compared}
+  compared = list(records.read_shards(
+      others / 'm2' / 'meta_judge', 'comparisons', schema.Comparison))
+  pairs = {(c.first, c.second) for c in compared}
   assert pairs and pairs == {(b, a) for a, b in pairs} and all(a != b for a, b in pairs)
-  assert all((c['winner'] is None) == bool(c['reason']) for c in compared)
-  assert all(isinstance(c['text'], str) for c in compared)
+  assert all((c.winner is None) == bool(c.reason) for c in compared)
   done = json.loads((others / 'm2' / 'meta_judge' / 'done.json').read_text())
   assert done['comparisons'] == len(compared) and done['judge_pairs'] == sum(
-      1 for _ in records.read(others / 'm2' / 'meta_judge' / 'judge_pairs.jsonl'))
+      1 for _ in records.read(others / 'm2' / 'meta_judge' / 'judge_pairs.jsonl',
+                              schema.JudgePair))
 
 
 @pytest.mark.parametrize('strategy', [*strategies.PAIRS, strategies.POSITIVES])
@@ -207,10 +212,10 @@ def test_every_strategy_makes_pairs_or_positives(others, tmp_path, strategy):
   config = loop.load_config('m2', 'tiny', '', '', [
       *CHANGES, f'pairs.strategy={strategy}', 'pairs.positive=4'])
   pairs.run(config, tmp_path)
-  done = json.loads((tmp_path / 'm2' / 'pairs' / 'done.json').read_text())
-  made = done['positives' if strategy == strategies.POSITIVES else 'pairs']
-  assert 0 < made and done['strategy'] == strategy
-  assert made + sum(done['dropped'].values()) >= done['prompts']
+  done = stages.summary(tmp_path / 'm2' / 'pairs', schema.PairsSummary)
+  made = done.positives if strategy == strategies.POSITIVES else done.pairs
+  assert 0 < made and done.strategy == strategy
+  assert made + sum(done.dropped.values()) >= done.prompts
 
 
 @pytest.mark.slow
@@ -360,7 +365,7 @@ def test_a_malformed_line_stops_training_before_anything_is_written(demo, tmp_pa
   path.write_text('\n'.join([*lines[:6], lines[6][:-9], *lines[7:]]) + '\n')
   flags = ('--config=configs/sft.py:tiny', f'--workdir={tmp_path}', *config_flags('sft'))
   printed = main('train', *flags, code=1)
-  assert f'{path}:7: not a JSON object' in printed and not (tmp_path / 'sft').exists()
+  assert f'{path}:7: not a valid record' in printed and not (tmp_path / 'sft').exists()
   path.write_text('')
   printed = main('train', *flags, code=1)
   assert 'no example is left to train on: the files are empty' in printed

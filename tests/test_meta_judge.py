@@ -2,7 +2,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import samples
 
+from srlm_jax import schema
 from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import meta_judge
 
@@ -10,12 +12,12 @@ META = judges.load('meta', meta_judge.SLOTS)
 
 
 def judgement(response, j, score, text=None, finish='eos'):
-  return dict(id=f'{response}/{j}', prompt_id=response[0], response_id=response, j=j, score=score,
-              finish=finish, text=text or f'{response} {j}')
+  return samples.judgement(response, j, score, text=text or f'{response} {j}', finish=finish)
 
 
 def comparison(first, second, winner):
-  return dict(first=first, second=second, winner=winner, response_id='a/0')
+  return schema.Comparison(id=f'{first}:{second}', response_id='a/0', first=first, second=second,
+                           text='', winner=winner, reason='', finish='eos')
 
 
 def test_the_template_shows_the_request_and_both_judgements_and_parses_the_winner():
@@ -38,15 +40,13 @@ def test_responses_with_the_largest_spread_of_judgements_are_compared():
            judgement('c/0', 2, 3.0)]
   scores = scoring.by_response(made, 2)
   groups = meta_judge.most_uncertain(scores, 1)
-  assert [[j['id'] for j in group] for group in groups] == [
+  assert [[j.id for j in group] for group in groups] == [
       ['a/1/0', 'a/1/1', 'a/1/2'], ['c/0/0', 'c/0/2']]
   assert len(meta_judge.most_uncertain(scores, 2)) == 3  # b has only one distinct text
 
 
 def test_wins_in_the_preferred_position_count_less():
-  comparisons = [comparison('x', 'y', 1)] * 6 + [comparison('x', 'y', -1)] * 2
-  comparisons += [comparison('x', 'y', winner) for winner in (0, None)]
-  assert meta_judge.position_weights(comparisons) == (0.25, 0.75)
+  assert meta_judge.position_weights([1] * 6 + [-1] * 2 + [0, None]) == (0.25, 0.75)
   assert meta_judge.position_weights([]) == (0.5, 0.5)
 
 
@@ -68,9 +68,9 @@ def test_elo_maximizes_the_likelihood():
 
 def test_a_judge_that_always_prefers_the_first_position_gives_no_ranking():
   group = [judgement('a/0', j, 3.0) for j in range(3)]
-  names = [j['id'] for j in group]
+  names = [j.id for j in group]
   always = [comparison(x, y, 1) for x in names for y in names if x != y]
-  weights = meta_judge.position_weights(always)
+  weights = meta_judge.position_weights([x.winner for x in always])
   assert weights == (0, 1)
   assert meta_judge.best_and_worst(group, always, weights) == 'no comparison has a winner'
   assert meta_judge.best_and_worst(group, [], (0.5, 0.5)) == 'no comparison has a winner'
@@ -82,13 +82,16 @@ def test_the_better_judgement_is_chosen_in_either_position():
   order = ['a/0/1', 'a/0/2', 'a/0/0']  # best first
   found = [comparison(x, y, 1 if order.index(x) < order.index(y) else -1)
            for x in order for y in order if x != y]
-  weights = meta_judge.position_weights(found)
+  weights = meta_judge.position_weights([x.winner for x in found])
   best, worst = meta_judge.best_and_worst(group, found, weights)
-  assert (best['id'], worst['id']) == ('a/0/1', 'a/0/0') and best['elo'] > worst['elo']
+  assert (best.judgement.id, worst.judgement.id) == ('a/0/1', 'a/0/0') and best.elo > worst.elo
 
 
 def pairs(*scores):
-  return [dict(id=str(i), chosen_score=s, chosen_elo=float(i), rejected_elo=0.0)
+  return [schema.JudgePair(
+      id=str(i), prompt='', chosen='a', rejected='b', chosen_finish='eos', rejected_finish='eos',
+      chosen_id='a', rejected_id='b', chosen_score=s, rejected_score=0.0, chosen_elo=float(i),
+      rejected_elo=0.0)
           for i, s in enumerate(scores)]
 
 
@@ -96,7 +99,7 @@ def test_judge_pairs_stay_within_their_share_and_have_the_largest_elo_difference
   made = pairs(*[float(i % 5) for i in range(100)])
   kept = meta_judge.limit(made, 85, 0.15, 1.0)
   assert len(kept) == 15 and len(kept) / (85 + len(kept)) <= 0.15
-  assert {p['id'] for p in kept} == {str(i) for i in range(85, 100)}
+  assert {p.id for p in kept} == {str(i) for i in range(85, 100)}
   assert meta_judge.limit(made, 5, 0.15, 1.0) == []
   assert meta_judge.limit(made, 85, 0.0, 1.0) == []
 
@@ -106,5 +109,5 @@ def test_judge_pairs_stay_within_their_share_and_have_the_largest_elo_difference
 def test_no_chosen_score_exceeds_its_share(scores, expected):
   kept = meta_judge.limit(pairs(*scores), 85, 0.15, 0.5)
   assert len(kept) == expected
-  counts = Counter(p['chosen_score'] for p in kept)
+  counts = Counter(p.chosen_score for p in kept)
   assert all(count <= 0.5 * len(kept) for count in counts.values())

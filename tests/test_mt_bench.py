@@ -23,20 +23,24 @@ def judgment(question, turn, score, model='m2', **fields):
               judgment='', score=score, turn=turn, tstamp=0.0) | fields
 
 
+def judged(question, turn, score, model='m2'):
+  return mt_bench.Judgment(question_id=question, model=model, turn=turn, score=score)
+
+
 def test_real_questions(questions):
-  assert len(questions) == 80 and all(len(q['turns']) == 2 for q in questions.values())
-  hard = [q for q in questions.values() if q['category'] in mt_bench.HARD]
+  assert len(questions) == 80 and all(len(q.turns) == 2 for q in questions.values())
+  hard = [q for q in questions.values() if q.category in mt_bench.HARD]
   assert len(hard) == 30  # three of eight categories with ten questions each
 
 
 def test_means_by_hand(questions):
-  first = {q['category']: i for i, q in reversed(questions.items())}
+  first = {q.category: i for i, q in reversed(questions.items())}
   writing = first['writing']
   judgments = [
-      judgment(first['math'], 1, 2), judgment(first['math'], 2, 4),
-      judgment(first['coding'], 1, 3), judgment(first['reasoning'], 1, -1),
-      judgment(writing, 1, 9), judgment(writing, 2, 8.5),
-      judgment(writing, 1, 7, model='m1'), judgment(writing, 2, -1, model='m1')]
+      judged(first['math'], 1, 2), judged(first['math'], 2, 4),
+      judged(first['coding'], 1, 3), judged(first['reasoning'], 1, -1),
+      judged(writing, 1, 9), judged(writing, 2, 8.5),
+      judged(writing, 1, 7, model='m1'), judged(writing, 2, -1, model='m1')]
   result = mt_bench.scores(judgments, questions)
   assert result['m2'] == dict(
       overall=26.5 / 5, math_code_reasoning=3.0, other=8.75, turn_1=14 / 3, turn_2=6.25, scored=5,
@@ -47,7 +51,7 @@ def test_means_by_hand(questions):
 
 
 def test_three_eighths_of_the_overall_score_are_hard_as_in_the_paper(questions):
-  judgments = [judgment(i, turn, 3.83 if q['category'] in mt_bench.HARD else 8.55)
+  judgments = [judged(i, turn, 3.83 if q.category in mt_bench.HARD else 8.55)
                for i, q in questions.items() for turn in (1, 2)]
   assert round(mt_bench.scores(judgments, questions)['m2']['overall'], 2) == 6.78  # M1
 
@@ -81,16 +85,17 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, questions):
     assert os.listdir(tmp_path) == ['j.jsonl']
 
 
-ONE = {81: dict(question_id=81, category='writing', turns=['a', 'b'])}
+ONE = {81: mt_bench.Question(question_id=81, category='writing', turns=('a', 'b'))}
 
 
 @pytest.mark.parametrize('line, message', [
-    (judgment(1, 1, 5), 'no question'), (judgment([81], 1, 5), 'no question'),
-    (judgment(81, 3, 5), 'turn'), (judgment(81, 1, 11), 'score 11'),
-    (judgment(81, 1, None), 'score None'),
-    (judgment(81, 1, '5'), 'j.jsonl:1: "score" is "5", which is not a number'),
-    (judgment(81, 1, 5, model=3), 'model'),
-    (dict(question_id=81), 'j.jsonl:1: no field "model"')])
+    (judgment(1, 1, 5), 'no question'),
+    (judgment([81], 1, 5), 'Expected int, got array for "question_id"'),
+    (judgment(81, 3, 5), 'has a turn'), (judgment(81, 1, 11), 'score 11,'),
+    (judgment(81, 1, None), 'Expected float, got null for "score"'),
+    (judgment(81, 1, '5'), 'j.jsonl:1: not a valid record: Expected float, got str for "score"'),
+    (judgment(81, 1, 5, model=3), 'Expected str, got int for "model"'),
+    (dict(question_id=81), 'j.jsonl:1: not a valid record: Object missing required field model')])
 def test_invalid_judgments_are_refused(tmp_path, line, message):
   records.write(tmp_path / 'j.jsonl', [line])
   with pytest.raises(InputError, match=message):
@@ -104,8 +109,10 @@ def test_a_duplicate_judgment_is_refused(tmp_path):
 
 
 def test_invalid_questions_are_refused(tmp_path):
-  for line in [dict(question_id='81', category='x', turns=['a']),
-               dict(question_id=81, category='x', turns='a')]:
-    records.write(tmp_path / 'q.jsonl', [line])
-    with pytest.raises(InputError, match='FastChat'):
+  for lines, message in [
+      ([dict(question_id='81', category='x', turns=['a'])], 'q.jsonl:1: .*"question_id"'),
+      ([dict(question_id=81, category='x', turns='a')], 'q.jsonl:1: .*"turns"'),
+      ([], 'give FastChat')]:
+    records.write(tmp_path / 'q.jsonl', lines)
+    with pytest.raises(InputError, match=message):
       mt_bench.read_questions(tmp_path / 'q.jsonl')

@@ -149,7 +149,7 @@ def test_a_turn_has_the_reasons_to_drop_it_and_its_replies(tmp_path):
   for rows in (trees, flat(trees)[::-1]):
     path = write(tmp_path / 'x.jsonl', rows)
     good, then, holes, more = sorted(
-        (turn for _, turn in oasst.turns(records.numbered(path), False)), key=lambda t: t.id)
+        (turn for _, turn in oasst.turns(records.read_any(path), False)), key=lambda t: t.id)
     assert then.dropped == 'after a dropped message' and then.id == 'good00-0-0'
     assert dataclasses.asdict(more) == {
         'id': 'holes-0-0', 'turn': 1, 'dropped': '', 'replies': [], 'prompt':
@@ -197,7 +197,7 @@ def linked(t):
 def test_the_prompt_of_a_later_turn_contains_the_conversation(tmp_path):
   for rows in ([deep()], linked(deep())[::-1]):
     path = write(tmp_path / 'x.jsonl', rows)
-    found = {turn.id: turn for _, turn in oasst.turns(records.numbered(path), False)}
+    found = {turn.id: turn for _, turn in oasst.turns(records.read_any(path), False)}
     assert {name: (t.turn, len(t.replies)) for name, t in found.items()} == {
         'a': (0, 2), 'a.0.0': (1, 2), 'a.1.0': (1, 3), 'a.1.0.0.0': (2, 2)}
     assert all(r.id.startswith(f'{name}.') for name, t in found.items() for r in t.replies)
@@ -225,7 +225,7 @@ def test_a_dropped_message_drops_the_turns_after_it(tmp_path, fields):
       t = deep()
       edit(t)
       path = write(tmp_path / 'x.jsonl', form(t))
-      found.append({turn.id for _, turn in oasst.turns(records.numbered(path), False)
+      found.append({turn.id for _, turn in oasst.turns(records.read_any(path), False)
                     if turn.dropped == 'after a dropped message'})
     assert found[0] == found[1]
     return found[0]
@@ -241,7 +241,7 @@ def test_a_dropped_message_drops_the_turns_after_it(tmp_path, fields):
 def test_turns_after_a_missing_message_are_dropped(tmp_path):
   for missing, after in (('a', {'a.0.0', 'a.1.0', 'a.1.0.0.0'}), ('a.1', {'a.1.0', 'a.1.0.0.0'})):
     path = write(tmp_path / 'x.jsonl', [m for m in linked(deep()) if m['message_id'] != missing])
-    found = [turn for _, turn in oasst.turns(records.numbered(path), False)]
+    found = [turn for _, turn in oasst.turns(records.read_any(path), False)]
     assert {turn.id for turn in found if turn.dropped == 'after a missing message'} == after
     assert all(turn.turn > 0 for turn in found if turn.dropped)
 

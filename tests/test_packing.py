@@ -5,7 +5,7 @@ from conftest import DATA, main
 import numpy as np
 import pytest
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, schema
 from srlm_jax.data import examples as training, packing, tokenizer
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import Packing
@@ -132,7 +132,7 @@ def test_packed_rows_of_oasst_are_at_most_a_tenth_padding(stories, tmp_path):
   main('data.seeds', '--config=configs/sft.py:stories', f'--workdir={tmp_path}',
        '--config.data.ift=400',
        f'--config.data.path={DATA}/oasst1/validation.en.messages.jsonl.gz')
-  rows = records.read(tmp_path / 'data' / 'seeds' / 'ift.jsonl')
+  rows = records.read(tmp_path / 'data' / 'seeds' / 'ift.jsonl', schema.Demonstration)
   found = training.sft(rows, tokenizer.load(stories, 512), 'plain', 2048).examples
   packed, alone = Packing(found, 16, 20, 0, 2048), Packing(found, 16, 20, 0)
   assert len(found) > 100 and packed.padding_free > 0.9 and alone.padding_free < 0.5

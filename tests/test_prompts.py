@@ -2,7 +2,7 @@ from conftest import DATA
 from etils import epath
 import pytest
 
-from srlm_jax import config as configs, InputError, records
+from srlm_jax import config as configs, InputError, records, schema
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import prompts
 
@@ -121,7 +121,7 @@ def test_the_prompts_of_all_earlier_rounds_are_found(tmp_path):
   assert prompts.earlier_rounds(tmp_path, 'm3') == []
   for model in ('m2', 'm3', 'm4'):
     records.write(tmp_path / model / 'prompts' / 'prompts.jsonl',
-                  [dict(id=model, prompt=f'Tell me of {model}.')])
+                  [schema.Prompt(id=model, prompt=f'Tell me of {model}.')])
   found = {name: [path.parent.parent.name for path in prompts.earlier_rounds(tmp_path, name)]
            for name in ('m2', 'm3', 'm4')}
   assert found == dict(m2=[], m3=['m2'], m4=['m2', 'm3'])

@@ -21,7 +21,7 @@ def scored(name, *scores, **fields):
 
 
 def read(path):
-  return [turn for _, turn in ranked.turns(records.numbered(path))]
+  return [turn for _, turn in ranked.turns(records.read_any(path))]
 
 
 def test_scores_become_ranks_and_equal_scores_share_one(tmp_path):

@@ -1,44 +1,127 @@
+import dataclasses
 import gzip
+import json
 import os
+import typing
 
 from etils import epath
 from hypothesis import given, strategies as st
 import pytest
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, schema
+
+KINDS = [kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind)]
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+TYPES = {str: st.text(), int: st.integers(-2**53, 2**53), float: FLOATS,
+         float | None: st.none() | FLOATS,
+         dict[str, int]: st.dictionaries(st.text(), st.integers(0, 2**53))}
+
+
+def any_record(kind):
+  """A strategy for the records of a kind, with and without values that equal the default."""
+  required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+  fields = {name: TYPES[hint] if hint in TYPES else
+            st.lists(any_record(typing.get_args(hint)[0]), max_size=3).map(tuple)
+            for name, hint in typing.get_type_hints(kind).items()}
+  return st.fixed_dictionaries(
+      {name: value for name, value in fields.items() if name in required},
+      optional={name: value for name, value in fields.items() if name not in required}
+  ).map(lambda values: kind(**values))
+
+
+def prompts(*names):
+  return [schema.Prompt(id=name, prompt=f'Prompt {name}?') for name in names]
+
+
+LINE = b'{"id": "a", "prompt": ""}\n'
 
 
 def test_records_round_trip_through_a_file(tmp_path):
-  rows = [dict(id='a', text='é\n"x"'), dict(id='b', text='')]
+  rows = [schema.Prompt(id='a', prompt='é\n"x"', author='m1'), schema.Prompt(id='b', prompt='')]
   assert records.write(tmp_path / 'x.jsonl', rows) == 2
-  assert list(records.read(tmp_path / 'x.jsonl', 'id', 'text')) == rows
+  assert list(records.read(tmp_path / 'x.jsonl', schema.Prompt)) == rows
   (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress((tmp_path / 'x.jsonl').read_bytes()))
-  assert list(records.read(tmp_path / 'x.jsonl.gz')) == rows
-  (tmp_path / 'x.jsonl').write_text('\n{"id": "a"}\n\n{"id": "b"}\n')
-  places = [where for where, _ in records.numbered(tmp_path / 'x.jsonl')]
-  assert [where.rpartition(':')[2] for where in places] == ['2', '4']
+  assert list(records.read(tmp_path / 'x.jsonl.gz', schema.Prompt)) == rows
+  assert list(records.read_any(tmp_path / 'x.jsonl')) == [
+      (f'{tmp_path}/x.jsonl:1', dict(id='a', prompt='é\n"x"', author='m1')),
+      (f'{tmp_path}/x.jsonl:2', dict(id='b', prompt=''))]
+
+
+@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind.__name__)
+def test_a_line_leaves_out_defaults_and_gives_an_equal_record(kind):
+  @given(any_record(kind))
+  def check(record):
+    line = records.dump(record)
+    assert line.count('\n') == 1 and records.parse(line.encode(), '', kind) == record
+    assert list(json.loads(line)) == [f.name for f in dataclasses.fields(kind)
+                                      if getattr(record, f.name) != f.default]
+  check()
+
+
+def test_other_fields_and_blank_lines_are_ignored(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('\n{"id": "a", "prompt": "", "split": [1]}\n \n\t\n{"prompt": "", "id": "b"}')
+  assert [r.id for r in records.read(path, schema.Prompt)] == ['a', 'b']
+  places = [where for where, _ in records.read_any(path)]
+  assert [where.rpartition(':')[2] for where in places] == ['2', '5']
+
+
+SCORE = '{"id": "a", "spread": 0, "score": '
+REPLY = '{"id": "a", "prompt": "", "split": "eval", "replies": [{"id": "r", "text": "", "rank": '
+
+
+@pytest.mark.parametrize('kind, good, bad, message', [
+    (schema.Prompt, '', '{"id": "b"}', 'Object missing required field prompt;'),
+    (schema.Prompt, '', '{"id": "b", "prompt": 5}', 'Expected str, got int for "prompt";'),
+    (schema.Prompt, '', '{"id": "b", "prompt": null}', 'Expected str, got null for "prompt";'),
+    (schema.Prompt, '', '{"id": "b", "prompt": "", "author": null}',
+     'Expected str, got null for "author";'),
+    (schema.Prompt, '', '{"id": ', 'Input data was truncated;'),
+    (schema.Prompt, '', '{"id": "b", "prompt": ""} {}', 'JSON is malformed: trailing'),
+    (schema.Prompt, '', r'{"prompt": "\ud83d", "id": "b"}', 'JSON is malformed: .* surrogate'),
+    (schema.Prompt, '', '[1]', 'Expected object, got array;'),
+    (schema.Prompt, '', 'null', 'Expected object, got null;'),
+    (schema.CandidateScore, SCORE + 'null}', SCORE + '"4"}',
+     r'Expected float \| null, got str for "score";'),
+    (schema.CandidateScore, SCORE + '4}', SCORE + 'true}', r'Expected .* got bool for "score";'),
+    (schema.CandidateScore, SCORE + '2.5}', SCORE + '[4]}', r'Expected .* got array for "score";'),
+    (schema.CandidateScore, SCORE + '-1e9}', SCORE + 'NaN}', 'JSON is malformed: invalid char'),
+    (schema.CandidateScore, '', SCORE + '-Infinity}', 'JSON is malformed: invalid char'),
+    (schema.CandidateScore, '', SCORE + '1' + '0' * 400 + '}', 'Number out of range for "score";'),
+    (schema.RankedPrompt, REPLY + '0}]}', REPLY + '0.5}]}',
+     r'Expected int, got float for "replies\[0\].rank";'),
+    (schema.RankedPrompt, '', REPLY + '0}, "x"]}',
+     r'Expected object, got str for "replies\[1\]";'),
+    (schema.RankedPrompt, '', REPLY.rpartition(',')[0] + '}]}', 'missing required field rank for'),
+    (schema.RankedPrompt, '', REPLY.partition('[')[0] + '"x"}',
+     'Expected array, got str for "replies";')])
+def test_a_line_that_is_no_record_is_refused_with_its_place(tmp_path, kind, good, bad, message):
+  path = tmp_path / 'x.jsonl'
+  path.write_text(f'{good}\n{bad}\n')
+  with pytest.raises(InputError, match=rf'x\.jsonl:2: not a valid record: .*{message}.*') as error:
+    list(records.read(path, kind))
+  assert str(error.value).endswith('; correct or delete it') and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('line, message', [
-    ('{"id": "b", "text": 5}', r'x.jsonl:2: "text" is 5, which is not a string'),
-    ('{"id": ', r'x.jsonl:2: not a JSON object'), ('[1]', r'x.jsonl:2: a list'),
-    ('{"id": "b"}', r'x.jsonl:2: no field "text"')])
-def test_the_error_names_the_malformed_line(tmp_path, line, message):
-  (tmp_path / 'x.jsonl').write_text('{"id": "a", "text": ""}\n' + line + '\n')
-  with pytest.raises(InputError, match=message):
-    list(records.read(tmp_path / 'x.jsonl', 'id', 'text'))
+    ('{"id": ', 'not a JSON object'), ('[1]', 'a list, not a JSON object'),
+    ('null', 'a NoneType, not a JSON object')])
+def test_a_line_of_unknown_format_is_an_object(tmp_path, line, message):
+  (tmp_path / 'x.jsonl').write_text(f'{{"text": NaN}}\n{line}\n')
+  with pytest.raises(InputError, match=f'x.jsonl:2: {message}.*; correct or delete the line'):
+    list(records.read_any(tmp_path / 'x.jsonl'))
 
 
 def test_a_truncated_gzip_file_is_refused(tmp_path):
-  whole = gzip.compress(b'{"id": "a"}\n' * 5000)
+  whole = gzip.compress(LINE * 5000)
   (tmp_path / 'x.jsonl.gz').write_bytes(whole[:len(whole) // 2])
   with pytest.raises(InputError, match='fetch it again'):
-    list(records.read(tmp_path / 'x.jsonl.gz'))
+    list(records.read(tmp_path / 'x.jsonl.gz', schema.Prompt))
 
 
 def test_a_failed_write_leaves_no_file(tmp_path):
   def rows():
-    yield dict(id='a')
+    yield from prompts('a')
     raise RuntimeError
   with pytest.raises(RuntimeError):
     records.write(tmp_path / 'x.jsonl', rows())
@@ -47,41 +130,61 @@ def test_a_failed_write_leaves_no_file(tmp_path):
 
 def test_the_appender_drops_a_truncated_last_line_and_keeps_the_rest(tmp_path):
   path = tmp_path / 'x.jsonl'
-  path.write_text('{"id": "a"}\n{"id": "b"}\n{"id": "c')
+  whole = ''.join(map(records.dump, prompts('a', 'b', 'c')))
+  path.write_text(whole[:-4])
   out = records.Appender(path)
   assert out.count == 2
-  out.append([dict(id='c')])
+  out.append(prompts('c'))
   out.close()
-  assert [r['id'] for r in records.read(path)] == ['a', 'b', 'c']
+  assert path.read_text() == whole
 
 
 def test_shards_are_read_in_order_and_a_missing_shard_is_refused(tmp_path):
   for i in (1, 0):
-    records.write(tmp_path / records.shard_name('r', i, 2), [dict(id=str(i))])
-  assert [r['id'] for r in records.read_shards(tmp_path, 'r')] == ['0', '1']
+    records.write(tmp_path / records.shard_name('r', i, 2), prompts(str(i)))
+  assert [r.id for r in records.read_shards(tmp_path, 'r', schema.Prompt)] == ['0', '1']
   (tmp_path / records.shard_name('r', 0, 2)).unlink()
   with pytest.raises(InputError, match='should hold 2 shards'):
-    list(records.read_shards(tmp_path, 'r'))
+    list(records.read_shards(tmp_path, 'r', schema.Prompt))
 
 
-@pytest.mark.parametrize('stem, field, per_request', [
-    ('responses', 'prompt_id', 4), ('judgements', 'response_id', 3),
-    ('comparisons', 'response_id', 2),
-    ('rewards', 'id', 1)])
+def response(i, j):
+  return schema.Response(id=f'{i}/{j}', prompt_id=f'{i}', n=j, prompt='', response='', finish='eos',
+                         tokens=1, logp=-1.0)
+
+
+def judgement(i, j):
+  return schema.Judgement(id=f'{i}/{j}', prompt_id='', response_id=f'{i}', j=j, text='', score=None,
+                          reason='', finish='eos')
+
+
+def comparison(i, j):
+  return schema.Comparison(id=f'{i}/{j}', response_id=f'{i}', first='', second='', text='',
+                           winner=None, reason='', finish='eos')
+
+
+def reward(i, j):
+  return schema.ImplicitReward(id=f'{i}/{j}', reward=None, logp=None, older_logp=None)
+
+
+@pytest.mark.parametrize('stem, make, per_request', [
+    ('responses', response, 4), ('judgements', judgement, 3), ('comparisons', comparison, 2),
+    ('rewards', reward, 1)])
 @pytest.mark.parametrize('hosts', [1, 2, 3, 8])
 def test_read_shards_restores_the_request_order_for_any_number_of_hosts(
-    tmp_path, stem, field, per_request, hosts):
-  requests = [[{'id': f'{i}/{j}', field: f'{i}'} for j in range(per_request)] for i in range(11)]
+    tmp_path, stem, make, per_request, hosts):
+  requests = [[make(i, j) for j in range(per_request)] for i in range(11)]
   for host in range(hosts):
     records.write(tmp_path / records.shard_name(stem, host, hosts), sum(requests[host::hosts], []))
-  assert list(records.read_shards(tmp_path, stem)) == sum(requests, [])
+  found = list(records.read_shards(tmp_path, stem, type(make(0, 0))))
+  assert found == sum(requests, [])
 
 
 def test_a_stray_file_among_the_shards_is_refused(tmp_path):
-  records.write(tmp_path / records.shard_name('r', 0, 1), [dict(id='a')])
+  records.write(tmp_path / records.shard_name('r', 0, 1), prompts('a'))
   (tmp_path / 'r-00000-of-00001 (copy).jsonl').write_text('')
   with pytest.raises(InputError, match=r'\(copy\).jsonl is not a shard of r; delete or move it'):
-    list(records.read_shards(tmp_path, 'r'))
+    list(records.read_shards(tmp_path, 'r', schema.Prompt))
 
 
 @given(st.lists(st.tuples(st.text('ab/%2F', max_size=5), st.text('ab/%2F', max_size=5)),
@@ -91,13 +194,10 @@ def test_join_maps_different_parts_to_different_names(parts):
 
 
 def test_shards_from_a_different_number_of_hosts_are_refused(tmp_path):
-  records.write(tmp_path / records.shard_name('r', 0, 2), [dict(id='a')])
+  records.write(tmp_path / records.shard_name('r', 0, 2), prompts('a'))
   records.same_hosts(tmp_path / records.shard_name('r', 1, 2))
   with pytest.raises(InputError, match='was written by a run on 2 hosts, and this run has 1'):
     records.same_hosts(tmp_path / records.shard_name('r', 0, 1))
-
-
-ROW = b'{"id": "a"}\n'
 
 
 def put_unreadable(path, kind):
@@ -105,11 +205,11 @@ def put_unreadable(path, kind):
   if kind == 'folder':
     path.mkdir()
   elif kind == 'below a file':
-    path.write_bytes(ROW)
+    path.write_bytes(LINE)
     return path / 'x.jsonl'
   else:
-    utf8, deep = ROW + b'{"id": "\xff"}\n', b'[' * 100_000 + b'\n'
-    path.write_bytes(dict(utf8=utf8, zip=ROW, deep=deep)[kind])
+    utf8, deep = LINE + b'{"id": "\xff"}\n', b'{"x": ' + b'[' * 100_000 + b'\n'
+    path.write_bytes(dict(utf8=utf8, zip=LINE, deep=deep)[kind])
   return path
 
 
@@ -117,12 +217,14 @@ def put_unreadable(path, kind):
     ('x.jsonl', 'folder', r'x.jsonl is a folder; give a file'),
     ('x.jsonl.gz', 'folder', r'x.jsonl.gz is a folder; give a file'),
     ('x.jsonl', 'below a file', r'x.jsonl/x.jsonl does not exist'),
-    ('x.jsonl', 'utf8', r'x.jsonl:2: not a JSON object'),
-    ('x.jsonl', 'deep', r'x.jsonl:1: not a JSON object'),
+    ('x.jsonl', 'utf8', r'x.jsonl:2: not a (JSON object|valid record)'),
+    ('x.jsonl', 'deep', r'x.jsonl:1: not a (JSON object|valid record).*recursion'),
     ('x.jsonl.gz', 'zip', r'x.jsonl.gz:1: the file cannot be read further \(Not a gzipped file')])
 def test_unreadable_record_files_are_refused(tmp_path, name, kind, message):
-  with pytest.raises(InputError, match=message):
-    list(records.read(put_unreadable(tmp_path / name, kind)))
+  path = put_unreadable(tmp_path / name, kind)
+  for rows in (records.read(path, schema.Prompt), records.read_any(path)):
+    with pytest.raises(InputError, match=message):
+      list(rows)
 
 
 @pytest.mark.parametrize('kind, message', [
@@ -140,11 +242,11 @@ def denied(*args, **kwargs):
 
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
   path = epath.Path(tmp_path / 'x.jsonl')
-  path.write_bytes(ROW)  # patched below, because root ignores file modes
+  path.write_bytes(LINE)  # patched below, because root ignores file modes
   for method in ('exists', 'open', 'read_bytes'):
     monkeypatch.setattr(type(path), method, denied)
     with pytest.raises(InputError, match=r'x.jsonl cannot be read \(Permission denied\)'):
-      records.read_json(path, '') if method == 'read_bytes' else list(records.read(path))
+      records.read_json(path, '') if method == 'read_bytes' else list(records.read_any(path))
     monkeypatch.undo()
   monkeypatch.setattr(type(path), 'open', denied)
   with pytest.raises(InputError, match=r'y.jsonl cannot be written \(Permission denied\); give'):
@@ -163,19 +265,6 @@ def test_writing_to_an_invalid_path_changes_nothing(tmp_path, monkeypatch, out, 
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'file').write_text('kept')
   with pytest.raises(InputError, match=message):
-    records.write(tmp_path / out if out else '', [dict(id='a')])
+    records.write(tmp_path / out if out else '', prompts('a'))
   assert sorted(os.listdir(tmp_path)) == ['file', 'folder'] and not os.listdir(tmp_path / 'folder')
   assert (tmp_path / 'file').read_text() == 'kept'
-
-
-@pytest.mark.parametrize('value, shown', [
-    ('"4"', '"4"'), ('NaN', 'NaN'), ('true', 'true'), ('[4]', r'\[4\]'),
-    ('-Infinity', '-Infinity')])
-def test_a_score_is_a_finite_number_or_null(tmp_path, value, shown):
-  path = tmp_path / 'x.jsonl'
-  path.write_text('{"score": null}\n{"score": 4}\n{"score": 2.5}\n{"score": 1' + '0' * 400 + '}\n')
-  assert len(list(records.read(path, 'score'))) == 4
-  path.write_text('{"score": 1}\n{"score": ' + value + '}\n')
-  message = f'x.jsonl:2: "score" is {shown}, which is not a number; correct'
-  with pytest.raises(InputError, match=message):
-    list(records.read(path, 'score'))

@@ -1,4 +1,5 @@
 """DPO with cached reference log-probs equals DPO with the reference in the step; its alarms."""
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from srlm_jax import config as configs, InputError, model_files, records, stage
+from srlm_jax import config as configs, InputError, model_files, records, schema, stage
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config
 from srlm_jax.train import __main__ as train, reference
@@ -18,8 +19,9 @@ WORDS = ('pear', 'fig', 'plum', 'fruit', 'Name', 'pear fig', 'fig plum pear', 'a
 
 def pairs(count=21):  # no multiple of the batch
   for i in range(count):
-    yield dict(id=f'p{i}', prompt=f'Name {WORDS[i % 3]} {i}.', chosen=f'{WORDS[i % 8]} {i}',
-               rejected=WORDS[-1 - i % 7], chosen_finish='eos', rejected_finish='eos')
+    yield schema.Preference(
+        id=f'p{i}', prompt=f'Name {WORDS[i % 3]} {i}.', chosen=f'{WORDS[i % 8]} {i}',
+        rejected=WORDS[-1 - i % 7], chosen_finish='eos', rejected_finish='eos')
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_cached_log_probs_of_other_pairs_or_another_model_are_refused(run):
   workdir, _ = run('x', reference='cached')
   (workdir / 'm2' / 'model').rename(workdir / 'm2' / 'before')
   def reworded(rows):
-    return [dict(row, chosen=row['chosen'] + ' fig') for row in rows]
+    return [dataclasses.replace(row, chosen=row.chosen + ' fig') for row in rows]
   message = 'm2/reference was made with another inputs.m2/pairs/pairs.jsonl'
   with pytest.raises(InputError, match=message):
     run('x', reworded, reference='cached')

@@ -1,4 +1,5 @@
 """The page shows the data of the files, for runs that stopped anywhere, and escapes model texts."""
+import dataclasses
 import json
 import re
 import shutil
@@ -7,13 +8,36 @@ import sys
 
 import pytest
 
-from srlm_jax import catalog, InputError, records, stage
-from srlm_jax.report import page, plots, results
+from srlm_jax import catalog, InputError, records, schema, stage
+from srlm_jax.report import page, plots, results, summaries
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
-SCALE = dict(lowest=0.0, highest=5.0)
 STOPPED = '3 pairs are left (7 all scores equal), fewer than one batch of 8'
+
+
+def filled(kind, **given):
+  """An object of `kind`, a dataclass; required fields that are not given are empty, 0 or None."""
+  empty = {field.name: field.type() if callable(field.type) else None
+           for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+  return kind(**empty | given)
+
+
+def response(prompt_id, n=0, **given):
+  return filled(schema.Response, id=f'{prompt_id}/{n}', prompt_id=prompt_id, n=n,
+                **dict(finish='eos') | given)
+
+
+def judgement(response_id, j=0, **given):
+  return filled(schema.Judgement, id=f'{response_id}/{j}', response_id=response_id, j=j,
+                finish='eos', **given)
+
+
+def training(**given):
+  return dataclasses.asdict(filled(schema.TrainingSummary, **given))
+
+
+SCALE = dataclasses.asdict(filled(schema.JudgeSummary, lowest=0.0, highest=5.0))
 
 
 def write_stage(folder, name, done=None, **config):
@@ -31,48 +55,51 @@ def model(workdir, name, loss='sft'):
   steps = [dict(step=10 * i, loss=0.6931 / (i + 1), tokens_per_second=100.0) for i in range(4)]
   if loss == 'dpo':
     steps = [dict(s, margin=0.1 * i, accuracy=0.5 + 0.1 * i) for i, s in enumerate(steps)]
-  done = dict(steps=31, loss=0.17, examples=248, dropped={})
-  folder = write_stage(workdir / name, 'model', done, model='sandbox')
+  folder = write_stage(workdir / name, 'model', training(steps=31, loss=0.17, examples=248),
+                       model='sandbox')
   (folder / 'config.json').write_text('{}')
   records.write(folder / 'metrics.jsonl', steps)
   agreement = dict(pairwise_accuracy=0.713, pairs=971, ties=0.1, exact_match=0.25, spearman=0.5,
                    parse_rate=0.96, intervals=dict(pairwise_accuracy=[0.68, 0.74]))
   folder = write_stage(workdir / name, 'agreement', agreement)
   (folder / 'agreement.json').write_text(json.dumps(agreement))
-  judgements = [dict(id=f'{i}', j=0, score=float(i % 6), reason='') for i in range(24)]
-  judgements.append(dict(id='24', j=0, score=None, reason='no score'))
+  judgements = [judgement(f'{i}', score=float(i % 6)) for i in range(24)]
+  judgements.append(judgement('24', reason='no score'))
   folder = write_stage(workdir / name, 'judge_eval', {})
   records.write(folder / 'judgements-00000-of-00001.jsonl', judgements)
-  answers = [dict(id=f'h{i}/0', prompt_id=f'h{i}', prompt=f'Held-out prompt {i} {EVIL}',
-                  finish='eos', response=f'{name} answers {i} {EVIL}') for i in range(5)]
+  answers = [response(f'h{i}', prompt=f'Held-out prompt {i} {EVIL}',
+                      response=f'{name} answers {i} {EVIL}') for i in range(5)]
   folder = write_stage(workdir / name, 'answers', {})
   records.write(folder / 'responses-00000-of-00001.jsonl', answers)
   oracle = dict(score=3.217, standard_error=0.125, characters=61.5)
   folder = write_stage(workdir / name, 'oracle', {})
   (folder / 'oracle.json').write_text(json.dumps(oracle))
-  records.write(folder / 'graded.jsonl', [dict(a, score=i) for i, a in enumerate(answers)])
+  records.write(folder / 'graded.jsonl', [
+      schema.GradedResponse(**dataclasses.asdict(a), score=i) for i, a in enumerate(answers)])
 
 
 def data(workdir, name):
   """Writes the data of a DPO model: prompts, candidates, judgements and pairs."""
   folder = workdir / name
-  done = dict(prompts=10, wanted=10, attempts=1234, dropped={'seen before': 21, 'held out': 3})
-  write_stage(folder, 'prompts', done, **{'prompts.count': 10})
-  responses = [dict(id=f'p{i}/{n}', prompt_id=f'p{i}', prompt=f'Written prompt {i} {EVIL}',
-                    finish='eos', response=f'candidate {n} {EVIL}')
+  done = filled(schema.PromptsSummary, prompts=10, wanted=10, attempts=1234,
+                dropped={'seen before': 21, 'held out': 3})
+  write_stage(folder, 'prompts', dataclasses.asdict(done), **{'prompts.count': 10})
+  responses = [response(f'p{i}', n, prompt=f'Written prompt {i} {EVIL}',
+                        response=f'candidate {n} {EVIL}')
                for i in range(10) for n in range(2)]
   records.write(write_stage(folder, 'respond', {}) / 'responses-00000-of-00001.jsonl', responses)
-  judgements = [dict(id=f'{r["id"]}/{j}', response_id=r['id'], j=j, text=f'Judged {EVIL}',
-                     score=float((k + j) % 6), reason='', finish='eos')
+  judgements = [judgement(r.id, j, text=f'Judged {EVIL}', score=float((k + j) % 6))
                 for k, r in enumerate(responses) for j in range(2)]
   records.write(write_stage(folder, 'judge', SCALE, **JUDGE) / 'judgements-00000-of-00001.jsonl',
                 judgements)
-  pairs = [dict(id=f'p{i}', prompt=f'Paired prompt {i}', chosen=f'the better {EVIL}',
-                rejected=f'the worse {EVIL}', chosen_score=4.5, rejected_score=1.0,
-                chosen_finish='eos', rejected_finish='length') for i in range(3)]
-  done = dict(pairs=3, prompts=10, pairs_per_1000_prompts=300.0, margin=3.5,
-              dropped={'all scores equal': 7}, chosen_minus_rejected_characters=1.25)
-  records.write(write_stage(folder, 'pairs', done, **JUDGE) / 'pairs.jsonl', pairs)
+  pairs = [filled(schema.Pair, id=f'p{i}', prompt=f'Paired prompt {i}',
+                  chosen=f'the better {EVIL}', rejected=f'the worse {EVIL}', chosen_score=4.5,
+                  rejected_score=1.0, chosen_finish='eos', rejected_finish='length')
+           for i in range(3)]
+  done = filled(schema.PairsSummary, pairs=3, prompts=10, pairs_per_1000_prompts=300.0, margin=3.5,
+                dropped={'all scores equal': 7}, chosen_minus_rejected_characters=1.25)
+  folder = write_stage(folder, 'pairs', dataclasses.asdict(done), **JUDGE)
+  records.write(folder / 'pairs.jsonl', pairs)
 
 
 @pytest.fixture
@@ -81,10 +108,10 @@ def workdir(tmp_path):
   write_stage(tmp_path / 'data', 'seeds', dict(ift=60))
   for name in ('m0', 'sft', 'm1'):
     model(tmp_path, name)
-  write_stage(tmp_path / 'm1', 'eft', dict(
-      examples=90, replies=113,
+  write_stage(tmp_path / 'm1', 'eft', dataclasses.asdict(filled(
+      schema.EftSummary, examples=90, replies=113,
       dropped={'scores against the ranks': 6, 'downsampled: most frequent score': 17},
-      scores_before={'0': 40, '4': 67}, scores={'0': 40, '4': 50}))
+      scores_before={'0': 40, '4': 67}, scores={'0': 40, '4': 50})))
   data(tmp_path, 'm2')
   model(tmp_path, 'm2', 'dpo')
   data(tmp_path, 'm3')
@@ -165,7 +192,8 @@ def test_an_unfinished_stage_is_counted_without_its_incomplete_last_line(workdir
   (folder / 'done.json').unlink()
   (folder / 'manifest.json').write_text(json.dumps(
       dict(format=stage.FORMAT, config={'seed': 0, 'prompts.count': 4000})))
-  lines = [dict(id='0', text='x', dropped=''), dict(id='1', text='x', dropped='cut off by length')]
+  lines = [filled(schema.Attempt, id=f'{i}', dropped=why)
+           for i, why in enumerate(['', 'cut off by length'])]
   (folder / 'attempts.jsonl').write_text(''.join(map(records.dump, lines)) + '{"id": "2", "te')
   words = plain(page_of(workdir))
   assert 'Started but not finished: m3/prompts.' in words
@@ -180,15 +208,19 @@ def test_a_stale_reason_to_stop_is_not_shown(workdir, no_plots):
 
 def test_known_failures_give_warnings():
   scores = [4.0] * 8 + [1.0] + [None] * 2
-  judgements = [dict(score=score, reason='' if score else 'unreadable') for score in scores]
-  judgements = [dict(j, response_id=f'{i // 2}/{i % 2}') for i, j in enumerate(judgements)]
-  responses = [dict(id=f'{i // 2}/{i % 2}', finish=reason, prompt_id=str(i // 2), response=str(i))
+  judgements = [judgement(f'{i // 2}/{i % 2}', score=score, reason='' if score else 'unreadable')
+                for i, score in enumerate(scores)]
+  responses = [response(str(i // 2), i % 2, finish=reason, response=str(i))
                for i, reason in enumerate(['length'] * 3 + ['eos'] * 2)]
+
+  def pair(length):
+    return filled(schema.Pair, chosen='x' * length, rejected='y' * 20)
   iteration = page.Iteration(
-      model='m2', judgements=judgements, quorum=1, responses=responses,
-      pairs=[dict(chosen='x' * 31, rejected='y' * 20)], pairs_done=dict(prompts=1))
-  done = dict(examples=9, dropped={'longer than 512 tokens': 10})
-  run = page.Run(iterations=[iteration], stages={('m2', 'model'): page.StageFiles({}, done)})
+      model='m2', judgements=judgements, quorum=1, responses=responses, pairs=[pair(31)],
+      pairs_summary=filled(schema.PairsSummary, prompts=1))
+  made = filled(schema.TrainingSummary, examples=9, dropped={'longer than 512 tokens': 10})
+  run = page.Run(iterations=[iteration],
+                 stages={('m2', 'model'): summaries.Started(summaries.Config(), 1.0, made)})
   found = '\n'.join(page.warnings(run))
   for text in ('m2/judge: 9 of 11 judgements have a score (the others: 2 unreadable), '
                'fewer than 90%',
@@ -198,8 +230,8 @@ def test_known_failures_give_warnings():
                'm2/model: trained on 9 examples; dropped 10 longer than 512 tokens'):
     assert text in found
   iteration.judgements = judgements[4:9] + judgements[8:9] * 3
-  iteration.pairs = [dict(chosen='x' * 30, rejected='y' * 20)]
-  iteration.responses = [dict(id='p/0', finish='eos', prompt_id='p', response='x')]
+  iteration.pairs = [pair(30)]
+  iteration.responses = [response('p', response='x')]
   run.stages = {}
   assert page.warnings(run) == []
 
@@ -217,8 +249,7 @@ def test_a_folder_without_a_model_is_an_error_of_one_sentence(tmp_path):
 
 def test_a_missing_stage_gives_no_warning(workdir, no_plots):
   """M1 has judgements of ranked replies but no responses."""
-  judgements = [dict(id=f'{i}', response_id=f'r{i}', j=0, text='', score=float(i), reason='',
-                     finish='eos') for i in range(5)]
+  judgements = [judgement(f'r{i}', score=float(i)) for i in range(5)]
   folder = write_stage(workdir / 'm1', 'judge', SCALE, **JUDGE)
   records.write(folder / 'judgements-00000-of-00001.jsonl', judgements)
   assert 'class="warnings"' not in page_of(workdir)
@@ -252,16 +283,19 @@ def test_a_damaged_record_is_named_by_file_and_line_in_the_error(workdir, no_plo
   file, *fields = LINES[name]
   path = workdir / file
   whole = path.read_text()
-  changes = [('{"id": "x", \n', 'not a JSON object'),
-             ('[1]\n', 'a list, not a JSON object')]
-  changes += [(without(field), f'no field "{field}"') for field in fields if field != 'loss']
+  changes = [('{"id": "x", \n', 'Input data was truncated'),
+             ('[1]\n', 'Expected object, got array')]
+  changes += [(without(field), f'Object missing required field {field};')
+              for field in fields if field != 'loss']
   numbers = [field for field in fields if field in ('step', 'loss', 'score', 'chosen_score')]
-  changes += [(lambda r, f=field, v=value: dict(r, **{f: v}), f'"{field}" is .* not a number')
-              for field in numbers for value in ('3', float('nan'))]
+  changes += [(lambda r, f=field: dict(r, **{f: '3'}), f'Expected .*, got str for "{field}"')
+              for field in numbers]
+  changes += [(lambda r, f=field: dict(r, **{f: float('nan')}), 'JSON is malformed')
+              for field in numbers]
   for change, message in changes:
     path.write_text(whole)
     damage(path, 2, change)
-    with pytest.raises(InputError, match=f'{file}:2: {message}'):
+    with pytest.raises(InputError, match=f'{file}:2: not a valid record: {message}'):
       page.remake(workdir)
   path.write_text(whole + '{"id": "cut by a ki')
   assert '</html>' in page_of(workdir)
@@ -272,41 +306,51 @@ def test_a_damaged_record_is_named_by_file_and_line_in_the_error(workdir, no_plo
 
 
 @pytest.mark.parametrize('file, change, message', [
-    ('results.json', '{"models": ', 'not JSON'),
-    ('results.json', '[]', 'a list, not a JSON object'),
-    ('results.json', '{"models": [3]}', '"models" is '),
-    ('results.json', '{"models": [], "stopped": 3}', '"stopped" is 3'),
-    ('results.json', '\xff', 'not JSON'),
-    ('m2/pairs/done.json', '', 'not JSON'),
-    ('m2/pairs/done.json', '3', 'a int, not a JSON object'),
-    ('m2/pairs/done.json', without('prompts'), 'no "prompts"'),
-    ('m2/pairs/done.json', without('dropped'), 'no "dropped"'),
-    ('m2/prompts/done.json', without('attempts'), 'no "attempts"'),
-    ('m2/prompts/done.json', lambda r: dict(r, dropped=3), '"dropped" is 3'),
-    ('m2/judge/done.json', lambda r: dict(r, highest='5'), '"highest" is "5"'),
-    ('m2/model/done.json', lambda r: dict(r, dropped=dict(x='y')), '"dropped" is {"x": "y"}'),
-    ('m2/model/done.json', lambda r: dict(r, seconds=float('nan')), '"seconds" is NaN'),
-    ('m2/answers/done.json', lambda r: dict(r, seconds=None), 'no "seconds"'),
-    ('m2/pairs/done.json', lambda r: dict(r, margin='x'), '"margin" is "x"'),
-    ('m1/eft/done.json', without('scores'), 'no "scores"'),
-    ('m2/model/manifest.json', '{', 'not JSON'),
-    ('m2/model/manifest.json', '{"format": 3}', 'no "config"'),
+    ('results.json', '{"models": ', 'Input data was truncated'),
+    ('results.json', '[]', 'Expected object, got array'),
+    ('results.json', '{"models": [3]}', 'Expected object, got int for "models[0]"'),
+    ('results.json', '{"models": [{}]}', 'Object missing required field model for "models[0]"'),
+    ('results.json', '{"models": [], "stopped": 3}', 'Expected str, got int for "stopped"'),
+    ('results.json', '\xff', 'JSON is malformed'),
+    ('m2/pairs/done.json', '', 'Input data was truncated'),
+    ('m2/pairs/done.json', '3', 'Expected object, got int'),
+    ('m2/pairs/done.json', without('prompts'), 'Object missing required field prompts;'),
+    ('m2/pairs/done.json', without('dropped'), 'Object missing required field dropped;'),
+    ('m2/prompts/done.json', without('attempts'), 'Object missing required field attempts;'),
+    ('m2/prompts/done.json', lambda r: dict(r, dropped=3),
+     'Expected object, got int for "dropped"'),
+    ('m2/judge/done.json', lambda r: dict(r, highest='5'),
+     'Expected float, got str for "highest"'),
+    ('m2/model/done.json', lambda r: dict(r, dropped=dict(x='y')),
+     'Expected int, got str for "dropped[...]"'),
+    ('m2/model/done.json', lambda r: dict(r, seconds=float('nan')), 'JSON is malformed'),
+    ('m2/answers/done.json', lambda r: dict(r, seconds=None),
+     'Expected float, got null for "seconds"'),
+    ('m2/pairs/done.json', lambda r: dict(r, margin='x'),
+     'Expected float | null, got str for "margin"'),
+    ('m1/eft/done.json', without('scores'), 'Object missing required field scores;'),
+    ('m2/model/manifest.json', '{', 'Input data was truncated'),
+    ('m2/model/manifest.json', '{"format": 3}', 'Object missing required field config;'),
     ('m2/model/manifest.json', '{"config": {}}', 'written by another version of srlm_jax'),
     ('m2/judge/manifest.json', '{"format": 3, "config": {"judge.n": "2"}}',
-     '"config.judge.n" is "2"'),
-    ('m2/oracle/oracle.json', lambda r: dict(r, score='3'), '"score" is "3"'),
-    ('m2/oracle/oracle.json', without('standard_error'), 'no "standard_error"'),
-    ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'), '"ties" is "x"'),
-    ('m2/agreement/agreement.json', lambda r: dict(r, intervals=3), '"intervals" is 3'),
+     'Expected int | null, got str for "config.judge.n"'),
+    ('m2/oracle/oracle.json', lambda r: dict(r, score='3'),
+     'Expected int | float | null, got str for "score"'),
+    ('m2/oracle/oracle.json', without('standard_error'),
+     'Object missing required field standard_error;'),
+    ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'),
+     'Expected int | float | null, got str for "ties"'),
+    ('m2/agreement/agreement.json', lambda r: dict(r, intervals=3),
+     'Expected object, got int for "intervals"'),
     ('m2/agreement/agreement.json', lambda r: dict(r, intervals=dict(ties=[1, []])),
-     '"intervals" is {"ties"')])
+     'Expected float, got array for "intervals[...][1]"')])
 def test_a_damaged_summary_is_named_in_the_error(workdir, no_plots, file, change, message):
   path = workdir / file
   if isinstance(change, str):
     path.write_bytes(change.encode('latin-1'))
   else:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-  with pytest.raises(InputError, match=re.escape(file) + ': ' + re.escape(message)):
+  with pytest.raises(InputError, match=re.escape(file) + ': .*' + re.escape(message)):
     page.remake(workdir)
 
 

@@ -1,5 +1,6 @@
 """Tests of the grader, the simulated annotators, the corpus and the packaged M0 of the sandbox."""
 import collections
+import dataclasses
 import doctest
 import itertools
 import json
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import config as configs, InputError, records
+from srlm_jax import config as configs, InputError, records, schema
 from srlm_jax.checkpoint import hf
 from srlm_jax.data import templates
 from srlm_jax.models import config as model_config
@@ -117,10 +118,10 @@ def test_ranks_agree_with_grades_about_as_often_as_human_annotators():
   rng, agreed = np.random.default_rng(4), []
   for prompt in draw(1000):
     replies = people.ranked(prompt, rng, 3)
-    assert sorted(reply['rank'] for reply in replies) == [0, 1, 2]
+    assert sorted(reply.rank for reply in replies) == [0, 1, 2]
     for a, b in itertools.permutations(replies, 2):
-      if sum(world.grade(prompt, a['text'])) > sum(world.grade(prompt, b['text'])):
-        agreed.append(a['rank'] < b['rank'])
+      if sum(world.grade(prompt, a.text)) > sum(world.grade(prompt, b.text)):
+        agreed.append(a.rank < b.rank)
   assert 0.74 < np.mean(agreed) < 0.82
 
 
@@ -128,20 +129,20 @@ def test_seeds_are_deterministic_and_the_sets_share_no_prompt():
   seeds, others = people.seeds(0, *SIZES), people.seeds(1, *SIZES)
   assert seeds == people.seeds(0, *SIZES)
   assert seeds['ift'] != others['ift'] and seeds['heldout'] == others['heldout']
-  ranked, held = (collections.Counter(row['split'] for row in seeds[name])
+  ranked, held = (collections.Counter(row.split for row in seeds[name])
                   for name in ('ranked', 'heldout'))
   assert SIZES == (len(seeds['ift']), ranked['train'], ranked['eval'], ranked['tune'],
                    held['test'], held['valid'])
-  cores = {split: {world.bare(r['prompt']) for r in seeds['ranked'] if r['split'] == split}
+  cores = {split: {world.bare(r.prompt) for r in seeds['ranked'] if r.split == split}
            for split in ranked}
   assert not cores['tune'] & cores['eval'] and others['ranked'][-35:] == seeds['ranked'][-35:]
-  training = seeds['ift'] + [r for r in seeds['ranked'] if r['split'] == 'train']
+  training = seeds['ift'] + [r for r in seeds['ranked'] if r.split == 'train']
   for rows in (training, seeds['ranked'], seeds['heldout']):
-    assert len({row['prompt'] for row in rows}) == len({row['id'] for row in rows}) == len(rows)
+    assert len({row.prompt for row in rows}) == len({row.id for row in rows}) == len(rows)
   for rows in seeds.values():
     for row in rows:
-      split = row.get('split', 'train')
-      assert world.split(row['prompt']) == ('valid' if split in ('eval', 'tune') else split)
+      split = getattr(row, 'split', 'train')
+      assert world.split(row.prompt) == ('valid' if split in ('eval', 'tune') else split)
 
 
 def test_no_held_out_instruction_is_in_the_corpus(texts):
@@ -200,27 +201,38 @@ def test_the_packaged_m0_is_small_and_matches_its_log():
 
 
 ANSWERS = ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Gladly, fig and plum.']
-RESPONSES = [dict(id=f'p/{i}', prompt_id='p', prompt='Name two nice fruits.', response=text)
-             for i, text in enumerate(ANSWERS)]
+RESPONSES = [
+    schema.Response(id=f'p/{i}', prompt_id='p', n=i, prompt='Name two nice fruits.', response=text,
+                    finish='eos', tokens=5, logp=-1.0)
+    for i, text in enumerate(ANSWERS)]
+
+
+def pair(chosen, rejected):
+  """A pair of two of RESPONSES."""
+  return schema.Pair(
+      id='p', prompt='Name two nice fruits.', chosen=ANSWERS[chosen], rejected=ANSWERS[rejected],
+      chosen_finish='eos', rejected_finish='eos', chosen_id=f'p/{chosen}',
+      rejected_id=f'p/{rejected}', chosen_score=4.0, rejected_score=3.0, chosen_spread=0.0,
+      rejected_spread=0.0)
 
 
 def test_an_audit_counts_the_pairs_that_the_oracle_would_reverse():
-  pairs = [dict(chosen_id=f'p/{a}', rejected_id=f'p/{b}')
-           for a, b in ((0, 1), (0, 3), (2, 1), (1, 2))]
+  pairs = [pair(0, 1), pair(0, 3), pair(2, 1), pair(1, 2)]
   found = audit.measure(RESPONSES, {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}, pairs)
   assert (found['right'], found['tied'], found['wrong']) == (0.5, 0.25, 0.25)
   assert (found['judge_mean'], found['oracle_mean'], found['judged']) == (4.0, round(10 / 3, 4), 3)
   assert found['within_half'] == round(1 / 3, 4)
   assert found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
-  strange = dict(RESPONSES[0], id='q/0', prompt='Sing.')
+  strange = dataclasses.replace(RESPONSES[0], id='q/0', prompt='Sing.')
   assert audit.measure([strange], {'q/0': 3.0}, [])['of_the_world'] == 0
 
 
 def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
   texts = ['Sure, pear and fig.', 'pear and fig.', 'pear.']  # 5, 3, 2 points
-  ranked = [dict(id='p', prompt='Name two nice fruits.',
-                 replies=[dict(id=str(i), text=texts[i], rank=rank)
-                          for i, rank in enumerate((1, 0, 2))])]
+  ranked = [schema.RankedPrompt(
+      id='p', prompt='Name two nice fruits.', split='eval',
+      replies=tuple(schema.Reply(id=str(i), text=texts[i], rank=rank)
+                    for i, rank in enumerate((1, 0, 2))))]
   perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0})
   assert (perfect['judge_pairwise'], perfect['judge_exact']) == (1, 1)
   # The ranks disagree with the grades on one of three pairs.
@@ -238,8 +250,8 @@ def test_a_control_replaces_the_scores_of_the_judge(tmp_path, by):
   config.judge.by = by
   records.write(tmp_path / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', RESPONSES)
   control.run(config, tmp_path)
-  made = list(records.read_shards(tmp_path / 'm2' / 'judge', 'judgements', 'response_id', 'score'))
+  made = list(records.read_shards(tmp_path / 'm2' / 'judge', 'judgements', schema.Judgement))
   assert len(made) == 3 * len(RESPONSES)
-  assert all(JUDGE.parse(j['text'])[0] == j['score'] for j in made)
-  scores = [[j['score'] for j in made if j['response_id'] == r['id']] for r in RESPONSES]
+  assert all(JUDGE.parse(j.text)[0] == j.score for j in made)
+  scores = [[j.score for j in made if j.response_id == r.id] for r in RESPONSES]
   assert (scores == [[5.0] * 3, [3.0] * 3, [2.0] * 3, [5.0] * 3]) == (by == 'oracle')

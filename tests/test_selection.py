@@ -1,4 +1,5 @@
 """Selection keeps the best checkpoint of a training run and deletes the others."""
+import dataclasses
 import json
 import shlex
 import sys
@@ -6,7 +7,7 @@ import sys
 from conftest import CHANGES, init, main
 import pytest
 
-from srlm_jax import config as configs, InputError, model_files, records, selection, stage
+from srlm_jax import config as configs, InputError, model_files, records, schema, selection, stage
 from srlm_jax.checkpoint import store
 from srlm_jax.models.config import PRESETS
 
@@ -18,6 +19,11 @@ MEASURE = (
     f'print({{1: 0.5, 2: 0.75, 3: 0.6, 4: 0.75}}[s])" {{checkpoint}}')
 
 
+def measures(folder):
+  """{step: measure} of a selection's folder."""
+  return {m.step: m.measure for m in records.read(folder / 'measures.jsonl', schema.Measure)}
+
+
 @pytest.fixture
 def trained(tmp_path, tokenizer_folder, mesh):
   """A workdir with a trained M2, its folder, and a function that makes its config."""
@@ -27,7 +33,10 @@ def trained(tmp_path, tokenizer_folder, mesh):
   for step in (1, 2, 3, 4):
     store.save(saver, step, params)
   saver.close()
-  stage.write_json(folder / 'done.json', dict(params='abc', files={}, seconds=1))
+  summary = schema.TrainingSummary(
+      steps=4, loss=1.0, params='abc', examples=32, padding_free=1.0, dropped={})
+  stage.write_json(folder / 'done.json',
+                   dict(dataclasses.asdict(summary), files={}, seconds=1))
   (tmp_path / 'data' / 'seeds').mkdir(parents=True)
   (tmp_path / 'data' / 'seeds' / 'ranked.jsonl').write_text('')
 
@@ -53,11 +62,12 @@ def test_a_command_selects_the_earliest_best_step_and_the_others_are_deleted(tra
   selection.run(c, workdir)
   assert model_files.latest(folder) == 2 and model_files.steps(folder) == [2]
   assert stage.finished_model(workdir, 'm2') == folder
-  measures = list(records.read(workdir / 'm2' / 'selection' / 'measures.jsonl'))
-  assert measures == [dict(step=1, measure=0.5), dict(step=2, measure=0.75),
-                      dict(step=3, measure=0.6), dict(step=4, measure=0.75)]
+  path = workdir / 'm2' / 'selection' / 'measures.jsonl'
+  before = path.read_bytes()
+  assert measures(path.parent) == {1: 0.5, 2: 0.75, 3: 0.6, 4: 0.75}
+  assert before.count(b'\n') == 4
   selection.run(c, workdir)  # is done, so it changes nothing
-  assert list(records.read(workdir / 'm2' / 'selection' / 'measures.jsonl')) == measures
+  assert path.read_bytes() == before
 
 
 def test_a_killed_selection_resumes(trained):
@@ -65,13 +75,13 @@ def test_a_killed_selection_resumes(trained):
   with pytest.raises(InputError, match='gave no number'):
     selection.run(config(MEASURE.replace('3: 0.6, ', '')), workdir)
   path = workdir / 'm2' / 'selection' / 'measures.jsonl'
-  assert [r['step'] for r in records.read(path)] == [1, 2]
+  assert list(measures(path.parent)) == [1, 2]
   assert model_files.steps(folder) == [1, 2, 3, 4]
   path.write_text(path.read_text().replace('0.75', '0.95'))  # shows if step 2 is measured again
   (path.parent / 'manifest.json').unlink()  # it has the other command
   (path.parent / '3' / 'data').unlink()  # as if killed before this link was made
   selection.run(config(MEASURE), workdir)
-  assert next(r for r in records.read(path) if r['step'] == 2)['measure'] == 0.95
+  assert measures(path.parent) == {1: 0.5, 2: 0.95, 3: 0.6, 4: 0.75}
 
 
 @pytest.mark.parametrize('command', [
@@ -104,12 +114,11 @@ def test_the_loop_continues_from_the_checkpoint_with_the_best_agreement(tmp_path
        *(f'--set={c}' for c in CHANGES), '--set=m1:train.select=agreement',
        '--set=m1:train.save_every=12', '--set=train.reference=cached',
        '--set=data.ranked_tune=0')  # then both measure on the split eval
-  measures = {r['step']: r['measure']
-              for r in records.read(tmp_path / 'm1' / 'selection' / 'measures.jsonl')}
+  found = measures(tmp_path / 'm1' / 'selection')
   best = model_files.latest(tmp_path / 'm1' / 'model')
-  assert len(measures) > 1 and measures[best] == max(measures.values())
-  found = json.loads((tmp_path / 'm1' / 'agreement' / 'agreement.json').read_text())
-  assert found['pairwise_accuracy'] == pytest.approx(measures[best], abs=1e-4)
+  assert len(found) > 1 and found[best] == max(found.values())
+  agreement = json.loads((tmp_path / 'm1' / 'agreement' / 'agreement.json').read_text())
+  assert agreement['pairwise_accuracy'] == pytest.approx(found[best], abs=1e-4)
   manifest = json.loads((tmp_path / 'm2' / 'model' / 'manifest.json').read_text())
   assert manifest['params'] == model_files.recorded_hash(tmp_path / 'm1' / 'model')
   assert (tmp_path / 'm2' / 'reference' / 'done.json').exists()

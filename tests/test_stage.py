@@ -6,7 +6,17 @@ import sys
 from conftest import init, ROOT, tokenizer_bytes
 import pytest
 
-from srlm_jax import catalog, cli, config as configs, InputError, loop, model_files, records, stage
+from srlm_jax import (
+  catalog,
+  cli,
+  config as configs,
+  InputError,
+  loop,
+  model_files,
+  records,
+  schema,
+  stage,
+)
 from srlm_jax.checkpoint import store
 from srlm_jax.models.config import PRESETS
 
@@ -267,7 +277,9 @@ def test_the_catalog_names_only_existing_keys_files_roles_and_programs():
 
 @pytest.mark.parametrize('name', configs.TRAINING_DATA)
 def test_every_training_set_is_written_by_a_stage(name):
-  path = catalog.training_file('run', configs.get('m2', 'tiny'), name)
+  config = configs.get('m2', 'tiny')
+  config.train.data = (name,)
+  path, = catalog.training_files('run', config)
   assert path.name == f'{name}.jsonl' and len(path.parts) == 4
 
 
@@ -290,6 +302,11 @@ def test_needs_returns_the_stages_that_each_config_needs():
   assert {*needed('m2', train__select='agreement')} == own | {'selection'}
   assert {*needed('m2', judge__by='oracle')} == own
   assert {*needed('m2', data__source='oasst')} == own - {'answers_greedy', 'oracle', 'audit'}
+
+
+def test_an_input_that_the_catalog_does_not_declare_is_refused(tmp_path):
+  with pytest.raises(catalog.Undeclared, match='program reads pairs/pairs.jsonl, which is not'):
+    make(tmp_path).read('pairs/pairs.jsonl', schema.Pair)
 
 
 def test_the_error_for_an_unknown_on_flag_lists_the_valid_values():

@@ -5,7 +5,7 @@ from conftest import CHANGES, main
 import pytest
 from scipy import stats
 
-from srlm_jax import records, stage, study
+from srlm_jax import records, schema, stage, study
 from srlm_jax.reward import scores
 
 
@@ -13,8 +13,10 @@ def graded(workdir, **models):
   for model, values in models.items():
     (workdir / model / 'model').mkdir(parents=True)
     stage.write_json(workdir / model / 'model' / 'done.json', {})
-    records.write(workdir / model / 'oracle' / 'graded.jsonl',
-                  (dict(prompt_id=f'p{i}', score=x) for i, x in enumerate(values)))
+    records.write(workdir / model / 'oracle' / 'graded.jsonl', (
+        schema.GradedResponse(id=f'p{i}/0', prompt_id=f'p{i}', n=0, prompt='', response='',
+                              finish='eos', tokens=0, logp=0.0, score=x)
+        for i, x in enumerate(values)))
 
 
 def difference(mean, over_prompts, *by_run):
@@ -50,9 +52,10 @@ def test_the_overview_has_a_line_per_study(tmp_path):
   row = dict.fromkeys(study.COLUMNS) | dict(gain=None, errors={}, judge={}, against=dict(
       mean=-0.5, over_prompts=0.1, over_seeds=0.3, interval=[-1.1, 0.1], least=-1, most=0))
   stage.write_json(tmp_path / 'blind.json', dict(
-      name='blind', seeds=3, models=[dict(row, model='m2', wins=0.25)]))
+      name='blind', seeds=3, changes=[], models=[dict(row, model='m2', wins=0.25)]))
   stage.write_json(tmp_path / 'loop.json', dict(
-      name='loop', seeds=5, models=[dict(row, model=m, against=None) for m in ('m1', 'm2')]))
+      name='loop', seeds=5, changes=[],
+      models=[dict(row, model=m, against=None) for m in ('m1', 'm2')]))
   _, first, second = study.overview(tmp_path).splitlines()
   assert first.split()[:2] == ['loop', '5'] and second.split()[:2] == ['blind', '3']
   assert '-0.500       0.100     0.300    0.316  -1.100 to +0.100  -1.00 to +0.00  0.25' in second

@@ -2,7 +2,7 @@
 from collections.abc import Iterable
 import dataclasses
 
-from srlm_jax import InputError
+from srlm_jax import InputError, schema
 from srlm_jax.data import templates
 
 
@@ -33,28 +33,27 @@ class Examples:
   dropped: dict[str, int]  # reason: how many records were dropped for it
 
 
-def sft(records: Iterable[dict], tokenizer, chat: str, max_length: int) -> Examples:
-  """Records with prompt and response -> examples of one response, followed by eos.
+def sft(records: Iterable[schema.Demonstration | schema.EftExample | schema.Positive], tokenizer,
+        chat: str, max_length: int) -> Examples:
+  """Prompts with a response -> examples of one response, followed by eos.
 
-  A response whose `finish` is not eos was truncated and gets no eos. A record without `finish` was
-  written by a person and is complete.
+  A response whose `finish` is not eos was truncated and gets no eos.
   """
   kept = _Kept()
   for record in records:
-    finished = record.get('finish', 'eos') == 'eos'
-    encoded = _encode(record['prompt'], record['response'], finished, tokenizer, chat, max_length)
-    kept.add(record['id'], [encoded])
+    encoded = _encode(record.prompt, record.response, record.finish, tokenizer, chat, max_length)
+    kept.add(record.id, [encoded])
   return kept.examples('no example is left to train on')
 
 
-def corpus(documents: Iterable[dict], tokenizer, max_length: int) -> Examples:
-  """Records with text -> examples of `max_length` tokens, cut from the concatenated documents.
+def corpus(documents: Iterable[schema.Document], tokenizer, max_length: int) -> Examples:
+  """-> examples of `max_length` tokens, cut from the concatenated documents.
 
   Every token but the first of each example is a target.
   """
   stream = []
   for document in documents:
-    stream += [tokenizer.bos_id, *tokenizer.encode(document['text']), tokenizer.eos_ids[0]]
+    stream += [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_ids[0]]
   count = len(stream) // max_length
   if not count:
     raise InputError(f'the corpus has {len(stream)} tokens, fewer than one row of {max_length}; '
@@ -63,27 +62,23 @@ def corpus(documents: Iterable[dict], tokenizer, max_length: int) -> Examples:
   return Examples([Example(f'row{i}', row[:1], (row[1:],)) for i, row in enumerate(rows)], {})
 
 
-def dpo(pairs: Iterable[dict], tokenizer, chat: str, max_length: int) -> Examples:
-  """Records with prompt, chosen and rejected -> examples of two responses.
-
-  A response whose finish is not eos was truncated and gets no eos. `confidence` of a record, by
-  default 1, is the probability that chosen is better.
-  """
+def dpo(pairs: Iterable[schema.Preference], tokenizer, chat: str, max_length: int) -> Examples:
+  """-> examples of two responses, chosen and rejected; eos as in `sft`."""
   kept = _Kept()
   for pair in pairs:
-    if pair['chosen'].strip() == pair['rejected'].strip():
-      raise InputError(f'pair {pair["id"]}: chosen and rejected are the same text; remove the pair')
-    confidence = pair.get('confidence', 1.0)
-    if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
-      raise InputError(f'pair {pair["id"]}: confidence is {confidence!r}; it must be a number from '
+    if pair.chosen.strip() == pair.rejected.strip():
+      raise InputError(f'pair {pair.id}: chosen and rejected are the same text; remove the pair')
+    if not 0 <= pair.confidence <= 1:
+      raise InputError(f'pair {pair.id}: confidence is {pair.confidence}; it must be a number from '
                        f'0 to 1')
-    encoded = [_encode(pair['prompt'], pair[side], pair[f'{side}_finish'] == 'eos', tokenizer, chat,
-                       max_length) for side in ('chosen', 'rejected')]
-    kept.add(pair['id'], encoded, confidence)
+    encoded = [_encode(pair.prompt, response, finish, tokenizer, chat, max_length)
+               for response, finish in ((pair.chosen, pair.chosen_finish),
+                                        (pair.rejected, pair.rejected_finish))]
+    kept.add(pair.id, encoded, pair.confidence)
   return kept.examples('no pair is left to train on')
 
 
-def _encode(prompt, response, finished, tokenizer, chat, max_length):
+def _encode(prompt, response, finish, tokenizer, chat, max_length):
   """-> (prompt, response) as tokens, or the reason to drop the record."""
   if not response.strip():
     return 'empty response'
@@ -91,7 +86,7 @@ def _encode(prompt, response, finished, tokenizer, chat, max_length):
   if encoded is None:
     return 'token crosses the prompt/response boundary'
   prompt_ids, response_ids = encoded
-  if finished:
+  if finish == schema.EOS:
     response_ids = [*response_ids, tokenizer.eos_ids[0]]
   if len(prompt_ids) + len(response_ids) > max_length:
     return f'longer than {max_length} tokens'

@@ -17,10 +17,11 @@ import json
 import math
 import re
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, schema
 from srlm_jax.data.turns import Message, Turn
 
 NAME = 'ranked'
+SEEDS = 'seeds/ranked.jsonl'  # in the catalog
 
 
 def turns(rows: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, Turn]]:
@@ -95,24 +96,26 @@ def _show(value) -> str:
   return 'absent' if value is None else json.dumps(value)[:40]
 
 
-def check(ranked: list[dict], source):
-  """Raises InputError if a reply lacks a text or if the ranks of a prompt are not a ranking.
+def of_split(s, split: str) -> list[schema.RankedPrompt]:
+  """The ranked prompts of a split of the seed data, checked; s: a stage that reads them."""
+  ranked = [r for r in s.read(SEEDS, schema.RankedPrompt) if r.split == split]
+  check(ranked, SEEDS)
+  return ranked
+
+
+def check(ranked: list[schema.RankedPrompt], source):
+  """Raises InputError if an id or a text is blank or if the ranks of a prompt are not a ranking.
 
   A ranking gives 0 to the best reply and equal ranks to ties, as in 0, 1, 1, 3.
   """
   for r in ranked:
-    replies = r['replies']
-    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-      raise InputError(f'{source}: the replies of {r["id"]} must be a list of '
-                       f'{{"id", "text", "rank"}}; correct that record')
-    ranks = [reply.get('rank') for reply in replies]
-    whole = all(type(rank) is int for rank in ranks)
-    if len(ranks) < 2 or not whole or ranks != competition(ranks):
-      raise InputError(f'{source}: the ranks {ranks} of the replies of {r["id"]} are not a ranking '
+    ranks = [reply.rank for reply in r.replies]
+    if len(ranks) < 2 or ranks != competition(ranks):
+      raise InputError(f'{source}: the ranks {ranks} of the replies of {r.id} are not a ranking '
                        f'(0 is best, then 1, 2, ..; ties share a rank); correct or delete that '
                        f'record')
-    for reply in replies:
+    for reply in r.replies:
       for field in ('id', 'text'):
-        if not isinstance(reply.get(field), str) or not reply[field].strip():
-          raise InputError(f'{source}: a reply of {r["id"]} has no {field}; correct or delete that '
+        if not getattr(reply, field).strip():
+          raise InputError(f'{source}: a reply of {r.id} has no {field}; correct or delete that '
                            f'record')

@@ -20,7 +20,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.data import oasst, ranked, splits
 from srlm_jax.data.splits import Prompt
 from srlm_jax.data.turns import Message, Turn
@@ -108,7 +108,7 @@ class Files(tfds.core.BuilderConfig):
 
   def turns(self) -> Iterator[Turn]:
     """Yields the turns of the source. Raises InputError for duplicate prompt or reply ids."""
-    rows = itertools.chain.from_iterable(map(records.numbered, self.paths))
+    rows = itertools.chain.from_iterable(map(records.read_any, self.paths))
     found = oasst.turns(rows, self.synthetic) if self.source == 'oasst' else ranked.turns(rows)
     seen = set()  # 64-bit hashes take less memory than ids; 10^6 ids collide with p = 3e-8
     for where, turn in found:
@@ -215,7 +215,7 @@ def count(usable: Usable, sets: dict[str, list[Prompt]], requested: dict[str, in
                       'replies': dict(sorted(replies_lost.items()))}}
 
 
-def files(turns: Turns, sets: dict[str, list[Prompt]], source: str) -> dict[str, Iterator[dict]]:
+def files(turns: Turns, sets: dict[str, list[Prompt]], source: str) -> dict[str, Iterator]:
   """{file name: its records}; reads the turns one by one."""
   def rows(names):
     for name in names:
@@ -224,22 +224,25 @@ def files(turns: Turns, sets: dict[str, list[Prompt]], source: str) -> dict[str,
         yield turns[p.index], split
 
   return {
-      'ift.jsonl': ({'id': turn.id, 'prompt': turn.prompt,
-                     'response': best_first(turn)[0]['text'], 'source': source}
-                    for turn, _ in rows(['ift'])),
-      'heldout.jsonl': ({'id': turn.id, 'prompt': turn.prompt, 'split': split}
-                        for turn, split in rows(splits.HELD_OUT_SETS)),
-      'ranked.jsonl': ({'id': turn.id, 'prompt': turn.prompt, 'split': split,
-                        'replies': best_first(turn), 'source': source}
-                       for turn, split in rows(splits.RANKED_SETS))}
+      'ift.jsonl': (
+          schema.Demonstration(id=turn.id, prompt=turn.prompt, response=best_first(turn)[0].text,
+                               source=source)
+          for turn, _ in rows(['ift'])),
+      'heldout.jsonl': (
+          schema.HeldOutPrompt(id=turn.id, prompt=turn.prompt, split=split)
+          for turn, split in rows(splits.HELD_OUT_SETS)),
+      'ranked.jsonl': (
+          schema.RankedPrompt(id=turn.id, prompt=turn.prompt, split=split,
+                              replies=best_first(turn), source=source)
+          for turn, split in rows(splits.RANKED_SETS))}
 
 
-def best_first(turn: Turn) -> list[dict]:
+def best_first(turn: Turn) -> tuple[schema.Reply, ...]:
   """The replies that are not dropped, sorted by rank and ranked again; ties keep their order."""
   kept = sorted((reply for reply in turn.replies if not reply.dropped), key=lambda r: r.rank)
   ranks = ranked.competition([reply.rank for reply in kept])
-  return [{'id': reply.id, 'text': reply.text, 'rank': rank}
-          for reply, rank in zip(kept, ranks, strict=True)]
+  return tuple(schema.Reply(id=reply.id, text=reply.text, rank=rank)
+               for reply, rank in zip(kept, ranks, strict=True))
 
 
 def normalize(text: str) -> str:

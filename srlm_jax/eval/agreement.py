@@ -16,7 +16,8 @@ import math
 import numpy as np
 from scipy import stats
 
-from srlm_jax import catalog, cli, config as configs, hosts, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, records, schema, stage
+from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
 MEASURES = ('pairwise_accuracy', 'pairwise_accuracy_all', 'ties', 'five_best', 'exact_match',
@@ -35,19 +36,18 @@ def run(config, workdir):
   if s.done:
     return
   split = configs.ranked_split(config)
-  ranked = [r for r in records.read(s.inputs[0], 'id', 'split', 'replies') if r['split'] == split]
-  judgements = list(records.read_shards(
-      s.inputs[1].parent, 'judgements', 'response_id', 'score'))
+  ranked = ranking.of_split(s, split)
+  judgements = list(s.read('judge_eval/judgements-*.jsonl', schema.Judgement))
   scores = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
   missing = scoring.Score(None, None, [])
   prompts = [
-      [(reply['rank'], scores.get(records.join(r['id'], reply['id']), missing).mean)
-       for reply in r['replies']] for r in ranked]
+      [(reply.rank, scores.get(records.join(r.id, reply.id), missing).mean) for reply in r.replies]
+      for r in ranked]
   result = agreement(prompts, highest)
   result['split'] = split
   result['replies_without_score'] = sum(score is None for p in prompts for _, score in p)
-  result['parse_rate'] = sum(j['score'] is not None for j in judgements) / len(judgements)
+  result['parse_rate'] = sum(j.score is not None for j in judgements) / len(judgements)
   if hosts.is_first_host():
     stage.write_json(s.folder / 'agreement.json', result)
   hosts.say(f'{s.title}: {table(result)}')

@@ -6,34 +6,48 @@
 
 To compare with published win rates, answer AlpacaEval's own 805 instructions.
 """
+from collections.abc import Iterable
+import dataclasses
 import json
 import math
 import statistics
 
 from absl import flags
+import msgspec
 
-from srlm_jax import cli, InputError, records, stage
+from srlm_jax import cli, InputError, records, schema, stage
 
 
-def outputs(answers, generator: str, dataset: str) -> list[dict]:
-  """Records of MODEL/answers -> AlpacaEval's model outputs."""
-  return [dict(instruction=a['prompt'], output=a['response'], generator=generator, dataset=dataset)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Annotation:
+  """annotations.json of AlpacaEval: the judge's preference between two outputs.
+
+  It ranges from 1 (generator_1 wins) to 2 (generator_2 wins). 1.5 is a draw, as is the 0 of older
+  files. If it is None or NaN, the judge's reply could not be parsed.
+  """
+  preference: float | None
+  generator_2: str
+  output_2: str
+
+
+def outputs(answers: Iterable[schema.Response], generator: str, dataset: str) -> list[dict]:
+  """MODEL/answers -> AlpacaEval's model outputs."""
+  return [dict(instruction=a.prompt, output=a.response, generator=generator, dataset=dataset)
           for a in answers]
 
 
-def win_rate(annotations: list[dict]) -> dict:
+def win_rate(annotations: list[Annotation]) -> dict:
   """Annotations -> statistics of generator_2.
 
   win_rate and standard_error are in percent, characters is the mean length of its outputs. A
-  preference ranges from 1 (generator_1 wins) to 2 (generator_2 wins). 1.5 is a draw, as is the 0 of
-  older files. If the preference is None or NaN, the judge's reply could not be parsed. It counts as
-  `missing` and is excluded from the win rate.
+  preference that could not be parsed counts as `missing` and is excluded from the win rate.
 
-  >>> win, draw = dict(preference=2.0, output_2='ab'), dict(preference=0, output_2='abcd')
+  >>> win = Annotation(preference=2.0, generator_2='m2', output_2='ab')
+  >>> draw = Annotation(preference=0.0, generator_2='m2', output_2='abcd')
   >>> win_rate([win, draw])['win_rate']
   75.0
   """
-  given = [a['preference'] for a in annotations if not _is_missing(a['preference'])]
+  given = [a.preference for a in annotations if not _is_missing(a.preference)]
   wins = [(p or 1.5) - 1 for p in given]
   return dict(
       win_rate=100 * sum(wins) / len(wins) if wins else None,
@@ -41,42 +55,40 @@ def win_rate(annotations: list[dict]) -> dict:
       wins=sum(w > 0.5 for w in wins), draws=sum(w == 0.5 for w in wins),
       losses=sum(w < 0.5 for w in wins),
       count=len(wins), missing=len(annotations) - len(wins),
-      characters=sum(len(a['output_2']) for a in annotations) / len(annotations))
+      characters=sum(len(a.output_2) for a in annotations) / len(annotations))
 
 
-def read_annotations(path) -> list[dict]:
+def read_annotations(path) -> list[Annotation]:
   """Reads and checks the annotations of one model against the baseline."""
   hint = 'give the annotations.json of alpaca_eval'
-  annotations = records.read_json(path, hint)
-  if not isinstance(annotations, list) or not annotations:
-    raise InputError(f'{path}: not a list of annotations; {hint}')
+  found = records.read_json(path, hint)
+  try:
+    annotations = msgspec.convert(found, list[Annotation])
+  except msgspec.ValidationError as error:
+    raise InputError(f'{path}: not a list of annotations ({error}); {hint}') from error
+  if not annotations:
+    raise InputError(f'{path}: no annotations; {hint}')
   for i, a in enumerate(annotations):
-    for field in ('preference', 'generator_2', 'output_2'):
-      if not isinstance(a, dict) or field not in a:
-        raise InputError(f'{path}: annotation {i} has no field "{field}"; {hint}')
-    p = a['preference']
-    is_valid = records.is_number(p) and (p == 0 or 1 <= p <= 2)
-    if not is_valid and not _is_missing(p):
+    p = a.preference
+    if not (_is_missing(p) or p == 0 or 1 <= p <= 2):
       raise InputError(f'{path}: annotation {i} has the preference {p!r}, which is not between '
                        f'1 and 2; {hint}')
-    if not isinstance(a['output_2'], str):
-      raise InputError(f'{path}: annotation {i} has an output_2 that is not a string; {hint}')
-    if a['generator_2'] != annotations[0]['generator_2']:
-      raise InputError(f'{path}: annotations of both {annotations[0]["generator_2"]} and '
-                       f'{a["generator_2"]}; give those of one model')
+    if a.generator_2 != annotations[0].generator_2:
+      raise InputError(f'{path}: annotations of both {annotations[0].generator_2} and '
+                       f'{a.generator_2}; give those of one model')
   return annotations
 
 
-def _is_missing(preference) -> bool:
-  return preference is None or isinstance(preference, float) and math.isnan(preference)
+def _is_missing(preference: float | None) -> bool:
+  return preference is None or math.isnan(preference)
 
 
-def _read_answers(folder) -> list[dict]:
+def _read_answers(folder) -> list[schema.Response]:
   stage.check_records(folder)
-  answers = list(records.read_shards(folder, 'responses', 'id', 'prompt', 'response'))
+  answers = list(records.read_shards(folder, 'responses', schema.Response))
   if not answers:
     raise InputError(f'{folder} holds no answers; answer the held-out prompts first')
-  if len({a['prompt'] for a in answers}) < len(answers):
+  if len({a.prompt for a in answers}) < len(answers):
     raise InputError(f'{folder} holds several answers to one prompt, but AlpacaEval identifies '
                      f'answers by their prompt; keep one answer per prompt')
   return answers
@@ -102,7 +114,7 @@ def main(argv):
     summary = f'{len(result)} outputs of {f.generator}'
   else:
     annotations = read_annotations(f.annotations)
-    result = dict(generator=annotations[0]['generator_2'], **win_rate(annotations))
+    result = dict(generator=annotations[0].generator_2, **win_rate(annotations))
     summary = ', '.join(
         f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in result.items())
   with records.replacing(f.out) as file:

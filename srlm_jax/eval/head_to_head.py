@@ -14,13 +14,14 @@ reads the replies and writes DIR/head_to_head.json. Answers graded by a program 
   python -m srlm_jax.eval.head_to_head --a=runs/x/m2/oracle --b=runs/x/m1/oracle --out=DIR --graded
 """
 from collections.abc import Iterable
+import dataclasses
 import re
 
 from absl import flags
 from etils import epath
 from scipy import stats
 
-from srlm_jax import cli, InputError, records, stage
+from srlm_jax import cli, InputError, records, schema, stage
 from srlm_jax.reward import judges
 
 PROMPT = """\
@@ -46,7 +47,23 @@ Give your reasons in a few sentences. Then end with one line that is exactly "Wi
 _WINNER = re.compile(r'[\s>#*_"\'`]*winner[\s*_]*:(.*)', re.IGNORECASE)
 
 
-def requests(a: dict[str, dict], b: dict[str, dict]) -> list[dict]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+  """requests.jsonl: a prompt for the judge; `order` is ab or ba."""
+  id: str
+  prompt_id: str
+  order: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reply:
+  """The judge's reply to the request with the same id."""
+  id: str
+  text: str
+
+
+def requests(a: dict[str, schema.Response], b: dict[str, schema.Response]) -> list[Request]:
   """{prompt id: answer} of both models -> two judge requests per prompt, one per order.
 
   The request id contains a hash of the text, so that a reply cannot be matched to other answers.
@@ -54,9 +71,9 @@ def requests(a: dict[str, dict], b: dict[str, dict]) -> list[dict]:
   made = []
   for prompt_id, answer in a.items():
     for order, shown in (('ab', (answer, b[prompt_id])), ('ba', (b[prompt_id], answer))):
-      text = render(answer['prompt'], *(x['response'] for x in shown))
-      made.append(dict(id=f'{prompt_id}/{order}/{records.digest(text)}', prompt_id=prompt_id,
-                       order=order, text=text))
+      text = render(answer.prompt, *(x.response for x in shown))
+      made.append(Request(id=f'{prompt_id}/{order}/{records.digest(text)}', prompt_id=prompt_id,
+                          order=order, text=text))
   return made
 
 
@@ -127,55 +144,48 @@ def tally(outcomes: Iterable[str]) -> dict:
               tie_share=tie_share, loss_share=loss_share, p_value=p_value)
 
 
-def read_answers(folder) -> dict[str, dict]:
+def read_answers(folder) -> dict[str, schema.Response]:
   """MODEL/answers -> {prompt id: answer}."""
   stage.check_records(folder)
-  answers = records.read_shards(folder, 'responses', 'prompt_id', 'prompt', 'response')
-  return _by_prompt(folder, answers)
+  return _by_prompt(folder, records.read_shards(folder, 'responses', schema.Response))
 
 
-def read_graded(folder) -> dict[str, dict]:
+def read_graded(folder) -> dict[str, schema.GradedResponse]:
   """MODEL/oracle -> {prompt id: answer with a score}."""
   stage.check_records(folder)
   path = epath.Path(folder) / 'graded.jsonl'
-  found = _by_prompt(folder, records.read(path, 'prompt_id', 'prompt', 'response', 'score'))
-  for prompt_id, answer in found.items():
-    score = answer['score']
-    if not records.is_number(score):
-      raise InputError(f'{path}: prompt {prompt_id} has the score {score!r}, which is not a '
-                       f'number; grade it again')
-  return found
+  return _by_prompt(folder, records.read(path, schema.GradedResponse))
 
 
-def read_verdicts(path, asked: list[dict]) -> tuple[dict, dict]:
+def read_verdicts(path, asked: list[Request]) -> tuple[dict, dict]:
   """A file of replies to the requests -> ({prompt id: both verdicts}, counts).
 
   The counts are those of unparsed and missing verdicts. Both kinds of verdict are None.
   """
-  texts, known = {}, {r['id'] for r in asked}
-  for reply in records.read(path, 'id', 'text'):
-    if reply['id'] not in known:
-      raise InputError(f'{path}: reply {reply["id"]!r} matches no request for these answers; '
+  texts, known = {}, {r.id for r in asked}
+  for reply in records.read(path, Reply):
+    if reply.id not in known:
+      raise InputError(f'{path}: reply {reply.id!r} matches no request for these answers; '
                        f'give the --a and --b of its requests.jsonl, or send the new requests')
-    if reply['id'] in texts:
-      raise InputError(f'{path}: two replies have the id {reply["id"]}; delete one')
-    texts[reply['id']] = reply['text']
+    if reply.id in texts:
+      raise InputError(f'{path}: two replies have the id {reply.id}; delete one')
+    texts[reply.id] = reply.text
   verdicts = {}
   for request in asked:  # the order ab comes before ba
-    verdict = parse(texts[request['id']]) if request['id'] in texts else None
-    verdicts[request['prompt_id']] = (*verdicts.get(request['prompt_id'], ()), verdict)
+    verdict = parse(texts[request.id]) if request.id in texts else None
+    verdicts[request.prompt_id] = (*verdicts.get(request.prompt_id, ()), verdict)
   without = sum(verdict is None for both in verdicts.values() for verdict in both)
   missing = len(known) - len(texts)
   return verdicts, dict(unparsed=without - missing, missing=missing)
 
 
-def _by_prompt(folder, answers: Iterable[dict]) -> dict[str, dict]:
+def _by_prompt(folder, answers: Iterable[schema.Response]) -> dict:
   found = {}
   for answer in answers:
-    prompt_id = answer['prompt_id']
-    if prompt_id in found:
-      raise InputError(f'{folder} holds two answers to prompt {prompt_id}; keep one per prompt')
-    found[prompt_id] = answer
+    if answer.prompt_id in found:
+      raise InputError(f'{folder} holds two answers to prompt {answer.prompt_id}; keep one per '
+                       f'prompt')
+    found[answer.prompt_id] = answer
   if not found:
     raise InputError(f'{folder} holds no answers; answer the held-out prompts first')
   return found
@@ -184,8 +194,7 @@ def _by_prompt(folder, answers: Iterable[dict]) -> dict[str, dict]:
 def _check_same_prompts(a: dict, b: dict, folder_a, folder_b):
   """Raises InputError unless both models answered the same prompts."""
   for prompt_id in sorted({*a, *b}):
-    texts = [answers.get(prompt_id, {}).get('prompt') for answers in (a, b)]
-    if texts[0] != texts[1]:
+    if prompt_id not in a or prompt_id not in b or a[prompt_id].prompt != b[prompt_id].prompt:
       raise InputError(f'{folder_a} and {folder_b} answer different prompts (first difference: '
                        f'{prompt_id}); compare models of the same run')
 
@@ -210,8 +219,7 @@ def main(argv):
   _check_same_prompts(a, b, f.a, f.b)
   out = epath.Path(f.out)
   if f.graded:
-    result = compare_scores(*(
-        {name: answer['score'] for name, answer in x.items()} for x in (a, b)))
+    result = compare_scores(*({name: answer.score for name, answer in x.items()} for x in (a, b)))
   elif f.verdicts:
     verdicts, failures = read_verdicts(f.verdicts, requests(a, b))
     result = dict(compare(verdicts), **failures)
@@ -222,7 +230,7 @@ def main(argv):
           f'then give --verdicts')
     return
   for name, answers in dict(a=a, b=b).items():  # reported because judges prefer long answers
-    total = sum(len(x['response']) for x in answers.values())
+    total = sum(len(x.response) for x in answers.values())
     result[f'characters_{name}'] = total / len(answers) if answers else None
   records.write(out / 'head_to_head.json', [dict(a=str(f.a), b=str(f.b), **result)])
   print(f'{out / "head_to_head.json"}: ' + ', '.join(

@@ -7,6 +7,8 @@ Both input files come from FastChat's llm_judge. Its gen_model_answer.py samples
 Hugging Face model (see srlm_jax.checkpoint.convert), and its gen_judgment.py queries the judge. A
 score of -1 marks a judgment without a score. These are counted and excluded from the means.
 """
+import dataclasses
+
 from absl import flags
 
 from srlm_jax import cli, InputError, records
@@ -15,63 +17,72 @@ HARD = ('math', 'coding', 'reasoning')  # PAPER: "math, code & reasoning"
 NO_SCORE = -1
 
 
-def scores(judgments: list[dict], questions: dict[int, dict]) -> dict[str, dict]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+  """question.jsonl of FastChat."""
+  question_id: int
+  category: str
+  turns: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgment:
+  """*_single.jsonl of FastChat: the score of a model's answer in one turn, from 1."""
+  question_id: int
+  model: str
+  turn: int
+  score: float
+
+
+def scores(judgments: list[Judgment], questions: dict[int, Question]) -> dict[str, dict]:
   """Judgments, {question id: question} -> {model: statistics}.
 
   overall, math_code_reasoning, other, turn_1, turn_2  mean scores from 1 to 10; None without scores
   scored, no_score  number of judgments with and without a score
   absent            number of question turns without a judgment
   """
-  turns = sum(len(q['turns']) for q in questions.values())
+  turns = sum(len(q.turns) for q in questions.values())
   result = {}
-  for model in sorted({j['model'] for j in judgments}):
-    own = [j for j in judgments if j['model'] == model]
-    scored = [j for j in own if j['score'] != NO_SCORE]
-    hard = [j for j in scored if questions[j['question_id']]['category'] in HARD]
-    other = [j for j in scored if questions[j['question_id']]['category'] not in HARD]
+  for model in sorted({j.model for j in judgments}):
+    own = [j for j in judgments if j.model == model]
+    scored = [j for j in own if j.score != NO_SCORE]
+    hard = [j for j in scored if questions[j.question_id].category in HARD]
+    other = [j for j in scored if questions[j.question_id].category not in HARD]
     result[model] = dict(
         overall=_mean_score(scored), math_code_reasoning=_mean_score(hard),
         other=_mean_score(other),
-        turn_1=_mean_score([j for j in scored if j['turn'] == 1]),
-        turn_2=_mean_score([j for j in scored if j['turn'] == 2]),
+        turn_1=_mean_score([j for j in scored if j.turn == 1]),
+        turn_2=_mean_score([j for j in scored if j.turn == 2]),
         scored=len(scored), no_score=len(own) - len(scored), absent=turns - len(own))
   return result
 
 
-def read_questions(path) -> dict[int, dict]:
+def read_questions(path) -> dict[int, Question]:
   """FastChat's question.jsonl -> {question id: question}."""
-  hint = 'give FastChat\'s question.jsonl'
-  questions = {}
-  for q in records.read(path, 'question_id', 'category', 'turns'):
-    for field, kind in dict(question_id=int, category=str, turns=list).items():
-      if not isinstance(q[field], kind):
-        raise InputError(f'{path}: a question has {field} = {q[field]!r}; {hint}')
-    questions[q['question_id']] = q
+  questions = {q.question_id: q for q in records.read(path, Question)}
   if not questions:
-    raise InputError(f'{path} holds no questions; {hint}')
+    raise InputError(f'{path} holds no questions; give FastChat\'s question.jsonl')
   return questions
 
 
-def read_judgments(path, questions: dict[int, dict]) -> list[dict]:
+def read_judgments(path, questions: dict[int, Question]) -> list[Judgment]:
   """FastChat's *_single.jsonl, checked against the questions."""
   judgments, seen = [], set()
-  for j in records.read(path, 'question_id', 'model', 'turn', 'score'):
-    question, turn, model, score = j['question_id'], j['turn'], j['model'], j['score']
-    where = f'{path}: the judgment of question {question}, turn {turn}, model {model},'
-    if not isinstance(question, int) or question not in questions:
+  for j in records.read(path, Judgment):
+    where = f'{path}: the judgment of question {j.question_id}, turn {j.turn}, model {j.model},'
+    if j.question_id not in questions:
       raise InputError(f'{where} matches no question in --questions; give the questions that were '
                        f'judged')
-    if not isinstance(turn, int) or not 1 <= turn <= len(questions[question]['turns']):
+    if not 1 <= j.turn <= len(questions[j.question_id].turns):
       raise InputError(f'{where} has a turn that the question does not have; give the questions '
                        f'that were judged')
-    if not isinstance(model, str):
-      raise InputError(f'{where} has a model that is not a string; correct it')
-    if not records.is_number(score) or not (score == NO_SCORE or 0 <= score <= 10):
-      raise InputError(f'{where} has the score {score!r}, which is neither between 0 and 10 nor '
+    if not (j.score == NO_SCORE or 0 <= j.score <= 10):
+      raise InputError(f'{where} has the score {j.score:g}, which is neither between 0 and 10 nor '
                        f'{NO_SCORE} (no score); correct it')
-    if (model, question, turn) in seen:
+    key = j.model, j.question_id, j.turn
+    if key in seen:
       raise InputError(f'{where} appears twice; delete one')
-    seen.add((model, question, turn))
+    seen.add(key)
     judgments.append(j)
   if not judgments:
     raise InputError(f'{path} holds no judgments; judge the answers first')
@@ -95,8 +106,8 @@ def _cell(value: float | int | None) -> str:
   return f'{value:.2f}' if isinstance(value, float) else str(value)
 
 
-def _mean_score(judgments: list[dict]) -> float | None:
-  return sum(j['score'] for j in judgments) / len(judgments) if judgments else None
+def _mean_score(judgments: list[Judgment]) -> float | None:
+  return sum(j.score for j in judgments) / len(judgments) if judgments else None
 
 
 def define_flags():

@@ -2,6 +2,7 @@
 import dataclasses
 import itertools
 import json
+from typing import NamedTuple
 
 from etils import epath
 
@@ -159,6 +160,30 @@ def to_hf(config: Config, dtype: str = 'float32') -> dict:
       dtype=dtype, torch_dtype=dtype, **rope)
 
 
+class _Rope(NamedTuple):
+  """`rope_scaling` or `rope_parameters` of a config.json."""
+  name: str
+  theta: float
+  kind: str
+  scaling: dict  # the other fields
+
+
+def _rope_fields(f: dict, name: str, theta: float) -> _Rope | None:
+  """Removes the field `name` from `f`; None if it is absent or empty. `theta`: the default."""
+  fields = f.pop(name, {})
+  if not isinstance(fields, dict):
+    raise InputError(f'{name} = {_short(fields)} is not a set of fields; '
+                     f'write {{"rope_type": ..}}')
+  if not fields:
+    return None
+  scaling = dict(fields)
+  kind = scaling.pop('type', 'default')
+  kind = scaling.pop('rope_type', kind)
+  if scaling.get('rope_theta') is None:
+    scaling['rope_theta'] = theta
+  return _Rope(name, _number(scaling, 'rope_theta', where=f'{name}.'), kind, scaling)
+
+
 def _rope(f: dict):
   """Removes the RoPE fields from `f` -> (RopeScaling or None, theta), as transformers reads them.
 
@@ -166,25 +191,12 @@ def _rope(f: dict):
   10,000 (`RotaryEmbeddingConfigMixin` in modeling_rope_utils.py). transformers silently prefers the
   nested value, and `rope_scaling` to `rope_parameters`; here values that differ are an InputError.
   """
-  stated, read = [], []
-  if 'rope_theta' in f:
-    stated.append(('rope_theta', _number(f, 'rope_theta')))
-  theta = stated[0][1] if stated else 10_000.0
-  for name in ('rope_scaling', 'rope_parameters'):
-    fields = f.pop(name, {})
-    if not isinstance(fields, dict):
-      raise InputError(f'{name} = {_short(fields)} is not a set of fields; '
-                       f'write {{"rope_type": ..}}')
-    if not fields:
-      continue
-    fields = dict(fields)
-    kind = fields.pop('type', 'default')
-    kind = fields.pop('rope_type', kind)
-    if fields.get('rope_theta') is None:
-      fields['rope_theta'] = theta
-    inner = _number(fields, 'rope_theta', where=f'{name}.')
-    stated.append((f'{name}.rope_theta', inner))
-    read.append((name, inner, kind, fields))
+  theta = _number(f, 'rope_theta') if 'rope_theta' in f else None
+  default = 10_000.0 if theta is None else theta
+  read = [rope for name in ('rope_scaling', 'rope_parameters')
+          if (rope := _rope_fields(f, name, default))]
+  stated = [] if theta is None else [('rope_theta', theta)]
+  stated += [(f'{rope.name}.rope_theta', rope.theta) for rope in read]
   for (name, value), (other, another) in itertools.pairwise(stated):
     if value != another:
       raise InputError(f'{name} = {value} and {other} = {another} differ; keep the one that the '
@@ -192,7 +204,7 @@ def _rope(f: dict):
   if len(read) == 2 and read[0][1:] != read[1][1:]:
     raise InputError(f'rope_scaling = {_short(read[0][2:])} and rope_parameters = '
                      f'{_short(read[1][2:])} differ; keep the one that the model was trained with')
-  name, theta, kind, scaling = read[0] if read else ('', theta, 'default', {})
+  name, theta, kind, scaling = read[0] if read else _Rope('', default, 'default', {})
   if kind == 'default' and not scaling:
     return None, theta
   if kind != 'llama3':

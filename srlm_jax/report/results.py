@@ -6,7 +6,7 @@ import statistics
 
 from etils import epath
 
-from srlm_jax import catalog, InputError, records
+from srlm_jax import catalog, records, schema
 from srlm_jax.config import MODELS
 from srlm_jax.reward import scores
 
@@ -66,6 +66,24 @@ PAGE_ONLY = ('exact', 'spearman', 'kendall')  # columns for which a terminal is 
 _DIGITS = {column.heading: column.digits for column in COLUMNS}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Done:
+  """done.json of any stage."""
+  seconds: float
+
+
+def _numbers(file: str) -> type:
+  """A dataclass of the numbers of COLUMNS in a JSON file, with their intervals."""
+  keys = [column.key for column in COLUMNS if column.file == file]
+  intervals = dict[str, tuple[float, float] | None]
+  return dataclasses.make_dataclass('Numbers', [
+      *((key, int | float | None, None) for key in keys),
+      ('intervals', intervals, dataclasses.field(default_factory=dict))])
+
+
+_NUMBERS = {file: _numbers(file) for file in dict.fromkeys(column.file for column in COLUMNS)}
+
+
 def of_models(workdir) -> list[dict]:
   """One row per trained model: {heading: number, or None if the run does not have it}.
 
@@ -81,12 +99,12 @@ def of_models(workdir) -> list[dict]:
     previous = grades
     if model == 'sft':
       baseline = grades
-    found = {column.file: read(folder / column.file) if column.file else paired
-             for column in COLUMNS}
+    found = {file: read(folder / file, kind) if file else kind(**paired)
+             for file, kind in _NUMBERS.items()}
     row = dict(model=model)
-    row |= {column.heading: found[column.file].get(column.key) for column in COLUMNS}
-    row |= {column.interval: interval for column in COLUMNS
-            if (interval := found[column.file].get('intervals', {}).get(column.key))}
+    row |= {column.heading: getattr(found[column.file], column.key, None) for column in COLUMNS}
+    row |= {column.interval: interval for column in COLUMNS if found[column.file]
+            and (interval := found[column.file].intervals.get(column.key))}
     rows.append(row)
   return rows
 
@@ -94,7 +112,7 @@ def of_models(workdir) -> list[dict]:
 def graded(folder) -> dict[str, float]:
   """MODEL/oracle -> {prompt id: score of the sampled response}; {} if there is no such file."""
   path = folder / 'oracle' / 'graded.jsonl'
-  return {r['prompt_id']: r['score'] for r in lines(path, 'prompt_id', 'score')}
+  return {r.prompt_id: r.score for r in lines(path, schema.GradedResponse)}
 
 
 def compare(grades: dict[str, float], previous: dict[str, float],
@@ -120,8 +138,8 @@ def seconds(workdir) -> dict[str, float]:
   total = Counter()
   for owner in ('data', *MODELS):
     for name in catalog.NAMES:
-      done = read(epath.Path(workdir) / owner / name / 'done.json')
-      total[name] += done.get('seconds', 0)
+      done = read(epath.Path(workdir) / owner / name / 'done.json', Done)
+      total[name] += done.seconds if done else 0
   return {name: taken for name, taken in total.items() if taken >= 0.5}
 
 
@@ -169,27 +187,25 @@ def number(value: float | None, heading: str, interval=None) -> str:
   return text
 
 
-def lines(path, *fields: str, optional=()) -> list[dict]:
-  """The records of a file, checked by `records.parse`; [] if there is no file.
+def lines(path, kind: type[records.Record]) -> list[records.Record]:
+  """The records of a file; [] if there is no file.
 
   Ignores a last line without a newline, which a killed stage may leave.
   """
+  return [records.parse(line, f'{path}:{number}', kind)
+          for number, line in enumerate((_bytes(path) or b'').split(b'\n')[:-1], 1)
+          if line.strip()]
+
+
+def read(path, kind: type[records.Record]) -> records.Record | None:
+  """The JSON object of a file; None if there is no file. Raises InputError if it is damaged."""
+  data = _bytes(path)
+  return None if data is None else records.parse(data, str(path), kind)
+
+
+def _bytes(path) -> bytes | None:
   with records.reading(path, 'delete it, and run the loop again'):
-    data = path.read_bytes() if path.exists() else b''
-  return [records.parse(line, f'{path}:{number}', fields, optional)
-          for number, line in enumerate(data.split(b'\n')[:-1], 1) if line.strip()]
-
-
-def read(path) -> dict:
-  """The JSON object of a file; {} if there is no file. Raises InputError if it is damaged."""
-  advice = 'correct or delete it, and run the loop again'
-  with records.reading(path, advice):
-    if not path.exists():
-      return {}
-  found = records.read_json(path, advice)
-  if not isinstance(found, dict):
-    raise InputError(f'{path}: a {type(found).__name__}, not a JSON object; {advice}')
-  return found
+    return path.read_bytes() if path.exists() else None
 
 
 def _is_trained(folder) -> bool:

@@ -1,112 +1,77 @@
-"""Reads the JSON summaries of a run and checks the values that the report uses.
+"""Reads the summaries of a run that the page uses: manifest.json and done.json, and results.json.
 
-A damaged summary raises InputError with its path, instead of an error while the page is made.
+A damaged one raises InputError with its path, instead of an error while the page is made.
 """
-from collections.abc import Callable
 import dataclasses
-import json
+from typing import Any
 
-from srlm_jax import InputError, records, stage
-from srlm_jax.config import MODELS
+import msgspec
+
+from srlm_jax import InputError, schema, stage
 from srlm_jax.report import results
+
+_KINDS = dict(prompts=schema.PromptsSummary, judge=schema.JudgeSummary, pairs=schema.PairsSummary,
+              eft=schema.EftSummary, model=schema.TrainingSummary)
+
+
+class Config(msgspec.Struct, rename=lambda name: name.replace('_', '.')):
+  """The config in a manifest, which has only the keys that the stage reads.
+
+  The field judge_n is the key judge.n.
+  """
+  model: str = ''
+  judge_template: str = ''
+  judge_n: int | None = None
+  judge_quorum: int | None = None
+  prompts_count: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Manifest:
+  config: Config
+  format: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Fields:
-  """The fields of a JSON object that the report uses, by type."""
-  numbers: tuple[str, ...] = ()
-  nullable: tuple[str, ...] = ()  # a number, null or absent
-  counts: tuple[str, ...] = ()  # a JSON object of numbers
+class Started:
+  """A stage that has started."""
+  config: Config
+  seconds: float | None = None  # None if the stage has not finished
+  summary: Any = None           # of `schema`; None for a stage without such a summary
 
 
-# Fields of done.json by stage, in addition to `seconds` and `positives`.
-_DONE = dict(
-    prompts=Fields(numbers=('wanted', 'attempts', 'prompts'), counts=('dropped',)),
-    judge=Fields(numbers=('lowest', 'highest')),
-    pairs=Fields(numbers=('pairs', 'prompts', 'pairs_per_1000_prompts'),
-                 nullable=('margin', 'chosen_minus_rejected_characters'), counts=('dropped',)),
-    eft=Fields(numbers=('examples', 'replies'), counts=('dropped', 'scores_before', 'scores')),
-    model=Fields(numbers=('steps', 'examples'), counts=('dropped',)))
-# Keys of the manifest's config.
-_NUMBERS = ('judge.n', 'judge.quorum', 'prompts.count')
-_TEXTS = ('judge.template', 'model')
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+  model: str
 
 
-def read(path, fields: Fields) -> dict:
-  """The JSON object of a file with checked fields; {} if there is no file."""
-  found = results.read(path)
-  if not found:
-    return {}
-  for key in fields.numbers:
-    _check(path, found, key, records.is_number)
-  for key in fields.nullable:
-    if found.get(key) is not None:
-      _check(path, found, key, records.is_number)
-  for key in fields.counts:
-    _check(path, found, key, _are_counts)
-  return found
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunResults:
+  """results.json, which the loop writes last. `stopped`: why it stopped early, or ''."""
+  size: str = ''
+  models: tuple[_Row, ...] = ()
+  stopped: str = ''
 
 
-def done(path) -> dict:
-  """The done.json of a stage; {} if there is none."""
-  fields = _DONE.get(path.parent.name, Fields())
-  return read(path, Fields(('seconds', *fields.numbers), ('positives', *fields.nullable),
-                           fields.counts))
-
-
-def manifest(path) -> dict:
-  """The manifest of a stage."""
-  found = results.read(path)
-  if found and found.get('format') != stage.FORMAT:
+def started(folder) -> Started | None:
+  """The stage in a folder; None if it has not started."""
+  path = folder / 'manifest.json'
+  manifest = results.read(path, _Manifest)
+  if not manifest:
+    return None
+  if manifest.format != stage.FORMAT:
     raise InputError(f'{path}: written by another version of srlm_jax; '
                      f'make the page with that version')
-  _check(path, found, 'config', lambda value: isinstance(value, dict))
-  for keys, is_valid in ((_NUMBERS, records.is_number), (_TEXTS, _is_text)):
-    for key in keys:
-      if key in found['config'] and not is_valid(found['config'][key]):
-        raise _damaged(path, f'config.{key}', found['config'][key])
-  return found
+  done = results.read(folder / 'done.json', results.Done)
+  return Started(manifest.config, done and done.seconds, summary(folder))
 
 
-def run_results(path) -> dict:
-  """results.json, with `models` and `stopped` added if they are absent."""
-  found = dict(models=[], stopped='') | results.read(path)
-  _check(path, found, 'models', lambda models: isinstance(models, list) and all(
-      isinstance(row, dict) and 'model' in row for row in models))
-  _check(path, found, 'stopped', _is_text)
-  return found
+def summary(folder):
+  """The summary of the stage in a folder; None if it has not finished, or has none in `schema`."""
+  kind = _KINDS.get(folder.name)
+  return results.read(folder / 'done.json', kind) if kind else None
 
 
-def check_table(workdir):
-  """Raises InputError if a value in the tables of `results` is not a number."""
-  for file in dict.fromkeys(column.file for column in results.COLUMNS if column.file):
-    keys = tuple(column.key for column in results.COLUMNS if column.file == file)
-    for model in MODELS:
-      path = workdir / model / file
-      found = dict(intervals={}) | read(path, Fields(nullable=keys))
-      _check(path, found, 'intervals', _are_intervals)
-
-
-def _check(path, found: dict, key: str, is_valid: Callable):
-  if not is_valid(found.get(key)):
-    raise _damaged(path, key, found.get(key))
-
-
-def _is_text(value) -> bool:
-  return isinstance(value, str)
-
-
-def _are_counts(value) -> bool:
-  return isinstance(value, dict) and all(map(records.is_number, value.values()))
-
-
-def _are_intervals(value) -> bool:
-  """Whether the value is {key: null or two numbers}."""
-  return isinstance(value, dict) and all(
-      pair is None or isinstance(pair, list) and len(pair) == 2
-      and all(map(records.is_number, pair)) for pair in value.values())
-
-
-def _damaged(path, key: str, value) -> InputError:
-  what = f'no "{key}"' if value is None else f'"{key}" is {json.dumps(value)[:40]}'
-  return InputError(f'{path}: {what}; correct or delete the file, and run the loop again')
+def run_results(workdir) -> RunResults:
+  """The results.json of a run; empty if there is none."""
+  return results.read(workdir / 'results.json', RunResults) or RunResults()

@@ -14,8 +14,9 @@ must not contain a discordant pair either, or the prompt is dropped. Finally the
 is downsampled to the count of the runner-up.
 """
 from collections import Counter
+import dataclasses
 
-from srlm_jax import catalog, cli, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
@@ -32,22 +33,18 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  source, *judged = s.inputs
-  ranked = [r for r in records.read(source, 'id', 'prompt', 'split', 'replies')
-            if r['split'] == 'train']
-  ranking.check(ranked, source)
+  ranked = ranking.of_split(s, 'train')
   judgements = []
   if config.eft.targets == 'baseline':
-    judgements = list(records.read_shards(
-        judged[0].parent, 'judgements', 'response_id', 'score', 'text', 'finish'))
+    judgements = list(s.read('judge/judgements-*.jsonl', schema.Judgement))
     scores = scoring.by_response(judgements, config.eft.quorum)
     agreed, dropped = from_baseline(ranked, scores, judge)
   else:
     agreed, dropped = from_ranks(ranked, judge)
   kept = balance(agreed)
-  kept_ids = {e['id'] for e in kept}
-  dropped |= {e['id']: 'downsampled: most frequent score'
-              for e in agreed if e['id'] not in kept_ids}
+  kept_ids = {e.id for e in kept}
+  dropped |= {e.id: 'downsampled: most frequent score'
+              for e in agreed if e.id not in kept_ids}
   found = _summary(ranked, judgements, agreed, kept, dropped)
   hosts.say(f'{s.title}: {table(found)}')
   if not kept:
@@ -57,30 +54,33 @@ def run(config, workdir):
   s.begin()
   if hosts.is_first_host():
     records.write(s.folder / 'dropped.jsonl',
-                  (dict(id=reply_id, why=why) for reply_id, why in sorted(dropped.items())))
+                  (schema.DroppedReply(id=name, why=why) for name, why in sorted(dropped.items())))
     records.write(s.folder / 'eft.jsonl', kept)
-  s.finish(**found)
+  s.finish(**dataclasses.asdict(found))
 
 
-def _summary(ranked, judgements, agreed, kept, dropped: dict[str, str]) -> dict:
+def _summary(ranked: list[schema.RankedPrompt], judgements: list[schema.Judgement],
+             agreed: list[schema.EftExample], kept: list[schema.EftExample],
+             dropped: dict[str, str]) -> schema.EftSummary:
   """The counts and score histograms that go to done.json."""
-  parsed = [j['score'] for j in judgements if j['score'] is not None]
-  return dict(
-      examples=len(kept), prompts=len(ranked), replies=sum(len(r['replies']) for r in ranked),
+  parsed = [j.score for j in judgements if j.score is not None]
+  return schema.EftSummary(
+      examples=len(kept), prompts=len(ranked), replies=sum(len(r.replies) for r in ranked),
       judgements=len(judgements), parsed=len(parsed),
       dropped=dict(sorted(Counter(dropped.values()).items())),
       scores_judged=scoring.histogram(parsed),
-      scores_before=scoring.histogram(e['score'] for e in agreed),
-      scores=scoring.histogram(e['score'] for e in kept))
+      scores_before=scoring.histogram(e.score for e in agreed),
+      scores=scoring.histogram(e.score for e in kept))
 
 
 def from_baseline(
-    ranked, scores: dict[str, scoring.Score], judge) -> tuple[list[dict], dict[str, str]]:
+    ranked: list[schema.RankedPrompt], scores: dict[str, scoring.Score],
+    judge: judges.Judge) -> tuple[list[schema.EftExample], dict[str, str]]:
   """-> the examples that satisfy the rules above, and {reply id: reason} of the dropped replies."""
   examples, dropped = [], {}
   for r in ranked:
-    replies = [(reply, scores.get(_reply_id(r, reply))) for reply in r['replies']]
-    why = _disagreement([(reply['rank'], score.mean if score else None)
+    replies = [(reply, scores.get(_reply_id(r, reply))) for reply in r.replies]
+    why = _disagreement([(reply.rank, score.mean if score else None)
                          for reply, score in replies])
     if why:
       dropped |= {_reply_id(r, reply): why for reply, _ in replies}
@@ -93,19 +93,19 @@ def from_baseline(
         dropped[_reply_id(r, reply)] = 'no finished judgement'
     # Means in the order of the ranks may have nearest judgements that are not in that order: the
     # judgements nearest to 3.5 and 3.3 may be 3 and 4.
-    orders = scoring.orders([(reply['rank'], target['score']) for reply, target in targets])
+    orders = scoring.orders([(reply.rank, target.score) for reply, target in targets])
     if min(orders, default=0) < 0:
       dropped |= {_reply_id(r, reply): 'targets contradict the human ranks' for reply, _ in targets}
     else:
-      examples += [_example(r, reply, target['text'], target['score'], judge)
+      examples += [_example(r, reply, target.text, target.score, judge)
                    for reply, target in targets]
   return examples, dropped
 
 
-def _nearest_to_mean(score: scoring.Score) -> dict | None:
+def _nearest_to_mean(score: scoring.Score) -> schema.Judgement | None:
   """The first of the finished judgements whose score is nearest to the mean; None without any."""
-  finished = [j for j in score.judgements if j['score'] is not None and j['finish'] == 'eos']
-  return min(finished, key=lambda j: abs(j['score'] - score.mean), default=None)
+  finished = [j for j in score.judgements if j.score is not None and j.finish == schema.EOS]
+  return min(finished, key=lambda j: abs(j.score - score.mean), default=None)
 
 
 def _disagreement(replies: list[tuple[int, float | None]]) -> str:
@@ -118,7 +118,8 @@ def _disagreement(replies: list[tuple[int, float | None]]) -> str:
   return '' if max(orders, default=0) > 0 else 'no pair agrees with the human ranks'
 
 
-def from_ranks(ranked, judge) -> tuple[list[dict], dict[str, str]]:
+def from_ranks(ranked: list[schema.RankedPrompt],
+               judge: judges.Judge) -> tuple[list[schema.EftExample], dict[str, str]]:
   """Human ranks as scores: the best rank gets the highest score, the worst rank the lowest.
 
   The ranks between are spaced evenly. The justification only states the rank. Returns what
@@ -126,39 +127,38 @@ def from_ranks(ranked, judge) -> tuple[list[dict], dict[str, str]]:
   """
   examples, dropped = [], {}
   for r in ranked:
-    worst = max(reply['rank'] for reply in r['replies'])
-    for reply in r['replies']:
+    worst = max(reply.rank for reply in r.replies)
+    for reply in r.replies:
       if worst == 0:
         dropped[_reply_id(r, reply)] = 'all replies have the same human rank'
         continue
-      score = judge.nearest(judge.highest - (judge.highest - judge.lowest) * reply['rank'] / worst)
-      text = f'People ranked it {reply["rank"] + 1} of {len(r["replies"])}.\n{judge.state(score)}'
+      score = judge.nearest(judge.highest - (judge.highest - judge.lowest) * reply.rank / worst)
+      text = f'People ranked it {reply.rank + 1} of {len(r.replies)}.\n{judge.state(score)}'
       examples.append(_example(r, reply, text, score, judge))
   return examples, dropped
 
 
-def balance(examples: list[dict]) -> list[dict]:
+def balance(examples: list[schema.EftExample]) -> list[schema.EftExample]:
   """Downsamples the most frequent score to the runner-up's count (PAPER 3.1).
 
   A hash of the ids selects the examples, so that the selection is reproducible.
   """
-  counts = Counter(scoring.whole(e['score']) for e in examples).most_common()
+  counts = Counter(scoring.whole(e.score) for e in examples).most_common()
   if len(counts) < 2:
     return examples
   (most_frequent, _), (_, limit) = counts[:2]
-  ids = [e['id'] for e in examples if scoring.whole(e['score']) == most_frequent]
+  ids = [e.id for e in examples if scoring.whole(e.score) == most_frequent]
   removed = set(sorted(ids, key=records.digest)[limit:])
-  return [e for e in examples if e['id'] not in removed]
+  return [e for e in examples if e.id not in removed]
 
 
-def table(found: dict) -> str:
+def table(found: schema.EftSummary) -> str:
   """Formats the yield, the drop reasons, and the score histograms before and after selection."""
-  lines = [f'{found["examples"]} examples from {found["replies"]} ranked replies of '
-           f'{found["prompts"]} prompts',
-           f'  {"judgements parsed":46}{found["parsed"]:8} of {found["judgements"]}']
-  lines += [f'  {"dropped, " + why:46}{count:8}' for why, count in found['dropped'].items()]
-  columns = dict(
-      judged=found['scores_judged'], agreed=found['scores_before'], kept=found['scores'])
+  lines = [f'{found.examples} examples from {found.replies} ranked replies of '
+           f'{found.prompts} prompts',
+           f'  {"judgements parsed":46}{found.parsed:8} of {found.judgements}']
+  lines += [f'  {"dropped, " + why:46}{count:8}' for why, count in found.dropped.items()]
+  columns = dict(judged=found.scores_judged, agreed=found.scores_before, kept=found.scores)
   lines.append(f'  {"score":>5}' + ''.join(f'{name:>8}' for name in columns))
   for score in sorted({key for column in columns.values() for key in column}, key=float):
     counts = ''.join(f'{column.get(score, 0):8}' for column in columns.values())
@@ -166,14 +166,14 @@ def table(found: dict) -> str:
   return '\n'.join(lines)
 
 
-def _example(ranked, reply, text: str, score: float, judge) -> dict:
-  return dict(id=_reply_id(ranked, reply),
-              prompt=judge.render(prompt=ranked['prompt'], response=reply['text']),
-              response=text, score=score)
+def _example(ranked: schema.RankedPrompt, reply: schema.Reply, text: str, score: float,
+             judge: judges.Judge) -> schema.EftExample:
+  prompt = judge.render(prompt=ranked.prompt, response=reply.text)
+  return schema.EftExample(id=_reply_id(ranked, reply), prompt=prompt, response=text, score=score)
 
 
-def _reply_id(ranked, reply) -> str:
-  return records.join(ranked['id'], reply['id'])
+def _reply_id(ranked: schema.RankedPrompt, reply: schema.Reply) -> str:
+  return records.join(ranked.id, reply.id)
 
 
 if __name__ == '__main__':

@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 import statistics
 
-from etils import epath
-
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, schema, stage
 from srlm_jax.reward import scores as scoring
 
 # A warning is given when a statistic crosses its limit.
@@ -28,14 +26,13 @@ def run(config, workdir):
   """
   spec = catalog.find('reward.health')
   config = spec.view(config)
-  folder = spec.folder(workdir, config).parent
   s = stage.Stage(spec, config, workdir)
-  if not s.inputs:
-    raise InputError(f'{folder} holds no prompts, responses, judgements or pairs; run the stages '
-                     f'that write them first')
+  if not s.has_inputs:
+    raise InputError(f'{config.name} has no prompts, responses, judgements or pairs; run the '
+                     f'stages that write them first')
   if s.done:
     return
-  found = measure(folder, config.judge.quorum)
+  found = measure(s, config.name, config.judge.quorum)
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'health.json', found)
@@ -44,63 +41,61 @@ def run(config, workdir):
   s.finish(warnings=len(found['warnings']))
 
 
-def measure(folder, quorum: int) -> dict:
-  """The folder of a model -> statistics of the files in it, and warnings.
+def measure(s: stage.Stage, model: str, quorum: int) -> dict:
+  """-> statistics of the files that the stage reads, and warnings.
 
   Shares are fractions from 0 to 1. Lengths are in characters.
   """
-  folder = epath.Path(folder)
-  responses = _shards(folder / 'respond', 'responses', 'id', 'prompt_id', 'response', 'finish')
-  judgements = _shards(folder / 'judge', 'judgements', 'response_id', 'score', 'reason')
+  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
+  judgements = list(s.read('judge/judgements-*.jsonl', schema.Judgement))
   found, sentences = {}, []
-  if attempts := _lines(folder / 'prompts' / 'attempts.jsonl', 'dropped'):
-    found['prompts'] = of_prompts(attempts, _lines(folder / 'prompts' / 'prompts.jsonl'))
+  if attempts := list(s.read('prompts/attempts.jsonl', schema.Attempt)):
+    found['prompts'] = of_prompts(attempts, list(s.read('prompts/prompts.jsonl', schema.Prompt)))
   if responses:
     found['responses'] = of_responses(responses)
-    sentences += warn_responses(f'{folder.name}/respond', responses)
+    sentences += warn_responses(f'{model}/respond', responses)
   if judgements:
     found['judgements'] = of_judgements(judgements)
-    sentences += warn_judgements(f'{folder.name}/judge', judgements)
+    sentences += warn_judgements(f'{model}/judge', judgements)
   if responses and judgements:
     found['ties'] = of_ties(responses, judgements, quorum)
-    sentences += warn_ties(f'{folder.name}/judge', responses, judgements, quorum)
-  prompts = len({r['prompt_id'] for r in responses})
-  positives, pairs = (folder / 'pairs' / f'{name}.jsonl' for name in ('positives', 'pairs'))
-  if positives.exists():
-    found['positives'] = len(_lines(positives))
-  elif pairs.exists():
-    rows = _lines(pairs, 'chosen', 'rejected', 'chosen_score', 'rejected_score')
-    found['pairs'] = of_pairs(rows, prompts)
-    sentences += warn_pairs(f'{folder.name}/pairs', rows, prompts)
+    sentences += warn_ties(f'{model}/judge', responses, judgements, quorum)
+  prompts = len({r.prompt_id for r in responses})
+  if s.has('pairs/positives.jsonl'):
+    found['positives'] = sum(1 for _ in s.read('pairs/positives.jsonl', schema.Positive))
+  elif s.has('pairs/pairs.jsonl'):
+    pairs = list(s.read('pairs/pairs.jsonl', schema.Pair))
+    found['pairs'] = of_pairs(pairs, prompts)
+    sentences += warn_pairs(f'{model}/pairs', pairs, prompts)
   return dict(found, warnings=sentences)
 
 
-def of_prompts(attempts: list[dict], prompts: list[dict]) -> dict:
+def of_prompts(attempts: list[schema.Attempt], prompts: list[schema.Prompt]) -> dict:
   """Counts of attempts, accepted prompts and drop reasons."""
-  dropped = Counter(a['dropped'] for a in attempts)
+  dropped = Counter(a.dropped for a in attempts)
   passed = dropped.pop('', 0)
   dropped['more than wanted'] = passed - len(prompts)
   return dict(attempts=len(attempts), accepted=len(prompts),
               dropped=dict(sorted((+dropped).items())))
 
 
-def of_responses(responses: list[dict]) -> dict:
+def of_responses(responses: list[schema.Response]) -> dict:
   """Counts, the unfinished and the duplicated share, the mean length."""
-  finish = Counter(r['finish'] for r in responses)
+  finish = Counter(r.finish for r in responses)
   return dict(
-      count=len(responses), unfinished=round(1 - finish['eos'] / len(responses), 4),
-      cut=finish['length'], too_long=finish['too_long'],
+      count=len(responses), unfinished=round(1 - finish[schema.EOS] / len(responses), 4),
+      cut=finish[schema.CUT], too_long=finish[schema.TOO_LONG],
       repeated=round(_repeated(responses), 4),
-      empty=sum(not r['response'].strip() for r in responses),
-      characters=_mean_length(responses, 'response'))
+      empty=sum(not r.response.strip() for r in responses),
+      characters=_mean_length(r.response for r in responses))
 
 
-def of_judgements(judgements: list[dict]) -> dict:
+def of_judgements(judgements: list[schema.Judgement]) -> dict:
   """Counts, the parse rate, parse failures by reason, and the score histogram.
 
   `commonest` is the share of the most frequent score.
   """
-  parsed = [j['score'] for j in judgements if j['score'] is not None]
+  parsed = [j.score for j in judgements if j.score is not None]
   histogram = scoring.histogram(parsed)
   return dict(
       count=len(judgements), parse_rate=round(len(parsed) / len(judgements), 4),
@@ -108,25 +103,26 @@ def of_judgements(judgements: list[dict]) -> dict:
       commonest=round(max(histogram.values()) / len(parsed), 4) if parsed else None)
 
 
-def of_ties(responses: list[dict], judgements: list[dict], quorum: int) -> dict:
+def of_ties(responses: list[schema.Response], judgements: list[schema.Judgement],
+            quorum: int) -> dict:
   """The number of prompts with at least two scored candidates.
 
   `all_equal` is the fraction of these prompts whose candidates all have the same score.
   """
   scores, groups = scoring.by_response(judgements, quorum), {}
   for r in responses:
-    score = scores.get(r['id'])
+    score = scores.get(r.id)
     if score and score.mean is not None:
-      groups.setdefault(r['prompt_id'], []).append(score.mean)
+      groups.setdefault(r.prompt_id, []).append(score.mean)
   groups = [means for means in groups.values() if len(means) > 1]
   equal = sum(len(set(means)) == 1 for means in groups)
   return dict(prompts=len(groups), all_equal=round(equal / max(len(groups), 1), 4))
 
 
-def of_pairs(pairs: list[dict], prompts: int) -> dict:
+def of_pairs(pairs: list[schema.Pair], prompts: int) -> dict:
   """The yield, mean lengths of the chosen and rejected responses, the mean score margin."""
-  chosen, rejected = _mean_length(pairs, 'chosen'), _mean_length(pairs, 'rejected')
-  margins = [p['chosen_score'] - p['rejected_score'] for p in pairs]
+  chosen, rejected = _mean_lengths(pairs)
+  margins = [p.chosen_score - p.rejected_score for p in pairs]
   return dict(
       count=len(pairs), per_1000_prompts=round(1000 * len(pairs) / max(prompts, 1), 1),
       chosen_characters=chosen, rejected_characters=rejected,
@@ -134,9 +130,9 @@ def of_pairs(pairs: list[dict], prompts: int) -> dict:
       margin=round(statistics.fmean(margins), 3) if margins else None)
 
 
-def warn_judgements(title: str, judgements: list[dict]) -> list[str]:
+def warn_judgements(title: str, judgements: list[schema.Judgement]) -> list[str]:
   """Warnings: the parse rate is low; most scores have the same value."""
-  scores = [scoring.whole(j['score']) for j in judgements if j['score'] is not None]
+  scores = [scoring.whole(j.score) for j in judgements if j.score is not None]
   sentences = []
   if len(scores) < PARSED * len(judgements):
     why = ', '.join(f'{n} {reason}' for reason, n in unparsed(judgements).items())
@@ -149,11 +145,11 @@ def warn_judgements(title: str, judgements: list[dict]) -> list[str]:
   return sentences
 
 
-def warn_responses(title: str, responses: Iterable[dict]) -> list[str]:
+def warn_responses(title: str, responses: Iterable[schema.Response]) -> list[str]:
   """Warnings: more responses are cut than finished; most candidates duplicate another one."""
   responses = list(responses)
-  finish, sentences = Counter(r['finish'] for r in responses), []
-  if finish['length'] > finish['eos']:
+  finish, sentences = Counter(r.finish for r in responses), []
+  if finish[schema.CUT] > finish[schema.EOS]:
     sentences.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, '
                      f'{finish["eos"]:,} are finished; the model does not end its answers, or the '
                      f'limit is too low.')
@@ -163,7 +159,8 @@ def warn_responses(title: str, responses: Iterable[dict]) -> list[str]:
   return sentences
 
 
-def warn_ties(title: str, responses: list[dict], judgements: list[dict], quorum: int) -> list[str]:
+def warn_ties(title: str, responses: list[schema.Response], judgements: list[schema.Judgement],
+              quorum: int) -> list[str]:
   """Warning: most prompts have candidates with equal scores only."""
   share = of_ties(responses, judgements, quorum)['all_equal']
   if share <= TIED:
@@ -172,9 +169,9 @@ def warn_ties(title: str, responses: list[dict], judgements: list[dict], quorum:
           f'prompts give no pair.']
 
 
-def warn_pairs(title: str, pairs: list[dict], prompts: int) -> list[str]:
+def warn_pairs(title: str, pairs: list[schema.Pair], prompts: int) -> list[str]:
   """Warnings: the prompts gave few pairs; chosen responses are much longer than rejected ones."""
-  chosen, rejected = _mean_length(pairs, 'chosen'), _mean_length(pairs, 'rejected')
+  chosen, rejected = _mean_lengths(pairs)
   sentences = []
   if 1000 * len(pairs) < FEW * prompts:
     sentences.append(f'{title}: {len(pairs):,} pairs from {prompts:,} prompts, fewer than {FEW} '
@@ -185,29 +182,25 @@ def warn_pairs(title: str, pairs: list[dict], prompts: int) -> list[str]:
   return sentences
 
 
-def unparsed(judgements: list[dict]) -> Counter:
+def unparsed(judgements: list[schema.Judgement]) -> Counter:
   """The number of judgements without a score, by reason."""
-  return Counter(j['reason'] for j in judgements if j['score'] is None)
+  return Counter(j.reason for j in judgements if j.score is None)
 
 
-def _repeated(responses: list[dict]) -> float:
+def _repeated(responses: list[schema.Response]) -> float:
   """The fraction of responses that duplicate another response to the same prompt."""
-  distinct = {(r['prompt_id'], r['response'].strip()) for r in responses}
+  distinct = {(r.prompt_id, r.response.strip()) for r in responses}
   return 1 - len(distinct) / len(responses) if responses else 0.0
 
 
-def _mean_length(rows: list[dict], field: str) -> float:
-  return round(statistics.fmean(len(r[field]) for r in rows), 1) if rows else 0.0
+def _mean_lengths(pairs: list[schema.Pair]) -> tuple[float, float]:
+  """Of the chosen and of the rejected responses, in characters."""
+  return _mean_length(p.chosen for p in pairs), _mean_length(p.rejected for p in pairs)
 
 
-def _shards(folder, stem: str, *fields: str) -> list[dict]:
-  """The records of all shards, or [] if there are none."""
-  return list(records.read_shards(folder, stem, *fields)) if list(folder.glob(f'{stem}-*')) else []
-
-
-def _lines(path, *fields: str) -> list[dict]:
-  """The records of a file, or [] if it does not exist."""
-  return list(records.read(path, *fields)) if path.exists() else []
+def _mean_length(texts: Iterable[str]) -> float:
+  lengths = [len(text) for text in texts]
+  return round(statistics.fmean(lengths), 1) if lengths else 0.0
 
 
 if __name__ == '__main__':

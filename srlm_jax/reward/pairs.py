@@ -6,7 +6,7 @@ from collections import Counter
 import dataclasses
 import statistics
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.reward import scores as scoring, strategies
 
 
@@ -26,60 +26,60 @@ def run(config, workdir):
   """
   spec = catalog.find('reward.pairs')
   config = spec.view(config)
-  strategy, folder = config.pairs.strategy, spec.folder(workdir, config).parent
+  strategy = config.pairs.strategy
   strategies.check(strategy)
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  prompts, judgements = load(config, folder)
+  prompts, judgements = load(s, config)
   if not prompts or not judgements:
-    raise InputError(f'{folder} holds {len(prompts)} answered prompts and {len(judgements)} '
+    raise InputError(f'{config.name} has {len(prompts)} answered prompts and {len(judgements)} '
                      f'judgements; run the respond and judge stages first')
   s.begin()
   if not hosts.is_first_host():
     return s.finish()
   made, dropped = select(prompts, config.pairs)
   records.write(s.folder / 'scores.jsonl', (
-      dict(id=c.id, score=c.score, spread=c.spread) for p in prompts for c in p.candidates))
+      schema.CandidateScore(id=c.id, score=c.score, spread=c.spread)
+      for p in prompts for c in p.candidates))
   kind = 'positives' if strategy == strategies.POSITIVES else 'pairs'
   records.write(s.folder / f'{kind}.jsonl', made)
   found = summary(strategy, prompts, judgements, made, dropped)
   hosts.say(f'{s.title}: {table(found)}')
-  s.finish(**found)
+  s.finish(**dataclasses.asdict(found))
 
 
-def load(config, folder) -> tuple[list[Prompt], list[dict]]:
-  """Reads the stages of one model -> prompts with candidates, and the sampler's judgements."""
-  strategy, quorum = config.pairs.strategy, config.judge.quorum
-  fields = ('id', 'prompt_id', 'prompt', 'response', 'finish')
-  responses = [(r, False) for r in records.read_shards(folder / 'respond', 'responses', *fields)]
-  judgements = list(records.read_shards(
-      folder / 'judge', 'judgements', 'response_id', 'score'))
+def load(s: stage.Stage, config) -> tuple[list[Prompt], list[schema.Judgement]]:
+  """Reads the inputs -> prompts with candidates, and the sampler's judgements."""
+  quorum = config.judge.quorum
+  responses = [(r, False) for r in s.read('respond/responses-*.jsonl', schema.Response)]
+  judgements = list(s.read('judge/judgements-*.jsonl', schema.Judgement))
   again, implicit = {}, {}
-  if strategy == 'consistency':
-    found = records.read_shards(folder / 'judge_again', 'judgements', 'response_id', 'score')
-    again = {name: score.mean for name, score in scoring.by_response(found, quorum).items()}
-  if strategy == 'agreement':
-    implicit = {r['id']: r['reward'] for r in records.read_shards(
-        folder / 'implicit', 'rewards', 'id', 'reward')}
-  if strategy == 'temporal':
-    responses += [(r, True) for r in records.read_shards(
-        folder / 'respond_older', 'responses', *fields)]
-    judgements += records.read_shards(
-        folder / 'judge_older', 'judgements', 'response_id', 'score')
+  if catalog.needs('judge_again', config):
+    found = s.read('judge_again/judgements-*.jsonl', schema.Judgement)
+    scores = scoring.by_response(found, quorum)
+    again = {name: score.mean for name, score in scores.items()}
+  if catalog.needs('implicit', config):
+    rewards = s.read('implicit/rewards-*.jsonl', schema.ImplicitReward)
+    implicit = {r.id: r.reward for r in rewards}
+  if catalog.needs('respond_older', config):
+    older = s.read('respond_older/responses-*.jsonl', schema.Response)
+    responses += [(r, True) for r in older]
+    judgements += s.read('judge_older/judgements-*.jsonl', schema.Judgement)
   scores = scoring.by_response(judgements, quorum)
   prompts = {}
   for r, older in responses:
-    score = scores.get(r['id'], scoring.Score(None, None, []))
-    prompt = prompts.setdefault(r['prompt_id'], Prompt(r['prompt_id'], r['prompt'], []))
+    score = scores.get(r.id, scoring.Score(None, None, []))
+    prompt = prompts.setdefault(r.prompt_id, Prompt(r.prompt_id, r.prompt, []))
     prompt.candidates.append(strategies.Candidate(
-        r['id'], r['response'], r['finish'], score.mean, score.spread, again.get(r['id']),
-        implicit.get(r['id']), older))
+        r.id, r.response, r.finish, score.mean, score.spread, again.get(r.id), implicit.get(r.id),
+        older))
   return list(prompts.values()), judgements
 
 
-def select(prompts: list[Prompt], config) -> tuple[list[dict], Counter]:
-  """-> records of pairs or positives, and the number of prompts without any, by reason."""
+def select(prompts: list[Prompt], config) -> tuple[
+    list[schema.Pair] | list[schema.Positive], Counter]:
+  """-> pairs or positives, and the number of prompts without any, by reason."""
   make = _positives if config.strategy == strategies.POSITIVES else _pair
   made, dropped = [], Counter()
   for prompt in prompts:
@@ -91,43 +91,40 @@ def select(prompts: list[Prompt], config) -> tuple[list[dict], Counter]:
   if config.strategy == 'consistency' and made:
     taus = {p.id: strategies.kendall_tau(p.candidates) for p in prompts}
     rate = strategies.consistency_rate([tau for tau in taus.values() if tau is not None])
-    made = [dict(pair, tau=taus[pair['id']], confidence=rate) for pair in made]
+    made = [dataclasses.replace(pair, tau=taus[pair.id], confidence=rate) for pair in made]
   return made, dropped
 
 
-def _pair(prompt: Prompt, config) -> list[dict] | str:
+def _pair(prompt: Prompt, config) -> list[schema.Pair] | str:
   choice = strategies.PAIRS[config.strategy](prompt.candidates, config)
   if isinstance(choice, str):
     return choice
   chosen, rejected = choice
-  record = dict(
-      id=prompt.id, prompt=prompt.text, chosen=chosen.response, rejected=rejected.response)
-  for side, candidate in (('chosen', chosen), ('rejected', rejected)):
-    record |= {f'{side}_{field}': getattr(candidate, field)
-               for field in ('score', 'spread', 'finish', 'id')}
-  return [record]
+  return [schema.Pair(
+      id=prompt.id, prompt=prompt.text, chosen=chosen.response, rejected=rejected.response,
+      chosen_finish=chosen.finish, rejected_finish=rejected.finish, chosen_id=chosen.id,
+      rejected_id=rejected.id, chosen_score=chosen.score, rejected_score=rejected.score,
+      chosen_spread=chosen.spread, rejected_spread=rejected.spread)]
 
 
-def _positives(prompt: Prompt, config) -> list[dict] | str:
+def _positives(prompt: Prompt, config) -> list[schema.Positive] | str:
   found = strategies.positives_only(prompt.candidates, config)
   if isinstance(found, str):
     return found
-  return [dict(id=c.id, prompt=prompt.text, response=c.response, score=c.score, finish=c.finish)
-          for c in found]
+  return [schema.Positive(id=c.id, prompt=prompt.text, response=c.response, score=c.score,
+                          finish=c.finish) for c in found]
 
 
 def summary(
-    strategy: str, prompts: list[Prompt], judgements: list[dict], made: list[dict],
-    dropped: Counter) -> dict:
-  """The statistics of done.json: yield, drop reasons, ties, score margins, mean lengths.
-
-  Lengths are in characters.
-  """
-  pairs = [m for m in made if 'chosen' in m]
-  parsed = [j['score'] for j in judgements if j['score'] is not None]
-  chosen, rejected = ([len(p[side]) for p in pairs] for side in ('chosen', 'rejected'))
-  margins = [p['chosen_score'] - p['rejected_score'] for p in pairs]
-  return dict(
+    strategy: str, prompts: list[Prompt], judgements: list[schema.Judgement],
+    made: list[schema.Pair] | list[schema.Positive], dropped: Counter) -> schema.PairsSummary:
+  """The statistics of done.json: yield, drop reasons, ties, score margins, mean lengths."""
+  pairs = [] if strategy == strategies.POSITIVES else made
+  parsed = [j.score for j in judgements if j.score is not None]
+  chosen, rejected = [len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]
+  margins = [p.chosen_score - p.rejected_score for p in pairs]
+  is_weighted = strategy == 'consistency' and pairs
+  return schema.PairsSummary(
       strategy=strategy, pairs=len(pairs), positives=len(made) - len(pairs), prompts=len(prompts),
       pairs_per_1000_prompts=round(1000 * len(made) / len(prompts), 1),
       judgements=len(judgements), parsed=len(parsed), score_histogram=scoring.histogram(parsed),
@@ -138,16 +135,16 @@ def summary(
       chosen_characters=_mean(chosen), rejected_characters=_mean(rejected),
       chosen_minus_rejected_characters=_mean(
           [a - b for a, b in zip(chosen, rejected, strict=True)]),
-      confidence=round(pairs[0]['confidence'], 4) if pairs and 'confidence' in pairs[0] else None)
+      confidence=round(pairs[0].confidence, 4) if is_weighted else None)
 
 
-def table(found: dict) -> str:
+def table(found: schema.PairsSummary) -> str:
   """Formats the summary."""
-  kind = 'positives' if found['strategy'] == strategies.POSITIVES else 'pairs'
-  lines = [f'{found[kind] or "no"} {kind} from {found["prompts"]} prompts by {found["strategy"]} '
-           f'({found["pairs_per_1000_prompts"]:g} per 1,000); {found["parsed"]} of '
-           f'{found["judgements"]} judgements parsed, scores {found["score_histogram"]}']
-  lines += [f'  {"dropped, " + why:48}{n:6}' for why, n in found['dropped'].items()]
+  kind = 'positives' if found.strategy == strategies.POSITIVES else 'pairs'
+  lines = [f'{getattr(found, kind) or "no"} {kind} from {found.prompts} prompts by '
+           f'{found.strategy} ({found.pairs_per_1000_prompts:g} per 1,000); {found.parsed} of '
+           f'{found.judgements} judgements parsed, scores {found.score_histogram}']
+  lines += [f'  {"dropped, " + why:48}{n:6}' for why, n in found.dropped.items()]
   labels = dict(
       all_scores_equal='prompts whose scores are all equal',
       margin='mean score margin, chosen minus rejected',
@@ -156,8 +153,8 @@ def table(found: dict) -> str:
       rejected_characters='characters per rejected response',
       spread='standard deviation of judgements per response',
       confidence='confidence of every pair')
-  lines += [f'  {label:48}{found[key]:6g}' for key, label in labels.items()
-            if found[key] is not None]
+  values = {label: getattr(found, key) for key, label in labels.items()}
+  lines += [f'  {label:48}{value:6g}' for label, value in values.items() if value is not None]
   return '\n'.join(lines)
 
 

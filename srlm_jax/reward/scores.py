@@ -8,6 +8,8 @@ import statistics
 
 import numpy as np
 
+from srlm_jax import schema
+
 DRAWS = 4000  # bootstrap resamples
 
 
@@ -17,20 +19,20 @@ class Score:
   mean: float | None    # None if fewer judgements parsed than the quorum
   # Population standard deviation of the parsed judgements. None if `mean` is None.
   spread: float | None
-  judgements: list[dict]
+  judgements: list[schema.Judgement]
 
 
-def by_response(judgements: Iterable[dict], quorum: int) -> dict[str, Score]:
+def by_response(judgements: Iterable[schema.Judgement], quorum: int) -> dict[str, Score]:
   """Judgement records -> {response id: Score}.
 
   A judgement that failed to parse is missing data. It does not count as a score of 0.
   """
   grouped = {}
   for judgement in judgements:
-    grouped.setdefault(judgement['response_id'], []).append(judgement)
+    grouped.setdefault(judgement.response_id, []).append(judgement)
   scores = {}
   for response_id, group in grouped.items():
-    parsed = [j['score'] for j in group if j['score'] is not None]
+    parsed = [j.score for j in group if j.score is not None]
     if parsed and len(parsed) >= quorum:
       scores[response_id] = Score(statistics.fmean(parsed), statistics.pstdev(parsed), group)
     else:

@@ -17,6 +17,16 @@ from srlm_jax.sample import engine as engines
 STEPS = 16  # tokens per decode call
 
 
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """A response; `ids` and `logps` have one entry per sampled token."""
+  prompt_ids: list[int]
+  ids: list[int]
+  text: str
+  logps: list[float]
+  finish: str
+
+
 def define_flags():
   flags.DEFINE_string('model', None, 'Folder of a checkpoint or of a Hugging Face model.',
                       required=True)
@@ -45,12 +55,12 @@ def main(argv):
   mesh = sharding.make_mesh(1, 1, f.tensor, jax.devices()[:f.tensor])
   sampling = engines.Sampling(f.temperature, f.top_p, f.max_tokens, f.top_k)
   found = generate(f.model, f.prompt, f.chat, sampling, f.seed, f.dtype, mesh)
-  print(json.dumps(found) if f.json else found['text'])
+  print(json.dumps(dataclasses.asdict(found)) if f.json else found.text)
 
 
 def generate(folder: str, prompt: str, chat: str, sampling: engines.Sampling, seed: int,
-             dtype: str, mesh) -> dict:
-  """Samples one response -> prompt_ids, ids, text, logps (per token of ids) and finish.
+             dtype: str, mesh) -> Generated:
+  """Samples one response.
 
   `folder`: a checkpoint or a Hugging Face model. Raises InputError if the prompt and max_tokens
   exceed the model's context.
@@ -76,8 +86,7 @@ def generate(folder: str, prompt: str, chat: str, sampling: engines.Sampling, se
   (_, (result,)), = engine.generate([engines.Request(prompt, ids)], sampling)
   # Some tokenizers drop the leading space of a text, so the response is not decoded alone.
   text = tokenizer.decode([*ids, *result.ids])[len(tokenizer.decode(ids)):]
-  return dict(prompt_ids=ids, ids=result.ids, text=text, logps=result.token_logps,
-              finish=result.finish)
+  return Generated(ids, result.ids, text, result.token_logps, result.finish)
 
 
 if __name__ == '__main__':

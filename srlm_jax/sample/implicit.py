@@ -6,7 +6,7 @@ eq. 5). beta is omitted because it scales all candidates alike.
 import jax
 import tqdm
 
-from srlm_jax import catalog, cli, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
@@ -22,8 +22,7 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(records.read_shards(
-      s.inputs[0].parent, 'responses', 'id', 'prompt', 'response', 'finish'))
+  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
   responses = responses[jax.process_index()::jax.process_count()]
   for folder in s.models:
     engines.refuse_too_large(config, folder)
@@ -33,9 +32,10 @@ def run(config, workdir):
       _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
       for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
   rows = zip(responses, logps, older_logps, strict=True)
-  records.write(_shard(s, 'rewards'), (_reward(r['id'], logp, older) for r, logp, older in rows))
+  records.write(_shard(s, 'rewards'), (_reward(r.id, logp, older) for r, logp, older in rows))
   hosts.sync(f'{s.title} scored')
-  rewards = [r['reward'] for r in records.read_shards(s.folder, 'rewards')]
+  made = records.read_shards(s.folder, 'rewards', schema.ImplicitReward)
+  rewards = [r.reward for r in made]
   s.finish(responses=len(rewards), without_reward=rewards.count(None))
 
 
@@ -43,10 +43,10 @@ def _shard(s: stage.Stage, stem: str):
   return s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
 
 
-def _reward(name: str, logp: float | None, older_logp: float | None) -> dict:
+def _reward(name: str, logp: float | None, older_logp: float | None) -> schema.ImplicitReward:
   is_missing = logp is None or older_logp is None
   reward = None if is_missing else round(logp - older_logp, 4)
-  return dict(id=name, reward=reward, logp=logp, older_logp=older_logp)
+  return schema.ImplicitReward(id=name, reward=reward, logp=logp, older_logp=older_logp)
 
 
 def _logps(config, folder, responses, path, title) -> list[float | None]:
@@ -65,25 +65,26 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
     batch = encoded[start:start + size]
     rows = [row for row in batch if row]
     values = iter(engine.logps(rows) if rows else ())
-    new = [dict(id=r['id'], logp=round(next(values), 4) if row else None)
+    new = [schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
            for r, row in zip(responses[start:start + size], batch, strict=True)]
     out.append(new[max(out.count - start, 0):])
   out.close()
-  return [r['logp'] for r in records.read(path, 'id', 'logp')]
+  return [r.logp for r in records.read(path, schema.Logp)]
 
 
-def _encode(chat, response, tokenizer, context: int) -> tuple[list[int], list[int]] | None:
+def _encode(
+    chat, response: schema.Response, tokenizer, context: int) -> tuple[list[int], list[int]] | None:
   """-> (prompt ids, response ids), or None if the response is empty or too long.
 
   Also None if the tokenizer merges a piece of the response with its prompt.
   """
-  if not response['response'].strip():
+  if not response.response.strip():
     return None
-  pair = templates.encode_pair(chat, response['prompt'], response['response'], tokenizer)
+  pair = templates.encode_pair(chat, response.prompt, response.response, tokenizer)
   if pair is None:
     return None
   prompt_ids, response_ids = pair
-  if response['finish'] == 'eos':
+  if response.finish == schema.EOS:
     response_ids = response_ids + [tokenizer.eos_ids[0]]
   fits = len(prompt_ids) + len(response_ids) <= context
   return (prompt_ids, response_ids) if fits else None

@@ -1,11 +1,22 @@
 """LLM-as-a-judge: samples several judgements per response and keeps the text of each."""
 from collections import Counter
+from collections.abc import Iterable, Iterator
+import dataclasses
 import itertools
 
-from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, schema, stage
 from srlm_jax.data import ranked as ranking, templates
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A response to judge. `id`: of a sampled response, or of a ranked reply (`records.join`)."""
+  id: str
+  prompt_id: str
+  prompt: str
+  response: str
 
 
 def run(config, workdir, on: str = ''):
@@ -29,19 +40,19 @@ def run(config, workdir, on: str = ''):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  total = sum(1 for _ in _items(config, s.inputs[0], on))
+  total = sum(1 for _ in _items(s, config, on))
   if not total:
-    raise InputError(f'{s.inputs[0]} has no responses to judge ({on}); '
+    raise InputError(f'{spec.reads[0]} has no responses to judge ({on}); '
                      f'run the stage that writes them first')
   c = config.judge
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
 
   def prompt(item, tokenizer):
-    text = judge.render(prompt=item['prompt'], response=item['response'])
+    text = judge.render(prompt=item.prompt, response=item.response)
     return templates.encode_prompt(config.chat, text, tokenizer)
 
   def check(engine, tokenizer):
-    rubric = len(prompt(dict(prompt='', response=''), tokenizer))
+    rubric = len(prompt(Item('', '', '', ''), tokenizer))
     if rubric >= engine.max_prompt_tokens(sampling):
       raise InputError(f'the rubric of config.judge.template = {c.template} has {rubric} tokens, '
                        f'and judge.max_tokens is {c.max_tokens}, so the model\'s context has no '
@@ -50,32 +61,34 @@ def run(config, workdir, on: str = ''):
 
   def record(item, j, text, result):
     score, reason = judges.read(judge, text, result.finish)
-    return dict(id=f'{item["id"]}/{j}', prompt_id=item['prompt_id'], response_id=item['id'], j=j,
-                text=text, score=score, reason=reason, finish=result.finish)
+    return schema.Judgement(
+        id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, j=j, text=text,
+        score=score, reason=reason, finish=result.finish)
   share = hosts.share(total)
   judgements = shards.write(
-      s, config, 'judgements', sampling, itertools.islice(_items(config, s.inputs[0], on), *share),
-      len(range(*share)), prompt, record, spec.count(config), check)
-  reasons = Counter(j['reason'] if j['score'] is None else '' for j in judgements)
+      s, config, 'judgements', schema.Judgement, sampling,
+      itertools.islice(_items(s, config, on), *share), len(range(*share)), prompt,
+      record, spec.count(config), check)
+  s.finish(**dataclasses.asdict(summary(judge, judgements)))
+
+
+def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> schema.JudgeSummary:
+  """Counts judgements, with and without a score."""
+  reasons = Counter(j.reason if j.score is None else '' for j in judgements)
   made, parsed = reasons.total(), reasons.pop('', 0)
-  s.finish(judgements=made, parsed=parsed, lowest=judge.lowest, highest=judge.highest,
-           unparsed=dict(sorted(reasons.items())))
+  return schema.JudgeSummary(judgements=made, parsed=parsed, lowest=judge.lowest,
+                             highest=judge.highest, unparsed=dict(sorted(reasons.items())))
 
 
-def _items(config, source, on: str):
-  """Yields what to judge as {id, prompt_id, prompt, response}; `source`: the first input file."""
+def _items(s: stage.Stage, config, on: str) -> Iterator[Item | schema.Response]:
+  """Yields what to judge."""
   if on in ('responses', 'again', 'older'):
-    yield from records.read_shards(
-        source.parent, 'responses', 'id', 'prompt_id', 'prompt', 'response')
+    source = catalog.find('sample.judge', on).reads[0]
+    yield from s.read(source, schema.Response)
     return
-  split = 'train' if on == 'ranked' else configs.ranked_split(config)
-  rows = records.read(source, 'id', 'prompt', 'split', 'replies')
-  ranked = [r for r in rows if r['split'] == split]
-  ranking.check(ranked, source)
-  for r in ranked:
-    for reply in r['replies']:
-      yield dict(id=records.join(r['id'], reply['id']), prompt_id=r['id'], prompt=r['prompt'],
-                 response=reply['text'])
+  for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
+    for reply in r.replies:
+      yield Item(records.join(r.id, reply.id), r.id, r.prompt, reply.text)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ limits apply: `meta_judge.share` bounds the share of these pairs among all pairs
 Without it the judge would learn to give its favourite score.
 """
 from collections import Counter
+import dataclasses
 import itertools
 import math
 
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.data import templates
 from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, shards
@@ -24,6 +25,22 @@ SLOTS = ('request', 'first', 'second')
 # Precision of a normal prior on Elo scores. It keeps them finite if a judgement always wins or
 # always loses.
 PRIOR = 1e-2
+Group = list[schema.Judgement]  # of one response
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """Two judgements of a response to compare, in this order."""
+  id: str
+  first: schema.Judgement
+  second: schema.Judgement
+
+
+@dataclasses.dataclass(frozen=True)
+class Rated:
+  """A judgement with its Elo score in natural logits."""
+  judgement: schema.Judgement
+  elo: float
 
 
 def run(config, workdir):
@@ -34,7 +51,7 @@ def run(config, workdir):
   """
   spec = catalog.find('sample.meta_judge')
   config = spec.view(config)
-  c, folder = config.meta_judge, spec.folder(workdir, config).parent
+  c = config.meta_judge
   judge = judges.load(config.judge.template)
   meta = judges.load(c.template, SLOTS, 'config.meta_judge.template')
   s = stage.Stage(spec, config, workdir, f'{judge} {meta}')
@@ -43,12 +60,10 @@ def run(config, workdir):
   if config.judge.n < 2:
     raise InputError(f'config.judge.n is {config.judge.n}, but comparing judgements needs at least '
                      f'two per response; set it to 2 or more')
-  asked = {r['id']: judge.render(prompt=r['prompt'], response=r['response'])
-           for r in records.read_shards(
-               folder / 'respond', 'responses', 'id', 'prompt', 'response')}
-  judgements = records.read_shards(folder / 'judge', 'judgements', 'id', 'prompt_id', 'response_id',
-                                   'text', 'score', 'finish')
-  pair_count = sum(1 for _ in records.read(s.inputs[-1]))
+  asked = {r.id: judge.render(prompt=r.prompt, response=r.response)
+           for r in s.read('respond/responses-*.jsonl', schema.Response)}
+  judgements = s.read('judge/judgements-*.jsonl', schema.Judgement)
+  pair_count = sum(1 for _ in s.read('pairs/pairs.jsonl', schema.Pair))
   groups = most_uncertain(scoring.by_response(judgements, config.judge.quorum), c.responses)
   comparisons = _compare(s, config, meta, asked, groups)
   if not hosts.is_first_host():
@@ -61,57 +76,57 @@ def run(config, workdir):
     reasons = ', '.join(f'{n} {why}' for why, n in (+dropped).items())
     hosts.say(f'{s.title}: no pairs of judgements from {len(groups)} responses with at least two '
               f'distinct judgements; dropped: {reasons or "none"}')
-  unparsed = Counter(x['reason'] for x in comparisons if x['reason'])
+  unparsed = Counter(x.reason for x in comparisons if x.reason)
   s.finish(
       judge_pairs=len(kept), responses=len(groups), comparisons=len(comparisons),
       parsed=len(comparisons) - unparsed.total(), unparsed=dict(sorted(unparsed.items())),
-      first_wins=sum(x['winner'] == 1 for x in comparisons),
-      second_wins=sum(x['winner'] == -1 for x in comparisons),
-      dropped=dict(+dropped), scores_chosen=scoring.histogram(p['chosen_score'] for p in kept))
+      first_wins=sum(x.winner == 1 for x in comparisons),
+      second_wins=sum(x.winner == -1 for x in comparisons),
+      dropped=dict(+dropped), scores_chosen=scoring.histogram(p.chosen_score for p in kept))
 
 
 def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
-             groups: list[list[dict]]) -> list[dict]:
+             groups: list[Group]) -> list[schema.Comparison]:
   """Samples the comparisons of every ordered pair in a group -> the records of all hosts.
 
   asked: {response id: judge prompt}.
   """
   c = config.meta_judge
   own = groups[jax.process_index()::jax.process_count()]
-  items = [dict(id=_comparison_id(first, second), pair=(first, second))
+  items = [Item(_comparison_id(first, second), first, second)
            for group in own for first, second in itertools.permutations(group, 2)]
 
   def prompt(item, tokenizer):
-    first, second = item['pair']
-    text = meta.render(request=asked[first['response_id']], first=first['text'],
-                       second=second['text'])
+    text = meta.render(request=asked[item.first.response_id], first=item.first.text,
+                       second=item.second.text)
     return templates.encode_prompt(config.chat, text, tokenizer)
 
   def record(item, _, text, result):
-    first, second = item['pair']
     winner, reason = judges.read(meta, text, result.finish)
-    return dict(id=item['id'], response_id=first['response_id'], first=first['id'],
-                second=second['id'], text=text, winner=winner, reason=reason, finish=result.finish)
+    return schema.Comparison(
+        id=item.id, response_id=item.first.response_id, first=item.first.id,
+        second=item.second.id, text=text, winner=winner, reason=reason, finish=result.finish)
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   return list(shards.write(
-      s, config, 'comparisons', sampling, items, len(items), prompt, record))
+      s, config, 'comparisons', schema.Comparison, sampling, items, len(items), prompt, record))
 
 
-def _comparison_id(first: dict, second: dict) -> str:
+def _comparison_id(first: schema.Judgement, second: schema.Judgement) -> str:
   """A unique id for two judgements in this order; a colon in the second id is escaped."""
-  return f'{first["id"]}:{second["id"].replace("%", "%25").replace(":", "%3A")}'
+  return f'{first.id}:{second.id.replace("%", "%25").replace(":", "%3A")}'
 
 
-def _make_pairs(asked: dict[str, str], groups: list[list[dict]],
-                comparisons: list[dict]) -> tuple[list[dict], Counter]:
+def _make_pairs(
+    asked: dict[str, str], groups: list[Group],
+    comparisons: list[schema.Comparison]) -> tuple[list[schema.JudgePair], Counter]:
   """-> one pair per response, and the number of responses without one, by reason."""
-  weights = position_weights(comparisons)
+  weights = position_weights([x.winner for x in comparisons])
   of_response = {}
   for comparison in comparisons:
-    of_response.setdefault(comparison['response_id'], []).append(comparison)
+    of_response.setdefault(comparison.response_id, []).append(comparison)
   made, dropped = [], Counter()
   for group in groups:
-    response_id = group[0]['response_id']
+    response_id = group[0].response_id
     found = best_and_worst(group, of_response[response_id], weights)
     if isinstance(found, str):
       dropped[found] += 1
@@ -120,7 +135,7 @@ def _make_pairs(asked: dict[str, str], groups: list[list[dict]],
   return made, dropped
 
 
-def most_uncertain(scores: dict[str, scoring.Score], responses: int) -> list[list[dict]]:
+def most_uncertain(scores: dict[str, scoring.Score], responses: int) -> list[Group]:
   """-> groups of judgements, one per selected response, at least two judgements each.
 
   Selects, per prompt, the `responses` responses whose judgements have the largest spread. A group
@@ -129,27 +144,27 @@ def most_uncertain(scores: dict[str, scoring.Score], responses: int) -> list[lis
   """
   by_prompt = {}
   for score in scores.values():
-    usable = [j for j in score.judgements if j['score'] is not None and j['finish'] == 'eos']
-    first_of_text = {j['text']: j for j in reversed(usable)}
+    usable = [j for j in score.judgements if j.score is not None and j.finish == schema.EOS]
+    first_of_text = {j.text: j for j in reversed(usable)}
     if score.mean is not None and len(first_of_text) > 1:
       judgement = score.judgements[0]
       group = list(reversed(first_of_text.values()))
-      by_prompt.setdefault(judgement['prompt_id'], []).append(
-          (-score.spread, judgement['response_id'], group))
+      by_prompt.setdefault(judgement.prompt_id, []).append(
+          (-score.spread, judgement.response_id, group))
   return [group for _, found in sorted(by_prompt.items())
           for _, _, group in sorted(found)[:responses]]
 
 
-def position_weights(comparisons: list[dict]) -> tuple[float, float]:
-  """-> the weight of a win in the first position and of a win in the second.
+def position_weights(winners: list[float | None]) -> tuple[float, float]:
+  """Winners of comparisons -> the weight of a win in the first position and of a win in the second.
 
   The weight is the other position's share of all wins. So wins in the position that the model
   prefers count less.
 
-  >>> position_weights([dict(winner=1.0)] * 3 + [dict(winner=-1.0)])
+  >>> position_weights([1.0, 1.0, 1.0, -1.0])
   (0.25, 0.75)
   """
-  first, second = (sum(x['winner'] == winner for x in comparisons) for winner in (1, -1))
+  first, second = winners.count(1), winners.count(-1)
   wins = first + second
   return (second / wins, first / wins) if wins else (0.5, 0.5)
 
@@ -170,15 +185,15 @@ def elo(wins: np.ndarray) -> np.ndarray:
 
 
 def best_and_worst(
-    group: list[dict], comparisons: list[dict], weights) -> tuple[dict, dict] | str:
+    group: Group, comparisons: list[schema.Comparison], weights) -> tuple[Rated, Rated] | str:
   """-> the judgements of a response with the highest and the lowest Elo score, or a reason."""
-  index = {j['id']: i for i, j in enumerate(group)}
+  index = {j.id: i for i, j in enumerate(group)}
   wins = np.zeros((len(group), len(group)))
   for x in comparisons:
-    first, second = index[x['first']], index[x['second']]
-    if x['winner'] == 1:
+    first, second = index[x.first], index[x.second]
+    if x.winner == 1:
       wins[first, second] += weights[0]
-    elif x['winner'] == -1:
+    elif x.winner == -1:
       wins[second, first] += weights[1]
   if not wins.any():
     return 'no comparison has a winner'
@@ -186,36 +201,38 @@ def best_and_worst(
   best, worst = int(scores.argmax()), int(scores.argmin())
   if math.isclose(scores[best], scores[worst], abs_tol=1e-6):
     return 'all Elo scores are equal'
-  return (dict(group[best], elo=round(float(scores[best]), 4)),
-          dict(group[worst], elo=round(float(scores[worst]), 4)))
+  return (Rated(group[best], round(float(scores[best]), 4)),
+          Rated(group[worst], round(float(scores[worst]), 4)))
 
 
-def limit(made: list[dict], pair_count: int, share: float, score_share: float) -> list[dict]:
+def limit(made: list[schema.JudgePair], pair_count: int, share: float,
+          score_share: float) -> list[schema.JudgePair]:
   """Selects the pairs of judgements with the largest Elo difference within two limits.
 
   1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
   2. At most `score_share` of them have the same chosen score.
   """
   maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
-  ordered = sorted(made, key=lambda p: p['rejected_elo'] - p['chosen_elo'])
+  ordered = sorted(made, key=lambda p: p.rejected_elo - p.chosen_elo)
   for size in range(min(maximum, len(made)), 0, -1):  # the largest selection that satisfies both
     per_score = math.floor(score_share * size + 1e-9)
     count, kept = Counter(), []
     for pair in ordered:
-      if count[pair['chosen_score']] < per_score and len(kept) < size:
-        count[pair['chosen_score']] += 1
+      if count[pair.chosen_score] < per_score and len(kept) < size:
+        count[pair.chosen_score] += 1
         kept.append(pair)
     if len(kept) == size:
       return kept
   return []
 
 
-def _pair(prompt: str, best: dict, worst: dict) -> dict:
-  record = dict(id=f'{best["response_id"]}/judge', prompt=prompt, chosen=best['text'],
-                rejected=worst['text'])
-  for side, judgement in (('chosen', best), ('rejected', worst)):
-    record |= {f'{side}_{field}': judgement[field] for field in ('score', 'elo', 'finish', 'id')}
-  return record
+def _pair(prompt: str, best: Rated, worst: Rated) -> schema.JudgePair:
+  chosen, rejected = best.judgement, worst.judgement
+  return schema.JudgePair(
+      id=f'{chosen.response_id}/judge', prompt=prompt, chosen=chosen.text, rejected=rejected.text,
+      chosen_finish=chosen.finish, rejected_finish=rejected.finish, chosen_id=chosen.id,
+      rejected_id=rejected.id, chosen_score=chosen.score, rejected_score=rejected.score,
+      chosen_elo=best.elo, rejected_elo=worst.elo)
 
 
 if __name__ == '__main__':

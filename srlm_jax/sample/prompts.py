@@ -12,7 +12,7 @@ import string
 
 from etils import epath
 
-from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, schema, stage
 from srlm_jax.data import oasst, similar, templates
 from srlm_jax.sample import engine as engines
 
@@ -36,9 +36,9 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, template, [*earlier, *evaluation_files])
   if s.done:
     return
-  seeds = read_seeds(*s.inputs[:3])
-  shot_pool = short_prompts(seeds.ift, c, s.inputs[0])
-  written = [r['prompt'] for path in earlier for r in records.read(path, 'prompt')]
+  seeds = read_seeds(s)
+  shot_pool = short_prompts(seeds.ift, c)
+  written = [r.prompt for path in earlier for r in records.read(path, schema.Prompt)]
   evaluation = [p for path in evaluation_files for p in evaluation_prompts(path)]
   screen = Filter(c, [*seeds.ift, *seeds.ranked, *written], [*seeds.held_out, *evaluation])
   author = None
@@ -51,12 +51,13 @@ def run(config, workdir):
   kept, surplus = accepted[:c.count], len(accepted[c.count:])
   author_name = spec.models(config)['author']
   records.write(s.folder / 'prompts.jsonl', (
-      dict(id=records.digest(p), prompt=p, author=author_name) for p in kept))
+      schema.Prompt(id=records.digest(p), prompt=p, author=author_name) for p in kept))
   hosts.say(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
             f'match or resemble a held-out or evaluation prompt')
-  s.finish(prompts=len(kept), wanted=c.count, attempts=attempts,
-           near_held_out=screen.near_held_out, shortened=screen.shortened,
-           dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))
+  s.finish(**dataclasses.asdict(schema.PromptsSummary(
+      prompts=len(kept), wanted=c.count, attempts=attempts, near_held_out=screen.near_held_out,
+      shortened=screen.shortened,
+      dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +68,27 @@ class Seeds:
   held_out: list[str]  # of the held-out data and the other splits of the ranked data
 
 
-def read_seeds(ift, ranked, heldout) -> Seeds:
-  """Reads the seed files with these paths."""
-  ift, ranked, heldout = (list(records.read(path, 'prompt')) for path in (ift, ranked, heldout))
+def read_seeds(s: stage.Stage) -> Seeds:
+  """Reads the seed data; `s`: this stage."""
+  ranked = list(s.read('seeds/ranked.jsonl', schema.RankedPrompt))
   return Seeds(
-      ift=[r['prompt'] for r in ift],
-      ranked=user_prompts(r['prompt'] for r in ranked if r['split'] == 'train'),
-      held_out=([r['prompt'] for r in heldout] +
-                user_prompts(r['prompt'] for r in ranked if r['split'] != 'train')))
+      ift=[r.prompt for r in s.read('seeds/ift.jsonl', schema.Demonstration)],
+      ranked=user_prompts(r.prompt for r in ranked if r.split == 'train'),
+      held_out=([r.prompt for r in s.read('seeds/heldout.jsonl', schema.HeldOutPrompt)] +
+                user_prompts(r.prompt for r in ranked if r.split != 'train')))
 
 
-def short_prompts(prompts: list[str], config, path) -> list[str]:
+def short_prompts(prompts: list[str], config) -> list[str]:
   """The prompts of at most `shot_words` words.
 
-  Raises InputError if there are fewer than one request needs; `path` is the file to name.
+  Raises InputError if there are fewer than one request needs.
   """
   short = [p for p in prompts if len(p.split()) <= config.shot_words]
   needed = config.seed_shots + config.new_shots
   if len(short) < needed:
-    raise InputError(f'{path} has {len(short)} prompts of at most {config.shot_words} words, but '
-                     f'each request shows {needed}; add seeds, or raise config.prompts.shot_words')
+    raise InputError(f'seeds/ift.jsonl has {len(short)} prompts of at most {config.shot_words} '
+                     f'words, but each request shows {needed}; add seeds, or raise '
+                     f'config.prompts.shot_words')
   return short
 
 
@@ -111,7 +113,7 @@ def evaluation_prompts(path) -> list[str]:
       raise InputError(
           f'config.prompts.held_out: {path} cannot be read as JSON ({error})') from error
   else:
-    found = list(records.read(path))
+    found = [record for _, record in records.read_any(path)]
   prompts = []
   for i, record in enumerate(found, 1):
     fields = record if isinstance(record, dict) else {}
@@ -148,7 +150,7 @@ def generate_prompts(
   """
   c, path = config.prompts, s.folder / 'attempts.jsonl'
   out = records.Appender(path)
-  previous = [(a['text'], a['finish']) for a in records.read(path)]  # of a killed run
+  previous = [(a.text, a.finish) for a in records.read(path, schema.Attempt)]  # of a killed run
   accepted, first = [], 0
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = previous[first:first + c.round]
@@ -160,7 +162,8 @@ def generate_prompts(
       prompt, reason = screen(text, finish)
       if not reason:
         accepted.append(prompt)
-      attempts.append(dict(id=str(first + i), text=text, finish=finish, dropped=reason))
+      attempts.append(schema.Attempt(
+          id=str(first + i), text=text, finish=finish, dropped=reason))
     out.append(attempts[max(out.count - first, 0):])
     first += c.round
     hosts.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
@@ -263,13 +266,13 @@ class Filter:
   def _reason(self, prompt: str, finish: str, has_more: bool) -> str:
     """Why the prompt is rejected; '' if it is accepted."""
     c = self._config
-    if finish == 'too_long':
+    if finish == schema.TOO_LONG:
       return 'shots too long for the context'
     # Checked before the other reasons, so that near_held_out counts every such text.
     if prompt and (reason := self._held_out.why(prompt, c.rouge_held_out)):
       self.near_held_out += 1
       return reason
-    if finish != 'eos' and not has_more:
+    if finish != schema.EOS and not has_more:
       return 'cut off by length'
     if not c.min_words <= len(prompt.split()) <= c.max_words:
       return f'not {c.min_words} to {c.max_words} words'

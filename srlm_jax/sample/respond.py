@@ -2,7 +2,7 @@
 from collections import Counter
 import itertools
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, schema, stage
 from srlm_jax.data import templates
 from srlm_jax.sample import engine as engines, shards
 
@@ -26,26 +26,28 @@ def run(config, workdir, on: str = 'prompts'):
   prefix = 'older' if on == 'older' else ''  # keeps the ids of a prompt's candidates distinct
 
   def items():
-    rows = records.read(s.inputs[0], 'id', 'prompt')
-    return (r for r in rows if not is_held_out or r['split'] == config.eval.split)
+    if not is_held_out:
+      return s.read(spec.reads[0], schema.Prompt)
+    rows = s.read(spec.reads[0], schema.HeldOutPrompt)
+    return (row for row in rows if row.split == config.eval.split)
   total = sum(1 for _ in items())
   if not total:
-    raise InputError(f'{s.inputs[0]} has no prompts to respond to; generate prompts first')
+    raise InputError(f'{spec.reads[0]} has no prompts to respond to; generate prompts first')
 
   def prompt(item, tokenizer):
-    return templates.encode_prompt(config.chat, item['prompt'], tokenizer)
+    return templates.encode_prompt(config.chat, item.prompt, tokenizer)
 
   def record(item, i, text, result):
-    return dict(id=f'{item["id"]}/{prefix}{i}', prompt_id=item['id'], n=i, prompt=item['prompt'],
-                response=text, finish=result.finish, tokens=len(result.ids),
-                logp=round(sum(result.token_logps), 4))
+    return schema.Response(
+        id=f'{item.id}/{prefix}{i}', prompt_id=item.id, n=i, prompt=item.prompt, response=text,
+        finish=result.finish, tokens=len(result.ids), logp=round(sum(result.token_logps), 4))
   share = hosts.share(total)
   responses = shards.write(
-      s, config, 'responses', _sampling(config, on), itertools.islice(items(), *share),
-      len(range(*share)), prompt, record, n)
-  finishes = Counter(r['finish'] for r in responses)
-  s.finish(responses=finishes.total(), finished=finishes['eos'], cut=finishes['length'],
-           too_long=finishes['too_long'])
+      s, config, 'responses', schema.Response, _sampling(config, on),
+      itertools.islice(items(), *share), len(range(*share)), prompt, record, n)
+  finishes = Counter(r.finish for r in responses)
+  s.finish(responses=finishes.total(), finished=finishes[schema.EOS],
+           cut=finishes[schema.CUT], too_long=finishes[schema.TOO_LONG])
 
 
 def _sampling(config, on: str) -> engines.Sampling:

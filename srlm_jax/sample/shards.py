@@ -1,6 +1,7 @@
 """The common part of the sampling stages: loads the model, samples, and writes a shard per host."""
 from collections.abc import Callable, Iterable, Iterator
 import itertools
+from typing import TypeVar
 
 import jax
 
@@ -8,16 +9,19 @@ from srlm_jax import hosts, records, stage
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
+Item = TypeVar('Item')
 
-def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: Iterable[dict],
-          count: int, prompt: Callable[[dict, tokenizers.Tokenizer], list[int]],
-          record: Callable[[dict, int, str, engines.Result], dict], n: int = 1,
+
+def write(s: stage.Stage, config, stem: str, kind: type[records.Record],
+          sampling: engines.Sampling, items: Iterable[Item], count: int,
+          prompt: Callable[[Item, tokenizers.Tokenizer], list[int]],
+          record: Callable[[Item, int, str, engines.Result], records.Record], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
-          ) -> Iterator[dict]:
+          ) -> Iterator[records.Record]:
   """Begins the stage, samples n texts for each of this host's items and writes their records.
 
-  stem: records go to stem-*.jsonl
-  items: dicts with an id, one per prompt; `count` of them
+  stem, kind: records of this kind go to STEM-*.jsonl
+  items: objects with an id, one per prompt; `count` of them
   prompt: (item, tokenizer) -> token ids of the prompt
   record: (item, index of the sample, text, result) -> record
   check: (engine, tokenizer); may raise InputError before anything is written
@@ -28,7 +32,7 @@ def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: 
   engine.max_prompt_tokens(sampling)  # raises InputError if the context is too short
   if check:
     check(engine, tokenizer)
-  requests = (engines.Request(item['id'], prompt(item, tokenizer), n, item) for item in items)
+  requests = (engines.Request(item.id, prompt(item, tokenizer), n, item) for item in items)
   first = list(itertools.islice(requests, 1))  # may be refused, for its chat format
   s.begin(engines.host_mesh(config))
 
@@ -37,4 +41,4 @@ def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: 
   path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
   engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
   hosts.sync(f'{s.title} sampled')  # every shard must be complete before any host reads them
-  return records.read_shards(s.folder, stem)
+  return records.read_shards(s.folder, stem, kind)

@@ -7,7 +7,7 @@ import itertools
 
 from etils import epath
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.models import config as model_config
 from srlm_jax.sandbox import corpus, people
 
@@ -55,9 +55,9 @@ def make_corpus(config, workdir):
   if hosts.is_first_host():
     path = s.folder / 'corpus.jsonl'
     texts = corpus.documents(config.seed, config.data.documents)
-    records.write(path, (dict(id=f'd{i}', text=text) for i, text in enumerate(texts)))
-    sample = itertools.islice(records.read(path), corpus.TOKENIZED)
-    corpus.train_tokenizer((row['text'] for row in sample), s.folder / 'tokenizer.model',
+    records.write(path, (schema.Document(id=f'd{i}', text=text) for i, text in enumerate(texts)))
+    sample = itertools.islice(records.read(path, schema.Document), corpus.TOKENIZED)
+    corpus.train_tokenizer((document.text for document in sample), s.folder / 'tokenizer.model',
                            model_config.PRESETS[config.model].V)
   s.finish(documents=config.data.documents)
 

@@ -4,7 +4,7 @@ The oracle is the program that grades sandbox responses (`world.grade`).
 """
 import statistics
 
-from srlm_jax import catalog, cli, hosts, records, stage
+from srlm_jax import catalog, cli, hosts, schema, stage
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
@@ -13,24 +13,23 @@ def run(config, workdir):
   """MODEL/respond, MODEL/judge and MODEL/pairs -> MODEL/audit/audit.json."""
   spec = catalog.find('sandbox.audit')
   config = spec.view(config)
-  folder = spec.folder(workdir, config).parent
-  pairs = folder / 'pairs' / 'pairs.jsonl'
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(records.read_shards(folder / 'respond', 'responses', 'id', 'prompt', 'response'))
-  judgements = records.read_shards(folder / 'judge', 'judgements', 'response_id', 'score')
+  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
+  judgements = s.read('judge/judgements-*.jsonl', schema.Judgement)
   means = {name: score.mean
            for name, score in scoring.by_response(judgements, config.judge.quorum).items()
            if score.mean is not None}
+  found = measure(responses, means, list(s.read('pairs/pairs.jsonl', schema.Pair)))
   s.begin()
-  found = measure(responses, means, list(records.read(pairs)) if pairs.exists() else [])
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)
   s.finish(**{key: found[key] for key in ('right', 'tied', 'wrong', 'judge_mean', 'oracle_mean')})
 
 
-def measure(responses: list[dict], judged: dict[str, float], pairs: list[dict]) -> dict:
+def measure(responses: list[schema.Response], judged: dict[str, float],
+            pairs: list[schema.Pair]) -> dict:
   """Candidates, mean judge scores by response id, pairs -> the numbers of audit.json.
 
   right, tied, wrong: shares of the pairs in which the oracle prefers the chosen response, neither,
@@ -40,18 +39,18 @@ def measure(responses: list[dict], judged: dict[str, float], pairs: list[dict]) 
   Prompts that are not sandbox instructions count only in `candidates` and `characters`. A share or
   a mean of nothing is None.
   """
-  known = [r for r in responses if world.parse(r['prompt'])]
-  grades = {r['id']: sum(world.grade(r['prompt'], r['response'])) for r in known}
+  known = [r for r in responses if world.parse(r.prompt)]
+  grades = {r.id: sum(world.grade(r.prompt, r.response)) for r in known}
   both = [(judged[name], grade) for name, grade in grades.items() if name in judged]
-  margins = [grades[p['chosen_id']] - grades[p['rejected_id']]
-             for p in pairs if p['chosen_id'] in grades]
+  margins = [grades[p.chosen_id] - grades[p.rejected_id]
+             for p in pairs if p.chosen_id in grades]
   return dict(
       candidates=len(responses), of_the_world=len(known), judged=len(both), pairs=len(pairs),
       right=_mean([m > 0 for m in margins]), tied=_mean([m == 0 for m in margins]),
       wrong=_mean([m < 0 for m in margins]),
       judge_mean=_mean([j for j, _ in both]), oracle_mean=_mean([o for _, o in both]),
       within_half=_mean([abs(j - o) <= 0.5 for j, o in both]),
-      characters=_mean([len(r['response']) for r in responses], digits=2),
+      characters=_mean([len(r.response) for r in responses], digits=2),
       oracle_histogram=scoring.histogram(list(grades.values())))
 
 

@@ -1,8 +1,10 @@
 """Control experiments: the oracle or random scores replace the judge."""
+import dataclasses
 import zlib
 
-from srlm_jax import catalog, cli, hosts, InputError, records, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.reward import judges
+from srlm_jax.sample import judge as judging
 from srlm_jax.sandbox import world
 
 
@@ -18,29 +20,28 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  responses = list(records.read_shards(
-      s.inputs[0].parent, 'responses', 'id', 'prompt_id', 'prompt', 'response'))
+  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
   s.begin()
   judged = [_judgement(r, j, by, config.seed, judge)
             for r in responses for j in range(config.judge.n)]
   if hosts.is_first_host():
     records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
-  s.finish(judgements=len(judged), parsed=sum(j['score'] is not None for j in judged),
-           lowest=judge.lowest, highest=judge.highest, unparsed={})
+  s.finish(**dataclasses.asdict(judging.summary(judge, judged)))
 
 
-def _judgement(response: dict, j: int, by: str, seed: int, judge) -> dict:
-  """The judgement record number `j` of a response; no score for prompts outside the sandbox."""
-  name = f'{response["id"]}/{j}'
+def _judgement(response: schema.Response, j: int, by: str, seed: int, judge) -> schema.Judgement:
+  """The judgement number `j` of a response; no score for prompts outside the sandbox."""
+  name = f'{response.id}/{j}'
   score = None
   if by == 'random':  # a hash of the id, so the score does not depend on the order of the records
     values = judge.highest - judge.lowest + 1
     score = float(judge.lowest + zlib.crc32(f'{seed}/{name}'.encode()) % values)
-  elif world.parse(response['prompt']):
-    score = float(sum(world.grade(response['prompt'], response['response'])))
-  return dict(id=name, prompt_id=response['prompt_id'], response_id=response['id'], j=j,
-              text=judge.state(score) if score is not None else '', score=score,
-              reason='' if score is not None else 'not a sandbox prompt', finish='eos')
+  elif world.parse(response.prompt):
+    score = float(sum(world.grade(response.prompt, response.response)))
+  return schema.Judgement(
+      id=name, prompt_id=response.prompt_id, response_id=response.id, j=j,
+      text=judge.state(score) if score is not None else '', score=score,
+      reason='' if score is not None else 'not a sandbox prompt', finish=schema.EOS)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
 """Scores a model's responses and its judgements with the oracle, the program that grades them."""
+import dataclasses
 import statistics
 
 import numpy as np
 
-from srlm_jax import catalog, cli, config as configs, hosts, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, records, schema, stage
+from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
@@ -18,32 +20,29 @@ def run(config, workdir):
   """
   spec = catalog.find('sandbox.oracle')
   config = spec.view(config)
-  folder = spec.folder(workdir, config).parent
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  answers, greedy = (
-      list(records.read_shards(folder / name, 'responses', 'prompt', 'response', 'finish'))
-      for name in ('answers', 'answers_greedy'))
-  judgements = records.read_shards(folder / 'judge_eval', 'judgements', 'response_id', 'score')
+  answers, greedy = (list(s.read(f'{name}/responses-*.jsonl', schema.Response))
+                     for name in ('answers', 'answers_greedy'))
+  judgements = s.read('judge_eval/judgements-*.jsonl', schema.Judgement)
   judged = scoring.by_response(judgements, config.eval.quorum)
-  s.begin()
-  points = [world.grade(a['prompt'], a['response']) for a in answers]
-  split = configs.ranked_split(config)
-  ranked = [r for r in records.read(s.inputs[0], 'id', 'prompt', 'split', 'replies')
-            if r['split'] == split]
+  points = [world.grade(a.prompt, a.response) for a in answers]
+  ranked = ranking.of_split(s, configs.ranked_split(config))
   result = of_answers(answers, points)
-  result['greedy'] = statistics.fmean(sum(world.grade(a['prompt'], a['response'])) for a in greedy)
+  result['greedy'] = statistics.fmean(sum(world.grade(a.prompt, a.response)) for a in greedy)
   result |= of_judge(ranked, {name: score.mean for name, score in judged.items()})
+  s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
-    graded = (dict(a, score=sum(p)) for a, p in zip(answers, points, strict=True))
+    graded = (schema.GradedResponse(**dataclasses.asdict(a), score=float(sum(p)))
+              for a, p in zip(answers, points, strict=True))
     records.write(s.folder / 'graded.jsonl', graded)
   s.finish(**{key: None if result[key] is None else round(result[key], 3) for key in _SUMMARY})
 
 
-def of_answers(answers: list[dict], points: list[tuple[bool, ...]]) -> dict:
-  """Response records and their points (`world.grade`) -> the numbers of the responses.
+def of_answers(answers: list[schema.Response], points: list[tuple[bool, ...]]) -> dict:
+  """Responses and their points (`world.grade`) -> the numbers of the responses.
 
   score: mean number of points, with its standard error over prompts. points: for each point, the
   share of responses that earn it. characters: mean length. finished: share that ended with eos.
@@ -53,12 +52,12 @@ def of_answers(answers: list[dict], points: list[tuple[bool, ...]]) -> dict:
   return dict(
       score=statistics.fmean(scores), standard_error=scoring.standard_error(scores), prompts=count,
       points=[sum(p[i] for p in points) / count for i in range(5)],
-      characters=sum(len(a['response']) for a in answers) / count,
-      finished=sum(a['finish'] == 'eos' for a in answers) / count,
+      characters=sum(len(a.response) for a in answers) / count,
+      finished=sum(a.finish == schema.EOS for a in answers) / count,
       histogram=scoring.histogram(scores))
 
 
-def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
+def of_judge(ranked: list[schema.RankedPrompt], judged: dict[str, float | None]) -> dict:
   """Ranked prompts and mean judge scores by response id -> agreement of judge and oracle.
 
   judge_pairwise: over the `judge_pairs` pairs of scored replies with different grades, the share
@@ -70,8 +69,8 @@ def of_judge(ranked: list[dict], judged: dict[str, float | None]) -> dict:
   """
   sums, counts = [], []
   for r in ranked:
-    replies = [(sum(world.grade(r['prompt'], reply['text'])), reply['rank'],
-                judged.get(records.join(r['id'], reply['id']))) for reply in r['replies']]
+    replies = [(sum(world.grade(r.prompt, reply.text)), reply.rank,
+                judged.get(records.join(r.id, reply.id))) for reply in r.replies]
     scored = [(grade, score) for grade, _, score in replies if score is not None]
     by_grade = scoring.orders([(-grade, score) for grade, score in scored])
     by_rank = scoring.orders([(rank, grade) for grade, rank, _ in replies])

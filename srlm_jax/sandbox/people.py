@@ -3,7 +3,7 @@ import itertools
 
 import numpy as np
 
-from srlm_jax import records
+from srlm_jax import records, schema
 from srlm_jax.sandbox import world
 from srlm_jax.sandbox.world import join, listing, one, OPENERS, sample
 
@@ -45,19 +45,19 @@ def draw_quality(rng: np.random.Generator, shares=QUALITY) -> int:
   return int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares), side='right'))
 
 
-def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> list[dict]:
-  """Draws distinct replies {"id", "text", "rank"} of varied quality with noisy ranks, 0 is best."""
+def ranked(prompt: str, rng: np.random.Generator, n_replies: int) -> tuple[schema.Reply, ...]:
+  """Draws distinct replies of varied quality with noisy ranks."""
   opinions = {}
   while len(opinions) < n_replies:
     text = answer(prompt, rng, draw_quality(rng))
     opinions[text] = sum(world.grade(prompt, text)) + DISAGREEMENT * rng.standard_normal()
   order = sorted(opinions, key=opinions.get, reverse=True)
-  return [{'id': records.digest(prompt, text), 'text': text, 'rank': order.index(text)}
-          for text in opinions]
+  return tuple(schema.Reply(id=records.digest(prompt, text), text=text, rank=order.index(text))
+               for text in opinions)
 
 
 def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, ranked_tune: int, test: int,
-          valid: int) -> dict[str, list[dict]]:
+          valid: int) -> dict[str, list]:
   """Draws the seed data {"ift", "ranked", "heldout"} with the given numbers of records.
 
   Training prompts (ift, ranked_train) are distinct and come from the split `train`. Evaluation
@@ -74,7 +74,7 @@ def seeds(seed: int, ift: int, ranked_train: int, ranked_eval: int, ranked_tune:
       'ranked': [*(_ranking(prompt, 'train', rng) for prompt in train),
                  *(_ranking(prompt, 'eval', fixed) for prompt in evaluation),
                  *(_ranking(prompt, 'tune', tuning) for prompt in tune)],
-      'heldout': [{'id': records.digest(prompt), 'prompt': prompt, 'split': name}
+      'heldout': [schema.HeldOutPrompt(id=records.digest(prompt), prompt=prompt, split=name)
                   for name, prompts in held_out.items() for prompt in prompts],
   }
 
@@ -130,13 +130,13 @@ def _held_out(rng: np.random.Generator, split: str, count: int) -> list[str]:
   return (first + rest)[:count]
 
 
-def _demonstration(prompt: str, rng: np.random.Generator) -> dict:
+def _demonstration(prompt: str, rng: np.random.Generator) -> schema.Demonstration:
   response = answer(prompt, rng, draw_quality(rng, SEED_QUALITY))
-  return {'id': records.digest(prompt, response), 'prompt': prompt, 'response': response,
-          'source': 'sandbox'}
+  return schema.Demonstration(id=records.digest(prompt, response), prompt=prompt,
+                              response=response, source='sandbox')
 
 
-def _ranking(prompt: str, split: str, rng: np.random.Generator) -> dict:
+def _ranking(prompt: str, split: str, rng: np.random.Generator) -> schema.RankedPrompt:
   replies = ranked(prompt, rng, int(rng.integers(2, 5)))
-  return {'id': records.digest(prompt), 'prompt': prompt, 'split': split, 'replies': replies,
-          'source': 'sandbox'}
+  return schema.RankedPrompt(id=records.digest(prompt), prompt=prompt, split=split,
+                             replies=replies, source='sandbox')

@@ -12,11 +12,11 @@ from srlm_jax import (
   catalog,
   cli,
   closest,
-  config as configs,
   hosts,
   InputError,
   metrics,
   model_files,
+  schema,
   sharding,
   stage,
 )
@@ -57,10 +57,9 @@ def _train(config, workdir, mesh):
   """Trains the model of a config, from its init model or its last checkpoint to done.json."""
   source = _source(config, workdir)
   shape = _model_config(config, source, workdir)
-  files = [catalog.training_file(workdir, config, name)
-           for name in configs.training_data(config)]
-  s = stage.Stage(catalog.find('train'), config, workdir, more_inputs=(
-      files if config.train.init else [*files, source / 'tokenizer.model']))
+  files = catalog.training_files(workdir, config)
+  s = stage.Stage(catalog.find('train'), config, workdir,
+                  more_inputs=() if config.train.init else [source / 'tokenizer.model'])
   if s.done:
     return
   setup = _prepare(config, workdir, s, source, shape, files, mesh)
@@ -88,7 +87,7 @@ def _prepare(config, workdir, s, source, shape, files, mesh) -> Setup:
   make_batch = objective.pack
   if objective.needs_reference_logps:
     once = _pack(config, data, mesh, choice.width_multiple, epochs=1)
-    logps = reference.cached(config, workdir, files, source, model, once, mesh)
+    logps = reference.cached(config, workdir, source, model, once, mesh)
     make_batch = functools.partial(make_batch, reference_logps=logps)
   step = train_step.make(model, tx, c, abstract)
   return Setup(source, model, data, packed, make_batch, tx, abstract, step, kept)
@@ -162,9 +161,10 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
 def _finish(s, setup: Setup, state: TrainState):
   """Marks the stage done, with a summary of the run."""
   data, packed = setup.data, setup.packed
-  s.finish(steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
-           params=hashes.hash_params(state.params), examples=len(data.examples),
-           padding_free=round(packed.padding_free, 3), dropped=data.dropped)
+  s.finish(**dataclasses.asdict(schema.TrainingSummary(
+      steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
+      params=hashes.hash_params(state.params), examples=len(data.examples),
+      padding_free=round(packed.padding_free, 3), dropped=data.dropped)))
 
 
 def _some(rows: list[list[str]], most: int = 20) -> str:

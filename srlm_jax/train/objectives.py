@@ -2,10 +2,10 @@
 
 To add a loss: write it in `losses.py`, add its rows to OBJECTIVES, and its name to `config.py`.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 
-from srlm_jax import records
+from srlm_jax import records, schema
 from srlm_jax.data import examples as training
 from srlm_jax.data.examples import Examples
 from srlm_jax.train import batch as batches, losses
@@ -35,14 +35,13 @@ def find(config) -> Objective:
 def sft_examples(config, chat: str, files: Sequence, tokenizer) -> Examples:
   """The documents of a corpus, or responses to prompts."""
   if config.data == ('corpus',):
-    return training.corpus(_read(files, 'id', 'text'), tokenizer, config.max_length)
+    return training.corpus(_read(files, schema.Document), tokenizer, config.max_length)
   return training.sft(_responses(files), tokenizer, chat, config.max_length)
 
 
 def pair_examples(config, chat: str, files: Sequence, tokenizer) -> Examples:
   """Pairs of responses to the same prompt."""
-  fields = ('id', 'prompt', 'chosen', 'rejected', 'chosen_finish', 'rejected_finish')
-  return training.dpo(_read(files, *fields), tokenizer, chat, config.max_length)
+  return training.dpo(_read(files, schema.Preference), tokenizer, chat, config.max_length)
 
 
 _SFT = Objective(sft_examples, batches.pack, losses.sft_loss)
@@ -56,19 +55,18 @@ OBJECTIVES = {
 }
 
 
-def _responses(files):
+def _responses(files) -> Iterator[schema.Demonstration | schema.EftExample | schema.Positive]:
   """The records that SFT trains on; of a pair, the chosen response and its finish."""
+  kinds = {'eft.jsonl': schema.EftExample, 'positives.jsonl': schema.Positive}
   for file in files:
     if file.name == 'pairs.jsonl':
-      for pair in records.read(file, 'id', 'prompt', 'chosen', 'chosen_finish'):
-        yield dict(id=pair['id'], prompt=pair['prompt'], response=pair['chosen'],
-                   finish=pair['chosen_finish'])
-    elif file.name == 'positives.jsonl':
-      yield from records.read(file, 'id', 'prompt', 'response', 'finish')
+      for pair in records.read(file, schema.Preference):
+        yield schema.Demonstration(id=pair.id, prompt=pair.prompt, response=pair.chosen,
+                                   finish=pair.chosen_finish)
     else:
-      yield from records.read(file, 'id', 'prompt', 'response')
+      yield from records.read(file, kinds.get(file.name, schema.Demonstration))
 
 
-def _read(files, *fields):
+def _read(files, kind: type[records.Record]) -> Iterator[records.Record]:
   for file in files:
-    yield from records.read(file, *fields)
+    yield from records.read(file, kind)

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import tqdm
 
-from srlm_jax import catalog, hosts, InputError, metrics, records, sharding, stage
+from srlm_jax import catalog, hosts, InputError, metrics, records, schema, sharding, stage
 from srlm_jax.checkpoint import store
 from srlm_jax.data.packing import Packing
 from srlm_jax.train import batch as batches, step as train_step
@@ -14,8 +14,7 @@ from srlm_jax.train import batch as batches, step as train_step
 FILE = 'logps.jsonl'
 
 
-def cached(config, workdir, files, source, model, packed: Packing,
-           mesh) -> dict[str, list[float]]:
+def cached(config, workdir, source, model, packed: Packing, mesh) -> dict[str, list[float]]:
   """-> {id of a pair: log-probs [chosen, rejected]} under the parameters in `source`.
 
   A mesh must be set. Reads a finished file, and resumes one that an interrupted run left. The
@@ -23,15 +22,14 @@ def cached(config, workdir, files, source, model, packed: Packing,
   folder made with others.
   """
   tokens = hashlib.sha256('\n'.join(map(repr, packed.all)).encode()).hexdigest()
-  s = stage.Stage(catalog.find('train', 'reference'), config, workdir, f'{config.chat} {tokens}',
-                  files)
+  s = stage.Stage(catalog.find('train', 'reference'), config, workdir, f'{config.chat} {tokens}')
   path = s.folder / FILE
   if not s.done:
     params, _ = store.restore_params(source, mesh, config.train.dtype)
     s.begin(mesh)  # after all that can be refused
     _compute(s, path, params, model, packed, mesh)
     s.finish(pairs=len(packed.all))
-  found = {r['id']: [r['chosen'], r['rejected']] for r in records.read(path, 'id')}
+  found = {r.id: [r.chosen, r.rejected] for r in records.read(path, schema.PairLogps)}
   if found.keys() != {e.id for e in packed.all}:
     raise InputError(f'{path} does not hold every pair exactly once; delete {s.folder}')
   return found
@@ -44,7 +42,7 @@ def _compute(s, path, params, model, packed: Packing, mesh):
   run = jax.jit(logps, out_shardings=NamedSharding(mesh, P()))
   out = records.Appender(path) if hosts.is_first_host() else None
   hosts.sync(f'{s.title} was opened')
-  have = {r['id'] for r in records.read(path, 'id')}
+  have = {r.id for r in records.read(path, schema.PairLogps)}
   hosts.sync(f'{s.title} was read')  # before the first host appends a line
   for step in tqdm.trange(len(packed), desc=s.title, unit='step', delay=2, leave=False):
     rows = packed.rows(step)
@@ -52,12 +50,12 @@ def _compute(s, path, params, model, packed: Packing, mesh):
       continue
     batch = batches.pack_pairs(rows, packed.shape)
     found = np.asarray(run(params, sharding.put_batch(batch, mesh)))  # [B, M, 2]
-    lines = [dict(id=e.id, chosen=float(pair[0]), rejected=float(pair[1]))
+    lines = [schema.PairLogps(id=e.id, chosen=float(pair[0]), rejected=float(pair[1]))
              for row, pairs in zip(rows, found, strict=True)
              for e, pair in zip(row, pairs, strict=False)]  # the rest of a row is padding
-    metrics.finite(s.title, {f'the log-prob of {side} of pair {r["id"]}': r[side]
+    metrics.finite(s.title, {f'the log-prob of {side} of pair {r.id}': getattr(r, side)
                              for r in lines for side in ('chosen', 'rejected')})
     if out:
-      out.append(r for r in lines if r['id'] not in have)
+      out.append(r for r in lines if r.id not in have)
   if out:
     out.close()

@@ -1,0 +1,291 @@
+"""The records that stages exchange: one dataclass per kind of line in a JSONL file.
+
+`records.read(path, schema.Pair)` yields checked objects. A field with a default may be absent from
+a line, and is left out of a line if it has its default. Other fields of a line are ignored.
+
+The second part has the summaries in done.json that other modules read.
+"""
+import dataclasses
+
+_record = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+
+EOS = 'eos'            # `finish`: the text ends with the end-of-sequence token
+CUT = 'length'         # the text was cut at the length limit
+TOO_LONG = 'too_long'  # the prompt left no room, so nothing was sampled
+
+
+@_record
+class Prompt:
+  """prompts.jsonl: a generated prompt."""
+  id: str
+  prompt: str
+  author: str = ''  # the model that wrote it
+
+
+@_record
+class HeldOutPrompt:
+  """heldout.jsonl: a prompt for evaluation; `split` is test or valid."""
+  id: str
+  prompt: str
+  split: str
+
+
+@_record
+class Attempt:
+  """attempts.jsonl: a sampled text that may become a prompt."""
+  id: str
+  text: str
+  finish: str
+  dropped: str  # the reason why it was rejected; '' if it was accepted
+
+
+@_record
+class Reply:
+  """A reply of a ranked prompt. Rank 0 is best; equal replies share a rank: 0, 1, 1, 3."""
+  id: str
+  text: str
+  rank: int
+
+
+@_record
+class RankedPrompt:
+  """ranked.jsonl: a prompt with replies ranked by people; `split` is train, tune or eval."""
+  id: str
+  prompt: str
+  split: str
+  replies: tuple[Reply, ...]
+  source: str = ''
+
+
+@_record
+class Document:
+  """corpus.jsonl: a document for pretraining."""
+  id: str
+  text: str
+
+
+@_record
+class Response:
+  """responses-*.jsonl: a sampled response to a prompt."""
+  id: str
+  prompt_id: str
+  n: int      # its index among the responses to the prompt
+  prompt: str
+  response: str
+  finish: str
+  tokens: int
+  logp: float  # sum over the tokens
+
+
+@_record
+class GradedResponse(Response):
+  """graded.jsonl: a response with its score from a program, as in the sandbox."""
+  score: float
+
+
+@_record
+class Judgement:
+  """judgements-*.jsonl: a judgement of a response."""
+  id: str
+  prompt_id: str
+  response_id: str
+  j: int               # its index among the judgements of the response
+  text: str
+  score: float | None  # None: the text states no valid score
+  reason: str          # why there is no score; '' if there is one
+  finish: str
+
+
+@_record
+class Comparison:
+  """comparisons-*.jsonl: a comparison of two judgements of a response."""
+  id: str
+  response_id: str
+  first: str            # ids of the two judgements
+  second: str
+  text: str
+  winner: float | None  # 1: the first, -1: the second, 0: a tie; None: the text states no winner
+  reason: str           # why there is no winner; '' if there is one
+  finish: str
+
+
+@_record
+class CandidateScore:
+  """scores.jsonl: the mean and the standard deviation of a response's judgements."""
+  id: str
+  score: float | None  # None: too few judgements have a score
+  spread: float | None
+
+
+@_record
+class Logp:
+  """logp-*.jsonl, older_logp-*.jsonl: the log-probability of a response under one model."""
+  id: str
+  logp: float | None  # sum over the tokens; None: the response could not be encoded
+
+
+@_record
+class ImplicitReward:
+  """rewards-*.jsonl: reward = logp - older_logp; None if one of them is."""
+  id: str
+  reward: float | None
+  logp: float | None
+  older_logp: float | None
+
+
+@_record
+class Preference:
+  """What DPO trains on. `confidence` is the probability that chosen is better."""
+  id: str
+  prompt: str
+  chosen: str
+  rejected: str
+  chosen_finish: str
+  rejected_finish: str
+  confidence: float = 1.0
+
+
+@_record
+class Pair(Preference):
+  """pairs.jsonl: two responses to a prompt."""
+  chosen_id: str
+  rejected_id: str
+  chosen_score: float
+  rejected_score: float
+  chosen_spread: float  # standard deviation of the judgements
+  rejected_spread: float
+  tau: float | None = None  # strategy `consistency`: Kendall's tau between the two judges
+
+
+@_record
+class JudgePair(Preference):
+  """judge_pairs.jsonl: two judgements of a response; the prompt is a judge prompt."""
+  chosen_id: str
+  rejected_id: str
+  chosen_score: float
+  rejected_score: float
+  chosen_elo: float
+  rejected_elo: float
+
+
+@_record
+class Demonstration:
+  """ift.jsonl, and what SFT trains on: a prompt with its response.
+
+  A response by a person is complete, so `finish` is eos by default.
+  """
+  id: str
+  prompt: str
+  response: str
+  finish: str = EOS
+  source: str = ''
+
+
+@_record
+class EftExample:
+  """eft.jsonl: a judge prompt with a judgement as its response."""
+  id: str
+  prompt: str
+  response: str
+  score: float
+  finish: str = EOS
+
+
+@_record
+class Positive:
+  """positives.jsonl: a response that scored high enough for SFT."""
+  id: str
+  prompt: str
+  response: str
+  score: float
+  finish: str
+
+
+@_record
+class DroppedReply:
+  """dropped.jsonl: a ranked reply that gave no EFT example."""
+  id: str
+  why: str
+
+
+@_record
+class PairLogps:
+  """logps.jsonl: log-probabilities of a pair's responses under DPO's reference."""
+  id: str
+  chosen: float
+  rejected: float
+
+
+@_record
+class Measure:
+  """measures.jsonl: what checkpoint selection measured at a step."""
+  step: int
+  measure: float
+
+
+@_record
+class PromptsSummary:
+  """done.json of the stage `prompts`."""
+  prompts: int                 # accepted
+  wanted: int
+  attempts: int
+  near_held_out: int           # attempts that resemble a held-out or evaluation prompt
+  shortened: int
+  dropped: dict[str, int]      # reason: attempts
+
+
+@_record
+class JudgeSummary:
+  """done.json of the stages that judge."""
+  judgements: int
+  parsed: int                  # that have a score
+  lowest: float                # of the scale
+  highest: float
+  unparsed: dict[str, int]     # reason: judgements
+
+
+@_record
+class PairsSummary:
+  """done.json of the stage `pairs`. Means are None without a pair; lengths are in characters."""
+  strategy: str
+  pairs: int
+  positives: int
+  prompts: int
+  pairs_per_1000_prompts: float
+  judgements: int
+  parsed: int
+  score_histogram: dict[str, int]
+  dropped: dict[str, int]      # reason: prompts without a pair
+  all_scores_equal: int        # prompts
+  spread: float | None         # mean standard deviation of the judgements of a response
+  margin: float | None         # mean of chosen score minus rejected score
+  smallest_margin: float | None
+  chosen_characters: float | None
+  rejected_characters: float | None
+  chosen_minus_rejected_characters: float | None
+  confidence: float | None     # of every pair, with the strategy `consistency`
+
+
+@_record
+class EftSummary:
+  """done.json of the stage `eft`."""
+  examples: int
+  prompts: int
+  replies: int
+  judgements: int
+  parsed: int
+  dropped: dict[str, int]         # reason: replies
+  scores_judged: dict[str, int]   # histograms: of all judgements,
+  scores_before: dict[str, int]   # of the examples before downsampling
+  scores: dict[str, int]          # and after it
+
+
+@_record
+class TrainingSummary:
+  """done.json of the stage `model`."""
+  steps: int
+  loss: float                  # of the last step
+  params: str                  # hash of the parameters
+  examples: int
+  padding_free: float          # fraction of the tokens that are not padding
+  dropped: dict[str, int]      # reason: examples
