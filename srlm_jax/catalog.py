@@ -50,16 +50,16 @@ class Spec:
   samples: str = ''                      # config key of the samples per item; '': 1
   owner: str = ''                        # parent folder: data, a model, or '' for config.name
   keys: tuple[str, ...] = ()             # config keys that the manifest records; see READ_IF
-  free: tuple[str, ...] = ()             # config keys that it reads and does not record
+  unrecorded: tuple[str, ...] = ()       # config keys that it reads and does not record
   needed: Callable[[ConfigDict], bool] = _always  # whether the loop runs it
 
   def view(self, config: ConfigDict) -> 'View':
     """The part of a config that this stage may read."""
-    return View(whole(config), self.keys + self.free + ALWAYS)
+    return View(unwrap(config), self.keys + self.unrecorded + ALWAYS)
 
   def recorded(self, config) -> dict:
     """{key: value} of the config keys that the manifest records."""
-    config = whole(config)
+    config = unwrap(config)
     found = {key: look_up(config, key) for key in self.keys
              if key not in READ_IF or READ_IF[key](config)}
     if 'train.data' in found:  # a flag gives one string with commas
@@ -75,18 +75,18 @@ class Spec:
 
     Training from scratch runs no model.
     """
-    names = {role: ROLES[role](whole(config)) for role in self.runs}
+    names = {role: ROLES[role](unwrap(config)) for role in self.runs}
     if names.get('init') == '':
       del names['init']
     return names
 
   def count(self, config) -> int:
     """The samples per item."""
-    return look_up(whole(config), self.samples) if self.samples else 1
+    return look_up(unwrap(config), self.samples) if self.samples else 1
 
   def inputs(self, workdir, config) -> list:
     """The files that it reads; for missing shards, a placeholder path."""
-    config = whole(config)
+    config = unwrap(config)
     files = [*self.reads, *(f for f in self.reads_if_needed if needs(f.partition('/')[0], config))]
     found = [path for file in files for path in paths(file, workdir, config)]
     if self.trains:
@@ -103,7 +103,7 @@ class Spec:
 def paths(file: str, workdir, config) -> list:
   """STAGE/FILE -> [its path], or the paths of its shards; for missing ones, a placeholder."""
   stage, _, name = file.partition('/')
-  folder = next(spec for spec in STAGES if spec.name == stage).folder(workdir, whole(config))
+  folder = next(spec for spec in STAGES if spec.name == stage).folder(workdir, unwrap(config))
   return records.shards(folder, stem(name)) if name.endswith(SHARDS) else [folder / name]
 
 
@@ -139,7 +139,7 @@ class View:
     return value
 
 
-def whole(config) -> ConfigDict:
+def unwrap(config) -> ConfigDict:
   """Unwraps a View; returns a ConfigDict unchanged."""
   return config._config if isinstance(config, View) else config
 
@@ -171,7 +171,7 @@ _trains_on_own = _trains_on('pairs', 'positives')  # what the sampler wrote and 
 _SEEDS = ('data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.test_prompts',
           'data.valid_prompts')
 _SAMPLE = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
-_SAMPLE_FREE = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
+_SAMPLE_UNRECORDED = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
 _RESPOND = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respond.top_k',
             'respond.max_tokens', *_SAMPLE)
 _GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *_SAMPLE)
@@ -181,8 +181,8 @@ _JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.t
 ALWAYS = ('name', 'size')  # which config it is; every stage may read them
 STAGES = (
     Spec('seeds', 'data.seeds', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl', 'counts.json'),
-         owner='data', keys=('seed', 'data.source', 'data.synthetic', *_SEEDS), free=('data.path',),
-         needed=lambda c: not _in_sandbox(c)),
+         owner='data', keys=('seed', 'data.source', 'data.synthetic', *_SEEDS),
+         unrecorded=('data.path',), needed=lambda c: not _in_sandbox(c)),
     Spec('seeds', 'sandbox', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl'), owner='data',
          keys=('seed', 'data.ranked_tune', *_SEEDS), needed=_in_sandbox),
     Spec('corpus', 'sandbox', ('corpus.jsonl', 'tokenizer.model'), owner='data', on='corpus',
@@ -193,35 +193,35 @@ STAGES = (
              'author', 'template', 'chat', 'held_out', 'round', 'count', 'max_attempts',
              'seed_shots', 'new_shots', 'shot_words', 'temperature', 'top_p', 'top_k', 'max_tokens',
              'rouge', 'rouge_held_out', 'min_words', 'max_words')), *_SAMPLE),
-         free=_SAMPLE_FREE, needed=_trains_on_own),
+         unrecorded=_SAMPLE_UNRECORDED, needed=_trains_on_own),
     Spec('respond', 'sample.respond', ('responses-*.jsonl',), reads=('prompts/prompts.jsonl',),
-         runs=('sampler',), on='prompts', samples='respond.n', keys=_RESPOND, free=_SAMPLE_FREE,
-         needed=_trains_on_own),
+         runs=('sampler',), on='prompts', samples='respond.n', keys=_RESPOND,
+         unrecorded=_SAMPLE_UNRECORDED, needed=_trains_on_own),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
          runs=('sampler',), on='responses', samples='judge.n', keys=('judge.n', *_JUDGE),
-         free=('judge.by', *_SAMPLE_FREE),
+         unrecorded=('judge.by', *_SAMPLE_UNRECORDED),
          needed=lambda c: _trains_on_own(c) and c.judge.by == 'model'),
     Spec('judge', 'sandbox.control', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
          keys=('seed', 'judge.by', 'judge.n', 'judge.template'),
          needed=lambda c: _trains_on_own(c) and c.judge.by != 'model'),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
          runs=('sampler',), on='ranked', samples='eft.judgements',
-         keys=('eft.judgements', *_JUDGE), free=_SAMPLE_FREE,
+         keys=('eft.judgements', *_JUDGE), unrecorded=_SAMPLE_UNRECORDED,
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c) and c.eft.targets == 'baseline'),
     Spec('judge_again', 'sample.judge', ('judgements-*.jsonl',),
          reads=('respond/responses-*.jsonl',), runs=('older',), on='again', samples='judge.n',
-         keys=('judge.n', *_JUDGE), free=_SAMPLE_FREE, needed=_strategy('consistency')),
+         keys=('judge.n', *_JUDGE), unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('consistency')),
     Spec('respond_older', 'sample.respond', ('responses-*.jsonl',),
          reads=('prompts/prompts.jsonl',), runs=('older',), on='older', samples='respond.n',
          keys=_RESPOND,
-         free=_SAMPLE_FREE, needed=_strategy('temporal')),
+         unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('temporal')),
     Spec('judge_older', 'sample.judge', ('judgements-*.jsonl',),
          reads=('respond_older/responses-*.jsonl',), runs=('sampler',), on='older',
          samples='judge.n',
-         keys=('judge.n', *_JUDGE), free=_SAMPLE_FREE, needed=_strategy('temporal')),
+         keys=('judge.n', *_JUDGE), unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('temporal')),
     Spec('implicit', 'sample.implicit', ('logp-*.jsonl', 'older_logp-*.jsonl', 'rewards-*.jsonl'),
          reads=('respond/responses-*.jsonl',), runs=('sampler', 'older'), keys=('chat', *_SAMPLE),
-         free=_SAMPLE_FREE, needed=_strategy('agreement')),
+         unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('implicit_reward')),
     Spec('pairs', 'reward.pairs', ('pairs.jsonl', 'positives.jsonl', 'scores.jsonl'),
          reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl'),
          reads_if_needed=('judge_again/judgements-*.jsonl', 'respond_older/responses-*.jsonl',
@@ -233,7 +233,7 @@ STAGES = (
          runs=('sampler',), keys=(*(f'meta_judge.{key}' for key in (
              'template', 'temperature', 'top_p', 'top_k', 'max_tokens', 'responses', 'share',
              'score_share')), 'judge.template', 'judge.quorum', 'chat', *_SAMPLE),
-         free=('judge.n', *_SAMPLE_FREE), needed=_trains_on('judge_pairs')),
+         unrecorded=('judge.n', *_SAMPLE_UNRECORDED), needed=_trains_on('judge_pairs')),
     Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
          reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl',
                          'respond/responses-*.jsonl', 'judge/judgements-*.jsonl',
@@ -257,25 +257,27 @@ STAGES = (
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
              'dtype', 'remat', 'save_every', 'select'))),
-         free=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
+         unrecorded=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
                'data.source')),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
          needed=lambda c: c.train.select not in ('', 'agreement')),
     Spec('selection', 'selection', ('measures.jsonl',), reads=('seeds/ranked.jsonl',),
          on='agreement', keys=('train.select', 'eval.judgements', 'eval.quorum',
                                'data.ranked_tune', *_JUDGE),
-         free=_SAMPLE_FREE, needed=lambda c: c.train.select == 'agreement'),
+         unrecorded=_SAMPLE_UNRECORDED, needed=lambda c: c.train.select == 'agreement'),
     Spec('judge_eval', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
          runs=('self',), on='eval', samples='eval.judgements',
-         keys=('eval.judgements', 'eval.split', 'data.ranked_tune', *_JUDGE), free=_SAMPLE_FREE),
+         keys=('eval.judgements', 'eval.split', 'data.ranked_tune', *_JUDGE),
+         unrecorded=_SAMPLE_UNRECORDED),
     Spec('agreement', 'eval.agreement', ('agreement.json',),
          reads=('seeds/ranked.jsonl', 'judge_eval/judgements-*.jsonl'),
          keys=('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')),
     Spec('answers', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
          runs=('self',), on='heldout',
-         keys=('eval.temperature', 'eval.top_p', 'eval.top_k', *_GREEDY), free=_SAMPLE_FREE),
+         keys=('eval.temperature', 'eval.top_p', 'eval.top_k', *_GREEDY),
+         unrecorded=_SAMPLE_UNRECORDED),
     Spec('answers_greedy', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
-         runs=('self',), on='greedy', keys=_GREEDY, free=_SAMPLE_FREE,
+         runs=('self',), on='greedy', keys=_GREEDY, unrecorded=_SAMPLE_UNRECORDED,
          needed=_in_sandbox),
     Spec('oracle', 'sandbox.oracle', ('oracle.json', 'graded.jsonl'),
          reads=('seeds/ranked.jsonl', 'answers/responses-*.jsonl',
@@ -296,9 +298,14 @@ READ_IF = {
 }
 
 
+def modes(program: str) -> dict[str, Spec]:
+  """{value of --on: the stage that a program then runs}."""
+  return {spec.on: spec for spec in STAGES if spec.program == program}
+
+
 def find(program: str, on: str = '') -> Spec:
   """The stage that a program runs with this --on. Raises InputError for another value."""
-  specs = {spec.on: spec for spec in STAGES if spec.program == program}
+  specs = modes(program)
   if on not in specs:
     raise InputError(f'--on={on}{closest(on, specs)}: it is one of {", ".join(specs)}')
   return specs[on]
@@ -313,4 +320,4 @@ def training_files(workdir, config) -> list:
   """The files that `train.data` names: NAME.jsonl of the stage that writes it."""
   folders = {file: spec.folder(workdir, config) for spec in STAGES for file in spec.writes}
   return [folders[f'{name}.jsonl'] / f'{name}.jsonl'
-          for name in configs.training_data(whole(config))]
+          for name in configs.training_data(unwrap(config))]

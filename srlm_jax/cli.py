@@ -35,8 +35,8 @@ def main(run, **extra):
                        f'{", ".join(configs.FILES)}') from error
     configs.check(flags.FLAGS.config)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
-    keep_compiled(workdir)
-    with alone(workdir):
+    cache_compilations(workdir)
+    with locked(workdir):
       run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
 
@@ -55,12 +55,12 @@ def run_app(start):
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def alone(workdir):
+def locked(workdir):
   """Holds the workdir's lock inside a `with` block, on the first host; see `lock.held`."""
   return lock.held(workdir) if hosts.is_first_host() else contextlib.nullcontext()
 
 
-def keep_compiled(workdir):
+def cache_compilations(workdir):
   """Enables JAX's compilation cache in WORKDIR/compiled, unless one is configured.
 
   Raises InputError if the workdir is a file, or below one.

@@ -29,7 +29,7 @@ def share(total: int) -> tuple[int, int, int]:
   return jax.process_index(), total, jax.process_count()
 
 
-def say(text: str):
+def log(text: str):
   """Prints `text` on the first host only."""
   if is_first_host():
     print(text, flush=True)

@@ -29,8 +29,8 @@ from srlm_jax.eval import agreement
 from srlm_jax.report import page, results
 from srlm_jax.reward import eft, health, judges, pairs, strategies
 from srlm_jax.sample import implicit, judge, meta_judge, prompts, respond
-from srlm_jax.sandbox import __main__ as sandbox, audit, control, oracle
-from srlm_jax.train import __main__ as train
+from srlm_jax.sandbox import audit, control, data as sandbox, oracle
+from srlm_jax.train import run as train
 
 
 class NothingToTrainOn(Exception):
@@ -62,8 +62,8 @@ def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 
   for config in every.values():
     refuse_mistakes(config)
   train.refuse_too_large(every[last])
-  cli.keep_compiled(workdir)
-  with cli.alone(workdir):
+  cli.cache_compilations(workdir)
+  with cli.locked(workdir):
     _run(size, epath.Path(workdir), every)
 
 
@@ -79,18 +79,18 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
       stopped = str(reason)
       break
   rows = results.of_models(workdir)
-  hosts.say('\n' + results.text_table(rows))
+  hosts.log('\n' + results.text_table(rows))
   if stopped:
-    hosts.say(f'\n{name} was not trained: {stopped}')
+    hosts.log(f'\n{name} was not trained: {stopped}')
   if hosts.is_first_host():
     stage.write_json(workdir / 'results.json', dict(size=size, models=rows, stopped=stopped))
     page.write(workdir, rows, stopped)
   if _finished(workdir) == before:
-    hosts.say(f'nothing to do: every stage of {workdir} is already done')
+    hosts.log(f'nothing to do: every stage of {workdir} is already done')
   spent = results.seconds(workdir)
   slowest_first = sorted(spent, key=spent.get, reverse=True)
-  hosts.say('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in slowest_first))
-  hosts.say(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
+  hosts.log('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in slowest_first))
+  hosts.log(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
 
 
 def _finished(workdir) -> dict[str, str]:
@@ -128,7 +128,7 @@ def convert_m0(config, workdir):
   if model_files.exists(folder):
     if source:
       convert.check_source(source, folder)
-    hosts.say('m0/model: already done')
+    hosts.log('m0/model: already done')
   elif not source:
     raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it '
                      f'to {folder}')
@@ -271,7 +271,7 @@ def _set(config: ConfigDict, text: str, change: str):
     place[part] = _like(old, value)
   except (ValueError, KeyError) as error:
     kind = {int: 'an int', float: 'a float', bool: 'a bool'}[type(old)]
-    wanted = configs.KNOBS[path].wanted(value).replace('it', path, 1)
+    wanted = configs.KEYS[path].wanted(value).replace('it', path, 1)
     raise InputError(f'{start}: {configs.show(value)} is not {kind}; {wanted}') from error
 
 

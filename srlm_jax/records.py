@@ -111,7 +111,7 @@ def shard_name(stem: str, index: int, count: int) -> str:
   return f'{stem}-{index:05d}-of-{count:05d}.jsonl'
 
 
-def same_hosts(path):
+def check_host_count(path):
   """Raises InputError if a killed run with another number of hosts left shards beside `path`."""
   path = epath.Path(path)
   count = path.stem.rpartition('-')[2]

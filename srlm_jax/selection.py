@@ -75,7 +75,7 @@ def _measure_steps(s: stage.Stage, config, workdir, folder) -> dict[int, float]:
       measure = _agreement(config, candidate)
     else:
       measure = _command(by, candidate / config.name / 'model')
-    hosts.say(f'{s.title}: step {step}, {measure:.4f}')
+    hosts.log(f'{s.title}: step {step}, {measure:.4f}')
     if out:
       out.append([schema.Measure(step=step, measure=measure)])
     hosts.sync(f'{s.title} {step}')

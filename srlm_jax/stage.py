@@ -65,7 +65,7 @@ class Stage:
       _check_file(source, written[source.parent], entry)
     if self.done:
       check_records(self.folder)
-      hosts.say(f'{self.title}: already done')
+      hosts.log(f'{self.title}: already done')
 
   def read(self, file: str, kind: type[records.Record]) -> Iterator[records.Record]:
     """The records of an input, STAGE/FILE as in the catalog; none if it reads it if it is there.
@@ -124,7 +124,7 @@ class Stage:
       environments = [*(other for other in before if other != now), now]
       write_json(path, dict(self._manifest, environments=environments))
     params = self._manifest['params']
-    hosts.say(f'{self.title}: starts, parameters {params}' if params else f'{self.title}: starts')
+    hosts.log(f'{self.title}: starts, parameters {params}' if params else f'{self.title}: starts')
     hosts.sync(f'{self.title} begins')
 
   def finish(self, **summary):
@@ -137,7 +137,7 @@ class Stage:
     hosts.sync(f'{self.title} is done')  # every host may read done.json
     shown = [f'{key} {value}' for key, value in summary.items()
              if not isinstance(value, dict | list | None)]
-    hosts.say(', '.join([f'{self.title}: done in {seconds} s', *shown]))
+    hosts.log(', '.join([f'{self.title}: done in {seconds} s', *shown]))
 
 
 def model_folder(workdir, name: str):

@@ -71,11 +71,11 @@ def main(argv):
   if changes and name == LOOP:
     raise InputError('these runs differ from the loop; give them another name: --name=NAME')
   folder = epath.Path(f.workdir)
-  cli.keep_compiled(folder)
+  cli.cache_compilations(folder)
   runs = [folder / f'{name}-{seed}' for seed in range(f.seeds)]
   loops = [folder / f'{LOOP}-{seed}' for seed in range(f.seeds)]
   for seed, (run, unchanged) in enumerate(zip(runs, loops, strict=True)):
-    hosts.say(f'{run}:')
+    hosts.log(f'{run}:')
     if name != LOOP and all(change.startswith('m2') for change in changes):
       take(unchanged, run, SHARED if changes else ('data', *configs.MODELS))
     loop.run(f.size, run, f.m0, f.data, [*changes, f'seed={seed}'], f.last)
@@ -83,7 +83,7 @@ def main(argv):
   path = folder / f'{name}.json'
   stage.write_json(path, dataclasses.asdict(
       Study(name=name, seeds=f.seeds, changes=changes, models=rows)))
-  hosts.say(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{path}')
+  hosts.log(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{path}')
 
 
 def take(source, run, parts):

@@ -70,7 +70,7 @@ def test_the_error_names_the_config_file(tmp_path):
 
 
 LONG = {str: 'x' * 5000, tuple: ('x' * 5000,)}
-INVALID = {  # values that a knob of each type refuses for any range
+INVALID = {  # values that a key of each type refuses for any range
     int: [math.nan, math.inf, -math.inf, 1.5, 2.0, 10**20, 10**400, 10**5000, -10**400, '4', '',
           True, [4],
           [10**5000], (4,), None],
@@ -90,9 +90,9 @@ def short(value) -> str:
 def force(key, value, name='m2', size='tiny'):
   """A config with `value` at `key`, without the type casts of ConfigDict."""
   config = configs.get(name, size).copy_and_resolve_references()
-  section, _, knob = key.rpartition('.')
+  section, _, name = key.rpartition('.')
   place = config[section] if section else config
-  place._fields[knob] = value
+  place._fields[name] = value
   return config
 
 
@@ -123,7 +123,8 @@ def refused(key, value) -> str:
      'config.train.batch is True; it must be a whole number above 0 and at most'),
     ('mesh.fsdp', 0,
      'config.mesh.fsdp is 0; it must be -1, or above 0 and at most 1,000,000,000 ('),
-    ('respond.temperature', -0.7, 'config.respond.temperature is -0.7; it must be 0, or 1e-30 to 100 ('),
+    ('respond.temperature', -0.7,
+     'config.respond.temperature is -0.7; it must be 0, or 1e-30 to 100 ('),
     ('respond.top_p', 0.0, 'config.respond.top_p is 0.0; it must be 1e-30 to 1 ('),
     ('train.loss', 'ppo', "config.train.loss is 'ppo'; it is sft or dpo ("),
     ('data.synthetic', 1, 'config.data.synthetic is 1; it must be True or False ('),
@@ -132,9 +133,9 @@ def test_the_error_states_the_key_the_value_and_the_allowed_values(key, value, s
   assert refused(key, value).startswith(sentence)
 
 
-@pytest.mark.parametrize('key', configs.KNOBS)
-def test_every_knob_refuses_wrong_types_and_values_out_of_range(key):
-  values = configs.KNOBS[key].values
+@pytest.mark.parametrize('key', configs.KEYS)
+def test_every_key_refuses_wrong_types_and_values_out_of_range(key):
+  values = configs.KEYS[key].values
   bad = list(INVALID[values.kind])
   if values.choices:
     bad += ['', 'x', LONG[str], values.choices[0].upper(), values.choices[0] + ' ']
@@ -154,11 +155,11 @@ def test_every_knob_refuses_wrong_types_and_values_out_of_range(key):
     refused(key, value)
 
 
-@pytest.mark.parametrize('key', configs.KNOBS)
-def test_every_knob_accepts_its_default_and_both_ends_of_its_range(key):
-  knob = configs.KNOBS[key]
-  v = knob.values
-  good = [knob.default, *v.choices]
+@pytest.mark.parametrize('key', configs.KEYS)
+def test_every_key_accepts_its_default_and_both_ends_of_its_range(key):
+  found = configs.KEYS[key]
+  v = found.values
+  good = [found.default, *v.choices]
   if v.also is not None:
     good += [v.also]
   if v.kind is int:
@@ -172,14 +173,15 @@ def test_every_knob_accepts_its_default_and_both_ends_of_its_range(key):
   elif not v.choices:
     good += [LONG[v.kind]]
   for value in good:
-    knob.check(key, value)
+    found.check(key, value)
 
 
-@pytest.mark.parametrize('key', configs.KNOBS)
-def test_every_knob_has_a_unit_and_a_source(key):
-  knob = configs.KNOBS[key]
-  assert type(knob.default) is knob.values.kind and len(knob.unit) > 3 and '. ' not in knob.unit
-  assert knob.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT,
+@pytest.mark.parametrize('key', configs.KEYS)
+def test_every_key_has_a_unit_and_a_source(key):
+  found = configs.KEYS[key]
+  assert type(found.default) is found.values.kind
+  assert len(found.unit) > 3 and '. ' not in found.unit
+  assert found.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT,
                          configs.OURS)
 
 
@@ -187,16 +189,16 @@ def test_every_knob_has_a_unit_and_a_source(key):
 def test_every_config_has_exactly_the_known_keys_and_valid_values(name, size):
   config = configs.get(name, size)
   values = dict(configs.flat(config))
-  assert {*values} == {*configs.KNOBS} and config.is_locked and config.train.is_locked
+  assert {*values} == {*configs.KEYS} and config.is_locked and config.train.is_locked
   for key, value in values.items():
-    assert type(value) is configs.KNOBS[key].values.kind
+    assert type(value) is configs.KEYS[key].values.kind
   configs.check(config)
 
 
 def test_unknown_and_missing_keys_are_refused():
   config = force('train.lerning_rate', 1.0)
   with pytest.raises(InputError, match='config.train.lerning_rate is not a config key; a config '
-                     'has the keys of KNOBS'):
+                     'has the keys of KEYS'):
     configs.check(config)
   config = configs.get('m2').copy_and_resolve_references().unlock()
   del config.judge.quorum
@@ -316,8 +318,8 @@ def test_an_invalid_set_flag_gives_a_one_sentence_error(change, message):
   assert message in text and len(text) < 600 and '\n' not in text
 
 
-@pytest.mark.parametrize('key', [key for key, knob in configs.KNOBS.items()
-                                 if knob.values.kind in (int, float)])
+@pytest.mark.parametrize('key', [name for name, key in configs.KEYS.items()
+                                 if key.values.kind in (int, float)])
 def test_numeric_keys_refuse_invalid_text(key):
   for text in ('nan', 'inf', '-inf', '1e400', '-1e400', '', 'x', '0x10', '--', '9' * 5000,
                str(10**20), 'True', '[1]'):
@@ -353,7 +355,7 @@ def test_a_long_flag_is_shortened_in_the_error(flag, shown, tmp_path):
 
 @pytest.mark.parametrize('old, new', configs.RENAMED.items())
 def test_the_error_for_a_renamed_key_gives_the_new_key(old, new, tmp_path):
-  assert new in configs.KNOBS and old not in configs.KNOBS
+  assert new in configs.KEYS and old not in configs.KEYS
   with pytest.raises(InputError, match=f'{old} is now {new}'):
     loop.load_config('m2', 'tiny', '', '', [f'{old}=1'])
   with pytest.raises(SystemExit):

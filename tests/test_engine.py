@@ -19,7 +19,7 @@ from srlm_jax.models.config import PRESETS
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, programs
 from srlm_jax.sample.engine import Request, Sampling
-from srlm_jax.sandbox import __main__ as sandbox, people, world
+from srlm_jax.sandbox import data as sandbox, people, world
 from srlm_jax.train import batch as batches, step as train_step
 
 TINY = PRESETS['tiny-test']

@@ -147,7 +147,7 @@ def test_local_stops_all_processes_if_one_fails(trap):
 
 def test_processes_of_local_connect_to_each_other():
   program = ('import jax; from srlm_jax import hosts; hosts.join(); '
-             'hosts.say(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}")')
+             'hosts.log(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}")')
   done = launch(2, sys.executable, '-c', program, devices=3)
   assert done.returncode == 0, done.stderr
   assert '2 3 6' in done.stdout.splitlines()

@@ -26,7 +26,7 @@ from srlm_jax import (
   stage as stages,
 )
 from srlm_jax.reward import pairs, strategies
-from srlm_jax.sandbox import __main__ as sandbox
+from srlm_jax.sandbox import data as sandbox
 
 
 def table(printed):

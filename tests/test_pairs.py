@@ -84,13 +84,13 @@ def test_consistency_writes_the_cream_rate_into_every_pair(tmp_path):
   assert [p.confidence for p in made] == [0.5, 0.5]
 
 
-def test_agreement_reads_implicit_rewards(tmp_path):
+def test_implicit_reward_reads_implicit_rewards(tmp_path):
   write(tmp_path, [[[5] * 3, [1] * 3], [[5] * 3, [1] * 3]])
   rewards = {'p0/0': 1.0, 'p0/1': -1.0, 'p1/0': -1.0, 'p1/1': 0.5}
   records.write(tmp_path / 'm2' / 'implicit' / 'rewards-00000-of-00001.jsonl', [
       schema.ImplicitReward(id=name, reward=reward, logp=reward, older_logp=0.0)
       for name, reward in rewards.items()])
-  pairs.run(config(strategy='agreement'), tmp_path)
+  pairs.run(config(strategy='implicit_reward'), tmp_path)
   assert [p.id for p in read(tmp_path)] == ['p0']
   assert done(tmp_path)['dropped'] == {'implicit reward disagrees': 1}
 
@@ -122,7 +122,8 @@ def test_positives_are_sft_records(tmp_path):
 @pytest.mark.parametrize('strategy, message', [
     ('maxmin', r"'maxmin' \(did you mean \"max_min\"\?\); choose one of max_min, margin"),
     ('consistency', 'judge_again.* does not exist; run the stage that writes it'),
-    ('agreement', 'implicit.* does not exist'), ('temporal', 'respond_older.* does not exist')])
+    ('implicit_reward', 'implicit.* does not exist'),
+    ('temporal', 'respond_older.* does not exist')])
 def test_an_unknown_strategy_and_a_missing_stage_raise_an_input_error(tmp_path, strategy, message):
   write(tmp_path, [[[5] * 3, [1] * 3]])
   with pytest.raises(InputError, match=message):

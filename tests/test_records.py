@@ -195,9 +195,9 @@ def test_join_maps_different_parts_to_different_names(parts):
 
 def test_shards_from_a_different_number_of_hosts_are_refused(tmp_path):
   records.write(tmp_path / records.shard_name('r', 0, 2), prompts('a'))
-  records.same_hosts(tmp_path / records.shard_name('r', 1, 2))
+  records.check_host_count(tmp_path / records.shard_name('r', 1, 2))
   with pytest.raises(InputError, match='was written by a run on 2 hosts, and this run has 1'):
-    records.same_hosts(tmp_path / records.shard_name('r', 0, 1))
+    records.check_host_count(tmp_path / records.shard_name('r', 0, 1))
 
 
 def put_unreadable(path, kind):

@@ -11,7 +11,7 @@ import pytest
 from srlm_jax import config as configs, InputError, model_files, records, schema, stage
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config
-from srlm_jax.train import __main__ as train, reference
+from srlm_jax.train import reference, run as train
 from srlm_jax.train.alarms import Alarms
 
 WORDS = ('pear', 'fig', 'plum', 'fruit', 'Name', 'pear fig', 'fig plum pear', 'a fruit')
@@ -27,11 +27,11 @@ def pairs(count=21):  # no multiple of the batch
 @pytest.fixture
 def run(tmp_path, tokenizer_folder):
   """A function that trains M2 of a small run -> its folder and its metrics."""
-  def start(name, changed=lambda rows: rows, mesh=(2, 2, 2), **knobs):
+  def start(name, changed=lambda rows: rows, mesh=(2, 2, 2), **keys):
     workdir = tmp_path / name
     config = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()
     config.model = ''
-    config.train.update(dict(batch=4, epochs=1, max_length=64, log_every=1) | knobs)
+    config.train.update(dict(batch=4, epochs=1, max_length=64, log_every=1) | keys)
     config.mesh.update(**dict(zip(('data', 'fsdp', 'tensor'), mesh, strict=True)))
     if not (workdir / 'm1').exists():
       shape = model_config.PRESETS['tiny-test']
@@ -98,19 +98,19 @@ def test_a_run_resumes_with_its_rows_on_another_mesh_or_is_refused(run):
       if step > 2:
         (folder / 'steps' / str(step)).rename(folder / str(step))
 
-  knobs = dict(save_every=2, keep=99)
-  workdir, wanted = run('wide', mesh=(8, 1, 1), **knobs)
+  keys = dict(save_every=2, keep=99)
+  workdir, wanted = run('wide', mesh=(8, 1, 1), **keys)
   kill(workdir)
-  _, found = run('wide', mesh=(2, 2, 2), **knobs)  # where a new run would have half the rows
+  _, found = run('wide', mesh=(2, 2, 2), **keys)  # where a new run would have half the rows
   assert len(wanted) == len(found) > 4
   for a, b in zip(wanted, found, strict=True):
     a.pop('tokens_per_second'), b.pop('tokens_per_second')
     assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
 
-  workdir, _ = run('narrow', mesh=(2, 2, 2), **knobs)
+  workdir, _ = run('narrow', mesh=(2, 2, 2), **keys)
   kill(workdir)
   with pytest.raises(InputError, match='steps of 4 rows .* rows must be a multiple of 8'):
-    run('narrow', mesh=(8, 1, 1), **knobs)
+    run('narrow', mesh=(8, 1, 1), **keys)
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_and_nothing_written(run, tmp_path):
@@ -125,19 +125,19 @@ def damage(workdir):
     path.write_bytes(path.read_bytes()[:50])
 
 
-@pytest.mark.parametrize('knobs, before, message', [
+@pytest.mark.parametrize('keys, before, message', [
     (dict(max_length=4096), None, 'max_length is 4096, more than the 128 tokens'),
     (dict(max_length=3), None, 'no pair is left to train on'),
     (dict(batch=99), None, 'fewer than one batch of 99'),
     (dict(data=('pears',)), None, "train.data names 'pears'"),
     (dict(), damage, 'the checkpoint is damaged')])
-def test_a_refused_training_writes_nothing(run, tmp_path, knobs, before, message):
+def test_a_refused_training_writes_nothing(run, tmp_path, keys, before, message):
   run('x')
   shutil.rmtree(tmp_path / 'x' / 'm2' / 'model')
   if before:
     before(tmp_path / 'x')
   with pytest.raises(InputError, match=message):
-    run('x', **knobs)
+    run('x', **keys)
   assert sorted(path.name for path in (tmp_path / 'x' / 'm2').iterdir()) == ['pairs']
 
 
@@ -149,7 +149,7 @@ def test_nan_aborts_with_the_step_and_its_pairs(run):
 
 def looked(alarms, count, **scalars):
   scalars = dict(dict(chosen_reward=0.0, margin=0.0, accuracy=0.9), **scalars)
-  return [alarms.look(scalars) for _ in range(count)][-1]
+  return [alarms.check(scalars) for _ in range(count)][-1]
 
 
 def test_alarms_are_raised_once_and_cleared_again():
@@ -163,7 +163,7 @@ def test_alarms_are_raised_once_and_cleared_again():
   assert raised == dict(alarm_chosen_falling=0, alarm_margin_without_accuracy=1)
   early = looked(Alarms(), 9, margin=0.5, accuracy=0.5)
   assert early[0]['alarm_margin_without_accuracy'] == 0
-  assert Alarms().look(dict(loss=1.0)) == ({}, [])  # SFT
+  assert Alarms().check(dict(loss=1.0)) == ({}, [])  # SFT
 
 
 def test_dropout_noise_raises_no_alarm_and_a_resumed_run_keeps_its_alarms():
@@ -171,9 +171,9 @@ def test_dropout_noise_raises_no_alarm_and_a_resumed_run_keeps_its_alarms():
   noise = [dict(chosen_reward=float(x), margin=0.0, accuracy=0.5)
            for x in rng.normal(-0.7, 0.2, 40)]
   alarms = Alarms()
-  assert sum(alarms.look(scalars)[0]['alarm_chosen_falling'] for scalars in noise) == 0
+  assert sum(alarms.check(scalars)[0]['alarm_chosen_falling'] for scalars in noise) == 0
   fallen = [dict(chosen_reward=-2 - i / 10, margin=0.0, accuracy=0.5) for i in range(5)]
-  found = [alarms.look(scalars)[0] for scalars in fallen]
+  found = [alarms.check(scalars)[0] for scalars in fallen]
   assert found[-1]['alarm_chosen_falling'] == 1
   resumed = Alarms([*noise, *fallen[:3]])
-  assert [resumed.look(scalars)[0] for scalars in fallen[3:]] == found[3:]
+  assert [resumed.check(scalars)[0] for scalars in fallen[3:]] == found[3:]

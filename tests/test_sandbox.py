@@ -16,7 +16,7 @@ from srlm_jax.checkpoint import hf
 from srlm_jax.data import templates
 from srlm_jax.models import config as model_config
 from srlm_jax.reward import judges
-from srlm_jax.sandbox import __main__ as sandbox, audit, control, corpus, oracle, people, world
+from srlm_jax.sandbox import audit, control, corpus, data as sandbox, oracle, people, world
 
 SIZES = (120, 60, 40, 35, 50, 30)
 JUDGE = judges.load('sandbox')

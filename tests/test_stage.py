@@ -98,7 +98,7 @@ def test_a_stage_compares_and_reads_only_its_declared_keys(tmp_path):
 
 
 def test_a_key_missing_from_an_older_manifest_counts_as_its_default(tmp_path):
-  """A knob added later does not invalidate older stages, unless it is set."""
+  """A key added later does not invalidate older stages, unless it is set."""
   make(tmp_path, keys=('judge.n',)).begin()
   make(tmp_path, keys=('judge.n', 'judge.template'))
   with pytest.raises(InputError, match=r'config.judge.template \(sandbox, now additive\)'):
@@ -184,7 +184,7 @@ def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   for workdir in ('file', 'file/run'):
     with pytest.raises(InputError, match='file is a file, not a folder; give another path'):
-      cli.keep_compiled(tmp_path / workdir)
+      cli.cache_compilations(tmp_path / workdir)
   with pytest.raises(InputError, match='is a folder; give a file'):
     records.hash_file(tmp_path)
 
@@ -267,7 +267,7 @@ def test_a_damaged_done_file_is_refused(judged, tmp_path, text):
 def test_the_catalog_names_only_existing_keys_files_roles_and_programs():
   written = {f'{spec.name}/{file}' for spec in catalog.STAGES for file in spec.writes}
   for spec in catalog.STAGES:
-    assert {*spec.keys, *spec.free} <= {*configs.KNOBS}, spec
+    assert {*spec.keys, *spec.unrecorded} <= {*configs.KEYS}, spec
     assert {*spec.reads, *spec.reads_if_needed, *spec.reads_if_there} <= written, spec
     assert {*spec.runs} <= {*catalog.ROLES}, spec
     assert importlib.util.find_spec(f'srlm_jax.{spec.program}'), spec
@@ -295,7 +295,7 @@ def test_needs_returns_the_stages_that_each_config_needs():
   own = common | {'prompts', 'respond', 'judge', 'pairs', 'health', 'audit'}
   assert {*needed('m2')} == own
   assert {*needed('m2', pairs__strategy='consistency')} == own | {'judge_again'}
-  assert {*needed('m2', pairs__strategy='agreement')} == own | {'implicit'}
+  assert {*needed('m2', pairs__strategy='implicit_reward')} == own | {'implicit'}
   assert {*needed('m2', pairs__strategy='temporal')} == own | {'respond_older', 'judge_older'}
   assert {*needed('m2', train__data=('pairs', 'judge_pairs'))} == own | {'meta_judge'}
   assert {*needed('m2', train__reference='cached')} == own | {'reference'}

@@ -21,7 +21,7 @@ WIDE = dataclasses.replace(TINY, K=8)  # a key/value head for each of eight devi
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
-def knobs(loss, **changes):
+def keys(loss, **changes):
   config = configs.dpo() if loss == 'dpo' else configs.sft()
   config.update(batch=16, dropout=0.0, learning_rate=1e-3, learning_rate_end=1e-3, **changes)
   return config
@@ -81,7 +81,7 @@ def gradient(loss, shape, config=WIDE):
     params, reference = (jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
                          for tree in (init(config), init(config, seed=1)))
     run = jax.jit(lambda p, r, batch: train_step.gradient(
-        llama.Llama(config), knobs(loss), p, r, batch, jax.random.key(0)))
+        llama.Llama(config), keys(loss), p, r, batch, jax.random.key(0)))
     found = run(params, reference, sharding.put_batch(draw_batch(loss), mesh))
   return jax.tree.map(np.asarray, found)
 
@@ -140,14 +140,14 @@ def test_packed_rows_equal_rows_of_one_response_each(loss, unrolled, monkeypatch
 
 
 def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
-  history, _ = train((1, 1, 1), knobs('dpo'))
+  history, _ = train((1, 1, 1), keys('dpo'))
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
   assert history[0]['margin'] == 0 and history[0]['accuracy'] == 0
   assert history[1]['loss'] < history[0]['loss'] and history[1]['margin'] > 0
 
 
 def test_the_first_dpo_step_gives_ln_2_in_bf16():
-  history, _ = train((1, 1, 1), knobs('dpo'), 1, dataclasses.replace(TINY, dtype='bfloat16'))
+  history, _ = train((1, 1, 1), keys('dpo'), 1, dataclasses.replace(TINY, dtype='bfloat16'))
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -159,7 +159,7 @@ def test_cached_reference_logps_give_the_gradient_of_a_reference_in_the_step():
         train_step.token_logps(model, p, batch, None), batch))(reference)
     cached = batches.CachedPairBatch(**vars(batch), reference_logps=np.asarray(logps))
     wanted, found = (jax.jit(lambda p, r, batch=batch: train_step.gradient(
-        model, knobs('dpo'), p, r, batch, jax.random.key(0)))(params, older)
+        model, keys('dpo'), p, r, batch, jax.random.key(0)))(params, older)
                      for batch, older in ((batch, reference), (cached, {})))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), found, wanted)
 
@@ -172,7 +172,7 @@ def test_accumulation_equals_the_large_batch(loss):
     params, reference = init(TINY), init(TINY, seed=1)
     large, accumulated = (
         jax.jit(lambda p, parts=parts: train_step.gradient(
-            llama.Llama(TINY), knobs(loss, accumulate=parts), p, reference, batch,
+            llama.Llama(TINY), keys(loss, accumulate=parts), p, reference, batch,
             jax.random.key(0)))(params)
         for parts in (1, 4))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
@@ -180,7 +180,7 @@ def test_accumulation_equals_the_large_batch(loss):
 
 
 def test_prompt_and_padding_are_not_targets():
-  config, batch = knobs('sft'), draw_batch('sft')
+  config, batch = keys('sft'), draw_batch('sft')
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params = init(TINY)
 
@@ -201,7 +201,7 @@ def test_prompt_and_padding_are_not_targets():
 
 
 def test_dropout_acts_on_the_policy_alone():
-  config = knobs('dpo')
+  config = keys('dpo')
   (plain,), _ = train((1, 1, 1), config, 1)
   (dropped,), _ = train((1, 1, 1), config, 1, dataclasses.replace(TINY, dropout=0.3))
   assert dropped['loss'] != pytest.approx(math.log(2), abs=1e-4)

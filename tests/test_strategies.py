@@ -86,11 +86,11 @@ def test_consistency_needs_the_older_ranking_and_computes_the_cream_rate():
   assert strategies.consistency_rate([1.0, -1.0, 0.5]) == pytest.approx((1 + 0 + 0.75) / 3)
 
 
-def test_agreement_needs_an_implicit_reward_with_the_same_preference():
-  agreement = strategies.agreement
-  assert choose(agreement, 4.0, 1.0, implicit=[0.1, -3.0]) == (0, 1)
-  assert choose(agreement, 4.0, 1.0, implicit=[-3.0, 0.1]) == 'implicit reward disagrees'
-  assert choose(agreement, 4.0, 1.0, implicit=[0.1, None]) == 'no implicit reward'
+def test_implicit_reward_needs_an_implicit_reward_with_the_same_preference():
+  implicit_reward = strategies.implicit_reward
+  assert choose(implicit_reward, 4.0, 1.0, implicit=[0.1, -3.0]) == (0, 1)
+  assert choose(implicit_reward, 4.0, 1.0, implicit=[-3.0, 0.1]) == 'implicit reward disagrees'
+  assert choose(implicit_reward, 4.0, 1.0, implicit=[0.1, None]) == 'no implicit reward'
 
 
 def test_temporal_rejects_the_worst_response_of_the_older_model():

@@ -350,7 +350,7 @@ def main(argv):
       summary = from_hf(f.from_hf, f.out)
     else:
       summary = to_hf(f.checkpoint, f.to_hf, f.step)
-  hosts.say(f'{f.out or f.to_hf}: {summary}')
+  hosts.log(f'{f.out or f.to_hf}: {summary}')
 
 
 if __name__ == '__main__':

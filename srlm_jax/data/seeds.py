@@ -54,7 +54,7 @@ def make(config, workdir, begin=lambda: None) -> dict:
   data_dir = None if '://' in os.fspath(workdir) else workdir / 'data' / 'tfds'
   turns = Turns(Files(source=c.source, paths=find_files(c.path), synthetic=c.synthetic), data_dir)
   requested = {name: getattr(c, name) for name in splits.BEST_SETS + splits.RANKED_SETS}
-  usable = sift(turns, config.seed)
+  usable = select_usable(turns, config.seed)
   sets = splits.divide(usable.prompts, requested)
   counts = count(usable, sets, requested)
   print(table(name, counts))
@@ -173,7 +173,7 @@ class Usable:
   dropped_replies: Counter
 
 
-def sift(turns: Turns, seed: int) -> Usable:
+def select_usable(turns: Turns, seed: int) -> Usable:
   """Selects the turns that can be in a set. Keeps one of several turns with the same prompt."""
   read, prompts, replies, kept = Counter(), Counter(), Counter(), []
   for i in range(len(turns)):

@@ -69,24 +69,24 @@ class Index:
 class HeldOut:
   """Finds held-out texts in other texts: exact copies, parts in either direction, and paraphrases.
 
-  A held-out text of at least `SHORTEST` words is found anywhere inside another text. A shorter one
+  A held-out text of at least `MIN_WORDS` words is found anywhere inside another text. A shorter one
   is found only as whole sentences, because such words are common inside other sentences ("name two
   jobs").
   """
 
-  SHORTEST = 4  # words
+  MIN_WORDS = 4  # words
 
   def __init__(self, texts: Iterable[str]):
     texts = list(texts)
     self._index = Index(texts)
     self._exact = {normal(t) for t in texts}
-    self._short = {t for t in self._exact if 0 < len(t.split()) < self.SHORTEST}
-    self._short_parts = {part for t in texts for part in _sentence_runs(t, self.SHORTEST - 1)}
+    self._short = {t for t in self._exact if 0 < len(t.split()) < self.MIN_WORDS}
+    self._short_parts = {part for t in texts for part in _sentence_runs(t, self.MIN_WORDS - 1)}
     self._words = [normal(t).split() for t in texts]
-    self._starts = {}  # every `SHORTEST` consecutive words -> (text, position)
+    self._starts = {}  # every `MIN_WORDS` consecutive words -> (text, position)
     for i, words in enumerate(self._words):
-      for at in range(len(words) - self.SHORTEST + 1):
-        self._starts.setdefault(tuple(words[at:at + self.SHORTEST]), []).append((i, at))
+      for at in range(len(words) - self.MIN_WORDS + 1):
+        self._starts.setdefault(tuple(words[at:at + self.MIN_WORDS]), []).append((i, at))
 
   def why(self, text: str, limit: float) -> str:
     """The reason to reject a text, or ''.
@@ -99,13 +99,13 @@ class HeldOut:
     """
     if (whole := normal(text)) in self._exact:
       return 'held out'
-    if not self._short.isdisjoint(_sentence_runs(text, self.SHORTEST - 1)):
+    if not self._short.isdisjoint(_sentence_runs(text, self.MIN_WORDS - 1)):
       return 'contains a held-out prompt'
     if whole in self._short_parts:
       return 'part of a held-out prompt'
     words = whole.split()
-    for at in range(len(words) - self.SHORTEST + 1):
-      for i, start in self._starts.get(tuple(words[at:at + self.SHORTEST]), ()):
+    for at in range(len(words) - self.MIN_WORDS + 1):
+      for i, start in self._starts.get(tuple(words[at:at + self.MIN_WORDS]), ()):
         held = self._words[i]
         if start == 0 and words[at:at + len(held)] == held:
           return 'contains a held-out prompt'

@@ -50,7 +50,7 @@ def run(config, workdir):
   result['parse_rate'] = sum(j.score is not None for j in judgements) / len(judgements)
   if hosts.is_first_host():
     stage.write_json(s.folder / 'agreement.json', result)
-  hosts.say(f'{s.title}: {table(result)}')
+  hosts.log(f'{s.title}: {table(result)}')
   s.finish(**{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
 
 

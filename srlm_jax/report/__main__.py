@@ -10,7 +10,7 @@ from srlm_jax.report import page
 
 def main(argv):
   cli.refuse_arguments(argv)
-  hosts.say(str(page.remake(flags.FLAGS.workdir)))
+  hosts.log(str(page.remake(flags.FLAGS.workdir)))
 
 
 if __name__ == '__main__':

@@ -46,9 +46,9 @@ def run(config, workdir):
   dropped |= {e.id: 'downsampled: most frequent score'
               for e in agreed if e.id not in kept_ids}
   found = _summary(ranked, judgements, agreed, kept, dropped)
-  hosts.say(f'{s.title}: {table(found)}')
+  hosts.log(f'{s.title}: {table(found)}')
   if not kept:
-    hosts.say(f'{s.title}: no judgement of the SFT baseline agrees with the human ranks on any of '
+    hosts.log(f'{s.title}: no judgement of the SFT baseline agrees with the human ranks on any of '
               f'{len(ranked)} prompts; the model is too weak to write EFT data, use '
               f'eft.targets=ranks instead')
   s.begin()

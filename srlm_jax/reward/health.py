@@ -37,7 +37,7 @@ def run(config, workdir):
   if hosts.is_first_host():
     stage.write_json(s.folder / 'health.json', found)
   for sentence in found['warnings']:
-    hosts.say(f'warning: {sentence}')
+    hosts.log(f'warning: {sentence}')
   s.finish(warnings=len(found['warnings']))
 
 
@@ -93,14 +93,14 @@ def of_responses(responses: list[schema.Response]) -> dict:
 def of_judgements(judgements: list[schema.Judgement]) -> dict:
   """Counts, the parse rate, parse failures by reason, and the score histogram.
 
-  `commonest` is the share of the most frequent score.
+  `largest_share` is the share of the most frequent score.
   """
   parsed = [j.score for j in judgements if j.score is not None]
   histogram = scoring.histogram(parsed)
   return dict(
       count=len(judgements), parse_rate=round(len(parsed) / len(judgements), 4),
       unparsed=dict(sorted(unparsed(judgements).items())), score_histogram=histogram,
-      commonest=round(max(histogram.values()) / len(parsed), 4) if parsed else None)
+      largest_share=round(max(histogram.values()) / len(parsed), 4) if parsed else None)
 
 
 def of_ties(responses: list[schema.Response], judgements: list[schema.Judgement],

@@ -45,7 +45,7 @@ def run(config, workdir):
   kind = 'positives' if strategy == strategies.POSITIVES else 'pairs'
   records.write(s.folder / f'{kind}.jsonl', made)
   found = summary(strategy, prompts, judgements, made, dropped)
-  hosts.say(f'{s.title}: {table(found)}')
+  hosts.log(f'{s.title}: {table(found)}')
   s.finish(**dataclasses.asdict(found))
 
 

@@ -27,7 +27,7 @@ class Candidate:
   score: float | None            # mean of the sampler's judgements
   spread: float | None = None    # standard deviation of these judgements
   again: float | None = None     # consistency: mean of the older model's judgements
-  implicit: float | None = None  # agreement: log p under the sampler - log p under the older model
+  implicit: float | None = None  # implicit_reward: log p under the sampler - under the older model
   older: bool = False            # temporal: the older model wrote it
 
   @property
@@ -88,14 +88,11 @@ def consistency(candidates: list[Candidate], config) -> Choice:
   return choice
 
 
-def agreement(candidates: list[Candidate], config) -> Choice:
+def implicit_reward(candidates: list[Candidate], config) -> Choice:
   """`max_min`, restricted to pairs for which the implicit reward prefers the same response.
 
   The implicit reward is log p under the sampler minus log p under the older model. This is the data
   selection of SCIR (Zhou et al. 2025, 2502.08922). Its consistency loss is not implemented.
-
-  Not to be confused with the stage and module `eval.agreement`, which measures how well the judge's
-  scores agree with human ranks.
   """
   choice = max_min(candidates, config)
   if not isinstance(choice, str):
@@ -119,7 +116,7 @@ def temporal(candidates: list[Candidate], config) -> Choice:
 
 PAIRS: dict[str, Callable[[list[Candidate], object], Choice]] = dict(
     max_min=max_min, margin=margin, length_controlled=length_controlled, consistency=consistency,
-    agreement=agreement, temporal=temporal)
+    implicit_reward=implicit_reward, temporal=temporal)
 POSITIVES = 'positives_only'
 
 

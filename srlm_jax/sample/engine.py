@@ -279,7 +279,7 @@ def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sam
 
   Resumes a file that an interrupted run left. `samples`: their total number.
   """
-  records.same_hosts(path)
+  records.check_host_count(path)
   out = records.Appender(path)
   known, row = out.count, 0
   progress = tqdm.tqdm(
@@ -297,7 +297,7 @@ def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sam
                      f'{path.parent} and run its stage again')
   work = engine.work
   if work.generated:
-    hosts.say(f'{engine.title}: {work.generated} generated tokens, slot utilization '
+    hosts.log(f'{engine.title}: {work.generated} generated tokens, slot utilization '
               f'{work.slot_utilization:.0%}; {work.prefilled} prefilled tokens, '
               f'{work.prefilled / work.unshared_prompt_tokens:.0%} of the tokens without sharing; '
               f'kernels: {engine.kernels}')

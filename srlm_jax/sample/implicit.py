@@ -54,7 +54,7 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
 
   Appends the results to `path`. Resumes from what a killed run wrote there.
   """
-  records.same_hosts(path)
+  records.check_host_count(path)
   out = records.Appender(path)
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]

@@ -20,7 +20,7 @@ class Item:
 
 
 def run(config, workdir, on: str = ''):
-  """Writes judgements-*.jsonl. `on` (by default `judge.on`) selects the responses and the judge:
+  """Writes judgements-*.jsonl. `on` selects the responses and the judge:
 
   responses  the sampler judges its own candidates -> MODEL/judge
   again      the older model (pairs.older) judges the same candidates
@@ -29,8 +29,10 @@ def run(config, workdir, on: str = ''):
   ranked     the sampler judges the ranked replies of the seed data, for EFT -> MODEL/judge
   eval       MODEL itself judges the ranked replies for evaluation (`config.ranked_split`)
              -> MODEL/judge_eval
+
+  The default is `ranked` for M1 and `responses` for later models.
   """
-  on = on or config.judge.on
+  on = on or ('ranked' if config.name == 'm1' else 'responses')
   spec = catalog.find('sample.judge', on)
   config = spec.view(config)
   if on == 'responses' and config.judge.by != 'model':
@@ -92,5 +94,6 @@ def _items(s: stage.Stage, config, on: str) -> Iterator[Item | schema.Response]:
 
 
 if __name__ == '__main__':
-  cli.main(run, on=('', 'What to judge: responses, again, older, ranked or eval; '
-                        'by default config.judge.on.'))
+  modes = ', '.join(catalog.modes('sample.judge'))
+  cli.main(run, on=('', f'What to judge, and with which model: {modes}; by default ranked for m1, '
+                        f'and responses for later models.'))

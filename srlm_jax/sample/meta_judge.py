@@ -74,7 +74,7 @@ def run(config, workdir):
   records.write(s.folder / 'judge_pairs.jsonl', kept)
   if not kept:
     reasons = ', '.join(f'{n} {why}' for why, n in (+dropped).items())
-    hosts.say(f'{s.title}: no pairs of judgements from {len(groups)} responses with at least two '
+    hosts.log(f'{s.title}: no pairs of judgements from {len(groups)} responses with at least two '
               f'distinct judgements; dropped: {reasons or "none"}')
   unparsed = Counter(x.reason for x in comparisons if x.reason)
   s.finish(

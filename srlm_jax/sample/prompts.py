@@ -52,7 +52,7 @@ def run(config, workdir):
   author_name = spec.models(config)['author']
   records.write(s.folder / 'prompts.jsonl', (
       schema.Prompt(id=records.digest(p), prompt=p, author=author_name) for p in kept))
-  hosts.say(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
+  hosts.log(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
             f'match or resemble a held-out or evaluation prompt')
   s.finish(**dataclasses.asdict(schema.PromptsSummary(
       prompts=len(kept), wanted=c.count, attempts=attempts, near_held_out=screen.near_held_out,
@@ -128,7 +128,7 @@ def evaluation_prompts(path) -> list[str]:
 def user_prompts(prompts) -> list[str]:
   """The user messages of prompts, some of which are whole conversations (OASST1).
 
-  Keeps every first message. Keeps a later one if it has at least `similar.HeldOut.SHORTEST` words:
+  Keeps every first message. Keeps a later one if it has at least `similar.HeldOut.MIN_WORDS` words:
   shorter ones ("Tell me more.") mean nothing without the conversation.
 
   >>> user_prompts(['[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?',
@@ -136,7 +136,7 @@ def user_prompts(prompts) -> list[str]:
   ['Name a fruit.', 'Name a tree.']
   """
   return [message for prompt in prompts for i, message in enumerate(oasst.user_messages(prompt))
-          if i == 0 or len(message.split()) >= similar.HeldOut.SHORTEST]
+          if i == 0 or len(message.split()) >= similar.HeldOut.MIN_WORDS]
 
 
 def generate_prompts(
@@ -166,7 +166,7 @@ def generate_prompts(
           id=str(first + i), text=text, finish=finish, dropped=reason))
     out.append(attempts[max(out.count - first, 0):])
     first += c.round
-    hosts.say(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
+    hosts.log(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
   out.close()
   return accepted, first
 

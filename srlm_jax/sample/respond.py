@@ -58,5 +58,5 @@ def _sampling(config, on: str) -> engines.Sampling:
 
 
 if __name__ == '__main__':
-  cli.main(run, on=('prompts', 'What to respond to: prompts, older (the same prompts, by the older '
-                               'model), heldout or greedy.'))
+  modes = ', '.join(catalog.modes('sample.respond'))
+  cli.main(run, on=('prompts', f'What to respond to, and with which model: {modes}.'))

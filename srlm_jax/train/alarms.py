@@ -23,7 +23,7 @@ class Alarms:
     """`before`: the metrics of the steps logged before, by a run that is resumed."""
     self._seen, self._on = [scalars for scalars in before if 'margin' in scalars], {}
 
-  def look(self, scalars: dict) -> tuple[dict[str, int], list[str]]:
+  def check(self, scalars: dict) -> tuple[dict[str, int], list[str]]:
     """Metrics of a step -> the alarms, and messages of newly raised alarms; empty for SFT."""
     if 'margin' not in scalars:
       return {}, []

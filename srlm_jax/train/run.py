@@ -1,0 +1,265 @@
+"""Trains one model: `python -m srlm_jax.train --config=configs/iter2.py --workdir=runs/x`."""
+from collections.abc import Callable
+import dataclasses
+import functools
+import json
+
+from etils import epath
+import jax
+import optax
+
+from srlm_jax import (
+  catalog,
+  closest,
+  hosts,
+  InputError,
+  metrics,
+  model_files,
+  schema,
+  sharding,
+  stage,
+)
+from srlm_jax.checkpoint import hashes, store
+from srlm_jax.data import examples as training, packing, tokenizer as tokenizers
+from srlm_jax.models import config as model_config, kernels, llama
+from srlm_jax.train import objectives, reference, state as train_state, step as train_step
+from srlm_jax.train.alarms import Alarms
+from srlm_jax.train.state import TrainState
+
+ROWS = 'rows.json'  # in the model's folder: the number and the width of the rows of a step
+
+
+def run(config, workdir):
+  """Reads the init model and this model's data; writes MODEL/model: checkpoints, metrics.jsonl."""
+  config = catalog.find('train').view(config)
+  refuse_too_large(config)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  with jax.set_mesh(mesh):
+    _train(config, epath.Path(workdir), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a run trains and with which programs, before its state exists."""
+  source: epath.Path            # the init model, or the corpus with its tokenizer
+  model: llama.Llama
+  data: training.Examples
+  packed: packing.Packing
+  make_batch: Callable          # (rows, shape) -> batch of numpy arrays
+  tx: optax.GradientTransformation
+  abstract: TrainState          # shapes and shardings
+  step: Callable                # the jitted step
+  kept: list[int]               # checkpoints of the run that is resumed; empty at the start
+
+
+def _train(config, workdir, mesh):
+  """Trains the model of a config, from its init model or its last checkpoint to done.json."""
+  source = _source(config, workdir)
+  shape = _model_config(config, source, workdir)
+  files = catalog.training_files(workdir, config)
+  s = stage.Stage(catalog.find('train'), config, workdir,
+                  more_inputs=() if config.train.init else [source / 'tokenizer.model'])
+  if s.done:
+    return
+  setup = _prepare(config, workdir, s, source, shape, files, mesh)
+  state, reference_params = _restore(config, s, setup, mesh)
+  s.begin(mesh)  # after everything that can raise InputError
+  saver = _open(config, s, setup, state)
+  state = _loop(config, s, setup, state, reference_params, saver, mesh)
+  _finish(s, setup, state)
+
+
+def _prepare(config, workdir, s, source, shape, files, mesh) -> Setup:
+  """Reads and packs the data, computes cached log-probs of the reference, and builds the step."""
+  c, objective = config.train, objectives.find(config.train)
+  tokenizer = tokenizers.load(source, shape.V)
+  try:
+    data = objective.examples(c, config.chat, files, tokenizer)
+  except training.NoExamples as error:
+    raise InputError(f'{", ".join(map(str, files))}: {error}') from error
+  choice = kernels.for_training(jax.default_backend(), shape, c.remat)
+  model = llama.Llama(shape, choice, c.remat)
+  kept = model_files.steps(s.folder)
+  packed = _pack(config, data, mesh, choice.width_multiple, c.epochs, s.folder if kept else None)
+  tx = train_state.optimizer(c, len(packed))
+  abstract = train_state.abstract(shape, tx, mesh)
+  make_batch = objective.pack
+  if objective.needs_reference_logps:
+    once = _pack(config, data, mesh, choice.width_multiple, epochs=1)
+    logps = reference.cached(config, workdir, source, model, once, mesh)
+    make_batch = functools.partial(make_batch, reference_logps=logps)
+  step = train_step.make(model, tx, c, abstract)
+  return Setup(source, model, data, packed, make_batch, tx, abstract, step, kept)
+
+
+def _restore(config, s, setup: Setup, mesh) -> tuple[TrainState, dict]:
+  """-> the state to continue from, and the parameters of the reference, {} if not needed."""
+  if setup.kept:
+    state = _resume(s.folder, setup.kept[-1], setup.abstract, mesh)
+  else:
+    state = _start(config, setup, mesh)
+  if not objectives.find(config.train).needs_reference_params:
+    return state, {}
+  return state, store.restore_params(setup.source, mesh, config.train.dtype)[0]
+
+
+def _open(config, s, setup: Setup, state: TrainState):
+  """Prints the sizes of the run, writes the files of a new one -> the manager of checkpoints."""
+  data, packed, c = setup.data, setup.packed, config.train
+  rows, width = packed.shape.rows, packed.shape.width
+  dropped = ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items())
+  hosts.log(f'{s.title}: {len(data.examples)} examples, {len(packed)} steps of {rows} rows of '
+            f'{width} tokens, {packed.count / len(packed):.1f} examples per step, '
+            f'{packed.padding_free:.0%} of the tokens are not padding, attention by '
+            f'{setup.model.kernels.name}{dropped}')
+  saver = store.manager(s.folder, None if c.select else c.keep)
+  if setup.kept:
+    hosts.log(f'{s.title}: continues after step {int(state.step)}')
+  elif hosts.is_first_host():
+    store.write_model_files(setup.model.config, setup.source, s.folder)
+    stage.write_json(s.folder / ROWS, dict(shape=(rows, width)))
+  return saver
+
+
+def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> TrainState:
+  """Runs the remaining steps; writes metrics, progress and checkpoints."""
+  c, packed = config.train, setup.packed
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
+  writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
+  clock, alarms = metrics.Clock(), Alarms(writer.kept if writer else [])
+  steps, unchecked = len(packed), {}
+  for i in range(int(state.step), steps):
+    batch = setup.make_batch(packed.rows(i), packed.shape)
+    state, unchecked[i] = setup.step(state, reference_params, sharding.put_batch(batch, mesh), key)
+    clock.add(int((batch.segment_ids > 0).sum()))
+    save = (i + 1) % c.save_every == 0 or i + 1 == steps
+    if i % c.log_every == 0 or save:
+      # On every host: NaN or infinity aborts before a checkpoint is written.
+      for number, values in unchecked.items():
+        scalars = metrics.finite(f'step {number}, of {_some(packed.ids(number))}', values)
+      unchecked = {}
+      raised, messages = alarms.check(scalars)
+      scalars |= raised | dict(tokens_per_second=clock.tokens_per_second())
+      for message in messages:
+        hosts.log(f'{s.title}  {i + 1}/{steps}  alarm: {message}')
+      if writer:
+        writer.write(i, scalars)
+      shown = 'loss', 'margin', 'accuracy', 'tokens_per_second'
+      hosts.log(metrics.progress(s.title, i + 1, steps,
+                                 {name: scalars[name] for name in shown if name in scalars}))
+    if save:
+      store.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
+  saver.wait_until_finished()
+  if writer:
+    writer.close()
+  hosts.sync(f'{s.title} trained')
+  saver.close()
+  return state
+
+
+def _finish(s, setup: Setup, state: TrainState):
+  """Marks the stage done, with a summary of the run."""
+  data, packed = setup.data, setup.packed
+  s.finish(**dataclasses.asdict(schema.TrainingSummary(
+      steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
+      params=hashes.hash_params(state.params), examples=len(data.examples),
+      padding_free=round(packed.padding_free, 3), dropped=data.dropped)))
+
+
+def _some(rows: list[list[str]], most: int = 20) -> str:
+  names = [name for row in rows for name in row]
+  more = f' and {len(names) - most} more' if len(names) > most else ''
+  return ', '.join(names[:most]) + more
+
+
+def refuse_too_large(config):
+  """InputError, before anything is allocated, if the devices cannot hold the training state."""
+  if not config.model:
+    return
+  count = llama.param_count(_preset(config.model))
+  with_reference = objectives.find(config.train).needs_reference_params
+  needed = train_state.bytes_needed(count, with_reference)
+  available = hosts.memory()
+  if needed > available:
+    parts = 'parameters, gradients, reference' if with_reference else 'parameters, gradients'
+    raise InputError(
+        f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} '
+        f'bytes for {parts} and AdamW moments, and the {jax.device_count()} available devices have '
+        f'{available:,}; run it on more devices (see launch/), or the whole loop at a size that '
+        f'fits: python -m srlm_jax.loop --size=tiny --workdir=runs/demo')
+
+
+def _preset(name: str):
+  if name not in model_config.PRESETS:
+    raise InputError(f'config.model is {name!r}{closest(name, model_config.PRESETS)}; '
+                     f'use one of {", ".join(model_config.PRESETS)}, or empty for any model')
+  return model_config.PRESETS[name]
+
+
+def _model_config(config, source, workdir):
+  """The model's config with this run's dtype and dropout; InputError for another model."""
+  c = config.train
+  shape = model_config.load(_existing(config, source, workdir)) if c.init else _preset(config.model)
+  if config.model:
+    for field in ('D', 'F', 'K', 'G', 'H', 'V', 'layers'):
+      found, wanted = getattr(shape, field), getattr(_preset(config.model), field)
+      if found != wanted:
+        raise InputError(f'{source} has {field} = {found}, and config.model = {config.model} has '
+                         f'{wanted}; name the right one, or --config.model= for any')
+  if c.max_length > shape.context:
+    raise InputError(f'config.train.max_length is {c.max_length}, more than the {shape.context} '
+                     f'tokens that the model supports; lower it')
+  return dataclasses.replace(shape, dtype=c.dtype, dropout=c.dropout)
+
+
+def _source(config, workdir):
+  """The folder of the init model, or that of the corpus, which has a tokenizer."""
+  init = config.train.init
+  return stage.finished_model(workdir, init) if init else workdir / 'data' / 'corpus'
+
+
+def _existing(config, source, workdir):
+  if not model_files.exists(source):
+    inputs = '' if config.data.source == 'sandbox' else ' --m0=FOLDER --data=FILE'
+    raise InputError(f'{config.name} starts from {config.train.init}, which has no checkpoint in '
+                     f'{source}; train it first, or run all stages in order: '
+                     f'python -m srlm_jax.loop --size={config.size} --workdir={workdir}{inputs}')
+  return source
+
+
+def _start(config, setup: Setup, mesh) -> TrainState:
+  """Step 0: the parameters of the init model, or random ones."""
+  if config.train.init:
+    params, _ = store.restore_params(setup.source, mesh, 'float32')
+  else:
+    out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
+    init = jax.jit(lambda key: llama.init_params(setup.model.config, key), out_shardings=out)
+    params = init(jax.random.key(config.seed))
+  out = jax.tree.map(lambda x: x.sharding, setup.abstract)
+  create = jax.jit(lambda p: TrainState.create(p, setup.tx), donate_argnums=0, out_shardings=out)
+  return create(params)
+
+
+def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
+  """Restores the state after `step` onto the mesh."""
+  params, _ = store.restore_params(folder, mesh, 'float32', step)
+  rest = store.restore_train(folder, step, dict(opt_state=abstract.opt_state, step=abstract.step))
+  return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
+
+
+def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
+          begun=None) -> packing.Packing:
+  """`begun`: the folder of a resumed run, whose row shape is reused on any mesh."""
+  c = config.train
+  if len(data.examples) < c.batch:
+    dropped = ', '.join(f'{n} {why}' for why, n in data.dropped.items())
+    raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped: '
+                     f'{dropped or "none"}), fewer than one batch of {c.batch}; make more data, or '
+                     f'lower config.train.batch')
+  if begun and not (begun / ROWS).exists():
+    raise InputError(f'{begun} has checkpoints but no {ROWS}, so it cannot be resumed; delete it '
+                     f'to train again')
+  shape = json.loads((begun / ROWS).read_text())['shape'] if begun else None
+  parts = c.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
+  return packing.Packing(data.examples, c.batch, epochs, config.seed,
+                         c.max_length if c.pack else 0, parts, multiple, shape)
