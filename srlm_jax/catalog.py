@@ -155,8 +155,8 @@ def _strategy(*names: str) -> Callable[[ConfigDict], bool]:
   return lambda c: c.pairs.strategy in names
 
 
-def _is_dpo(c: ConfigDict) -> bool:
-  return c.train.loss == 'dpo'
+def _trains_on_pairs(c: ConfigDict) -> bool:
+  return c.train.loss in configs.PAIR_LOSSES
 
 
 def _in_sandbox(c: ConfigDict) -> bool:
@@ -249,7 +249,7 @@ STAGES = (
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c)),
     Spec('reference', 'train', ('logps.jsonl',), trains=True, runs=('init',), on='reference',
          keys=('chat', 'model', 'train.dtype'),
-         needed=lambda c: _is_dpo(c) and c.train.reference == 'cached'),
+         needed=lambda c: _trains_on_pairs(c) and c.train.reference == 'cached'),
     Spec('model', 'train', ('metrics.jsonl', 'rows.json'), trains=True,
          runs=('init',),
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
@@ -294,7 +294,7 @@ READ_IF = {
     'eft.quorum': lambda c: c.eft.targets == 'baseline',
     'train.save_every': lambda c: bool(c.train.select),
     **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',
-                     'train.length_normalize'), _is_dpo),
+                     'train.length_normalize'), _trains_on_pairs),
 }
 
 

@@ -21,6 +21,8 @@ MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 # Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO
 # (and pairs for SFT on the chosen responses).
 TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
+PAIR_LOSSES = ('dpo',)  # values of train.loss that train on pairs and have a reference
+LOSSES = ('sft', *PAIR_LOSSES)
 # Keys that have a new name.
 RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
            'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements'}
@@ -217,7 +219,7 @@ _SECTIONS = {
         select=Key('', TEXT, 'empty, agreement, or a command with {checkpoint} in it', OURS),
         log_every=Key(10, COUNT, 'steps', OURS),
         # sft: on response tokens only; dpo: on sums of log-probs, reference = init
-        loss=Key('dpo', one_of('sft', 'dpo'), 'the loss', PAPER),
+        loss=Key('dpo', one_of(*LOSSES), 'the loss', PAPER),
         # cached: once, before training; its parameters are then freed
         reference=Key('step', one_of('step', 'cached'),
                        'when DPO computes the log-probs of the reference', OURS),
@@ -407,7 +409,7 @@ def _check_sandbox(c: ConfigDict):
 
 
 def _check_training(t: ConfigDict):
-  if t.loss != 'sft' and not t.beta > 0:
+  if t.loss in PAIR_LOSSES and not t.beta > 0:
     raise InputError(f'config.train.beta is {t.beta}; it must be above 0 with '
                      f'train.loss={t.loss}')
   if t.select not in ('', 'agreement') and not _names_checkpoint(t.select):

@@ -108,7 +108,7 @@ def refuse_mistakes(config):
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
-  losses = ('sft',) if kind == 'positives' else ('dpo', 'sft')
+  losses = ('sft',) if kind == 'positives' else configs.LOSSES
   data = configs.training_data(config)
   if kind not in data or config.train.loss not in losses:
     raise InputError(
