@@ -39,7 +39,7 @@ def test_every_ablation_is_a_valid_config_at_every_size(name, size):
     ('train.data=eft', 'makes pairs for m2'),
     ('pairs.rho=0.7', 'config.pairs.rho is 0.7; it must be 0 to 0.5'),
     ('data.source=ranks', 'config.data.source'),
-    ('eval.quorum=4', 'more than the 3 judgements')])
+    ('eval.quorum=4', 'more than the 3 of eval.judgements')])
 def test_mistakes_are_refused_before_any_stage(change, message):
   with pytest.raises(InputError, match=message):
     loop.refuse_mistakes(loop.load_config('m2', 'tiny', '', '', [change]))

@@ -129,7 +129,6 @@ def damage(workdir):
     (dict(max_length=4096), None, 'max_length is 4096, more than the 128 tokens'),
     (dict(max_length=3), None, 'no pair is left to train on'),
     (dict(batch=99), None, 'fewer than one batch of 99'),
-    (dict(data=('pears',)), None, "train.data names 'pears'"),
     (dict(), damage, 'the checkpoint is damaged')])
 def test_a_refused_training_writes_nothing(run, tmp_path, keys, before, message):
   run('x')
