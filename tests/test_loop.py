@@ -325,6 +325,7 @@ def test_a_killed_training_resumes_and_ends_with_the_same_parameters(demo, tmp_p
   assert steps == [json.loads(line)['step'] for line in lines.splitlines()]
 
 
+@pytest.mark.slow
 def test_the_loop_stops_with_a_message_if_a_real_model_cannot_judge(stories, tmp_path):
   printed = main('loop', '--size=stories', f'--workdir={tmp_path}', f'--m0={stories}',
               f'--data={DATA / "oasst1" / "validation.en.messages.jsonl.gz"}',
