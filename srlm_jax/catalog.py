@@ -10,7 +10,7 @@ import dataclasses
 from etils import epath
 from ml_collections import ConfigDict
 
-from srlm_jax import closest, config as configs, InputError, records
+from srlm_jax import closest, config as configs, InputError, records, schema
 
 SHARDS = '-*.jsonl'  # the end of the name of a file that is written in shards, one per host
 # Role of a model that a stage runs -> its name in the config.
@@ -24,7 +24,7 @@ ROLES = {
 
 
 class Undeclared(Exception):
-  """A stage reads a config key that it does not declare: a bug, not an error of the user."""
+  """A stage reads a config key or a file that it does not declare: a bug, not a user's error."""
 
 
 def _always(_) -> bool:
@@ -42,9 +42,10 @@ class Spec:
   program: str                           # python -m srlm_jax.PROGRAM
   writes: tuple[str, ...]
   reads: tuple[str, ...] = ()
-  reads_if_needed: tuple[str, ...] = ()  # if the config needs the stage that writes them
+  # {file: whether a config makes the stage read it}
+  reads_if: dict[str, Callable[[ConfigDict], bool]] = dataclasses.field(default_factory=dict)
   reads_if_there: tuple[str, ...] = ()
-  trains: bool = False                   # reads the files that `train.data` names
+  reads_training_data: bool = False      # reads the files that `train.data` names
   runs: tuple[str, ...] = ()             # ROLES of the models that it runs
   on: str = ''                           # the program's --on that selects it
   samples: str = ''                      # config key of the samples per item; '': 1
@@ -87,16 +88,19 @@ class Spec:
   def inputs(self, workdir, config) -> list:
     """The files that it reads; for missing shards, a placeholder path."""
     config = unwrap(config)
-    files = [*self.reads, *(f for f in self.reads_if_needed if needs(f.partition('/')[0], config))]
-    found = [path for file in files for path in paths(file, workdir, config)]
-    if self.trains:
+    found = [path for file in (*self.reads, *self._reads_if(config))
+             for path in paths(file, workdir, config)]
+    if self.reads_training_data:
       found += training_files(workdir, config)
     there = [path for file in self.reads_if_there for path in paths(file, workdir, config)]
     return found + [path for path in there if path.exists()]
 
-  def check_input(self, file: str):
-    """Raises Undeclared if the stage does not declare that it reads STAGE/FILE."""
-    if file not in (*self.reads, *self.reads_if_needed, *self.reads_if_there):
+  def _reads_if(self, config) -> list[str]:
+    return [file for file, condition in self.reads_if.items() if condition(config)]
+
+  def check_input(self, file: str, config):
+    """Raises Undeclared if the stage does not declare that it reads STAGE/FILE with this config."""
+    if file not in (*self.reads, *self._reads_if(unwrap(config)), *self.reads_if_there):
       raise Undeclared(f'{self.program} reads {file}, which is not declared; add it to catalog.py')
 
 
@@ -224,8 +228,10 @@ STAGES = (
          unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('implicit_reward')),
     Spec('pairs', 'reward.pairs', ('pairs.jsonl', 'positives.jsonl', 'scores.jsonl'),
          reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl'),
-         reads_if_needed=('judge_again/judgements-*.jsonl', 'respond_older/responses-*.jsonl',
-                          'judge_older/judgements-*.jsonl', 'implicit/rewards-*.jsonl'),
+         reads_if={'judge_again/judgements-*.jsonl': _strategy('consistency'),
+                   'implicit/rewards-*.jsonl': _strategy('implicit_reward'),
+                   'respond_older/responses-*.jsonl': _strategy('temporal'),
+                   'judge_older/judgements-*.jsonl': _strategy('temporal')},
          keys=('pairs.strategy', 'pairs.unfinished_chosen', 'pairs.margin', 'pairs.rho',
                'pairs.positive', 'judge.quorum'), needed=_trains_on_own),
     Spec('meta_judge', 'sample.meta_judge', ('comparisons-*.jsonl', 'judge_pairs.jsonl'),
@@ -244,13 +250,14 @@ STAGES = (
          reads_if_there=('pairs/pairs.jsonl',),
          needed=lambda c: _in_sandbox(c) and _trains_on_own(c)),
     Spec('eft', 'reward.eft', ('eft.jsonl', 'dropped.jsonl'), owner='m1',
-         reads=('seeds/ranked.jsonl',), reads_if_needed=('judge/judgements-*.jsonl',),
+         reads=('seeds/ranked.jsonl',),
+         reads_if={'judge/judgements-*.jsonl': lambda c: c.eft.targets == 'baseline'},
          keys=('eft.targets', 'eft.quorum', 'judge.template'),
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c)),
-    Spec('reference', 'train', ('logps.jsonl',), trains=True, runs=('init',), on='reference',
-         keys=('chat', 'model', 'train.dtype'),
+    Spec('reference', 'train', ('logps.jsonl',), reads_training_data=True, runs=('init',),
+         on='reference', keys=('chat', 'model', 'train.dtype'),
          needed=lambda c: _trains_on_pairs(c) and c.train.reference == 'cached'),
-    Spec('model', 'train', ('metrics.jsonl', 'rows.json'), trains=True,
+    Spec('model', 'train', ('metrics.jsonl', 'rows.json'), reads_training_data=True,
          runs=('init',),
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
@@ -284,6 +291,41 @@ STAGES = (
                 'answers_greedy/responses-*.jsonl', 'judge_eval/judgements-*.jsonl'),
          keys=('eval.split', 'eval.quorum', 'data.ranked_tune'), needed=_in_sandbox),
 )
+# The records of each JSONL file that a stage writes.
+KINDS = {
+    'ift.jsonl': schema.Demonstration,
+    'ranked.jsonl': schema.RankedPrompt,
+    'heldout.jsonl': schema.HeldOutPrompt,
+    'corpus.jsonl': schema.Document,
+    'prompts.jsonl': schema.Prompt,
+    'attempts.jsonl': schema.Attempt,
+    'responses-*.jsonl': schema.Response,
+    'judgements-*.jsonl': schema.Judgement,
+    'logp-*.jsonl': schema.Logp,
+    'older_logp-*.jsonl': schema.Logp,
+    'rewards-*.jsonl': schema.ImplicitReward,
+    'pairs.jsonl': schema.Pair,
+    'positives.jsonl': schema.Positive,
+    'scores.jsonl': schema.CandidateScore,
+    'comparisons-*.jsonl': schema.Comparison,
+    'judge_pairs.jsonl': schema.JudgePair,
+    'eft.jsonl': schema.EftExample,
+    'dropped.jsonl': schema.DroppedReply,
+    'logps.jsonl': schema.PairLogps,
+    'measures.jsonl': schema.Measure,
+    'graded.jsonl': schema.GradedResponse,
+}
+SUMMARIES = {  # what done.json holds, by stage; others hold numbers that only people read
+    'prompts': schema.PromptsSummary,
+    'judge': schema.JudgeSummary,
+    'judge_again': schema.JudgeSummary,
+    'judge_older': schema.JudgeSummary,
+    'judge_eval': schema.JudgeSummary,
+    'pairs': schema.PairsSummary,
+    'eft': schema.EftSummary,
+    'model': schema.TrainingSummary,
+    'agreement': schema.AgreementSummary,
+}
 NAMES = tuple(dict.fromkeys(spec.name for spec in STAGES))
 # Keys that are read, and recorded, only with some configs.
 READ_IF = {

@@ -113,7 +113,7 @@ def _refuse_old_keys(argv):
   for argument in argv:
     key = argument.partition('=')[0].lstrip('-').removeprefix('config.')
     if key in configs.RENAMED:
-      raise InputError(f'--config.{key} is now --config.{configs.RENAMED[key]}')
+      raise InputError(f'--config.{key} is now {configs.RENAMED[key]}; write the new name')
 
 
 def _flag_error(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Every config key once, in the table `KEYS`: default, allowed values, unit, source.
+"""Every config key once, in the table `SETTINGS`: default, allowed values, unit, source.
 
 `get(name, size)` is the config of one model of the paper's table at one size. `check` refuses what
 the table does not allow. Below the table, one function per model and per size sets the values that
@@ -23,9 +23,10 @@ MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
 PAIR_LOSSES = ('dpo',)  # values of train.loss that train on pairs and have a reference
 LOSSES = ('sft', *PAIR_LOSSES)
-# Keys that have a new name.
+# Keys that have a new name, and that name.
 RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
-           'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements'}
+           'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements',
+           'judge.on': 'the flag --on of srlm_jax.sample.judge'}
 # Keys that name a model, and the names that each takes besides a path.
 NAMES_A_MODEL = {'sampler': MODELS, 'train.init': MODELS, 'pairs.older': MODELS,
                  'prompts.author': (*MODELS, 'sampler')}
@@ -94,7 +95,7 @@ class Values:
 
 
 @dataclasses.dataclass(frozen=True)
-class Key:
+class Setting:
   """One line of the table."""
   default: int | float | bool | str | tuple
   values: Values
@@ -156,168 +157,177 @@ META = 'Meta-Rewarding, arXiv 2407.19594'
 INSTRUCT = 'Self-Instruct, arXiv 2212.10560'
 OURS = 'not in the paper'
 
-# key: Key(default, allowed values, meaning with unit, source)
+# key: Setting(default, allowed values, meaning with unit, source)
 _SECTIONS = {
     '': dict(
-        name=Key('m2', one_of(*MODELS), 'the model of the table', PAPER),
-        size=Key('70b', one_of(*SIZES), 'preset of model, data and training', PAPER),
-        seed=Key(0, SEED, 'seed of all random draws', OURS),
-        m0=Key('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
-        model=Key('llama2-70b', TEXT, 'shape of M0: a name of models.config.PRESETS', PAPER),
-        sampler=Key('', TEXT, 'the model that writes the data of this one', PAPER),
-        chat=Key('llama2', one_of(*CHATS), 'chat format of prompt and response', OURS),
+        name=Setting('m2', one_of(*MODELS), 'the model of the table', PAPER),
+        size=Setting('70b', one_of(*SIZES), 'preset of model, data and training', PAPER),
+        seed=Setting(0, SEED, 'seed of all random draws', OURS),
+        m0=Setting('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
+        model=Setting('llama2-70b', TEXT, 'shape of M0: a name of models.config.PRESETS', PAPER),
+        sampler=Setting('', TEXT, 'the model that writes the data of this one', PAPER),
+        chat=Setting('llama2', one_of(*CHATS), 'chat format of prompt and response', OURS),
     ),
     'mesh': dict(  # training, over all devices
-        data=Key(1, AXIS, 'devices; -1: all that are left', OURS),
-        fsdp=Key(-1, AXIS, 'devices; -1: all that are left', OURS),
-        tensor=Key(1, AXIS, 'devices; -1: all that are left', OURS),
+        data=Setting(1, AXIS, 'devices; -1: all that are left', OURS),
+        fsdp=Setting(-1, AXIS, 'devices; -1: all that are left', OURS),
+        tensor=Setting(1, AXIS, 'devices; -1: all that are left', OURS),
     ),
     'sample_mesh': dict(  # sampling, over the devices of each host
-        data=Key(1, AXIS, 'devices per host; -1: all that are left', OURS),
-        fsdp=Key(1, AXIS, 'devices per host; -1: all that are left', OURS),
-        tensor=Key(-1, AXIS, 'devices per host; -1: all that are left', OURS),
+        data=Setting(1, AXIS, 'devices per host; -1: all that are left', OURS),
+        fsdp=Setting(1, AXIS, 'devices per host; -1: all that are left', OURS),
+        tensor=Setting(-1, AXIS, 'devices per host; -1: all that are left', OURS),
     ),
     'data': dict(
-        source=Key('oasst', one_of('oasst', 'ranked', 'sandbox'), 'kind of ranked replies', PAPER),
+        source=Setting('oasst', one_of('oasst', 'ranked', 'sandbox'),
+                       'kind of ranked replies', PAPER),
         # oasst: flat or trees; ranked: see data/ranked.py
-        path=Key('', TEXT, '.jsonl or .gz files, with commas', OURS),
-        ift=Key(3200, COUNT_OR_0, 'examples: of OASST1 English, first turn, rank 0', PAPER),
-        test_prompts=Key(256, COUNT_OR_0, 'prompts held out for head-to-head', PAPER),
-        valid_prompts=Key(253, COUNT_OR_0, 'prompts held out for early stopping', PAPER),
+        path=Setting('', TEXT, '.jsonl or .gz files, with commas', OURS),
+        ift=Setting(3200, COUNT_OR_0, 'examples: of OASST1 English, first turn, rank 0', PAPER),
+        test_prompts=Setting(256, COUNT_OR_0, 'prompts held out for head-to-head', PAPER),
+        valid_prompts=Setting(253, COUNT_OR_0, 'prompts held out for early stopping', PAPER),
         # 1,630 EFT examples in the paper; prompts of any turn of OASST1
-        ranked_train=Key(2000, COUNT_OR_0, 'prompts for EFT', OURS),
+        ranked_train=Setting(2000, COUNT_OR_0, 'prompts for EFT', OURS),
         # 541 replies, 2.85 per prompt
-        ranked_eval=Key(190, COUNT_OR_0, 'prompts to measure judges on', PAPER),
-        ranked_tune=Key(0, COUNT_OR_0, 'prompts to tune on, with eval.split=valid', OURS),
-        synthetic=Key(False, SWITCH, 'keeps messages of OASST1 that a model wrote', OURS),
-        documents=Key(0, COUNT_OR_0, 'documents of the corpus of the sandbox', OURS),
+        ranked_eval=Setting(190, COUNT_OR_0, 'prompts to measure judges on', PAPER),
+        ranked_tune=Setting(0, COUNT_OR_0, 'prompts to tune on, with eval.split=valid', OURS),
+        synthetic=Setting(False, SWITCH, 'keeps messages of OASST1 that a model wrote', OURS),
+        documents=Setting(0, COUNT_OR_0, 'documents of the corpus of the sandbox', OURS),
     ),
     'train': dict(
-        init=Key('', TEXT, 'the model to start from, which is also the reference of DPO', PAPER),
+        init=Setting('', TEXT,
+                     'the model to start from, which is also the reference of DPO', PAPER),
         # names of TRAINING_DATA
-        data=Key(('',), Values(tuple), 'names of the files to train on', PAPER),
-        batch=Key(16, COUNT, 'examples or pairs per step; with packing, on average', PAPER),
-        pack=Key(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
+        data=Setting(('',), Values(tuple), 'names of the files to train on', PAPER),
+        batch=Setting(16, COUNT, 'examples or pairs per step; with packing, on average', PAPER),
+        pack=Setting(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
         # same result, with fewer activations in memory
-        accumulate=Key(1, COUNT, 'micro-batches per step', OURS),
-        epochs=Key(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
-        warmup=Key(0, COUNT_OR_0, 'steps', OURS),
-        weight_decay=Key(0.0, WEIGHT, 'per step, times the learning rate', OURS),
-        b1=Key(0.9, BELOW_1, 'decay of the first moment per step', OURS),
-        b2=Key(0.95, BELOW_1, 'decay of the second moment per step', OURS),
-        max_grad_norm=Key(1.0, Values(float, least=TINY, most=10**12),
+        accumulate=Setting(1, COUNT, 'micro-batches per step', OURS),
+        epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
+        warmup=Setting(0, COUNT_OR_0, 'steps', OURS),
+        weight_decay=Setting(0.0, WEIGHT, 'per step, times the learning rate', OURS),
+        b1=Setting(0.9, BELOW_1, 'decay of the first moment per step', OURS),
+        b2=Setting(0.95, BELOW_1, 'decay of the second moment per step', OURS),
+        max_grad_norm=Setting(1.0, Values(float, least=TINY, most=10**12),
                            'clips the gradient to this global norm', OURS),
-        dropout=Key(0.1, BELOW_1, 'share of activations', PAPER),
+        dropout=Setting(0.1, BELOW_1, 'share of activations', PAPER),
         # longer examples are dropped and counted
-        max_length=Key(2048, COUNT, 'tokens per row', OURS),
+        max_length=Setting(2048, COUNT, 'tokens per row', OURS),
         # parameters and moments are float32
-        dtype=Key('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
-        remat=Key(True, SWITCH, 'recomputes activations in the backward pass', OURS),
-        save_every=Key(200, COUNT, 'steps', PAPER),
-        keep=Key(2, COUNT, 'checkpoints kept', OURS),
+        dtype=Setting('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
+        remat=Setting(True, SWITCH, 'recomputes activations in the backward pass', OURS),
+        save_every=Setting(200, COUNT, 'steps', PAPER),
+        keep=Setting(2, COUNT, 'checkpoints kept', OURS),
         # srlm_jax/selection.py; '': the last
-        select=Key('', TEXT, 'empty, agreement, or a command with {checkpoint} in it', OURS),
-        log_every=Key(10, COUNT, 'steps', OURS),
+        select=Setting('', TEXT, 'empty, agreement, or a command with {checkpoint} in it', OURS),
+        log_every=Setting(10, COUNT, 'steps', OURS),
         # sft: on response tokens only; dpo: on sums of log-probs, reference = init
-        loss=Key('dpo', one_of(*LOSSES), 'the loss', PAPER),
+        loss=Setting('dpo', one_of(*LOSSES), 'the loss', PAPER),
         # cached: once, before training; its parameters are then freed
-        reference=Key('step', one_of('step', 'cached'),
+        reference=Setting('step', one_of('step', 'cached'),
                        'when DPO computes the log-probs of the reference', OURS),
-        nll_weight=Key(0.0, WEIGHT, 'weight of the NLL of the chosen, Iterative RPO', OURS),
-        length_normalize=Key(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
-        learning_rate=Key(1e-6, RATE, 'per step, before the cosine', PAPER),
-        learning_rate_end=Key(1e-7, Values(float, least=0, most=10), 'per step, after it', PAPER),
-        beta=Key(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
+        nll_weight=Setting(0.0, WEIGHT, 'weight of the NLL of the chosen, Iterative RPO', OURS),
+        length_normalize=Setting(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
+        learning_rate=Setting(1e-6, RATE, 'per step, before the cosine', PAPER),
+        learning_rate_end=Setting(1e-7, Values(float, least=0, most=10),
+                                  'per step, after it', PAPER),
+        beta=Setting(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
     ),
     'sample': dict(
-        slots=Key(64, COUNT, 'rows decoded together, per host', OURS),
-        size=Key(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
-        steps=Key(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
-        dtype=Key('bfloat16', one_of('float32', 'bfloat16'), 'of weights and activations', OURS),
+        slots=Setting(64, COUNT, 'rows decoded together, per host', OURS),
+        size=Setting(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
+        steps=Setting(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
+        dtype=Setting('bfloat16', one_of('float32', 'bfloat16'),
+                      'of weights and activations', OURS),
         # half the memory after loading; bench/int8.py prints what changes
-        int8=Key(False, SWITCH, '8-bit weights', OURS),
+        int8=Setting(False, SWITCH, '8-bit weights', OURS),
     ),
     'prompts': dict(  # self-instruction creation, PAPER 2.2 and 3.1
         # PAPER: Llama-2-Chat-70B, fixed
-        author=Key('m0', TEXT, 'a model of the run, a folder, or sampler', PAPER),
-        template=Key('list', TEXT, 'a name in srlm_jax/data/author_*.txt, or a path', OURS),
-        chat=Key('none', one_of('none', *CHATS), 'chat format; none: few-shot continuation', OURS),
-        held_out=Key('', TEXT, 'files of evaluation prompts to exclude, with commas', OURS),
-        round=Key(256, COUNT,
+        author=Setting('m0', TEXT, 'a model of the run, a folder, or sampler', PAPER),
+        template=Setting('list', TEXT, 'a name in srlm_jax/data/author_*.txt, or a path', OURS),
+        chat=Setting('none', one_of('none', *CHATS),
+                     'chat format; none: few-shot continuation', OURS),
+        held_out=Setting('', TEXT, 'files of evaluation prompts to exclude, with commas', OURS),
+        round=Setting(256, COUNT,
                    'attempts per round; a round shares its shots of accepted prompts', OURS),
         # The paper states pairs, not prompts: 3,964 for M2 and 6,942 for M3 (3.1). If 80 % of the
         # prompts give a pair (a guess: candidates that all tie give none), these need
         # 3,964 / .8 = 4,955 (m2 below) and 6,942 / .8 = 8,678 prompts.
-        count=Key(8700, COUNT, 'accepted prompts wanted', OURS),
-        max_attempts=Key(4, COUNT, 'attempts per wanted prompt', OURS),
-        seed_shots=Key(6, COUNT_OR_0, 'shots from the seeds', PAPER),
-        new_shots=Key(2, COUNT_OR_0, 'shots from the prompts written before', PAPER),
-        shot_words=Key(150, COUNT, 'words; longer seeds are not used as shots', OURS),
-        temperature=Key(0.6, TEMPERATURE, '0: greedy', PAPER),
-        top_p=Key(0.9, MASS, 'probability', PAPER),
-        top_k=Key(0, COUNT_OR_0, 'tokens; 0: all', OURS),
-        max_tokens=Key(192, COUNT, 'tokens', OURS),
-        rouge=Key(0.7, SHARE, 'highest ROUGE-L F with a seed or accepted prompt', INSTRUCT),
-        rouge_held_out=Key(0.7, SHARE, 'highest ROUGE-L F with a held-out prompt', OURS),
-        min_words=Key(4, COUNT, 'words', INSTRUCT),
-        max_words=Key(150, COUNT, 'words', INSTRUCT),
+        count=Setting(8700, COUNT, 'accepted prompts wanted', OURS),
+        max_attempts=Setting(4, COUNT, 'attempts per wanted prompt', OURS),
+        seed_shots=Setting(6, COUNT_OR_0, 'shots from the seeds', PAPER),
+        new_shots=Setting(2, COUNT_OR_0, 'shots from the prompts written before', PAPER),
+        shot_words=Setting(150, COUNT, 'words; longer seeds are not used as shots', OURS),
+        temperature=Setting(0.6, TEMPERATURE, '0: greedy', PAPER),
+        top_p=Setting(0.9, MASS, 'probability', PAPER),
+        top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Setting(192, COUNT, 'tokens', OURS),
+        rouge=Setting(0.7, SHARE, 'highest ROUGE-L F with a seed or accepted prompt', INSTRUCT),
+        rouge_held_out=Setting(0.7, SHARE, 'highest ROUGE-L F with a held-out prompt', OURS),
+        min_words=Setting(4, COUNT, 'words', INSTRUCT),
+        max_words=Setting(150, COUNT, 'words', INSTRUCT),
     ),
     'respond': dict(
-        n=Key(4, COUNT, 'candidates per prompt', PAPER),
-        temperature=Key(0.7, TEMPERATURE, '0: greedy', PAPER),
-        top_p=Key(0.9, MASS, 'probability', PAPER),
-        top_k=Key(0, COUNT_OR_0, 'tokens; 0: all', OURS),
-        max_tokens=Key(1024, COUNT, 'tokens', OURS),
+        n=Setting(4, COUNT, 'candidates per prompt', PAPER),
+        temperature=Setting(0.7, TEMPERATURE, '0: greedy', PAPER),
+        top_p=Setting(0.9, MASS, 'probability', PAPER),
+        top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Setting(1024, COUNT, 'tokens', OURS),
     ),
     'judge': dict(
-        template=Key('additive', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', PAPER),
-        by=Key('model', one_of('model', 'oracle', 'random'),
+        template=Setting('additive', TEXT,
+                         'a name in srlm_jax/reward/judge_*.txt, or a path', PAPER),
+        by=Setting('model', one_of('model', 'oracle', 'random'),
                 'who judges: the sampler, or a control', PAPER),
-        n=Key(3, COUNT, 'judgements per candidate, averaged', PAPER),
-        quorum=Key(2, COUNT, 'parsed judgements that a mean needs', OURS),
-        temperature=Key(0.7, TEMPERATURE, '0: greedy', OURS),
-        top_p=Key(0.9, MASS, 'probability', OURS),
-        top_k=Key(0, COUNT_OR_0, 'tokens; 0: all', OURS),
-        max_tokens=Key(256, COUNT, 'tokens: up to 100 words of reasons, then the score', OURS),
+        n=Setting(3, COUNT, 'judgements per candidate, averaged', PAPER),
+        quorum=Setting(2, COUNT, 'parsed judgements that a mean needs', OURS),
+        temperature=Setting(0.7, TEMPERATURE, '0: greedy', OURS),
+        top_p=Setting(0.9, MASS, 'probability', OURS),
+        top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Setting(256, COUNT, 'tokens: up to 100 words of reasons, then the score', OURS),
     ),
     'eft': dict(
         # baseline: judgements of the SFT baseline; ranks: human ranks as scores
-        targets=Key('baseline', one_of('baseline', 'ranks'), 'source of the target scores', PAPER),
-        judgements=Key(3, COUNT, 'judgements per ranked reply', OURS),
-        quorum=Key(1, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
+        targets=Setting('baseline', one_of('baseline', 'ranks'),
+                        'source of the target scores', PAPER),
+        judgements=Setting(3, COUNT, 'judgements per ranked reply', OURS),
+        quorum=Setting(1, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
     ),
     'pairs': dict(  # srlm_jax/reward/strategies.py describes each strategy, with its source
-        strategy=Key('max_min', TEXT, 'a name in srlm_jax.reward.strategies', 'PAPER 2.2'),
-        unfinished_chosen=Key(False, SWITCH, 'allows a chosen response cut at max_tokens', OURS),
-        margin=Key(1.0, WEIGHT,
+        strategy=Setting('max_min', TEXT, 'a name in srlm_jax.reward.strategies', 'PAPER 2.2'),
+        unfinished_chosen=Setting(False, SWITCH,
+                                  'allows a chosen response cut at max_tokens', OURS),
+        margin=Setting(1.0, WEIGHT,
                     'for margin: least difference of chosen and rejected, in points', OURS),
-        rho=Key(0.1, Values(float, least=0, most=0.5),
+        rho=Setting(0.1, Values(float, least=0, most=0.5),
                  'for length_controlled: share of the range of scores per band', OURS),
-        positive=Key(5.0, SCORE, 'for positives_only: least mean score', 'PAPER 3.3'),
-        older=Key('', TEXT, 'the older model: one iteration before the sampler', OURS),
+        positive=Setting(5.0, SCORE, 'for positives_only: least mean score', 'PAPER 3.3'),
+        older=Setting('', TEXT, 'the older model: one iteration before the sampler', OURS),
     ),
     'meta_judge': dict(  # runs where train.data names judge_pairs
-        template=Key('meta', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', META),
-        temperature=Key(0.7, TEMPERATURE, '0: greedy', OURS),
-        top_p=Key(0.9, MASS, 'probability', OURS),
-        top_k=Key(0, COUNT_OR_0, 'tokens; 0: all', OURS),
-        max_tokens=Key(256, COUNT, 'tokens', OURS),
-        responses=Key(1, COUNT, 'responses per prompt, those with the most varied scores', META),
-        share=Key(0.15, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
-        score_share=Key(0.5, SHARE,
+        template=Setting('meta', TEXT, 'a name in srlm_jax/reward/judge_*.txt, or a path', META),
+        temperature=Setting(0.7, TEMPERATURE, '0: greedy', OURS),
+        top_p=Setting(0.9, MASS, 'probability', OURS),
+        top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        max_tokens=Setting(256, COUNT, 'tokens', OURS),
+        responses=Setting(1, COUNT,
+                          'responses per prompt, those with the most varied scores', META),
+        share=Setting(0.15, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
+        score_share=Setting(0.5, SHARE,
                          'highest share of judge pairs whose chosen score is the same', OURS),
     ),
     'eval': dict(  # answers to held-out prompts
         # valid: the prompts to tune on, and data.ranked_tune of the ranked replies
-        split=Key('test', one_of('test', 'valid'), 'held-out prompts', PAPER),
-        temperature=Key(0.7, TEMPERATURE, '0: greedy', OURS),
-        top_p=Key(0.9, MASS, 'probability', OURS),
-        top_k=Key(0, COUNT_OR_0, 'tokens; 0: all', OURS),
-        judgements=Key(3, COUNT, 'judgements per ranked reply, averaged', OURS),
-        quorum=Key(2, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
+        split=Setting('test', one_of('test', 'valid'), 'held-out prompts', PAPER),
+        temperature=Setting(0.7, TEMPERATURE, '0: greedy', OURS),
+        top_p=Setting(0.9, MASS, 'probability', OURS),
+        top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
+        judgements=Setting(3, COUNT, 'judgements per ranked reply, averaged', OURS),
+        quorum=Setting(2, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
     ),
 }
-KEYS = {'.'.join(filter(None, (section, name))): key
+SETTINGS = {'.'.join(filter(None, (section, name))): key
         for section, keys in _SECTIONS.items() for name, key in keys.items()}
 
 
@@ -364,7 +374,7 @@ def check(c: ConfigDict):
   """Raises InputError if a key is missing or unknown, a value is not allowed, or two conflict."""
   values = dict(flat(c))
   _check_keys({*values})
-  for name, key in KEYS.items():
+  for name, key in SETTINGS.items():
     key.check(name, values[name])
   _check_order(values)
   _check_sandbox(c)
@@ -377,11 +387,11 @@ def check(c: ConfigDict):
 
 def _check_keys(found: set[str]):
   """Refuses missing, unknown and renamed keys."""
-  for key in sorted(found ^ {*KEYS}):
+  for key in sorted(found ^ {*SETTINGS}):
     if key in RENAMED:
-      raise InputError(f'config.{key} is now config.{RENAMED[key]}; write the new name')
-    problem = 'missing' if key in KEYS else 'not a config key'
-    raise InputError(f'config.{short(key)} is {problem}; a config has the keys of KEYS in '
+      raise InputError(f'config.{key} is now {RENAMED[key]}; write the new name')
+    problem = 'missing' if key in SETTINGS else 'not a config key'
+    raise InputError(f'config.{short(key)} is {problem}; a config has the keys of SETTINGS in '
                      'srlm_jax/config.py and no others')
 
 

@@ -169,7 +169,7 @@ def make_eft(config, workdir):
     judge.run(config, workdir)
     health.run(config, workdir)
   eft.run(config, workdir)
-  made = stage.summary(workdir / 'm1' / 'eft', schema.EftSummary)
+  made = stage.summary(workdir / 'm1' / 'eft')
   if not made.examples:
     raise NothingToTrainOn(
         f'none of {made.replies} judged replies gave EFT ({page.counts(made.dropped)}); '
@@ -179,7 +179,7 @@ def make_eft(config, workdir):
 def make_prompts(config, workdir):
   """New prompts."""
   prompts.run(config, workdir)
-  made = stage.summary(workdir / config.name / 'prompts', schema.PromptsSummary)
+  made = stage.summary(workdir / config.name / 'prompts')
   if not made.prompts:
     raise NothingToTrainOn(
         f'none of {made.attempts} attempts is a usable prompt ({page.counts(made.dropped)}); '
@@ -202,7 +202,7 @@ def make_pairs(config, workdir):
   health.run(config, workdir)
   if catalog.needs('audit', config):
     audit.run(config, workdir)
-  refuse_too_few(config, stage.summary(workdir / config.name / 'pairs', schema.PairsSummary))
+  refuse_too_few(config, stage.summary(workdir / config.name / 'pairs'))
   if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
 
@@ -271,7 +271,7 @@ def _set(config: ConfigDict, text: str, change: str):
     place[part] = _like(old, value)
   except (ValueError, KeyError) as error:
     kind = {int: 'an int', float: 'a float', bool: 'a bool'}[type(old)]
-    wanted = configs.KEYS[path].wanted(value).replace('it', path, 1)
+    wanted = configs.SETTINGS[path].wanted(value).replace('it', path, 1)
     raise InputError(f'{start}: {configs.show(value)} is not {kind}; {wanted}') from error
 
 

@@ -200,7 +200,7 @@ class Appender:
           self.count, whole = self.count + 1, size
     if whole < size:  # the last line was cut off
       os.truncate(self.path, whole)
-    self._file = self.path.open('a')
+    self._file = self.path.open('a', encoding='utf-8')
 
   def append(self, records: Iterable):
     """Appends records and flushes them."""
@@ -299,22 +299,30 @@ def is_number(value) -> bool:
       isinstance(value, int) or math.isfinite(value))
 
 
-def parse(text: bytes, where: str, kind: type[Record]) -> Record:
-  """A JSON object as an object of `kind`. `where`: FILE:LINE, for errors.
+def parse(line: bytes, where: str, kind: type[Record],
+          advice: str = 'correct or delete it') -> Record:
+  """A JSON object as an object of `kind`. `where`: FILE:LINE, for errors, which end in `advice`.
 
   Raises InputError if it is not JSON, lacks a field without a default, or has a value of a wrong
   type.
   """
   try:
-    return _decoder(kind).decode(text)
+    return _decoder(kind).decode(line)
+  except msgspec.ValidationError as error:
+    raise InputError(f'{where}: not a valid record: {sentence(error)}; {advice}') from error
   except (ValueError, RecursionError) as error:
-    raise InputError(f'{where}: {_sentence(error)}; correct or delete it') from error
+    try:
+      json.loads(line)
+    except (ValueError, RecursionError) as plain:
+      raise InputError(f'{where}: not a JSON object ({plain}); {advice}') from error
+    raise InputError(f'{where}: it contains NaN, Infinity or an unpaired surrogate such as '
+                     f'\\ud800, which are not valid JSON; {advice}') from error
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: msgspec.ValidationError) -> str:
   """The error of msgspec with names as in the file: $.score -> "score"."""
   text = re.sub(r' - at `\$\.?([^`]*)`', r' for "\1"', str(error)).replace(' for ""', '')
-  return f'not a valid record: {text.replace("`", "")}'
+  return text.replace('`', '')
 
 
 @functools.cache

@@ -6,12 +6,14 @@ a line, and is left out of a line if it has its default. Other fields of a line 
 The second part has the summaries in done.json that other modules read.
 """
 import dataclasses
+from typing import Literal
 
 _record = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 
-EOS = 'eos'            # `finish`: the text ends with the end-of-sequence token
-CUT = 'length'         # the text was cut at the length limit
-TOO_LONG = 'too_long'  # the prompt left no room, so nothing was sampled
+# Why a text ends: with the end-of-sequence token; cut at the length limit; or nothing was sampled,
+# because the prompt left no room.
+Finish = Literal['eos', 'length', 'too_long']
+EOS, CUT, TOO_LONG = 'eos', 'length', 'too_long'
 
 
 @_record
@@ -24,10 +26,10 @@ class Prompt:
 
 @_record
 class HeldOutPrompt:
-  """heldout.jsonl: a prompt for evaluation; `split` is test or valid."""
+  """heldout.jsonl: a prompt for evaluation."""
   id: str
   prompt: str
-  split: str
+  split: Literal['test', 'valid']
 
 
 @_record
@@ -35,13 +37,13 @@ class Attempt:
   """attempts.jsonl: a sampled text that may become a prompt."""
   id: str
   text: str
-  finish: str
-  dropped: str  # the reason why it was rejected; '' if it was accepted
+  finish: Finish
+  reason: str  # why it was rejected; '' if it was accepted
 
 
 @_record
 class Reply:
-  """A reply of a ranked prompt. Rank 0 is best; equal replies share a rank: 0, 1, 1, 3."""
+  """A reply to a ranked prompt. Rank 0 is best; equal replies share a rank: 0, 1, 1, 3."""
   id: str
   text: str
   rank: int
@@ -49,10 +51,10 @@ class Reply:
 
 @_record
 class RankedPrompt:
-  """ranked.jsonl: a prompt with replies ranked by people; `split` is train, tune or eval."""
+  """ranked.jsonl: a prompt with replies that people ranked."""
   id: str
   prompt: str
-  split: str
+  split: Literal['train', 'tune', 'eval']
   replies: tuple[Reply, ...]
   source: str = ''
 
@@ -69,11 +71,11 @@ class Response:
   """responses-*.jsonl: a sampled response to a prompt."""
   id: str
   prompt_id: str
-  n: int      # its index among the responses to the prompt
+  index: int  # its position among the responses to the prompt
   prompt: str
   response: str
-  finish: str
-  tokens: int
+  finish: Finish
+  n_tokens: int
   logp: float  # sum over the tokens
 
 
@@ -89,11 +91,11 @@ class Judgement:
   id: str
   prompt_id: str
   response_id: str
-  j: int               # its index among the judgements of the response
+  index: int           # its position among the judgements of the response
   text: str
   score: float | None  # None: the text states no valid score
   reason: str          # why there is no score; '' if there is one
-  finish: str
+  finish: Finish
 
 
 @_record
@@ -106,7 +108,7 @@ class Comparison:
   text: str
   winner: float | None  # 1: the first, -1: the second, 0: a tie; None: the text states no winner
   reason: str           # why there is no winner; '' if there is one
-  finish: str
+  finish: Finish
 
 
 @_record
@@ -126,7 +128,7 @@ class Logp:
 
 @_record
 class ImplicitReward:
-  """rewards-*.jsonl: reward = logp - older_logp; None if one of them is."""
+  """rewards-*.jsonl: reward = logp - older_logp; None if either log-prob is None."""
   id: str
   reward: float | None
   logp: float | None
@@ -135,14 +137,14 @@ class ImplicitReward:
 
 @_record
 class Preference:
-  """What DPO trains on. `confidence` is the probability that chosen is better."""
+  """What DPO trains on. `soft_label` is the probability that chosen is better."""
   id: str
   prompt: str
   chosen: str
   rejected: str
-  chosen_finish: str
-  rejected_finish: str
-  confidence: float = 1.0
+  chosen_finish: Finish
+  rejected_finish: Finish
+  soft_label: float = 1.0
 
 
 @_record
@@ -177,7 +179,7 @@ class Demonstration:
   id: str
   prompt: str
   response: str
-  finish: str = EOS
+  finish: Finish = EOS
   source: str = ''
 
 
@@ -188,7 +190,7 @@ class EftExample:
   prompt: str
   response: str
   score: float
-  finish: str = EOS
+  finish: Finish = EOS
 
 
 @_record
@@ -198,22 +200,22 @@ class Positive:
   prompt: str
   response: str
   score: float
-  finish: str
+  finish: Finish
 
 
 @_record
 class DroppedReply:
   """dropped.jsonl: a ranked reply that gave no EFT example."""
   id: str
-  why: str
+  reason: str
 
 
 @_record
 class PairLogps:
   """logps.jsonl: log-probabilities of a pair's responses under DPO's reference."""
   id: str
-  chosen: float
-  rejected: float
+  chosen_logp: float
+  rejected_logp: float
 
 
 @_record
@@ -263,7 +265,13 @@ class PairsSummary:
   chosen_characters: float | None
   rejected_characters: float | None
   chosen_minus_rejected_characters: float | None
-  confidence: float | None     # of every pair, with the strategy `consistency`
+  soft_label: float | None     # of every pair, with the strategy `consistency`
+
+
+@_record
+class AgreementSummary:
+  """done.json of the stage `agreement`."""
+  pairwise_accuracy: float | None  # None if no prompt has two replies with scores
 
 
 @_record

@@ -31,7 +31,7 @@ def run(config, workdir):
   spec = catalog.find('selection', 'agreement' if by_agreement else '')
   config = spec.view(config)
   folder = _trained_folder(workdir, config)
-  params = stage.summary(folder, schema.TrainingSummary).params
+  params = stage.summary(folder).params
   files = model_files.hashes(folder)
   template = str(judges.load(config.judge.template)) if by_agreement else ''
   s = stage.Stage(spec, config, workdir, f'{params} {files} {template}')
@@ -116,7 +116,7 @@ def _agreement(config, workdir) -> float:
   config.eval.split = 'valid'  # selects on data.ranked_tune, not on the data that is reported
   judge.run(config, workdir, 'eval')
   agreement.run(config, workdir)
-  measure = stage.finished(workdir / config.name / 'agreement')['pairwise_accuracy']
+  measure = stage.summary(workdir / config.name / 'agreement').pairwise_accuracy
   if measure is None:
     raise InputError(f'config.train.select = agreement: no prompt has two replies with scores to '
                      f'compare, see {workdir}; select by a command, or check the training data of '

@@ -36,7 +36,7 @@ class Stage:
     Raises InputError if the folder was made with something else, if a stage that it reads from has
     not finished, or if a file of a finished stage has changed.
     """
-    self._spec, self._config, self._workdir = spec, config, workdir
+    self.spec, self._config, self._workdir = spec, config, workdir
     self.folder = spec.folder(workdir, config)
     self.title = f'{self.folder.parent.name}/{spec.name}'
     self.started = time.time()
@@ -67,17 +67,22 @@ class Stage:
       check_records(self.folder)
       hosts.log(f'{self.title}: already done')
 
-  def read(self, file: str, kind: type[records.Record]) -> Iterator[records.Record]:
-    """The records of an input, STAGE/FILE as in the catalog; none if it reads it if it is there.
+  def read(self, file: str) -> Iterator:
+    """The records of an input, STAGE/FILE as in the catalog, as objects of `catalog.KINDS`.
 
-    Raises Undeclared if the stage does not declare this input, and InputError if it is missing.
+    Yields nothing for a missing file of `reads_if_there`. Raises Undeclared if the stage does not
+    declare this input, and InputError if it is missing.
     """
-    path = self._first(file)
-    if file in self._spec.reads_if_there and not path.exists():
+    path, kind = self._first(file), catalog.KINDS[file.partition('/')[2]]
+    if file in self.spec.reads_if_there and not path.exists():
       return iter(())
     if file.endswith(catalog.SHARDS):
       return records.read_shards(path.parent, catalog.stem(file.partition('/')[2]), kind)
     return records.read(path, kind)
+
+  def path(self, file: str):
+    """The path of an input for an error message; for shards, a pattern."""
+    return self._first(file).parent / file.partition('/')[2]
 
   def has(self, file: str) -> bool:
     """Whether the input STAGE/FILE exists."""
@@ -85,7 +90,7 @@ class Stage:
 
   def _first(self, file: str):
     """The path of an input, or of its first shard."""
-    self._spec.check_input(file)
+    self.spec.check_input(file, self._config)
     return catalog.paths(file, self._workdir, self._config)[0]
 
   def _compare(self, path, config):
@@ -218,11 +223,12 @@ def finished(folder) -> dict:
   return found
 
 
-def summary(folder, kind: type[records.Record]) -> records.Record:
-  """The summary of a finished stage as an object of `kind`, one of the summaries in `schema`."""
+def summary(folder):
+  """The summary of a finished stage, of the kind in `catalog.SUMMARIES`."""
   finished(folder)
   path = epath.Path(folder) / 'done.json'
-  return records.parse(path.read_bytes(), str(path), kind)
+  kind = catalog.SUMMARIES[path.parent.name]
+  return records.parse(path.read_bytes(), str(path), kind, 'delete it, and run that stage again')
 
 
 def write_json(path, value):

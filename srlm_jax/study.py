@@ -193,16 +193,19 @@ def overview(folder) -> str:
   Shows the score of each model and, for the last model, the difference from the loops of the same
   seeds and other means.
   """
-  studies = sorted((results.read(path, Study) for path in folder.glob('*.json')),
-                   key=lambda study: (study.name != LOOP, study.name))
+  found = {path: results.read(path, Study) for path in folder.glob('*.json')}
   models = configs.MODELS[2:]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, *_OVERVIEW]]
-  for study in studies:
-    rows = {row['model']: row for row in study.models}
-    last = study.models[-1]
-    scored = [results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models]
-    lines.append([study.name, str(study.seeds), *scored, *_difference(last['against']),
-                  *(_mean(last, heading) for heading in _OVERVIEW)])
+  for path, study in sorted(found.items(), key=lambda item: (item[1].name != LOOP, item[1].name)):
+    try:
+      rows = {row['model']: row for row in study.models}
+      last = study.models[-1]
+      scored = [results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models]
+      lines.append([study.name, str(study.seeds), *scored, *_difference(last['against']),
+                    *(_mean(last, heading) for heading in _OVERVIEW)])
+    except (IndexError, KeyError, TypeError) as error:
+      raise InputError(f'{path}: not the rows of a study (no {error}); delete it, and run that '
+                       f'study again') from error
   return results.aligned(lines)
 
 

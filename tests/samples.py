@@ -7,14 +7,14 @@ def response(name: str, **fields) -> schema.Response:
   prompt_id, _, n = name.rpartition('/')
   number = int(n) if n.isdigit() else 0
   return schema.Response(**dict(
-      id=name, prompt_id=prompt_id, n=number, prompt='Why?', response=f'answer {n}', finish='eos',
-      tokens=3, logp=-1.0) | fields)
+      id=name, prompt_id=prompt_id, index=number, prompt='Why?', response=f'answer {n}',
+      finish='eos', n_tokens=3, logp=-1.0) | fields)
 
 
 def judgement(response_id: str, j: int, score: float | None, **fields) -> schema.Judgement:
   return schema.Judgement(**dict(
       id=f'{response_id}/{j}', prompt_id=response_id.rpartition('/')[0], response_id=response_id,
-      j=j, text=f'{response_id} {j}', score=score, reason='no score' if score is None else '',
+      index=j, text=f'{response_id} {j}', score=score, reason='no score' if score is None else '',
       finish='eos') | fields)
 
 

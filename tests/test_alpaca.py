@@ -44,8 +44,8 @@ def test_win_rate_by_hand():
 
 
 def test_outputs_from_the_command_line(tmp_path):
-  rows = [schema.Response(id=f'{i}/0', prompt_id=f'{i}', n=0, prompt=f'Prompt {i}?',
-                          response=f'Ré {i}', finish='eos', tokens=3, logp=-1.0)
+  rows = [schema.Response(id=f'{i}/0', prompt_id=f'{i}', index=0, prompt=f'Prompt {i}?',
+                          response=f'Ré {i}', finish='eos', n_tokens=3, logp=-1.0)
           for i in range(3)]
   records.write(tmp_path / 'answers' / 'responses-00000-of-00001.jsonl', rows)
   out = tmp_path / 'outputs.json'
@@ -84,13 +84,13 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-    ({}, 'not a list of annotations .Expected `array`, got `object`'), ([], 'no annotations'),
-    ([3], r'Expected `object`, got `int` - at `\$\[0\]`'),
-    ([dict(preference=1.0)], 'missing required field `generator_2`'),
+    ({}, 'not a list of annotations .Expected array, got object'), ([], 'no annotations'),
+    ([3], r'Expected object, got int for "\[0\]"'),
+    ([dict(preference=1.0)], 'missing required field generator_2'),
     ([annotation(1.0), annotation(2.5)], 'annotation 1 has the preference 2.5'),
-    ([annotation('2')], r'got `str` - at `\$\[0\].preference`'),
-    ([annotation(True)], r'got `bool` - at `\$\[0\].preference`'),
-    ([annotation(1.0, output=None)], r'Expected `str`, got `null` - at `\$\[0\].output_2`'),
+    ([annotation('2')], r'got str for "\[0\].preference"'),
+    ([annotation(True)], r'got bool for "\[0\].preference"'),
+    ([annotation(1.0, output=None)], r'Expected str, got null for "\[0\].output_2"'),
     ([annotation(1.0), annotation(1.0, generator_2='m3')], 'both m2 and m3')])
 def test_invalid_annotations_are_refused(tmp_path, content, message):
   (tmp_path / 'a.json').write_text(json.dumps(content))

@@ -65,8 +65,8 @@ def test_invalid_records_are_refused(tokenizer):
     examples.dpo([], tokenizer, 'plain', 64)
   with pytest.raises(InputError, match='pair a: chosen and rejected are the same text'):
     examples.dpo([pair('a', rejected='pear ')], tokenizer, 'plain', 64)
-  with pytest.raises(InputError, match='pair a: confidence is 1.5; it must be a number from 0 to'):
-    examples.dpo([pair('a', confidence=1.5)], tokenizer, 'plain', 64)
+  with pytest.raises(InputError, match='pair a: soft_label is 1.5; it must be a number from 0 to'):
+    examples.dpo([pair('a', soft_label=1.5)], tokenizer, 'plain', 64)
   same = pair('b', chosen='\u4e00', rejected='\u4e01')  # both unknown to the tokenizer
   made = examples.dpo([pair('a'), same], tokenizer, 'plain', 64)
   assert made.dropped == {'chosen and rejected the same tokens': 1}

@@ -96,8 +96,8 @@ def test_the_extra_eval_installs_and_runs_both_harnesses(installed, tmp_path, st
 
 def check_alpaca(run, tmp_path):
   """alpaca_eval reads our outputs, and we read the win rate from its annotations."""
-  answers = [schema.Response(id=f'h{i}/0', prompt_id=f'h{i}', n=0, prompt=f'Prompt {i}?',
-                             response='good' if i else 'poor', finish='eos', tokens=3, logp=-1.0)
+  answers = [schema.Response(id=f'h{i}/0', prompt_id=f'h{i}', index=0, prompt=f'Prompt {i}?',
+                             response='good' if i else 'poor', finish='eos', n_tokens=3, logp=-1.0)
              for i in range(4)]
   records.write(tmp_path / 'answers' / records.shard_name('responses', 0, 1), answers)
   run('python', '-m', 'srlm_jax.eval.alpaca', '--answers=answers', '--generator=m2',

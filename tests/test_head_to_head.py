@@ -17,8 +17,8 @@ VERDICTS = ('A', 'B', 'tie')
 
 def answer(i, text, **fields):
   """An answer to prompt `i`, as in a file."""
-  return dict(id=f'p{i}/0', prompt_id=f'p{i}', n=0, prompt=f'Prompt {i}?', response=text,
-              finish='eos', tokens=3, logp=-1.0) | fields
+  return dict(id=f'p{i}/0', prompt_id=f'p{i}', index=0, prompt=f'Prompt {i}?', response=text,
+              finish='eos', n_tokens=3, logp=-1.0) | fields
 
 
 def answers(folder, responses, **fields):
@@ -117,11 +117,11 @@ def test_requests_and_verdicts_from_the_command_line(tmp_path):
   code, out, _ = run(*flags)
   assert code == 0 and '10 requests' in out
   path = tmp_path / 'out' / 'requests.jsonl'
-  asked = list(records.read(path, head_to_head.Request))
+  asked = list(records.read(path, head_to_head.JudgeRequest))
   assert [r.order for r in asked] == ['ab', 'ba'] * 5 and len({r.id for r in asked}) == 10
 
   replies = [
-      head_to_head.Reply(id=r.id, text='I cannot tell' if r.id.startswith('p1/ab') else
+      head_to_head.JudgeReply(id=r.id, text='I cannot tell' if r.id.startswith('p1/ab') else
                          f'Because.\nWinner: {preferred(r)}')
       for r in asked if not r.id.startswith('p4/ba')]
   records.write(tmp_path / 'verdicts.jsonl', reversed(replies))

@@ -40,7 +40,7 @@ def test_each_known_failure_gives_a_warning():
 def write_iteration(folder):
   """The records of an iteration with two prompts and two candidates each."""
   records.write(folder / 'prompts' / 'attempts.jsonl', [
-      schema.Attempt(id=str(i), text='x', finish='eos', dropped='' if i else 'held out')
+      schema.Attempt(id=str(i), text='x', finish='eos', reason='' if i else 'held out')
       for i in range(5)])
   records.write(folder / 'prompts' / 'prompts.jsonl', [
       schema.Prompt(id='p0', prompt='x\u2028y'), schema.Prompt(id='p1', prompt='z')])

@@ -94,7 +94,7 @@ def test_prompts_do_not_repeat_in_a_later_round(demo, tmp_path):
   main('sample.prompts', '--config=configs/iter3.py:tiny', f'--workdir={tmp_path}',
        *config_flags('m3'))
   attempts = records.read(tmp_path / 'm3' / 'prompts' / 'attempts.jsonl', schema.Attempt)
-  reasons = {a.text.strip(): a.dropped for a in attempts}
+  reasons = {a.text.strip(): a.reason for a in attempts}
   assert reasons[first.prompt] == 'seen before'
 
 

@@ -12,7 +12,7 @@ from srlm_jax.train.batch import CachedPairBatch, PairBatch
 
 
 def test_every_loss_and_reference_of_the_config_has_an_objective():
-  choices = (configs.KEYS[key].values.choices for key in ('train.loss', 'train.reference'))
+  choices = (configs.SETTINGS[key].values.choices for key in ('train.loss', 'train.reference'))
   assert objectives.OBJECTIVES.keys() == set(itertools.product(*choices))
 
 

@@ -81,7 +81,7 @@ def test_consistency_writes_the_cream_rate_into_every_pair(tmp_path):
   pairs.run(config(strategy='consistency'), tmp_path)
   made = read(tmp_path)
   assert [p.tau for p in made] == pytest.approx([1, -1])
-  assert [p.confidence for p in made] == [0.5, 0.5]
+  assert [p.soft_label for p in made] == [0.5, 0.5]
 
 
 def test_implicit_reward_reads_implicit_rewards(tmp_path):

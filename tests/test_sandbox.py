@@ -202,8 +202,8 @@ def test_the_packaged_m0_is_small_and_matches_its_log():
 
 ANSWERS = ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Gladly, fig and plum.']
 RESPONSES = [
-    schema.Response(id=f'p/{i}', prompt_id='p', n=i, prompt='Name two nice fruits.', response=text,
-                    finish='eos', tokens=5, logp=-1.0)
+    schema.Response(id=f'p/{i}', prompt_id='p', index=i, prompt='Name two nice fruits.',
+                    response=text, finish='eos', n_tokens=5, logp=-1.0)
     for i, text in enumerate(ANSWERS)]
 
 

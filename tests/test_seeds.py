@@ -116,7 +116,7 @@ def test_too_few_prompts_are_divided_in_the_requested_proportions(tmp_path, caps
 
 def turn(name, *ranks, said=()):
   """The input of `divide` for a turn; `said` are the earlier user messages of a later turn."""
-  return splits.Prompt(
+  return splits.SeedPrompt(
       later=bool(said), order=name, id=name, index=0, text=name, messages=(*said, name),
       replies=len(ranks), best=not said and 0 in ranks, ordered=len(set(ranks)) > 1)
 

@@ -14,7 +14,6 @@ from srlm_jax import (
   loop,
   model_files,
   records,
-  schema,
   stage,
 )
 from srlm_jax.checkpoint import store
@@ -267,8 +266,8 @@ def test_a_damaged_done_file_is_refused(judged, tmp_path, text):
 def test_the_catalog_names_only_existing_keys_files_roles_and_programs():
   written = {f'{spec.name}/{file}' for spec in catalog.STAGES for file in spec.writes}
   for spec in catalog.STAGES:
-    assert {*spec.keys, *spec.unrecorded} <= {*configs.KEYS}, spec
-    assert {*spec.reads, *spec.reads_if_needed, *spec.reads_if_there} <= written, spec
+    assert {*spec.keys, *spec.unrecorded} <= {*configs.SETTINGS}, spec
+    assert {*spec.reads, *spec.reads_if, *spec.reads_if_there} <= written, spec
     assert {*spec.runs} <= {*catalog.ROLES}, spec
     assert importlib.util.find_spec(f'srlm_jax.{spec.program}'), spec
     assert spec is catalog.find(spec.program, spec.on)
@@ -306,7 +305,7 @@ def test_needs_returns_the_stages_that_each_config_needs():
 
 def test_an_input_that_the_catalog_does_not_declare_is_refused(tmp_path):
   with pytest.raises(catalog.Undeclared, match='program reads pairs/pairs.jsonl, which is not'):
-    make(tmp_path).read('pairs/pairs.jsonl', schema.Pair)
+    make(tmp_path).read('pairs/pairs.jsonl')
 
 
 def test_the_error_for_an_unknown_on_flag_lists_the_valid_values():

@@ -14,8 +14,8 @@ def graded(workdir, **models):
     (workdir / model / 'model').mkdir(parents=True)
     stage.write_json(workdir / model / 'model' / 'done.json', {})
     records.write(workdir / model / 'oracle' / 'graded.jsonl', (
-        schema.GradedResponse(id=f'p{i}/0', prompt_id=f'p{i}', n=0, prompt='', response='',
-                              finish='eos', tokens=0, logp=0.0, score=x)
+        schema.GradedResponse(id=f'p{i}/0', prompt_id=f'p{i}', index=0, prompt='', response='',
+                              finish='eos', n_tokens=0, logp=0.0, score=x)
         for i, x in enumerate(values)))
 
 

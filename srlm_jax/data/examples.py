@@ -68,13 +68,13 @@ def dpo(pairs: Iterable[schema.Preference], tokenizer, chat: str, max_length: in
   for pair in pairs:
     if pair.chosen.strip() == pair.rejected.strip():
       raise InputError(f'pair {pair.id}: chosen and rejected are the same text; remove the pair')
-    if not 0 <= pair.confidence <= 1:
-      raise InputError(f'pair {pair.id}: confidence is {pair.confidence}; it must be a number from '
+    if not 0 <= pair.soft_label <= 1:
+      raise InputError(f'pair {pair.id}: soft_label is {pair.soft_label}; it must be a number from '
                        f'0 to 1')
     encoded = [_encode(pair.prompt, response, finish, tokenizer, chat, max_length)
                for response, finish in ((pair.chosen, pair.chosen_finish),
                                         (pair.rejected, pair.rejected_finish))]
-    kept.add(pair.id, encoded, pair.confidence)
+    kept.add(pair.id, encoded, pair.soft_label)
   return kept.examples('no pair is left to train on')
 
 

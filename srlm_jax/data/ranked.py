@@ -98,8 +98,8 @@ def _show(value) -> str:
 
 def of_split(s, split: str) -> list[schema.RankedPrompt]:
   """The ranked prompts of a split of the seed data, checked; s: a stage that reads them."""
-  ranked = [r for r in s.read(SEEDS, schema.RankedPrompt) if r.split == split]
-  check(ranked, SEEDS)
+  ranked = [r for r in s.read(SEEDS) if r.split == split]
+  check(ranked, s.path(SEEDS))
   return ranked
 
 

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 
 from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.data import oasst, ranked, splits
-from srlm_jax.data.splits import Prompt
+from srlm_jax.data.splits import SeedPrompt
 from srlm_jax.data.turns import Message, Turn
 
 SHARD = 1000  # turns per shard; TFDS holds a shard in memory while it writes it
@@ -167,7 +167,7 @@ class Turns:
 @dataclasses.dataclass
 class Usable:
   """The usable prompts of a source, the numbers read, and the numbers dropped by reason."""
-  prompts: list[Prompt]  # sorted
+  prompts: list[SeedPrompt]  # sorted
   read: Counter
   dropped_prompts: Counter
   dropped_replies: Counter
@@ -193,7 +193,7 @@ def select_usable(turns: Turns, seed: int) -> Usable:
   return Usable(list(first.values()), read, prompts, replies)
 
 
-def count(usable: Usable, sets: dict[str, list[Prompt]], requested: dict[str, int]) -> dict:
+def count(usable: Usable, sets: dict[str, list[SeedPrompt]], requested: dict[str, int]) -> dict:
   """The record of counts.json. Every prompt and reply is counted once, as kept or dropped."""
   replies = {name: sum(p.replies for p in members) for name, members in sets.items()}
   kept = {name: len(members) for name, members in sets.items()}
@@ -215,7 +215,7 @@ def count(usable: Usable, sets: dict[str, list[Prompt]], requested: dict[str, in
                       'replies': dict(sorted(replies_lost.items()))}}
 
 
-def files(turns: Turns, sets: dict[str, list[Prompt]], source: str) -> dict[str, Iterator]:
+def files(turns: Turns, sets: dict[str, list[SeedPrompt]], source: str) -> dict[str, Iterator]:
   """{file name: its records}; reads the turns one by one."""
   def rows(names):
     for name in names:
@@ -279,10 +279,10 @@ def _flaw(turn: Turn) -> str:
   return '' if 0 in ranks or len(ranks) > 1 else 'no best reply and no ranking'
 
 
-def _prompt(turn: Turn, index: int, seed: int) -> Prompt:
+def _prompt(turn: Turn, index: int, seed: int) -> SeedPrompt:
   ranks, later = _ranks(turn), turn.turn > 0
   messages = oasst.user_messages(turn.prompt) if later else [oasst.quoted(turn.prompt)]
-  return Prompt(
+  return SeedPrompt(
       later=later, order=records.digest(str(seed), turn.id), id=turn.id, index=index,
       text=_digest(turn.prompt), messages=tuple(map(_digest, messages)), replies=len(ranks),
       best=not later and 0 in ranks, ordered=len(set(ranks)) > 1)

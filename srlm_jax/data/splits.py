@@ -23,7 +23,7 @@ HELD_OUT_SETS = BEST_SETS[1:]
 RANKED_SETS = ('ranked_train', 'ranked_eval')  # need two replies of different rank
 
 
-class Prompt(NamedTuple):
+class SeedPrompt(NamedTuple):
   """What the division needs to know about a turn. Sorts by first or later turn, then by `order`."""
   later: bool  # not the first turn of its conversation
   order: str  # hash of the seed and the id
@@ -38,11 +38,11 @@ class Prompt(NamedTuple):
 
 class Conversation(NamedTuple):
   """The usable prompts of the conversations that begin with the same user message."""
-  best: Prompt | None  # for IFT, test or validation
-  ranked: list[Prompt]  # for the ranked sets; contains `best` if its replies are ordered
+  best: SeedPrompt | None  # for IFT, test or validation
+  ranked: list[SeedPrompt]  # for the ranked sets; contains `best` if its replies are ordered
 
 
-def divide(prompts: list[Prompt], requested: dict[str, int]) -> dict[str, list[Prompt]]:
+def divide(prompts: list[SeedPrompt], requested: dict[str, int]) -> dict[str, list[SeedPrompt]]:
   """Sorted prompts and requested sizes -> the prompts of each set; a prompt is in at most one."""
   n_best = sum(requested[name] for name in BEST_SETS)
   minimum = minimum_sizes(prompts, requested)
@@ -66,7 +66,7 @@ def divide(prompts: list[Prompt], requested: dict[str, int]) -> dict[str, list[P
   return {name: sets[name] for name in requested}
 
 
-def conversations(prompts: Iterable[Prompt]) -> list[Conversation]:
+def conversations(prompts: Iterable[SeedPrompt]) -> list[Conversation]:
   """Groups prompts by the first message of their conversation, in order of first appearance."""
   groups = {}
   for p in prompts:
@@ -75,7 +75,7 @@ def conversations(prompts: Iterable[Prompt]) -> list[Conversation]:
           for group in groups.values()]
 
 
-def minimum_sizes(prompts: list[Prompt], requested: dict[str, int]) -> dict[str, int]:
+def minimum_sizes(prompts: list[SeedPrompt], requested: dict[str, int]) -> dict[str, int]:
   """The sizes that the ranked sets get even if the other sets then stay short.
 
   They are the sizes when all first turns are divided in the requested proportions. For
@@ -151,7 +151,7 @@ def without(rest: list[Conversation], taken: list[Conversation]) -> list[Convers
   return [c for c in rest if id(c) not in ids]
 
 
-def held_out_messages(sets: dict[str, list[Prompt]]) -> set[str]:
+def held_out_messages(sets: dict[str, list[SeedPrompt]]) -> set[str]:
   """First messages of the conversations that may be in one set only."""
   return {p.messages[0] for name in (*HELD_OUT_SETS, 'ranked_eval') for p in sets.get(name, ())}
 
@@ -170,7 +170,8 @@ def apportion(total: int, requested: list[int]) -> list[int]:
   return sizes
 
 
-def _consecutive(prompts: list[Prompt], requested: dict[str, int]) -> dict[str, list[Prompt]]:
+def _consecutive(
+    prompts: list[SeedPrompt], requested: dict[str, int]) -> dict[str, list[SeedPrompt]]:
   """Cuts the prompts into consecutive sets in the requested proportions."""
   sets, start = {}, 0
   for name, size in zip(requested, apportion(len(prompts), [*requested.values()]), strict=True):

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from srlm_jax import catalog, cli, config as configs, hosts, records, schema, stage
+from srlm_jax import catalog, cli, config as configs, hosts, records, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
@@ -37,7 +37,7 @@ def run(config, workdir):
     return
   split = configs.ranked_split(config)
   ranked = ranking.of_split(s, split)
-  judgements = list(s.read('judge_eval/judgements-*.jsonl', schema.Judgement))
+  judgements = list(s.read('judge_eval/judgements-*.jsonl'))
   scores = scoring.by_response(judgements, config.eval.quorum)
   s.begin()
   missing = scoring.Score(None, None, [])

@@ -65,7 +65,8 @@ def read_annotations(path) -> list[Annotation]:
   try:
     annotations = msgspec.convert(found, list[Annotation])
   except msgspec.ValidationError as error:
-    raise InputError(f'{path}: not a list of annotations ({error}); {hint}') from error
+    raise InputError(f'{path}: not a list of annotations ({records.sentence(error)}); '
+                     f'{hint}') from error
   if not annotations:
     raise InputError(f'{path}: no annotations; {hint}')
   for i, a in enumerate(annotations):

@@ -48,7 +48,7 @@ _WINNER = re.compile(r'[\s>#*_"\'`]*winner[\s*_]*:(.*)', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class JudgeRequest:
   """requests.jsonl: a prompt for the judge; `order` is ab or ba."""
   id: str
   prompt_id: str
@@ -57,13 +57,13 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reply:
+class JudgeReply:
   """The judge's reply to the request with the same id."""
   id: str
   text: str
 
 
-def requests(a: dict[str, schema.Response], b: dict[str, schema.Response]) -> list[Request]:
+def requests(a: dict[str, schema.Response], b: dict[str, schema.Response]) -> list[JudgeRequest]:
   """{prompt id: answer} of both models -> two judge requests per prompt, one per order.
 
   The request id contains a hash of the text, so that a reply cannot be matched to other answers.
@@ -72,8 +72,8 @@ def requests(a: dict[str, schema.Response], b: dict[str, schema.Response]) -> li
   for prompt_id, answer in a.items():
     for order, shown in (('ab', (answer, b[prompt_id])), ('ba', (b[prompt_id], answer))):
       text = render(answer.prompt, *(x.response for x in shown))
-      made.append(Request(id=f'{prompt_id}/{order}/{records.digest(text)}', prompt_id=prompt_id,
-                          order=order, text=text))
+      name = f'{prompt_id}/{order}/{records.digest(text)}'
+      made.append(JudgeRequest(id=name, prompt_id=prompt_id, order=order, text=text))
   return made
 
 
@@ -157,13 +157,13 @@ def read_graded(folder) -> dict[str, schema.GradedResponse]:
   return _by_prompt(folder, records.read(path, schema.GradedResponse))
 
 
-def read_verdicts(path, asked: list[Request]) -> tuple[dict, dict]:
+def read_verdicts(path, asked: list[JudgeRequest]) -> tuple[dict, dict]:
   """A file of replies to the requests -> ({prompt id: both verdicts}, counts).
 
   The counts are those of unparsed and missing verdicts. Both kinds of verdict are None.
   """
   texts, known = {}, {r.id for r in asked}
-  for reply in records.read(path, Reply):
+  for reply in records.read(path, JudgeReply):
     if reply.id not in known:
       raise InputError(f'{path}: reply {reply.id!r} matches no request for these answers; '
                        f'give the --a and --b of its requests.jsonl, or send the new requests')

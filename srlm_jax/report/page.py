@@ -275,7 +275,7 @@ def _iteration(folder, stages: dict[tuple[str, str], summaries.Started]) -> Iter
   judgements = _shards(folder / 'judge', 'judgements', schema.Judgement)
   responses = {r.id: r for r in _shards(folder / 'respond', 'responses', schema.Response)}
   # One sample of each kind: every judgement index, with a score and without.
-  kinds = {(j.j, j.score is None): j for j in reversed(judgements)}
+  kinds = {(j.index, j.score is None): j for j in reversed(judgements)}
   samples = [kinds[kind] for kind in sorted(kinds)][:JUDGEMENTS_SHOWN]
   return Iteration(
       model=folder.name, prompts=_prompts(folder, own['prompts']) if 'prompts' in own else None,
@@ -292,7 +292,7 @@ def _prompts(folder, stage: summaries.Started) -> schema.PromptsSummary:
   if stage.summary:
     return stage.summary
   attempts = results.lines(folder / 'prompts' / 'attempts.jsonl', schema.Attempt)
-  reasons = Counter(attempt.dropped for attempt in attempts)
+  reasons = Counter(attempt.reason for attempt in attempts)
   return schema.PromptsSummary(
       wanted=stage.config.prompts_count, attempts=reasons.total(), prompts=reasons.pop('', 0),
       near_held_out=0, shortened=0, dropped=reasons)

@@ -7,11 +7,8 @@ from typing import Any
 
 import msgspec
 
-from srlm_jax import InputError, schema, stage
+from srlm_jax import catalog, InputError, stage
 from srlm_jax.report import results
-
-_KINDS = dict(prompts=schema.PromptsSummary, judge=schema.JudgeSummary, pairs=schema.PairsSummary,
-              eft=schema.EftSummary, model=schema.TrainingSummary)
 
 
 class Config(msgspec.Struct, rename=lambda name: name.replace('_', '.')):
@@ -67,8 +64,8 @@ def started(folder) -> Started | None:
 
 
 def summary(folder):
-  """The summary of the stage in a folder; None if it has not finished, or has none in `schema`."""
-  kind = _KINDS.get(folder.name)
+  """The summary of the stage in a folder; None if it has not finished, or has no typed summary."""
+  kind = catalog.SUMMARIES.get(folder.name)
   return results.read(folder / 'done.json', kind) if kind else None
 
 

@@ -36,7 +36,7 @@ def run(config, workdir):
   ranked = ranking.of_split(s, 'train')
   judgements = []
   if config.eft.targets == 'baseline':
-    judgements = list(s.read('judge/judgements-*.jsonl', schema.Judgement))
+    judgements = list(s.read('judge/judgements-*.jsonl'))
     scores = scoring.by_response(judgements, config.eft.quorum)
     agreed, dropped = from_baseline(ranked, scores, judge)
   else:
@@ -54,7 +54,8 @@ def run(config, workdir):
   s.begin()
   if hosts.is_first_host():
     records.write(s.folder / 'dropped.jsonl',
-                  (schema.DroppedReply(id=name, why=why) for name, why in sorted(dropped.items())))
+                  (schema.DroppedReply(id=name, reason=reason)
+                   for name, reason in sorted(dropped.items())))
     records.write(s.folder / 'eft.jsonl', kept)
   s.finish(**dataclasses.asdict(found))
 

@@ -22,13 +22,13 @@ REPEATED = 0.5    # maximum fraction of candidates that duplicate another one of
 def run(config, workdir):
   """Writes MODEL/health/health.json and prints its warnings.
 
-  Reads the outputs of the prompts, respond, judge and pairs stages of MODEL, as far as they exist.
+  Reads the outputs of the prompts, respond, judge and pairs stages of MODEL, those that exist.
   """
   spec = catalog.find('reward.health')
   config = spec.view(config)
   s = stage.Stage(spec, config, workdir)
   if not s.has_inputs:
-    raise InputError(f'{config.name} has no prompts, responses, judgements or pairs; run the '
+    raise InputError(f'{s.folder.parent} has no prompts, responses, judgements or pairs; run the '
                      f'stages that write them first')
   if s.done:
     return
@@ -46,11 +46,11 @@ def measure(s: stage.Stage, model: str, quorum: int) -> dict:
 
   Shares are fractions from 0 to 1. Lengths are in characters.
   """
-  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
-  judgements = list(s.read('judge/judgements-*.jsonl', schema.Judgement))
+  responses = list(s.read('respond/responses-*.jsonl'))
+  judgements = list(s.read('judge/judgements-*.jsonl'))
   found, sentences = {}, []
-  if attempts := list(s.read('prompts/attempts.jsonl', schema.Attempt)):
-    found['prompts'] = of_prompts(attempts, list(s.read('prompts/prompts.jsonl', schema.Prompt)))
+  if attempts := list(s.read('prompts/attempts.jsonl')):
+    found['prompts'] = of_prompts(attempts, list(s.read('prompts/prompts.jsonl')))
   if responses:
     found['responses'] = of_responses(responses)
     sentences += warn_responses(f'{model}/respond', responses)
@@ -62,9 +62,9 @@ def measure(s: stage.Stage, model: str, quorum: int) -> dict:
     sentences += warn_ties(f'{model}/judge', responses, judgements, quorum)
   prompts = len({r.prompt_id for r in responses})
   if s.has('pairs/positives.jsonl'):
-    found['positives'] = sum(1 for _ in s.read('pairs/positives.jsonl', schema.Positive))
+    found['positives'] = sum(1 for _ in s.read('pairs/positives.jsonl'))
   elif s.has('pairs/pairs.jsonl'):
-    pairs = list(s.read('pairs/pairs.jsonl', schema.Pair))
+    pairs = list(s.read('pairs/pairs.jsonl'))
     found['pairs'] = of_pairs(pairs, prompts)
     sentences += warn_pairs(f'{model}/pairs', pairs, prompts)
   return dict(found, warnings=sentences)
@@ -72,7 +72,7 @@ def measure(s: stage.Stage, model: str, quorum: int) -> dict:
 
 def of_prompts(attempts: list[schema.Attempt], prompts: list[schema.Prompt]) -> dict:
   """Counts of attempts, accepted prompts and drop reasons."""
-  dropped = Counter(a.dropped for a in attempts)
+  dropped = Counter(a.reason for a in attempts)
   passed = dropped.pop('', 0)
   dropped['more than wanted'] = passed - len(prompts)
   return dict(attempts=len(attempts), accepted=len(prompts),

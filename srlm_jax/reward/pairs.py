@@ -11,7 +11,7 @@ from srlm_jax.reward import scores as scoring, strategies
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class ScoredPrompt:
   """A prompt with its scored candidates."""
   id: str
   text: str
@@ -33,7 +33,7 @@ def run(config, workdir):
     return
   prompts, judgements = load(s, config)
   if not prompts or not judgements:
-    raise InputError(f'{config.name} has {len(prompts)} answered prompts and {len(judgements)} '
+    raise InputError(f'{s.folder.parent} has {len(prompts)} answered prompts and {len(judgements)} '
                      f'judgements; run the respond and judge stages first')
   s.begin()
   if not hosts.is_first_host():
@@ -49,35 +49,35 @@ def run(config, workdir):
   s.finish(**dataclasses.asdict(found))
 
 
-def load(s: stage.Stage, config) -> tuple[list[Prompt], list[schema.Judgement]]:
+def load(s: stage.Stage, config) -> tuple[list[ScoredPrompt], list[schema.Judgement]]:
   """Reads the inputs -> prompts with candidates, and the sampler's judgements."""
   quorum = config.judge.quorum
-  responses = [(r, False) for r in s.read('respond/responses-*.jsonl', schema.Response)]
-  judgements = list(s.read('judge/judgements-*.jsonl', schema.Judgement))
+  responses = [(r, False) for r in s.read('respond/responses-*.jsonl')]
+  judgements = list(s.read('judge/judgements-*.jsonl'))
   again, implicit = {}, {}
   if catalog.needs('judge_again', config):
-    found = s.read('judge_again/judgements-*.jsonl', schema.Judgement)
+    found = s.read('judge_again/judgements-*.jsonl')
     scores = scoring.by_response(found, quorum)
     again = {name: score.mean for name, score in scores.items()}
   if catalog.needs('implicit', config):
-    rewards = s.read('implicit/rewards-*.jsonl', schema.ImplicitReward)
+    rewards = s.read('implicit/rewards-*.jsonl')
     implicit = {r.id: r.reward for r in rewards}
   if catalog.needs('respond_older', config):
-    older = s.read('respond_older/responses-*.jsonl', schema.Response)
+    older = s.read('respond_older/responses-*.jsonl')
     responses += [(r, True) for r in older]
-    judgements += s.read('judge_older/judgements-*.jsonl', schema.Judgement)
+    judgements += s.read('judge_older/judgements-*.jsonl')
   scores = scoring.by_response(judgements, quorum)
   prompts = {}
   for r, older in responses:
     score = scores.get(r.id, scoring.Score(None, None, []))
-    prompt = prompts.setdefault(r.prompt_id, Prompt(r.prompt_id, r.prompt, []))
+    prompt = prompts.setdefault(r.prompt_id, ScoredPrompt(r.prompt_id, r.prompt, []))
     prompt.candidates.append(strategies.Candidate(
         r.id, r.response, r.finish, score.mean, score.spread, again.get(r.id), implicit.get(r.id),
         older))
   return list(prompts.values()), judgements
 
 
-def select(prompts: list[Prompt], config) -> tuple[
+def select(prompts: list[ScoredPrompt], config) -> tuple[
     list[schema.Pair] | list[schema.Positive], Counter]:
   """-> pairs or positives, and the number of prompts without any, by reason."""
   make = _positives if config.strategy == strategies.POSITIVES else _pair
@@ -91,11 +91,11 @@ def select(prompts: list[Prompt], config) -> tuple[
   if config.strategy == 'consistency' and made:
     taus = {p.id: strategies.kendall_tau(p.candidates) for p in prompts}
     rate = strategies.consistency_rate([tau for tau in taus.values() if tau is not None])
-    made = [dataclasses.replace(pair, tau=taus[pair.id], confidence=rate) for pair in made]
+    made = [dataclasses.replace(pair, tau=taus[pair.id], soft_label=rate) for pair in made]
   return made, dropped
 
 
-def _pair(prompt: Prompt, config) -> list[schema.Pair] | str:
+def _pair(prompt: ScoredPrompt, config) -> list[schema.Pair] | str:
   choice = strategies.PAIRS[config.strategy](prompt.candidates, config)
   if isinstance(choice, str):
     return choice
@@ -107,7 +107,7 @@ def _pair(prompt: Prompt, config) -> list[schema.Pair] | str:
       chosen_spread=chosen.spread, rejected_spread=rejected.spread)]
 
 
-def _positives(prompt: Prompt, config) -> list[schema.Positive] | str:
+def _positives(prompt: ScoredPrompt, config) -> list[schema.Positive] | str:
   found = strategies.positives_only(prompt.candidates, config)
   if isinstance(found, str):
     return found
@@ -116,7 +116,7 @@ def _positives(prompt: Prompt, config) -> list[schema.Positive] | str:
 
 
 def summary(
-    strategy: str, prompts: list[Prompt], judgements: list[schema.Judgement],
+    strategy: str, prompts: list[ScoredPrompt], judgements: list[schema.Judgement],
     made: list[schema.Pair] | list[schema.Positive], dropped: Counter) -> schema.PairsSummary:
   """The statistics of done.json: yield, drop reasons, ties, score margins, mean lengths."""
   pairs = [] if strategy == strategies.POSITIVES else made
@@ -135,7 +135,7 @@ def summary(
       chosen_characters=_mean(chosen), rejected_characters=_mean(rejected),
       chosen_minus_rejected_characters=_mean(
           [a - b for a, b in zip(chosen, rejected, strict=True)]),
-      confidence=round(pairs[0].confidence, 4) if is_weighted else None)
+      soft_label=round(pairs[0].soft_label, 4) if is_weighted else None)
 
 
 def table(found: schema.PairsSummary) -> str:
@@ -152,7 +152,7 @@ def table(found: schema.PairsSummary) -> str:
       chosen_characters='characters per chosen response',
       rejected_characters='characters per rejected response',
       spread='standard deviation of judgements per response',
-      confidence='confidence of every pair')
+      soft_label='soft label of every pair')
   values = {label: getattr(found, key) for key, label in labels.items()}
   lines += [f'  {label:48}{value:6g}' for label, value in values.items() if value is not None]
   return '\n'.join(lines)

@@ -123,6 +123,8 @@ POSITIVES = 'positives_only'
 def check(strategy: str):
   """Raises InputError if `strategy` is unknown."""
   names = (*PAIRS, POSITIVES)
+  if strategy == 'agreement':
+    raise InputError('config.pairs.strategy = agreement is now implicit_reward; write the new name')
   if strategy not in names:
     raise InputError(f'config.pairs.strategy is {strategy!r}{closest(strategy, names)}; '
                      f'choose one of {", ".join(names)}')

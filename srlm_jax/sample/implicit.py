@@ -22,7 +22,7 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
+  responses = list(s.read('respond/responses-*.jsonl'))
   responses = responses[jax.process_index()::jax.process_count()]
   for folder in s.models:
     engines.refuse_too_large(config, folder)

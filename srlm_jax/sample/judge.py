@@ -44,7 +44,7 @@ def run(config, workdir, on: str = ''):
     return
   total = sum(1 for _ in _items(s, config, on))
   if not total:
-    raise InputError(f'{spec.reads[0]} has no responses to judge ({on}); '
+    raise InputError(f'{s.path(*spec.reads)} has no responses to judge ({on}); '
                      f'run the stage that writes them first')
   c = config.judge
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
@@ -64,11 +64,11 @@ def run(config, workdir, on: str = ''):
   def record(item, j, text, result):
     score, reason = judges.read(judge, text, result.finish)
     return schema.Judgement(
-        id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, j=j, text=text,
+        id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, index=j, text=text,
         score=score, reason=reason, finish=result.finish)
   share = hosts.share(total)
   judgements = shards.write(
-      s, config, 'judgements', schema.Judgement, sampling,
+      s, config, 'judgements', sampling,
       itertools.islice(_items(s, config, on), *share), len(range(*share)), prompt,
       record, spec.count(config), check)
   s.finish(**dataclasses.asdict(summary(judge, judgements)))
@@ -85,8 +85,8 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
 def _items(s: stage.Stage, config, on: str) -> Iterator[Item | schema.Response]:
   """Yields what to judge."""
   if on in ('responses', 'again', 'older'):
-    source = catalog.find('sample.judge', on).reads[0]
-    yield from s.read(source, schema.Response)
+    source, = s.spec.reads
+    yield from s.read(source)
     return
   for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
     for reply in r.replies:

@@ -61,9 +61,9 @@ def run(config, workdir):
     raise InputError(f'config.judge.n is {config.judge.n}, but comparing judgements needs at least '
                      f'two per response; set it to 2 or more')
   asked = {r.id: judge.render(prompt=r.prompt, response=r.response)
-           for r in s.read('respond/responses-*.jsonl', schema.Response)}
-  judgements = s.read('judge/judgements-*.jsonl', schema.Judgement)
-  pair_count = sum(1 for _ in s.read('pairs/pairs.jsonl', schema.Pair))
+           for r in s.read('respond/responses-*.jsonl')}
+  judgements = s.read('judge/judgements-*.jsonl')
+  pair_count = sum(1 for _ in s.read('pairs/pairs.jsonl'))
   groups = most_uncertain(scoring.by_response(judgements, config.judge.quorum), c.responses)
   comparisons = _compare(s, config, meta, asked, groups)
   if not hosts.is_first_host():
@@ -108,7 +108,7 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
         second=item.second.id, text=text, winner=winner, reason=reason, finish=result.finish)
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   return list(shards.write(
-      s, config, 'comparisons', schema.Comparison, sampling, items, len(items), prompt, record))
+      s, config, 'comparisons', sampling, items, len(items), prompt, record))
 
 
 def _comparison_id(first: schema.Judgement, second: schema.Judgement) -> str:

@@ -37,7 +37,7 @@ def run(config, workdir):
   if s.done:
     return
   seeds = read_seeds(s)
-  shot_pool = short_prompts(seeds.ift, c)
+  shot_pool = short_prompts(seeds.ift, c, s.path('seeds/ift.jsonl'))
   written = [r.prompt for path in earlier for r in records.read(path, schema.Prompt)]
   evaluation = [p for path in evaluation_files for p in evaluation_prompts(path)]
   screen = Filter(c, [*seeds.ift, *seeds.ranked, *written], [*seeds.held_out, *evaluation])
@@ -70,23 +70,23 @@ class Seeds:
 
 def read_seeds(s: stage.Stage) -> Seeds:
   """Reads the seed data; `s`: this stage."""
-  ranked = list(s.read('seeds/ranked.jsonl', schema.RankedPrompt))
+  ranked = list(s.read('seeds/ranked.jsonl'))
   return Seeds(
-      ift=[r.prompt for r in s.read('seeds/ift.jsonl', schema.Demonstration)],
+      ift=[r.prompt for r in s.read('seeds/ift.jsonl')],
       ranked=user_prompts(r.prompt for r in ranked if r.split == 'train'),
-      held_out=([r.prompt for r in s.read('seeds/heldout.jsonl', schema.HeldOutPrompt)] +
+      held_out=([r.prompt for r in s.read('seeds/heldout.jsonl')] +
                 user_prompts(r.prompt for r in ranked if r.split != 'train')))
 
 
-def short_prompts(prompts: list[str], config) -> list[str]:
+def short_prompts(prompts: list[str], config, path) -> list[str]:
   """The prompts of at most `shot_words` words.
 
-  Raises InputError if there are fewer than one request needs.
+  Raises InputError if there are fewer than one request needs; `path` is the file to name.
   """
   short = [p for p in prompts if len(p.split()) <= config.shot_words]
   needed = config.seed_shots + config.new_shots
   if len(short) < needed:
-    raise InputError(f'seeds/ift.jsonl has {len(short)} prompts of at most {config.shot_words} '
+    raise InputError(f'{path} has {len(short)} prompts of at most {config.shot_words} '
                      f'words, but each request shows {needed}; add seeds, or raise '
                      f'config.prompts.shot_words')
   return short
@@ -163,7 +163,7 @@ def generate_prompts(
       if not reason:
         accepted.append(prompt)
       attempts.append(schema.Attempt(
-          id=str(first + i), text=text, finish=finish, dropped=reason))
+          id=str(first + i), text=text, finish=finish, reason=reason))
     out.append(attempts[max(out.count - first, 0):])
     first += c.round
     hosts.log(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')

@@ -21,29 +21,29 @@ def run(config, workdir, on: str = 'prompts'):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
+  source, = spec.reads
   is_held_out = on in ('heldout', 'greedy')
   n = 1 if is_held_out else config.respond.n
   prefix = 'older' if on == 'older' else ''  # keeps the ids of a prompt's candidates distinct
 
   def items():
-    if not is_held_out:
-      return s.read(spec.reads[0], schema.Prompt)
-    rows = s.read(spec.reads[0], schema.HeldOutPrompt)
-    return (row for row in rows if row.split == config.eval.split)
+    rows = s.read(source)
+    return (row for row in rows if row.split == config.eval.split) if is_held_out else rows
   total = sum(1 for _ in items())
   if not total:
-    raise InputError(f'{spec.reads[0]} has no prompts to respond to; generate prompts first')
+    raise InputError(f'{s.path(source)} has no prompts to respond to; run the stage that writes it '
+                     f'again, with a config that gives more of them')
 
   def prompt(item, tokenizer):
     return templates.encode_prompt(config.chat, item.prompt, tokenizer)
 
   def record(item, i, text, result):
     return schema.Response(
-        id=f'{item.id}/{prefix}{i}', prompt_id=item.id, n=i, prompt=item.prompt, response=text,
-        finish=result.finish, tokens=len(result.ids), logp=round(sum(result.token_logps), 4))
+        id=f'{item.id}/{prefix}{i}', prompt_id=item.id, index=i, prompt=item.prompt, response=text,
+        finish=result.finish, n_tokens=len(result.ids), logp=round(sum(result.token_logps), 4))
   share = hosts.share(total)
   responses = shards.write(
-      s, config, 'responses', schema.Response, _sampling(config, on),
+      s, config, 'responses', _sampling(config, on),
       itertools.islice(items(), *share), len(range(*share)), prompt, record, n)
   finishes = Counter(r.finish for r in responses)
   s.finish(responses=finishes.total(), finished=finishes[schema.EOS],

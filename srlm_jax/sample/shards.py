@@ -5,22 +5,21 @@ from typing import TypeVar
 
 import jax
 
-from srlm_jax import hosts, records, stage
+from srlm_jax import catalog, hosts, records, stage
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
 Item = TypeVar('Item')
 
 
-def write(s: stage.Stage, config, stem: str, kind: type[records.Record],
-          sampling: engines.Sampling, items: Iterable[Item], count: int,
-          prompt: Callable[[Item, tokenizers.Tokenizer], list[int]],
+def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: Iterable[Item],
+          count: int, prompt: Callable[[Item, tokenizers.Tokenizer], list[int]],
           record: Callable[[Item, int, str, engines.Result], records.Record], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
           ) -> Iterator[records.Record]:
   """Begins the stage, samples n texts for each of this host's items and writes their records.
 
-  stem, kind: records of this kind go to STEM-*.jsonl
+  stem: records go to STEM-*.jsonl
   items: objects with an id, one per prompt; `count` of them
   prompt: (item, tokenizer) -> token ids of the prompt
   record: (item, index of the sample, text, result) -> record
@@ -41,4 +40,4 @@ def write(s: stage.Stage, config, stem: str, kind: type[records.Record],
   path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
   engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
   hosts.sync(f'{s.title} sampled')  # every shard must be complete before any host reads them
-  return records.read_shards(s.folder, stem, kind)
+  return records.read_shards(s.folder, stem, catalog.KINDS[stem + catalog.SHARDS])

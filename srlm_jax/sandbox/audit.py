@@ -16,12 +16,12 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
-  judgements = s.read('judge/judgements-*.jsonl', schema.Judgement)
+  responses = list(s.read('respond/responses-*.jsonl'))
+  judgements = s.read('judge/judgements-*.jsonl')
   means = {name: score.mean
            for name, score in scoring.by_response(judgements, config.judge.quorum).items()
            if score.mean is not None}
-  found = measure(responses, means, list(s.read('pairs/pairs.jsonl', schema.Pair)))
+  found = measure(responses, means, list(s.read('pairs/pairs.jsonl')))
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)

@@ -20,7 +20,7 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  responses = list(s.read('respond/responses-*.jsonl', schema.Response))
+  responses = list(s.read('respond/responses-*.jsonl'))
   s.begin()
   judged = [_judgement(r, j, by, config.seed, judge)
             for r in responses for j in range(config.judge.n)]
@@ -39,7 +39,7 @@ def _judgement(response: schema.Response, j: int, by: str, seed: int, judge) -> 
   elif world.parse(response.prompt):
     score = float(sum(world.grade(response.prompt, response.response)))
   return schema.Judgement(
-      id=name, prompt_id=response.prompt_id, response_id=response.id, j=j,
+      id=name, prompt_id=response.prompt_id, response_id=response.id, index=j,
       text=judge.state(score) if score is not None else '', score=score,
       reason='' if score is not None else 'not a sandbox prompt', finish=schema.EOS)
 

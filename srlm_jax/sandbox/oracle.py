@@ -23,9 +23,9 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  answers, greedy = (list(s.read(f'{name}/responses-*.jsonl', schema.Response))
+  answers, greedy = (list(s.read(f'{name}/responses-*.jsonl'))
                      for name in ('answers', 'answers_greedy'))
-  judgements = s.read('judge_eval/judgements-*.jsonl', schema.Judgement)
+  judgements = s.read('judge_eval/judgements-*.jsonl')
   judged = scoring.by_response(judgements, config.eval.quorum)
   points = [world.grade(a.prompt, a.response) for a in answers]
   ranked = ranking.of_split(s, configs.ranked_split(config))

@@ -5,7 +5,7 @@ To add a loss: write it in `losses.py`, add its rows to OBJECTIVES, and its name
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 
-from srlm_jax import records, schema
+from srlm_jax import catalog, records, schema
 from srlm_jax.data import examples as training
 from srlm_jax.data.examples import Examples
 from srlm_jax.train import batch as batches, losses
@@ -13,7 +13,7 @@ from srlm_jax.train import batch as batches, losses
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What the training program and the training step need of a loss and its reference.
+  """What training needs to know about a loss and its reference.
 
   examples: (config.train, chat, files, tokenizer) -> Examples
   pack: (rows, packing.Shape) -> Batch or PairBatch, or (.., reference_logps) -> CachedPairBatch
@@ -57,14 +57,13 @@ OBJECTIVES = {
 
 def _responses(files) -> Iterator[schema.Demonstration | schema.EftExample | schema.Positive]:
   """The records that SFT trains on; of a pair, the chosen response and its finish."""
-  kinds = {'eft.jsonl': schema.EftExample, 'positives.jsonl': schema.Positive}
   for file in files:
-    if file.name == 'pairs.jsonl':
+    if issubclass(catalog.KINDS[file.name], schema.Preference):
       for pair in records.read(file, schema.Preference):
         yield schema.Demonstration(id=pair.id, prompt=pair.prompt, response=pair.chosen,
                                    finish=pair.chosen_finish)
     else:
-      yield from records.read(file, kinds.get(file.name, schema.Demonstration))
+      yield from records.read(file, catalog.KINDS[file.name])
 
 
 def _read(files, kind: type[records.Record]) -> Iterator[records.Record]:

@@ -29,7 +29,7 @@ def cached(config, workdir, source, model, packed: Packing, mesh) -> dict[str, l
     s.begin(mesh)  # after all that can be refused
     _compute(s, path, params, model, packed, mesh)
     s.finish(pairs=len(packed.all))
-  found = {r.id: [r.chosen, r.rejected] for r in records.read(path, schema.PairLogps)}
+  found = {r.id: [r.chosen_logp, r.rejected_logp] for r in records.read(path, schema.PairLogps)}
   if found.keys() != {e.id for e in packed.all}:
     raise InputError(f'{path} does not hold every pair exactly once; delete {s.folder}')
   return found
@@ -50,10 +50,10 @@ def _compute(s, path, params, model, packed: Packing, mesh):
       continue
     batch = batches.pack_pairs(rows, packed.shape)
     found = np.asarray(run(params, sharding.put_batch(batch, mesh)))  # [B, M, 2]
-    lines = [schema.PairLogps(id=e.id, chosen=float(pair[0]), rejected=float(pair[1]))
+    lines = [schema.PairLogps(id=e.id, chosen_logp=float(pair[0]), rejected_logp=float(pair[1]))
              for row, pairs in zip(rows, found, strict=True)
              for e, pair in zip(row, pairs, strict=False)]  # the rest of a row is padding
-    metrics.finite(s.title, {f'the log-prob of {side} of pair {r.id}': getattr(r, side)
+    metrics.finite(s.title, {f'the log-prob of {side} of pair {r.id}': getattr(r, f'{side}_logp')
                              for r in lines for side in ('chosen', 'rejected')})
     if out:
       out.append(r for r in lines if r.id not in have)
