@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 import jax.numpy as jnp
 
-from srlm_jax.models import attention, packed
+from srlm_jax.models import attention, cpu, packed
 from srlm_jax.models.attention import Cache, Prefix
 from srlm_jax.models.config import Config
 
@@ -29,7 +29,9 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   Plain XLA where the kernels do not support the model's head width or dtype.
   """
   if platform == 'cpu':
-    return attention.CPU
+    if not cpu.supports(config):
+      return attention.CPU
+    return dataclasses.replace(attention.CPU, name='c++ and xla', decode=cpu.decode)
   if platform == 'tpu' and config.H % 128 == 0:
     return attention.Kernels(
         'splash attention and pallas', packed.tpu_packed, tpu_prefill, tpu_decode, tpu_append,
@@ -51,7 +53,9 @@ def for_training(platform: str, config: Config, remat: bool) -> attention.Kernel
   gradients and activations. With `remat` they stay stacked on a CPU too: without a loop, XLA
   recomputes all layers at once.
   """
-  return dataclasses.replace(choose(platform, config), unrolled=platform == 'cpu' and not remat)
+  if platform == 'cpu':
+    return dataclasses.replace(attention.CPU, unrolled=not remat)
+  return dataclasses.replace(choose(platform, config), unrolled=False)
 
 
 def tpu_formats(params):

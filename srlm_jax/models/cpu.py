@@ -1,0 +1,82 @@
+"""The decode attention for CPUs: cpu_decode.cc, compiled on first use.
+
+XLA runs decode attention on a CPU as thousands of tiny matrix products, at a fifth of the memory
+bandwidth. This program reads each key once and has no other overhead. Without a C++ compiler the
+sampler uses XLA, and the log names the kernels that it used.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jax.numpy as jnp
+
+from srlm_jax.models.attention import Cache, Prefix
+from srlm_jax.models.config import Config
+
+SOURCE = pathlib.Path(__file__).with_name('cpu_decode.cc')
+TARGET = 'srlm_cpu_decode'
+FLAGS = ('-std=c++17', '-O3', '-march=native', '-shared', '-fPIC', '-w')
+WIDTHS = 16, 32, 64, 128  # of a head
+
+
+def supports(config: Config) -> bool:
+  """Whether the kernel runs this model here: float32, a head width of WIDTHS, a C++ compiler."""
+  return config.dtype == 'float32' and config.H in WIDTHS and _register()
+
+
+def decode(q, cache: Cache, layer, length, prefix: Prefix):
+  """As `attention.decode`, for a cache of one layer."""
+  del layer  # the cache has one layer
+  call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+  return call(q, cache.k, cache.v, length, prefix.k, prefix.v, prefix.length)
+
+
+@functools.cache
+def _register() -> bool:
+  """Compiles and registers the program once per process; False if there is no compiler."""
+  compiler = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
+  if not compiler:
+    return False
+  library = _library(compiler)
+  if not library:
+    return False
+  handler = ctypes.cdll.LoadLibrary(str(library)).SrlmCpuDecode
+  jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform='cpu')
+  return True
+
+
+def _library(compiler: str) -> pathlib.Path | None:
+  """The compiled program in the user's cache folder; None if it does not compile."""
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  # -march=native: another processor needs another program.
+  parts = SOURCE.read_text(), compiler, *FLAGS, jax.__version__, platform.machine(), _processor()
+  name = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
+  path = cache / 'srlm_jax' / f'cpu_decode-{name}.so'
+  if path.exists():
+    return path
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+      made = pathlib.Path(folder) / path.name
+      subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)],
+                     check=True, capture_output=True)
+      made.replace(path)  # another process may make the same file
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return path
+
+
+def _processor() -> str:
+  """The instruction sets of this processor, as far as the system tells."""
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    return platform.processor()
+  return next((line for line in lines if line.startswith(('flags', 'Features'))), '')

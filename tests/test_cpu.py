@@ -1,0 +1,78 @@
+import dataclasses
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels import attend_decode, decode_inputs
+
+from srlm_jax.models import attention, cpu, kernels
+from srlm_jax.models.config import PRESETS
+
+CONFIG = dataclasses.replace(PRESETS['tiny-test'], H=16)
+needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='there is no C++ compiler')
+
+
+@needs_compiler
+@pytest.mark.parametrize('K, G, H, S, W', [
+    (2, 1, 64, 192, 33), (1, 8, 32, 70, 0), (8, 2, 128, 64, 1), (3, 4, 16, 100, 64)])
+def test_decode_equals_attention_in_numpy(K, G, H, S, W):
+  assert cpu.supports(CONFIG)
+  length = jnp.array([1, 32, S, 33, S // 2, 0, 63, 64, 7])  # block boundaries; an idle row
+  prefix_length = jnp.minimum(jnp.array([0, W, W // 3, 32, 31, W, W // 2, 1, W]), W)
+  q, cache, prefix = decode_inputs(K, G, H, S, W, prefix_length, L=1)
+  out = np.asarray(jax.jit(cpu.decode)(q, cache, jnp.int32(0), length, prefix))
+  assert np.isfinite(out).all() and not out[5].any()
+  busy = np.asarray(length) > 0
+  wanted = attend_decode(q, cache, 0, length, prefix)
+  np.testing.assert_allclose(out[busy], wanted[busy], atol=2e-6)
+
+
+@needs_compiler
+def test_large_scores_do_not_overflow():
+  q, cache, prefix = decode_inputs(2, 2, 16, 64, 40, [40, 0, 20], L=1)
+  q, length = 100 * q, jnp.array([1, 64, 40])
+  out = jax.jit(cpu.decode)(q, cache, jnp.int32(0), length, prefix)
+  np.testing.assert_allclose(out, attend_decode(q, cache, 0, length, prefix), atol=1e-4)
+
+
+@needs_compiler
+def test_a_row_does_not_depend_on_the_other_rows():
+  """Bit by bit, whatever the rows of a task and the number of threads."""
+  length = jnp.arange(3, 3 + 7 * 20, 7)
+  q, cache, prefix = decode_inputs(2, 2, 16, 160, 40, jnp.arange(20) * 2, L=1)
+  whole = np.asarray(cpu.decode(q, cache, 0, length, prefix))
+  for rows in ([4], [17, 3, 11], list(range(19, -1, -1))):
+    at = np.array(rows)
+    some = attention.Cache(cache.k[:, at], cache.v[:, at])
+    own = attention.Prefix(prefix.k, prefix.v, prefix.length[at])
+    np.testing.assert_array_equal(cpu.decode(q[at], some, 0, length[at], own), whole[at])
+
+
+@needs_compiler
+def test_the_kernel_is_compiled_once_into_the_cache_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  compiler = shutil.which('c++')
+  made = cpu._library(compiler)
+  before = made.stat().st_mtime_ns
+  assert cpu._library(compiler) == made and made.stat().st_mtime_ns == before
+  assert os.listdir(made.parent) == [made.name]
+
+
+@pytest.mark.parametrize('compiler', ['false', '/no/compiler'])
+def test_without_a_compiler_the_sampler_uses_xla(tmp_path, monkeypatch, compiler):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('CXX', compiler)
+  cpu._register.cache_clear()
+  try:
+    assert kernels.choose('cpu', CONFIG) is attention.CPU
+    assert not list(tmp_path.rglob('*.so'))
+  finally:
+    cpu._register.cache_clear()
+
+
+@pytest.mark.parametrize('changes', [dict(H=24), dict(dtype='bfloat16')])
+def test_other_models_use_xla(changes):
+  assert kernels.choose('cpu', dataclasses.replace(CONFIG, **changes)) is attention.CPU
