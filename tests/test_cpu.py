@@ -52,6 +52,20 @@ def test_a_row_does_not_depend_on_the_other_rows():
 
 
 @needs_compiler
+def test_append_writes_one_key_per_row_in_place():
+  _, cache, _ = decode_inputs(2, 1, 16, 40, 0, [0] * 4, L=1)
+  k, v = jnp.full((4, 2, 16), 7.0), jnp.full((4, 2, 16), 8.0)
+  position = jnp.array([0, 39, 40, 5])  # 40: an idle row
+  wanted = attention.append(cache, k, v, 0, position)
+  before = cache.k.unsafe_buffer_pointer()
+  run = jax.jit(cpu.append, donate_argnums=0)
+  made = run(cache, k, v, jnp.int32(0), position)
+  np.testing.assert_array_equal(made.k, wanted.k)
+  np.testing.assert_array_equal(made.v, wanted.v)
+  assert made.k.unsafe_buffer_pointer() == before
+
+
+@needs_compiler
 def test_the_kernel_is_compiled_once_into_the_cache_folder(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   compiler = shutil.which('c++')

@@ -23,27 +23,30 @@ def reference(logits, temperature, top_p, top_k):
   return out / out.sum()
 
 
+def keys(count, seed=2):
+  return jax.random.split(jax.random.key(seed), count)
+
+
 @pytest.mark.parametrize('top_p, top_k', TOP_P_AND_K)
-def test_truncation_keeps_the_same_tokens_as_sorting(top_p, top_k):
-  logits = np.random.default_rng(0).normal(size=(20, 200)).astype(np.float32) * 3
-  truncate = jax.jit(draw.truncate, static_argnums=(1, 2))
-  kept = np.asarray(truncate(jax.nn.softmax(logits / 0.8, -1), top_k, top_p))
-  for row, found in zip(logits, kept, strict=True):
-    expected = reference(row, 0.8, top_p, top_k)
-    np.testing.assert_array_equal(found > 0, expected > 0)
-    np.testing.assert_allclose(found / found.sum(), expected, rtol=1e-4, atol=1e-7)
+def test_draws_reach_the_same_tokens_as_sorting_keeps(top_p, top_k):
+  logits = np.random.default_rng(0).normal(size=12).astype(np.float32)
+  rows = np.broadcast_to(logits, (3_000, 12))
+  run = jax.jit(draw.draw, static_argnums=2)
+  drawn = np.bincount(run(rows, keys(len(rows)), Sampling(0.8, top_p, 1, top_k)), minlength=12)
+  expected = reference(logits, 0.8, top_p, top_k)
+  assert not drawn[expected == 0].any() and drawn[expected > 0.01].all()
 
 
 @pytest.mark.parametrize('temperature, top_p, top_k, V', [
-    (1.0, 1.0, 0, 300), (0.7, 0.9, 0, 300), (1.3, 1.0, 5, 128), (0.5, 0.8, 20, 1000)])
+    (1.0, 1.0, 0, 300), (0.7, 0.9, 0, 300), (1.3, 1.0, 5, 128), (0.5, 0.8, 20, 1000),
+    (1.0, 0.3, 0, 300), (0.7, 0.9, 0, 3000)])
 def test_draws_match_the_reference_distribution_and_its_support(temperature, top_p, top_k, V):
   """Chi-square test of 20,000 draws."""
   rng = np.random.default_rng(1)
   logits, count = rng.normal(size=V).astype(np.float32), 20_000
-  uniform = jax.random.uniform(jax.random.key(2), (count,))
   rows = np.broadcast_to(logits, (count, V))
   sampling = Sampling(temperature, top_p, 1, top_k)
-  drawn = np.asarray(jax.jit(draw.draw, static_argnums=2)(rows, uniform, sampling))
+  drawn = np.asarray(jax.jit(draw.draw, static_argnums=2)(rows, keys(count), sampling))
   expected = reference(logits, temperature, top_p, top_k)
   counts, support = np.bincount(drawn, minlength=V), expected > 0
   assert counts[~support].sum() == 0
@@ -52,14 +55,14 @@ def test_draws_match_the_reference_distribution_and_its_support(temperature, top
   assert stats.chisquare(counts[support], expected[support] * count).pvalue > 1e-3
 
 
-def test_draw_inverts_the_cumulative_distribution():
+def test_invert_inverts_the_cumulative_distribution():
   """At both ends, at zero-probability tokens between them, and across several blocks."""
   probs = np.zeros(400)
   probs[[3, 127, 128, 300]] = 0.25, 0.25, 0.25, 0.25
   uniform = np.asarray([0.0, 0.2499, 0.2501, 0.4999, 0.5001, 0.7499, 0.7501, 1 - 2**-24],
                        np.float32)
   rows = np.broadcast_to(np.log(np.maximum(probs, 1e-38)), (8, 400)).astype(np.float32)
-  found = draw.draw(rows, uniform, Sampling(1.0, 0.999, 1))
+  found = draw.invert(np.exp(rows), uniform)
   assert found.tolist() == [3, 3, 127, 127, 128, 128, 300, 300]
 
 
@@ -75,9 +78,34 @@ def test_greedy_and_very_low_temperatures_return_the_argmax():
   logits = np.random.default_rng(0).normal(size=(5, 70)).astype(np.float32)
   expected = logits.argmax(-1).tolist()
   for temperature in (1e-38, 1e-6):
-    drawn = draw.draw(logits, np.full(5, 0.7), Sampling(temperature, 0.9, 1))
+    drawn = draw.draw(logits, keys(5), Sampling(temperature, 0.9, 1))
     assert drawn.tolist() == expected
-  assert draw.draw(logits, np.zeros(5), Sampling(0.0, 0.5, 1, 3)).tolist() == expected
+  assert draw.draw(logits, keys(5), Sampling(0.0, 0.5, 1, 3)).tolist() == expected
+
+
+def test_tokens_that_tie_with_the_last_one_of_the_top_p_set_are_in_it():
+  rows = np.log(np.broadcast_to(np.asarray([0.4, 0.2, 0.2, 0.1, 0.1], np.float32), (2_000, 5)))
+  drawn = np.bincount(draw.draw(rows, keys(2_000), Sampling(1.0, 0.5, 1)), minlength=5)
+  assert drawn[1:3].min() > 300 and not drawn[3:].any()
+
+
+def test_a_tiny_top_p_ends_and_gives_the_most_likely_token():
+  logits = np.random.default_rng(0).normal(size=(64, 5_000)).astype(np.float32)
+  drawn = draw.draw(logits, keys(64), Sampling(5.0, 1e-30, 1))
+  assert drawn.tolist() == logits.argmax(-1).tolist()
+
+
+def test_nan_ends():
+  drawn = draw.draw(np.full((2, 7), np.nan, np.float32), keys(2), Sampling(1.0, 0.5, 1))
+  assert drawn.shape == (2,)
+
+
+def test_a_draw_does_not_depend_on_the_other_rows():
+  logits = np.random.default_rng(0).normal(size=(30, 500)).astype(np.float32)
+  sampling = Sampling(1.0, 0.5, 1)
+  whole = np.asarray(draw.draw(logits, keys(30), sampling))
+  assert [int(draw.draw(logits[i:i + 1], keys(30)[i:i + 1], sampling)[0])
+          for i in range(30)] == whole.tolist()
 
 
 @pytest.mark.parametrize('bad', [

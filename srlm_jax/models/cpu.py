@@ -1,4 +1,4 @@
-"""The decode attention for CPUs: cpu_decode.cc, compiled on first use.
+"""Decode attention and cache append for CPUs: cpu_decode.cc, compiled on first use.
 
 XLA runs decode attention on a CPU as thousands of tiny matrix products, at a fifth of the memory
 bandwidth. This program reads each key once and has no other overhead. Without a C++ compiler the
@@ -21,7 +21,7 @@ from srlm_jax.models.attention import Cache, Prefix
 from srlm_jax.models.config import Config
 
 SOURCE = pathlib.Path(__file__).with_name('cpu_decode.cc')
-TARGET = 'srlm_cpu_decode'
+HANDLERS = dict(srlm_cpu_decode='SrlmCpuDecode', srlm_cpu_append='SrlmCpuAppend')
 FLAGS = ('-std=c++17', '-O3', '-march=native', '-shared', '-fPIC', '-w')
 WIDTHS = 16, 32, 64, 128  # of a head
 
@@ -34,8 +34,16 @@ def supports(config: Config) -> bool:
 def decode(q, cache: Cache, layer, length, prefix: Prefix):
   """As `attention.decode`, for a cache of one layer."""
   del layer  # the cache has one layer
-  call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q.shape, jnp.float32))
+  call = jax.ffi.ffi_call('srlm_cpu_decode', jax.ShapeDtypeStruct(q.shape, jnp.float32))
   return call(q, cache.k, cache.v, length, prefix.k, prefix.v, prefix.length)
+
+
+def append(cache: Cache, k, v, layer, position) -> Cache:
+  """As `attention.append`, for a cache of one layer."""
+  del layer
+  shape = jax.ShapeDtypeStruct(cache.k.shape, jnp.float32)
+  call = jax.ffi.ffi_call('srlm_cpu_append', (shape, shape), input_output_aliases={0: 0, 1: 1})
+  return Cache(*call(cache.k, cache.v, k, v, position))
 
 
 @functools.cache
@@ -47,8 +55,9 @@ def _register() -> bool:
   library = _library(compiler)
   if not library:
     return False
-  handler = ctypes.cdll.LoadLibrary(str(library)).SrlmCpuDecode
-  jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform='cpu')
+  found = ctypes.cdll.LoadLibrary(str(library))
+  for name, handler in HANDLERS.items():
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, handler)), platform='cpu')
   return True
 
 

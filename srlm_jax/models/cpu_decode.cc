@@ -236,7 +236,37 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   return ffi::Error::Success();
 }
 
+// Writes new_k and new_v [B, K, H] at position[b] of row b; a position of S writes nothing. The
+// results are the same buffers as k and v.
+ffi::Error Append(ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32> new_k,
+                  ffi::Buffer<ffi::F32> new_v, ffi::Buffer<ffi::S32> position,
+                  ffi::ResultBuffer<ffi::F32> out_k, ffi::ResultBuffer<ffi::F32> out_v) {
+  const auto shape = k.dimensions();
+  const int64_t B = shape[1], K = shape[2], S = shape[3], H = shape[4];
+  for (int64_t row = 0; row < B; ++row) {
+    const int64_t at = position.typed_data()[row];
+    if (at < 0 || at >= S) continue;
+    for (int64_t head = row * K; head < (row + 1) * K; ++head) {
+      const int64_t target = (head * S + at) * H;
+      std::copy_n(new_k.typed_data() + head * H, H, out_k->typed_data() + target);
+      std::copy_n(new_v.typed_data() + head * H, H, out_v->typed_data() + target);
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    SrlmCpuAppend, Append,
+    ffi::Ffi::Bind()
+        .Arg<ffi::Buffer<ffi::F32>>()   // k [1, B, K, S, H]
+        .Arg<ffi::Buffer<ffi::F32>>()   // v [1, B, K, S, H]
+        .Arg<ffi::Buffer<ffi::F32>>()   // new k [B, K, H]
+        .Arg<ffi::Buffer<ffi::F32>>()   // new v [B, K, H]
+        .Arg<ffi::Buffer<ffi::S32>>()   // position [B]
+        .Ret<ffi::Buffer<ffi::F32>>()   // k
+        .Ret<ffi::Buffer<ffi::F32>>()); // v
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     SrlmCpuDecode, Decode,

@@ -31,7 +31,8 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   if platform == 'cpu':
     if not cpu.supports(config):
       return attention.CPU
-    return dataclasses.replace(attention.CPU, name='c++ and xla', decode=cpu.decode)
+    return dataclasses.replace(attention.CPU, name='c++ and xla', decode=cpu.decode,
+                               append=cpu.append)
   if platform == 'tpu' and config.H % 128 == 0:
     return attention.Kernels(
         'splash attention and pallas', packed.tpu_packed, tpu_prefill, tpu_decode, tpu_append,

@@ -28,17 +28,45 @@ class Sampling:
       raise InputError(f'max_tokens is {self.max_tokens}; it must be at least 1')
 
 
-def draw(logits, uniform, sampling: Sampling):
-  """logits [B, V] float32, uniform [B] float32 in [0, 1) -> tokens [B] int32.
+def draw(logits, keys, sampling: Sampling):
+  """logits [B, V] float32, keys [B], the PRNG key of each row -> tokens [B] int32.
 
-  Inverse transform sampling: draws the token at which the cumulative probability exceeds
-  `uniform`. One random number per row is far cheaper than one per entry of the vocabulary.
+  Top-p by rejection: a token of the whole distribution is drawn until one is in the top-p set. It
+  is, if the tokens with a higher probability have together less than top_p of the mass; tokens that
+  tie with the last one of the set are in it. After a rejection, only tokens with a higher
+  probability can be drawn, so every row ends, on average after 1 / top_p draws. No sorting.
   """
   if sampling.temperature == 0:
-    return logits.argmax(-1).astype(jnp.int32)
+    return _argmax(logits)
   # The maximum becomes 0 first, so that a very low temperature does not overflow.
   scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
-  probs = truncate(jax.nn.softmax(scaled, -1), sampling.top_k, sampling.top_p)
+  probs = jax.nn.softmax(scaled, -1)
+  if 0 < sampling.top_k < probs.shape[-1]:
+    probs = jnp.where(_largest(probs, sampling.top_k), probs, 0)
+  if sampling.top_p == 1:
+    return invert(probs, jax.vmap(jax.random.uniform)(keys))
+  limit = sampling.top_p * probs.sum(-1)
+
+  def attempt(state):
+    t, floor, token, accepted = state
+    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
+    new = invert(jnp.where(probs > floor, probs, 0), uniform)
+    prob = jnp.take_along_axis(probs, new[:, None], 1)
+    above = jnp.where(probs > prob, probs, 0).sum(-1)
+    found = accepted | ~(above >= limit)  # so that NaN ends the loop
+    return (t + 1, jnp.where(found[:, None], floor, prob), jnp.where(accepted, token, new), found)
+
+  B = len(probs)
+  start = (0, jnp.full((B, 1), -1.0), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+  return jax.lax.while_loop(lambda state: ~state[3].all(), attempt, start)[2]
+
+
+def invert(probs, uniform):
+  """probs [B, V], not normalized, uniform [B] in [0, 1) -> tokens [B] int32.
+
+  Inverse transform sampling: the token at which the cumulative probability exceeds `uniform`. One
+  random number per row is far cheaper than one per entry of the vocabulary.
+  """
   B, V = probs.shape
   probs = jnp.pad(probs, ((0, 0), (0, -V % LANES))).reshape(B, -1, LANES)
   mass = probs.sum(-1)  # [B, V / LANES]
@@ -49,6 +77,13 @@ def draw(logits, uniform, sampling: Sampling):
   inside = jnp.take_along_axis(probs, block[..., None], 1)[:, 0]  # [B, LANES]
   lane = _first_above(inside, inside.cumsum(-1), threshold - before)
   return (block[:, 0] * LANES + lane).astype(jnp.int32)
+
+
+def _argmax(logits):
+  """The first largest entry of each row; XLA's own argmax is slow on a CPU."""
+  V = logits.shape[-1]
+  is_largest = logits == logits.max(-1, keepdims=True)
+  return jnp.where(is_largest, jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)
 
 
 def _first_above(mass, sums, threshold):
@@ -62,31 +97,16 @@ def _first_above(mass, sums, threshold):
   return jnp.where(above.any(-1), above.argmax(-1), last)
 
 
-def truncate(probs, top_k: int, top_p: float):
-  """probs [B, V] -> [B, V], zero for tokens that top-k or top-p excludes, not renormalized.
+def _largest(probs, count: int):
+  """probs [B, V] -> mask [B, V] of the `count` largest entries, with all that tie with the last.
 
-  Top-p is the share of the mass that top-k leaves. Tokens that tie with the last kept one are kept
-  too.
-  """
-  if 0 < top_k < probs.shape[-1]:
-    probs = jnp.where(_largest(probs, lambda kept: kept.sum(-1) >= top_k), probs, 0)
-  if top_p < 1:
-    mass = top_p * probs.sum(-1)
-    kept = _largest(probs, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= mass)
-    probs = jnp.where(kept, probs, 0)
-  return probs
-
-
-def _largest(probs, enough):
-  """probs [B, V] -> mask [B, V] of the fewest largest entries for which `enough` is true.
-
-  `enough` maps a mask [B, V] to a bool [B]. Ties with the smallest kept entry are kept. Finds
-  the cutoff bit by bit instead of sorting: the order of floats that are not negative is the order
-  of their bit patterns.
+  Finds the cutoff bit by bit instead of sorting: the order of floats that are not negative is the
+  order of their bit patterns.
   """
   bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
   def set_bit(i, cutoff):
     raised = cutoff | (1 << (30 - i))
-    return jnp.where(enough(bits >= raised)[:, None], raised, cutoff)
+    enough = (bits >= raised).sum(-1, keepdims=True) >= count
+    return jnp.where(enough, raised, cutoff)
   return bits >= jax.lax.fori_loop(0, 31, set_bit, jnp.zeros((len(probs), 1), jnp.int32))

@@ -78,9 +78,8 @@ def decode(model, params, cache, prefix, rows: Rows, key, eos, *, sampling: draw
     hidden, cache = model.apply({'params': params}, rows.token[:, None], positions, cache, prefix,
                                 view, method='hidden_and_cache')
     logits = model.apply({'params': params}, hidden, method='logits')
-    uniform = jax.vmap(lambda key, i: jax.random.uniform(jax.random.fold_in(key, i)))(
-        keys, rows.count)
-    token = draw.draw(jax.lax.with_sharding_constraint(logits[:, 0], whole), uniform, sampling)
+    token = draw.draw(jax.lax.with_sharding_constraint(logits[:, 0], whole),
+                      jax.vmap(jax.random.fold_in)(keys, rows.count), sampling)
     logp = vocab.token_logps(logits, token[:, None])[:, 0]
     ended = rows.live & jnp.isin(token, eos)
     count = rows.count + rows.live
