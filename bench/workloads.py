@@ -1,0 +1,49 @@
+"""The workloads of the sampling benchmarks: requests with the lengths of their samples."""
+import dataclasses
+
+import numpy as np
+
+from srlm_jax.sample.engine import Request
+
+SIGMA = 0.8  # standard deviation of the log of a length
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A workload: its size, and its lengths in tokens."""
+  count: int   # prompts
+  part: int    # requests on which the numbers of rows are tried
+  rubric: int  # length of the rubric
+  prompt: int  # median length of a prompt
+  median: int  # median length of a sample
+  cap: int     # largest length of a sample
+
+
+def lengths(rng, kind: Kind, n: int) -> list[int]:
+  """-> n lengths of samples, log-normal."""
+  return np.clip(rng.lognormal(np.log(kind.median), SIGMA, n), 1, kind.cap).astype(int).tolist()
+
+
+def respond(kind: Kind, V: int, n: int = 4) -> list[Request]:
+  """-> requests with prompts of log-normal lengths."""
+  rng = np.random.default_rng(0)
+  sizes = rng.lognormal(np.log(kind.prompt), 0.5, kind.count)
+  sizes = np.clip(sizes, 4, 4 * kind.prompt).astype(int)
+  return [Request(f'respond{i}', rng.integers(1, V, size).tolist(), n,
+                  lengths=lengths(rng, kind, n)) for i, size in enumerate(sizes)]
+
+
+def judge(kind: Kind, V: int) -> list[Request]:
+  """-> requests of a rubric, a prompt and one of its 4 candidates, with 3 samples each.
+
+  Prompt and candidate have about `kind.prompt` tokens together.
+  """
+  rng = np.random.default_rng(1)
+  rubric, made = rng.integers(1, V, kind.rubric).tolist(), []
+  for i in range(kind.count):
+    medians = [kind.prompt * 2 // 5] + 4 * [kind.prompt * 3 // 5]
+    sizes = [rng.integers(size // 2, size * 3 // 2) for size in medians]
+    prompt, *candidates = (rng.integers(1, V, size).tolist() for size in sizes)
+    made += [Request(f'judge{i}/{j}', rubric + prompt + candidate, 3,
+                     lengths=lengths(rng, kind, 3)) for j, candidate in enumerate(candidates)]
+  return made
