@@ -93,6 +93,20 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(loss, shape):
                gradient(loss, (1, 1, 1)), gradient(loss, shape))
 
 
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_losses_and_gradients_do_not_depend_on_what_is_recomputed(remat):
+  """With dropout, whose mask the backward pass draws again."""
+  config = dataclasses.replace(TINY, dropout=0.3)
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params, reference, batch = init(config), init(config, seed=1), draw_batch('dpo')
+    wanted, found = (
+        jax.jit(lambda p, policy=policy: train_step.gradient(
+            llama.Llama(config, remat=policy), keys('dpo'), p, reference, batch,
+            jax.random.key(0)))(params)
+        for policy in ('none', remat))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), wanted, found)
+
+
 def logps_and_gradient(batch, params, weights, model):
   """Token log-probs of the targets, and the gradient of their weighted sum."""
   def total(params):

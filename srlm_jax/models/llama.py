@@ -101,20 +101,30 @@ class Block(Module):
     return (x, cache), None
 
 
+def recomputed(remat: str):
+  """-> Block, with what its backward pass recomputes.
+
+  none: nothing. dots: all but the products with weights, whose results are kept. full: the whole
+  layer, of which only the input is kept.
+  """
+  policies = dict(dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, full=None)
+  return Block if remat == 'none' else nn.remat(Block, prevent_cse=False, policy=policies[remat])
+
+
 class Llama(Module):
   """Hidden states, and from them logits or the log-probs of targets.
 
   `Llama(config).apply({'params': params}, ..., method='hidden')` calls one of the methods.
   """
   kernels: attention.Kernels = attention.XLA  # if they are unrolled, parameters come from `unroll`
-  remat: bool = False  # recompute each layer in the backward pass
+  remat: str = 'none'  # see `recomputed`
 
   def setup(self):
     c = self.config
     self.embed = self.weight('embed', 'VD')
     if not c.tied:
       self.lm_head = self.weight('lm_head', 'DV')
-    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    block = recomputed(self.remat)
     if self.kernels.unrolled:
       self.layer = [block(c, self.kernels) for _ in range(c.layers)]
     else:
