@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import scale
 
-from srlm_jax import compiler
+from srlm_jax import compiler, config as configs
 from srlm_jax.models.config import PRESETS
 
 TOP = 15
@@ -133,7 +133,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--only', default='')
-  parser.add_argument('--remat', default='', choices=('', 'none', 'dots', 'full'))
+  parser.add_argument('--remat', default='', choices=('', *configs.REMAT))
   parser.add_argument('--plain', action='store_true')
   parser.add_argument('--rows', type=int, default=1)
   flags = parser.parse_args()

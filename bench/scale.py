@@ -3,6 +3,7 @@
   python bench/scale.py                     # all of PROGRAMS; about half an hour on 2 cores
   python bench/scale.py --only=7b           # programs whose name contains the text
   python bench/scale.py --largest           # also doubles the rows until the program does not fit
+  python bench/scale.py --remat=full        # instead of what the config says
 
 No TPU is needed. Exits with 1 if a program does not fit, or if it all-reduces a whole weight in its
 loop over the layers, where each chip needs only its own part.
@@ -213,6 +214,7 @@ def main():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--only', default='')
   parser.add_argument('--largest', action='store_true')
+  parser.add_argument('--remat', default='', choices=('', *configs.REMAT))
   flags = parser.parse_args()
   print('| program | pod | data, fsdp, tensor | rows | state and reference, GiB | temporaries | '
         'total | collectives | seconds |\n|---|---|---|---|---|---|---|---|---|', flush=True)
@@ -220,6 +222,7 @@ def main():
   for program in PROGRAMS:
     if flags.only not in f'{program.name} {program.pod}':
       continue
+    program = dataclasses.replace(program, remat=flags.remat)
     rows = 1
     while True:
       found = measure(program, rows)

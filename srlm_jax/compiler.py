@@ -22,6 +22,11 @@ TRAINING = {'tpu': {
     'xla_tpu_enable_async_collective_fusion_fuse_all_gather': True,
     'xla_tpu_enable_async_collective_fusion_multiple_steps': True,
     'xla_tpu_overlap_compute_collective_tc': True,
+    # Layouts in which the result of a tensor-parallel product is reduce-scattered over the sequence
+    # instead of all-reduced and then cut.
+    'xla_tpu_assign_all_reduce_scatter_layout': True,
+    'xla_tpu_relayout_group_size_threshold_for_reduce_scatter': 1,
+    'xla_tpu_use_minor_sharding_for_major_trivial_input': True,
 }}
 
 

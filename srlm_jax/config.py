@@ -496,6 +496,7 @@ def _published(c: ConfigDict):
   """Llama 2: the paper's numbers, which are the defaults."""
   if c.size == '70b':
     c.mesh.tensor = 8  # one key/value head per chip; a batch of 16 then uses up to 128 chips
+    c.train.remat = 'dots'  # 1 row of DPO takes 17 GiB per chip of v5p-256: docs/scale.md
 
 
 def _stories(c: ConfigDict):

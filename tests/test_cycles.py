@@ -1,8 +1,12 @@
 """The estimate of time of `bench/cycles.py`, on small programs written by hand."""
+import os
 import textwrap
 
 from conftest import ROOT
 import pytest
+
+from srlm_jax.models import llama
+from srlm_jax.models.config import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -367,3 +371,19 @@ computation_schedules {
   }
 }
 ''') == {'all-reduce.1': 100.5}
+
+
+def test_the_flops_that_a_step_needs(monkeypatch):
+  """About 6 per parameter and token to train, 2 for a reference; prompts are not in the head."""
+  monkeypatch.setattr(os, 'environ', dict(os.environ))  # bench/scale.py sets variables
+  import cycles
+  import scale
+  c = PRESETS['llama2-70b']
+  count = llama.param_count(c)
+  for loss, reference, tokens, factor in (
+      ('sft', '', 2048, 6), ('dpo', 'cached', 3072, 6), ('dpo', 'step', 3072, 8)):
+    program = scale.Program('70b', loss, 'v5p-256', (1, 16, 8), reference)
+    one, two = (cycles.needed_flops(program, rows) for rows in (1, 2))
+    assert two == 2 * one
+    assert one == pytest.approx(factor * count * tokens * 16, rel=0.03)
+    assert one > factor * (count - 2 * c.V * c.D) * tokens * 16

@@ -6,6 +6,7 @@
   N targets         L layer               M pairs
   A prefill rows    W shared prefix
 """
+import functools
 import math
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from srlm_jax.models import attention, int8, packed, vocab
 from srlm_jax.models.config import Config
-from srlm_jax.sharding import constrain
+from srlm_jax.sharding import constrain, constrain_residual
 
 
 class Module(nn.Module):
@@ -81,7 +82,7 @@ class MLP(Module):
     """x [B, T, D] -> [B, T, D]."""
     gate = self.dense('BTD,DF->BTF', x, 'gate')
     up = self.dense('BTD,DF->BTF', x, 'up')
-    return self.dense('BTF,FD->BTD', nn.silu(gate) * up, 'down')
+    return self.dense('BTF,FD->BTD', constrain(nn.silu(gate) * up, 'BTF'), 'down')
 
 
 class Block(Module):
@@ -91,13 +92,19 @@ class Block(Module):
   @nn.compact
   def __call__(self, carry, layer, positions, prefix, view):
     """carry = (x [B, T, D], cache), layer [] -> (x, cache), None."""
+    # Without all of these constraints, XLA makes all-reduces of what the residual stream splits.
     x, cache = carry
-    x = constrain(x, 'BTD')
-    y, cache = Attention(self.config, self.kernels, name='attention')(
-        RMSNorm(self.config, name='attention_norm')(x), positions, cache, prefix, layer, view)
+    whole = functools.partial(constrain, dims='BTD')
+    residual = constrain_residual if cache is None else whole
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
-    x = x + drop(y)
-    x = x + drop(MLP(self.config, name='mlp')(RMSNorm(self.config, name='mlp_norm')(x)))
+    x = residual(x)
+    y = whole(RMSNorm(self.config, name='attention_norm')(x))
+    y, cache = Attention(self.config, self.kernels, name='attention')(
+        y, positions, cache, prefix, layer, view)
+    x = residual(x + drop(residual(y)))
+    y = whole(RMSNorm(self.config, name='mlp_norm')(x))
+    y = MLP(self.config, name='mlp')(y)
+    x = residual(x + drop(residual(y)))
     return (x, cache), None
 
 
