@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot bench-vllm lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full bench-vllm lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -72,6 +72,13 @@ test-parity: .venv-parity/.torch  ## compares logits and log-probs with transfor
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py
 	.venv-aot/bin/python bench/scale.py
+	.venv-aot/bin/python bench/cycles.py --only='70b dpo, reference step | v5p-256'
+
+aot-full: aot  ## also the tables of docs/scale.md; hours on 2 cores
+	.venv-aot/bin/python bench/scale.py --largest
+	.venv-aot/bin/python bench/scale.py --largest --remat=full
+	.venv-aot/bin/python bench/cycles.py
+	.venv-aot/bin/python bench/cycles.py --plain --remat=full
 
 # vLLM for CPUs, without the packages that its index lists for other builds of torch.
 .venv-vllm/.installed:

@@ -3,6 +3,7 @@
   python bench/scale.py                     # all of PROGRAMS; about half an hour on 2 cores
   python bench/scale.py --only=7b           # programs whose name contains the text
   python bench/scale.py --largest           # also doubles the rows until the program does not fit
+  python bench/scale.py --remat=full        # instead of what the config says
 
 No TPU is needed. Exits with 1 if a program does not fit, or if it all-reduces a whole weight in its
 loop over the layers, where each chip needs only its own part.
@@ -55,6 +56,7 @@ class Program:
   pod: str
   mesh: tuple[int, int, int]  # data, fsdp, tensor
   reference: str = ''
+  remat: str = ''  # empty: that of the config
 
   @property
   def name(self):
@@ -72,14 +74,28 @@ PROGRAMS = (
     Program('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'))
 
 
-def compile(program: Program, mesh, rows: int):
-  """-> the compiled step, and the shapes of its parameters.
-
-  `rows`: rows per shard of (data, fsdp); each is one example of maximum length.
-  """
+def train_config(program: Program):
+  """-> the `train` section of a program's config."""
   c = configs.get('m2' if program.loss == 'dpo' else 'm1', program.size).train
   c = c.copy_and_resolve_references().unlock()
   c.reference = program.reference or 'step'
+  c.remat = program.remat or c.remat
+  return c
+
+
+def make_mesh(program: Program):
+  """-> the mesh of a program, over chips that need not exist."""
+  topology = topologies.get_topology_desc(platform='tpu', **PODS[program.pod][0])
+  return sharding.make_mesh(*program.mesh, topology.devices)
+
+
+def compile(program: Program, mesh, rows: int, options=None):
+  """-> the compiled step, and the shapes of its parameters; None if it does not fit.
+
+  `rows`: rows per shard of (data, fsdp); each is one example of maximum length. `options`: of the
+  compiler, besides those of the package.
+  """
+  c = train_config(program)
   config = dataclasses.replace(PRESETS[f'llama2-{program.size}'], dtype=c.dtype, dropout=c.dropout)
   half = c.max_length // 2  # tokens of the prompt, and of each response
   count = rows * mesh.size // mesh.shape['tensor']
@@ -108,7 +124,13 @@ def compile(program: Program, mesh, rows: int):
     step = train_step.make(model, tx, c, state)
     lowered = step.lower(state, reference_params, jax.tree.map(abstract, host_batch),
                          jax.eval_shape(jax.random.key, 0))
-    return lowered.compile(), state.params
+    try:
+      return lowered.compile(compiler_options=options), state.params
+    except jax.errors.JaxRuntimeError as error:
+      # A program can also need too much memory of the core (vmem), whatever its batch.
+      if 'RESOURCE_EXHAUSTED' in str(error) and 'memory space hbm' in str(error):
+        return None
+      raise
 
 
 def matrices(params) -> dict[tuple, float]:
@@ -151,24 +173,27 @@ def collectives(text: str, weights: dict[tuple, float]) -> tuple[dict[str, int],
 
 def measure(program: Program, rows: int) -> dict:
   """-> whether the program fits, its memory in GiB per chip, compile time and collectives."""
-  description, memory = PODS[program.pod]
-  topology = topologies.get_topology_desc(platform='tpu', **description)
-  mesh = sharding.make_mesh(*program.mesh, topology.devices)
+  mesh = make_mesh(program)
   started = time.perf_counter()
-  try:
-    compiled, params = compile(program, mesh, rows)
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
+  found = compile(program, mesh, rows)
+  if found is None:
     return dict(fits=False)
+  compiled, params = found
   seconds = time.perf_counter() - started
   used = compiled.memory_analysis()
   kinds, whole = collectives(compiled.as_text(), matrices(params))
-  total = (used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-           + used.temp_size_in_bytes)
-  return dict(fits=total < memory * GIB, arguments=used.argument_size_in_bytes / GIB,
+  total = total_bytes(compiled)
+  return dict(fits=total < PODS[program.pod][1] * GIB,
+              arguments=used.argument_size_in_bytes / GIB,
               temporaries=used.temp_size_in_bytes / GIB, total=total / GIB, seconds=seconds,
               kinds=kinds, whole=whole)
+
+
+def total_bytes(compiled) -> int:
+  """-> bytes of memory of one chip that a program needs."""
+  used = compiled.memory_analysis()
+  return (used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+          + used.temp_size_in_bytes)
 
 
 def line(program: Program, rows: int, found: dict) -> str:
@@ -189,6 +214,7 @@ def main():
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--only', default='')
   parser.add_argument('--largest', action='store_true')
+  parser.add_argument('--remat', default='', choices=('', *configs.REMAT))
   flags = parser.parse_args()
   print('| program | pod | data, fsdp, tensor | rows | state and reference, GiB | temporaries | '
         'total | collectives | seconds |\n|---|---|---|---|---|---|---|---|---|', flush=True)
@@ -196,6 +222,7 @@ def main():
   for program in PROGRAMS:
     if flags.only not in f'{program.name} {program.pod}':
       continue
+    program = dataclasses.replace(program, remat=flags.remat)
     rows = 1
     while True:
       found = measure(program, rows)

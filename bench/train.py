@@ -88,7 +88,7 @@ class Ours:
   """Our training step, with its batches on the device."""
 
   def __init__(self, loss: str, plan: Plan, params, mesh, host_batches: list[Batch],
-               remat: bool = False):
+               remat: str = 'none'):
     c = train_config(loss, plan)
     choice = kernels.for_training(jax.default_backend(), plan.config, remat)
     tx = train_state.optimizer(c, 100)
@@ -276,7 +276,7 @@ def logits(plan: Plan, params, mesh) -> dict:
   batch = batches.pack_pairs(packed.rows(0), packed.shape)
   for name, size in (('chunks', min(chunk, half // 2)), ('at_once', 10**9)):
     vocab.CHUNK = size
-    found[name] = Ours('dpo', plan, params, mesh, [batch], remat=True).temporaries() / 2**30
+    found[name] = Ours('dpo', plan, params, mesh, [batch], remat='full').temporaries() / 2**30
   vocab.CHUNK = chunk
   return found
 

@@ -23,6 +23,7 @@ MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
 PAIR_LOSSES = ('dpo',)  # values of train.loss that train on pairs and have a reference
 LOSSES = ('sft', *PAIR_LOSSES)
+REMAT = ('none', 'dots', 'full')  # values of train.remat, from the most memory to the least
 # Keys that have a new name, and that name.
 RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
            'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements',
@@ -215,7 +216,9 @@ _SECTIONS = {
         max_length=Setting(2048, COUNT, 'tokens per row', OURS),
         # parameters and moments are float32
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
-        remat=Setting(True, SWITCH, 'recomputes activations in the backward pass', OURS),
+        # models/llama.py; less recomputation takes more memory: docs/scale.md
+        remat=Setting('full', one_of(*REMAT),
+                      'what the backward pass recomputes; full was True, none was False', OURS),
         save_every=Setting(200, COUNT, 'steps', PAPER),
         keep=Setting(2, COUNT, 'checkpoints kept', OURS),
         # srlm_jax/selection.py; '': the last
@@ -493,6 +496,7 @@ def _published(c: ConfigDict):
   """Llama 2: the paper's numbers, which are the defaults."""
   if c.size == '70b':
     c.mesh.tensor = 8  # one key/value head per chip; a batch of 16 then uses up to 128 chips
+    c.train.remat = 'dots'  # 1 row of DPO takes 17 GiB per chip of v5p-256: docs/scale.md
 
 
 def _stories(c: ConfigDict):
@@ -566,4 +570,4 @@ def _small(c: ConfigDict):
   c.sample.slots = 128
   c.sample.dtype = 'float32'
   c.train.dtype = 'float32'
-  c.train.remat = False
+  c.train.remat = 'none'

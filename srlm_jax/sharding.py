@@ -80,6 +80,17 @@ def constrain(x, dims: str):
   return jax.lax.with_sharding_constraint(x, spec(dims))
 
 
+def constrain_residual(x):
+  """Constrains the residual stream x [B, T, D] of a forward pass without a cache.
+
+  Chips of a tensor group split the positions, so that none computes or keeps what another one has
+  (Korthikanti et al. 2022, arXiv 2205.05198). Whole where their number does not divide T.
+  """
+  if x.shape[1] % jax.sharding.get_abstract_mesh().shape['tensor']:
+    return constrain(x, 'BTD')
+  return jax.lax.with_sharding_constraint(x, P(AXES['B'], 'tensor', None))
+
+
 def named(mesh, dims: str) -> NamedSharding:
   """The sharding on `mesh` of an array with dimensions `dims`."""
   return NamedSharding(mesh, spec(dims))

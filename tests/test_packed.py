@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from srlm_jax import config as configs
 from srlm_jax.data import packing
 from srlm_jax.data.examples import Example
 from srlm_jax.models import attention, kernels, packed
@@ -86,7 +87,7 @@ def test_the_training_kernels_of_each_platform():
   half = dataclasses.replace(big, dtype='bfloat16')
   for platform, function in (('tpu', packed.tpu_packed), ('cuda', packed.gpu_packed),
                              ('cpu', attention.packed)):
-    for remat in (False, True):
+    for remat in configs.REMAT:
       choice = kernels.for_training(platform, half, remat)
       assert choice.packed is function
-      assert choice.unrolled == (platform == 'cpu' and not remat)
+      assert choice.unrolled == (platform == 'cpu' and remat == 'none')

@@ -75,7 +75,7 @@ def train(shape, config, steps=2, model_config=TINY):
 
 @functools.cache
 def gradient(loss, shape, config=WIDE):
-  """Gradient and metrics of one batch; the reference is another model."""
+  """Gradient and metrics of one batch; the reference is another model. The key is the same."""
   mesh = make_mesh(*shape)
   with jax.set_mesh(mesh):
     params, reference = (jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
@@ -91,6 +91,30 @@ def gradient(loss, shape, config=WIDE):
 def test_losses_and_gradients_are_the_same_on_every_mesh(loss, shape):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
                gradient(loss, (1, 1, 1)), gradient(loss, shape))
+
+
+@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 1, 8)])
+def test_dropout_draws_the_same_mask_on_every_mesh(shape):
+  """Also where chips split the positions of the residual stream."""
+  config = dataclasses.replace(WIDE, dropout=0.3)
+  wanted, found = gradient('dpo', (1, 1, 1), config), gradient('dpo', shape, config)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), wanted, found)
+  plain, _ = gradient('dpo', (1, 1, 1))
+  assert not np.allclose(jax.tree.leaves(plain)[0], jax.tree.leaves(wanted[0])[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_losses_and_gradients_do_not_depend_on_what_is_recomputed(remat):
+  """With dropout, whose mask the backward pass draws again."""
+  config = dataclasses.replace(TINY, dropout=0.3)
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params, reference, batch = init(config), init(config, seed=1), draw_batch('dpo')
+    wanted, found = (
+        jax.jit(lambda p, policy=policy: train_step.gradient(
+            llama.Llama(config, remat=policy), keys('dpo'), p, reference, batch,
+            jax.random.key(0)))(params)
+        for policy in ('none', remat))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), wanted, found)
 
 
 def logps_and_gradient(batch, params, weights, model):

@@ -47,15 +47,15 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   return attention.XLA
 
 
-def for_training(platform: str, config: Config, remat: bool) -> attention.Kernels:
+def for_training(platform: str, config: Config, remat: str) -> attention.Kernels:
   """The training kernels of a platform.
 
   Layers stay stacked, except on a CPU, where the loop over them would copy each layer's weights,
-  gradients and activations. With `remat` they stay stacked on a CPU too: without a loop, XLA
-  recomputes all layers at once.
+  gradients and activations. Where `remat` is not none they stay stacked on a CPU too: without a
+  loop, XLA recomputes all layers at once.
   """
   if platform == 'cpu':
-    return dataclasses.replace(attention.CPU, unrolled=not remat)
+    return dataclasses.replace(attention.CPU, unrolled=remat == 'none')
   return dataclasses.replace(choose(platform, config), unrolled=False)
 
 

@@ -6,6 +6,7 @@
   N targets         L layer               M pairs
   A prefill rows    W shared prefix
 """
+import functools
 import math
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from srlm_jax.models import attention, int8, packed, vocab
 from srlm_jax.models.config import Config
-from srlm_jax.sharding import constrain
+from srlm_jax.sharding import constrain, constrain_residual
 
 
 class Module(nn.Module):
@@ -81,7 +82,7 @@ class MLP(Module):
     """x [B, T, D] -> [B, T, D]."""
     gate = self.dense('BTD,DF->BTF', x, 'gate')
     up = self.dense('BTD,DF->BTF', x, 'up')
-    return self.dense('BTF,FD->BTD', nn.silu(gate) * up, 'down')
+    return self.dense('BTF,FD->BTD', constrain(nn.silu(gate) * up, 'BTF'), 'down')
 
 
 class Block(Module):
@@ -91,14 +92,30 @@ class Block(Module):
   @nn.compact
   def __call__(self, carry, layer, positions, prefix, view):
     """carry = (x [B, T, D], cache), layer [] -> (x, cache), None."""
+    # Without all of these constraints, XLA makes all-reduces of what the residual stream splits.
     x, cache = carry
-    x = constrain(x, 'BTD')
-    y, cache = Attention(self.config, self.kernels, name='attention')(
-        RMSNorm(self.config, name='attention_norm')(x), positions, cache, prefix, layer, view)
+    whole = functools.partial(constrain, dims='BTD')
+    residual = constrain_residual if cache is None else whole
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
-    x = x + drop(y)
-    x = x + drop(MLP(self.config, name='mlp')(RMSNorm(self.config, name='mlp_norm')(x)))
+    x = residual(x)
+    y = whole(RMSNorm(self.config, name='attention_norm')(x))
+    y, cache = Attention(self.config, self.kernels, name='attention')(
+        y, positions, cache, prefix, layer, view)
+    x = residual(x + drop(residual(y)))
+    y = whole(RMSNorm(self.config, name='mlp_norm')(x))
+    y = MLP(self.config, name='mlp')(y)
+    x = residual(x + drop(residual(y)))
     return (x, cache), None
+
+
+def recomputed(remat: str):
+  """-> Block, with what its backward pass recomputes.
+
+  none: nothing. dots: all but the products with weights, whose results are kept. full: the whole
+  layer, of which only the input is kept.
+  """
+  policies = dict(dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, full=None)
+  return Block if remat == 'none' else nn.remat(Block, prevent_cse=False, policy=policies[remat])
 
 
 class Llama(Module):
@@ -107,14 +124,14 @@ class Llama(Module):
   `Llama(config).apply({'params': params}, ..., method='hidden')` calls one of the methods.
   """
   kernels: attention.Kernels = attention.XLA  # if they are unrolled, parameters come from `unroll`
-  remat: bool = False  # recompute each layer in the backward pass
+  remat: str = 'none'  # see `recomputed`
 
   def setup(self):
     c = self.config
     self.embed = self.weight('embed', 'VD')
     if not c.tied:
       self.lm_head = self.weight('lm_head', 'DV')
-    block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+    block = recomputed(self.remat)
     if self.kernels.unrolled:
       self.layer = [block(c, self.kernels) for _ in range(c.layers)]
     else:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import optax
 
-from srlm_jax import sharding
+from srlm_jax import compiler, sharding
 from srlm_jax.models import llama, packed
 from srlm_jax.train import objectives
 from srlm_jax.train.batch import Batch, CachedPairBatch, PairBatch
@@ -29,7 +29,8 @@ def make(model, tx, config, state: TrainState):
     return TrainState(state.step + 1, params, opt_state), metrics
 
   out = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+  return jax.jit(step, donate_argnums=0, out_shardings=(out, None),
+                 compiler_options=compiler.training_options(state.step.sharding.mesh))
 
 
 def gradient(model, config, params, reference_params, batch: Batch, key):

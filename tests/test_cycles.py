@@ -1,0 +1,389 @@
+"""The estimate of time of `bench/cycles.py`, on small programs written by hand."""
+import os
+import textwrap
+
+from conftest import ROOT
+import pytest
+
+from srlm_jax.models import llama
+from srlm_jax.models.config import PRESETS
+
+
+@pytest.fixture(autouse=True)
+def bench(monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / 'bench')
+
+
+def program(entry, *computations):
+  """A program of an entry computation, given by its lines, and others, given as text."""
+  import hlo
+  lines = '\n'.join(f'  {line}' for line in textwrap.dedent(entry).strip().split('\n'))
+  text = '\n\n'.join(textwrap.dedent(c).strip() for c in computations)
+  main = f'ENTRY %main (x: f32[]) -> f32[] {{\n{lines}\n}}'
+  return hlo.parse(f'HloModule jit_step\n\n{text}\n\n{main}\n')
+
+
+def estimated(found, collective_cycles=None, stream=0.5):
+  """The estimate on a chip of 1 GHz, 1 TFLOP/s, 1 GB/s of memory and 0.5 GB/s per link."""
+  import estimate
+  chip = estimate.Chip(1e9, 1e12, 1e9, 0.5e9)
+  return estimate.estimate(found, chip, stream, collective_cycles or {})
+
+
+def cycles(count):
+  return f'backend_config={{"window_config":{{}},"estimated_cycles":"{count}"}}'
+
+
+ADD = '''
+    %add (a: f32[1000], b: f32[1000]) -> f32[1000] {
+      %a = f32[1000]{0} parameter(0)
+      %b = f32[1000]{0} parameter(1)
+      ROOT %c = f32[1000]{0} add(%a, %b)
+    }'''
+MEGABYTE = 'bf16[500,1000]{1,0:T(8,128)(2,1)}'
+
+
+def test_an_instruction_is_read_with_its_type_operands_and_attributes():
+  found = program('''
+      %x = f32[2,3]{1,0:T(8,128)} parameter(0)
+      %c = s32[] constant(7)
+      %f = (bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, (f32[4]{0}, pred[])) fusion(%x, %c), kind=kLoop,
+          calls=%add.1, metadata={op_name="jit(step)/update/mul"},
+          backend_config={"estimated_cycles":"12", "xprof":"(}"}
+      ROOT %g = f32[4]{0} get-tuple-element(%f), index=1''')
+  main = found.computations['main']
+  assert found.entry == 'main' and list(main.by_name) == ['x', 'c', 'f', 'g']
+  fusion = main.by_name['f']
+  assert (fusion.opcode, fusion.operands, fusion.attribute('calls')) == (
+      'fusion', ('x', 'c'), 'add.1')
+  assert [(a.dtype, a.dims, a.hbm, a.bytes) for a in fusion.arrays] == [
+      ('bf16', (2, 3), False, 12), ('f32', (4,), True, 16), ('pred', (), True, 1)]
+  assert fusion.hbm_bytes == 17 and fusion.cycles == 12 and fusion.source == 'jit(step)/update/mul'
+  assert main.by_name['c'].literal == '7' and main.root.name == 'g' and not fusion.root
+
+
+LOOP = '''
+    %body (p: (s32[], f32[1000])) -> (s32[], f32[1000]) {{
+      %p = (s32[], f32[1000]{{0}}) parameter(0)
+      %i = s32[] get-tuple-element(%p), index=0
+      %x = f32[1000]{{0}} get-tuple-element(%p), index=1
+      %one = s32[] constant({step})
+      %next = s32[] add(%i, %one)
+      %copied = s32[] copy(%next)
+      %y = f32[1000]{{0}} fusion(%x, %x), kind=kLoop, calls=%add, {cycles}
+      ROOT %out = (s32[], f32[1000]{{0}}) tuple({counter}, %y)
+    }}
+
+    %condition (p: (s32[], f32[1000])) -> pred[] {{
+      %p = (s32[], f32[1000]{{0}}) parameter(0)
+      %limit = s32[] constant(10)
+      %i = s32[] get-tuple-element(%p), index=0
+      ROOT %less = pred[] compare(%i, %limit), direction={direction}
+    }}'''
+WHILE = '''
+    %x = (s32[], f32[1000]{0}) parameter(0)
+    ROOT %loop = (s32[], f32[1000]{0}) while(%x), condition=%condition, body=%body'''
+
+
+def loop(step=1, counter='%copied', direction='LT'):
+  body = LOOP.format(step=step, counter=counter, direction=direction, cycles=cycles(8000))
+  return program(WHILE, ADD, body)
+
+
+@pytest.mark.parametrize('step, count', [(1, 10), (2, 5), (3, 4)])
+def test_a_loop_counts_as_often_as_it_runs(step, count):
+  import hlo
+  found = loop(step)
+  assert hlo.trips(found, found.computations['main'].root) == count
+  done = estimated(found)
+  # 8,000 cycles at 1 GHz; 12 KB at 1 GB/s, less at 85 % of it; the stream halves the cycles
+  wanted = dict(cycles=8e-6 * count, floor=12e-6 * count, middle=12e-6 / 0.85 * count)
+  assert done.seconds == pytest.approx(wanted, rel=0.01)  # the counter moves some bytes too
+  row = done.rows['y']
+  assert (row.kind, row.times, row.bytes) == ('elementwise', count, 12_000 * count)
+
+
+@pytest.mark.parametrize('change', [
+    dict(direction='GT'), dict(step=0), dict(counter='%i'), dict(counter='%one')])
+def test_a_loop_without_a_constant_number_of_runs_is_refused(change):
+  with pytest.raises(ValueError, match='^loop: its'):
+    estimated(loop(**change))
+
+
+def test_flops_of_products():
+  import hlo
+  found = program('''
+      %x = bf16[64,128]{1,0} parameter(0)
+      %w = bf16[128,32]{1,0} parameter(1)
+      %dot = bf16[64,32]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      %conv = bf16[64,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+      %a = bf16[8,64,128]{2,1,0} parameter(2)
+      %b = bf16[8,32,128]{2,1,0} parameter(3)
+      %heads = bf16[64,32]{1,0} convolution(%a, %b), window={size=8}, dim_labels=0bf_0oi->0bf
+      %batch = bf16[8,64,32]{2,1,0} convolution(%a, %b),
+          window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0oi->0bf
+      %c = bf16[2,32,128]{2,1,0} parameter(4)
+      ROOT %padded = bf16[9,64,32]{2,1,0} convolution(%a, %c), window={size=2 pad=1_1},
+          dim_labels=0bf_0oi->0bf''')
+  main = found.computations['main']
+  # `heads` has one output position; its type is written without this dimension of size 1.
+  heads = hlo._convolution_flops((8, 64, 128), (8, 32, 128), (1, 64, 32),
+                                 main.by_name['heads'].attributes)
+  assert heads == 2 * 64 * 32 * 128 * 8
+  assert {name: hlo.flops(found, main, main.by_name[name])
+          for name in ('x', 'dot', 'conv', 'batch', 'padded')} == dict(
+      x=0, dot=2 * 64 * 32 * 128, conv=2 * 64 * 32 * 128, batch=8 * 2 * 64 * 32 * 128,
+      padded=16 * 2 * 64 * 32 * 128)
+
+
+def moved(entry, *computations):
+  """Bytes of HBM that the last instruction moves."""
+  import hlo
+  found = program(entry, *computations)
+  main = found.computations['main']
+  return hlo.moved(found, main, main.root)
+
+
+STACK = 'f32[80,1000]{1,0}'
+
+
+def test_bytes_of_a_plain_operation_and_of_arrays_in_vmem():
+  assert moved('''
+      %x = f32[1000]{0} parameter(0)
+      %y = f32[1000]{0:T(1024)S(1)} parameter(1)
+      ROOT %z = f32[1000]{0} add(%x, %y)''') == 8000
+
+
+def test_bytes_of_slices():
+  assert moved(f'''
+      %x = {STACK} parameter(0)
+      %i = s32[] parameter(1)
+      ROOT %z = f32[1,1000]{{1,0}} dynamic-slice(%x, %i, %i),
+          dynamic_slice_sizes={{1,1000}}''') == 2 * 4000 + 2 * 4
+  nested = '''
+      %inner (s: f32[80,1000], j: s32[]) -> f32[1,1000] {
+        %s = f32[80,1000]{1,0} parameter(0)
+        %j = s32[] parameter(1)
+        ROOT %d = f32[1,1000]{1,0} dynamic-slice(%s, %j, %j), dynamic_slice_sizes={1,1000}
+      }
+
+      %sliced (p: f32[80,1000], i: s32[]) -> f32[1000] {
+        %p = f32[80,1000]{1,0} parameter(0)
+        %i = s32[] parameter(1)
+        %b = f32[80,1,1000]{2,1,0} bitcast(%p)
+        %t = f32[80,1000]{1,0} bitcast(%b)
+        %f = f32[1,1000]{1,0} fusion(%t, %i), kind=kLoop, calls=%inner
+        ROOT %r = f32[1000]{0} bitcast(%f)
+      }'''
+  assert moved(f'''
+      %x = {STACK} parameter(0)
+      %k = s32[] parameter(1)
+      ROOT %z = f32[1000]{{0}} fusion(%x, %k), kind=kLoop, calls=%sliced''', nested) == 2 * 4000 + 4
+
+
+def test_bytes_of_an_update_in_place_and_of_what_is_passed_on():
+  update = '''
+      %update (p: f32[80,1000], u: f32[1,1000], i: s32[]) -> (f32[80,1000], f32[80,1000]) {
+        %p = f32[80,1000]{1,0} parameter(0)
+        %u = f32[1,1000]{1,0} parameter(1)
+        %i = s32[] parameter(2)
+        %d = f32[80,1000]{1,0} dynamic-update-slice(%p, %u, %i, %i)
+        %b = f32[80,1000]{1,0} bitcast(%d)
+        %other = f32[80,1000]{1,0} parameter(3)
+        ROOT %t = (f32[80,1000]{1,0}, f32[80,1000]{1,0}) tuple(%b, %other)
+      }'''
+  assert moved(f'''
+      %x = {STACK} parameter(0)
+      %row = f32[1,1000]{{1,0}} parameter(1)
+      %k = s32[] parameter(2)
+      %passed = {STACK} parameter(3)
+      ROOT %z = ({STACK}, {STACK}) fusion(%x, %row, %k, %passed), kind=kLoop, calls=%update''',
+               update) == 4000 + 4 + 4000
+
+
+def test_a_collective_costs_what_the_program_waits_for_it():
+  def seconds(between, known):
+    found = program(f'''
+        %x = f32[1000]{{0}} parameter(0)
+        %s = (f32[1000]{{0}}, f32[4000]{{0}}) all-gather-start(%x), replica_groups=[2,4]<=[8]
+        %y = f32[1000]{{0}} fusion(%x, %x), kind=kLoop, calls=%add, {cycles(between)}
+        ROOT %d = f32[4000]{{0}} all-gather-done(%s)''', ADD)
+    return estimated(found, known)
+  known = {'s': 5000}  # cycles, so 5 us
+  done = seconds(2000, known)
+  assert done.seconds['cycles'] == pytest.approx(5e-6) and done.guessed == 0
+  assert done.rows['d'].seconds['cycles'] == pytest.approx(3e-6)
+  assert done.kinds()['collectives'].seconds['cycles'] == pytest.approx(3e-6)
+  assert seconds(9000, known).seconds['cycles'] == pytest.approx(9e-6)
+  # 16 KB on 4 chips: 12 KB per chip over two links of 0.5 GB/s, and 2 us
+  guessed = seconds(1000, {})
+  assert guessed.seconds['cycles'] == pytest.approx(12e-6 + 2e-6) and guessed.guessed == 1
+
+
+def test_collectives_over_the_same_links_run_one_by_one_and_over_others_at_once():
+  def seconds(groups):
+    return estimated(program(f'''
+        %x = f32[1000]{{0}} parameter(0)
+        %s = (f32[1000]{{0}}, f32[4000]{{0}}) all-gather-start(%x), replica_groups=[2,4]<=[8]
+        %t = (f32[1000]{{0}}, f32[4000]{{0}}) all-gather-start(%x), replica_groups={groups}
+        %d = f32[4000]{{0}} all-gather-done(%s)
+        ROOT %e = f32[4000]{{0}} all-gather-done(%t)'''), dict(s=5000, t=4000)).seconds['floor']
+  assert seconds('[2,4]<=[8]') == pytest.approx(9e-6)
+  assert seconds("mesh['a'=2,'b'=4] {'a'}") == pytest.approx(5e-6)
+
+
+def test_an_all_reduce_sends_twice_and_one_that_keeps_its_part_once():
+  scatter = f'''
+      %all-reduce-scatter.1 (x: bf16[500,1000]) -> bf16[125,1000] {{
+        %x = {MEGABYTE} parameter(0)
+        %r = {MEGABYTE} all-reduce(%x), replica_groups={{{{0,1,2,3}}}}, to_apply=%sum
+        ROOT %d = bf16[125,1000]{{1,0}} slice(%r), slice={{[0:125], [0:1000]}}
+      }}'''
+  def seconds(line):
+    return estimated(program(f'%x = {MEGABYTE} parameter(0)\nROOT {line}', scatter),
+                     ).seconds['cycles'] - 2e-6
+  whole = seconds(f'%r = {MEGABYTE} all-reduce(%x), replica_groups={{{{0,1,2,3}}}}, to_apply=%sum')
+  part = seconds('%f = bf16[125,1000]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1')
+  assert whole == pytest.approx(2 * 0.75e6 / 1e9) and part == pytest.approx(0.75e6 / 1e9)
+
+
+def test_a_fused_collective_runs_beside_the_fusions_of_its_chain():
+  part = '''
+      %part (x: f32[1000]) -> f32[4000] {{
+        %x = f32[1000]{{0}} parameter(0)
+        ROOT %g = f32[4000]{{0}} all-gather(%x), replica_groups={{{{0,1,2,3}}}},
+            frontend_attributes={{chain_id="{}"}}
+      }}'''.format
+  def seconds(between):
+    return estimated(program(f'''
+        %x = f32[1000]{{0}} parameter(0)
+        %async-collective-start.1 = f32[4000]{{0}} fusion(%x), kind=kCustom, calls=%part
+        %fusion.1 = f32[4000]{{0}} fusion(%x), kind=kOutput, calls=%part, {cycles(between)}
+        ROOT %async-collective-done.1 = f32[4000]{{0}} fusion(%x), kind=kCustom, calls=%part''',
+        part(3))).seconds['cycles']
+  assert seconds(4000) == pytest.approx(14e-6)  # as above: the collective is longer
+  assert seconds(20_000) == pytest.approx(20e-6)
+
+
+def test_asynchronous_copies_share_the_bandwidth_and_copies_inside_vmem_are_free():
+  def seconds(memory):
+    return estimated(program(f'''
+        %x = f32[1000]{{0{memory}}} parameter(0)
+        %s = (f32[1000]{{0:S(1)}}, f32[1000]{{0{memory}}}, u32[]{{:S(2)}}) copy-start(%x)
+        %t = (f32[1000]{{0:S(1)}}, f32[1000]{{0{memory}}}, u32[]{{:S(2)}}) copy-start(%x)
+        %y = f32[1000]{{0:S(1)}} fusion(), kind=kLoop, calls=%zero, {cycles(1000)}
+        %d = f32[1000]{{0:S(1)}} copy-done(%s)
+        ROOT %e = f32[1000]{{0:S(1)}} copy-done(%t)''', '''
+        %zero () -> f32[1000] {
+          %z = f32[] constant(0)
+          ROOT %b = f32[1000]{0} broadcast(%z), dimensions={}
+        }''')).seconds['cycles']
+  assert seconds('') == pytest.approx(8e-6)
+  assert seconds(':S(1)') == pytest.approx(1e-6)
+
+
+def test_kinds_of_instructions():
+  threefry = '\n'.join(f'        %x{i} = u32[1000]{{0}} xor(%p, %p)' for i in range(30))
+  bits = f'''
+      %bits (p: u32[1000]) -> u32[1000] {{
+        %p = u32[1000]{{0}} parameter(0)
+{threefry}
+        ROOT %r = u32[1000]{{0}} add(%x0, %x29)
+      }}'''
+  product = '''
+      %product (x: bf16[500,1000], w: bf16[1000,500]) -> bf16[500,500] {
+        %x = bf16[500,1000]{1,0} parameter(0)
+        %w = bf16[1000,500]{1,0} parameter(1)
+        ROOT %c = bf16[500,500]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+      }'''
+  done = estimated(program(f'''
+      %x = {MEGABYTE} parameter(0)
+      %w = bf16[1000,500]{{1,0}} parameter(1)
+      %p = u32[1000]{{0}} parameter(2)
+      %f = f32[1000]{{0}} parameter(3)
+      %matmul = bf16[500,500]{{1,0}} fusion(%x, %w), kind=kOutput, calls=%product, {cycles(900_000)}
+      %dropout = u32[1000]{{0}} fusion(%p), kind=kLoop, calls=%bits, {cycles(70_000)}
+      %copy.1 = {MEGABYTE} copy(%x), {cycles(100)}
+      %adam = f32[1000]{{0}} fusion(%f, %f), kind=kLoop, calls=%add,
+          metadata={{op_name="jit(step)/update/add"}}, {cycles(100)}
+      ROOT %other = f32[1000]{{0}} fusion(%f, %f), kind=kLoop, calls=%add, {cycles(100)}''',
+      bits, product, ADD))
+  assert {name: row.kind for name, row in done.rows.items()} == {
+      'matmul': 'matmul', 'dropout': 'dropout', 'copy.1': 'copies', 'adam': 'optimizer',
+      'other': 'elementwise'}
+  matmul = done.rows['matmul']
+  assert matmul.flops == 2 * 500 * 500 * 1000
+  # 0.5 ms by FLOPs, 2.5 ms by bytes: bound by memory
+  assert matmul.seconds == pytest.approx(dict(cycles=9e-4, floor=2.5e-3, middle=2.5e-3 / 0.85))
+  assert done.rows['dropout'].seconds['middle'] == pytest.approx(7e-5)  # as the compiler expects
+  assert [name for name, _ in done.top(2)] == ['matmul', 'copy.1']
+
+
+def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
+  def call(name, keys):
+    return estimated(program(f'''
+        %q = bf16[8,1024,128]{{2,1,0}} parameter(0)
+        %k = bf16[{keys},128]{{1,0}} parameter(1)
+        ROOT %{name} = (f32[8,1024,128]{{2,1,0}}) custom-call(%q, %k, %k),
+            custom_call_target="tpu_custom_call"'''))
+  blocks = 3 * 512 * 512  # of 1,024 queries and keys
+  one = call('splash_mqa_fwd_segmented.1', 1024).rows['splash_mqa_fwd_segmented.1']
+  assert one.kind == 'attention' and one.flops == 2 * 2 * 8 * blocks * 128
+  assert one.seconds['cycles'] == pytest.approx(one.seconds['floor'] / 0.64)
+  two = call('splash_mqa_dkv_segmented.1', 2048).rows['splash_mqa_dkv_segmented.1']
+  assert two.flops == 2 * 2 * one.flops
+  with pytest.raises(ValueError, match='Pallas call tpu_other is unknown'):
+    call('tpu_other', 1024)
+
+
+def test_cycles_of_collectives_come_from_the_dump_of_the_schedule():
+  import hlo
+  assert hlo.collective_cycles('''
+hlo_module {
+  name: "jit_step"
+  computations {
+    name: "main"
+    instructions {
+      name: "all-reduce.1"
+      opcode: "all-reduce"
+      shape {
+        element_type: BF16
+      }
+      id: 17
+    }
+    instructions {
+      name: "fusion.1"
+      opcode: "fusion"
+      id: 18
+    }
+  }
+}
+computation_schedules {
+  computation_id: 3
+  instructions {
+    id: 18
+    end_timestamp_cycles: 40
+  }
+  instructions {
+    id: 17
+    start_timestamp_cycles: 40
+    end_timestamp_cycles: 140.5
+  }
+}
+''') == {'all-reduce.1': 100.5}
+
+
+def test_the_flops_that_a_step_needs(monkeypatch):
+  """About 6 per parameter and token to train, 2 for a reference; prompts are not in the head."""
+  monkeypatch.setattr(os, 'environ', dict(os.environ))  # bench/scale.py sets variables
+  import cycles
+  import scale
+  c = PRESETS['llama2-70b']
+  count = llama.param_count(c)
+  for loss, reference, tokens, factor in (
+      ('sft', '', 2048, 6), ('dpo', 'cached', 3072, 6), ('dpo', 'step', 3072, 8)):
+    program = scale.Program('70b', loss, 'v5p-256', (1, 16, 8), reference)
+    one, two = (cycles.needed_flops(program, rows) for rows in (1, 2))
+    assert two == 2 * one
+    assert one == pytest.approx(factor * count * tokens * 16, rel=0.03)
+    assert one > factor * (count - 2 * c.V * c.D) * tokens * 16
