@@ -137,7 +137,7 @@ def main():
   parser.add_argument('--plain', action='store_true')
   parser.add_argument('--rows', type=int, default=1)
   flags = parser.parse_args()
-  # At the effort of bench/scale.py some estimates are ten times too high.
+  # At the effort of bench/scale.py some estimates are far too high.
   jax.config.update('jax_exec_time_optimization_effort', 0.0)
   if flags.plain:
     compiler.TRAINING.pop('tpu')
