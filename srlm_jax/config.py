@@ -242,7 +242,7 @@ _SECTIONS = {
         steps=Setting(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'),
                       'of weights and activations', OURS),
-        # half the memory after loading; bench/int8.py prints what changes
+        # half the memory after loading, slower on a CPU; bench/int8.py prints what changes
         int8=Setting(False, SWITCH, '8-bit weights', OURS),
     ),
     'prompts': dict(  # self-instruction creation, PAPER 2.2 and 3.1
