@@ -54,12 +54,8 @@ def run(config, workdir, on: str = ''):
     return templates.encode_prompt(config.chat, text, tokenizer)
 
   def check(engine, tokenizer):
-    rubric = len(prompt(Item('', '', '', ''), tokenizer))
-    if rubric >= engine.max_prompt_tokens(sampling):
-      raise InputError(f'the rubric of config.judge.template = {c.template} has {rubric} tokens, '
-                       f'and judge.max_tokens is {c.max_tokens}, so the model\'s context has no '
-                       f'room for a prompt and a response; use a shorter template, or lower '
-                       f'judge.max_tokens')
+    _check_rubric(c, len(prompt(Item('', '', '', ''), tokenizer)),
+                  engine.max_prompt_tokens(sampling))
 
   def record(item, j, text, result):
     score, reason = judges.read(judge, text, result.finish)
@@ -72,6 +68,15 @@ def run(config, workdir, on: str = ''):
       itertools.islice(_items(s, config, on), *share), len(range(*share)), prompt,
       record, spec.count(config), check)
   s.finish(**dataclasses.asdict(summary(judge, judgements)))
+
+
+def _check_rubric(c, rubric: int, most: int):
+  """Raises InputError if a judge prompt of `most` tokens has no room beside the rubric."""
+  if rubric >= most:
+    raise InputError(f'the rubric of config.judge.template = {c.template} has {rubric} tokens, '
+                     f'and judge.max_tokens is {c.max_tokens}, so the model\'s context has no '
+                     f'room for a prompt and a response; use a shorter template, or lower '
+                     f'judge.max_tokens')
 
 
 def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> schema.JudgeSummary:
