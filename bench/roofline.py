@@ -1,13 +1,12 @@
 """The roofline of a machine: memory bandwidth, compute, and the least time that sampling takes."""
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import itertools
 import pathlib
 import platform
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
+from timing import seconds
 import torch
 
 from srlm_jax.models.config import Config
@@ -70,22 +69,6 @@ def bound(config: Config, requests: Sequence[engines.Request], slots: int, bandw
   read = steps * (weights * itemsize + prefix_length * key_bytes) + own_keys * key_bytes
   computed = 2 * weights * tokens + key_flops * (own_keys + prefix_length * tokens)
   return prefill + max(read / bandwidth, computed / flops)
-
-
-def seconds(side: Callable) -> float:
-  """-> wall-clock seconds of one call."""
-  start = time.perf_counter()
-  side()
-  return time.perf_counter() - start
-
-
-def medians(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-  """{name: a function that returns seconds} -> {name: their median}.
-
-  Runs alternate, so that slow periods of the machine affect all sides.
-  """
-  taken = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
-  return {name: statistics.median(one[name] for one in taken) for name in sides}
 
 
 def name(cores: int) -> str:

@@ -27,22 +27,30 @@ import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch shares the GPU's memory
 
-from flax import traverse_util
 import jax
-import numpy as np
 import roofline
+import timing
 import torch
 import transformers
-from workloads import judge, Kind, respond
+from workloads import (
+  CPU,
+  CPU_JUDGE,
+  CPU_RESPOND,
+  hf_tensors,
+  judge,
+  Kind,
+  respond,
+  run,
+  TEMPERATURE,
+  TOP_P,
+)
 
 from srlm_jax import sharding
-from srlm_jax.checkpoint import hf
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config
 from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Request, Sampling
 
-TEMPERATURE, TOP_P = 0.7, 0.9
 SAME = 24  # greedy tokens on which both must agree
 
 
@@ -65,11 +73,8 @@ SMALL = Config(  # 8 query heads per key/value head, as 70B
     D=256, F=768, K=1, G=8, H=32, V=8000, layers=8, context=2048)
 TINY = Config(D=64, F=128, K=2, G=2, H=16, V=512, layers=2, context=2048)
 PLANS = dict(
-    # 60M parameters; lengths are a quarter of a real run's. The trace's cap is 2,048 / 4, and its
-    # mean a ninth of the cap.
-    cpu=Plan(Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048),
-             (8, 16, 32), 4, 3, Kind(16, 12, 0, 100, 50, 256), Kind(4, 8, 350, 250, 40, 128),
-             SMALL, Kind(1000, 0, 0, 16, 41, 512)),
+    # The trace's cap is 2,048 / 4, and its mean a ninth of the cap.
+    cpu=Plan(CPU, (8, 16, 32), 4, 3, CPU_RESPOND, CPU_JUDGE, SMALL, Kind(1000, 0, 0, 16, 41, 512)),
     gpu=Plan(Config(D=2048, F=5632, K=4, G=8, H=64, V=32000, layers=22, context=2048,
                     dtype='bfloat16'),
              (64, 256), 8, 3, Kind(256, 128, 0, 100, 200, 1024), Kind(32, 128, 350, 250, 80, 256),
@@ -82,13 +87,8 @@ class Peer:
   """LlamaForCausalLM of transformers, with our weights."""
 
   def __init__(self, config: Config, params, device: str):
-    ours, tensors = traverse_util.flatten_dict(params, sep='.'), {}
-    for leaf in hf.leaves(config):
-      array = np.asarray(ours[leaf.name])
-      for layer, name in enumerate(leaf.tensors):
-        tensor = np.empty(leaf.hf_shape, np.float32)
-        leaf.ours(tensor)[...] = array[layer] if leaf.stacked else array
-        tensors[name] = torch.from_numpy(tensor)
+    tensors = {name: torch.from_numpy(tensor)
+               for name, tensor in hf_tensors(config, params).items()}
     shape = transformers.LlamaConfig(**model_config.to_hf(config), attn_implementation='sdpa',
                                      bos_token_id=None, eos_token_id=None)
     self.model = transformers.LlamaForCausalLM(shape)
@@ -146,14 +146,9 @@ class Work:
     return engine
 
 
-def run(engine: engines.Engine, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
-  """-> the ids of every sample."""
-  return [result.ids for _, results in engine.generate(requests, sampling) for result in results]
-
-
 def timed(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
   """-> the median seconds of each side."""
-  return roofline.medians({name: functools.partial(roofline.seconds, side)
+  return timing.medians({name: functools.partial(timing.seconds, side)
                            for name, side in sides.items()}, rounds)
 
 
@@ -178,8 +173,8 @@ def compare(name: str, kind: Kind, work: Work, plan: Plan, peer: Peer, peak) -> 
   ours, theirs = {}, {}
   for rows in plan.rows:
     engine = work.engine(rows, part)
-    ours[rows] = roofline.seconds(lambda engine=engine: run(engine, part, work.sampling))
-    theirs[rows] = roofline.seconds(lambda rows=rows: peer.generate(part, work.sampling, rows))
+    ours[rows] = timing.seconds(lambda engine=engine: run(engine, part, work.sampling))
+    theirs[rows] = timing.seconds(lambda rows=rows: peer.generate(part, work.sampling, rows))
   slots, rows = (min(found, key=found.get) for found in (ours, theirs))
   engine = work.engine(slots, work.requests)
   sides = dict(ours=lambda: run(engine, work.requests, work.sampling),

@@ -13,32 +13,37 @@ several numbers of rows. `xla` is our engine without the C++ kernels.
 """
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pathlib
-import statistics
 import subprocess
 import tempfile
-import time
 
-from flax import traverse_util
 import jax
-import numpy as np
 from safetensors import numpy as safetensors
-from workloads import judge, Kind, respond
+import timing
+from workloads import (
+  CPU,
+  CPU_JUDGE,
+  CPU_RESPOND,
+  hf_tensors,
+  judge,
+  respond,
+  run,
+  TEMPERATURE,
+  TOP_P,
+)
 
 from srlm_jax import sharding
 from srlm_jax.checkpoint import hf
 from srlm_jax.models import config as model_config, cpu, llama
-from srlm_jax.models.config import Config
 from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Sampling
 
-CONFIG = Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048)
-WORKLOADS = dict(respond=respond(Kind(16, 0, 0, 100, 50, 256), CONFIG.V),
-                 judge=judge(Kind(4, 0, 350, 250, 40, 128), CONFIG.V))
+WORKLOADS = dict(respond=respond(CPU_RESPOND, CPU.V), judge=judge(CPU_JUDGE, CPU.V))
 ROWS = 16, 32
-TEMPERATURE, TOP_P, STEPS = 0.7, 0.9, 4
+STEPS = 4  # tokens per call of the engine
 GREEDY = 24  # tokens on which both must agree
 
 
@@ -50,16 +55,14 @@ class Ours:
     size = cap + max(len(r.ids) for r in requests)
     supports = cpu.supports
     cpu.supports = supports if has_cpp else lambda config: False
-    self._engine = engines.Engine(llama.Llama(CONFIG), params, mesh, (), 0, 'bench', slots=rows,
+    self._engine = engines.Engine(llama.Llama(CPU), params, mesh, (), 0, 'bench', slots=rows,
                                   size=size, steps=STEPS)
     cpu.supports = supports
     self._cap = cap
 
   def run(self, requests, temperature=TEMPERATURE, top_p=TOP_P) -> list[list[int]]:
     """The tokens of every sample."""
-    sampling = Sampling(temperature, top_p, self._cap)
-    return [result.ids for _, results in self._engine.generate(requests, sampling)
-            for result in results]
+    return run(self._engine, requests, Sampling(temperature, top_p, self._cap))
 
 
 class Peer:
@@ -95,21 +98,10 @@ class Peer:
 
 def export(params, folder):
   """Writes the parameters as a Hugging Face folder."""
-  ours, tensors = traverse_util.flatten_dict(params, sep='.'), {}
-  for leaf in hf.leaves(CONFIG):
-    array = np.asarray(ours[leaf.name])
-    for layer, name in enumerate(leaf.tensors):
-      tensors[name] = np.empty(leaf.hf_shape, np.float32)
-      leaf.ours(tensors[name])[...] = array[layer] if leaf.stacked else array
-  safetensors.save_file(tensors, pathlib.Path(folder) / hf.SINGLE, dict(format='pt'))
-  fields = model_config.to_hf(CONFIG) | dict(bos_token_id=1, eos_token_id=2)
+  safetensors.save_file(hf_tensors(CPU, params), pathlib.Path(folder) / hf.SINGLE,
+                        dict(format='pt'))
+  fields = model_config.to_hf(CPU) | dict(bos_token_id=1, eos_token_id=2)
   (pathlib.Path(folder) / 'config.json').write_text(json.dumps(fields))
-
-
-def seconds(run) -> float:
-  start = time.perf_counter()
-  run()
-  return time.perf_counter() - start
 
 
 def compare(name: str, requests, params, mesh, folder, python: str, rounds: int) -> dict:
@@ -122,11 +114,11 @@ def compare(name: str, requests, params, mesh, folder, python: str, rounds: int)
   short = [engines.Request(r.id, r.ids, 1, lengths=[GREEDY]) for r in requests[:4]]
   greedy = {key: side.run(short, 0.0, 1.0) for key, side in sides.items()}
   assert len({str(found) for found in greedy.values()}) == 1, greedy
-  taken = {key: [] for key in sides}
-  for _ in range(rounds + 1):  # the first one compiles and warms up
-    for key, side in sides.items():
-      taken[key].append(seconds(lambda side=side: side.run(requests)))
-  medians = {key: statistics.median(times[1:]) for key, times in taken.items()}
+  for side in sides.values():
+    side.run(requests)  # compiles and warms up
+  medians = timing.medians(
+      {key: functools.partial(timing.seconds, functools.partial(side.run, requests))
+       for key, side in sides.items()}, rounds)
   best = {side: min((medians[side, rows], rows) for rows in ROWS)
           for side in ('ours', 'xla', 'vllm')}
   version = sides['vllm', ROWS[0]].version
@@ -153,7 +145,7 @@ def main():
   f = parser.parse_args()
   mesh = sharding.make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
-    params = jax.jit(lambda key: llama.init_params(CONFIG, key))(jax.random.key(0))
+    params = jax.jit(lambda key: llama.init_params(CPU, key))(jax.random.key(0))
   with tempfile.TemporaryDirectory() as folder:
     export(params, folder)
     print(json.dumps([compare(name, requests, params, mesh, folder, f.peer, f.rounds)

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 import roofline
 from sample import Peer
+import timing
 import tokenizers
 import torch
 import transformers
@@ -110,7 +111,7 @@ class Ours:
 
   def run(self) -> float:
     """-> seconds of one round."""
-    return roofline.seconds(self.steps)
+    return timing.seconds(self.steps)
 
   def value(self, loss: str) -> float:
     """-> a value that both sides must agree on.
@@ -225,7 +226,7 @@ def compare(loss: str, plan: Plan, params, mesh, device: str, peak: float) -> di
   theirs = Theirs(loss, plan, params, examples, device)
   values = ours.value(loss), theirs.value(loss)  # also compiles and warms up
   assert np.isclose(*values, rtol=0.002 if plan.config.dtype == 'float32' else 0.02), values
-  found = roofline.medians(dict(ours=ours.run, trl=theirs.run), plan.rounds)
+  found = timing.medians(dict(ours=ours.run, trl=theirs.run), plan.rounds)
   flops = operations(plan.config, examples, loss)
   return dict(loss=loss, values=values, examples=len(examples),
               real=sum(map(len, examples)) / sum(b.tokens.size for b in host_batches),
@@ -248,7 +249,7 @@ def sharing(plan: Plan, params, mesh) -> list[dict]:
                  repeated=Ours('dpo', plan, params, mesh, [two_per_row(twice)]))
     values = [side.value('dpo') for side in sides.values()]
     assert np.isclose(*values, rtol=1e-3), values
-    taken = roofline.medians({name: side.run for name, side in sides.items()}, plan.rounds)
+    taken = timing.medians({name: side.run for name, side in sides.items()}, plan.rounds)
     found.append(dict(prompt=prompt, response=response, ratio=taken['repeated'] / taken['shared'],
                       **{f'{name}_per_second': plan.batch / s for name, s in taken.items()}))
   return found

@@ -1,9 +1,13 @@
-"""The workloads of the sampling benchmarks: requests with the lengths of their samples."""
+"""The workloads of the sampling benchmarks: a model, and requests with the lengths of samples."""
+from collections.abc import Sequence
 import dataclasses
 
+from flax import traverse_util
 import numpy as np
 
-from srlm_jax.sample.engine import Request
+from srlm_jax.checkpoint import hf
+from srlm_jax.models.config import Config
+from srlm_jax.sample.engine import Engine, Request, Sampling
 
 SIGMA = 0.8  # standard deviation of the log of a length
 
@@ -17,6 +21,12 @@ class Kind:
   prompt: int  # median length of a prompt
   median: int  # median length of a sample
   cap: int     # largest length of a sample
+
+
+# Of a CPU: 58M parameters in float32; lengths are a quarter of a real run's.
+CPU = Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048)
+CPU_RESPOND, CPU_JUDGE = Kind(16, 12, 0, 100, 50, 256), Kind(4, 8, 350, 250, 40, 128)
+TEMPERATURE, TOP_P = 0.7, 0.9
 
 
 def lengths(rng, kind: Kind, n: int) -> list[int]:
@@ -47,3 +57,19 @@ def judge(kind: Kind, V: int) -> list[Request]:
     made += [Request(f'judge{i}/{j}', rubric + prompt + candidate, 3,
                      lengths=lengths(rng, kind, 3)) for j, candidate in enumerate(candidates)]
   return made
+
+
+def run(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+  """-> the ids of every sample."""
+  return [result.ids for _, results in engine.generate(requests, sampling) for result in results]
+
+
+def hf_tensors(config: Config, params) -> dict[str, np.ndarray]:
+  """-> the parameters as the tensors of a Hugging Face model, in float32."""
+  ours, tensors = traverse_util.flatten_dict(params, sep='.'), {}
+  for leaf in hf.leaves(config):
+    array = np.asarray(ours[leaf.name])
+    for layer, name in enumerate(leaf.tensors):
+      tensors[name] = np.empty(leaf.hf_shape, np.float32)
+      leaf.ours(tensors[name])[...] = array[layer] if leaf.stacked else array
+  return tensors
