@@ -381,7 +381,7 @@ def check(c: ConfigDict):
     key.check(name, values[name])
   _check_order(values)
   _check_sandbox(c)
-  _check_training(c.train)
+  _check_training(c.train, training_data(c))
   for key, known in NAMES_A_MODEL.items():
     if values[key] and values[key] not in known and '/' not in values[key]:
       raise InputError(f'config.{key} is {show(values[key])}; it is empty, {_listed(known)}, or a '
@@ -421,14 +421,14 @@ def _check_sandbox(c: ConfigDict):
                      'ranked replies to tune on, with other sources it is 0')
 
 
-def _check_training(t: ConfigDict):
+def _check_training(t: ConfigDict, names: list[str]):
+  """Refuses mistakes in the section `train`; `names`: those in `train.data`."""
   if t.loss in PAIR_LOSSES and not t.beta > 0:
     raise InputError(f'config.train.beta is {t.beta}; it must be above 0 with '
                      f'train.loss={t.loss}')
   if t.select not in ('', 'agreement') and not _names_checkpoint(t.select):
     raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a '
                      'command with {checkpoint} in it')
-  names = ','.join(t.data).split(',')
   for i, name in enumerate(names):
     if name not in TRAINING_DATA:
       raise InputError(f'config.train.data names {show(name)}; it may name '

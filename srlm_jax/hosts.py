@@ -25,7 +25,7 @@ def sync(name: str):
 
 
 def share(total: int) -> tuple[int, int, int]:
-  """(start, stop, step) of this host's share of `total` items, for range or islice."""
+  """(start, stop, step) of this host's share of `total` items, for range, slice or islice."""
   return jax.process_index(), total, jax.process_count()
 
 

@@ -4,6 +4,7 @@ The manifest is written first and says what the stage was made with; done.json i
 finished stage that is run again with the same config and inputs does nothing.
 """
 from collections.abc import Iterator
+import dataclasses
 import hashlib
 import json
 import time
@@ -132,8 +133,13 @@ class Stage:
     hosts.log(f'{self.title}: starts, parameters {params}' if params else f'{self.title}: starts')
     hosts.sync(f'{self.title} begins')
 
-  def finish(self, **summary):
-    """Marks the stage done; `summary` is kept in done.json, and its numbers and texts printed."""
+  def finish(self, typed=None, **summary):
+    """Marks the stage done; the summary is kept in done.json, its numbers and texts are printed.
+
+    typed: a summary of `catalog.SUMMARIES`, instead of numbers by name.
+    """
+    if typed is not None:
+      summary = dataclasses.asdict(typed)
     hosts.sync(f'{self.title} ends')
     seconds = round(time.time() - self.started, 1)
     if hosts.is_first_host():

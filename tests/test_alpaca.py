@@ -5,8 +5,9 @@ import math
 
 from conftest import run_main
 import pytest
+import samples
 
-from srlm_jax import InputError, records, schema
+from srlm_jax import InputError, records
 from srlm_jax.eval import alpaca
 
 
@@ -44,8 +45,7 @@ def test_win_rate_by_hand():
 
 
 def test_outputs_from_the_command_line(tmp_path):
-  rows = [schema.Response(id=f'{i}/0', prompt_id=f'{i}', index=0, prompt=f'Prompt {i}?',
-                          response=f'Ré {i}', finish='eos', n_tokens=3, logp=-1.0)
+  rows = [samples.response(f'{i}/0', prompt=f'Prompt {i}?', response=f'Ré {i}')
           for i in range(3)]
   records.write(tmp_path / 'answers' / 'responses-00000-of-00001.jsonl', rows)
   out = tmp_path / 'outputs.json'

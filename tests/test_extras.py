@@ -7,8 +7,9 @@ import sys
 
 from conftest import ROOT
 import pytest
+import samples
 
-from srlm_jax import records, schema
+from srlm_jax import records
 
 QUESTIONS = [dict(goal='Once upon a time', sol1='there was a little girl.', sol2='zq xv 7 kk',
                   label=i % 2) for i in range(4)]
@@ -96,8 +97,7 @@ def test_the_extra_eval_installs_and_runs_both_harnesses(installed, tmp_path, st
 
 def check_alpaca(run, tmp_path):
   """alpaca_eval reads our outputs, and we read the win rate from its annotations."""
-  answers = [schema.Response(id=f'h{i}/0', prompt_id=f'h{i}', index=0, prompt=f'Prompt {i}?',
-                             response='good' if i else 'poor', finish='eos', n_tokens=3, logp=-1.0)
+  answers = [samples.response(f'h{i}/0', prompt=f'Prompt {i}?', response='good' if i else 'poor')
              for i in range(4)]
   records.write(tmp_path / 'answers' / records.shard_name('responses', 0, 1), answers)
   run('python', '-m', 'srlm_jax.eval.alpaca', '--answers=answers', '--generator=m2',

@@ -7,6 +7,7 @@ import typing
 from etils import epath
 from hypothesis import given, strategies as st
 import pytest
+import samples
 
 from srlm_jax import InputError, records, schema
 
@@ -153,13 +154,11 @@ def test_shards_are_read_in_order_and_a_missing_shard_is_refused(tmp_path):
 
 
 def response(i, j):
-  return schema.Response(id=f'{i}/{j}', prompt_id=f'{i}', index=j, prompt='', response='',
-                         finish='eos', n_tokens=1, logp=-1.0)
+  return samples.response(f'{i}/{j}')
 
 
 def judgement(i, j):
-  return schema.Judgement(id=f'{i}/{j}', prompt_id='', response_id=f'{i}', index=j, text='',
-                          score=None, reason='', finish='eos')
+  return samples.judgement(f'{i}', j, None)
 
 
 def comparison(i, j):

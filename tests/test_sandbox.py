@@ -9,6 +9,7 @@ import string
 
 import numpy as np
 import pytest
+import samples
 import sentencepiece
 
 from srlm_jax import config as configs, InputError, records, schema
@@ -202,18 +203,15 @@ def test_the_packaged_m0_is_small_and_matches_its_log():
 
 ANSWERS = ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Gladly, fig and plum.']
 RESPONSES = [
-    schema.Response(id=f'p/{i}', prompt_id='p', index=i, prompt='Name two nice fruits.',
-                    response=text, finish='eos', n_tokens=5, logp=-1.0)
+    samples.response(f'p/{i}', prompt='Name two nice fruits.', response=text)
     for i, text in enumerate(ANSWERS)]
 
 
 def pair(chosen, rejected):
   """A pair of two of RESPONSES."""
-  return schema.Pair(
-      id='p', prompt='Name two nice fruits.', chosen=ANSWERS[chosen], rejected=ANSWERS[rejected],
-      chosen_finish='eos', rejected_finish='eos', chosen_id=f'p/{chosen}',
-      rejected_id=f'p/{rejected}', chosen_score=4.0, rejected_score=3.0, chosen_spread=0.0,
-      rejected_spread=0.0)
+  return samples.pair('p', prompt='Name two nice fruits.', chosen=ANSWERS[chosen],
+                      rejected=ANSWERS[rejected], chosen_id=f'p/{chosen}',
+                      rejected_id=f'p/{rejected}', rejected_score=3.0)
 
 
 def test_an_audit_counts_the_pairs_that_the_oracle_would_reverse():

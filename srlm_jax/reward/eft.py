@@ -14,7 +14,6 @@ must not contain a discordant pair either, or the prompt is dropped. Finally the
 is downsampled to the count of the runner-up.
 """
 from collections import Counter
-import dataclasses
 
 from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.data import ranked as ranking
@@ -57,7 +56,7 @@ def run(config, workdir):
                   (schema.DroppedReply(id=name, reason=reason)
                    for name, reason in sorted(dropped.items())))
     records.write(s.folder / 'eft.jsonl', kept)
-  s.finish(**dataclasses.asdict(found))
+  s.finish(found)
 
 
 def _summary(ranked: list[schema.RankedPrompt], judgements: list[schema.Judgement],

@@ -46,7 +46,7 @@ def run(config, workdir):
   records.write(s.folder / f'{kind}.jsonl', made)
   found = summary(strategy, prompts, judgements, made, dropped)
   hosts.log(f'{s.title}: {table(found)}')
-  s.finish(**dataclasses.asdict(found))
+  s.finish(found)
 
 
 def load(s: stage.Stage, config) -> tuple[list[ScoredPrompt], list[schema.Judgement]]:

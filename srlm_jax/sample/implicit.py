@@ -23,7 +23,7 @@ def run(config, workdir):
   if s.done:
     return
   responses = list(s.read('respond/responses-*.jsonl'))
-  responses = responses[jax.process_index()::jax.process_count()]
+  responses = responses[slice(*hosts.share(len(responses)))]
   for folder in s.models:
     engines.refuse_too_large(config, folder)
     templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused

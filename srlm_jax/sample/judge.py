@@ -67,7 +67,7 @@ def run(config, workdir, on: str = ''):
       s, config, 'judgements', sampling,
       itertools.islice(_items(s, config, on), *share), len(range(*share)), prompt,
       record, spec.count(config), check)
-  s.finish(**dataclasses.asdict(summary(judge, judgements)))
+  s.finish(summary(judge, judgements))
 
 
 def _check_rubric(c, rubric: int, most: int):

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import math
 
-import jax
 import numpy as np
 from scipy import optimize
 
@@ -92,7 +91,7 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
   asked: {response id: judge prompt}.
   """
   c = config.meta_judge
-  own = groups[jax.process_index()::jax.process_count()]
+  own = groups[slice(*hosts.share(len(groups)))]
   items = [Item(_comparison_id(first, second), first, second)
            for group in own for first, second in itertools.permutations(group, 2)]
 

@@ -54,10 +54,10 @@ def run(config, workdir):
       schema.Prompt(id=records.digest(p), prompt=p, author=author_name) for p in kept))
   hosts.log(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
             f'match or resemble a held-out or evaluation prompt')
-  s.finish(**dataclasses.asdict(schema.PromptsSummary(
+  s.finish(schema.PromptsSummary(
       prompts=len(kept), wanted=c.count, attempts=attempts, near_held_out=screen.near_held_out,
       shortened=screen.shortened,
-      dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {}))))
+      dropped=dict(screen.dropped) | ({'more than wanted': surplus} if surplus else {})))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,4 @@
 """Control experiments: the oracle or random scores replace the judge."""
-import dataclasses
 import zlib
 
 from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
@@ -26,7 +25,7 @@ def run(config, workdir):
             for r in responses for j in range(config.judge.n)]
   if hosts.is_first_host():
     records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
-  s.finish(**dataclasses.asdict(judging.summary(judge, judged)))
+  s.finish(judging.summary(judge, judged))
 
 
 def _judgement(response: schema.Response, j: int, by: str, seed: int, judge) -> schema.Judgement:

@@ -160,10 +160,10 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
 def _finish(s, setup: Setup, state: TrainState):
   """Marks the stage done, with a summary of the run."""
   data, packed = setup.data, setup.packed
-  s.finish(**dataclasses.asdict(schema.TrainingSummary(
+  s.finish(schema.TrainingSummary(
       steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
       params=hashes.hash_params(state.params), examples=len(data.examples),
-      padding_free=round(packed.padding_free, 3), dropped=data.dropped)))
+      padding_free=round(packed.padding_free, 3), dropped=data.dropped))
 
 
 def _some(rows: list[list[str]], most: int = 20) -> str:
