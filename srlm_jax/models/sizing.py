@@ -19,6 +19,13 @@ USABLE = dict(cpu=0.5, gpu=0.85, tpu=0.9)
 # Slots per copy of the weights. More rows share the cost of reading the weights, but at the end of
 # a stage more of them are empty.
 MOST_SLOTS = dict(cpu=128, gpu=256, tpu=256)
+# Values of train.remat, from the fastest. On a TPU, keeping everything was slower by the compiler's
+# estimate than recomputing what is cheap (docs/scale.md).
+POLICIES = dict(cpu=('none', 'dots', 'full'), gpu=('dots', 'full'), tpu=('dots', 'full'))
+MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduce-scattering them
+# Bytes that the tensor axis sends per token and model width, for each byte that the fsdp axis sends
+# per weight of a layer: fitted to the programs of docs/scale.md.
+TENSOR_COST = 8
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 
 
@@ -70,17 +77,21 @@ def devices(local: bool = False) -> Devices:
 def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, int | str]:
   """Chooses how to train -> {key: value} of all keys of `config.OPEN` that training reads.
 
-  The mesh: the smallest tensor axis with which each shard of the batch has a row. Then the fewest
-  micro-batches that fit, and with these the least recomputation. If by the estimate nothing fits,
-  what takes the least memory.
+  The mesh: of those in which each shard of the batch has a row, the one whose collectives take the
+  least time. Then the fewest micro-batches that fit, and with these the fastest recomputation. If
+  by the estimate nothing fits, what takes the least memory.
   """
   c = config.train
+  tokens = work.rows * work.width / devices.count
   def cost(mesh):
     wasted = work.rows % mesh.parts if work.is_exact else max(mesh.parts - work.rows, 0)
-    return wasted, mesh.tensor, mesh.data
+    # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights.
+    collectives = (TENSOR_COST * tokens * shape.D * (mesh.tensor - 1)
+                   + _layer_params(shape) / mesh.tensor)
+    return wasted, max(mesh.fsdp - MOST_FSDP, 0), collectives, mesh.data
   mesh = min(_meshes(config.mesh, 'mesh', shape, devices), key=cost)
   rows = math.ceil(work.rows / mesh.parts)  # of one shard
-  for accumulate, remat in _steps(c, rows, work, mesh):
+  for accumulate, remat in _steps(c, rows, work, mesh, devices.platform):
     micro = math.ceil(rows / accumulate)
     if training_bytes(shape, mesh, micro * work.width, work.has_reference, accumulate,
                       remat) < devices.usable:
@@ -88,13 +99,13 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
   return {**_axes('mesh', mesh), 'train.accumulate': accumulate, 'train.remat': remat}
 
 
-def _steps(c, rows: int, work: Work, mesh: Mesh) -> Iterator[tuple[int, str]]:
+def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tuple[int, str]]:
   """Yields (micro-batches, recomputation), from the fastest to what takes the least memory."""
   counts = [c.accumulate]
   if configs.is_open(c.accumulate):
     powers = [2**i for i in range(rows.bit_length()) if 2**i <= rows]
     counts = [n for n in powers if not work.is_exact or work.rows % (n * mesh.parts) == 0] or [1]
-  policies = configs.REMAT if configs.is_open(c.remat) else [c.remat]
+  policies = POLICIES[platform] if configs.is_open(c.remat) else [c.remat]
   for count in counts:
     for remat in policies:
       yield count, remat
@@ -102,25 +113,26 @@ def _steps(c, rows: int, work: Work, mesh: Mesh) -> Iterator[tuple[int, str]]:
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
                    remat: str) -> float:
-  """-> bytes of one device that a training step takes.
+  """-> bytes of one device that a training step takes, within about a sixth at 7B and 70B.
 
-  `tokens`: of one shard's micro-batch. Parameters, moments and gradients are float32; the
-  reference, and a copy of the parameters to compute with, have the dtype of activations.
+  `tokens`: of one shard's micro-batch. Parameters, moments and gradients are float32, the reference
+  has the dtype of activations. The constants are fitted to the compiled programs of docs/scale.md.
   """
   c, item = shape, jnp.dtype(shape.dtype).itemsize
   heads, kv = c.K * c.G * c.H, c.K * c.H
-  layer = 2 * c.D * heads + 2 * c.D * kv + 3 * c.D * c.F
-  gradients = 8 if accumulate > 1 else 4
-  state = 12 + gradients + item * (1 + has_reference)
-  weights = llama.param_count(c) * state / (mesh.fsdp * mesh.tensor)
-  weights += 3 * layer * item / mesh.tensor  # those of the current layers, gathered over fsdp
-  kept = c.D  # per token and layer: the input of a layer
-  if remat != 'full':
-    kept += heads + 2 * kv + 2 * c.F + 2 * c.D  # results of the products
-  if remat == 'none':
-    kept += 2 * heads + kv + 3 * c.F + 6 * c.D  # of norms, RoPE, attention, SwiGLU and dropout
-  one_layer = 8 * c.D * mesh.tensor + 4 * (c.F + heads)  # per token; whole residual streams
-  return weights + tokens * item * (c.layers * kept + one_layer) / mesh.tensor
+  per_param = 12 + item * has_reference + (10.4 if accumulate > 1 else 6.4)
+  total = llama.param_count(c) * per_param / (mesh.fsdp * mesh.tensor)
+  # The weights of the current layers, gathered over fsdp, and the gradient of the head.
+  total += (4 * _layer_params(c) * item + 16 * c.D * c.V) / mesh.tensor
+  kept = c.D  # elements per token and layer: the input of a layer
+  if remat != 'full':  # the results of the products
+    kept += heads + 2 * kv + 2 * c.F + 2 * c.D
+  if remat == 'none':  # those of norms, RoPE, attention, SwiGLU and dropout
+    kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D
+  current = 0  # elements per token of the layer that is recomputed; whole residual streams
+  if remat == 'full':
+    current = 3.5 * c.D * mesh.tensor + 13 * (c.F + heads)
+  return total + tokens * item * (c.layers * kept + current) / mesh.tensor
 
 
 def sampling(config, shape: Config, devices: Devices) -> dict[str, int]:
@@ -145,6 +157,10 @@ def sampling(config, shape: Config, devices: Devices) -> dict[str, int]:
     most = max(min(fit, MOST_SLOTS[devices.platform]), 1)
     slots = mesh.data * 2**int(math.log2(most))
   return {**_axes('sample_mesh', mesh), 'sample.slots': slots}
+
+
+def _layer_params(c: Config) -> int:
+  return 2 * c.D * c.K * (c.G + 1) * c.H + 3 * c.D * c.F
 
 
 def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
