@@ -1,9 +1,8 @@
 """The order of the chips of a TPU slice in a mesh.
 
-Where a collective runs as one ring, chip i of a group sends to chip i + 1 and the last one to the
-first. A hop is as long as the number of links between the two. The best order of mesh_utils that
-fits fsdp=32, tensor=8 on a torus of 16 x 16 has hops of 9 links; the order chosen here has none of
-more than 2.
+A collective that runs as one ring sends from chip i of a group to chip i + 1, and from the last one
+to the first. The length of such a hop is the number of links between the two chips. For fsdp=32,
+tensor=8 on a torus of 16 x 16, jax's mesh_utils has hops of 9 links; here the longest has 2.
 """
 import functools
 import itertools
@@ -11,8 +10,8 @@ import math
 
 import numpy as np
 
-# Kinds whose devices are whole chips on a grid of links. The first ones are made of cubes of 4 x 4
-# x 4 chips, which optical switches close to rings; the others close an axis of 16 chips only.
+# Kinds of devices. Slices of the first ones are boxes of cubes of 4 x 4 x 4 chips, linked at their
+# ends by optical switches; those of the others have links between the ends of sides of 16 chips.
 CUBES = ('TPU v4', 'TPU v5', 'TPU v5p')
 SQUARES = ('TPU v5 lite', 'TPU v5e', 'TPU v6 lite', 'TPU v6e')
 
@@ -33,11 +32,12 @@ def rings(kind: str, sides: tuple[int, ...]) -> tuple[bool, ...]:
 
 
 def order(shape, devices) -> np.ndarray:
-  """The devices of one slice -> the same as an array of `shape`, by increasing traffic of an axis.
+  """The devices of one slice -> the same devices as an array of `shape`, the sizes of the mesh.
 
-  Of the orders that `candidates` yields, the one with the shortest longest hop; among these, with
-  the least time by `cost`, summed over the axes. The same on every process. The devices are a
-  whole slice, or a box in one; ValueError otherwise.
+  Of the orders that `candidates` yields, the one whose longest hop is shortest; among these, the
+  one with the smallest sum of the times of its axes (see `walk`), then the smallest time of the
+  last axis. It depends on the coordinates of the devices alone, so it is the same on every process.
+  ValueError unless the devices are a whole slice or a box in one.
   """
   at = {tuple(d.coords): d for d in devices}
   low, high = np.min(list(at), axis=0), np.max(list(at), axis=0)
@@ -54,22 +54,24 @@ def order(shape, devices) -> np.ndarray:
 
 @functools.cache
 def best(shape: tuple[int, ...], sides: tuple[int, ...], closed: tuple[bool, ...]) -> np.ndarray:
-  """-> the coordinates [*shape, len(sides)] of the chips in the order that `order` describes."""
+  """-> the coordinates [*shape, len(sides)] of the chips in the best order; see `order`.
+
+  `sides`: chips along each side of the slice; `closed`: for each side, whether it is a ring.
+  """
   def key(candidate):
     longest, times = zip(*(value for value, _ in candidate[1]), strict=True)
     return max(longest), sum(times), times[::-1]
   grids, axes = min(candidates(shape, sides, closed), key=key)
-  # Chip `index` is on walk[index[axis]] of each axis: one digit per axis and side.
-  digits = [np.meshgrid(*(walk[:, side] for _, walk in axes), indexing='ij')
+  # Along each side, an axis of the mesh has one digit of the coordinate.
+  digits = [np.meshgrid(*(way[:, side] for _, way in axes), indexing='ij')
             for side in range(len(sides))]
   return np.stack([grid[tuple(d)] for grid, d in zip(grids, digits, strict=True)], axis=-1)
 
 
 def candidates(shape, sides, closed):
-  """Yields (coordinates along each side by digits, (cost, walk) of each axis of the mesh).
+  """Yields (grids, [(cost, digits) of each axis]) for every way to divide the sides among the axes.
 
-  Each side of the slice is divided among the axes, one within the other; the part of an axis on
-  all sides is a box, through which it takes its best walk.
+  `grids`: for each side the coordinate, indexed by the digits of all axes; digits: see `walk`.
   """
   walked = functools.cache(functools.partial(walk, sides=sides, closed=closed))
   for parts in divisions(shape, sides):
@@ -79,7 +81,7 @@ def candidates(shape, sides, closed):
 
 
 def divisions(shape, sides):
-  """Yields for each side the tuple of its parts, one for each axis; products are the sizes.
+  """Yields the parts of every side, one for each axis; over the sides, they multiply to `shape`.
 
   >>> list(divisions((2, 4), (4, 2)))
   [((1, 4), (2, 1)), ((2, 2), (1, 2))]
@@ -96,10 +98,13 @@ def divisions(shape, sides):
 
 
 def nestings(parts, closed: bool):
-  """Yields arrays of shape `parts` with the coordinates along one side, one for each nesting."""
+  """Yields arrays of shape `parts`: the coordinate along one side, indexed by the axes' digits.
+
+  One array for each order of the axes, from the largest steps to steps of 1.
+  """
   used = [axis for axis, n in enumerate(parts) if n > 1]
   if closed and math.prod(parts) == 4 and len(used) == 2:
-    yield np.array([0, 1, 3, 2]).reshape(parts)  # a ring of 4 is a square: all steps are links
+    yield np.array([0, 1, 3, 2]).reshape(parts)  # a ring of 4 is a 2 x 2 square
     return
   for nest in itertools.permutations(used):
     grid = np.arange(math.prod(parts)).reshape([parts[axis] for axis in nest])
@@ -107,16 +112,17 @@ def nestings(parts, closed: bool):
 
 
 def steps(grid, axis: int) -> tuple[int, ...]:
-  """-> the coordinates on which an axis of the mesh lies; the other ones only move them."""
+  """-> the coordinates for the digits of one axis; those of the others are 0, and only shift it."""
   return tuple(int(n) for n in np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)[:, 0])
 
 
 def walk(places, sides, closed):
-  """The coordinates of one axis of the mesh along each side -> (cost, digits [size, sides]).
+  """The coordinates of an axis along each side -> ((longest hop, time), digits [size, sides]).
 
-  A group of whole rings stays in the order of its coordinates: then the TPU compiler runs a
-  collective along all of its sides at once, and all hops are 1 link long (seen with libtpu
-  0.0.42.1). Other groups are one ring.
+  A group of whole rings stays in the order of its coordinates: the TPU compiler then runs its
+  collectives along all of its sides at once, by hops of 1 link, and falls back to a single ring for
+  other orders (libtpu 0.0.42.1). All other groups are one ring. Time: the mean hop, divided by the
+  number of sides in use at once.
   """
   counts = [len(p) for p in places]
   used = [side for side, n in enumerate(counts) if n > 1]
@@ -124,10 +130,12 @@ def walk(places, sides, closed):
   if whole and used:
     digits = np.indices(counts).reshape(len(counts), -1).T
     return (1, 1 / len(used)), digits
+
   def measured(digits):
     points = np.stack([np.array(p)[d] for p, d in zip(places, digits.T, strict=True)], axis=1)
     length = hops(points, np.roll(points, -1, axis=0), sides, closed)
     return (int(length.max()), float(length.mean())), digits
+
   found = []
   for turn in itertools.permutations(used):
     for way in closed_walks([counts[side] for side in turn]):

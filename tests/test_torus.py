@@ -73,9 +73,10 @@ def slice_graph(sides, closed):
   for start in graph:
     found, queue = {start: 0}, [start]
     for chip in queue:
-      for to in graph[chip] - found.keys():
-        found[to] = found[chip] + 1
-        queue.append(to)
+      for to in graph[chip]:
+        if to not in found:
+          found[to] = found[chip] + 1
+          queue.append(to)
     apart[start] = found
   return graph, apart
 
@@ -123,12 +124,14 @@ def impossible(mesh, sides, closed) -> bool:
     return True
   if degrees == {needed}:  # then it is the whole graph
     return sum(n // 2 for n in mesh) != max(apart[0, 0, 0].values())
-  if sorted(mesh)[:2] == [1, 2]:  # a ring of pairs; from one pair to the next, both step by a link
-    return all(pairs_reached(graph, a, b) < max(mesh) for a in graph for b in graph[a])
+  if sorted(mesh)[:2] == [1, 2]:  # a ring of pairs, one of which has this chip
+    origin = (0, 0, 0)
+    return all(pairs_reached(graph, origin, b) < max(mesh) for b in graph[origin])
   return False
 
 
 def pairs_reached(graph, a, b) -> int:
+  """The number of linked pairs on the way from one pair, where both chips step by one link."""
   found, queue = {(a, b)}, [(a, b)]
   for a, b in queue:
     for pair in itertools.product(graph[a] - {b}, graph[b] - {a}):
