@@ -70,7 +70,7 @@ test-parity: .venv-parity/.torch  ## compares logits and log-probs with transfor
 	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware
-	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py
+	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py
 	.venv-aot/bin/python bench/scale.py
 	.venv-aot/bin/python bench/cycles.py --only='70b dpo, reference step | v5p-256'
 
