@@ -102,9 +102,9 @@ def test_nan_ends():
 
 def test_a_draw_does_not_depend_on_the_other_rows():
   logits = np.random.default_rng(0).normal(size=(30, 500)).astype(np.float32)
-  sampling = Sampling(1.0, 0.5, 1)
-  whole = np.asarray(draw.draw(logits, keys(30), sampling))
-  assert [int(draw.draw(logits[i:i + 1], keys(30)[i:i + 1], sampling)[0])
+  run, sampling = jax.jit(draw.draw, static_argnums=2), Sampling(1.0, 0.5, 1)
+  whole = np.asarray(run(logits, keys(30), sampling))
+  assert [int(run(logits[i:i + 1], keys(30)[i:i + 1], sampling)[0])
           for i in range(30)] == whole.tolist()
 
 

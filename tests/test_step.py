@@ -51,9 +51,10 @@ def draw_batch(loss):
   return batch
 
 
-def train(shape, config, steps=2, model_config=TINY):
-  """Metrics of each step and the last parameters; the same start on every mesh."""
-  mesh = make_mesh(*shape)
+@functools.cache
+def train(loss, model_config=TINY):
+  """The metrics of two steps."""
+  config, mesh = keys(loss), make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
     params = jax.tree.map(np.asarray, init(model_config))
     place = sharding.shardings(params, mesh)
@@ -65,13 +66,13 @@ def train(shape, config, steps=2, model_config=TINY):
     reference = jax.tree.map(sharding.put, params, place) if config.loss == 'dpo' else {}
     step = train_step.make(llama.Llama(model_config), tx, config, state)
     batch, history = sharding.put_batch(draw_batch(config.loss), mesh), []
-    for _ in range(steps):
+    for _ in range(2):
       before = state
       state, metrics = step(state, reference, batch, jax.random.key(0))
       history.append({k: float(v) for k, v in metrics.items()})
     assert step._cache_size() == 1, 'compiled more than once'
     assert all(x.is_deleted() for x in jax.tree.leaves(before.params)), 'state was not donated'
-  return history, jax.tree.map(np.asarray, state.params)
+  return history
 
 
 @functools.cache
@@ -104,18 +105,19 @@ def test_dropout_draws_the_same_mask_on_every_mesh(shape):
   assert not np.allclose(jax.tree.leaves(plain)[0], jax.tree.leaves(wanted[0])[0], rtol=1e-3)
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
-def test_losses_and_gradients_do_not_depend_on_what_is_recomputed(remat):
+def test_losses_and_gradients_do_not_depend_on_what_is_recomputed():
   """With dropout, whose mask the backward pass draws again."""
   config = dataclasses.replace(TINY, dropout=0.3)
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params, reference, batch = init(config), init(config, seed=1), draw_batch('dpo')
-    wanted, found = (
+    wanted, *others = (
         jax.jit(lambda p, policy=policy: train_step.gradient(
             llama.Llama(config, remat=policy), keys('dpo'), p, reference, batch,
             jax.random.key(0)))(params)
-        for policy in ('none', remat))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), wanted, found)
+        for policy in configs.REMAT)
+  for found in others:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), wanted,
+                 found)
 
 
 def logps_and_gradient(batch, params, weights, model):
@@ -165,14 +167,14 @@ def test_packed_rows_equal_rows_of_one_response_each(loss, unrolled, monkeypatch
 
 
 def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
-  history, _ = train((1, 1, 1), keys('dpo'))
+  history = train('dpo')
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
   assert history[0]['margin'] == 0 and history[0]['accuracy'] == 0
   assert history[1]['loss'] < history[0]['loss'] and history[1]['margin'] > 0
 
 
 def test_the_first_dpo_step_gives_ln_2_in_bf16():
-  history, _ = train((1, 1, 1), keys('dpo'), 1, dataclasses.replace(TINY, dtype='bfloat16'))
+  history = train('dpo', dataclasses.replace(TINY, dtype='bfloat16'))
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -226,13 +228,12 @@ def test_prompt_and_padding_are_not_targets():
 
 
 def test_dropout_acts_on_the_policy_alone():
-  config = keys('dpo')
-  (plain,), _ = train((1, 1, 1), config, 1)
-  (dropped,), _ = train((1, 1, 1), config, 1, dataclasses.replace(TINY, dropout=0.3))
+  plain, _ = train('dpo')
+  dropped, _ = train('dpo', dataclasses.replace(TINY, dropout=0.3))
   assert dropped['loss'] != pytest.approx(math.log(2), abs=1e-4)
   for side in ('chosen', 'rejected'):
     assert abs(dropped[f'{side}_logp'] - plain[f'{side}_logp']) > 1e-3
-    reference = dropped[f'{side}_logp'] - dropped[f'{side}_reward'] / config.beta
+    reference = dropped[f'{side}_logp'] - dropped[f'{side}_reward'] / keys('dpo').beta
     assert reference == pytest.approx(plain[f'{side}_logp'], rel=1e-4)
 
 
