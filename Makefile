@@ -26,8 +26,9 @@ setup: .venv/.installed
 	$(call install,.venv,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
 # Apart, because where the TPU's library is installed, every run looks for a TPU first.
+AOT := -e '.[test,aot]' # not written in the call, which would split it at the comma
 .venv-aot/.installed: pyproject.toml $(LOCK)
-	$(call install,.venv-aot,-e '.[test,aot]')
+	$(call install,.venv-aot,$(AOT))
 
 # Apart, because `make test` must need no torch.
 .venv-parity/.installed: pyproject.toml $(LOCK)
