@@ -1,22 +1,17 @@
 """The estimate of time of `bench/cycles.py`, on small programs written by hand."""
-import os
 import textwrap
 
-from conftest import ROOT
+import aot
+import cycles as bench
+import estimate
+import hlo
 import pytest
 
 from srlm_jax.models import llama
-from srlm_jax.models.config import PRESETS
-
-
-@pytest.fixture(autouse=True)
-def bench(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT / 'bench')
 
 
 def program(entry, *computations):
   """A program of an entry computation, given by its lines, and others, given as text."""
-  import hlo
   lines = '\n'.join(f'  {line}' for line in textwrap.dedent(entry).strip().split('\n'))
   text = '\n\n'.join(textwrap.dedent(c).strip() for c in computations)
   main = f'ENTRY %main (x: f32[]) -> f32[] {{\n{lines}\n}}'
@@ -25,7 +20,6 @@ def program(entry, *computations):
 
 def estimated(found, collective_cycles=None, stream=0.5):
   """The estimate on a chip of 1 GHz, 1 TFLOP/s, 1 GB/s of memory and 0.5 GB/s per link."""
-  import estimate
   chip = estimate.Chip(1e9, 1e12, 1e9, 0.5e9)
   return estimate.estimate(found, chip, stream, collective_cycles or {})
 
@@ -92,7 +86,6 @@ def loop(step=1, counter='%copied', direction='LT'):
 
 @pytest.mark.parametrize('step, count', [(1, 10), (2, 5), (3, 4)])
 def test_a_loop_counts_as_often_as_it_runs(step, count):
-  import hlo
   found = loop(step)
   assert hlo.trips(found, found.computations['main'].root) == count
   done = estimated(found)
@@ -111,7 +104,6 @@ def test_a_loop_without_a_constant_number_of_runs_is_refused(change):
 
 
 def test_flops_of_products():
-  import hlo
   found = program('''
       %x = bf16[64,128]{1,0} parameter(0)
       %w = bf16[128,32]{1,0} parameter(1)
@@ -138,7 +130,6 @@ def test_flops_of_products():
 
 def moved(entry, *computations):
   """Bytes of HBM that the last instruction moves."""
-  import hlo
   found = program(entry, *computations)
   main = found.computations['main']
   return hlo.moved(found, main, main.root)
@@ -337,7 +328,6 @@ def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
 
 
 def test_cycles_of_collectives_come_from_the_dump_of_the_schedule():
-  import hlo
   assert hlo.collective_cycles('''
 hlo_module {
   name: "jit_step"
@@ -373,17 +363,14 @@ computation_schedules {
 ''') == {'all-reduce.1': 100.5}
 
 
-def test_the_flops_that_a_step_needs(monkeypatch):
+@pytest.mark.parametrize('loss, reference, tokens, factor', [
+    ('sft', '', 2048, 6), ('dpo', 'cached', 3072, 6), ('dpo', 'step', 3072, 8)])
+def test_the_flops_that_a_step_needs(loss, reference, tokens, factor):
   """About 6 per parameter and token to train, 2 for a reference; prompts are not in the head."""
-  monkeypatch.setattr(os, 'environ', dict(os.environ))  # bench/scale.py sets variables
-  import cycles
-  import scale
-  c = PRESETS['llama2-70b']
+  one, two = (aot.Training('70b', loss, 'v5p-256', (1, 16, 8), reference, rows=n) for n in (1, 2))
+  c, flops = one.model, bench.needed_flops(one)
   count = llama.param_count(c)
-  for loss, reference, tokens, factor in (
-      ('sft', '', 2048, 6), ('dpo', 'cached', 3072, 6), ('dpo', 'step', 3072, 8)):
-    program = scale.Program('70b', loss, 'v5p-256', (1, 16, 8), reference)
-    one, two = (cycles.needed_flops(program, rows) for rows in (1, 2))
-    assert two == 2 * one
-    assert one == pytest.approx(factor * count * tokens * 16, rel=0.03)
-    assert one > factor * (count - 2 * c.V * c.D) * tokens * 16
+  assert bench.needed_flops(two) == 2 * flops
+  assert flops == pytest.approx(factor * count * tokens * 16, rel=0.03)
+  assert flops > factor * (count - 2 * c.V * c.D) * tokens * 16
+  assert bench.least_seconds(one) == pytest.approx(flops / 128 / 459e12)
