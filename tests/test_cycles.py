@@ -1,4 +1,5 @@
 """The estimate of time of `bench/cycles.py`, on small programs written by hand."""
+import doctest
 import textwrap
 
 import aot
@@ -10,6 +11,12 @@ import pytest
 from srlm_jax.models import llama
 
 
+@pytest.mark.parametrize('module', [bench, estimate, hlo])
+def test_the_examples_in_docstrings(module):
+  found = doctest.testmod(module)
+  assert found.attempted and not found.failed
+
+
 def program(entry, *computations):
   """A program of an entry computation, given by its lines, and others, given as text."""
   lines = '\n'.join(f'  {line}' for line in textwrap.dedent(entry).strip().split('\n'))
@@ -18,10 +25,10 @@ def program(entry, *computations):
   return hlo.parse(f'HloModule jit_step\n\n{text}\n\n{main}\n')
 
 
-def estimated(found, collective_cycles=None, stream=0.5):
+def estimated(found, collective_cycles=None, stream=0.5, sampled=None):
   """The estimate on a chip of 1 GHz, 1 TFLOP/s, 1 GB/s of memory and 0.5 GB/s per link."""
   chip = estimate.Chip(1e9, 1e12, 1e9, 0.5e9)
-  return estimate.estimate(found, chip, stream, collective_cycles or {})
+  return estimate.estimate(found, chip, stream, collective_cycles or {}, sampled)
 
 
 def cycles(count):
@@ -101,6 +108,48 @@ def test_a_loop_counts_as_often_as_it_runs(step, count):
 def test_a_loop_without_a_constant_number_of_runs_is_refused(change):
   with pytest.raises(ValueError, match='^loop: its'):
     estimated(loop(**change))
+
+
+def test_loops_that_end_when_the_data_says_so_take_the_given_numbers_from_the_outside_in():
+  def sums(number, body, limit):
+    """A loop to `limit`, around an addition of 8,000 cycles and the lines of `body`."""
+    return f'''
+        %body.{number} (p: (s32[], s32[])) -> (s32[], s32[]) {{
+          %p.{number} = (s32[], s32[]) parameter(0)
+          %x.{number} = f32[1000]{{0:S(1)}} constant(0)
+          %y.{number} = f32[1000]{{0:S(1)}} add(%x.{number}, %x.{number}), {cycles(8000)}
+          {body}
+          %i.{number} = s32[] get-tuple-element(%p.{number}), index=0
+          %one.{number} = s32[] constant(1)
+          %next.{number} = s32[] add(%i.{number}, %one.{number})
+          %n.{number} = s32[] get-tuple-element(%p.{number}), index=1
+          ROOT %out.{number} = (s32[], s32[]) tuple(%next.{number}, %n.{number})
+        }}
+
+        %condition.{number} (p: (s32[], s32[])) -> pred[] {{
+          %q.{number} = (s32[], s32[]) parameter(0)
+          %j.{number} = s32[] get-tuple-element(%q.{number}), index=0
+          %limit.{number} = s32[] {limit}
+          ROOT %less.{number} = pred[] compare(%j.{number}, %limit.{number}), direction=LT
+        }}'''
+
+  def run(number, state):
+    return (f'%loop.{number} = (s32[], s32[]) while({state}), condition=%condition.{number}, '
+            f'body=%body.{number}')
+  given = 'get-tuple-element(%q.{}), index=1'.format
+  found = program(
+      f"%x = (s32[], s32[]) parameter(0)\nROOT {run(1, '%x')}",
+      sums(3, '', given(3)), sums(2, run(3, '%p.2'), 'constant(5)'),
+      sums(1, run(2, '%p.1'), given(1)))
+  with pytest.raises(ValueError, match='its limit is not a constant'):
+    estimated(found)
+  done = estimated(found, sampled=estimate.Sampled(0, 0, (8, 3)))
+  assert [done.rows[f'y.{n}'].times for n in (1, 2, 3)] == [8, 8 * 5, 8 * 5 * 3]
+  assert done.seconds['cycles'] == pytest.approx(8e-6 * 8 * (1 + 5 + 15), rel=0.01)
+  step = done.per(8)
+  assert step.rows['y.3'].times == 15
+  assert step.seconds == pytest.approx({way: s / 8 for way, s in done.seconds.items()})
+  assert step.kinds()['elementwise'].seconds == pytest.approx(step.seconds)
 
 
 def test_flops_of_products():
@@ -327,6 +376,42 @@ def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
     call('tpu_other', 1024)
 
 
+def test_attention_of_a_prefill_sees_the_prefix_and_the_tokens_before_it():
+  done = estimated(program("""
+      %q = bf16[8,1024,128]{2,1,0} parameter(0)
+      %k = bf16[1536,128]{1,0} parameter(1)
+      ROOT %splash_mqa_fwd_segmented.1 = bf16[8,1024,128]{2,1,0} custom-call(%q, %k, %k),
+          custom_call_target="tpu_custom_call\""""), sampled=estimate.Sampled(0, 512, ()))
+  blocks = (2 + 3) * 512 * 512
+  assert done.rows['splash_mqa_fwd_segmented.1'].flops == 2 * 2 * 8 * blocks * 128
+
+
+def test_the_kernels_of_a_decode_cost_the_bytes_that_they_move():
+  found = program("""
+      %layer = s32[1]{0:S(6)} parameter(0)
+      %q = bf16[4,1,8,128]{3,2,1,0} parameter(1)
+      %k = bf16[80,4,1,4096,128]{4,3,2,1,0} parameter(2)
+      %v = bf16[80,4,1,4096,128]{4,3,2,1,0} parameter(3)
+      %prefix = bf16[80,1,512,128]{3,2,1,0} parameter(4)
+      %new = bf16[4,1,1,128]{3,2,1,0} parameter(5)
+      %tpu_append.1 = (bf16[80,4,1,4096,128]{4,3,2,1,0}, bf16[80,4,1,4096,128]{4,3,2,1,0})
+          custom-call(%layer, %new, %new, %k, %v), custom_call_target="tpu_custom_call"
+      ROOT %tpu_decode.1 = f32[4,1,8,128]{3,2,1,0}
+          custom-call(%layer, %q, %k, %v, %prefix, %prefix),
+          custom_call_target="tpu_custom_call\"""")
+  done = estimated(found, sampled=estimate.Sampled(length=100, prefix=512, runs=()))
+  # keys and values of 4 slots, the prefix once, then the index, the queries and the result
+  read = 2 * 2 * 128 * (4 * 100 + 512) + 4 + 4 * 8 * 128 * (2 + 4)
+  decode, append = done.rows['tpu_decode.1'], done.rows['tpu_append.1']
+  assert (decode.kind, decode.bytes) == ('attention', read)
+  assert decode.seconds == pytest.approx(
+      dict(cycles=read * 1e-9 / 0.85, floor=read * 1e-9, middle=read * 1e-9 / 0.85))
+  # 16 positions of 4 slots, keys and values, read and written
+  assert (append.kind, append.bytes) == ('copies', 2 * 2 * 4 * 16 * 128 * 2)
+  with pytest.raises(ValueError, match='Pallas call tpu_append.1 is unknown'):
+    estimated(found)
+
+
 def test_cycles_of_collectives_come_from_the_dump_of_the_schedule():
   assert hlo.collective_cycles('''
 hlo_module {
@@ -374,3 +459,24 @@ def test_the_flops_that_a_step_needs(loss, reference, tokens, factor):
   assert flops == pytest.approx(factor * count * tokens * 16, rel=0.03)
   assert flops > factor * (count - 2 * c.V * c.D) * tokens * 16
   assert bench.least_seconds(one) == pytest.approx(flops / 128 / 459e12)
+
+
+@pytest.mark.parametrize('bits', [16, 8])
+def test_the_bytes_that_a_step_of_decode_needs(bits):
+  program = aot.Sampler('decode', 'v5p-16', bits)
+  c = program.model
+  weights = (llama.param_count(c) - c.V * c.D) * bits / 8
+  token = 2 * 80 * 8 * 128 * 2  # keys and values of 80 layers and 8 heads in bf16
+  needed = weights + token * (64 * 2048 + 512)
+  assert bench.needed_bytes(program) == pytest.approx(needed)
+  assert bench.least_seconds(program) == pytest.approx(needed / 8 / 2765e9)
+
+
+@pytest.mark.parametrize('width, rows', [(128, 2), (2048, 1)])
+def test_the_flops_that_a_prefill_needs(width, rows):
+  program = aot.Sampler('prefill', 'v6e-8', width=width)
+  c = program.model
+  products = 2 * (llama.param_count(c) - 2 * c.V * c.D) * width * rows
+  scores = 4 * 80 * 64 * 128 * rows * (width * 512 + width**2 / 2)  # 64 heads of 128
+  assert bench.needed_flops(program) == pytest.approx(products + scores, rel=1e-4)
+  assert bench.least_seconds(program) == pytest.approx((products + scores) / 8 / 918e12, rel=1e-4)
