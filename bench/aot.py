@@ -109,6 +109,13 @@ TRAINING = (
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
     Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
     Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'))
+# Two of them with other meshes, at equal numbers of examples per step.
+MESHES = tuple(
+    Training('70b', loss, pod, (1, fsdp, tensor), reference, rows=examples // fsdp)
+    for loss, pod, reference, meshes, counts in (
+        ('dpo', 'v5p-256', 'step', ((16, 8), (32, 4), (64, 2)), (16, 32, 64)),
+        ('sft', 'v6e-256', '', ((32, 8), (64, 4), (128, 2)), (32, 64, 128)))
+    for examples in counts for fsdp, tensor in meshes if examples >= fsdp)
 SAMPLING = tuple(
     Sampler(kind, pod, bits, width)
     for pod in ('v5p-16', 'v6e-8')

@@ -2,11 +2,12 @@
 
   python bench/cycles.py                     # all programs of bench/aot.py
   python bench/cycles.py --only='70b dpo, reference step | v5p'   # whose name contains the text
-  python bench/cycles.py --remat=full --plain --rows=4
+  python bench/cycles.py --meshes            # two training steps with other meshes
+  python bench/cycles.py --only='70b sft' --rows=4 --remat=none --plain
 
-Of training steps: --remat is what the backward pass recomputes, instead of what the config says;
---plain leaves out the compiler options of srlm_jax/compiler.py; --rows are per shard of
-(data, fsdp).
+Of training steps: --rows multiplies their rows; --remat is what the backward pass
+recomputes, instead of what the config says; --plain leaves out the compiler options of
+srlm_jax/compiler.py.
 
 First a calibration: what the compiler expects of a plain matrix product and of a stream. Then for
 each program its time by the three estimates of bench/estimate.py, by kind, and its most expensive
@@ -41,6 +42,8 @@ HEADER = '''
 | program | pod | data, fsdp, tensor | rows | remat | options | GiB | cycles, ms | middle, ms \
 | floor, ms | share, % | of | seconds |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|'''
+PARTS = (f'\nms of the middle estimate\n\n| program | pod | data, fsdp, tensor | rows | '
+         f'{" | ".join(estimate.KINDS)} |\n{"|---" * (4 + len(estimate.KINDS))}|')
 
 
 def chip_name(pod: str) -> str:
@@ -158,6 +161,13 @@ def milliseconds(seconds: float) -> str:
   return f'{seconds * 1e3:,.0f}' if seconds >= 0.1 else f'{seconds * 1e3:.1f}'
 
 
+def parts(program: aot.Training | aot.Sampler, done: estimate.Estimate) -> str:
+  """-> a line of the table of middle estimates by kind, in ms."""
+  kinds = done.kinds()
+  found = [kinds[kind].seconds['middle'] if kind in kinds else 0 for kind in estimate.KINDS]
+  return f'| {aot.title(program)} | ' + ' | '.join(map(milliseconds, found)) + ' |'
+
+
 def details(done: estimate.Estimate) -> str:
   """-> the time by kind, and the most expensive instructions."""
   def columns(row):
@@ -176,28 +186,33 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--only', default='')
+  parser.add_argument('--meshes', action='store_true')
+  parser.add_argument('--rows', type=int, default=1)
   parser.add_argument('--remat', default='', choices=('', *configs.REMAT))
   parser.add_argument('--plain', action='store_true')
-  parser.add_argument('--rows', type=int, default=1)
   flags = parser.parse_args()
   # At the effort of bench/scale.py some estimates are far too high.
   jax.config.update('jax_exec_time_optimization_effort', 0.0)
   if flags.plain:
     compiler.TRAINING.pop('tpu')
-  training = [dataclasses.replace(p, remat=flags.remat, rows=flags.rows) for p in aot.TRAINING]
-  programs = [p for p in (*training, *aot.SAMPLING) if flags.only in f'{p.name} | {p.pod}']
+  programs = aot.MESHES if flags.meshes else aot.TRAINING + aot.SAMPLING
+  programs = [
+      dataclasses.replace(p, rows=p.rows * flags.rows, remat=flags.remat)
+      if isinstance(p, aot.Training) else p
+      for p in programs if flags.only in f'{p.name} | {p.pod}']
   for chip in dict.fromkeys(chip_name(p.pod) for p in programs):
     found = calibrate(chip)
     print(f'{chip}: the compiler expects {found["product"]:.0%} of the peak of a bf16 product of '
           f'8192 x 8192 x 8192, {found["stream"]:.0%} of the bandwidth of a float32 sum')
-  texts = []
+  tables, texts = [], []
   print(HEADER, flush=True)
   for program in programs:
     found = measure(program)
     print(line(program, 'no' if flags.plain else 'yes', found), flush=True)
     if found:
+      tables.append(parts(program, found[0]))
       texts.append(f'\n{aot.title(program)}\n{details(found[0])}')
-  print('\n'.join(texts))
+  print(PARTS, *tables, *texts, sep='\n')
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ import hlo
 from hlo import Array, Computation, Instruction, Program
 
 WAYS = ('cycles', 'floor', 'middle')
+KINDS = ('matmul', 'collectives', 'elementwise', 'dropout', 'attention', 'copies', 'optimizer')
 BANDWIDTH = 0.85  # share of the HBM bandwidth that a good kernel reaches
 LATENCY = 2e-6    # seconds of a collective without bytes, where the scheduler has no figure
 # Share of the peak that splash attention reaches. From the instruction bundles that libtpu wrote

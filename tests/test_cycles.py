@@ -351,6 +351,7 @@ def test_kinds_of_instructions():
   assert {name: row.kind for name, row in done.rows.items()} == {
       'matmul': 'matmul', 'dropout': 'dropout', 'copy.1': 'copies', 'adam': 'optimizer',
       'other': 'elementwise'}
+  assert {*done.kinds()} < {*estimate.KINDS}
   matmul = done.rows['matmul']
   assert matmul.flops == 2 * 500 * 500 * 1000
   # 0.5 ms by FLOPs, 2.5 ms by bytes: bound by memory
@@ -470,6 +471,24 @@ def test_the_bytes_that_a_step_of_decode_needs(bits):
   needed = weights + token * (64 * 2048 + 512)
   assert bench.needed_bytes(program) == pytest.approx(needed)
   assert bench.least_seconds(program) == pytest.approx(needed / 8 / 2765e9)
+
+
+def test_the_lines_of_the_tables():
+  program = aot.Sampler('decode', 'v5p-16')
+  least = bench.least_seconds(program)  # 8 ms
+  rows = {kind: estimate.Row(kind, seconds=dict(cycles=0.02, middle=0.001 * n, floor=0))
+          for n, kind in enumerate(estimate.KINDS[:4], 1)}
+  done = estimate.Estimate(rows, dict(cycles=4 * least, middle=2 * least, floor=least), 0)
+  cells = bench.line(program, 'yes', (done, 26.12, 30.4)).split(' | ')
+  assert cells[:4] == ['| 70b decode, bf16', 'v5p-16', '1, 1, 8', '64']
+  assert cells[6:] == ['26.1', *(f'{n * least * 1e3:.1f}' for n in (4, 2, 1)),
+                       '25.0 / 50.0 / 100.0', 'bandwidth', '30 |']
+  assert bench.parts(program, done).split(' | ')[4:] == [
+      '1.0', '2.0', '3.0', '4.0', '0.0', '0.0', '0.0 |']
+  assert bench.line(program, 'yes', None).count('|') == bench.HEADER.splitlines()[1].count('|')
+  training = aot.Training('70b', 'sft', 'v6e-256', (1, 32, 8), remat='full', rows=4)
+  assert bench.line(training, 'no', (done, 1, 1)).startswith(
+      '| 70b sft | v6e-256 | 1, 32, 8 | 4 | full | no | 1.0 | ')
 
 
 @pytest.mark.parametrize('width, rows', [(128, 2), (2048, 1)])
