@@ -15,6 +15,7 @@ waits for them.
 import collections
 from collections.abc import Mapping
 import dataclasses
+import math
 import re
 
 import hlo
@@ -315,12 +316,12 @@ def _branches(conditional: Instruction) -> list[str]:
 
 
 def _attention_shape(computation: Computation, call: Instruction) -> tuple[int, int, int, int]:
-  """-> heads, queries, head width and keys of a call of splash attention."""
+  """-> heads of all rows, queries, head width and keys of a call of splash attention."""
   dims = [a.dims for name in call.operands for a in computation.by_name[name].arrays
           if a.dtype == 'bf16']
-  *_, heads, T, H = next(d for d in dims if len(d) >= 3)
+  *heads, T, H = next(d for d in dims if len(d) >= 3)
   S = max(d[-2] for d in dims if len(d) >= 2 and d[-1] == H)
-  return heads, T, H, S
+  return math.prod(heads), T, H, S
 
 
 def _visited_behind(prefix: int, T: int) -> int:

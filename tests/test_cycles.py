@@ -361,10 +361,10 @@ def test_kinds_of_instructions():
 
 
 def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
-  def call(name, keys):
+  def call(name, keys, rows=''):
     return estimated(program(f'''
-        %q = bf16[8,1024,128]{{2,1,0}} parameter(0)
-        %k = bf16[{keys},128]{{1,0}} parameter(1)
+        %q = bf16[{rows}8,1024,128]{{2,1,0}} parameter(0)
+        %k = bf16[{rows}{keys},128]{{1,0}} parameter(1)
         ROOT %{name} = (f32[8,1024,128]{{2,1,0}}) custom-call(%q, %k, %k),
             custom_call_target="tpu_custom_call"'''))
   blocks = 3 * 512 * 512  # of 1,024 queries and keys
@@ -373,6 +373,8 @@ def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
   assert one.seconds['cycles'] == pytest.approx(one.seconds['floor'] / 0.64)
   two = call('splash_mqa_dkv_segmented.1', 2048).rows['splash_mqa_dkv_segmented.1']
   assert two.flops == 2 * 2 * one.flops
+  rows = call('splash_mqa_fwd_segmented.1', 1024, '3,2,').rows['splash_mqa_fwd_segmented.1']
+  assert rows.flops == 3 * 2 * one.flops  # rows and key/value heads of a chip
   with pytest.raises(ValueError, match='Pallas call tpu_other is unknown'):
     call('tpu_other', 1024)
 
