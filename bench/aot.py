@@ -7,6 +7,7 @@ sampling programs.
 import dataclasses
 import functools
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -143,7 +144,7 @@ def compile(program: Training | Sampler, options: dict | None = None):
       return lower(program, mesh).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
       # A program can also need too much memory of the core (vmem), whatever its batch.
-      if 'RESOURCE_EXHAUSTED' in str(error) and 'memory space hbm' in str(error):
+      if re.search('RESOURCE_EXHAUSTED.*(memory space hbm|on HBM)', str(error), re.DOTALL):
         return None
       raise
 
