@@ -221,6 +221,32 @@ def test_bytes_of_slices():
       ROOT %z = f32[1000]{{0}} fusion(%x, %k), kind=kLoop, calls=%sliced''', nested) == 2 * 4000 + 4
 
 
+def test_bytes_of_a_slice_of_an_array_whose_layout_a_fusion_changes():
+  relayout = '''
+      %relayout (s: s8[80,1000]) -> s8[80,1000] {
+        %s = s8[80,1000]{1,0:T(32,128)(4,1)} parameter(0)
+        ROOT %c = s8[80,1000]{1,0:T(8,128)(4,1)} copy(%s)
+      }'''
+  sliced = '''
+      %sliced (p: s8[80,1000], i: s32[]) -> f32[1000] {
+        %p = s8[80,1000]{1,0:T(32,128)(4,1)} parameter(0)
+        %i = s32[] parameter(1)
+        %f = s8[80,1000]{1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, calls=%relayout
+        %d = s8[1,1000]{1,0} dynamic-slice(%f, %i, %i), dynamic_slice_sizes={1,1000}
+        ROOT %r = f32[1000]{0} convert(%d)
+      }'''
+  given = '''
+      %x = s8[80,1000]{1,0} parameter(0)
+      %k = s32[] parameter(1)
+      '''
+  assert moved(
+      f'{given}ROOT %z = f32[1000]{{0}} fusion(%x, %k), kind=kLoop, calls=%sliced', relayout,
+      sliced) == 1000 + 4 + 4000
+  assert moved(f'{given}ROOT %z = s8[80,1000]{{1,0}} fusion(%x), kind=kLoop, calls=%relayout',
+               relayout) == 2 * 80_000
+  assert moved(f'{given}ROOT %z = s8[80,1000]{{1,0}} copy(%x)') == 2 * 80_000
+
+
 def test_bytes_of_an_update_in_place_and_of_what_is_passed_on():
   update = '''
       %update (p: f32[80,1000], u: f32[1,1000], i: s32[]) -> (f32[80,1000], f32[80,1000]) {
