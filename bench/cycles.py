@@ -176,6 +176,8 @@ def details(done: estimate.Estimate) -> str:
   for kind, row in done.kinds().items():
     lines.append(f'{kind:12} {columns(row)}      {row.flops / 1e12:6.1f} {row.bytes / 1e9:8.1f}')
   lines.append(f'collectives without a figure of the scheduler: {done.guessed}')
+  if done.sent:
+    lines.append(f'to other slices, not in the estimate: {done.sent / 1e9:.1f} GB per chip')
   lines.append(f'the {TOP} most expensive instructions, and how often they run')
   for name, row in done.top(TOP):
     lines.append(f'{row.kind:12} {columns(row)} {row.times:6g}  {name[:40]:40} {row.source[-60:]}')

@@ -30,7 +30,7 @@ LATENCY = 2e-6    # seconds of a collective without bytes, where the scheduler h
 SHARE = {'fwd': 0.64, 'dkv': 0.42, 'dq': 0.42}
 PRODUCTS = {'fwd': 2, 'dkv': 4, 'dq': 3}  # matrix products per block of queries and keys
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'partition-id',
-        'replica-id', 'after-all', 'iota', 'opt-barrier'}
+        'replica-id', 'after-all', 'iota', 'opt-barrier', 'send-done', 'recv', 'recv-done'}
 # A fusion with more of these draws random bits; the compiler's estimate is of its arithmetic.
 XORS = 20
 
@@ -73,6 +73,7 @@ class Estimate:
   rows: dict[str, Row]      # by instruction
   seconds: dict[str, float]
   guessed: int              # collectives without a figure of the scheduler
+  sent: float = 0           # bytes to other slices, whose time is not in the estimate
 
   def kinds(self) -> dict[str, Row]:
     """-> the sums by kind, the most expensive first."""
@@ -91,7 +92,7 @@ class Estimate:
       return {way: seconds[way] / steps for way in WAYS}
     rows = {name: Row(r.kind, r.source, part(r.seconds), r.flops / steps, r.bytes / steps,
                       r.times / steps) for name, r in self.rows.items()}
-    return Estimate(rows, part(self.seconds), self.guessed)
+    return Estimate(rows, part(self.seconds), self.guessed, self.sent / steps)
 
   def top(self, count: int) -> list[tuple[str, Row]]:
     """-> the most expensive instructions."""
@@ -118,7 +119,7 @@ def estimate(program: Program, chip: Chip, stream: float, collective_cycles: Map
   walk = _Walk(program, chip, stream, collective_cycles, sampled)
   runs = sampled.runs if sampled else ()
   seconds = {way: walk.run(program.entry, way, 1, runs) for way in WAYS}
-  return Estimate(walk.rows, seconds, len(walk.guessed))
+  return Estimate(walk.rows, seconds, len(walk.guessed), walk.sent)
 
 
 class _Walk:
@@ -129,6 +130,7 @@ class _Walk:
     self.collective_cycles, self.sampled = collective_cycles, sampled
     self.rows: dict[str, Row] = {}
     self.guessed: set[str] = set()
+    self.sent = 0.0
     self.costs: dict[tuple[str, str], Cost] = {}
 
   def run(self, name: str, way: str, times: int, runs: tuple[int, ...]) -> float:
@@ -143,6 +145,8 @@ class _Walk:
         clock.now += self.run(instruction.attribute('to_apply'), way, times, runs)
       elif instruction.opcode == 'conditional':
         clock.now += max(self.run(branch, way, times, runs) for branch in _branches(instruction))
+      elif instruction.opcode == 'send':
+        self.sent += instruction.arrays[0].bytes * times if way == 'cycles' else 0
       elif instruction.opcode not in FREE:
         self._one(clock, computation, instruction, way, times)
     return clock.now

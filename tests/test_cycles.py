@@ -348,6 +348,18 @@ def test_asynchronous_copies_share_the_bandwidth_and_copies_inside_vmem_are_free
   assert seconds(':S(1)') == pytest.approx(1e-6)
 
 
+def test_what_goes_to_other_slices_is_counted_and_takes_no_time():
+  done = estimated(program('''
+      %x = f32[1000]{0} parameter(0)
+      %t = token[] after-all()
+      %s = (f32[1000]{0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true
+      %r = (f32[1000]{0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true
+      %sd = token[] send-done(%s), channel_id=1, is_host_transfer=true
+      ROOT %rd = (f32[1000]{0}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true'''))
+  assert done.sent == 4000 and done.seconds['cycles'] == 0
+  assert '0.0 GB per chip' in bench.details(done)
+
+
 def test_kinds_of_instructions():
   threefry = '\n'.join(f'        %x{i} = u32[1000]{{0}} xor(%p, %p)' for i in range(30))
   bits = f'''
