@@ -71,14 +71,13 @@ test-parity: .venv-parity/.torch  ## compares logits and log-probs with transfor
 	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
-	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py
+	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py
 	.venv-aot/bin/python bench/scale.py
 	.venv-aot/bin/python bench/cycles.py --only='70b dpo, reference step | v5p-256'
 	.venv-aot/bin/python bench/cycles.py --only=v5p-16
 
 aot-full: aot  ## also the tables of docs/scale.md; hours on 2 cores
 	.venv-aot/bin/python bench/scale.py --largest
-	.venv-aot/bin/python bench/scale.py --largest --remat=full
 	.venv-aot/bin/python bench/cycles.py
 	.venv-aot/bin/python bench/cycles.py --plain --remat=full --only='reference step | v5p-256'
 	.venv-aot/bin/python bench/cycles.py --meshes

@@ -17,7 +17,7 @@ from srlm_jax import config as configs, sharding
 from srlm_jax.checkpoint import store
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import Packing
-from srlm_jax.models import cache as caches, int8, kernels, llama
+from srlm_jax.models import cache as caches, int8, kernels, llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
@@ -52,7 +52,7 @@ class Training:
   pod: str
   mesh: tuple[int, int, int]  # data, fsdp, tensor
   reference: str = ''
-  remat: str = ''  # empty: that of the config
+  remat: str = ''  # empty: what training chooses
   rows: int = 1    # per shard of (data, fsdp)
 
   @property
@@ -62,18 +62,28 @@ class Training:
 
   @property
   def config(self):
-    """The section `train` of the config."""
-    c = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size).train
-    c = c.copy_and_resolve_references().unlock()
+    """The section `train` of the config, with the recomputation that training chooses."""
+    config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
+    config = config.copy_and_resolve_references().unlock()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = self.mesh
+    c = config.train
     c.reference = self.reference or 'step'
-    c.remat = self.remat or c.remat
+    c.remat, c.accumulate = self.remat or c.remat, 1
+    topology, gib = PODS[self.pod]
+    data, fsdp, tensor = self.mesh
+    devices = sizing.Devices('tpu', data * fsdp * tensor, gib * GIB, topology.get('num_slices', 1))
+    width = c.max_length * (3 if self.loss == 'dpo' else 2) // 2  # a prompt, one or two responses
+    work = sizing.Work(self.rows * data * fsdp, width, self.reference == 'step')
+    c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
     return c
+
+  def _shape(self, c):
+    return dataclasses.replace(PRESETS[f'llama2-{self.size}'], dtype=c.dtype, dropout=c.dropout)
 
   @property
   def model(self):
     """The config of the model."""
-    c = self.config
-    return dataclasses.replace(PRESETS[f'llama2-{self.size}'], dtype=c.dtype, dropout=c.dropout)
+    return self._shape(self.config)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@
   python bench/cycles.py --only='70b sft' --rows=4 --remat=none --plain
 
 Of training steps: --rows multiplies their rows; --remat is what the backward pass
-recomputes, instead of what the config says; --plain leaves out the compiler options of
+recomputes, instead of what training chooses; --plain leaves out the compiler options of
 srlm_jax/compiler.py.
 
 First a calibration: what the compiler expects of a plain matrix product and of a stream. Then for

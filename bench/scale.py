@@ -3,7 +3,7 @@
   python bench/scale.py                     # all training steps of bench/aot.py
   python bench/scale.py --only=7b           # programs whose name contains the text
   python bench/scale.py --largest           # also doubles the rows until the program does not fit
-  python bench/scale.py --remat=full        # instead of what the config says
+  python bench/scale.py --remat=full        # instead of what training chooses
 
 No TPU is needed. Exits with 1 if a program does not fit, or if it all-reduces a whole weight in its
 loop over the layers, where each chip needs only its own part.
@@ -87,9 +87,14 @@ def measure(program: aot.Training) -> dict:
 def line(program: aot.Training, found: dict) -> str:
   """-> a line of the table."""
   kinds = ', '.join(f'{n} {kind}' for kind, n in sorted(found['kinds'].items()))
-  return (f'| {aot.title(program)} | {found["arguments"]:.1f} | {found["temporaries"]:.1f} | '
-          f'{found["total"]:.1f} of {aot.PODS[program.pod][1]} | {kinds} | '
+  gib = [f'{found[name]:.1f}' for name in ('arguments', 'temporaries', 'total')]
+  return (f'| {title(program)} | {" | ".join(gib)} of {aot.PODS[program.pod][1]} | {kinds} | '
           f'{found["seconds"]:.0f} |')
+
+
+def title(program: aot.Training) -> str:
+  """-> the first columns of the table."""
+  return f'{aot.title(program)} | {program.config.remat}'
 
 
 def main():
@@ -101,8 +106,8 @@ def main():
   flags = parser.parse_args()
   # Four times quicker, with nearly the same memory.
   jax.config.update('jax_exec_time_optimization_effort', -1.0)
-  print('| program | pod | data, fsdp, tensor | rows | state and reference, GiB | temporaries | '
-        'total | collectives | seconds |\n|---|---|---|---|---|---|---|---|---|', flush=True)
+  print('| program | pod | data, fsdp, tensor | rows | remat | state and reference, GiB | '
+        'temporaries | total | collectives | seconds |\n' + '|---' * 10 + '|', flush=True)
   notes, errors = [], []
   for program in aot.TRAINING:
     if flags.only not in f'{program.name} {program.pod}':
@@ -111,12 +116,12 @@ def main():
     while True:
       found = measure(program)
       if not found['fits']:
-        print(f'| {aot.title(program)} | does not fit | | | | |', flush=True)
+        print(f'| {title(program)} | does not fit | | | | |', flush=True)
         if program.rows == 1:
-          errors.append(f'{aot.title(program)} does not fit')
+          errors.append(f'{title(program)} does not fit')
         break
       for what, fraction in found['whole'].items():
-        sentence = f'{aot.title(program)}: {what}, {fraction:.1%} of a layer'
+        sentence = f'{title(program)}: {what}, {fraction:.1%} of a layer'
         (errors if fraction > SMALL else notes).append(sentence)
       print(line(program, found), flush=True)
       if not flags.largest:

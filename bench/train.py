@@ -80,7 +80,7 @@ def draw(plan: Plan, responses: int) -> list[Example]:
 def train_config(loss: str, plan: Plan):
   """-> the `train` section of a config, with a learning rate of 0."""
   c = configs.dpo() if loss == 'dpo' else configs.sft()
-  c.update(batch=plan.batch, dropout=0.0, dtype=plan.config.dtype)
+  c.update(batch=plan.batch, accumulate=1, dropout=0.0, dtype=plan.config.dtype)
   c.update(learning_rate=0.0, learning_rate_end=0.0)  # so every round computes the same values
   return c
 

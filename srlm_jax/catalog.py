@@ -143,6 +143,13 @@ class View:
     return value
 
 
+def replace(config, values: dict):
+  """A config or a View -> the same with other values, {SECTION.KEY: value}."""
+  changed = unwrap(config).copy_and_resolve_references()
+  changed.update_from_flattened_dict(values)
+  return View(changed, config._keys) if isinstance(config, View) else changed
+
+
 def unwrap(config) -> ConfigDict:
   """Unwraps a View; returns a ConfigDict unchanged."""
   return config._config if isinstance(config, View) else config
@@ -256,6 +263,7 @@ STAGES = (
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c)),
     Spec('reference', 'train', ('logps.jsonl',), reads_training_data=True, runs=('init',),
          on='reference', keys=('chat', 'model', 'train.dtype'),
+         unrecorded=('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
          needed=lambda c: _trains_on_pairs(c) and c.train.reference == 'cached'),
     Spec('model', 'train', ('metrics.jsonl', 'rows.json'), reads_training_data=True,
          runs=('init',),
@@ -263,9 +271,9 @@ STAGES = (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
-             'dtype', 'remat', 'save_every', 'select'))),
-         unrecorded=('train.keep', 'train.log_every', 'mesh.data', 'mesh.fsdp', 'mesh.tensor',
-               'data.source')),
+             'dtype', 'save_every', 'select'))),
+         unrecorded=('train.keep', 'train.log_every', 'train.remat', 'mesh.data', 'mesh.fsdp',
+                     'mesh.tensor', 'data.source')),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
          needed=lambda c: c.train.select not in ('', 'agreement')),
     Spec('selection', 'selection', ('measures.jsonl',), reads=('seeds/ranked.jsonl',),

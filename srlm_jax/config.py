@@ -24,6 +24,9 @@ TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
 PAIR_LOSSES = ('dpo',)  # values of train.loss that train on pairs and have a reference
 LOSSES = ('sft', *PAIR_LOSSES)
 REMAT = ('none', 'dots', 'full')  # values of train.remat, from the most memory to the least
+# Keys that may be open: models/sizing.py then chooses a value for the model and the devices.
+OPEN = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.accumulate', 'train.remat',
+        'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor', 'sample.slots')
 # Keys that have a new name, and that name.
 RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
            'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements',
@@ -141,7 +144,7 @@ TINY = 1e-30  # smaller values underflow in float32
 MANY = 10**9  # two such counts still add up within int32
 COUNT = Values(int, above=0, most=MANY)
 COUNT_OR_0 = Values(int, least=0, most=MANY)
-AXIS = Values(int, above=0, most=MANY, also=-1)
+COUNT_OR_OPEN = Values(int, above=0, most=MANY, also=-1)
 SEED = Values(int, least=0, most=2**32 - 1)  # jax.random.key drops higher bits without x64
 TEMPERATURE = Values(float, least=TINY, most=100, also=0)
 MASS = Values(float, least=TINY, most=1)
@@ -170,14 +173,14 @@ _SECTIONS = {
         chat=Setting('llama2', one_of(*CHATS), 'chat format of prompt and response', OURS),
     ),
     'mesh': dict(  # training, over all devices
-        data=Setting(1, AXIS, 'devices; -1: all that are left', OURS),
-        fsdp=Setting(-1, AXIS, 'devices; -1: all that are left', OURS),
-        tensor=Setting(1, AXIS, 'devices; -1: all that are left', OURS),
+        data=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
+        fsdp=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
+        tensor=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
     ),
     'sample_mesh': dict(  # sampling, over the devices of each host
-        data=Setting(1, AXIS, 'devices per host; -1: all that are left', OURS),
-        fsdp=Setting(1, AXIS, 'devices per host; -1: all that are left', OURS),
-        tensor=Setting(-1, AXIS, 'devices per host; -1: all that are left', OURS),
+        data=Setting(-1, COUNT_OR_OPEN, 'devices per host; -1: chosen', OURS),
+        fsdp=Setting(1, COUNT_OR_OPEN, 'devices per host; -1: chosen', OURS),
+        tensor=Setting(-1, COUNT_OR_OPEN, 'devices per host; -1: chosen', OURS),
     ),
     'data': dict(
         source=Setting('oasst', one_of('oasst', 'ranked', 'sandbox'),
@@ -202,8 +205,8 @@ _SECTIONS = {
         data=Setting(('',), Values(tuple), 'names of the files to train on', PAPER),
         batch=Setting(16, COUNT, 'examples or pairs per step; with packing, on average', PAPER),
         pack=Setting(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
-        # same result, with fewer activations in memory
-        accumulate=Setting(1, COUNT, 'micro-batches per step', OURS),
+        # more of them: the same result, with fewer activations in memory
+        accumulate=Setting(-1, COUNT_OR_OPEN, 'micro-batches per step; -1: chosen', OURS),
         epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
         warmup=Setting(0, COUNT_OR_0, 'steps', OURS),
         weight_decay=Setting(0.0, WEIGHT, 'per step, times the learning rate', OURS),
@@ -217,8 +220,8 @@ _SECTIONS = {
         # parameters and moments are float32
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
         # models/llama.py; less recomputation takes more memory: docs/scale.md
-        remat=Setting('full', one_of(*REMAT),
-                      'what the backward pass recomputes; full was True, none was False', OURS),
+        remat=Setting('auto', one_of('auto', *REMAT), 'what the backward pass recomputes; auto: '
+                      'chosen; full was True, none was False', OURS),
         save_every=Setting(200, COUNT, 'steps', PAPER),
         keep=Setting(2, COUNT, 'checkpoints kept', OURS),
         # srlm_jax/selection.py; '': the last
@@ -237,7 +240,7 @@ _SECTIONS = {
         beta=Setting(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
     ),
     'sample': dict(
-        slots=Setting(64, COUNT, 'rows decoded together, per host', OURS),
+        slots=Setting(-1, COUNT_OR_OPEN, 'rows decoded together, per host; -1: chosen', OURS),
         size=Setting(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
         steps=Setting(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'),
@@ -346,7 +349,8 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.size = size
   c.model = f'llama2-{size}'
   _model(c)
-  {'tiny': _tiny, 'stories': _stories}.get(size, _published)(c)
+  if size in ('tiny', 'stories'):  # the defaults are the paper's numbers, for Llama 2
+    {'tiny': _tiny, 'stories': _stories}[size](c)
   return c.lock()
 
 
@@ -361,6 +365,11 @@ def get_config(text: str) -> ConfigDict:
     raise InputError(f'--config={short(text)}{closest(file, FILES)}: it is the path of a file, or '
                      f'one of {", ".join(FILES)}')
   return get(FILES[file], *filter(None, [size]))
+
+
+def is_open(value: int | str) -> bool:
+  """Whether the value of a key of OPEN leaves it to be chosen."""
+  return value in (-1, 'auto')
 
 
 def training_data(c: ConfigDict) -> list[str]:
@@ -492,13 +501,6 @@ def _model(c: ConfigDict):
     c.prompts.count = 5000
 
 
-def _published(c: ConfigDict):
-  """Llama 2: the paper's numbers, which are the defaults."""
-  if c.size == '70b':
-    c.mesh.tensor = 8  # one key/value head per chip; a batch of 16 then uses up to 128 chips
-    c.train.remat = 'dots'  # 1 row of DPO takes 17 GiB per chip of v5p-256: docs/scale.md
-
-
 def _stories(c: ConfigDict):
   """tinyllamas-260k on OASST1: real weights and data, but too small to judge. Not in the paper."""
   _small(c)
@@ -566,8 +568,5 @@ def _small(c: ConfigDict):
   c.chat = 'plain'
   c.meta_judge.template = 'meta_short'
   c.meta_judge.max_tokens = 24
-  c.sample_mesh.data, c.sample_mesh.tensor = -1, 1
-  c.sample.slots = 128
   c.sample.dtype = 'float32'
   c.train.dtype = 'float32'
-  c.train.remat = 'none'

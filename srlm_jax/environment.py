@@ -51,8 +51,13 @@ def record() -> dict:
       xla_flags=os.environ.get('XLA_FLAGS', ''),
       libtpu_init_args=os.environ.get('LIBTPU_INIT_ARGS', ''),
       matmul_precision=jax.config.jax_default_matmul_precision or 'default',
-      platform=jax.default_backend(), device_kind=jax.devices()[0].device_kind,
-      devices=jax.device_count(), hosts=jax.process_count(), versions=_versions())
+      **devices(), versions=_versions())
+
+
+def devices() -> dict:
+  """The devices of all hosts, as in `record`."""
+  return dict(platform=jax.default_backend(), device_kind=jax.devices()[0].device_kind,
+              devices=jax.device_count(), hosts=jax.process_count())
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from srlm_jax import InputError
+from srlm_jax import InputError, torus
 
 NAMES = ('data', 'fsdp', 'tensor')
 AXES = {
@@ -33,7 +33,8 @@ AXES = {
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
   """A mesh with axes data, fsdp and tensor; one size may be -1: all remaining devices.
 
-  With several TPU slices, each slice holds a part of the data axis.
+  With several TPU slices, each slice holds a part of the data axis. In a slice, the neighbours of a
+  group are close on the torus (srlm_jax/torus.py).
   """
   devices = jax.devices() if devices is None else devices
   shape = [data, fsdp, tensor]
@@ -47,17 +48,19 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
                      f'make the product {len(devices)}')
   # GPUs have a slice_index too, but it numbers hosts.
   tpu = devices[0].platform == 'tpu'
-  slices = len({getattr(d, 'slice_index', 0) for d in devices}) if tpu else 1
-  if shape[0] % slices:  # the network between slices is slow: only gradients cross it, once a step
-    raise InputError(f'config.mesh.data = {shape[0]} does not divide over the {slices} slices; '
-                     f'make it a multiple')
-  # Needed, for example, for tensor=8 on a 16 x 16 torus.
-  split = dict(allow_split_physical_axes=True)
-  if slices == 1:
-    grid = mesh_utils.create_device_mesh(shape, devices, **split)
+  slices = {}
+  for device in devices:
+    slices.setdefault(getattr(device, 'slice_index', 0) if tpu else 0, []).append(device)
+  if shape[0] % len(slices):  # the network between slices is slow: only gradients cross it
+    raise InputError(f'config.mesh.data = {shape[0]} does not divide over the {len(slices)} '
+                     'slices; make it a multiple')
+  part = [shape[0] // len(slices), *shape[1:]]
+  if tpu and torus.known(devices):
+    grids = [torus.order(part, slices[n]) for n in sorted(slices)]
   else:
-    grid = mesh_utils.create_hybrid_device_mesh(
-        [shape[0] // slices, *shape[1:]], [slices, 1, 1], devices, **split)
+    grids = [mesh_utils.create_device_mesh(part, slices[n], allow_split_physical_axes=True)
+             for n in sorted(slices)]
+  grid = np.concatenate(grids)
   return Mesh(grid, NAMES, axis_types=(AxisType.Auto,) * 3)
 
 

@@ -28,7 +28,8 @@ class Stage:
   """One stage's folder.
 
   Use: `s = Stage(..)`; return if `s.done`; check the input; `s.begin()`; work; `s.finish()`.
-  `models` are the checkpoint folders that it runs.
+  `models` are the checkpoint folders that it runs. In `config`, open keys have the values with
+  which the stage was started before.
   """
 
   def __init__(self, spec: catalog.Spec, config, workdir, template: str = '', more_inputs=()):
@@ -37,8 +38,11 @@ class Stage:
     Raises InputError if the folder was made with something else, if a stage that it reads from has
     not finished, or if a file of a finished stage has changed.
     """
-    self.spec, self._config, self._workdir = spec, config, workdir
+    self.spec, self._workdir = spec, workdir
     self.folder = spec.folder(workdir, config)
+    path = self.folder / 'manifest.json'
+    before = read_manifest(path) if path.exists() else None
+    self.config = config = _chosen_before(spec, config, before) if before else config
     self.title = f'{self.folder.parent.name}/{spec.name}'
     self.started = time.time()
     models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
@@ -55,12 +59,11 @@ class Stage:
         inputs=_names(entries, workdir),
         template=hashlib.sha256(template.encode()).hexdigest()[:16],
         config=spec.recorded(config))))
-    path = self.folder / 'manifest.json'
     self.done = (self.folder / 'done.json').exists()
     if self.done:
       require_finished(self.folder)
-    if path.exists():
-      self._compare(path, config)
+    if before:
+      self._compare(before)
     written = {folder: _written(folder) for folder in dict.fromkeys(p.parent for p in entries)}
     for source, entry in entries.items():
       _check_file(source, written[source.parent], entry)
@@ -91,22 +94,21 @@ class Stage:
 
   def _first(self, file: str):
     """The path of an input, or of its first shard."""
-    self.spec.check_input(file, self._config)
-    return catalog.paths(file, self._workdir, self._config)[0]
+    self.spec.check_input(file, self.config)
+    return catalog.paths(file, self._workdir, self.config)[0]
 
-  def _compare(self, path, config):
-    """Raises InputError if the manifest at `path` differs from this one.
+  def _compare(self, before: dict):
+    """Raises InputError if an earlier manifest differs from this one.
 
     A config key that the older manifest lacks had its default value. A key that the stage no longer
     reads, and the environment, are not compared.
     """
-    before, now = read_manifest(path), self._manifest
-    before.pop('environments', None)
+    before, now = {key: x for key, x in before.items() if key != 'environments'}, self._manifest
     for old, new in configs.RENAMED.items():
       if old in before['config']:
         before['config'][new] = before['config'].pop(old)
     if missing := now['config'].keys() - before['config'].keys():
-      default = configs.get(config.name, config.size)
+      default = configs.get(self.config.name, self.config.size)
       values = {key: catalog.look_up(default, key) for key in missing}
       before['config'] |= json.loads(json.dumps(values))
     before['config'] = {key: before['config'][key] for key in now['config']}
@@ -114,15 +116,19 @@ class Stage:
       raise InputError(f'{self.folder} was made with another {change}; delete that folder or use '
                        f'another --workdir')
 
-  def begin(self, mesh=None):
+  def begin(self, config=None):
     """Writes the manifest, before anything else of the stage.
 
-    It lists every environment, with the mesh, in which the stage was started or resumed.
+    `config`: with values for its open keys. The manifest also lists every environment in which the
+    stage was started or resumed, with the keys that were chosen for it.
     """
     hosts.sync(f'{self.title} was looked up')  # no host may find a manifest that is half written
+    if config is not None:
+      self.config = config
+      self._manifest['config'] = json.loads(json.dumps(self.spec.recorded(config)))
     now = environment.record()
-    if mesh:
-      now['mesh'] = dict(mesh.shape)
+    if chosen := [key for key in configs.OPEN if key in self.spec.unrecorded]:
+      now['config'] = {key: catalog.look_up(catalog.unwrap(self.config), key) for key in chosen}
     if hosts.is_first_host():
       path = self.folder / 'manifest.json'
       before = read_manifest(path).get('environments', []) if path.exists() else []
@@ -149,6 +155,23 @@ class Stage:
     shown = [f'{key} {value}' for key, value in summary.items()
              if not isinstance(value, dict | list | None)]
     hosts.log(', '.join([f'{self.title}: done in {seconds} s', *shown]))
+
+
+def _chosen_before(spec: catalog.Spec, config, manifest: dict):
+  """The config with the values of an earlier start for the keys that it leaves open.
+
+  Those that depend on the devices only if these are the same.
+  """
+  found = dict(manifest['config'])
+  if environments := manifest.get('environments'):
+    last, now = environments[-1], environment.devices()
+    if now.items() <= last.items():
+      found |= last.get('config', {})
+  full = catalog.unwrap(config)
+  return catalog.replace(config, {
+      key: found[key] for key in configs.OPEN
+      if key in found and key in spec.keys + spec.unrecorded
+      and configs.is_open(catalog.look_up(full, key))})
 
 
 def model_folder(workdir, name: str):

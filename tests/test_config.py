@@ -127,8 +127,8 @@ def refused(key, value) -> str:
      'config.respond.temperature is -0.7; it must be 0, or 1e-30 to 100 ('),
     ('respond.top_p', 0.0, 'config.respond.top_p is 0.0; it must be 1e-30 to 1 ('),
     ('train.loss', 'ppo', "config.train.loss is 'ppo'; it is sft or dpo ("),
-    ('train.remat', True, 'config.train.remat is True; it is none, dots or full (what the backward '
-     'pass recomputes; full was True, none was False)'),
+    ('train.remat', True, 'config.train.remat is True; it is auto, none, dots or full (what the '
+     'backward pass recomputes; auto: chosen; full was True, none was False)'),
     ('data.synthetic', 1, 'config.data.synthetic is 1; it must be True or False ('),
     ('train.data', 'ift', "config.train.data is 'ift'; it must be a tuple of strings (")])
 def test_the_error_states_the_key_the_value_and_the_allowed_values(key, value, sentence):

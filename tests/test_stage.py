@@ -168,15 +168,38 @@ def test_inputs_outside_of_the_workdir_may_be_moved(tmp_path):
     make(tmp_path / 'run', 'pairs', moved)
 
 
-def test_a_resumed_stage_keeps_the_environments_of_both_runs(tmp_path, monkeypatch, mesh):
-  def begin(host, mesh=None):
+def test_a_resumed_stage_keeps_the_environments_of_both_runs(tmp_path, monkeypatch):
+  def begin(host):
+    monkeypatch.setattr(stage.environment, 'devices', lambda: dict(host=host))
     monkeypatch.setattr(stage.environment, 'record', lambda: dict(host=host))
-    make(tmp_path, 'pairs').begin(mesh)
+    make(tmp_path, 'pairs').begin()
     return stage.read_manifest(tmp_path / 'm2' / 'pairs' / 'manifest.json')['environments']
   assert begin('a') == [dict(host='a')]
-  assert begin('b', mesh) == [
-      dict(host='a'), dict(host='b', mesh=dict(data=1, fsdp=1, tensor=1))]
+  assert begin('b') == [dict(host='a'), dict(host='b')]
   assert len(begin('a')) == 2
+
+
+def test_a_resumed_stage_keeps_the_values_that_were_chosen(tmp_path, monkeypatch):
+  spec = catalog.Spec('respond', 'program', (), keys=('sample.slots',),
+                      unrecorded=('sample_mesh.data', 'sample_mesh.tensor'))
+  config = configs.get('m2', 'tiny')
+
+  def start(**given):
+    return stage.Stage(spec, catalog.replace(spec.view(config), given), tmp_path)
+
+  def values(s):
+    return s.config.sample.slots, s.config.sample_mesh.data, s.config.sample_mesh.tensor
+  first = start()
+  assert values(first) == (-1, -1, -1)
+  first.begin(catalog.replace(first.config, {
+      'sample.slots': 64, 'sample_mesh.data': 2, 'sample_mesh.tensor': 4}))
+  assert stage.read_manifest(first.folder / 'manifest.json')['config'] == {'sample.slots': 64}
+  assert values(start()) == (64, 2, 4)
+  assert values(start(**{'sample.slots': 64, 'sample_mesh.tensor': 1})) == (64, 2, 1)
+  with pytest.raises(InputError, match=r'another config.sample.slots \(64, now 32\)'):
+    start(**{'sample.slots': 32})
+  monkeypatch.setattr(stage.environment, 'devices', lambda: dict(devices=3))
+  assert values(start()) == (64, -1, -1)  # the mesh must suit the devices; slots change rounding
 
 
 def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):

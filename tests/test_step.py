@@ -23,7 +23,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 def keys(loss, **changes):
   config = configs.dpo() if loss == 'dpo' else configs.sft()
-  config.update(batch=16, dropout=0.0, learning_rate=1e-3, learning_rate_end=1e-3, **changes)
+  config.update(batch=16, accumulate=1, dropout=0.0, learning_rate=1e-3, learning_rate_end=1e-3)
+  config.update(changes)
   return config
 
 
@@ -138,7 +139,7 @@ def by_response(batch, logps):
 @pytest.mark.parametrize('loss', ['sft', 'dpo'])
 def test_packed_rows_equal_rows_of_one_response_each(loss, unrolled, monkeypatch):
   """Log-probs and gradients: a response attends to its prompt, from position 0, and to itself."""
-  monkeypatch.setattr(vocab, 'CHUNK', 8)  # several chunks of targets
+  monkeypatch.setattr(vocab, 'MOST_LOGITS', 2**12)  # several parts
   model = llama.Llama(TINY, attention.CPU if unrolled else attention.XLA)
   examples = draw(loss)
   separate = pack([Example(f'{e.id}/{n}', e.prompt, (r,))

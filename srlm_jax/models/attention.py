@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from srlm_jax.models.config import RopeScaling
 
 BLOCK = 64  # keys that `decode` reads at a time
+QUERIES = 64  # least queries of a block of `packed`
+MOST_BLOCKS = 8  # of `packed`; each is compiled by itself
 # Rows that a CPU decodes together: short rows wait for few longer ones, and a block of keys stays
 # in the processor's cache.
 ROWS = 2
@@ -92,8 +94,16 @@ def causal(q, k, v):
 
 
 def packed(q, k, v, segments: Segments):
-  """q [B, T, K, G, H], k and v [B, T, K, H] of packed rows -> [B, T, K, G, H]."""
-  return attend(q, k, v, segments.mask())
+  """q [B, T, K, G, H], k and v [B, T, K, H] of packed rows -> [B, T, K, G, H].
+
+  In blocks of queries, each over the keys up to its own end: later keys are masked anyway.
+  """
+  T, mask = q.shape[1], segments.mask()
+  block = max(QUERIES, -(-T // MOST_BLOCKS))
+  ends = [*range(block, T, block), T]
+  return jnp.concatenate([
+      attend(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end])
+      for start, end in zip([0, *ends], ends, strict=False)], 1)
 
 
 def prefill(q, k, v, prefix: Prefix):

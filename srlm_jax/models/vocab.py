@@ -5,7 +5,7 @@ from jax.sharding import PartitionSpec as P
 
 from srlm_jax.sharding import AXES, spec
 
-CHUNK = 256  # targets of a row whose logits exist at the same time
+MOST_LOGITS = 2**28  # bytes of logits that a chip holds at the same time
 
 
 def embed(table, tokens):
@@ -29,7 +29,7 @@ def token_logps(logits, tokens):
 def target_logps(x, w, targets):
   """x [B, N, D], w [D, V], targets [B, N] -> their log-probs [B, N] under logits x @ w, float32.
 
-  Logits are computed for CHUNK targets of a row at a time, and recomputed in the backward pass.
+  Logits of more than MOST_LOGITS bytes are computed in parts, and recomputed in the backward pass.
   """
   def local(x, w, targets):
     # The gradient of w is summed over chunks in float32, and over chips once, in w's own dtype like
@@ -40,7 +40,7 @@ def target_logps(x, w, targets):
       logits = jnp.einsum('BND,DV->BNV', x, w.astype(x.dtype), preferred_element_type=jnp.float32)
       return _token_logps(logits, targets)
     N = targets.shape[1]
-    parts = -(-N // CHUNK)
+    parts = min(N, -(-targets.size * w.shape[1] * 4 // MOST_LOGITS))
     if parts == 1:
       return one(x, targets)
     size = -(-N // parts)
@@ -56,13 +56,31 @@ def target_logps(x, w, targets):
                        out_specs=spec('BN'))(x, w, targets)
 
 
+@jax.custom_vjp
 def _token_logps(logits, tokens):
   """`token_logps` on one chip: logits [..., V on this chip], tokens [...] -> [...]."""
+  return _forward(logits, tokens)[0]
+
+
+def _forward(logits, tokens):
   i, here = _local(tokens, logits.shape[-1])
-  peak = jax.lax.pmax(jax.lax.stop_gradient(logits).max(-1), 'tensor')
-  total = jax.lax.psum(jnp.exp(logits - peak[..., None]).sum(-1), 'tensor')
+  peak = jax.lax.pmax(logits.max(-1), 'tensor')
+  log_total = peak + jnp.log(jax.lax.psum(jnp.exp(logits - peak[..., None]).sum(-1), 'tensor'))
   picked = jnp.take_along_axis(logits, i[..., None], -1)[..., 0]
-  return jax.lax.psum(jnp.where(here, picked, 0), 'tensor') - (jnp.log(total) + peak)
+  logps = jax.lax.psum(jnp.where(here, picked, 0), 'tensor') - log_total
+  return logps, (logits, tokens, log_total)
+
+
+def _backward(kept, gradient):
+  """The gradient of the logits, in one pass: that of log-softmax is one-hot minus softmax."""
+  logits, tokens, log_total = kept
+  i, here = _local(tokens, logits.shape[-1])
+  hit = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == i[..., None])
+  hit &= here[..., None]
+  return gradient[..., None] * (hit - jnp.exp(logits - log_total[..., None])), None
+
+
+_token_logps.defvjp(_forward, _backward)
 
 
 def next_token_logps(logits, tokens):

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from srlm_jax import hosts, InputError, records, sharding
+from srlm_jax import catalog, hosts, InputError, records, sharding
 from srlm_jax.checkpoint import store
 from srlm_jax.data import tokenizer as tokenizers
-from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama
+from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
 from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
@@ -235,11 +235,19 @@ class Engine:
     return sums
 
 
+def choose(config, folders: Sequence):
+  """-> a config whose open keys for sampling have values: for this host and the largest model."""
+  shapes = [model_config.load(folder) for folder in folders]
+  largest = max(shapes, key=llama.param_count)
+  return catalog.replace(config, sizing.sampling(config, largest, sizing.devices(local=True)))
+
+
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
   """Restores a checkpoint onto this host's devices in the sampling dtype -> engine and tokenizer.
 
   `stop`: a text whose last token ends a row, like eos.
   """
+  config = choose(config, [folder])
   c, mesh = config.sample, host_mesh(config)
   refuse_too_large(config, folder)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
@@ -254,7 +262,10 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
 
 
 def refuse_too_large(config, folder):
-  """Raises InputError if this host cannot hold the model in `folder` and the cache."""
+  """Raises InputError if this host cannot hold the model in `folder` and the cache.
+
+  `config`: from `choose`.
+  """
   c, mesh, shape = config.sample, host_mesh(config), model_config.load(folder)
   size, itemsize = min(c.size, shape.context), jnp.dtype(c.dtype).itemsize
   weight_bytes = itemsize + 1 if c.int8 else itemsize
@@ -268,7 +279,7 @@ def refuse_too_large(config, folder):
 
 
 def host_mesh(config):
-  """The mesh on which this host samples: config.sample_mesh over the local devices."""
+  """The mesh on which this host samples, of a config from `choose`."""
   m = config.sample_mesh
   return sharding.make_mesh(m.data, m.fsdp, m.tensor, jax.local_devices())
 

@@ -24,10 +24,11 @@ def run(config, workdir):
     return
   responses = list(s.read('respond/responses-*.jsonl'))
   responses = responses[slice(*hosts.share(len(responses)))]
+  config = engines.choose(s.config, s.models)
   for folder in s.models:
     engines.refuse_too_large(config, folder)
     templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused
-  s.begin(engines.host_mesh(config))
+  s.begin(config)
   logps, older_logps = (
       _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
       for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))

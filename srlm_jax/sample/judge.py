@@ -64,7 +64,7 @@ def run(config, workdir, on: str = ''):
         score=score, reason=reason, finish=result.finish)
   share = hosts.share(total)
   judgements = shards.write(
-      s, config, 'judgements', sampling,
+      s, 'judgements', sampling,
       itertools.islice(_items(s, config, on), *share), len(range(*share)), prompt,
       record, spec.count(config), check)
   s.finish(summary(judge, judgements))

@@ -107,7 +107,7 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
         second=item.second.id, text=text, winner=winner, reason=reason, finish=result.finish)
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   return list(shards.write(
-      s, config, 'comparisons', sampling, items, len(items), prompt, record))
+      s, 'comparisons', sampling, items, len(items), prompt, record))
 
 
 def _comparison_id(first: schema.Judgement, second: schema.Judgement) -> str:

@@ -41,10 +41,11 @@ def run(config, workdir):
   written = [r.prompt for path in earlier for r in records.read(path, schema.Prompt)]
   evaluation = [p for path in evaluation_files for p in evaluation_prompts(path)]
   screen = Filter(c, [*seeds.ift, *seeds.ranked, *written], [*seeds.held_out, *evaluation])
+  config = engines.choose(s.config, s.models)
   author = None
   if hosts.is_first_host():
     author = Author(config, s.models[0], s.title, template, draw_shots(config, shot_pool, [], 0))
-  s.begin(engines.host_mesh(config))
+  s.begin(config)
   if not author:
     return s.finish()
   accepted, attempts = generate_prompts(s, config, author, shot_pool, screen)

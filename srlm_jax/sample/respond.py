@@ -43,7 +43,7 @@ def run(config, workdir, on: str = 'prompts'):
         finish=result.finish, n_tokens=len(result.ids), logp=round(sum(result.token_logps), 4))
   share = hosts.share(total)
   responses = shards.write(
-      s, config, 'responses', _sampling(config, on),
+      s, 'responses', _sampling(config, on),
       itertools.islice(items(), *share), len(range(*share)), prompt, record, n)
   finishes = Counter(r.finish for r in responses)
   s.finish(responses=finishes.total(), finished=finishes[schema.EOS],

@@ -12,7 +12,7 @@ from srlm_jax.sample import engine as engines
 Item = TypeVar('Item')
 
 
-def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: Iterable[Item],
+def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable[Item],
           count: int, prompt: Callable[[Item, tokenizers.Tokenizer], list[int]],
           record: Callable[[Item, int, str, engines.Result], records.Record], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
@@ -27,13 +27,14 @@ def write(s: stage.Stage, config, stem: str, sampling: engines.Sampling, items: 
 
   Yields the records of all hosts in the order of the items. Resumes a killed run.
   """
+  config = engines.choose(s.config, s.models)
   engine, tokenizer = engines.load(config, s.models[0], s.title)
   engine.max_prompt_tokens(sampling)  # raises InputError if the context is too short
   if check:
     check(engine, tokenizer)
   requests = (engines.Request(item.id, prompt(item, tokenizer), n, item) for item in items)
   first = list(itertools.islice(requests, 1))  # may be refused, for its chat format
-  s.begin(engines.host_mesh(config))
+  s.begin(config)
 
   def sample_record(request, i, result):
     return record(request.data, i, tokenizer.decode(result.ids).strip(), result)

@@ -26,7 +26,7 @@ def cached(config, workdir, source, model, packed: Packing, mesh) -> dict[str, l
   path = s.folder / FILE
   if not s.done:
     params, _ = store.restore_params(source, mesh, config.train.dtype)
-    s.begin(mesh)  # after all that can be refused
+    s.begin(config)  # after all that can be refused
     _compute(s, path, params, model, packed, mesh)
     s.finish(pairs=len(packed.all))
   found = {r.id: [r.chosen_logp, r.rejected_logp] for r in records.read(path, schema.PairLogps)}

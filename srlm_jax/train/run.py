@@ -21,7 +21,7 @@ from srlm_jax import (
 )
 from srlm_jax.checkpoint import hashes, store
 from srlm_jax.data import examples as training, packing, tokenizer as tokenizers
-from srlm_jax.models import config as model_config, kernels, llama
+from srlm_jax.models import config as model_config, kernels, llama, sizing
 from srlm_jax.train import objectives, reference, state as train_state, step as train_step
 from srlm_jax.train.alarms import Alarms
 from srlm_jax.train.state import TrainState
@@ -31,11 +31,25 @@ ROWS = 'rows.json'  # in the model's folder: the number and the width of the row
 
 def run(config, workdir):
   """Reads the init model and this model's data; writes MODEL/model: checkpoints, metrics.jsonl."""
-  config = catalog.find('train').view(config)
+  config, workdir = catalog.find('train').view(config), epath.Path(workdir)
   refuse_too_large(config)
+  source = _source(config, workdir)
+  shape = _model_config(config, source, workdir)
+  files = catalog.training_files(workdir, config)
+  s = stage.Stage(catalog.find('train'), config, workdir,
+                  more_inputs=() if config.train.init else [source / 'tokenizer.model'])
+  if s.done:
+    return
+  data = _examples(config, source, shape, files)
+  config = _choose(s, shape, data)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):
-    _train(config, epath.Path(workdir), mesh)
+    setup = _prepare(config, workdir, s, source, shape, data, mesh)
+    state, reference_params = _restore(config, s, setup, mesh)
+    s.begin(config)  # after everything that can raise InputError
+    saver = _open(config, s, setup, state)
+    state = _loop(config, s, setup, state, reference_params, saver, mesh)
+    _finish(s, setup, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +66,44 @@ class Setup:
   kept: list[int]               # checkpoints of the run that is resumed; empty at the start
 
 
-def _train(config, workdir, mesh):
-  """Trains the model of a config, from its init model or its last checkpoint to done.json."""
-  source = _source(config, workdir)
-  shape = _model_config(config, source, workdir)
-  files = catalog.training_files(workdir, config)
-  s = stage.Stage(catalog.find('train'), config, workdir,
-                  more_inputs=() if config.train.init else [source / 'tokenizer.model'])
-  if s.done:
-    return
-  setup = _prepare(config, workdir, s, source, shape, files, mesh)
-  state, reference_params = _restore(config, s, setup, mesh)
-  s.begin(mesh)  # after everything that can raise InputError
-  saver = _open(config, s, setup, state)
-  state = _loop(config, s, setup, state, reference_params, saver, mesh)
-  _finish(s, setup, state)
-
-
-def _prepare(config, workdir, s, source, shape, files, mesh) -> Setup:
-  """Reads and packs the data, computes cached log-probs of the reference, and builds the step."""
+def _examples(config, source, shape, files) -> training.Examples:
+  """Reads the data; InputError if it has less than one batch."""
   c, objective = config.train, objectives.find(config.train)
-  tokenizer = tokenizers.load(source, shape.V)
   try:
-    data = objective.examples(c, config.chat, files, tokenizer)
+    data = objective.examples(c, config.chat, files, tokenizers.load(source, shape.V))
   except training.NoExamples as error:
     raise InputError(f'{", ".join(map(str, files))}: {error}') from error
+  if len(data.examples) < c.batch:
+    dropped = ', '.join(f'{n} {why}' for why, n in data.dropped.items())
+    raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped: '
+                     f'{dropped or "none"}), fewer than one batch of {c.batch}; make more data, or '
+                     f'lower config.train.batch')
+  return data
+
+
+def _choose(s: stage.Stage, shape, data: training.Examples):
+  """-> the config with values for its open keys; a resumed run keeps its rows."""
+  c, begun = s.config.train, _begun_rows(s.folder)
+  lengths = [len(e) for e in data.examples]
+  longest = max(c.max_length if c.pack else 0, *lengths)
+  if begun:
+    rows, width = begun
+  elif c.pack:
+    rows, width = c.batch * sum(lengths) / len(lengths) / longest, longest
+  else:
+    rows, width = c.batch, longest
+  work = sizing.Work(rows, width, objectives.find(c).needs_reference_params,
+                     is_exact=bool(begun) or not c.pack)
+  return catalog.replace(s.config, sizing.training(s.config, shape, sizing.devices(), work))
+
+
+def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -> Setup:
+  """Packs the data, computes cached log-probs of the reference, and builds the step."""
+  c, objective = config.train, objectives.find(config.train)
   choice = kernels.for_training(jax.default_backend(), shape, c.remat)
   model = llama.Llama(shape, choice, c.remat)
   kept = model_files.steps(s.folder)
-  packed = _pack(config, data, mesh, choice.width_multiple, c.epochs, s.folder if kept else None)
+  packed = _pack(config, data, mesh, choice.width_multiple, c.epochs, _begun_rows(s.folder))
   tx = train_state.optimizer(c, len(packed))
   abstract = train_state.abstract(shape, tx, mesh)
   make_batch = objective.pack
@@ -112,6 +135,9 @@ def _open(config, s, setup: Setup, state: TrainState):
             f'{width} tokens, {packed.count / len(packed):.1f} examples per step, '
             f'{packed.padding_free:.0%} of the tokens are not padding, attention by '
             f'{setup.model.kernels.name}{dropped}')
+  m = config.mesh
+  hosts.log(f'{s.title}: mesh {m.data} x {m.fsdp} x {m.tensor}, {c.accumulate} micro-batches, '
+            f'recomputes {c.remat}')
   saver = store.manager(s.folder, None if c.select else c.keep)
   if setup.kept:
     hosts.log(f'{s.title}: continues after step {int(state.step)}')
@@ -247,19 +273,20 @@ def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
   return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
 
 
-def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
-          begun=None) -> packing.Packing:
-  """`begun`: the folder of a resumed run, whose row shape is reused on any mesh."""
-  c = config.train
-  if len(data.examples) < c.batch:
-    dropped = ', '.join(f'{n} {why}' for why, n in data.dropped.items())
-    raise InputError(f'{config.name} has {len(data.examples)} examples to train on (dropped: '
-                     f'{dropped or "none"}), fewer than one batch of {c.batch}; make more data, or '
-                     f'lower config.train.batch')
-  if begun and not (begun / ROWS).exists():
-    raise InputError(f'{begun} has checkpoints but no {ROWS}, so it cannot be resumed; delete it '
+def _begun_rows(folder) -> tuple[int, int] | None:
+  """The rows and their width of the run that has checkpoints in this folder; None for a new run."""
+  if not model_files.steps(folder):
+    return None
+  if not (folder / ROWS).exists():
+    raise InputError(f'{folder} has checkpoints but no {ROWS}, so it cannot be resumed; delete it '
                      f'to train again')
-  shape = json.loads((begun / ROWS).read_text())['shape'] if begun else None
+  return tuple(json.loads((folder / ROWS).read_text())['shape'])
+
+
+def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
+          begun: tuple[int, int] | None = None) -> packing.Packing:
+  """`begun`: the rows and the width of a resumed run, which are reused on any mesh."""
+  c = config.train
   parts = c.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
   return packing.Packing(data.examples, c.batch, epochs, config.seed,
-                         c.max_length if c.pack else 0, parts, multiple, shape)
+                         c.max_length if c.pack else 0, parts, multiple, begun)

@@ -1,0 +1,149 @@
+"""What is chosen for a model and its devices."""
+import dataclasses
+import itertools
+import math
+import types
+
+import jax
+import pytest
+
+from srlm_jax import catalog, config as configs, InputError
+from srlm_jax.models import sizing
+from srlm_jax.models.config import PRESETS
+from srlm_jax.models.sizing import Devices, Mesh, Work
+
+GIB = 2**30
+TPU = dict(v5p=95, v4=32, v6e=31)  # GiB per chip
+HOST = Devices('tpu', 8, 95 * GIB)
+
+
+def bf16(name):
+  return dataclasses.replace(PRESETS[name], dtype='bfloat16')
+
+
+def train(size, devices, rows, width=3072, has_reference=True, is_exact=False, **given):
+  config = catalog.replace(configs.get('m2', size), given)
+  return tuple(sizing.training(config, bf16(f'llama2-{size}'), devices,
+                               Work(rows, width, has_reference, is_exact)).values())
+
+
+def sample(size, devices, **given):
+  config = catalog.replace(configs.get('m2', size), given)
+  return tuple(sizing.sampling(config, PRESETS[config.model], devices).values())
+
+
+def test_every_open_key_is_an_open_default_or_can_be_opened():
+  for key in configs.OPEN:
+    config = catalog.replace(configs.get('m2'), {key: 'auto' if key == 'train.remat' else -1})
+    configs.check(config)
+    assert configs.is_open(catalog.look_up(config, key))
+
+
+def test_what_is_chosen_has_all_open_keys():
+  config = configs.get('m2', '7b')
+  found = sizing.training(config, bf16('llama2-7b'), HOST, Work(16, 3072, True))
+  found |= sizing.sampling(config, bf16('llama2-7b'), HOST)
+  assert sorted(found) == sorted(configs.OPEN)
+
+
+# The fastest of the meshes of docs/scale.md, by the compiler's estimate.
+@pytest.mark.parametrize('pod, chips, rows, width, tensor', [
+    ('v5p', 128, 16, 3072, 8), ('v5p', 128, 31, 3072, 8), ('v5p', 128, 32, 3072, 4),
+    ('v5p', 128, 64, 3072, 4), ('v5p', 128, 3, 3072, 8), ('v6e', 256, 32, 2048, 8),
+    ('v6e', 256, 128, 2048, 4)])
+def test_the_mesh_is_the_fastest_that_gives_each_shard_a_row(pod, chips, rows, width, tensor):
+  data, fsdp, found, *_ = train('70b', Devices('tpu', chips, TPU[pod] * GIB), rows, width)
+  assert (data, fsdp, found) == (1, chips // tensor, tensor)
+
+
+def test_the_fsdp_axis_is_limited():
+  assert train('70b', Devices('tpu', 128, 95 * GIB), 10**6)[:3] == (2, 64, 1)
+
+
+def test_slices_split_the_data_axis():
+  assert train('70b', Devices('tpu', 128, 95 * GIB, slices=2), 16)[:3] == (2, 8, 8)
+
+
+def test_given_sizes_are_kept():
+  given = {'mesh.tensor': 2, 'train.accumulate': 4, 'train.remat': 'full'}
+  assert train('70b', Devices('tpu', 128, 95 * GIB), 16, **given) == (1, 64, 2, 4, 'full')
+  # one open size takes all devices that are left, whatever it divides
+  given = {'mesh.data': 1, 'mesh.tensor': 1}
+  assert train('7b', Devices('tpu', 7, 95 * GIB), 16, **given)[:3] == (1, 7, 1)
+
+
+def test_an_impossible_mesh_is_refused():
+  with pytest.raises(InputError, match='data=-1, fsdp=-1, tensor=3, and no such mesh over the 8 '):
+    train('7b', HOST, 16, **{'mesh.tensor': 3})
+
+
+def test_axes_divide_the_model():
+  for count in range(1, 33):
+    data, fsdp, tensor, *_ = train('7b', Devices('tpu', count, 95 * GIB), 1000)
+    c = PRESETS['llama2-7b']
+    assert data * fsdp * tensor == count
+    assert not c.D % fsdp and not c.K % tensor and not c.F % tensor and not c.V % tensor
+
+
+@pytest.mark.parametrize('rows', [8, 12, 16, 24])
+def test_exact_rows_divide_over_mesh_and_micro_batches(rows):
+  for memory in (24, 32, 48, 95):
+    data, fsdp, _, accumulate, _ = train('7b', Devices('tpu', 4, memory * GIB), rows, is_exact=True)
+    assert rows % (data * fsdp * accumulate) == 0
+
+
+def test_less_memory_takes_more_recomputation_then_more_micro_batches():
+  def steps(memory):
+    *_, accumulate, remat = train('7b', Devices('tpu', 8, memory * GIB), 32)
+    return accumulate, -configs.REMAT.index(remat)
+  found = [steps(memory) for memory in (95, 60, 40, 30, 20, 16)]
+  assert found == sorted(found, key=lambda step: (step[0], -step[1]))
+  assert found[0] == (1, -1) and found[-1][0] > 1 and len(set(found)) > 2
+
+
+def test_sampling_splits_only_models_that_need_it():
+  assert sample('7b', HOST)[:3] == (8, 1, 1)
+  assert sample('70b', HOST)[:3] == (1, 1, 8)
+  assert sample('70b', HOST, **{'sample_mesh.tensor': 4})[:3] == (2, 1, 4)
+
+
+@pytest.mark.parametrize('size, memory', itertools.product(('7b', '70b'), (31, 95, 141)))
+def test_weights_and_cache_fit(size, memory):
+  *axes, slots = sample(size, Devices('tpu', 8, memory * GIB))
+  c, (data, _, tensor) = PRESETS[f'llama2-{size}'], axes
+  weights = 2 * {'7b': 6_738_415_616, '70b': 68_976_648_192}[size] / tensor
+  row = 2 * 2 * c.layers * c.K * c.H * 4096 / tensor
+  used = weights + slots / data * row
+  assert used < 0.9 * memory * GIB and math.log2(slots / data) % 1 == 0
+  assert slots == data * 256 or used + slots / data * row > 0.9 * memory * GIB
+
+
+def test_the_demo_takes_the_same_choices_on_every_laptop():
+  for memory in (4, 16, 512):
+    config = configs.get('m2', 'tiny')
+    shape = PRESETS['sandbox']
+    found = sizing.sampling(config, shape, Devices('cpu', 1, memory * GIB))
+    assert [*found.values()] == [1, 1, 1, 128]
+    found = sizing.training(config, shape, Devices('cpu', 1, memory * GIB), Work(10, 192, True))
+    assert [*found.values()] == [1, 1, 1, 1, 'none']
+
+
+def test_the_devices_of_this_process():
+  found = sizing.devices()
+  assert (found.platform, found.count, found.slices) == ('cpu', jax.device_count(), 1)
+  assert 0 < found.memory * found.count
+  with pytest.MonkeyPatch.context() as patch:
+    def device(index):
+      return types.SimpleNamespace(platform='tpu', slice_index=index)
+    patch.setattr(jax, 'devices', lambda: [device(0), device(1)])
+    assert sizing.devices().slices == 2
+
+
+@pytest.mark.parametrize('remat', configs.REMAT)
+def test_recomputation_and_shards_save_memory(remat):
+  def used(mesh, tokens=3072, has_reference=True, accumulate=1, remat=remat):
+    return sizing.training_bytes(bf16('llama2-70b'), mesh, tokens, has_reference, accumulate, remat)
+  base = used(Mesh(1, 16, 8))
+  assert used(Mesh(1, 32, 8)) < base < used(Mesh(1, 16, 4))
+  assert used(Mesh(1, 16, 8), 6144) > base > used(Mesh(1, 16, 8), has_reference=False)
+  assert used(Mesh(1, 16, 8), accumulate=2) > base
