@@ -26,8 +26,9 @@ setup: .venv/.installed
 	$(call install,.venv,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
 # Apart, because where the TPU's library is installed, every run looks for a TPU first.
+AOT := -e '.[test,aot]' # not written in the call, which would split it at the comma
 .venv-aot/.installed: pyproject.toml $(LOCK)
-	$(call install,.venv-aot,-e '.[test,aot]')
+	$(call install,.venv-aot,$(AOT))
 
 # Apart, because `make test` must need no torch.
 .venv-parity/.installed: pyproject.toml $(LOCK)
@@ -69,16 +70,17 @@ TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
 	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py
 
-aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware
+aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py
 	.venv-aot/bin/python bench/scale.py
 	.venv-aot/bin/python bench/cycles.py --only='70b dpo, reference step | v5p-256'
+	.venv-aot/bin/python bench/cycles.py --only=v5p-16
 
 aot-full: aot  ## also the tables of docs/scale.md; hours on 2 cores
 	.venv-aot/bin/python bench/scale.py --largest
-	.venv-aot/bin/python bench/scale.py --largest --remat=full
 	.venv-aot/bin/python bench/cycles.py
-	.venv-aot/bin/python bench/cycles.py --plain --remat=full
+	.venv-aot/bin/python bench/cycles.py --plain --remat=full --only='reference step | v5p-256'
+	.venv-aot/bin/python bench/cycles.py --meshes
 
 # vLLM for CPUs, without the packages that its index lists for other builds of torch.
 .venv-vllm/.installed:

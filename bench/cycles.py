@@ -1,16 +1,19 @@
-"""Time of the 70B training steps by the TPU compiler's estimates; nothing is executed.
+"""Time of the 7B and 70B programs by the TPU compiler's estimates; nothing is executed.
 
-  python bench/cycles.py                     # all programs of bench/scale.py
+  python bench/cycles.py                     # all programs of bench/aot.py
   python bench/cycles.py --only='70b dpo, reference step | v5p'   # whose name contains the text
-  python bench/cycles.py --remat=full --plain --rows=4
+  python bench/cycles.py --meshes            # two training steps with other meshes
+  python bench/cycles.py --only='70b sft' --rows=4 --remat=none --plain
 
---remat: what the backward pass recomputes, instead of what the config says. --plain: without the
-compiler options of srlm_jax/compiler.py. --rows: rows per shard of (data, fsdp).
+Of training steps: --rows multiplies their rows; --remat is what the backward pass
+recomputes, instead of what training chooses; --plain leaves out the compiler options of
+srlm_jax/compiler.py.
 
 First a calibration: what the compiler expects of a plain matrix product and of a stream. Then for
 each program its time by the three estimates of bench/estimate.py, by kind, and its most expensive
-instructions. MFU: FLOPs that the step needs, without recomputation, per chip and second, as a
-fraction of the peak.
+instructions. The share is the time that the chip needs at its peak as a fraction of the estimate:
+for training and prefill the MFU, of the FLOPs that the program needs, without recomputation; for
+decode, of the bytes of weights and of keys and values that a step reads.
 """
 import argparse
 import dataclasses
@@ -19,21 +22,28 @@ import pathlib
 import tempfile
 import time
 
+import aot
 import estimate
 import hlo
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-import scale
 
 from srlm_jax import compiler, config as configs
-from srlm_jax.models.config import PRESETS
+from srlm_jax.models import llama
 
 TOP = 15
+ORDER = 'cycles', 'middle', 'floor'
+LENGTH = 2048  # tokens that each slot of a decode holds, behind the shared prefix
+# A draw of a token is repeated until all slots accept one, each with a probability of at least 0.9:
+# 64 slots rarely need more than three.
+DRAWS = 3
 HEADER = '''
 | program | pod | data, fsdp, tensor | rows | remat | options | GiB | cycles, ms | middle, ms \
-| floor, ms | MFU, % | seconds |
-|---|---|---|---|---|---|---|---|---|---|---|---|'''
+| floor, ms | share, % | of | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|'''
+PARTS = (f'\nms of the middle estimate\n\n| program | pod | data, fsdp, tensor | rows | '
+         f'{" | ".join(estimate.KINDS)} |\n{"|---" * (4 + len(estimate.KINDS))}|')
 
 
 def chip_name(pod: str) -> str:
@@ -45,87 +55,132 @@ def chip_name(pod: str) -> str:
 
 
 @functools.cache
-def calibrate(pod: str) -> dict[str, float]:
+def calibrate(chip: str) -> dict[str, float]:
   """-> the shares of the peak that the compiler expects of a matrix product and of a stream."""
-  chip = estimate.CHIPS[chip_name(pod)]
-  device = scale.make_mesh(next(p for p in scale.PROGRAMS if p.pod == pod)).devices.flat[0]
-  place = SingleDeviceSharding(device)
+  program = next(p for p in aot.TRAINING + aot.SAMPLING if chip_name(p.pod) == chip)
+  place = SingleDeviceSharding(aot.make_mesh(program).devices.flat[0])
 
   def share(function, *shapes):
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
     text = jax.jit(function).lower(*given).compile().as_text()
-    seconds = estimate.estimate(hlo.parse(text), chip, 1, {}).seconds
+    seconds = estimate.estimate(hlo.parse(text), estimate.CHIPS[chip], 1, {}).seconds
     return seconds['floor'] / seconds['cycles']
   size, stream = (8192, 8192), (2**28,)
   return dict(product=share(jnp.matmul, (size, jnp.bfloat16), (size, jnp.bfloat16)),
               stream=share(jnp.add, (stream, jnp.float32), (stream, jnp.float32)))
 
 
-def needed_flops(program: scale.Program, rows: int) -> int:
-  """-> FLOPs that a step needs, without recomputation.
+def needed_flops(program: aot.Training | aot.Sampler) -> int:
+  """-> FLOPs that a training step or a prefill needs, without recomputation.
 
   A forward pass multiplies every token with the weights of the layers, every target with the head,
   and every query with the keys that it sees. Training takes three times this, a reference once.
   """
-  c, m = scale.train_config(program), PRESETS[f'llama2-{program.size}']
-  data, fsdp, _ = program.mesh
-  responses = 2 if program.loss == 'dpo' else 1
-  half = c.max_length // 2  # tokens of the prompt, and of each response
+  m = program.model
   heads = m.K * m.G * m.H
   layer = 2 * m.D * heads + 2 * m.D * m.K * m.H + 3 * m.D * m.F
+  if isinstance(program, aot.Sampler):
+    T = program.width
+    seen = T * aot.PREFIX + T**2 // 2
+    return (2 * layer * T + 4 * heads * seen) * m.layers * program.rows
+  responses = 2 if program.loss == 'dpo' else 1
+  half = program.config.max_length // 2  # tokens of the prompt, and of each response
   seen = half**2 // 2 + responses * (half**2 + half**2 // 2)
   forward = 2 * (layer * m.layers * half * (1 + responses) + m.D * m.V * half * responses)
   forward += 4 * heads * m.layers * seen
-  return forward * rows * data * fsdp * (4 if program.reference == 'step' else 3)
+  data, fsdp, _ = program.mesh
+  return forward * program.rows * data * fsdp * (4 if program.reference == 'step' else 3)
 
 
-def measure(program: scale.Program, rows: int) -> tuple[estimate.Estimate, float, float] | None:
+def needed_bytes(program: aot.Sampler) -> int:
+  """-> bytes that a step of decode reads: the weights, the prefix once, every slot's own tokens."""
+  m = program.model
+  embedding = m.D * m.V  # a step reads one row of it per slot
+  token = 2 * m.layers * m.K * m.H * 2  # keys and values in bf16
+  weights = (llama.param_count(m) - embedding) * program.bits // 8
+  return weights + token * (program.rows * LENGTH + aot.PREFIX)
+
+
+def least_seconds(program: aot.Training | aot.Sampler) -> float:
+  """-> the seconds that the chips of a program need at their peak, per step of a decode."""
+  chip, (data, fsdp, tensor) = estimate.CHIPS[chip_name(program.pod)], program.mesh
+  chips = data * fsdp * tensor
+  if decodes(program):
+    return needed_bytes(program) / chips / chip.bandwidth
+  return needed_flops(program) / chips / chip.flops
+
+
+def decodes(program: aot.Training | aot.Sampler) -> bool:
+  return isinstance(program, aot.Sampler) and program.kind == 'decode'
+
+
+def measure(program: aot.Training | aot.Sampler) -> tuple[estimate.Estimate, float, float] | None:
   """-> the estimate of a program, its GiB per chip and the seconds of its compilation.
 
-  None if the program does not fit.
+  Of a decode, the estimate of one step. None if the program does not fit.
   """
   started = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
-    found = scale.compile(program, scale.make_mesh(program), rows,
-                          dict(xla_dump_to=folder, xla_dump_latency_hiding_schedule=True))
-    if found is None:
+    compiled = aot.compile(program, dict(xla_dump_to=folder,
+                                         xla_dump_latency_hiding_schedule=True))
+    if compiled is None:
       return None
-    schedule = (pathlib.Path(folder) / 'jit_step.schedule.txt').read_text()
+    schedule = ''.join(p.read_text() for p in pathlib.Path(folder).glob('*.schedule.txt'))
   seconds = time.perf_counter() - started
-  compiled, _ = found
-  done = estimate.estimate(
-      hlo.parse(compiled.as_text()), estimate.CHIPS[chip_name(program.pod)],
-      calibrate(program.pod)['stream'], hlo.collective_cycles(schedule))
-  return done, scale.total_bytes(compiled) / scale.GIB, seconds
+  chip = chip_name(program.pod)
+  given = hlo.parse(compiled.as_text()), estimate.CHIPS[chip], calibrate(chip)['stream']
+  given += hlo.collective_cycles(schedule),
+  if isinstance(program, aot.Sampler):
+    runs = (aot.STEPS, DRAWS) if decodes(program) else (program.rows,)
+    done = estimate.estimate(*given, estimate.Sampled(LENGTH, aot.PREFIX, runs))
+    done = done.per(aot.STEPS) if decodes(program) else done
+  else:
+    done = estimate.estimate(*given)
+  return done, aot.total_bytes(compiled) / aot.GIB, seconds
 
 
-def line(program: scale.Program, rows: int, options: str, found) -> str:
-  """-> a line of the table; MFU by cycles, middle and floor."""
-  remat = scale.train_config(program).remat
-  first = f'| {scale.title(program, rows)} | {remat} | {options} |'
+def line(program: aot.Training | aot.Sampler, options: str, found) -> str:
+  """-> a line of the table; times and shares by cycles, middle and floor."""
+  remat = program.config.remat if isinstance(program, aot.Training) else ''
+  first = f'| {aot.title(program)} | {remat} | {options} |'
   if found is None:
-    return f'{first} does not fit | | | | | |'
+    return f'{first} does not fit | | | | | | |'
   done, gib, seconds = found
-  chips = scale.make_mesh(program).size
-  peak = estimate.CHIPS[chip_name(program.pod)].flops
-  flops = needed_flops(program, rows) / chips / peak
-  order = ('cycles', 'middle', 'floor')
-  times = ' | '.join(f'{done.seconds[way] * 1e3:,.0f}' for way in order)
-  shares = ' / '.join(f'{flops / done.seconds[way]:.1%}'.rstrip('%') for way in order)
-  return f'{first} {gib:.1f} | {times} | {shares} | {seconds:.0f} |'
+  least = least_seconds(program)
+  times = ' | '.join(milliseconds(done.seconds[way]) for way in ORDER)
+  shares = ' / '.join(f'{least / done.seconds[way] * 100:.1f}' for way in ORDER)
+  return (f'{first} {gib:.1f} | {times} | {shares} | '
+          f'{"bandwidth" if decodes(program) else "FLOPs"} | {seconds:.0f} |')
+
+
+def milliseconds(seconds: float) -> str:
+  """
+  >>> milliseconds(1.2345), milliseconds(0.0123)
+  ('1,234', '12.3')
+  """
+  return f'{seconds * 1e3:,.0f}' if seconds >= 0.1 else f'{seconds * 1e3:.1f}'
+
+
+def parts(program: aot.Training | aot.Sampler, done: estimate.Estimate) -> str:
+  """-> a line of the table of middle estimates by kind, in ms."""
+  kinds = done.kinds()
+  found = [kinds[kind].seconds['middle'] if kind in kinds else 0 for kind in estimate.KINDS]
+  return f'| {aot.title(program)} | ' + ' | '.join(map(milliseconds, found)) + ' |'
 
 
 def details(done: estimate.Estimate) -> str:
   """-> the time by kind, and the most expensive instructions."""
   def columns(row):
-    return ' '.join(f'{row.seconds[way] * 1e3:8.1f}' for way in ('cycles', 'middle', 'floor'))
-  lines = [f'{"kind":12} {"cycles":>8} {"middle":>8} {"floor":>8} ms   TFLOP per chip, GB of HBM']
+    return ' '.join(f'{row.seconds[way] * 1e3:9.2f}' for way in ORDER)
+  lines = [f'{"kind":12} {"cycles":>9} {"middle":>9} {"floor":>9} ms   TFLOP per chip, GB of HBM']
   for kind, row in done.kinds().items():
     lines.append(f'{kind:12} {columns(row)}      {row.flops / 1e12:6.1f} {row.bytes / 1e9:8.1f}')
   lines.append(f'collectives without a figure of the scheduler: {done.guessed}')
+  if done.sent:
+    lines.append(f'to other slices, not in the estimate: {done.sent / 1e9:.1f} GB per chip')
   lines.append(f'the {TOP} most expensive instructions, and how often they run')
   for name, row in done.top(TOP):
-    lines.append(f'{row.kind:12} {columns(row)} {row.times:6}  {name[:40]:40} {row.source[-60:]}')
+    lines.append(f'{row.kind:12} {columns(row)} {row.times:6g}  {name[:40]:40} {row.source[-60:]}')
   return '\n'.join(lines)
 
 
@@ -133,28 +188,33 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--only', default='')
+  parser.add_argument('--meshes', action='store_true')
+  parser.add_argument('--rows', type=int, default=1)
   parser.add_argument('--remat', default='', choices=('', *configs.REMAT))
   parser.add_argument('--plain', action='store_true')
-  parser.add_argument('--rows', type=int, default=1)
   flags = parser.parse_args()
   # At the effort of bench/scale.py some estimates are far too high.
   jax.config.update('jax_exec_time_optimization_effort', 0.0)
   if flags.plain:
     compiler.TRAINING.pop('tpu')
-  programs = [dataclasses.replace(p, remat=flags.remat) for p in scale.PROGRAMS
-              if flags.only in f'{p.name} | {p.pod}']
-  for pod in dict.fromkeys(p.pod for p in programs):
-    found = calibrate(pod)
-    print(f'{chip_name(pod)}: the compiler expects {found["product"]:.0%} of the peak of a bf16 '
-          f'product of 8192 x 8192 x 8192, {found["stream"]:.0%} of the bandwidth of a float32 sum')
-  texts = []
+  programs = aot.MESHES if flags.meshes else aot.TRAINING + aot.SAMPLING
+  programs = [
+      dataclasses.replace(p, rows=p.rows * flags.rows, remat=flags.remat)
+      if isinstance(p, aot.Training) else p
+      for p in programs if flags.only in f'{p.name} | {p.pod}']
+  for chip in dict.fromkeys(chip_name(p.pod) for p in programs):
+    found = calibrate(chip)
+    print(f'{chip}: the compiler expects {found["product"]:.0%} of the peak of a bf16 product of '
+          f'8192 x 8192 x 8192, {found["stream"]:.0%} of the bandwidth of a float32 sum')
+  tables, texts = [], []
   print(HEADER, flush=True)
   for program in programs:
-    found = measure(program, flags.rows)
-    print(line(program, flags.rows, 'no' if flags.plain else 'yes', found), flush=True)
+    found = measure(program)
+    print(line(program, 'no' if flags.plain else 'yes', found), flush=True)
     if found:
-      texts.append(f'\n{scale.title(program, flags.rows)}\n{details(found[0])}')
-  print('\n'.join(texts))
+      tables.append(parts(program, found[0]))
+      texts.append(f'\n{aot.title(program)}\n{details(found[0])}')
+  print(PARTS, *tables, *texts, sep='\n')
 
 
 if __name__ == '__main__':

@@ -7,18 +7,22 @@ Three estimates, in seconds:
           the calibration, and runs at 85 % of the bandwidth at most
 
 In all three, collectives take what the compiler's scheduler expects of them (where it has no
-figure: bytes over links) and Pallas calls their FLOPs at SHARE of the peak. Asynchronous
-collectives and copies cost only the time for which the program waits for them.
+figure: bytes over links). The compiler has no estimate of Pallas calls: splash attention takes its
+FLOPs at SHARE of the peak, and the kernels of a decode the bytes that they must read and write, at
+85 % of the bandwidth. Asynchronous collectives and copies cost only the time for which the program
+waits for them.
 """
 import collections
 from collections.abc import Mapping
 import dataclasses
+import math
 import re
 
 import hlo
-from hlo import Computation, Instruction, Program
+from hlo import Array, Computation, Instruction, Program
 
 WAYS = ('cycles', 'floor', 'middle')
+KINDS = ('matmul', 'collectives', 'elementwise', 'dropout', 'attention', 'copies', 'optimizer')
 BANDWIDTH = 0.85  # share of the HBM bandwidth that a good kernel reaches
 LATENCY = 2e-6    # seconds of a collective without bytes, where the scheduler has no figure
 # Share of the peak that splash attention reaches. From the instruction bundles that libtpu wrote
@@ -26,7 +30,7 @@ LATENCY = 2e-6    # seconds of a collective without bytes, where the scheduler h
 SHARE = {'fwd': 0.64, 'dkv': 0.42, 'dq': 0.42}
 PRODUCTS = {'fwd': 2, 'dkv': 4, 'dq': 3}  # matrix products per block of queries and keys
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'partition-id',
-        'replica-id', 'after-all', 'iota', 'opt-barrier'}
+        'replica-id', 'after-all', 'iota', 'opt-barrier', 'send-done', 'recv', 'recv-done'}
 # A fusion with more of these draws random bits; the compiler's estimate is of its arithmetic.
 XORS = 20
 
@@ -44,6 +48,14 @@ CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9), 'v5e': Chip(1.5e9, 197e12, 81
          'v5p': Chip(1.75e9, 459e12, 2765e9, 90e9), 'v6e': Chip(1.75e9, 918e12, 1640e9, 90e9)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """What the text of a sampling program does not say."""
+  length: int  # tokens that each slot holds
+  prefix: int  # tokens of the prefix that all rows share
+  runs: tuple[int, ...]  # of the loops without a constant number of runs, the outermost first
+
+
 @dataclasses.dataclass
 class Row:
   """An instruction's, or a kind's, part of the estimated time."""
@@ -52,7 +64,7 @@ class Row:
   seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(WAYS, 0.0))
   flops: float = 0
   bytes: float = 0
-  times: int = 0
+  times: float = 0
 
 
 @dataclasses.dataclass
@@ -61,6 +73,7 @@ class Estimate:
   rows: dict[str, Row]      # by instruction
   seconds: dict[str, float]
   guessed: int              # collectives without a figure of the scheduler
+  sent: float = 0           # bytes to other slices, whose time is not in the estimate
 
   def kinds(self) -> dict[str, Row]:
     """-> the sums by kind, the most expensive first."""
@@ -72,6 +85,14 @@ class Estimate:
       for way in WAYS:
         total.seconds[way] += row.seconds[way]
     return dict(sorted(found.items(), key=lambda item: -item[1].seconds['middle']))
+
+  def per(self, steps: int) -> 'Estimate':
+    """-> the estimate of one of the equal steps of a program."""
+    def part(seconds):
+      return {way: seconds[way] / steps for way in WAYS}
+    rows = {name: Row(r.kind, r.source, part(r.seconds), r.flops / steps, r.bytes / steps,
+                      r.times / steps) for name, r in self.rows.items()}
+    return Estimate(rows, part(self.seconds), self.guessed, self.sent / steps)
 
   def top(self, count: int) -> list[tuple[str, Row]]:
     """-> the most expensive instructions."""
@@ -87,43 +108,57 @@ class Cost:
   seconds: Mapping[str, float]
 
 
-def estimate(program: Program, chip: Chip, stream: float,
-             collective_cycles: Mapping[str, float]) -> Estimate:
+def estimate(program: Program, chip: Chip, stream: float, collective_cycles: Mapping[str, float],
+             sampled: Sampled | None = None) -> Estimate:
   """-> the estimated time of a program.
 
   `stream`: the share of the bandwidth that the compiler expects of a float32 stream.
-  `collective_cycles`: see `hlo.collective_cycles`.
+  `collective_cycles`: see `hlo.collective_cycles`. ValueError for a loop whose number of runs is
+  unknown, and for an unknown Pallas call.
   """
-  walk = _Walk(program, chip, stream, collective_cycles)
-  seconds = {way: walk.run(program.entry, way, 1) for way in WAYS}
-  return Estimate(walk.rows, seconds, len(walk.guessed))
+  walk = _Walk(program, chip, stream, collective_cycles, sampled)
+  runs = sampled.runs if sampled else ()
+  seconds = {way: walk.run(program.entry, way, 1, runs) for way in WAYS}
+  return Estimate(walk.rows, seconds, len(walk.guessed), walk.sent)
 
 
 class _Walk:
   """Runs through a program in the order of its schedule, once per way."""
 
-  def __init__(self, program, chip, stream, collective_cycles):
+  def __init__(self, program, chip, stream, collective_cycles, sampled):
     self.program, self.chip, self.stream = program, chip, stream
-    self.collective_cycles = collective_cycles
+    self.collective_cycles, self.sampled = collective_cycles, sampled
     self.rows: dict[str, Row] = {}
     self.guessed: set[str] = set()
+    self.sent = 0.0
     self.costs: dict[tuple[str, str], Cost] = {}
 
-  def run(self, name: str, way: str, times: int) -> float:
-    """-> the seconds of one run of a computation that runs `times` times."""
+  def run(self, name: str, way: str, times: int, runs: tuple[int, ...]) -> float:
+    """-> the seconds of one run of a computation that runs `times` times; `runs`: see Sampled."""
     computation = self.program.computations[name]
     clock = _Clock()
     for instruction in computation.instructions:
       if instruction.opcode == 'while':
-        count = hlo.trips(self.program, instruction)
-        clock.now += count * self.run(instruction.attribute('body'), way, times * count)
+        count, inner = self._trips(instruction, runs)
+        clock.now += count * self.run(instruction.attribute('body'), way, times * count, inner)
       elif instruction.opcode == 'call':
-        clock.now += self.run(instruction.attribute('to_apply'), way, times)
+        clock.now += self.run(instruction.attribute('to_apply'), way, times, runs)
       elif instruction.opcode == 'conditional':
-        clock.now += max(self.run(branch, way, times) for branch in _branches(instruction))
+        clock.now += max(self.run(branch, way, times, runs) for branch in _branches(instruction))
+      elif instruction.opcode == 'send':
+        self.sent += instruction.arrays[0].bytes * times if way == 'cycles' else 0
       elif instruction.opcode not in FREE:
         self._one(clock, computation, instruction, way, times)
     return clock.now
+
+  def _trips(self, loop: Instruction, runs: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """-> how often the body of a loop runs, and the numbers that are left for loops inside it."""
+    try:
+      return hlo.trips(self.program, loop), runs
+    except ValueError:
+      if not runs:
+        raise
+      return runs[0], runs[1:]
 
   def _one(self, clock, computation, instruction, way, times):
     opcode = instruction.opcode
@@ -174,7 +209,7 @@ class _Walk:
 
   def _cost(self, computation: Computation, instruction: Instruction) -> Cost:
     if instruction.opcode == 'custom-call':
-      return self._attention(computation, instruction)
+      return self._pallas(computation, instruction)
     flops = hlo.flops(self.program, computation, instruction)
     moved = hlo.moved(self.program, computation, instruction)
     by_flops, by_bytes = flops / self.chip.flops, moved / self.chip.bandwidth
@@ -195,17 +230,31 @@ class _Walk:
     copies = instruction.opcode in ('copy', 'transpose', 'reshape')
     return 'copies' if copies or instruction.name.startswith('copy') else 'elementwise'
 
-  def _attention(self, computation: Computation, instruction: Instruction) -> Cost:
-    """Splash attention over packed rows; ValueError for another Pallas call."""
-    call = re.match(r'splash_m[qh]a_(fwd|dkv|dq)', instruction.name)
-    if not call:
-      raise ValueError(f'the time of the Pallas call {instruction.name} is unknown')
-    heads, T, H, S = _attention_shape(computation, instruction)
-    block = min(512, T)
-    visited = (S // T) * (T // block) * (T // block + 1) // 2 * block**2  # causal in each copy
-    flops = 2 * PRODUCTS[call[1]] * heads * visited * H
+  def _pallas(self, computation: Computation, call: Instruction) -> Cost:
+    """The cost of a Pallas call; ValueError for an unknown one."""
+    name = call.name.partition('.')[0]
+    if splash := re.match(r'splash_m[qh]a_(fwd|dkv|dq)', name):
+      return self._splash(computation, call, splash[1])
+    if name not in ('tpu_decode', 'tpu_append') or not self.sampled:
+      raise ValueError(f'the time of the Pallas call {call.name} is unknown')
+    read = _read_by_decode if name == 'tpu_decode' else _moved_by_append
+    moved = read(computation, call, self.sampled.length)
+    floor = moved / self.chip.bandwidth
+    seconds = floor / BANDWIDTH
+    kind = 'attention' if name == 'tpu_decode' else 'copies'
+    return Cost(kind, 0, moved, dict(cycles=seconds, floor=floor, middle=seconds))
+
+  def _splash(self, computation: Computation, call: Instruction, part: str) -> Cost:
+    """Splash attention over packed rows, or over the prefix and the prompts of a prefill."""
+    heads, T, H, S = _attention_shape(computation, call)
+    if self.sampled:
+      visited = _visited_behind(self.sampled.prefix, T)
+    else:
+      block = min(512, T)
+      visited = (S // T) * (T // block) * (T // block + 1) // 2 * block**2  # causal in each copy
+    flops = 2 * PRODUCTS[part] * heads * visited * H
     floor = flops / self.chip.flops
-    seconds = floor / SHARE[call[1]]
+    seconds = floor / SHARE[part]
     return Cost('attention', flops, 0, dict(cycles=seconds, floor=floor, middle=seconds))
 
   def _copy(self, instruction: Instruction) -> float:
@@ -271,9 +320,53 @@ def _branches(conditional: Instruction) -> list[str]:
 
 
 def _attention_shape(computation: Computation, call: Instruction) -> tuple[int, int, int, int]:
-  """-> heads, queries, head width and keys of a call of splash attention."""
+  """-> heads of all rows, queries, head width and keys of a call of splash attention."""
   dims = [a.dims for name in call.operands for a in computation.by_name[name].arrays
           if a.dtype == 'bf16']
-  *_, heads, T, H = next(d for d in dims if len(d) >= 3)
+  *heads, T, H = next(d for d in dims if len(d) >= 3)
   S = max(d[-2] for d in dims if len(d) >= 2 and d[-1] == H)
-  return heads, T, H, S
+  return math.prod(heads), T, H, S
+
+
+def _visited_behind(prefix: int, T: int) -> int:
+  """-> pairs of a query and a key in the blocks that T queries behind a prefix visit.
+
+  >>> _visited_behind(512, 128) == 128 * 1024, _visited_behind(512, 1024) == 512**2 * (2 + 3)
+  (True, True)
+  """
+  queries, keys = min(512, T), min(512, prefix + T)
+  return sum(queries * -(-(prefix + end) // keys) * keys for end in range(queries, T + 1, queries))
+
+
+def _read_by_decode(computation: Computation, call: Instruction, length: int) -> float:
+  """-> bytes that attention of one layer reads and writes.
+
+  Of the caches [L, B, K, S, H] it must read one layer and `length` tokens per slot, of prefixes
+  [L, K, W, H] one layer. That its last block of a slot is read whole is not counted.
+  """
+  operands = _operands(computation, call)
+  layers = _cache(operands).dims[0]
+  total = sum(a.bytes for a in call.arrays)
+  for array in operands:
+    if len(array.dims) == 5:
+      total += array.bytes / layers * min(1, length / array.dims[3])
+    else:
+      total += array.bytes / (layers if array.dims[:1] == (layers,) else 1)
+  return total
+
+
+def _moved_by_append(computation: Computation, call: Instruction, length: int) -> float:
+  """-> bytes that an append moves: per slot and head it reads and writes a tile of 8 sublanes."""
+  del length
+  cache = _cache(_operands(computation, call))
+  _, B, K, _, H = cache.dims
+  tile = 8 * 4 * H  # sublanes of 32 bits
+  return 2 * 2 * B * K * tile  # keys and values, in and out
+
+
+def _operands(computation: Computation, call: Instruction) -> list[Array]:
+  return [a for name in call.operands for a in computation.by_name[name].arrays]
+
+
+def _cache(operands: list[Array]) -> Array:
+  return next(a for a in operands if len(a.dims) == 5)

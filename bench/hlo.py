@@ -287,7 +287,7 @@ def _read(program: Program, computation: Computation, name: str) -> float:
   for user in computation.instructions:
     if name not in user.operands or user.opcode == 'tuple' or _collective(user):
       continue
-    if user.opcode == 'bitcast':
+    if user.opcode == 'bitcast' or not user.root and _renames(program, user):
       total += _read(program, computation, user.name)
     elif user.opcode in ('dynamic-slice', 'slice', 'gather') and name == user.operands[0]:
       total += user.arrays[0].bytes
@@ -300,6 +300,15 @@ def _read(program: Program, computation: Computation, name: str) -> float:
     else:
       return math.inf
   return total
+
+
+def _renames(program: Program, instruction: Instruction) -> bool:
+  """-> whether an instruction in a fusion only changes the layout of its operand."""
+  if instruction.opcode != 'fusion':
+    return instruction.opcode == 'copy'
+  inner = program.called(instruction)
+  return len(instruction.operands) == 1 and all(
+      i.opcode in ('parameter', 'bitcast', 'copy') for i in inner.instructions)
 
 
 def _written(program: Program, computation: Computation, name: str) -> float:

@@ -1,6 +1,5 @@
 """Eight fake CPU devices, the folder of test data, small models and tokenizers."""
 import atexit
-import dataclasses
 import functools
 import io
 import math
@@ -23,9 +22,7 @@ import pytest
 import sentencepiece
 
 from srlm_jax import catalog, config as configs, sharding
-from srlm_jax.checkpoint import store
-from srlm_jax.models import cache as caches, llama
-from srlm_jax.sample import programs
+from srlm_jax.models import llama
 
 # Without a deadline, because the machine may be loaded.
 hypothesis.settings.register_profile('same', deadline=None, derandomize=True)
@@ -52,33 +49,6 @@ def init(config, seed=0):
 def full_logits(model, params, tokens):
   """tokens [B, T] -> logits [B, T, V] of the full forward pass."""
   return model.apply({'params': params}, tokens)
-
-
-def shape(mesh, dims, *sizes, dtype=jnp.int32):
-  """The shape, dtype and sharding of an array, without memory."""
-  return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding.named(mesh, dims))
-
-
-def sampler(config, kernels, mesh, rows, size, prefix):
-  """The arguments of the sampler's programs as shapes, under a mesh.
-
-  -> (model, parameters, cache, prefix), and the state of the rows.
-  """
-  params = store.abstract_on(mesh, llama.abstract_params(config), config.dtype)
-  layers, K, H = config.layers, config.K, config.H
-  cache = caches.Cache(
-      *[shape(mesh, 'LBKSH', layers, rows, K, size, H, dtype=config.dtype)] * 2)
-  prefix = caches.PrefixCache(
-      *[shape(mesh, 'LKWH', layers, K, prefix, H, dtype=config.dtype)] * 2)
-  if kernels.unrolled:
-    def one_layer(x):
-      return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding)
-    params = jax.eval_shape(llama.unroll, params)
-    cache, prefix = ((jax.tree.map(one_layer, x),) * layers for x in (cache, prefix))
-  kinds = dict(fold_data=jnp.uint32, live=jnp.bool, ended=jnp.bool)
-  state = programs.Rows(**{f.name: shape(mesh, 'B', rows, dtype=kinds.get(f.name, jnp.int32))
-                           for f in dataclasses.fields(programs.Rows)})
-  return (llama.Llama(config, kernels=kernels), params, cache, prefix), state
 
 
 def gathered(compiled) -> set[int]:

@@ -1,5 +1,4 @@
 """The benchmarks run, and `bench/scale.py` finds whole weights that are all-reduced in a loop."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
+import scale
 
 from srlm_jax.checkpoint import store
 from srlm_jax.models import llama
@@ -47,12 +47,7 @@ def test_the_sampling_benchmark_runs_every_part(tmp_path):
   assert utilization['refill'] > utilization['static']
 
 
-def test_a_whole_weight_that_is_all_reduced_in_a_loop_is_found(monkeypatch):
-  with monkeypatch.context() as patched:
-    patched.setattr(os, 'environ', dict(os.environ))  # the benchmark sets variables
-    spec = importlib.util.spec_from_file_location('scale', ROOT / 'bench/scale.py')
-    scale = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scale)
+def test_a_whole_weight_that_is_all_reduced_in_a_loop_is_found():
   mesh = make_mesh(8, 1, 1)
 
   def compiled(reduce):

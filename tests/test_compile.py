@@ -1,7 +1,8 @@
 """The 70B programs, compiled for 8 fake devices without allocating memory."""
 import dataclasses
 
-from conftest import gathered, make_mesh, sampler, shape
+from aot import sampler, shape
+from conftest import gathered, make_mesh
 import jax
 import jax.numpy as jnp
 import pytest

@@ -1,33 +1,34 @@
 """The estimate of time of `bench/cycles.py`, on small programs written by hand."""
-import os
+import doctest
 import textwrap
 
-from conftest import ROOT
+import aot
+import cycles as bench
+import estimate
+import hlo
 import pytest
 
 from srlm_jax.models import llama
-from srlm_jax.models.config import PRESETS
 
 
-@pytest.fixture(autouse=True)
-def bench(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT / 'bench')
+@pytest.mark.parametrize('module', [bench, estimate, hlo])
+def test_the_examples_in_docstrings(module):
+  found = doctest.testmod(module)
+  assert found.attempted and not found.failed
 
 
 def program(entry, *computations):
   """A program of an entry computation, given by its lines, and others, given as text."""
-  import hlo
   lines = '\n'.join(f'  {line}' for line in textwrap.dedent(entry).strip().split('\n'))
   text = '\n\n'.join(textwrap.dedent(c).strip() for c in computations)
   main = f'ENTRY %main (x: f32[]) -> f32[] {{\n{lines}\n}}'
   return hlo.parse(f'HloModule jit_step\n\n{text}\n\n{main}\n')
 
 
-def estimated(found, collective_cycles=None, stream=0.5):
+def estimated(found, collective_cycles=None, stream=0.5, sampled=None):
   """The estimate on a chip of 1 GHz, 1 TFLOP/s, 1 GB/s of memory and 0.5 GB/s per link."""
-  import estimate
   chip = estimate.Chip(1e9, 1e12, 1e9, 0.5e9)
-  return estimate.estimate(found, chip, stream, collective_cycles or {})
+  return estimate.estimate(found, chip, stream, collective_cycles or {}, sampled)
 
 
 def cycles(count):
@@ -92,7 +93,6 @@ def loop(step=1, counter='%copied', direction='LT'):
 
 @pytest.mark.parametrize('step, count', [(1, 10), (2, 5), (3, 4)])
 def test_a_loop_counts_as_often_as_it_runs(step, count):
-  import hlo
   found = loop(step)
   assert hlo.trips(found, found.computations['main'].root) == count
   done = estimated(found)
@@ -110,8 +110,49 @@ def test_a_loop_without_a_constant_number_of_runs_is_refused(change):
     estimated(loop(**change))
 
 
+def test_loops_that_end_when_the_data_says_so_take_the_given_numbers_from_the_outside_in():
+  def sums(number, body, limit):
+    """A loop to `limit`, around an addition of 8,000 cycles and the lines of `body`."""
+    return f'''
+        %body.{number} (p: (s32[], s32[])) -> (s32[], s32[]) {{
+          %p.{number} = (s32[], s32[]) parameter(0)
+          %x.{number} = f32[1000]{{0:S(1)}} constant(0)
+          %y.{number} = f32[1000]{{0:S(1)}} add(%x.{number}, %x.{number}), {cycles(8000)}
+          {body}
+          %i.{number} = s32[] get-tuple-element(%p.{number}), index=0
+          %one.{number} = s32[] constant(1)
+          %next.{number} = s32[] add(%i.{number}, %one.{number})
+          %n.{number} = s32[] get-tuple-element(%p.{number}), index=1
+          ROOT %out.{number} = (s32[], s32[]) tuple(%next.{number}, %n.{number})
+        }}
+
+        %condition.{number} (p: (s32[], s32[])) -> pred[] {{
+          %q.{number} = (s32[], s32[]) parameter(0)
+          %j.{number} = s32[] get-tuple-element(%q.{number}), index=0
+          %limit.{number} = s32[] {limit}
+          ROOT %less.{number} = pred[] compare(%j.{number}, %limit.{number}), direction=LT
+        }}'''
+
+  def run(number, state):
+    return (f'%loop.{number} = (s32[], s32[]) while({state}), condition=%condition.{number}, '
+            f'body=%body.{number}')
+  given = 'get-tuple-element(%q.{}), index=1'.format
+  found = program(
+      f"%x = (s32[], s32[]) parameter(0)\nROOT {run(1, '%x')}",
+      sums(3, '', given(3)), sums(2, run(3, '%p.2'), 'constant(5)'),
+      sums(1, run(2, '%p.1'), given(1)))
+  with pytest.raises(ValueError, match='its limit is not a constant'):
+    estimated(found)
+  done = estimated(found, sampled=estimate.Sampled(0, 0, (8, 3)))
+  assert [done.rows[f'y.{n}'].times for n in (1, 2, 3)] == [8, 8 * 5, 8 * 5 * 3]
+  assert done.seconds['cycles'] == pytest.approx(8e-6 * 8 * (1 + 5 + 15), rel=0.01)
+  step = done.per(8)
+  assert step.rows['y.3'].times == 15
+  assert step.seconds == pytest.approx({way: s / 8 for way, s in done.seconds.items()})
+  assert step.kinds()['elementwise'].seconds == pytest.approx(step.seconds)
+
+
 def test_flops_of_products():
-  import hlo
   found = program('''
       %x = bf16[64,128]{1,0} parameter(0)
       %w = bf16[128,32]{1,0} parameter(1)
@@ -138,7 +179,6 @@ def test_flops_of_products():
 
 def moved(entry, *computations):
   """Bytes of HBM that the last instruction moves."""
-  import hlo
   found = program(entry, *computations)
   main = found.computations['main']
   return hlo.moved(found, main, main.root)
@@ -179,6 +219,32 @@ def test_bytes_of_slices():
       %x = {STACK} parameter(0)
       %k = s32[] parameter(1)
       ROOT %z = f32[1000]{{0}} fusion(%x, %k), kind=kLoop, calls=%sliced''', nested) == 2 * 4000 + 4
+
+
+def test_bytes_of_a_slice_of_an_array_whose_layout_a_fusion_changes():
+  relayout = '''
+      %relayout (s: s8[80,1000]) -> s8[80,1000] {
+        %s = s8[80,1000]{1,0:T(32,128)(4,1)} parameter(0)
+        ROOT %c = s8[80,1000]{1,0:T(8,128)(4,1)} copy(%s)
+      }'''
+  sliced = '''
+      %sliced (p: s8[80,1000], i: s32[]) -> f32[1000] {
+        %p = s8[80,1000]{1,0:T(32,128)(4,1)} parameter(0)
+        %i = s32[] parameter(1)
+        %f = s8[80,1000]{1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, calls=%relayout
+        %d = s8[1,1000]{1,0} dynamic-slice(%f, %i, %i), dynamic_slice_sizes={1,1000}
+        ROOT %r = f32[1000]{0} convert(%d)
+      }'''
+  given = '''
+      %x = s8[80,1000]{1,0} parameter(0)
+      %k = s32[] parameter(1)
+      '''
+  assert moved(
+      f'{given}ROOT %z = f32[1000]{{0}} fusion(%x, %k), kind=kLoop, calls=%sliced', relayout,
+      sliced) == 1000 + 4 + 4000
+  assert moved(f'{given}ROOT %z = s8[80,1000]{{1,0}} fusion(%x), kind=kLoop, calls=%relayout',
+               relayout) == 2 * 80_000
+  assert moved(f'{given}ROOT %z = s8[80,1000]{{1,0}} copy(%x)') == 2 * 80_000
 
 
 def test_bytes_of_an_update_in_place_and_of_what_is_passed_on():
@@ -282,6 +348,18 @@ def test_asynchronous_copies_share_the_bandwidth_and_copies_inside_vmem_are_free
   assert seconds(':S(1)') == pytest.approx(1e-6)
 
 
+def test_what_goes_to_other_slices_is_counted_and_takes_no_time():
+  done = estimated(program('''
+      %x = f32[1000]{0} parameter(0)
+      %t = token[] after-all()
+      %s = (f32[1000]{0}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true
+      %r = (f32[1000]{0}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true
+      %sd = token[] send-done(%s), channel_id=1, is_host_transfer=true
+      ROOT %rd = (f32[1000]{0}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true'''))
+  assert done.sent == 4000 and done.seconds['cycles'] == 0
+  assert '0.0 GB per chip' in bench.details(done)
+
+
 def test_kinds_of_instructions():
   threefry = '\n'.join(f'        %x{i} = u32[1000]{{0}} xor(%p, %p)' for i in range(30))
   bits = f'''
@@ -311,6 +389,7 @@ def test_kinds_of_instructions():
   assert {name: row.kind for name, row in done.rows.items()} == {
       'matmul': 'matmul', 'dropout': 'dropout', 'copy.1': 'copies', 'adam': 'optimizer',
       'other': 'elementwise'}
+  assert {*done.kinds()} < {*estimate.KINDS}
   matmul = done.rows['matmul']
   assert matmul.flops == 2 * 500 * 500 * 1000
   # 0.5 ms by FLOPs, 2.5 ms by bytes: bound by memory
@@ -320,10 +399,10 @@ def test_kinds_of_instructions():
 
 
 def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
-  def call(name, keys):
+  def call(name, keys, rows=''):
     return estimated(program(f'''
-        %q = bf16[8,1024,128]{{2,1,0}} parameter(0)
-        %k = bf16[{keys},128]{{1,0}} parameter(1)
+        %q = bf16[{rows}8,1024,128]{{2,1,0}} parameter(0)
+        %k = bf16[{rows}{keys},128]{{1,0}} parameter(1)
         ROOT %{name} = (f32[8,1024,128]{{2,1,0}}) custom-call(%q, %k, %k),
             custom_call_target="tpu_custom_call"'''))
   blocks = 3 * 512 * 512  # of 1,024 queries and keys
@@ -332,12 +411,49 @@ def test_attention_counts_the_blocks_that_the_causal_mask_leaves():
   assert one.seconds['cycles'] == pytest.approx(one.seconds['floor'] / 0.64)
   two = call('splash_mqa_dkv_segmented.1', 2048).rows['splash_mqa_dkv_segmented.1']
   assert two.flops == 2 * 2 * one.flops
+  rows = call('splash_mqa_fwd_segmented.1', 1024, '3,2,').rows['splash_mqa_fwd_segmented.1']
+  assert rows.flops == 3 * 2 * one.flops  # rows and key/value heads of a chip
   with pytest.raises(ValueError, match='Pallas call tpu_other is unknown'):
     call('tpu_other', 1024)
 
 
+def test_attention_of_a_prefill_sees_the_prefix_and_the_tokens_before_it():
+  done = estimated(program("""
+      %q = bf16[8,1024,128]{2,1,0} parameter(0)
+      %k = bf16[1536,128]{1,0} parameter(1)
+      ROOT %splash_mqa_fwd_segmented.1 = bf16[8,1024,128]{2,1,0} custom-call(%q, %k, %k),
+          custom_call_target="tpu_custom_call\""""), sampled=estimate.Sampled(0, 512, ()))
+  blocks = (2 + 3) * 512 * 512
+  assert done.rows['splash_mqa_fwd_segmented.1'].flops == 2 * 2 * 8 * blocks * 128
+
+
+def test_the_kernels_of_a_decode_cost_the_bytes_that_they_move():
+  found = program("""
+      %layer = s32[1]{0:S(6)} parameter(0)
+      %q = bf16[4,1,8,128]{3,2,1,0} parameter(1)
+      %k = bf16[80,4,1,4096,128]{4,3,2,1,0} parameter(2)
+      %v = bf16[80,4,1,4096,128]{4,3,2,1,0} parameter(3)
+      %prefix = bf16[80,1,512,128]{3,2,1,0} parameter(4)
+      %new = bf16[4,1,1,128]{3,2,1,0} parameter(5)
+      %tpu_append.1 = (bf16[80,4,1,4096,128]{4,3,2,1,0}, bf16[80,4,1,4096,128]{4,3,2,1,0})
+          custom-call(%layer, %new, %new, %k, %v), custom_call_target="tpu_custom_call"
+      ROOT %tpu_decode.1 = f32[4,1,8,128]{3,2,1,0}
+          custom-call(%layer, %q, %k, %v, %prefix, %prefix),
+          custom_call_target="tpu_custom_call\"""")
+  done = estimated(found, sampled=estimate.Sampled(length=100, prefix=512, runs=()))
+  # keys and values of 4 slots, the prefix once, then the index, the queries and the result
+  read = 2 * 2 * 128 * (4 * 100 + 512) + 4 + 4 * 8 * 128 * (2 + 4)
+  decode, append = done.rows['tpu_decode.1'], done.rows['tpu_append.1']
+  assert (decode.kind, decode.bytes) == ('attention', read)
+  assert decode.seconds == pytest.approx(
+      dict(cycles=read * 1e-9 / 0.85, floor=read * 1e-9, middle=read * 1e-9 / 0.85))
+  # 16 positions of 4 slots, keys and values, read and written
+  assert (append.kind, append.bytes) == ('copies', 2 * 2 * 4 * 16 * 128 * 2)
+  with pytest.raises(ValueError, match='Pallas call tpu_append.1 is unknown'):
+    estimated(found)
+
+
 def test_cycles_of_collectives_come_from_the_dump_of_the_schedule():
-  import hlo
   assert hlo.collective_cycles('''
 hlo_module {
   name: "jit_step"
@@ -373,17 +489,53 @@ computation_schedules {
 ''') == {'all-reduce.1': 100.5}
 
 
-def test_the_flops_that_a_step_needs(monkeypatch):
+@pytest.mark.parametrize('loss, reference, tokens, factor', [
+    ('sft', '', 2048, 6), ('dpo', 'cached', 3072, 6), ('dpo', 'step', 3072, 8)])
+def test_the_flops_that_a_step_needs(loss, reference, tokens, factor):
   """About 6 per parameter and token to train, 2 for a reference; prompts are not in the head."""
-  monkeypatch.setattr(os, 'environ', dict(os.environ))  # bench/scale.py sets variables
-  import cycles
-  import scale
-  c = PRESETS['llama2-70b']
+  one, two = (aot.Training('70b', loss, 'v5p-256', (1, 16, 8), reference, rows=n) for n in (1, 2))
+  c, flops = one.model, bench.needed_flops(one)
   count = llama.param_count(c)
-  for loss, reference, tokens, factor in (
-      ('sft', '', 2048, 6), ('dpo', 'cached', 3072, 6), ('dpo', 'step', 3072, 8)):
-    program = scale.Program('70b', loss, 'v5p-256', (1, 16, 8), reference)
-    one, two = (cycles.needed_flops(program, rows) for rows in (1, 2))
-    assert two == 2 * one
-    assert one == pytest.approx(factor * count * tokens * 16, rel=0.03)
-    assert one > factor * (count - 2 * c.V * c.D) * tokens * 16
+  assert bench.needed_flops(two) == 2 * flops
+  assert flops == pytest.approx(factor * count * tokens * 16, rel=0.03)
+  assert flops > factor * (count - 2 * c.V * c.D) * tokens * 16
+  assert bench.least_seconds(one) == pytest.approx(flops / 128 / 459e12)
+
+
+@pytest.mark.parametrize('bits', [16, 8])
+def test_the_bytes_that_a_step_of_decode_needs(bits):
+  program = aot.Sampler('decode', 'v5p-16', bits)
+  c = program.model
+  weights = (llama.param_count(c) - c.V * c.D) * bits / 8
+  token = 2 * 80 * 8 * 128 * 2  # keys and values of 80 layers and 8 heads in bf16
+  needed = weights + token * (64 * 2048 + 512)
+  assert bench.needed_bytes(program) == pytest.approx(needed)
+  assert bench.least_seconds(program) == pytest.approx(needed / 8 / 2765e9)
+
+
+def test_the_lines_of_the_tables():
+  program = aot.Sampler('decode', 'v5p-16')
+  least = bench.least_seconds(program)  # 8 ms
+  rows = {kind: estimate.Row(kind, seconds=dict(cycles=0.02, middle=0.001 * n, floor=0))
+          for n, kind in enumerate(estimate.KINDS[:4], 1)}
+  done = estimate.Estimate(rows, dict(cycles=4 * least, middle=2 * least, floor=least), 0)
+  cells = bench.line(program, 'yes', (done, 26.12, 30.4)).split(' | ')
+  assert cells[:4] == ['| 70b decode, bf16', 'v5p-16', '1, 1, 8', '64']
+  assert cells[6:] == ['26.1', *(f'{n * least * 1e3:.1f}' for n in (4, 2, 1)),
+                       '25.0 / 50.0 / 100.0', 'bandwidth', '30 |']
+  assert bench.parts(program, done).split(' | ')[4:] == [
+      '1.0', '2.0', '3.0', '4.0', '0.0', '0.0', '0.0 |']
+  assert bench.line(program, 'yes', None).count('|') == bench.HEADER.splitlines()[1].count('|')
+  training = aot.Training('70b', 'sft', 'v6e-256', (1, 32, 8), remat='full', rows=4)
+  assert bench.line(training, 'no', (done, 1, 1)).startswith(
+      '| 70b sft | v6e-256 | 1, 32, 8 | 4 | full | no | 1.0 | ')
+
+
+@pytest.mark.parametrize('width, rows', [(128, 2), (2048, 1)])
+def test_the_flops_that_a_prefill_needs(width, rows):
+  program = aot.Sampler('prefill', 'v6e-8', width=width)
+  c = program.model
+  products = 2 * (llama.param_count(c) - 2 * c.V * c.D) * width * rows
+  scores = 4 * 80 * 64 * 128 * rows * (width * 512 + width**2 / 2)  # 64 heads of 128
+  assert bench.needed_flops(program) == pytest.approx(products + scores, rel=1e-4)
+  assert bench.least_seconds(program) == pytest.approx((products + scores) / 8 / 918e12, rel=1e-4)

@@ -4,10 +4,9 @@ The links are a graph here, and distances come from a breadth-first search.
 """
 import functools
 import itertools
-import os
 import types
 
-from conftest import ROOT
+import aot
 from jax.experimental import mesh_utils
 import numpy as np
 import pytest
@@ -210,14 +209,11 @@ def test_kinds_without_known_links_are_left_to_jax():
 
 
 @pytest.mark.aot
-def test_no_hop_is_longer_than_needed_in_the_topologies_of_libtpu(monkeypatch):
-  monkeypatch.setattr(os, 'environ', dict(os.environ))  # bench/scale.py sets variables
-  monkeypatch.syspath_prepend(ROOT / 'bench')
-  import scale
-  for program in scale.PROGRAMS:
+def test_no_hop_is_longer_than_needed_in_the_topologies_of_libtpu():
+  for program in aot.TRAINING:
     slices = {'2 x v5p-128': 2}.get(program.pod, 1)
     _, sides, closed = SLICES[program.pod.split()[-1]]
-    grid = scale.make_mesh(program).devices
+    grid = aot.make_mesh(program).devices
     assert grid.shape == program.mesh and len(set(grid.flat)) == grid.size
     for part in np.split(grid, slices):
       assert len({getattr(d, 'slice_index', 0) for d in part.flat}) == 1

@@ -1,0 +1,259 @@
+"""The programs of 7B and 70B that are compiled ahead of time with the TPU compiler.
+
+No TPU is needed: nothing is allocated or executed. `bench/scale.py` reports the memory of the
+training steps, `bench/cycles.py` the estimated time of all programs, `tests/test_aot.py` tests the
+sampling programs.
+"""
+import dataclasses
+import functools
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+from srlm_jax import config as configs, sharding
+from srlm_jax.checkpoint import store
+from srlm_jax.data.examples import Example
+from srlm_jax.data.packing import Packing
+from srlm_jax.models import cache as caches, int8, kernels, llama, sizing
+from srlm_jax.models.config import PRESETS
+from srlm_jax.sample import programs
+from srlm_jax.sample.draw import Sampling
+from srlm_jax.train import batch as batches, state as train_state, step as train_step
+
+GIB = 2**30
+# libtpu cannot query these from hardware.
+ENVIRONMENT = dict(
+    TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE='v5p-8',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='true', TPU_LOG_DIR='disabled')
+MEGACORE = dict(chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1))
+CUBE = dict(wrap=(True, True, True), **MEGACORE)
+PODS = {  # name: (topology, GiB per chip); v4 and v5p are named after their cores, two per chip
+    'v5p-256': (dict(topology_name='v5:4x4x8', num_slices=1, **CUBE), 95),
+    'v4-256': (dict(topology_name='v4:4x4x8', num_slices=1, **CUBE), 32),
+    'v6e-256': (dict(topology_name='v6e:16x16', chip_config_name='default',
+                     wrap=(True, True, False)), 31),
+    '2 x v5p-128': (dict(topology_name='v5:4x4x4', num_slices=2, **CUBE), 95),
+    'v5p-8': (dict(topology_name='v5:2x2x1', num_slices=1, **MEGACORE), 95),
+    'v5p-16': (dict(topology_name='v5:2x2x2', num_slices=1, **MEGACORE), 95),
+    'v6e-8': (dict(topology_name='v6e:2x4', chip_config_name='default'), 31)}
+# Of the sampling programs: slots, tokens per slot, tokens of the shared prefix, tokens per call of
+# decode, the fewest tokens of a prefill.
+SLOTS, SIZE, PREFIX, STEPS, PREFILL = 64, 4096, 512, 8, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A training step; a row of the batch is one example of maximum length."""
+  size: str
+  loss: str
+  pod: str
+  mesh: tuple[int, int, int]  # data, fsdp, tensor
+  reference: str = ''
+  remat: str = ''  # empty: what training chooses
+  rows: int = 1    # per shard of (data, fsdp)
+
+  @property
+  def name(self):
+    reference = f', reference {self.reference}' if self.reference else ''
+    return f'{self.size} {self.loss}{reference}'
+
+  @property
+  def config(self):
+    """The section `train` of the config, with the recomputation that training chooses."""
+    config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
+    config = config.copy_and_resolve_references().unlock()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = self.mesh
+    c = config.train
+    c.reference = self.reference or 'step'
+    c.remat, c.accumulate = self.remat or c.remat, 1
+    topology, gib = PODS[self.pod]
+    data, fsdp, tensor = self.mesh
+    devices = sizing.Devices('tpu', data * fsdp * tensor, gib * GIB, topology.get('num_slices', 1))
+    width = c.max_length * (3 if self.loss == 'dpo' else 2) // 2  # a prompt, one or two responses
+    work = sizing.Work(self.rows * data * fsdp, width, self.reference == 'step')
+    c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
+    return c
+
+  def _shape(self, c):
+    return dataclasses.replace(PRESETS[f'llama2-{self.size}'], dtype=c.dtype, dropout=c.dropout)
+
+  @property
+  def model(self):
+    """The config of the model."""
+    return self._shape(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """A program of the sampler: STEPS tokens for every slot, or a prefill of rows of one width."""
+  kind: str  # decode or prefill
+  pod: str
+  bits: int = 16  # of the weights
+  width: int = 0  # of a prefill: tokens per row
+  size: str = '70b'
+  mesh: tuple[int, int, int] = (1, 1, 8)
+
+  @property
+  def name(self):
+    tokens = f' of {self.width:,} tokens' if self.width else ''
+    return f'{self.size} {self.kind}{tokens}, {"bf16" if self.bits == 16 else "int8"}'
+
+  @property
+  def rows(self):
+    """Slots of a decode, rows of a prefill."""
+    return max(1, PREFILL // self.width) if self.width else SLOTS
+
+  @property
+  def model(self):
+    """The config of the model."""
+    return dataclasses.replace(PRESETS[f'llama2-{self.size}'], dtype='bfloat16')
+
+
+TRAINING = (
+    Training('7b', 'dpo', 'v5p-8', (1, 4, 1), 'step'),
+    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step'),
+    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'cached'),
+    Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'step'),
+    Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
+    Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
+    Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'))
+# Two of them with other meshes, at equal numbers of examples per step.
+MESHES = tuple(
+    Training('70b', loss, pod, (1, fsdp, tensor), reference, rows=examples // fsdp)
+    for loss, pod, reference, meshes, counts in (
+        ('dpo', 'v5p-256', 'step', ((16, 8), (32, 4), (64, 2)), (16, 32, 64)),
+        ('sft', 'v6e-256', '', ((32, 8), (64, 4), (128, 2)), (32, 64, 128)))
+    for examples in counts for fsdp, tensor in meshes if examples >= fsdp)
+SAMPLING = tuple(
+    Sampler(kind, pod, bits, width)
+    for pod in ('v5p-16', 'v6e-8')
+    for kind, width in (('decode', 0), ('prefill', 128), ('prefill', 2048))
+    for bits in (16, 8))
+
+
+def make_mesh(program: Training | Sampler):
+  """-> the mesh of a program, over chips that need not exist."""
+  os.environ.update(ENVIRONMENT)
+  jax.config.update('jax_platforms', 'cpu')
+  topology = topologies.get_topology_desc(platform='tpu', **PODS[program.pod][0])
+  return sharding.make_mesh(*program.mesh, topology.devices)
+
+
+def compile(program: Training | Sampler, options: dict | None = None):
+  """-> the compiled program; None if it does not fit.
+
+  `options`: of the compiler, besides those of the package.
+  """
+  mesh = make_mesh(program)
+  with jax.set_mesh(mesh):
+    lower = _lower_training if isinstance(program, Training) else _lower_sampler
+    try:
+      return lower(program, mesh).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      # A program can also need too much memory of the core (vmem), whatever its batch.
+      if re.search('RESOURCE_EXHAUSTED.*(memory space hbm|on HBM)', str(error), re.DOTALL):
+        return None
+      raise
+
+
+def total_bytes(compiled) -> int:
+  """-> bytes of memory of one chip that a program needs."""
+  used = compiled.memory_analysis()
+  return (used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+          + used.temp_size_in_bytes)
+
+
+def title(program: Training | Sampler) -> str:
+  """-> the first columns of a table."""
+  mesh = ', '.join(map(str, program.mesh))
+  return f'{program.name} | {program.pod} | {mesh} | {program.rows}'
+
+
+def shape(mesh, dims, *sizes, dtype=jnp.int32):
+  """The shape, dtype and sharding of an array, without memory."""
+  return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding.named(mesh, dims))
+
+
+def sampler(config, kernels, mesh, rows, size, prefix):
+  """The arguments of the sampler's programs as shapes, under a mesh.
+
+  -> (model, parameters, cache, prefix), and the state of the rows.
+  """
+  params = store.abstract_on(mesh, llama.abstract_params(config), config.dtype)
+  layers, K, H = config.layers, config.K, config.H
+  cache = caches.Cache(
+      *[shape(mesh, 'LBKSH', layers, rows, K, size, H, dtype=config.dtype)] * 2)
+  prefix = caches.PrefixCache(
+      *[shape(mesh, 'LKWH', layers, K, prefix, H, dtype=config.dtype)] * 2)
+  if kernels.unrolled:
+    def one_layer(x):
+      return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding)
+    params = jax.eval_shape(llama.unroll, params)
+    cache, prefix = ((jax.tree.map(one_layer, x),) * layers for x in (cache, prefix))
+  kinds = dict(fold_data=jnp.uint32, live=jnp.bool, ended=jnp.bool)
+  state = programs.Rows(**{f.name: shape(mesh, 'B', rows, dtype=kinds.get(f.name, jnp.int32))
+                           for f in dataclasses.fields(programs.Rows)})
+  return (llama.Llama(config, kernels=kernels), params, cache, prefix), state
+
+
+def _lower_training(program: Training, mesh):
+  c, config = program.config, program.model
+  half = c.max_length // 2  # tokens of the prompt, and of each response
+  count = program.rows * mesh.size // mesh.shape['tensor']
+  responses = ([1] * half,) * (2 if program.loss == 'dpo' else 1)
+  examples = [Example(f'e{i}', [1] * half, responses) for i in range(count)]
+  packed = Packing(examples, count, 1, 0)
+  host_rows, batch_shape = packed.rows(0), packed.shape
+  if program.loss == 'sft':
+    host_batch = batches.pack(host_rows, batch_shape)
+  elif program.reference == 'cached':
+    logps = {e.id: [0.0, 0.0] for e in examples}
+    host_batch = batches.pack_cached_pairs(host_rows, batch_shape, logps)
+  else:
+    host_batch = batches.pack_pairs(host_rows, batch_shape)
+
+  def abstract(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, 'B'))
+  tx = train_state.optimizer(c, 100)
+  state = train_state.abstract(config, tx, mesh)
+  reference_params = {}
+  if program.reference == 'step':
+    reference_params = store.abstract_on(mesh, state.params, c.dtype)
+  model = llama.Llama(config, kernels.for_training('tpu', config, c.remat), c.remat)
+  step = train_step.make(model, tx, c, state)
+  return step.lower(state, reference_params, jax.tree.map(abstract, host_batch),
+                    jax.eval_shape(jax.random.key, 0))
+
+
+def _lower_sampler(program: Sampler, mesh):
+  config = program.model
+  choice = kernels.choose('tpu', config)
+  (model, params, cache, prefix), state = sampler(config, choice, mesh, SLOTS, SIZE, PREFIX)
+  if program.bits == 8:
+    params = jax.tree_util.tree_map_with_path(functools.partial(_quantized, mesh), params)
+  params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                        params, choice.formats(params))
+  given = model, params, cache, prefix
+  if program.kind == 'decode':
+    key, eos = jax.eval_shape(jax.random.key, 0), shape(mesh, 'L', 1)
+    return programs.decode.lower(*given, state, key, eos, sampling=Sampling(0.7, 0.9, 1),
+                                 steps=STEPS)
+  view = caches.Prefill(shape(mesh, 'A', program.rows),
+                        *[jax.ShapeDtypeStruct((SLOTS,), jnp.int32)] * 2,
+                        jax.ShapeDtypeStruct((), jnp.int32))
+  return programs.prefill.lower(*given, shape(mesh, 'AT', program.rows, program.width), view)
+
+
+def _quantized(mesh, path, x):
+  """The shape of an int8 weight, as `int8.quantize` makes it."""
+  name, _, dims = path[-1].key.rpartition('_')
+  if name not in int8.DENSE:
+    return x
+  layers = x.ndim - len(dims)
+  outputs = layers + int8.inputs(dims)
+  scale = shape(mesh, 'L' * layers + dims[int8.inputs(dims):], *x.shape[:layers],
+                *x.shape[outputs:], dtype=jnp.float32)
+  return int8.Int8(jax.ShapeDtypeStruct(x.shape, jnp.int8, sharding=x.sharding), scale)
