@@ -97,6 +97,7 @@ $(PEERS:%=.venv-%/.installed): .venv-%/.installed:
 
 bench-peers: .venv/.installed $(PEERS:%=.venv-%/.installed)  ## compares the engine and the training step with other programs
 	$(BIN)/python bench/sample.py --peer=transformers
+	$(BIN)/python bench/sample.py --peer=continuous
 	$(BIN)/python bench/sample.py --peer=ctranslate2
 	$(BIN)/python bench/sample.py --peer=vllm
 	$(BIN)/python bench/train.py --peer=trl

@@ -7,12 +7,11 @@ import peers
 def main():
   parent = peers.Parent()
   settings = parent.settings
-  os.environ.setdefault('VLLM_LOGGING_LEVEL', 'ERROR')
-  os.environ.update(VLLM_CPU_KVCACHE_SPACE='2')
-  import vllm  # reads these variables
+  os.environ.update(VLLM_LOGGING_LEVEL='ERROR', VLLM_CPU_KVCACHE_SPACE='2')  # GiB
+  import vllm  # reads the environment
   llm = vllm.LLM(settings['folder'], dtype=settings['dtype'], skip_tokenizer_init=True,
                  max_num_seqs=settings['rows'], max_model_len=settings['size'] + 8,
-                 enable_prefix_caching=True, gpu_memory_utilization=0.3, **eval(os.environ.get('EXTRA', '{}')))
+                 enable_prefix_caching=True, gpu_memory_utilization=0.3)
 
   def answer(task: dict) -> dict:
     llm.reset_prefix_cache()  # every round starts without the prompts of the last one

@@ -8,6 +8,7 @@ A script `peer_*.py` is the peer's side: it makes a `Parent` and serves its task
 only the standard library, because peers import it. `make bench-peers` makes the environments.
 """
 from collections.abc import Callable
+import contextlib
 import json
 import os
 import pathlib
@@ -20,14 +21,17 @@ import timing
 from timing import Cost
 
 BENCH = pathlib.Path(__file__).resolve().parent
-# Name of a peer: its interpreter and its script.
-SAMPLERS = dict(
-    transformers=(BENCH.parent / '.venv-torch/bin/python', BENCH / 'peer_transformers.py'),
-    ctranslate2=(BENCH.parent / '.venv-ctranslate2/bin/python', BENCH / 'peer_ctranslate2.py'),
-    vllm=(BENCH.parent / '.venv-vllm/bin/python', BENCH / 'peer_vllm.py'))
-TRAINERS = dict(
-    trl=(BENCH.parent / '.venv-torch/bin/python', BENCH / 'peer_trl.py'),
-    tunix=(BENCH.parent / '.venv-tunix/bin/python', BENCH / 'peer_tunix.py'))
+
+
+def _program(environment: str, script: str) -> tuple[pathlib.Path, pathlib.Path]:
+  """-> the interpreter of a peer and its script."""
+  return BENCH.parent / f'.venv-{environment}/bin/python', BENCH / f'peer_{script}.py'
+
+
+SAMPLERS = dict(transformers=_program('torch', 'transformers'),
+                continuous=_program('torch', 'continuous'),
+                ctranslate2=_program('ctranslate2', 'ctranslate2'), vllm=_program('vllm', 'vllm'))
+TRAINERS = dict(trl=_program('torch', 'trl'), tunix=_program('tunix', 'tunix'))
 LOG_LINES = 20  # of a peer that ended, in the error message
 
 
@@ -55,7 +59,8 @@ class Peer:
 
   def __exit__(self, *_):
     self._send(signal.SIGCONT)
-    self._process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
     self._process.wait()
 
   def _exchange(self, sent: dict) -> dict:

@@ -17,7 +17,6 @@ from srlm_jax.checkpoint import store
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 
-
 # Runs a benchmark with two more peers.
 RUN = '''
 import importlib, pathlib, sys
