@@ -138,19 +138,26 @@ def generate(peer: peers.Peer, requests: Sequence[Request], sampling: Sampling) 
   return answer['ids'], cost
 
 
-def check(work: Work, peer: peers.Peer, config: Config):
-  """Asserts that both generate the same greedy tokens for some prompts.
+class Greedy:
+  """The greedy tokens of some prompts, which must be equal on both sides."""
 
-  bfloat16 logits tie often, so there 3 of 4 first tokens must be equal.
-  """
-  greedy = Sampling(0.0, 1.0, min(SAME, work.sampling.max_tokens))
-  some = [dataclasses.replace(r, n=1, lengths=[greedy.max_tokens]) for r in work.requests[:4]]
-  ours, (theirs, _) = run(work.make(slots=4), some, greedy), generate(peer, some, greedy)
-  if config.dtype == 'float32':
-    assert ours == theirs, f'ours {ours}, {peer.name} {theirs}'
-  else:
-    same = sum(a[0] == b[0] for a, b in zip(ours, theirs, strict=True))
-    assert same >= 3, f'{same} of {len(some)} first tokens are the same'
+  def __init__(self, work: Work):
+    self.sampling = Sampling(0.0, 1.0, min(SAME, work.sampling.max_tokens))
+    self.requests = [dataclasses.replace(r, n=1, lengths=[self.sampling.max_tokens])
+                     for r in work.requests[:4]]
+    self.ours = run(work.make(slots=4), self.requests, self.sampling)
+
+  def check(self, peer: peers.Peer, dtype: str):
+    """Asserts that those of a peer are equal.
+
+    bfloat16 logits tie often, so there 3 of 4 first tokens must be equal.
+    """
+    theirs, _ = generate(peer, self.requests, self.sampling)
+    if dtype == 'float32':
+      assert self.ours == theirs, f'ours {self.ours}, {peer.name} {theirs}'
+    else:
+      same = sum(a[0] == b[0] for a, b in zip(self.ours, theirs, strict=True))
+      assert same >= 3, f'{same} of {len(theirs)} first tokens are the same'
 
 
 def works(plan: Plan, params, mesh) -> dict[str, Work]:
@@ -170,38 +177,42 @@ def summary(name: str, work: Work, engine: engines.Engine, taken: dict[str, Cost
               tokens_per_second={side: work.tokens / cost.seconds for side, cost in taken.items()})
 
 
+def against(title: str, work: Work, plan: Plan, name: str, folder: str) -> dict:
+  """-> the result of a workload, ours and a peer's."""
+  engine, greedy, tried = work.best(), Greedy(work), {}
+  with contextlib.ExitStack() as stack:
+    for rows in plan.rows:
+      peer = stack.enter_context(peers.Peer(name, folder=folder, dtype=plan.config.dtype,
+                                            rows=rows, size=work.size))
+      greedy.check(peer, plan.config.dtype)
+      tried[rows] = generate(peer, work.requests, work.sampling)[1].seconds, peer
+    rows = min(tried, key=lambda rows: tried[rows][0])
+    peer = tried[rows][1]
+    taken = timing.medians(dict(
+        ours=lambda: work.cost(engine),
+        peer=lambda: generate(peer, work.requests, work.sampling)[1]), plan.rounds)
+  return summary(title, work, engine, taken) | dict(
+      peer=name, version=peer.version, peer_rows=rows,
+      tried={rows: seconds for rows, (seconds, _) in tried.items()},
+      ratio=taken['peer'].seconds / taken['ours'].seconds)
+
+
 def compare(plan: Plan, params, mesh, name: str) -> dict:
   """Compares both workloads with a peer, and prints the table."""
   print(f'{"":8} {"samples":>8} {"tokens":>8} {"ours/s":>8} {"slots":>6} {"CPU s":>7} '
-        f'{"peer/s":>8} {"rows":>5} {"CPU s":>7} {"ratio":>6}')
+        f'{"peer/s":>8} {"rows":>5} {"CPU s":>7} {"ratio":>6}', flush=True)
   found = []
-  with contextlib.ExitStack() as stack:
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
+  with tempfile.TemporaryDirectory() as folder:
     export(plan.config, params, folder)
     for title, work in works(plan, params, mesh).items():
-      engine, tried = work.best(), {}
-      for rows in plan.rows:
-        peer = stack.enter_context(peers.Peer(name, folder=folder, dtype=plan.config.dtype,
-                                              rows=rows, size=work.size))
-        check(work, peer, plan.config)
-        tried[rows] = generate(peer, work.requests, work.sampling)[1].seconds, peer
-      rows = min(tried, key=lambda rows: tried[rows][0])
-      peer = tried[rows][1]
-      taken = timing.medians(dict(
-          ours=lambda work=work, engine=engine: work.cost(engine),
-          peer=lambda work=work, peer=peer: generate(peer, work.requests, work.sampling)[1]),
-          plan.rounds)
-      ours, theirs = taken['ours'], taken['peer']
-      r = summary(title, work, engine, taken) | dict(
-          peer_rows=rows, tried={rows: seconds for rows, (seconds, _) in tried.items()},
-          ratio=theirs.seconds / ours.seconds)
-      rate = r['tokens_per_second']
+      r = against(title, work, plan, name, folder)
+      rate, used = r['tokens_per_second'], r['cpu_seconds']
       print(f'{title:8} {r["samples"]:8,} {r["tokens"]:8,} {rate["ours"]:8,.0f} {r["slots"]:6} '
-            f'{ours.cpu:7.1f} {rate["peer"]:8,.0f} {rows:5} {theirs.cpu:7.1f} '
+            f'{used["ours"]:7.1f} {rate["peer"]:8,.0f} {r["peer_rows"]:5} {used["peer"]:7.1f} '
             f'{r["ratio"]:5.2f}x', flush=True)
       found.append(r)
-  print(f'peer: {name} {peer.version}')
-  return dict(peer=name, version=peer.version, rows=found)
+  print(f'peer: {name} {found[0]["version"]}')
+  return dict(rows=found)
 
 
 def alone(plan: Plan, params, mesh, quick: bool) -> dict:
