@@ -1,13 +1,20 @@
-"""vLLM as a peer of bench/sample.py; see peers.py."""
+"""vLLM as a peer of bench/sample.py; see peers.py.
+
+By default vLLM keeps one core for its scheduler, so that one of two computes. Here all compute. A
+variable that is set outside replaces the one here.
+"""
 import os
 
 import peers
+
+ENVIRONMENT = dict(VLLM_CPU_NUM_OF_RESERVED_CPU='0', VLLM_CPU_KVCACHE_SPACE='2',  # GiB
+                   VLLM_LOGGING_LEVEL='ERROR')
 
 
 def main():
   parent = peers.Parent()
   settings = parent.settings
-  os.environ.update(VLLM_LOGGING_LEVEL='ERROR', VLLM_CPU_KVCACHE_SPACE='2')  # GiB
+  os.environ |= ENVIRONMENT | os.environ
   import vllm  # reads the environment
   llm = vllm.LLM(settings['folder'], dtype=settings['dtype'], skip_tokenizer_init=True,
                  max_num_seqs=settings['rows'], max_model_len=settings['size'] + 8,
