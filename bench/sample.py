@@ -1,42 +1,47 @@
-"""Speed of the sampling engine, compared with transformers and with the roofline.
+"""Speed of the sampling engine, by itself and compared with other programs.
 
-`python bench/sample.py` makes a random Llama and runs it in our engine and in transformers'
-`generate`, with the same weights, on all cores (or a larger one on a GPU). It measures:
+`python bench/sample.py` makes a random Llama (a larger one on a GPU) and runs two workloads on all
+cores: `respond` (prompts of varied length, 4 samples each) and `judge` (a common rubric, 3 samples
+per request). It measures:
 
-  peer    tokens per second of both, on two workloads: `respond` (prompts of varied length, 4
-          samples each) and `judge` (a common rubric, 3 samples per request); each side uses the
-          best of several numbers of rows
   bound   the fraction of the tokens per second that memory bandwidth and compute allow; both are
           measured in the same run
+  C++     the speed-up by the C++ kernels
   share   the speed-up of the judge by prefilling the rubric and each request's prompt once
   refill  the speed-up by slot refill, on 1,000 requests of varied length
 
+`--peer=NAME` compares both workloads with another program instead: same weights, requests, lengths
+and cores. Greedy tokens must be equal. CPU seconds are those of all threads and processes of a
+side.
+
 A random model does not emit eos, so every sample has a fixed length, log-normal with sigma 0.8.
-Only these tokens count; in transformers a stopping criterion ends the rows. Runs alternate. Numbers
-are medians of three rounds; refill has one round. The output is a table and a line of JSON.
-`--json=PATH` also writes the JSON to a file. `--quick` runs every path on tiny inputs.
+Each side uses the best of several numbers of rows. Runs alternate. Numbers are medians of three
+rounds; refill has one round. The output is a table and a line of JSON. `--json=PATH` also writes
+the JSON to a file. `--quick` runs every path on tiny inputs.
 """
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import tempfile
 import time
 
-os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch shares the GPU's memory
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a peer shares the GPU's memory
 
 import jax
+import peers
 import roofline
 import timing
-import torch
-import transformers
+from timing import Cost
 from workloads import (
   CPU,
   CPU_JUDGE,
   CPU_RESPOND,
-  hf_tensors,
+  export,
   judge,
   Kind,
   respond,
@@ -46,7 +51,7 @@ from workloads import (
 )
 
 from srlm_jax import sharding
-from srlm_jax.models import config as model_config, llama
+from srlm_jax.models import cpu, llama
 from srlm_jax.models.config import Config
 from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Request, Sampling
@@ -74,152 +79,175 @@ SMALL = Config(  # 8 query heads per key/value head, as 70B
 TINY = Config(D=64, F=128, K=2, G=2, H=16, V=512, layers=2, context=2048)
 PLANS = dict(
     # The trace's cap is 2,048 / 4, and its mean a ninth of the cap.
-    cpu=Plan(CPU, (8, 16, 32), 4, 3, CPU_RESPOND, CPU_JUDGE, SMALL, Kind(1000, 0, 0, 16, 41, 512)),
+    cpu=Plan(CPU, (8, 16, 32), 4, 3, CPU_RESPOND, CPU_JUDGE, SMALL, Kind(1000, 0, 16, 41, 512)),
     gpu=Plan(Config(D=2048, F=5632, K=4, G=8, H=64, V=32000, layers=22, context=2048,
                     dtype='bfloat16'),
-             (64, 256), 8, 3, Kind(256, 128, 0, 100, 200, 1024), Kind(32, 128, 350, 250, 80, 256),
+             (64, 256), 8, 3, Kind(256, 0, 100, 200, 1024), Kind(32, 350, 250, 80, 256),
              SMALL, None),
-    quick=Plan(TINY, (4, 8), 4, 1, Kind(3, 2, 0, 20, 5, 12), Kind(1, 2, 40, 20, 4, 8), TINY,
-               Kind(24, 0, 0, 8, 6, 24), 4))
-
-
-class Peer:
-  """LlamaForCausalLM of transformers, with our weights."""
-
-  def __init__(self, config: Config, params, device: str):
-    tensors = {name: torch.from_numpy(tensor)
-               for name, tensor in hf_tensors(config, params).items()}
-    shape = transformers.LlamaConfig(**model_config.to_hf(config), attn_implementation='sdpa',
-                                     bos_token_id=None, eos_token_id=None)
-    self.model = transformers.LlamaForCausalLM(shape)
-    self.model.load_state_dict(tensors)
-    self.model.to(device, getattr(torch, config.dtype)).eval()
-
-  def generate(self, requests: Sequence[Request], sampling: Sampling, rows: int) -> list[list[int]]:
-    """-> the ids of every sample, in order; runs left-padded batches of at most `rows` samples."""
-    size, made = max(rows // requests[0].n, 1), []
-    for batch in (requests[i:i + size] for i in range(0, len(requests), size)):
-      width = max(len(r.ids) for r in batch)
-      ids = [[0] * (width - len(r.ids)) + list(r.ids) for r in batch]
-      mask = [[0] * (width - len(r.ids)) + [1] * len(r.ids) for r in batch]
-      lengths = [length for r in batch for length in r.lengths]
-      chance = dict(do_sample=False)
-      if sampling.temperature:
-        chance = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p,
-                      top_k=0)
-      with torch.inference_mode():
-        out = self.model.generate(
-            torch.tensor(ids, device=self.model.device),
-            attention_mask=torch.tensor(mask, device=self.model.device),
-            num_return_sequences=batch[0].n, max_new_tokens=max(lengths), pad_token_id=0,
-            stopping_criteria=transformers.StoppingCriteriaList([Ends(width, lengths)]), **chance)
-      made += [row[:length] for row, length in zip(out[:, width:].tolist(), lengths, strict=True)]
-    return made
-
-
-class Ends(transformers.StoppingCriteria):
-  """Ends every row at its own length."""
-
-  def __init__(self, width: int, lengths: Sequence[int]):
-    self.ends = width + torch.tensor(lengths)
-
-  def __call__(self, input_ids, scores, **kwargs):
-    return (input_ids.shape[1] >= self.ends).to(input_ids.device)
+    quick=Plan(TINY, (4, 8), 4, 1, Kind(3, 0, 20, 5, 12), Kind(1, 40, 20, 4, 8), TINY,
+               Kind(24, 0, 8, 6, 24), 4))
 
 
 class Work:
-  """Requests, and the engines that run them."""
+  """A workload, and the engines that run it."""
 
   def __init__(self, plan: Plan, config: Config, params, mesh, requests: Sequence[Request],
                cap: int):
-    self.requests, self.sampling = requests, Sampling(TEMPERATURE, TOP_P, cap)
+    self.plan, self.requests = plan, requests
+    self.sampling = Sampling(TEMPERATURE, TOP_P, cap)
     self.tokens = sum(sum(r.lengths) for r in requests)
-    size = cap + max(len(r.ids) for r in requests)
+    self.size = cap + max(len(r.ids) for r in requests)
     self.make = functools.partial(engines.Engine, llama.Llama(config), params, mesh, (), 0, 'bench',
-                                  size=size, steps=plan.steps)
+                                  size=self.size, steps=plan.steps)
 
-  def engine(self, slots: int, requests: Sequence[Request], **how) -> engines.Engine:
+  def engine(self, slots: int, **how) -> engines.Engine:
     """-> an engine that has seen every prompt, so all its programs are compiled."""
     engine = self.make(slots=slots, **how)
-    run(engine, [dataclasses.replace(r, lengths=[1] * r.n) for r in requests], self.sampling)
+    run(engine, [dataclasses.replace(r, lengths=[1] * r.n) for r in self.requests], self.sampling)
+    engine.reset_work()
+    return engine
+
+  def cost(self, engine: engines.Engine) -> Cost:
+    """-> the cost of running all requests."""
+    return timing.cost(lambda: run(engine, self.requests, self.sampling))
+
+  def best(self) -> engines.Engine:
+    """-> the engine with the best number of slots."""
+    made = {slots: self.engine(slots) for slots in self.plan.rows}
+    engine = made[min(made, key=lambda slots: self.cost(made[slots]).seconds)]
     engine.reset_work()
     return engine
 
 
-def timed(sides: dict[str, Callable], rounds: int) -> dict[str, float]:
-  """-> the median seconds of each side."""
-  return timing.medians({name: functools.partial(timing.seconds, side)
-                           for name, side in sides.items()}, rounds)
+@contextlib.contextmanager
+def without_cpp():
+  """Engines that are made inside have no C++ kernels."""
+  supports, cpu.supports = cpu.supports, lambda config: False
+  try:
+    yield
+  finally:
+    cpu.supports = supports
 
 
-def check(work: Work, peer: Peer, config: Config):
-  """Asserts that both generate the same greedy tokens for some prompts.
-
-  bfloat16 logits tie often, so there 3 of 4 first tokens must be equal.
-  """
-  greedy = Sampling(0.0, 1.0, min(SAME, work.sampling.max_tokens))
-  some = [dataclasses.replace(r, n=1, lengths=[greedy.max_tokens]) for r in work.requests[:4]]
-  ours, theirs = run(work.make(slots=4), some, greedy), peer.generate(some, greedy, 4)
-  if config.dtype == 'float32':
-    assert ours == theirs, f'ours {ours}, transformers {theirs}'
-  else:
-    same = sum(a[0] == b[0] for a, b in zip(ours, theirs, strict=True))
-    assert same >= 3, f'{same} of {len(some)} first tokens are the same'
+def generate(peer: peers.Peer, requests: Sequence[Request], sampling: Sampling) -> tuple[
+    list[list[int]], Cost]:
+  """-> the ids of every sample of a peer, and their cost."""
+  answer, cost = peer.ask(requests=[dict(ids=list(r.ids), lengths=r.lengths) for r in requests],
+                          temperature=sampling.temperature, top_p=sampling.top_p)
+  assert list(map(len, answer['ids'])) == [n for r in requests for n in r.lengths], peer.name
+  return answer['ids'], cost
 
 
-def compare(name: str, kind: Kind, work: Work, plan: Plan, peer: Peer, peak) -> dict:
-  """-> the result for one workload: ours, transformers and, for the judge, ours without sharing."""
-  part = work.requests[:kind.part]
-  ours, theirs = {}, {}
-  for rows in plan.rows:
-    engine = work.engine(rows, part)
-    ours[rows] = timing.seconds(lambda engine=engine: run(engine, part, work.sampling))
-    theirs[rows] = timing.seconds(lambda rows=rows: peer.generate(part, work.sampling, rows))
-  slots, rows = (min(found, key=found.get) for found in (ours, theirs))
-  engine = work.engine(slots, work.requests)
-  sides = dict(ours=lambda: run(engine, work.requests, work.sampling),
-               transformers=lambda: peer.generate(work.requests, work.sampling, rows))
-  if kind.rubric:
-    alone = work.engine(slots, work.requests, share=False)
-    sides['unshared'] = lambda: run(alone, work.requests, work.sampling)
-  taken = timed(sides, plan.rounds)
-  least = roofline.bound(plan.config, work.requests, slots, *peak)
-  found = dict(work=name, samples=sum(r.n for r in work.requests), tokens=work.tokens, slots=slots,
-               peer_rows=rows, seconds=taken, tried=dict(ours=ours, transformers=theirs),
-               tokens_per_second={side: work.tokens / s for side, s in taken.items()},
-               ratio=taken['transformers'] / taken['ours'], of_bound=least / taken['ours'],
-               slot_utilization=engine.work.slot_utilization)
-  if kind.rubric:
-    found |= dict(share_speed=taken['unshared'] / taken['ours'],
-                  computed=engine.work.prefilled / engine.work.unshared_prompt_tokens)
-  return found
+class Greedy:
+  """The greedy tokens of some prompts, which must be equal on both sides."""
+
+  def __init__(self, work: Work):
+    self.sampling = Sampling(0.0, 1.0, min(SAME, work.sampling.max_tokens))
+    self.requests = [dataclasses.replace(r, n=1, lengths=[self.sampling.max_tokens])
+                     for r in work.requests[:4]]
+    self.ours = run(work.make(slots=4), self.requests, self.sampling)
+
+  def check(self, peer: peers.Peer, dtype: str):
+    """Asserts that those of a peer are equal.
+
+    bfloat16 logits tie often, so there 3 of 4 first tokens must be equal.
+    """
+    theirs, _ = generate(peer, self.requests, self.sampling)
+    if dtype == 'float32':
+      assert self.ours == theirs, f'ours {self.ours}, {peer.name} {theirs}'
+    else:
+      same = sum(a[0] == b[0] for a, b in zip(self.ours, theirs, strict=True))
+      assert same >= 3, f'{same} of {len(theirs)} first tokens are the same'
 
 
-def peers(plan: Plan, mesh, device: str, quick: bool) -> dict:
-  """Compares both workloads with transformers and the roofline, and prints the table."""
+def works(plan: Plan, params, mesh) -> dict[str, Work]:
+  """-> both workloads."""
+  requests = dict(respond=respond(plan.respond, plan.config.V),
+                  judge=judge(plan.judge, plan.config.V))
+  return {name: Work(plan, plan.config, params, mesh, rows, getattr(plan, name).cap)
+          for name, rows in requests.items()}
+
+
+def summary(name: str, work: Work, engine: engines.Engine, taken: dict[str, Cost]) -> dict:
+  """-> the part of a workload's result that is common to both tables."""
+  return dict(work=name, samples=sum(r.n for r in work.requests), tokens=work.tokens,
+              slots=engine.slots, slot_utilization=engine.work.slot_utilization,
+              seconds={side: cost.seconds for side, cost in taken.items()},
+              cpu_seconds={side: cost.cpu for side, cost in taken.items()},
+              tokens_per_second={side: work.tokens / cost.seconds for side, cost in taken.items()})
+
+
+def against(title: str, work: Work, plan: Plan, name: str, folder: str) -> dict:
+  """-> the result of a workload, ours and a peer's."""
+  engine, greedy, tried = work.best(), Greedy(work), {}
+  with contextlib.ExitStack() as stack:
+    for rows in plan.rows:
+      peer = stack.enter_context(peers.Peer(name, folder=folder, dtype=plan.config.dtype,
+                                            rows=rows, size=work.size))
+      greedy.check(peer, plan.config.dtype)
+      tried[rows] = generate(peer, work.requests, work.sampling)[1].seconds, peer
+    rows = min(tried, key=lambda rows: tried[rows][0])
+    peer = tried[rows][1]
+    taken = timing.medians(dict(
+        ours=lambda: work.cost(engine),
+        peer=lambda: generate(peer, work.requests, work.sampling)[1]), plan.rounds)
+  return summary(title, work, engine, taken) | dict(
+      peer=name, version=peer.version, peer_rows=rows,
+      tried={rows: seconds for rows, (seconds, _) in tried.items()},
+      ratio=taken['peer'].seconds / taken['ours'].seconds)
+
+
+def compare(plan: Plan, params, mesh, name: str) -> dict:
+  """Compares both workloads with a peer, and prints the table."""
+  print(f'{"":8} {"samples":>8} {"tokens":>8} {"ours/s":>8} {"slots":>6} {"CPU s":>7} '
+        f'{"peer/s":>8} {"rows":>5} {"CPU s":>7} {"ratio":>6}', flush=True)
+  found = []
+  with tempfile.TemporaryDirectory() as folder:
+    export(plan.config, params, folder)
+    for title, work in works(plan, params, mesh).items():
+      r = against(title, work, plan, name, folder)
+      rate, used = r['tokens_per_second'], r['cpu_seconds']
+      print(f'{title:8} {r["samples"]:8,} {r["tokens"]:8,} {rate["ours"]:8,.0f} {r["slots"]:6} '
+            f'{used["ours"]:7.1f} {rate["peer"]:8,.0f} {r["peer_rows"]:5} {used["peer"]:7.1f} '
+            f'{r["ratio"]:5.2f}x', flush=True)
+      found.append(r)
+  print(f'peer: {name} {found[0]["version"]}')
+  return dict(rows=found)
+
+
+def alone(plan: Plan, params, mesh, quick: bool) -> dict:
+  """Measures both workloads without a peer, and prints the table."""
   config = plan.config
-  params = make(config, mesh)
-  peer = Peer(config, params, device)
-  peak = roofline.peaks(config, device, quick)
-  print(f'{peak[0] / 1e9:.0f} GB/s, {peak[1] / 1e9:,.0f} GFLOP/s; a Llama with '
-        f'{llama.param_count(config) / 1e6:,.1f}M parameters, {config.dtype}', flush=True)
-  print(f'{"":8} {"samples":>8} {"tokens":>8} {"ours/s":>8} {"slots":>6} {"peer/s":>9} {"rows":>5} '
-        f'{"ratio":>6} {"of bound":>9}')
-  rows = []
-  for kind, requests in ((plan.respond, respond(plan.respond, config.V)),
-                         (plan.judge, judge(plan.judge, config.V))):
-    work = Work(plan, config, params, mesh, requests, kind.cap)
-    check(work, peer, config)
-    r = compare('judge' if kind.rubric else 'respond', kind, work, plan, peer, peak)
-    rate = r['tokens_per_second']
-    print(f'{r["work"]:8} {r["samples"]:8,} {r["tokens"]:8,} {rate["ours"]:8,.0f} {r["slots"]:6} '
-          f'{rate["transformers"]:9,.0f} {r["peer_rows"]:5} {r["ratio"]:5.2f}x '
-          f'{r["of_bound"]:8.0%}', flush=True)
-    rows.append(r)
-  print(f'share: the judge prefills {r["computed"]:.2f} of its prompt tokens, and is '
-        f'{r["share_speed"]:.2f}x as fast')
-  return dict(bytes_per_second=peak[0], flops_per_second=peak[1],
-              parameters=llama.param_count(config), rows=rows)
+  peak = roofline.peaks(config, quick)
+  has_cpp = jax.default_backend() == 'cpu' and cpu.supports(config)
+  print(f'{peak[0] / 1e9:.0f} GB/s, {peak[1] / 1e9:,.0f} GFLOP/s')
+  print(f'{"":8} {"samples":>8} {"tokens":>8} {"ours/s":>8} {"slots":>6} {"CPU s":>7} '
+        f'{"of bound":>9} {"C++":>6} {"share":>6}')
+  found = []
+  for name, work in works(plan, params, mesh).items():
+    engine = work.best()
+    sides = dict(ours=engine)
+    if has_cpp:
+      with without_cpp():
+        sides['xla'] = work.engine(engine.slots)
+    if name == 'judge':
+      sides['unshared'] = work.engine(engine.slots, share=False)
+    taken = timing.medians({side: functools.partial(work.cost, made)
+                            for side, made in sides.items()}, plan.rounds)
+    ours = taken['ours']
+    least = roofline.bound(config, work.requests, engine.slots, *peak)
+    r = summary(name, work, engine, taken) | dict(
+        of_bound=least / ours.seconds,
+        computed=engine.work.prefilled / engine.work.unshared_prompt_tokens,
+        speed_up={side: cost.seconds / ours.seconds for side, cost in taken.items()
+                  if side != 'ours'})
+    shown = [f'{r["speed_up"][side]:5.2f}x' if side in sides else f'{"":6}'
+             for side in ('xla', 'unshared')]
+    print(f'{name:8} {r["samples"]:8,} {r["tokens"]:8,} {r["tokens_per_second"]["ours"]:8,.0f} '
+          f'{r["slots"]:6} {ours.cpu:7.1f} {r["of_bound"]:9.0%} {" ".join(shown)}', flush=True)
+    found.append(r)
+  print(f'share: the judge prefills {r["computed"]:.2f} of its prompt tokens')
+  return dict(bytes_per_second=peak[0], flops_per_second=peak[1], rows=found)
 
 
 def refill(plan: Plan, mesh) -> dict:
@@ -228,10 +256,8 @@ def refill(plan: Plan, mesh) -> dict:
   params = make(config, mesh)
   work = Work(dataclasses.replace(plan, steps=plan.trace_steps), config, params, mesh,
               respond(kind, config.V, 1), kind.cap)
-  pair = {name: work.engine(plan.slots, work.requests, refill=name == 'refill')
-          for name in ('refill', 'static')}
-  taken = timed({name: functools.partial(run, engine, work.requests, work.sampling)
-                 for name, engine in pair.items()}, 1)
+  pair = {name: work.engine(plan.slots, refill=name == 'refill') for name in ('refill', 'static')}
+  taken = {name: work.cost(engine).seconds for name, engine in pair.items()}
   return dict(requests=kind.count, tokens=work.tokens, cap=kind.cap, slots=plan.slots,
               seconds=taken,
               slot_utilization={name: engine.work.slot_utilization for name,
@@ -248,29 +274,30 @@ def make(config: Config, mesh):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--peer', choices=peers.SAMPLERS, help='compares with this program')
   parser.add_argument('--json', help='also writes the JSON to this file')
-  parser.add_argument('--refill', action='store_true', help='runs only the refill measurement')
   parser.add_argument('--quick', action='store_true', help='runs every path on tiny inputs')
   f = parser.parse_args()
   began = time.perf_counter()
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  torch.set_num_threads(cores)
-  transformers.logging.set_verbosity_error()
   on = jax.devices()[0]
-  device = 'cuda' if on.platform == 'gpu' else 'cpu'
   plan = PLANS['quick' if f.quick else on.platform]
   mesh = sharding.make_mesh(1, 1, 1, [on])
-  found = dict(machine=roofline.name(cores) if device == 'cpu' else on.device_kind)
-  print(found['machine'], flush=True)
-  if not f.refill:
-    found |= peers(plan, mesh, device, f.quick)
-  if plan.trace:
-    r = found['refill'] = refill(plan, mesh)
-    utilization = r['slot_utilization']
-    print(f'refill: {r["requests"]:,} requests, {r["slots"]} slots: slot utilization '
-          f'{utilization["refill"]:.2f} ({utilization["static"]:.2f} without refill), '
-          f'{r["ratio"]:.2f}x as fast')
+  params = make(plan.config, mesh)
+  found = dict(machine=roofline.name(), parameters=llama.param_count(plan.config))
+  print(f'{found["machine"]}; a Llama with {found["parameters"] / 1e6:,.1f}M parameters, '
+        f'{plan.config.dtype}', flush=True)
+  if f.peer:
+    found |= compare(plan, params, mesh, f.peer)
+  else:
+    found |= alone(plan, params, mesh, f.quick)
+    if plan.trace:
+      r = found['refill'] = refill(plan, mesh)
+      utilization = r['slot_utilization']
+      print(f'refill: {r["requests"]:,} requests, {r["slots"]} slots: slot utilization '
+            f'{utilization["refill"]:.2f} ({utilization["static"]:.2f} without refill), '
+            f'{r["ratio"]:.2f}x as fast')
   found['minutes'] = (time.perf_counter() - began) / 60
   line = json.dumps(found)
   if f.json:

@@ -1,38 +1,39 @@
-"""Speed of training, compared with TRL, with the machine's peak, and without our optimizations.
+"""Speed of training, by itself and compared with other programs.
 
-`python bench/train.py` makes a random Llama and trains it with our step and with TRL's trainers, on
-the same tokens, on all cores, without dropout. It measures:
+`python bench/train.py` makes a random Llama (a larger one on a GPU) and trains it on all cores,
+without dropout. It measures:
 
-  dpo, sft  pairs or examples per second of our step and of DPOTrainer and SFTTrainer; MFU: FLOP/s
-            that the real tokens need, divided by the peak of a matrix product in the same run
+  dpo, sft  pairs or examples per second; MFU: FLOP/s that the real tokens need, divided by the peak
+            of a matrix product in the same run
   shared    DPO with the prompt of a pair once in the row, and twice; prompt : response is 1:4, 1:1
             and 4:1
-  logits    temporaries of a DPO step with logits in chunks, and with all logits at once
+  logits    temporaries of a DPO step with logits in parts, and with all logits at once
+
+`--peer=NAME` compares dpo and sft with the trainers of another program instead: same weights,
+tokens and cores. The mean log-prob of the chosen responses, or the loss, must be equal. CPU seconds
+are those of all threads and processes of a side.
 
 Runs alternate; numbers are medians of the rounds. The output is a table and a line of JSON.
 `--json=PATH` also writes the JSON to a file. `--quick` runs every path on tiny inputs.
 `--only=shared` runs one part.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import tempfile
-import time
-import warnings
 
-os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # torch shares the GPU's memory
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a peer shares the GPU's memory
 
-import datasets
 import jax
 import numpy as np
+import peers
 import roofline
-from sample import Peer
 import timing
-import tokenizers
-import torch
-import transformers
-import trl
+from timing import Cost
+from workloads import CPU, export
 
 from srlm_jax import config as configs, sharding
 from srlm_jax.data.examples import Example
@@ -42,6 +43,7 @@ from srlm_jax.models.config import Config
 from srlm_jax.train import batch as batches, state as train_state, step as train_step
 from srlm_jax.train.batch import Batch, PairBatch
 
+PARTS = ('dpo', 'sft', 'shared', 'logits')
 RATIOS = ((1, 4), (1, 1), (4, 1))  # prompt : response
 
 
@@ -58,8 +60,7 @@ class Plan:
 
 
 PLANS = dict(
-    cpu=Plan(Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048),
-             8, 60, 60, 4, 3, 512),
+    cpu=Plan(CPU, 8, 60, 60, 4, 3, 512),
     gpu=Plan(Config(D=2048, F=5632, K=4, G=8, H=64, V=32000, layers=22, context=2048,
                     dtype='bfloat16'), 16, 250, 250, 8, 3, 2048),
     quick=Plan(Config(D=64, F=128, K=2, G=2, H=16, V=8192, layers=2, context=256),
@@ -109,9 +110,9 @@ class Ours:
       metrics.append(found)
     return jax.device_get(metrics)
 
-  def run(self) -> float:
-    """-> seconds of one round."""
-    return timing.seconds(self.steps)
+  def run(self) -> Cost:
+    """-> the cost of one round."""
+    return timing.cost(self.steps)
 
   def value(self, loss: str) -> float:
     """-> a value that both sides must agree on.
@@ -127,73 +128,6 @@ class Ours:
     lowered = self.step.lower(self.state, self.reference_params, self.batches[0],
                               jax.random.key(0))
     return lowered.compile().memory_analysis().temp_size_in_bytes
-
-
-class Theirs:
-  """TRL's trainer on the same tokens; its clock runs from the first step of a round to the last."""
-
-  def __init__(self, loss: str, plan: Plan, params, examples: list[Example], device: str):
-    vocabulary = tokenizers.models.WordLevel({'<pad>': 0, '<eos>': 1}, '<pad>')
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(vocabulary), pad_token='<pad>', eos_token='<eos>')
-    self.batch_sizes = [len(examples[i:i + plan.batch])
-                        for i in range(0, len(examples), plan.batch)]
-    arguments = dict(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=plan.batch,
-        max_steps=len(self.batch_sizes), learning_rate=0.0, logging_steps=1, save_strategy='no',
-        report_to=[], disable_tqdm=True, gradient_checkpointing=False,
-        bf16=plan.config.dtype == 'bfloat16', use_cpu=device == 'cpu',
-        max_length=plan.config.context, dataloader_pin_memory=False)
-    model = Peer(plan.config, params, device).model.train()
-    if loss == 'dpo':
-      rows = [dict(prompt_ids=e.prompt, chosen_ids=e.responses[0], rejected_ids=e.responses[1])
-              for e in examples]
-      trainer, config = _Dpo, trl.DPOConfig(beta=0.1, **arguments)
-      extra = dict(ref_model=Peer(plan.config, params, device).model)
-    else:
-      rows = [dict(input_ids=e.prompt + e.responses[0],
-                   completion_mask=[0] * len(e.prompt) + [1] * len(e.responses[0]))
-              for e in examples]
-      trainer, config = trl.SFTTrainer, trl.SFTConfig(completion_only_loss=True, **arguments)
-      extra = {}
-    self.clock = _Clock()
-    self.trainer = trainer(
-        model=model, args=config, train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer, callbacks=[self.clock], **extra)
-    self.trainer.remove_callback(transformers.PrinterCallback)
-
-  def run(self) -> float:
-    """-> seconds of one round."""
-    self.clock.first = None
-    self.trainer.train()
-    return self.clock.last - self.clock.first
-
-  def value(self, loss: str) -> float:
-    """-> the same as `Ours.value`."""
-    self.trainer.train()
-    name = 'loss' if loss == 'sft' else 'logps/chosen'
-    values = [r[name] for r in self.trainer.state.log_history if name in r]
-    return float(np.average(values, weights=self.batch_sizes))
-
-
-class _Dpo(trl.DPOTrainer):
-  """DPOTrainer for examples that are tokenized already."""
-
-  def _prepare_dataset(self, dataset, *_):
-    return dataset
-
-
-class _Clock(transformers.TrainerCallback):
-  """The times of the first and the last step of a round."""
-  first = last = None
-
-  def on_step_begin(self, *_, **__):
-    self.first = self.first or time.perf_counter()
-
-  def on_step_end(self, *_, **__):
-    if torch.cuda.is_available():
-      torch.cuda.synchronize()
-    self.last = time.perf_counter()
 
 
 def operations(config: Config, examples: list[Example], loss: str) -> float:
@@ -215,24 +149,48 @@ def operations(config: Config, examples: list[Example], loss: str) -> float:
   return total * (4 if loss == 'dpo' else 3)
 
 
-def compare(loss: str, plan: Plan, params, mesh, device: str, peak: float) -> dict:
-  """-> the result of our step and TRL's trainer for one loss."""
+def measure(loss: str, plan: Plan, params, mesh, peak: float, name: str | None) -> dict:
+  """-> the result of our step for one loss, and of the trainer of a peer."""
   packed = Packing(draw(plan, 2 if loss == 'dpo' else 1), plan.batch, 1, 0, plan.width)
   ids = {name for step in range(plan.steps) for row in packed.ids(step) for name in row}
   examples = [e for e in packed.all if e.id in ids]  # those of our first steps
   pack = batches.pack_pairs if loss == 'dpo' else batches.pack
   host_batches = [pack(packed.rows(step), packed.shape) for step in range(plan.steps)]
   ours = Ours(loss, plan, params, mesh, host_batches)
-  theirs = Theirs(loss, plan, params, examples, device)
-  values = ours.value(loss), theirs.value(loss)  # also compiles and warms up
-  assert np.isclose(*values, rtol=0.002 if plan.config.dtype == 'float32' else 0.02), values
-  found = timing.medians(dict(ours=ours.run, trl=theirs.run), plan.rounds)
+  values, sides = dict(ours=ours.value(loss)), dict(ours=ours.run)  # also compiles and warms up
+  result = dict(loss=loss, examples=len(examples), values=values,
+                real=sum(map(len, examples)) / sum(b.tokens.size for b in host_batches))
+  with contextlib.ExitStack() as stack:
+    if name:
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+      export(plan.config, params, folder)
+      peer = stack.enter_context(peers.Peer(
+          name, folder=folder, dtype=plan.config.dtype, loss=loss, batch=plan.batch,
+          context=plan.config.context, examples=[[e.prompt, *e.responses] for e in examples]))
+      result |= dict(peer=name, version=peer.version)
+      values['peer'], sides['peer'] = peer.ask()[0]['value'], lambda: peer.ask()[1]
+      close = np.isclose(*values.values(), rtol=0.002 if plan.config.dtype == 'float32' else 0.02)
+      assert close, values
+    taken = timing.medians(sides, plan.rounds)
   flops = operations(plan.config, examples, loss)
-  return dict(loss=loss, values=values, examples=len(examples),
-              real=sum(map(len, examples)) / sum(b.tokens.size for b in host_batches),
-              **{f'{side}_per_second': len(examples) / s for side, s in found.items()},
-              ratio=found['trl'] / found['ours'],
-              **{f'{side}_mfu': flops / s / peak for side, s in found.items()})
+  result |= dict(per_second={side: len(examples) / cost.seconds for side, cost in taken.items()},
+                 cpu_seconds={side: cost.cpu for side, cost in taken.items()},
+                 mfu={side: flops / cost.seconds / peak for side, cost in taken.items()})
+  if name:
+    result['ratio'] = taken['peer'].seconds / taken['ours'].seconds
+  return result
+
+
+def show(row: dict) -> str:
+  """-> the result of a loss in words."""
+  def side(name):
+    return (f'{row["per_second"][name]:.2f} per second, MFU {row["mfu"][name]:.0%}, '
+            f'{row["cpu_seconds"][name]:.1f} CPU s')
+  text = f'{row["loss"]}: ours {side("ours")}; padding-free fraction {row["real"]:.0%}'
+  if 'peer' in row:
+    text += (f'\n     {row["peer"]} {row["version"]} {side("peer")}: {row["ratio"]:.2f}x; '
+             f'values {row["values"]["ours"]:.6f} and {row["values"]["peer"]:.6f}')
+  return text
 
 
 def sharing(plan: Plan, params, mesh) -> list[dict]:
@@ -250,8 +208,10 @@ def sharing(plan: Plan, params, mesh) -> list[dict]:
     values = [side.value('dpo') for side in sides.values()]
     assert np.isclose(*values, rtol=1e-3), values
     taken = timing.medians({name: side.run for name, side in sides.items()}, plan.rounds)
-    found.append(dict(prompt=prompt, response=response, ratio=taken['repeated'] / taken['shared'],
-                      **{f'{name}_per_second': plan.batch / s for name, s in taken.items()}))
+    found.append(dict(prompt=prompt, response=response,
+                      ratio=taken['repeated'].seconds / taken['shared'].seconds,
+                      **{f'{name}_per_second': plan.batch / cost.seconds
+                         for name, cost in taken.items()}))
   return found
 
 
@@ -273,57 +233,51 @@ def logits(plan: Plan, params, mesh) -> dict:
   """-> GiB of temporaries of a step with long responses and recomputed layers."""
   half = plan.width // 3
   pairs = [Example(f'e{i}', [1] * half, ([2] * half, [3] * half)) for i in range(plan.batch)]
-  packed, found, chunk = Packing(pairs, plan.batch, 1, 0), {}, vocab.CHUNK
+  packed, found, most = Packing(pairs, plan.batch, 1, 0), {}, vocab.MOST_LOGITS
   batch = batches.pack_pairs(packed.rows(0), packed.shape)
-  for name, size in (('chunks', min(chunk, half // 2)), ('at_once', 10**9)):
-    vocab.CHUNK = size
+  for name, size in (('parts', most // 16), ('at_once', 10**12)):
+    vocab.MOST_LOGITS = size
     found[name] = Ours('dpo', plan, params, mesh, [batch], remat='full').temporaries() / 2**30
-  vocab.CHUNK = chunk
+  vocab.MOST_LOGITS = most
   return found
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--peer', choices=peers.TRAINERS, help='compares with this program')
   parser.add_argument('--json')
   parser.add_argument('--quick', action='store_true')
-  parser.add_argument('--only', choices=['dpo', 'sft', 'shared', 'logits'])
-  flags = parser.parse_args()
-  device = 'cpu' if jax.default_backend() == 'cpu' else 'cuda'
-  plan = PLANS['quick' if flags.quick else 'gpu' if device == 'cuda' else 'cpu']
-  torch.set_num_threads(os.cpu_count())
-  transformers.logging.set_verbosity_error()
-  datasets.disable_progress_bars()
-  warnings.simplefilter('ignore')
+  parser.add_argument('--only', choices=PARTS)
+  f = parser.parse_args()
+  plan = PLANS['quick' if f.quick else jax.default_backend()]
+  parts = (f.only,) if f.only else PARTS[:2] if f.peer else PARTS
   mesh = sharding.make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
     params = jax.jit(lambda key: llama.init_params(plan.config, key))(jax.random.key(0))
-    _, peak = roofline.peaks(plan.config, device, flags.quick)
-    print(f'{roofline.name(os.cpu_count())}; peak {peak / 1e9:,.0f} GFLOP/s; '
-          f'{llama.param_count(plan.config):,} parameters')
-    out = dict(peak=peak)
+    _, peak = roofline.peaks(plan.config, f.quick)
+    out = dict(machine=roofline.name(), peak=peak)
+    print(f'{out["machine"]}; peak {peak / 1e9:,.0f} GFLOP/s; '
+          f'{llama.param_count(plan.config):,} parameters', flush=True)
     for loss in ('dpo', 'sft'):
-      if flags.only in (None, loss):
-        row = out[loss] = compare(loss, plan, params, mesh, device, peak)
-        print(f'{loss}: ours {row["ours_per_second"]:.2f} per second, TRL '
-              f'{row["trl_per_second"]:.2f}: {row["ratio"]:.2f}x; MFU {row["ours_mfu"]:.0%} and '
-              f'{row["trl_mfu"]:.0%}; padding-free fraction {row["real"]:.0%}', flush=True)
-    if flags.only in (None, 'shared'):
+      if loss in parts:
+        out[loss] = measure(loss, plan, params, mesh, peak, f.peer)
+        print(show(out[loss]), flush=True)
+    if 'shared' in parts:
       out['shared'] = sharing(plan, params, mesh)
       for row in out['shared']:
         print(f'prompt : response {row["prompt"]}:{row["response"]}: '
               f'{row["shared_per_second"]:.2f} pairs per second, '
               f'{row["repeated_per_second"]:.2f} with the prompt twice: {row["ratio"]:.2f}x',
               flush=True)
-    if flags.only in (None, 'logits'):
+    if 'logits' in parts:
       found = out['logits'] = logits(plan, params, mesh)
-      print(f'temporaries: {found["chunks"]:.2f} GiB with logits in chunks, '
+      print(f'temporaries: {found["parts"]:.2f} GiB with logits in parts, '
             f'{found["at_once"]:.2f} GiB with all logits at once')
   line = json.dumps(out)
+  if f.json:
+    pathlib.Path(f.json).write_text(line + '\n')
   print(line)
-  if flags.json:
-    with open(flags.json, 'w') as file:
-      file.write(line + '\n')
 
 
 if __name__ == '__main__':

@@ -1,12 +1,15 @@
 """The workloads of the sampling benchmarks: a model, and requests with the lengths of samples."""
 from collections.abc import Sequence
 import dataclasses
+import json
+import pathlib
 
 from flax import traverse_util
 import numpy as np
+from safetensors import numpy as safetensors
 
 from srlm_jax.checkpoint import hf
-from srlm_jax.models.config import Config
+from srlm_jax.models.config import Config, to_hf
 from srlm_jax.sample.engine import Engine, Request, Sampling
 
 SIGMA = 0.8  # standard deviation of the log of a length
@@ -16,7 +19,6 @@ SIGMA = 0.8  # standard deviation of the log of a length
 class Kind:
   """A workload: its size, and its lengths in tokens."""
   count: int   # prompts
-  part: int    # requests on which the numbers of rows are tried
   rubric: int  # length of the rubric
   prompt: int  # median length of a prompt
   median: int  # median length of a sample
@@ -25,7 +27,7 @@ class Kind:
 
 # Of a CPU: 58M parameters in float32; lengths are a quarter of a real run's.
 CPU = Config(D=512, F=1376, K=8, G=1, H=64, V=32000, layers=8, context=2048)
-CPU_RESPOND, CPU_JUDGE = Kind(16, 12, 0, 100, 50, 256), Kind(4, 8, 350, 250, 40, 128)
+CPU_RESPOND, CPU_JUDGE = Kind(16, 0, 100, 50, 256), Kind(4, 350, 250, 40, 128)
 TEMPERATURE, TOP_P = 0.7, 0.9
 
 
@@ -64,12 +66,14 @@ def run(engine: Engine, requests: Sequence[Request], sampling: Sampling) -> list
   return [result.ids for _, results in engine.generate(requests, sampling) for result in results]
 
 
-def hf_tensors(config: Config, params) -> dict[str, np.ndarray]:
-  """-> the parameters as the tensors of a Hugging Face model, in float32."""
+def export(config: Config, params, folder):
+  """Writes the parameters as a Hugging Face folder, in float32."""
   ours, tensors = traverse_util.flatten_dict(params, sep='.'), {}
   for leaf in hf.leaves(config):
     array = np.asarray(ours[leaf.name])
     for layer, name in enumerate(leaf.tensors):
       tensors[name] = np.empty(leaf.hf_shape, np.float32)
       leaf.ours(tensors[name])[...] = array[layer] if leaf.stacked else array
-  return tensors
+  safetensors.save_file(tensors, pathlib.Path(folder, hf.SINGLE), dict(format='pt'))
+  fields = to_hf(config) | dict(bos_token_id=1, eos_token_id=2)
+  pathlib.Path(folder, 'config.json').write_text(json.dumps(fields))

@@ -1,6 +1,7 @@
 """The benchmarks run, and `bench/scale.py` finds whole weights that are all-reduced in a loop."""
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -8,21 +9,38 @@ from conftest import make_mesh, ROOT
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import peers
 import pytest
 import scale
+import timing
 
 from srlm_jax.checkpoint import store
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 
+# Runs a benchmark with two more peers.
+RUN = '''
+import importlib, pathlib, sys
+script, interpreter, *sys.argv[1:] = sys.argv[1:]
+import peers
+fake = pathlib.Path(interpreter), pathlib.Path(script)
+for known in (peers.SAMPLERS, peers.TRAINERS):
+  known |= dict(fake=fake, wrong=fake)
+importlib.import_module(sys.argv.pop(1)).main()
+'''
 
-def quick(name, tmp_path) -> dict:
-  """-> the result of a benchmark with --quick."""
+
+def quick(name, tmp_path, *flags, code=0) -> dict | str:
+  """-> the result of a benchmark with --quick, or what it printed if it failed as expected."""
   path = tmp_path / 'numbers.json'
-  environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS='cpu', XLA_FLAGS='')
-  done = subprocess.run([sys.executable, ROOT / 'bench' / name, '--quick', f'--json={path}'],
+  environment = dict(os.environ, PYTHONPATH=f'{ROOT}:{ROOT / "bench"}', JAX_PLATFORMS='cpu',
+                     XLA_FLAGS='')
+  done = subprocess.run([sys.executable, '-c', RUN, ROOT / 'tests/fake_peer.py', sys.executable,
+                         name, '--quick', f'--json={path}', *flags],
                         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-  assert done.returncode == 0, done.stdout + done.stderr
+  assert done.returncode == code, done.stdout + done.stderr
+  if code:
+    return done.stdout + done.stderr
   found = json.loads(path.read_text())
   assert found == json.loads(done.stdout.splitlines()[-1])
   return found
@@ -30,21 +48,64 @@ def quick(name, tmp_path) -> dict:
 
 @pytest.mark.slow
 def test_the_training_benchmark_runs_every_part(tmp_path):
-  pytest.importorskip('trl')
-  found = quick('train.py', tmp_path)
-  assert all(found[loss]['ratio'] > 0 and 0.5 < found[loss]['real'] <= 1 for loss in ('dpo', 'sft'))
+  found = quick('train', tmp_path)
+  assert all(found[loss]['per_second']['ours'] > 0 and 0.5 < found[loss]['real'] <= 1
+             for loss in ('dpo', 'sft'))
   assert [(row['prompt'], row['response']) for row in found['shared']] == [(1, 4), (1, 1), (4, 1)]
   assert found['logits']['chunks'] <= found['logits']['at_once']
 
 
 @pytest.mark.slow
 def test_the_sampling_benchmark_runs_every_part(tmp_path):
-  pytest.importorskip('torch')
-  found = quick('sample.py', tmp_path)
+  found = quick('sample', tmp_path)
   assert [row['work'] for row in found['rows']] == ['respond', 'judge']
-  assert all(row['ratio'] > 0 and 0 < row['of_bound'] for row in found['rows'])
+  assert all(0 < row['of_bound'] for row in found['rows'])
+  assert 'unshared' in found['rows'][1]['speed_up'] and found['rows'][1]['computed'] < 1
   utilization = found['refill']['slot_utilization']
   assert utilization['refill'] > utilization['static']
+
+
+@pytest.mark.slow
+def test_our_tokens_and_values_are_those_of_a_peer_that_runs_full_forward_passes(tmp_path):
+  """A peer with other tokens or another value stops the benchmark."""
+  found = quick('sample', tmp_path, '--peer=fake')
+  assert all(row['peer'] == 'fake' and row['version'] == '1.0' for row in found['rows'])
+  assert all(row[part][side] > 0 for row in found['rows'] for side in ('ours', 'peer')
+             for part in ('seconds', 'cpu_seconds', 'tokens_per_second'))
+  assert 'AssertionError: ours [[' in quick('sample', tmp_path, '--peer=wrong', code=1)
+
+  found = quick('train', tmp_path, '--peer=fake')
+  for loss in ('dpo', 'sft'):
+    assert found[loss]['values']['ours'] == pytest.approx(found[loss]['values']['peer'], rel=1e-5)
+    assert found[loss]['cpu_seconds']['peer'] > 0
+  assert 'AssertionError' in quick('train', tmp_path, '--peer=wrong', '--only=sft', code=1)
+
+
+def test_a_peer_that_ends_shows_its_last_messages(tmp_path, monkeypatch):
+  script = tmp_path / 'broken.py'
+  script.write_text('raise ImportError("no such library")')
+  monkeypatch.setitem(peers.SAMPLERS, 'broken', (pathlib.Path(sys.executable), script))
+  with pytest.raises(SystemExit, match='broken ended(.|\n)*ImportError: no such library'):
+    peers.Peer('broken')
+  monkeypatch.setitem(peers.SAMPLERS, 'absent', (tmp_path / '.venv-x/bin/python', script))
+  with pytest.raises(SystemExit, match='run `make .venv-x/.installed`'):
+    peers.Peer('absent')
+
+
+def test_cpu_seconds_include_threads_and_child_processes():
+  work = 'import time\nwhile time.process_time() < 0.3: pass\n'
+  code = (f'import subprocess, sys, threading\n'
+          f'child = subprocess.Popen([sys.executable, "-c", {work!r} + "input()"],'
+          f' stdin=subprocess.PIPE)\n'  # alive, when its time is read
+          f'subprocess.run([sys.executable, "-c", {work!r}])\n'
+          f'thread = threading.Thread(target=exec, args=({work!r},)); thread.start()\n'
+          f'thread.join(); print("done", flush=True); input(); child.communicate(b"\\n")')
+  with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE) as process:
+    process.stdout.readline()
+    found = timing.tree_cpu_seconds(process.pid)
+    process.stdin.write(b'\n')
+  assert 0.85 <= found < 3
 
 
 def test_a_whole_weight_that_is_all_reduced_in_a_loop_is_found():

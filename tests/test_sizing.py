@@ -50,7 +50,7 @@ def test_what_is_chosen_has_all_open_keys():
 @pytest.mark.parametrize('pod, chips, rows, width, tensor', [
     ('v5p', 128, 16, 3072, 8), ('v5p', 128, 31, 3072, 8), ('v5p', 128, 32, 3072, 4),
     ('v5p', 128, 64, 3072, 4), ('v5p', 128, 3, 3072, 8), ('v6e', 256, 32, 2048, 8),
-    ('v6e', 256, 128, 2048, 4)])
+    ('v6e', 256, 64, 2048, 8), ('v6e', 256, 128, 2048, 4)])
 def test_the_mesh_is_the_fastest_that_gives_each_shard_a_row(pod, chips, rows, width, tensor):
   data, fsdp, found, *_ = train('70b', Devices('tpu', chips, TPU[pod] * GIB), rows, width)
   assert (data, fsdp, found) == (1, chips // tensor, tensor)

@@ -25,7 +25,7 @@ POLICIES = dict(cpu=('none', 'dots', 'full'), gpu=('dots', 'full'), tpu=('dots',
 MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduce-scattering them
 # Bytes that the tensor axis sends per token and model width, for each byte that the fsdp axis sends
 # per weight of a layer: fitted to the programs of docs/scale.md.
-TENSOR_COST = 8
+TENSOR_COST = 5
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 
 
