@@ -38,7 +38,7 @@ from workloads import CPU, export
 from srlm_jax import config as configs, sharding
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import layout, Packing, Shape
-from srlm_jax.models import kernels, llama, vocab
+from srlm_jax.models import kernels, llama, sizing, vocab
 from srlm_jax.models.config import Config
 from srlm_jax.train import batch as batches, state as train_state, step as train_step
 from srlm_jax.train.batch import Batch, PairBatch
@@ -90,8 +90,10 @@ class Ours:
   """Our training step, with its batches on the device."""
 
   def __init__(self, loss: str, plan: Plan, params, mesh, host_batches: list[Batch],
-               remat: str = 'none'):
+               remat: str = 'auto'):
     c = train_config(loss, plan)
+    c.remat = remat
+    remat = self._remat(c, plan, host_batches[0])
     choice = kernels.for_training(jax.default_backend(), plan.config, remat)
     tx = train_state.optimizer(c, 100)
     out = jax.tree.map(lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh))
@@ -101,6 +103,13 @@ class Ours:
       self.reference_params = jax.tree.map(lambda x: x.astype(plan.config.dtype), params)
     self.step = train_step.make(llama.Llama(plan.config, choice, remat), tx, c, self.state)
     self.batches = [sharding.put_batch(batch, mesh) for batch in host_batches]
+
+  def _remat(self, c, plan: Plan, batch: Batch) -> str:
+    """The recomputation that training chooses, if the config leaves it open."""
+    config = configs.get('m2').copy_and_resolve_references()
+    config.train = c
+    work = sizing.Work(*batch.tokens.shape, has_reference=c.loss == 'dpo')
+    return sizing.training(config, plan.config, sizing.devices(), work)['train.remat']
 
   def steps(self) -> list[dict]:
     """Takes a step on every batch -> the metrics of each."""

@@ -4,6 +4,7 @@ import itertools
 import math
 import types
 
+import aot
 import jax
 import pytest
 
@@ -58,6 +59,20 @@ def test_the_mesh_is_the_fastest_that_gives_each_shard_a_row(pod, chips, rows, w
 
 def test_the_fsdp_axis_is_limited():
   assert train('70b', Devices('tpu', 128, 95 * GIB), 10**6)[:3] == (2, 64, 1)
+
+
+@pytest.mark.parametrize('program', [*aot.TRAINING, *aot.SAMPLING], ids=aot.title)
+def test_the_programs_compiled_for_a_pod_have_the_mesh_that_is_chosen_there(program):
+  topology, gib = aot.PODS[program.pod]
+  count = math.prod(program.mesh)
+  devices = Devices('tpu', count, gib * GIB, topology.get('num_slices', 1))
+  if isinstance(program, aot.Training):
+    rows = max(16, program.rows * count // program.mesh[2])  # at least the batch of the paper
+    width = 2048 if program.loss == 'sft' else 3072
+    found = train(program.size, devices, rows, width, program.reference == 'step')
+  else:
+    found = sample(program.size, devices)
+  assert found[:3] == program.mesh
 
 
 def test_slices_split_the_data_axis():
