@@ -25,9 +25,10 @@ def normal(seed, *shapes, dtype=jnp.float32):
   return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
 
 
-def attend(q, k, v, prefix, mask):
+def attend(q, k, v, layer, prefix, mask):
   """q [B, T, K, G, H], k and v [B, K, S, H], mask [B, T, W + S] -> [B, T, K, G, H], float64."""
-  q, k, v, *prefix_kv = (np.asarray(x, np.float64) for x in (q, k, v, prefix.k, prefix.v))
+  q, k, v, *prefix_kv = (np.asarray(x, np.float64)
+                         for x in (q, k, v, prefix.k[layer], prefix.v[layer]))
   k, v = (np.concatenate([np.broadcast_to(w, (len(x), *w.shape)), x], 2)
           for x, w in zip((k, v), prefix_kv, strict=True))
   scores = np.einsum('BTKGH,BKSH->BKGTS', q, k) * q.shape[-1] ** -0.5
@@ -38,9 +39,9 @@ def attend(q, k, v, prefix, mask):
 
 def attend_decode(q, cache, layer, length, prefix):
   """`attention.decode` in numpy."""
-  mask = np.concatenate([np.arange(prefix.k.shape[1]) < np.asarray(prefix.length)[:, None],
+  mask = np.concatenate([np.arange(prefix.k.shape[2]) < np.asarray(prefix.length)[:, None],
                          np.arange(cache.k.shape[3]) < np.asarray(length)[:, None]], -1)
-  return attend(q[:, None], cache.k[layer], cache.v[layer], prefix, mask[:, None])[:, 0]
+  return attend(q[:, None], cache.k[layer], cache.v[layer], layer, prefix, mask[:, None])[:, 0]
 
 
 @functools.cache
@@ -51,8 +52,8 @@ def interpreted(f):
 def decode_inputs(K, G, H, S, W, prefix_length, L=2, dtype=jnp.float32):
   """-> q, cache, prefix of as many rows as there are prefix lengths."""
   B = len(prefix_length)
-  q, k, v, *prefix = normal(0, (B, K, G, H), (L, B, K, S, H), (L, B, K, S, H), (K, W, H),
-                            (K, W, H), dtype=dtype)
+  q, k, v, *prefix = normal(0, (B, K, G, H), (L, B, K, S, H), (L, B, K, S, H), (L, K, W, H),
+                            (L, K, W, H), dtype=dtype)
   return q, Cache(k, v), Prefix(*prefix, jnp.asarray(prefix_length))
 
 
@@ -122,7 +123,7 @@ def test_decode_and_append_inside_a_shard_map():
     return kernels.tpu_decode(q, cache, layer, position + 1, prefix, interpret=True)
 
   row, slots = PartitionSpec('data', 'tensor'), PartitionSpec(None, 'data', 'tensor')
-  rows, heads = PartitionSpec('data'), PartitionSpec('tensor')
+  rows, heads = PartitionSpec('data'), PartitionSpec(None, 'tensor')
   out = jax.jit(jax.shard_map(
       step, mesh=make_mesh(2, 1, 2), in_specs=(row, slots, row, rows, Prefix(heads, heads, rows)),
       out_specs=row, check_vma=False))(q, cache, new, position, prefix)
@@ -152,16 +153,16 @@ def test_append_writes_the_given_positions_only(K, rows, dtype):
 
 
 def prefill_inputs(A, T, W, K, G, H, dtype=jnp.float32):
-  """-> (q, k, v, prefix), and the result in numpy."""
-  q, k, v, *prefix = normal(0, (A, T, K, G, H), (A, T, K, H), (A, T, K, H), (K, W, H), (K, W, H),
-                            dtype=dtype)
+  """-> (q, k, v, layer, prefix), and the result in numpy."""
+  q, k, v, *prefix = normal(0, (A, T, K, G, H), (A, T, K, H), (A, T, K, H), (2, K, W, H),
+                            (2, K, W, H), dtype=dtype)
   length = jnp.array([0, W, W // 3, 1 % (W + 1)])[:A]
   prefix = Prefix(*prefix, length)
   prefix_mask = np.broadcast_to(np.arange(W) < np.asarray(length)[:, None, None], (A, T, W))
   own_mask = np.broadcast_to(np.tri(T, dtype=bool), (A, T, T))
   mask = np.concatenate([prefix_mask, own_mask], -1)
-  wanted = attend(q, *(np.einsum('BTKH->BKTH', x) for x in (k, v)), prefix, mask)
-  return (q, k, v, prefix), wanted
+  wanted = attend(q, *(np.einsum('BTKH->BKTH', x) for x in (k, v)), 1, prefix, mask)
+  return (q, k, v, jnp.int32(1), prefix), wanted
 
 
 @pytest.mark.parametrize('A,T,W,K,G,H,dtype', [

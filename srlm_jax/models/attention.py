@@ -67,9 +67,9 @@ class Cache:
 
 @flax.struct.dataclass
 class Prefix:
-  """One layer of a prefix that all rows share: row b attends to its first length[b] tokens."""
-  k: jax.Array       # [K, W, H]
-  v: jax.Array       # [K, W, H]
+  """A prefix that all rows share: row b attends to its first length[b] tokens."""
+  k: jax.Array       # [L, K, W, H]
+  v: jax.Array       # [L, K, W, H]
   length: jax.Array  # [B]
 
 
@@ -96,11 +96,14 @@ def packed(q, k, v, segments: Segments):
   return attend(q, k, v, segments.mask())
 
 
-def prefill(q, k, v, prefix: Prefix):
-  """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix."""
+def prefill(q, k, v, layer, prefix: Prefix):
+  """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix.
+
+  `layer` []: of the prefix.
+  """
   B, T = k.shape[:2]
-  W = prefix.k.shape[1]
-  prefix_kv = (jnp.broadcast_to(x.swapaxes(0, 1), (B, W, *k.shape[2:]))
+  W = prefix.k.shape[2]
+  prefix_kv = (jnp.broadcast_to(x[layer].swapaxes(0, 1), (B, W, *k.shape[2:]))
                for x in (prefix.k, prefix.v))
   k, v = (jnp.concatenate([x.astype(own.dtype), own], 1)
           for x, own in zip(prefix_kv, (k, v), strict=True))
@@ -112,8 +115,8 @@ def prefill(q, k, v, prefix: Prefix):
 def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | None):
   """One token per row: q [B, K, G, H], layer [], length [B] -> [B, K, G, H].
 
-  Row b attends to its prefix and to the first length[b] keys of `layer` of the cache. The prefix is
-  one matrix product for all rows. The cache is read block by block, `row_block` rows at a time
+  Row b attends to its prefix and to the first length[b] keys of the cache, both of `layer`. The
+  prefix is one matrix product for all rows. The cache is read block by block, `row_block` rows at a time
   (None: all), up to the longest of these rows: the unused end of the cache is not read, and no
   layer is copied.
   """
@@ -126,10 +129,10 @@ def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | N
       a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
-  scores = product('BKGH,KWH->BKGW', q, prefix.k) * H ** -0.5
-  mask = (jnp.arange(prefix.k.shape[1]) < prefix.length[:, None])[:, None, None]
+  scores = product('BKGH,KWH->BKGW', q, prefix.k[layer]) * H ** -0.5
+  mask = (jnp.arange(prefix.k.shape[2]) < prefix.length[:, None])[:, None, None]
   softmax = _Softmax.empty(q.shape).add(
-      jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v))
+      jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v[layer]))
 
   def rows(first):
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)

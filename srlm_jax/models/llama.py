@@ -95,7 +95,7 @@ class Block(Module):
     # Without all of these constraints, XLA makes all-reduces of what the residual stream splits.
     x, cache = carry
     whole = functools.partial(constrain, dims='BTD')
-    residual = constrain_residual if cache is None else whole
+    residual = constrain_residual
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
     x = residual(x)
     y = whole(RMSNorm(self.config, name='attention_norm')(x))
