@@ -65,6 +65,8 @@ def sampler(config, kernels, mesh, rows, size, prefix):
   -> (model, parameters, cache, prefix), and the state of the rows.
   """
   params = store.abstract_on(mesh, llama.abstract_params(config), config.dtype)
+  if kernels.fused:
+    params = store.abstract_on(mesh, jax.eval_shape(llama.fuse, params), config.dtype)
   layers, K, H = config.layers, config.K, config.H
   cache = caches.Cache(
       *[shape(mesh, 'LBKSH', layers, rows, K, size, H, dtype=config.dtype)] * 2)

@@ -92,6 +92,6 @@ def test_prefill_is_in_place_and_gathers_no_weights(program, width):
   rows = 256 // width or 1
   view = caches.Prefill(shape(mesh, 'A', rows), *[jax.ShapeDtypeStruct((ROWS,), jnp.int32)] * 2,
                         jax.ShapeDtypeStruct((), jnp.int32))
-  compiled, fraction = compile(programs.prefill, shape(mesh, 'AT', rows, width), view)
+  compiled, fraction = compile(programs.prefill(mesh), shape(mesh, 'AT', rows, width), view)
   assert fraction < 0.05 and 'splash' in compiled.as_text()
   assert max(gathered(compiled), default=0) <= rows * width * config.D

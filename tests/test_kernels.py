@@ -15,8 +15,9 @@ from srlm_jax.models import attention, kernels
 from srlm_jax.models.attention import Cache, Prefix
 
 CLOSE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2}
-# (K, G, H, S, W): three blocks on TPU; two blocks or splits, as for 70B; no prefix
-DECODE = [(4, 1, 128, 384, 128), (1, 8, 128, 1024, 256), (2, 3, 16, 256, 0)]
+# (K, G, H, S, W): three blocks on TPU; two blocks or splits, as for 70B; no prefix; more blocks of
+# the prefix than of the cache
+DECODE = [(4, 1, 128, 384, 128), (1, 8, 128, 1024, 256), (2, 3, 16, 256, 0), (8, 8, 128, 256, 384)]
 BOTH = pytest.mark.parametrize('decode', [kernels.tpu_decode, kernels.gpu_decode])
 
 
@@ -63,8 +64,8 @@ def decode_inputs(K, G, H, S, W, prefix_length, L=2, dtype=jnp.float32):
 @BOTH
 def test_decode_equals_attention_in_numpy(decode, shape, dtype):
   *_, S, W = shape
-  length = jnp.array([1, 128, S, S - 100, S // 2, 0, 129])  # block boundaries; an idle row
-  q, cache, prefix = decode_inputs(*shape, [0, W, W // 3, 0, W, W // 2, 1], dtype=dtype)
+  length = jnp.array([1, 128, S, S - 100, S // 2, 0, 129, 7])  # block boundaries; an idle row
+  q, cache, prefix = decode_inputs(*shape, [0, W, W // 3, 0, W, W // 2, 1, W], dtype=dtype)
   out = interpreted(decode)(q, cache, jnp.int32(1), length, prefix)
   assert out.dtype == dtype and out.shape == q.shape and jnp.isfinite(out).all()
   wanted = attend_decode(q, cache, 1, length, prefix)
@@ -109,6 +110,20 @@ def test_decode_with_random_lengths(decode, rows, layer):
   q, cache, prefix = decode_inputs(4, 2, 128, 256, 128, prefix_length)
   out = interpreted(decode)(q, cache, jnp.int32(layer), length, prefix)
   np.testing.assert_allclose(out, attend_decode(q, cache, layer, length, prefix), atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize('rows', [1, 5, 6])  # of a batch: one group; groups of one, and of several
+def test_a_row_does_not_depend_on_the_other_rows(decode, rows):
+  """Their queries and keys are NaN, and each row is the only one with numbers once."""
+  q, cache, prefix = decode_inputs(2, 4, 128, 256, 128, [64, 0, 128, 1, 77, 128][:rows])
+  length = jnp.array([100, 256, 1, 128, 129, 200])[:rows]
+  wanted = attend_decode(q, cache, 0, length, prefix)
+  for row in range(rows):
+    others = np.arange(rows)[:, None, None, None] != row
+    poisoned = Cache(*(jnp.where(others, jnp.nan, x) for x in (cache.k, cache.v)))
+    out = interpreted(decode)(jnp.where(others, jnp.nan, q), poisoned, jnp.int32(0), length, prefix)
+    np.testing.assert_allclose(out[row], wanted[row], atol=1e-5)
 
 
 def test_decode_and_append_inside_a_shard_map():
@@ -213,8 +228,8 @@ def test_gpu_prefill_lowers_to_cudnn(monkeypatch):
 def test_a_format_changes_no_value():
   """A program takes arrays in the format that they have."""
   x = normal(0, (3, 8, 2, 4, 16))[0]
-  placed, other = (jax.device_put(tree, kernels.tpu_formats(tree))['wq_DKGH'] for tree in (
-      dict(wq_DKGH=x), dict(wq_DKGH=x[0])))
+  placed, other = (jax.device_put(tree, kernels.tpu_formats(tree))['wqkv_DKCH'] for tree in (
+      dict(wqkv_DKCH=x), dict(wqkv_DKCH=x[0])))
   assert placed.format.layout.major_to_minor == (0, 2, 3, 1, 4)
   assert other.format.layout.major_to_minor == (1, 2, 0, 3)
   np.testing.assert_array_equal(placed, x)

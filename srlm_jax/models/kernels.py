@@ -36,7 +36,7 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   if platform == 'tpu' and config.H % 128 == 0:
     return attention.Kernels(
         'splash attention and pallas', packed.tpu_packed, tpu_prefill, tpu_decode, tpu_append,
-        width_multiple=128, size_multiple=512, prefill_tokens=256, unrolled=False,
+        width_multiple=128, size_multiple=512, prefill_tokens=256, unrolled=False, fused=True,
         formats=tpu_formats)
   widths = 16, 32, 64, 128
   if platform in ('gpu', 'cuda') and config.H in widths and config.dtype == 'bfloat16':
@@ -56,21 +56,21 @@ def for_training(platform: str, config: Config, remat: str) -> attention.Kernels
   """
   if platform == 'cpu':
     return dataclasses.replace(attention.CPU, unrolled=remat == 'none')
-  return dataclasses.replace(choose(platform, config), unrolled=False)
+  return dataclasses.replace(choose(platform, config), unrolled=False, fused=False)
 
 
 def tpu_formats(params):
   """Parameters (or their shapes) with shardings -> the formats in which the TPU kernels want them.
 
-  Each head of wq_DKGH is stored as one matrix [D, H], the layout that the matrix product reads.
+  Each head of wqkv_DKCH is stored as one matrix [D, H], the layout that the matrix product reads.
   From the default layout, XLA would copy that weight of all layers in every call.
   """
   def one(path, x):
     names = [getattr(key, 'key', getattr(key, 'name', '')) for key in path]
-    if names[-1] != 'wq_DKGH' and names[-2:] != ['wq_DKGH', 'values']:  # values of an Int8
+    if names[-1] != 'wqkv_DKCH' and names[-2:] != ['wqkv_DKCH', 'values']:  # values of an Int8
       return x.sharding
-    *layers, D, K, G, H = range(x.ndim)
-    return Format(Layout((*layers, K, G, D, H)), x.sharding)
+    *layers, D, K, C, H = range(x.ndim)
+    return Format(Layout((*layers, K, C, D, H)), x.sharding)
   return jax.tree_util.tree_map_with_path(one, params)
 
 
@@ -289,9 +289,10 @@ def gpu_prefill(q, k, v, layer, prefix: Prefix):
   """As `attention.prefill`, by cuDNN: float16 or bfloat16, H a multiple of 8 and at most 128."""
   B, T, K, G, H = q.shape
   W = prefix.k.shape[2]
-  k, v = (jnp.concatenate([
-      jnp.broadcast_to(jnp.einsum('KWH->WKH', prefix_kv[layer]), (B, W, K, H)).astype(own.dtype), own], 1)
-          for own, prefix_kv in ((k, prefix.k), (v, prefix.v)))
+  prefix_kv = (jnp.broadcast_to(jnp.einsum('KWH->WKH', x[layer]), (B, W, K, H))
+               for x in (prefix.k, prefix.v))
+  k, v = (jnp.concatenate([x.astype(own.dtype), own], 1)
+          for x, own in zip(prefix_kv, (k, v), strict=True))
   key = jnp.arange(W + T)
   causal = key - W <= jnp.arange(T)[:, None]
   mask = jnp.where(key < W, key < prefix.length[:, None, None], causal)  # [B, T, W + T]
