@@ -115,9 +115,9 @@ def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, interpret=Fals
   block, prefix_block = attention.divisor(S, most), attention.divisor(W, most) if W else 0
   prefix_steps = W // prefix_block if W else 0
   steps = jnp.maximum(pl.cdiv(jnp.max(length), block), 1)  # a batch of short rows ends early
-  # Rows whose state fits into VMEM. Groups are parallel: v4 and v5p split them between two cores.
-  rows = max(n for n in range(1, B // 2 + 2)
-             if B % n == 0 and (n == 1 or n <= B // 2 and n * K * G <= 1024))
+  # Rows of a group: their state fits into VMEM, and there are groups for both cores of v4 and v5p.
+  rows = max(n for n in range(1, max(B // 2, 1) + 1)
+             if B % n == 0 and (n == 1 or n * K * G <= 1024))
 
   def group(g, r, j, *_):
     return g, 0, 0, 0
@@ -176,6 +176,7 @@ def tpu_decode_kernel(layer_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_
   def add_prefix(prefix_k_ref, prefix_v_ref):
     for head in range(K):
       k, v = prefix_k_ref[head], prefix_v_ref[head]  # [W, H]
+      # In float32, because its tiles have 8 rows: with 8 query heads this moves no data.
       q = q_ref[:, head].astype(jnp.float32).reshape(rows * G, H).astype(q_ref.dtype)
       limit = limit_ref[...].reshape(rows * G, 1) - j * k.shape[0]
       state = [ref.at[:, head] for ref in (max_ref, sum_ref, acc_ref)]
