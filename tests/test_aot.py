@@ -52,7 +52,7 @@ def program(request):
       compiled = function.lower(model, params, cache, prefix, *given, **static).compile()
     memory, size = compiled.memory_analysis(), 2 * cache.k.size * 2 / 8
     assert memory.alias_size_in_bytes == pytest.approx(size, rel=0.01)
-    print(f'\n{request.param} {function.__name__}, {bits} bits: weights and cache '
+    print(f'\n{request.param} {function.__name__.strip("_")}, {bits} bits: weights and cache '
           f'{memory.argument_size_in_bytes / GIB:.2f} GiB per chip, the cache {size / GIB:.2f}; '
           f'temporaries {memory.temp_size_in_bytes / GIB:.3f} GiB, '
           f'{memory.temp_size_in_bytes / size:.2%} of the cache')

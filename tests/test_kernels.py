@@ -60,7 +60,7 @@ def decode_inputs(K, G, H, S, W, prefix_length, L=2, dtype=jnp.float32):
 
 @pytest.mark.parametrize('shape,dtype', [
     *((shape, jnp.float32) for shape in DECODE),
-    *((shape, jnp.bfloat16) for shape in DECODE[1:])])  # XLA on CPU has no bf16 product for G = 1
+    *((shape, jnp.bfloat16) for shape in DECODE[1:3])])  # XLA on CPU lacks the other bf16 products
 @BOTH
 def test_decode_equals_attention_in_numpy(decode, shape, dtype):
   *_, S, W = shape
