@@ -183,6 +183,8 @@ def sampler(config, kernels, mesh, rows, size, prefix):
   -> (model, parameters, cache, prefix), and the state of the rows.
   """
   params = store.abstract_on(mesh, llama.abstract_params(config), config.dtype)
+  if kernels.fused:
+    params = store.abstract_on(mesh, jax.eval_shape(llama.fuse, params), config.dtype)
   layers, K, H = config.layers, config.K, config.H
   cache = caches.Cache(
       *[shape(mesh, 'LBKSH', layers, rows, K, size, H, dtype=config.dtype)] * 2)
@@ -244,7 +246,7 @@ def _lower_sampler(program: Sampler, mesh):
   view = caches.Prefill(shape(mesh, 'A', program.rows),
                         *[jax.ShapeDtypeStruct((SLOTS,), jnp.int32)] * 2,
                         jax.ShapeDtypeStruct((), jnp.int32))
-  return programs.prefill.lower(*given, shape(mesh, 'AT', program.rows, program.width), view)
+  return programs.prefill(mesh).lower(*given, shape(mesh, 'AT', program.rows, program.width), view)
 
 
 def _quantized(mesh, path, x):

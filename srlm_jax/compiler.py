@@ -1,4 +1,4 @@
-"""Options of the XLA compiler for the training step, by platform.
+"""Options of the XLA compiler for the training step and for sampling, by platform.
 
 They change the schedule and the rounding of a program, not what it computes.
 """
@@ -29,14 +29,23 @@ TRAINING = {'tpu': {
     'xla_tpu_use_minor_sharding_for_major_trivial_input': True,
 }}
 
+# Of the prefill, whose products and collectives are those of a forward pass of training. They do
+# not change a decode.
+SAMPLING = TRAINING
+
 
 def training_options(mesh) -> dict | None:
   """-> the options of the training step for the devices of a mesh, None on other platforms.
 
   Options differ between versions of libtpu. One that the installed version does not know is left
-  out, and a line says so: the step computes the same without it, in more time.
+  out, and a line says so: the program computes the same without it, in more time.
   """
   return _known(mesh, tuple(TRAINING.get(_platform(mesh), {}).items())) or None
+
+
+def sampling_options(mesh) -> dict | None:
+  """-> the same for the prefill."""
+  return _known(mesh, tuple(SAMPLING.get(_platform(mesh), {}).items())) or None
 
 
 @functools.cache
@@ -59,8 +68,8 @@ def _known(mesh, options: tuple[tuple[str, object], ...]) -> dict:
         raise
       del found[unknown[1]]
       hosts.log(f'this version of the compiler for {_platform(mesh)} does not know '
-                f'{unknown[1]}; the training step is compiled without this option, and may be '
-                'slower and need more memory')
+                f'{unknown[1]}; programs are compiled without this option, and may be slower and '
+                'need more memory')
   return found
 
 

@@ -24,6 +24,7 @@ AXES = {
     'D': ('fsdp',),         # model width
     'K': ('tensor',),       # key/value heads
     'G': (),                # query heads per key/value head
+    'C': (),                # query heads, key and value per key/value head
     'H': (),                # head width
     'F': ('tensor',),       # feed-forward width
     'V': ('tensor',),       # vocabulary

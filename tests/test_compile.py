@@ -60,7 +60,7 @@ def test_a_prefill_copies_into_the_cache_in_place(choice):
     given, _ = sampler(config, choice, mesh, 64, 2048, 384)
     view = caches.Prefill(shape(mesh, 'A', 2), *[jax.ShapeDtypeStruct((64,), jnp.int32)] * 2,
                           jax.ShapeDtypeStruct((), jnp.int32))
-    lowered = programs.prefill.lower(*given, shape(mesh, 'AT', 2, 64), view)
+    lowered = programs.prefill(mesh).lower(*given, shape(mesh, 'AT', 2, 64), view)
     memory = lowered.compile().memory_analysis()
   cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given[2]))
   assert memory.alias_size_in_bytes == pytest.approx(cache, rel=0.01)

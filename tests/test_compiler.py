@@ -18,6 +18,7 @@ def options(monkeypatch):
 
 def test_a_cpu_has_no_options():
   assert compiler.training_options(make_mesh(2, 2, 2)) is None
+  assert compiler.sampling_options(make_mesh(2, 2, 2)) is None
 
 
 def test_known_options_are_passed_on_in_silence(options, capsys):

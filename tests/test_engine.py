@@ -176,26 +176,28 @@ def test_refill_keeps_the_slots_busy():
 
 def test_the_number_of_compilations_does_not_depend_on_the_number_of_requests():
   """Prompts of 1 to 60 tokens: widths of 16, 32, 48 and 64, and one decode program."""
-  programs.prefill.clear_cache(), programs.decode.clear_cache()
+  prefill = programs.prefill(make_mesh(1, 1, 1))
+  prefill.clear_cache(), programs.decode.clear_cache()
   engine, _ = make(slots=8, size=96)
   def compiled(first, count):
     asked = (Request(str(i), [1 + i % 59] * (1 + i * 7 % 60)) for i in range(first, first + count))
     for _ in engine.generate(asked, Sampling(1.0, 1.0, 3)):
       pass
-    return programs.prefill._cache_size(), programs.decode._cache_size()
+    return prefill._cache_size(), programs.decode._cache_size()
   assert compiled(0, 100) == compiled(100, 1000) == (4, 1)
 
 
 @pytest.mark.slow
 def test_ten_thousand_requests_need_no_more_compilations_or_memory():
-  programs.prefill.clear_cache(), programs.decode.clear_cache()
+  prefill = programs.prefill(make_mesh(1, 1, 1))
+  prefill.clear_cache(), programs.decode.clear_cache()
   engine, seen = make(slots=8, size=96)[0], {}
   asked = (Request(str(i), [1 + i % 59] * (1 + i * 7 % 60), 2) for i in range(10_000))
   for i, _ in enumerate(engine.generate(asked, Sampling(1.0, 1.0, 6)), 1):
     if i in (100, 1000, 10_000):
       status = pathlib.Path('/proc/self/status').read_text()
       resident = int(re.search(r'VmRSS:\s+(\d+)', status)[1]) / 1024
-      seen[i] = programs.prefill._cache_size(), programs.decode._cache_size(), resident
+      seen[i] = prefill._cache_size(), programs.decode._cache_size(), resident
   print(seen)
   assert seen[100][:2] == seen[10_000][:2] == (4, 1)
   assert seen[10_000][2] < seen[1000][2] + 8  # MB

@@ -70,3 +70,33 @@ def test_the_engine_samples_with_int8_weights(mesh):
     requests = [engines.Request(str(i), [5, i]) for i in range(8)]
     made.append([token for _, (x,) in engine.generate(requests, sampling) for token in x.ids])
   assert np.mean(np.equal(*made)) > 0.5
+
+
+@pytest.mark.parametrize('bits', [16, 8])
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize('bias', [False, True])
+def test_one_weight_for_q_k_and_v_changes_no_logit(shape, bias, bits):
+  """And every chip keeps the part that it had."""
+  config = dataclasses.replace(TINY, attention_bias=bias, G=3)
+  mesh, tokens = make_mesh(*shape), np.random.default_rng(0).integers(1, TINY.V, (8, 16), np.int32)
+  with jax.set_mesh(mesh):
+    params = jax.tree.map(sharding.put, init(config), sharding.shardings(init(config), mesh))
+    params = params if bits == 16 else int8.quantize(params)
+    fused, model = llama.fuse(params), llama.Llama(config)
+    joint = model.clone(kernels=dataclasses.replace(attention.XLA, fused=True))
+    np.testing.assert_allclose(full_logits(joint, fused, tokens),
+                               full_logits(model, params, tokens), atol=1e-6)
+  before, after = params['layers']['attention'], fused['layers']['attention']
+  values = [x.values if bits == 8 else x for x in (after['wqkv_DKCH'], before['wq_DKGH'])]
+  assert values[0].sharding.is_equivalent_to(values[1].sharding, values[0].ndim)
+  assert not {'wq_DKGH', 'wk_DKH', 'wv_DKH', 'bq_KGH'} & set(after)
+
+
+def test_partial_sums_have_the_dtype_of_activations():
+  """Float32 would double the bytes that the mesh reduces. Logits are float32."""
+  def dots(dtype):
+    w = int8.Int8(jnp.ones((8, 4), jnp.int8), jnp.ones(4))
+    made = jax.make_jaxpr(lambda x: int8.product('BF,FD->BD', x, w, dtype))(
+        jnp.ones((2, 8), jnp.bfloat16))
+    return [e.outvars[0].aval.dtype for e in made.eqns if e.primitive.name == 'dot_general']
+  assert dots(None) == [jnp.bfloat16] and dots(jnp.float32) == [jnp.float32]

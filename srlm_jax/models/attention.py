@@ -13,7 +13,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models.config import RopeScaling
+from srlm_jax.models.config import Config, RopeScaling
 
 BLOCK = 64  # keys that `decode` reads at a time
 QUERIES = 64  # least queries of a block of `packed`
@@ -69,9 +69,9 @@ class Cache:
 
 @flax.struct.dataclass
 class Prefix:
-  """One layer of a prefix that all rows share: row b attends to its first length[b] tokens."""
-  k: jax.Array       # [K, W, H]
-  v: jax.Array       # [K, W, H]
+  """A prefix that all rows share: row b attends to its first length[b] tokens."""
+  k: jax.Array       # [L, K, W, H]
+  v: jax.Array       # [L, K, W, H]
   length: jax.Array  # [B]
 
 
@@ -106,11 +106,14 @@ def packed(q, k, v, segments: Segments):
       for start, end in zip([0, *ends], ends, strict=False)], 1)
 
 
-def prefill(q, k, v, prefix: Prefix):
-  """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix."""
+def prefill(q, k, v, layer, prefix: Prefix):
+  """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix.
+
+  `layer` []: of the prefix.
+  """
   B, T = k.shape[:2]
-  W = prefix.k.shape[1]
-  prefix_kv = (jnp.broadcast_to(x.swapaxes(0, 1), (B, W, *k.shape[2:]))
+  W = prefix.k.shape[2]
+  prefix_kv = (jnp.broadcast_to(x[layer].swapaxes(0, 1), (B, W, *k.shape[2:]))
                for x in (prefix.k, prefix.v))
   k, v = (jnp.concatenate([x.astype(own.dtype), own], 1)
           for x, own in zip(prefix_kv, (k, v), strict=True))
@@ -122,9 +125,9 @@ def prefill(q, k, v, prefix: Prefix):
 def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | None):
   """One token per row: q [B, K, G, H], layer [], length [B] -> [B, K, G, H].
 
-  Row b attends to its prefix and to the first length[b] keys of `layer` of the cache. The prefix is
-  one matrix product for all rows. The cache is read block by block, `row_block` rows at a time
-  (None: all), up to the longest of these rows: the unused end of the cache is not read, and no
+  Row b attends to its prefix and to the first length[b] keys of the cache, both of `layer`. The
+  prefix is one matrix product for all rows. The cache is read block by block, `row_block` rows at a
+  time (None: all), up to the longest of these rows: the unused end of the cache is not read, and no
   layer is copied.
   """
   B, (K, S, H) = q.shape[0], cache.k.shape[2:]
@@ -136,10 +139,10 @@ def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | N
       a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
-  scores = product('BKGH,KWH->BKGW', q, prefix.k) * H ** -0.5
-  mask = (jnp.arange(prefix.k.shape[1]) < prefix.length[:, None])[:, None, None]
+  scores = product('BKGH,KWH->BKGW', q, prefix.k[layer]) * H ** -0.5
+  mask = (jnp.arange(prefix.k.shape[2]) < prefix.length[:, None])[:, None, None]
   softmax = _Softmax.empty(q.shape).add(
-      jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v))
+      jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v[layer]))
 
   def rows(first):
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
@@ -204,6 +207,7 @@ class Kernels:
   size_multiple: int   # of the size of a cache
   prefill_tokens: int  # narrower prefills take as many rows as make up this many tokens
   unrolled: bool       # each layer's parameters and cache are separate arrays, not one stack
+  fused: bool = False  # q, k and v have one weight: parameters come from `llama.fuse`
   formats: Callable | None = None  # parameters -> their sharding and memory layout; None = as given
 
 
@@ -226,16 +230,21 @@ def divisor(size: int, most: int) -> int:
   return max(n for n in range(128, max(most, 128) + 1, 128) if size % n == 0)
 
 
-def rope(x, positions, theta: float, scaling: RopeScaling | None):
-  """x [B, T, ..., H], positions [B, T] -> x with pairs of features rotated by their position."""
-  half = x.shape[-1] // 2
-  freq = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if scaling:
-    freq = stretch(freq, scaling)
-  # Angles stay float32, because bfloat16 rounds 257 to 256.
-  angle = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2)).astype(jnp.float32) * freq
+def rotation(positions, config: Config):
+  """positions [B, T] -> the sines and cosines of RoPE's angles, twice [B, T, H / 2], float32."""
+  half = config.H // 2
+  freq = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if config.rope_scaling:
+    freq = stretch(freq, config.rope_scaling)
+  # Angles are float32, because bfloat16 rounds 257 to 256.
+  angle = positions[..., None].astype(jnp.float32) * freq
+  return jnp.sin(angle), jnp.cos(angle)
+
+
+def rope(x, sin, cos):
+  """x [B, T, ..., H] -> x with pairs of features rotated, by the angles of `rotation`."""
   a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  sin, cos = (jnp.expand_dims(y, tuple(range(2, x.ndim - 1))) for y in (sin, cos))
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 

@@ -54,7 +54,7 @@ class Prefill:
         in_specs=(spec('ATKGH'), spec('ATKH'), spec('ATKH'), CACHE, PREFIX, spec(''),
                   Prefill(spec('A'), spec(''), spec(''), spec(''))))
     def local(q, k, v, cache, prefix, layer, view):
-      out = kernels.prefill(q, k, v, Prefix(prefix.k[layer], prefix.v[layer], view.prefix_length))
+      out = kernels.prefill(q, k, v, layer, Prefix(prefix.k, prefix.v, view.prefix_length))
       slots = cache.k.shape[1]  # of this chip
       first = jax.lax.axis_index(AXES['B']) * slots
       new = [jax.lax.all_gather(x, AXES['A'], tiled=True).swapaxes(1, 2) for x in (k, v)]  # AKTH
@@ -88,6 +88,6 @@ class Decode:
       position = jnp.where(view.live, view.length, cache.k.shape[3])
       cache = kernels.append(cache, k[:, 0], v[:, 0], layer, position)
       out = kernels.decode(q[:, 0], cache, layer, jnp.where(view.live, view.length + 1, 0),
-                           Prefix(prefix.k[layer], prefix.v[layer], view.prefix_length))
+                           Prefix(prefix.k, prefix.v, view.prefix_length))
       return out[:, None], cache
     return local(q, k, v, cache, prefix, layer, self)

@@ -32,6 +32,11 @@ class Config:
   dtype: str = 'float32'                 # of activations; parameters keep their own
   dropout: float = 0.0                   # on residual branches, where a 'dropout' key is passed
 
+  @property
+  def C(self) -> int:
+    """Heads per key/value head in a joint weight of q, k and v."""
+    return self.G + 2
+
 
 PRESETS = {
     'llama2-7b': Config(D=4096, F=11008, K=32, G=1, H=128, V=32000, layers=32, context=4096),

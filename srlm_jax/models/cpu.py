@@ -33,9 +33,9 @@ def supports(config: Config) -> bool:
 
 def decode(q, cache: Cache, layer, length, prefix: Prefix):
   """As `attention.decode`, for a cache of one layer."""
-  del layer  # the cache has one layer
+  del layer  # the cache and the prefix have one layer
   call = jax.ffi.ffi_call('srlm_cpu_decode', jax.ShapeDtypeStruct(q.shape, jnp.float32))
-  return call(q, cache.k, cache.v, length, prefix.k, prefix.v, prefix.length)
+  return call(q, cache.k, cache.v, length, prefix.k[0], prefix.v[0], prefix.length)
 
 
 def append(cache: Cache, k, v, layer, position) -> Cache:

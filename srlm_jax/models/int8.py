@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 # Other weights are lookup tables, or small.
-DENSE = ('wq', 'wk', 'wv', 'wo', 'gate', 'up', 'down', 'lm_head')
+DENSE = ('wq', 'wk', 'wv', 'wqkv', 'wo', 'gate', 'up', 'down', 'lm_head')
 
 
 @flax.struct.dataclass
@@ -38,8 +38,9 @@ def product(equation: str, x, w, dtype=None):
   """
   if not isinstance(w, Int8):
     return jnp.einsum(equation, x, w, preferred_element_type=dtype)
-  y = jnp.einsum(equation, x, w.values.astype(x.dtype), preferred_element_type=jnp.float32)
-  return (y * w.scale).astype(dtype or x.dtype)
+  # A float32 result would double the bytes of the reduction over the mesh.
+  y = jnp.einsum(equation, x, w.values.astype(x.dtype), preferred_element_type=dtype)
+  return (y.astype(jnp.float32) * w.scale).astype(y.dtype)
 
 
 def _quantize(w, dims: str, layers: int):

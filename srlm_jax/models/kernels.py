@@ -36,7 +36,7 @@ def choose(platform: str, config: Config) -> attention.Kernels:
   if platform == 'tpu' and config.H % 128 == 0:
     return attention.Kernels(
         'splash attention and pallas', packed.tpu_packed, tpu_prefill, tpu_decode, tpu_append,
-        width_multiple=128, size_multiple=512, prefill_tokens=256, unrolled=False,
+        width_multiple=128, size_multiple=512, prefill_tokens=256, unrolled=False, fused=True,
         formats=tpu_formats)
   widths = 16, 32, 64, 128
   if platform in ('gpu', 'cuda') and config.H in widths and config.dtype == 'bfloat16':
@@ -56,27 +56,27 @@ def for_training(platform: str, config: Config, remat: str) -> attention.Kernels
   """
   if platform == 'cpu':
     return dataclasses.replace(attention.CPU, unrolled=remat == 'none')
-  return dataclasses.replace(choose(platform, config), unrolled=False)
+  return dataclasses.replace(choose(platform, config), unrolled=False, fused=False)
 
 
 def tpu_formats(params):
   """Parameters (or their shapes) with shardings -> the formats in which the TPU kernels want them.
 
-  Each head of wq_DKGH is stored as one matrix [D, H], the layout that the matrix product reads.
+  Each head of wqkv_DKCH is stored as one matrix [D, H], the layout that the matrix product reads.
   From the default layout, XLA would copy that weight of all layers in every call.
   """
   def one(path, x):
     names = [getattr(key, 'key', getattr(key, 'name', '')) for key in path]
-    if names[-1] != 'wq_DKGH' and names[-2:] != ['wq_DKGH', 'values']:  # values of an Int8
+    if names[-1] != 'wqkv_DKCH' and names[-2:] != ['wqkv_DKCH', 'values']:  # values of an Int8
       return x.sharding
-    *layers, D, K, G, H = range(x.ndim)
-    return Format(Layout((*layers, K, G, D, H)), x.sharding)
+    *layers, D, K, C, H = range(x.ndim)
+    return Format(Layout((*layers, K, C, D, H)), x.sharding)
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def tpu_prefill(q, k, v, prefix: Prefix, *, interpret=False):
+def tpu_prefill(q, k, v, layer, prefix: Prefix, *, interpret=False):
   """As `attention.prefill`, by splash attention; ValueError unless T and W are multiples of 128."""
-  T, G, W = q.shape[1], q.shape[3], prefix.k.shape[1]
+  T, G, W = q.shape[1], q.shape[3], prefix.k.shape[2]
   if T % 128 or W % 128:
     raise ValueError(f'splash attention needs multiples of 128; the rows have {T} tokens and the '
                      f'prefix {W}')
@@ -90,7 +90,7 @@ def tpu_prefill(q, k, v, prefix: Prefix, *, interpret=False):
   scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5  # splash does not scale
   q = jnp.einsum('BTKGH->BKGTH', scaled).astype(q.dtype)
   # The transpose of the heads copies the keys anyway; prepending the prefix therefore adds no copy.
-  k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), prefix_kv, width)
+  k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), prefix_kv[layer], width)
           for own, prefix_kv in ((k, prefix.k), (v, prefix.v)))
   key = jnp.arange(width)
   visible = (key >= W) | (key < prefix.length[:, None])  # [B, width]; the causal mask does the rest
@@ -103,76 +103,119 @@ def tpu_prefill(q, k, v, prefix: Prefix, *, interpret=False):
 def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, interpret=False):
   """As `attention.decode`, in Pallas; reads the layer of the stacked cache in place.
 
-  S and H are multiples of 128. A row of length 0 is idle, and its output is some finite number.
+  S, W and H are multiples of 128. A row of length 0 is idle, and its output is some finite number.
   """
   B, K, G, H = q.shape
-  S = cache.k.shape[3]
+  S, W = cache.k.shape[3], prefix.k.shape[2]
   check_width(H, interpret)
+  itemsize = cache.k.dtype.itemsize
   # A grid step costs about as much as 512 KiB of DMA, and the last block of a row is read whole:
   # larger blocks read more unused keys, smaller ones take more steps.
-  block = attention.divisor(S, max(128, 256 * 1024 // (K * H * cache.k.dtype.itemsize)))
+  most = max(128, 256 * 1024 // (K * H * itemsize))
+  block, prefix_block = attention.divisor(S, most), attention.divisor(W, most) if W else 0
+  prefix_steps = W // prefix_block if W else 0
   steps = jnp.maximum(pl.cdiv(jnp.max(length), block), 1)  # a batch of short rows ends early
+  # Rows of a group: their state fits into VMEM, and there are groups for both cores of v4 and v5p.
+  rows = max(n for n in range(1, max(B // 2, 1) + 1)
+             if B % n == 0 and (n == 1 or n * K * G <= 1024))
 
-  def row(b, j, layer, length):
-    return b, 0, 0, 0
+  def group(g, r, j, *_):
+    return g, 0, 0, 0
 
-  def keys(b, j, layer, length):
+  def keys(g, r, j, layer, length, _):
+    b = g * rows + jnp.maximum(r - 1, 0)
     last = jnp.maximum(pl.cdiv(length[b], block) - 1, 0)
-    return layer[0], b, 0, jnp.minimum(j, last), 0  # an unchanged block is not fetched again
+    # An unchanged block is not fetched again.
+    return layer[0], b, 0, jnp.where(r == 0, 0, jnp.minimum(j, last)), 0
 
-  out, lse = pl.pallas_call(
-      functools.partial(tpu_decode_kernel, block=block),
+  def prefix_keys(g, r, j, layer, *_):
+    return layer[0], 0, jnp.where(r == 0, jnp.minimum(j, prefix_steps - 1), prefix_steps - 1), 0
+
+  heads = pl.BlockSpec((rows, K, G, H), group)
+  own = pl.BlockSpec((None, None, K, block, H), keys)
+  shared = pl.BlockSpec((None, K, prefix_block, H), prefix_keys)
+  state = [pltpu.VMEM((rows, K, G, width), jnp.float32) for width in (1, 1, H)]
+  return pl.pallas_call(
+      functools.partial(tpu_decode_kernel, block=block, prefix_steps=prefix_steps),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2,
-          grid=(B, steps),
-          in_specs=[pl.BlockSpec((None, K, G, H), row),
-                    pl.BlockSpec((None, None, K, block, H), keys),
-                    pl.BlockSpec((None, None, K, block, H), keys)],
-          out_specs=[pl.BlockSpec((None, K, G, H), row), pl.BlockSpec((None, K, G, 1), row)],
-          scratch_shapes=[pltpu.VMEM((K, G, 1), jnp.float32), pltpu.VMEM((K, G, 1), jnp.float32),
-                          pltpu.VMEM((K, G, H), jnp.float32)]),
-      out_shape=[jax.ShapeDtypeStruct(q.shape, jnp.float32),
-                 jax.ShapeDtypeStruct((B, K, G, 1), jnp.float32)],
-      # Rows are parallel: v4 and v5p split them between the two cores of a chip.
-      compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
+          num_scalar_prefetch=3,
+          grid=(B // rows, 1 + rows, jnp.maximum(steps, prefix_steps)),
+          in_specs=[heads, own, own] + [shared, shared] * bool(W),
+          out_specs=heads,
+          scratch_shapes=[*state, pltpu.VMEM((rows, G, 1), jnp.int32)]),
+      out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', 'arbitrary', 'arbitrary')),
       interpret=interpret, name='tpu_decode',
-  )(layer.reshape(1), length, q, cache.k, cache.v)
-  return add_prefix(q, out[None], lse[None, ..., 0], prefix)
+  )(layer.reshape(1), length, prefix.length, q, cache.k, cache.v,
+    *((prefix.k, prefix.v) if W else ()))
 
 
-def tpu_decode_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, max_ref,
-                      sum_ref, acc_ref, *, block: int):
-  """Adds one block of keys to the online softmax: q [K, G, H], k and v [K, block, H]."""
-  b, j = pl.program_id(0), pl.program_id(1)
-  length = length_ref[b]
+def tpu_decode_kernel(layer_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_ref, *refs,
+                      block: int, prefix_steps: int):
+  """The online softmax of a group of rows, q [rows, K, G, H].
 
-  @pl.when(j == 0)
+  First over the prefix, k and v [K, W, H] block by block, with one product for all rows; then row
+  by row over the row's own keys, k and v [K, block, H].
+  """
+  *shared, out_ref, max_ref, sum_ref, acc_ref, limit_ref = refs
+  rows, K, G, H = q_ref.shape
+  r, j = pl.program_id(1), pl.program_id(2)
+  first = pl.program_id(0) * rows
+
+  @pl.when((r == 0) & (j == 0))
   def _():
     max_ref[...] = jnp.full_like(max_ref, MASKED)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
 
-  @pl.when(j * block < length)
-  def _():
-    v = v_ref[...]
-    scores = jnp.einsum('KGH,KSH->KGS', q_ref[...], k_ref[...],
-                        preferred_element_type=jnp.float32)
-    scores *= q_ref.shape[-1] ** -0.5
-    position = j * block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-    scores = jnp.where(position < length, scores, MASKED)
-    top = jnp.maximum(max_ref[...], scores.max(-1, keepdims=True))
-    probs = jnp.exp(scores - top)
-    decay = jnp.exp(max_ref[...] - top)
-    max_ref[...] = top
-    sum_ref[...] = decay * sum_ref[...] + probs.sum(-1, keepdims=True)
-    acc_ref[...] = decay * acc_ref[...] + jnp.einsum(
-        'KGS,KSH->KGH', probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    def limit(i, _):
+      limit_ref[i] = jnp.full((G, 1), prefix_length_ref[first + i])
+    jax.lax.fori_loop(0, rows, limit, None)
 
-  @pl.when(j == pl.num_programs(1) - 1)
+  def add_prefix(prefix_k_ref, prefix_v_ref):
+    for head in range(K):
+      k, v = prefix_k_ref[head], prefix_v_ref[head]  # [W, H]
+      # In float32, because its tiles have 8 rows: with 8 query heads this moves no data.
+      q = q_ref[:, head].astype(jnp.float32).reshape(rows * G, H).astype(q_ref.dtype)
+      limit = limit_ref[...].reshape(rows * G, 1) - j * k.shape[0]
+      state = [ref.at[:, head] for ref in (max_ref, sum_ref, acc_ref)]
+      flat = [ref[...].reshape(rows * G, -1) for ref in state]
+      for ref, new in zip(state, softmax_step(q, k, v, limit, *flat), strict=True):
+        ref[...] = new.reshape(ref.shape)
+
+  if shared:
+    pl.when((r == 0) & (j < prefix_steps))(functools.partial(add_prefix, *shared))
+
+  @pl.when((r > 0) & (j * block < length_ref[first + jnp.maximum(r - 1, 0)]))
   def _():
-    total = jnp.maximum(sum_ref[...], 1e-30)  # the sum of an idle row is 0
-    out_ref[...] = acc_ref[...] / total
-    lse_ref[...] = max_ref[...] + jnp.log(total)
+    row = r - 1
+    for head in range(K):
+      state = [ref.at[row, head] for ref in (max_ref, sum_ref, acc_ref)]
+      new = softmax_step(q_ref[row, head], k_ref[head], v_ref[head],
+                         length_ref[first + row] - j * block, *(ref[...] for ref in state))
+      for ref, value in zip(state, new, strict=True):
+        ref[...] = value
+
+  @pl.when((r == pl.num_programs(1) - 1) & (j == pl.num_programs(2) - 1))
+  def _():
+    # The sum of an idle row is 0.
+    out_ref[...] = (acc_ref[...] / jnp.maximum(sum_ref[...], 1e-30)).astype(out_ref.dtype)
+
+
+def softmax_step(q, k, v, limit, top, total, acc):
+  """Adds keys to an online softmax; `limit`: how many of them a query sees.
+
+  q [N, H], k and v [S, H], limit [] or [N, 1], top and total [N, 1], acc [N, H].
+  """
+  scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  scores *= q.shape[-1] ** -0.5
+  key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+  scores = jnp.where(key < limit, scores, MASKED)
+  above = jnp.maximum(top, scores.max(-1, keepdims=True))
+  probs, decay = jnp.exp(scores - above), jnp.exp(top - above)
+  new = jnp.dot(probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  return above, decay * total + probs.sum(-1, keepdims=True), decay * acc + new
 
 
 def tpu_append(cache: Cache, k, v, layer, position, *, interpret=False) -> Cache:
@@ -243,13 +286,14 @@ def tpu_append_kernel(layer_ref, position_ref, k_ref, v_ref, _, __, cache_k_ref,
   each(functools.partial(end, out=True))
 
 
-def gpu_prefill(q, k, v, prefix: Prefix):
+def gpu_prefill(q, k, v, layer, prefix: Prefix):
   """As `attention.prefill`, by cuDNN: float16 or bfloat16, H a multiple of 8 and at most 128."""
   B, T, K, G, H = q.shape
-  W = prefix.k.shape[1]
-  k, v = (jnp.concatenate([
-      jnp.broadcast_to(jnp.einsum('KWH->WKH', prefix_kv), (B, W, K, H)).astype(own.dtype), own], 1)
-          for own, prefix_kv in ((k, prefix.k), (v, prefix.v)))
+  W = prefix.k.shape[2]
+  prefix_kv = (jnp.broadcast_to(jnp.einsum('KWH->WKH', x[layer]), (B, W, K, H))
+               for x in (prefix.k, prefix.v))
+  k, v = (jnp.concatenate([x.astype(own.dtype), own], 1)
+          for x, own in zip(prefix_kv, (k, v), strict=True))
   key = jnp.arange(W + T)
   causal = key - W <= jnp.arange(T)[:, None]
   mask = jnp.where(key < W, key < prefix.length[:, None, None], causal)  # [B, T, W + T]
@@ -278,7 +322,7 @@ def gpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, interpret=Fals
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
       interpret=interpret, name='gpu_decode',
   )(layer.reshape(1), length, padded, cache.k, cache.v)
-  return add_prefix(q, out[..., :G, :], lse[..., :G], prefix)
+  return add_prefix(q, out[..., :G, :], lse[..., :G], layer, prefix)
 
 
 def gpu_decode_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, block: int):
@@ -305,7 +349,7 @@ def gpu_decode_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_r
   lse_ref[...] = top + jnp.log(total)
 
 
-def add_prefix(q, out, lse, prefix: Prefix):
+def add_prefix(q, out, lse, layer, prefix: Prefix):
   """Merges attention over the prefix into q [B, K, G, H]'s partial results -> [B, K, G, H].
 
   Partial results over disjoint sets of keys are stacked along the first dimension:
@@ -313,13 +357,14 @@ def add_prefix(q, out, lse, prefix: Prefix):
   The prefix is one XLA matrix product over all rows: it is read once, not once per row, and the
   product has B * G rows instead of G.
   """
-  W = prefix.k.shape[1]
+  W = prefix.k.shape[2]
   if W:
-    scores = jnp.einsum('BKGH,KWH->BKGW', q, prefix.k, preferred_element_type=jnp.float32)
+    k, v = prefix.k[layer], prefix.v[layer]
+    scores = jnp.einsum('BKGH,KWH->BKGW', q, k, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5
     scores = jnp.where(jnp.arange(W) < prefix.length[:, None, None, None], scores, MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(prefix.v.dtype)
-    part = jnp.einsum('BKGW,KWH->BKGH', probs, prefix.v, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    part = jnp.einsum('BKGW,KWH->BKGH', probs, v, preferred_element_type=jnp.float32)
     out = jnp.concatenate([out, part[None]])
     lse = jnp.concatenate([lse, jax.nn.logsumexp(scores, axis=-1)[None]])
   return merge(out, lse).astype(q.dtype)

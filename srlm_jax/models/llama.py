@@ -51,27 +51,34 @@ class Attention(Module):
   kernels: attention.Kernels
 
   @nn.compact
-  def __call__(self, x, positions, cache, prefix, layer, view):
-    """x [B, T, D], positions [B, T], layer [] -> [B, T, D] and the cache.
+  def __call__(self, x, rotation, cache, prefix, layer, view):
+    """x [B, T, D], `attention.rotation` of its positions, layer [] -> [B, T, D] and the cache.
 
     `view` decides what a query attends to: `packed.Causal` and `packed.Packed` without a cache
     (None), `cache.Prefill` and `cache.Decode` with one.
     """
     c = self.config
-    q = self.dense('BTD,DKGH->BTKGH', x, 'wq')
-    k = self.dense('BTD,DKH->BTKH', x, 'wk')
-    v = self.dense('BTD,DKH->BTKH', x, 'wv')
-    if c.attention_bias:
-      q += self.weight('bq', 'KGH', nn.initializers.zeros)
-      k += self.weight('bk', 'KH', nn.initializers.zeros)
-      v += self.weight('bv', 'KH', nn.initializers.zeros)
-    q = attention.rope(q, positions, c.rope_theta, c.rope_scaling)
-    k = attention.rope(k, positions, c.rope_theta, c.rope_scaling)
+    if self.kernels.fused:
+      heads = self.projection('BTD,DKCH->BTKCH', x, 'qkv')
+      qk, v = attention.rope(heads[..., :-1, :], *rotation), heads[..., -1, :]
+      q, k = qk[..., :-1, :], qk[..., -1, :]
+    else:
+      q = attention.rope(self.projection('BTD,DKGH->BTKGH', x, 'q'), *rotation)
+      k = attention.rope(self.projection('BTD,DKH->BTKH', x, 'k'), *rotation)
+      v = self.projection('BTD,DKH->BTKH', x, 'v')
     out, cache = view.attend(self.kernels, q, k, v, cache, prefix, layer)
     out = self.dense('BTKGH,KGHD->BTD', out, 'wo')
     if c.attention_bias:
       out += self.weight('bo', 'D', nn.initializers.zeros)
     return out, cache
+
+  def projection(self, equation: str, x, name: str):
+    """x [B, T, D] times the weight w`name`, plus the bias b`name` if the model has one."""
+    out = self.dense(equation, x, f'w{name}')
+    if not self.config.attention_bias:
+      return out
+    return out + self.weight(f'b{name}', equation.partition('BT')[2].partition('BT')[2],
+                             nn.initializers.zeros)
 
 
 class MLP(Module):
@@ -90,22 +97,22 @@ class Block(Module):
   kernels: attention.Kernels
 
   @nn.compact
-  def __call__(self, carry, layer, positions, prefix, view):
-    """carry = (x [B, T, D], cache), layer [] -> (x, cache), None."""
+  def __call__(self, carry, rotation, prefix, view):
+    """carry = (x [B, T, D], cache, layer []) -> the same after this layer, None."""
     # Without all of these constraints, XLA makes all-reduces of what the residual stream splits.
-    x, cache = carry
+    x, cache, layer = carry
     whole = functools.partial(constrain, dims='BTD')
-    residual = constrain_residual if cache is None else whole
+    residual = constrain_residual
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
     x = residual(x)
     y = whole(RMSNorm(self.config, name='attention_norm')(x))
     y, cache = Attention(self.config, self.kernels, name='attention')(
-        y, positions, cache, prefix, layer, view)
+        y, rotation, cache, prefix, layer, view)
     x = residual(x + drop(residual(y)))
     y = whole(RMSNorm(self.config, name='mlp_norm')(x))
     y = MLP(self.config, name='mlp')(y)
     x = residual(x + drop(residual(y)))
-    return (x, cache), None
+    return (x, cache, layer + 1), None
 
 
 def recomputed(remat: str):
@@ -137,7 +144,7 @@ class Llama(Module):
     else:
       self.layers = nn.scan(
           block, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)(c, self.kernels)
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast), length=c.layers)(c, self.kernels)
     self.final_norm = RMSNorm(c)
 
   def __call__(self, tokens):
@@ -181,16 +188,16 @@ class Llama(Module):
 
   def _hidden(self, tokens, positions, cache, prefix, view):
     x = vocab.embed(self.embed, tokens)
+    rotation = attention.rotation(positions, self.config)
     if self.kernels.unrolled:
       caches = []
       for i, layer in enumerate(self.layer):
         own = (None, None) if cache is None else (cache[i], prefix[i])
-        (x, new), _ = layer((x, own[0]), 0, positions, own[1], view)
+        (x, new, _), _ = layer((x, own[0], 0), rotation, own[1], view)
         caches.append(new)
       cache = tuple(caches)
     else:
-      (x, cache), _ = self.layers((x, cache), jnp.arange(self.config.layers), positions, prefix,
-                                  view)
+      (x, cache, _), _ = self.layers((x, cache, jnp.int32(0)), rotation, prefix, view)
     return self.final_norm(x), cache
 
 
@@ -201,6 +208,23 @@ def unroll(params):
   layers, tree = jax.tree.flatten(params['layers'])
   return rest | {f'layer_{i}': tree.unflatten([x[i] for x in layers])
                  for i in range(len(layers[0]))}
+
+
+def fuse(params):
+  """Stacked parameters -> the same with one weight for q, k and v, for kernels that are `fused`."""
+  weights = dict(params['layers']['attention'])
+  for new, names in (('wqkv_DKCH', ('wq_DKGH', 'wk_DKH', 'wv_DKH')),
+                     ('bqkv_KCH', ('bq_KGH', 'bk_KH', 'bv_KH'))):
+    if names[0] in weights:
+      weights[new] = _join(*(weights.pop(name) for name in names))
+  return params | {'layers': params['layers'] | {'attention': weights}}
+
+
+@jax.jit
+def _join(q, k, v):
+  """[..., G, H] and twice [..., H] -> [..., C = G + 2, H]; arrays or `Int8`."""
+  return jax.tree.map(
+      lambda q, k, v: jnp.concatenate([q, k[..., None, :], v[..., None, :]], -2), q, k, v)
 
 
 def abstract_params(config: Config):

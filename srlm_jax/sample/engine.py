@@ -60,6 +60,8 @@ class Engine:
                          f'{config.V}; use the tokenizer of this model, or correct its eos id')
     self._kernels = kernels.choose(mesh.devices.flat[0].platform, config)
     self._model = model.clone(kernels=self._kernels)
+    if self._kernels.fused:
+      params = llama.fuse(params)
     if self._kernels.formats:
       params = jax.device_put(params, self._kernels.formats(params))
     self._params = llama.unroll(params) if self._kernels.unrolled else params
@@ -152,7 +154,7 @@ class Engine:
     with jax.set_mesh(self._mesh):
       tokens, prefix_lengths = sharding.put_batch((tokens, prefix_lengths), self._mesh)
       view = caches.Prefill(prefix_lengths, *pairs, np.int32(len(copies)))
-      return programs.prefill(self._model, self._params, cache, prefix, tokens, view)
+      return programs.prefill(self._mesh)(self._model, self._params, cache, prefix, tokens, view)
 
   def _decode(self, schedule: Schedule, rows, cache, prefix, sampling: Sampling):
     """Decodes `steps` tokens, and passes them to the schedule."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from srlm_jax import compiler
 from srlm_jax.models import cache as caches, vocab
 from srlm_jax.sample import draw
 from srlm_jax.sharding import AXES
@@ -47,8 +48,14 @@ class Rows:
       getattr(self, name)[slots] = value
 
 
-@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
-def prefill(model, params, cache, prefix, tokens, view: caches.Prefill):
+@functools.cache
+def prefill(mesh):
+  """-> the jitted `_prefill`, with the compiler options for a mesh."""
+  return jax.jit(_prefill, static_argnames='model', donate_argnames='cache',
+                 compiler_options=compiler.sampling_options(mesh))
+
+
+def _prefill(model, params, cache, prefix, tokens, view: caches.Prefill):
   """tokens [A, T], right-padded prompts -> the cache with their K/V in the slots of `view`.
 
   Prefill omits the last prompt token; decode consumes it.
