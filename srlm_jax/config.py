@@ -205,7 +205,7 @@ _SECTIONS = {
         data=Setting(('',), Values(tuple), 'names of the files to train on', PAPER),
         batch=Setting(16, COUNT, 'examples or pairs per step; with packing, on average', PAPER),
         pack=Setting(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
-        # more of them: the same result, with fewer activations in memory
+        # more micro-batches keep fewer activations in memory; the result is the same
         accumulate=Setting(-1, COUNT_OR_OPEN, 'micro-batches per step; -1: chosen', OURS),
         epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
         warmup=Setting(0, COUNT_OR_0, 'steps', OURS),

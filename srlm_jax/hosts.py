@@ -1,8 +1,10 @@
 """The processes of a run, one per host."""
+import functools
 import os
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 
 def join():
@@ -35,9 +37,19 @@ def log(text: str):
     print(text, flush=True)
 
 
+@functools.cache
 def memory() -> int:
-  """Bytes of memory on all devices of the run; on CPU, the RAM of all its hosts."""
+  """Bytes of memory on all devices of the run; on CPU, the RAM of all its hosts.
+
+  All hosts must make the first call. They get the same number, that of the smallest host.
+  """
   stats = jax.local_devices()[0].memory_stats()
   if stats and 'bytes_limit' in stats:
-    return stats['bytes_limit'] * jax.device_count()
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
+    here, count = stats['bytes_limit'], jax.device_count()
+  else:
+    here = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    count = jax.process_count()
+  if jax.process_count() > 1:
+    mib = multihost_utils.process_allgather(np.int32(here // 2**20))  # bytes exceed an int32
+    here = int(mib.min()) * 2**20
+  return here * count

@@ -21,12 +21,11 @@ import subprocess
 from srlm_jax import catalog, cli, hosts, InputError, model_files, records, schema, stage
 from srlm_jax.eval import agreement
 from srlm_jax.reward import judges
-from srlm_jax.sample import judge
+from srlm_jax.sample import engine as engines, judge
 
 
 def run(config, workdir):
   """Writes MODEL/selection/measures.jsonl and MODEL/model/selected.json."""
-  full_config = config  # the stages that measure agreement have views of their own
   by_agreement = config.train.select == 'agreement'
   spec = catalog.find('selection', 'agreement' if by_agreement else '')
   config = spec.view(config)
@@ -37,8 +36,10 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, f'{params} {files} {template}')
   if s.done:
     return
-  s.begin()
-  measures = _measure_steps(s, full_config, workdir, folder)
+  config = engines.choose(s.config, [folder]) if by_agreement else s.config
+  s.begin(config)
+  # The stages that measure agreement have views of their own.
+  measures = _measure_steps(s, catalog.unwrap(config), workdir, folder)
   best = min(measures, key=lambda step: (-measures[step], step))
   if hosts.is_first_host():
     select(folder, best)

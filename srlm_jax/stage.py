@@ -160,18 +160,20 @@ class Stage:
 def _chosen_before(spec: catalog.Spec, config, manifest: dict):
   """The config with the values of an earlier start for the keys that it leaves open.
 
-  Those that depend on the devices only if these are the same.
+  Those that depend on the devices are of the last start on the same devices. The sizes of a mesh
+  are taken together or, if the config now gives another one of them, not at all.
   """
-  found = dict(manifest['config'])
-  if environments := manifest.get('environments'):
-    last, now = environments[-1], environment.devices()
-    if now.items() <= last.items():
-      found |= last.get('config', {})
-  full = catalog.unwrap(config)
-  return catalog.replace(config, {
-      key: found[key] for key in configs.OPEN
-      if key in found and key in spec.keys + spec.unrecorded
-      and configs.is_open(catalog.look_up(full, key))})
+  now, full = environment.devices(), catalog.unwrap(config)
+  here = [e for e in manifest.get('environments', []) if now.items() <= e.items()]
+  found = {**manifest['config'], **(here[-1].get('config', {}) if here else {})}
+  wanted = {key: catalog.look_up(full, key) for key in configs.OPEN
+            if key in spec.keys + spec.unrecorded}
+  kept = {key: found[key] for key, value in wanted.items()
+          if configs.is_open(value) and type(found.get(key)) is type(value)}
+  changed = {key.partition('.')[0] for key, value in wanted.items() if 'mesh.' in key
+             and not configs.is_open(value) and value != found.get(key, value)}
+  return catalog.replace(config, {key: value for key, value in kept.items()
+                                  if key.partition('.')[0] not in changed})
 
 
 def model_folder(workdir, name: str):

@@ -88,8 +88,14 @@ def test_given_sizes_are_kept():
 
 
 def test_an_impossible_mesh_is_refused():
-  with pytest.raises(InputError, match='data=-1, fsdp=-1, tensor=3, and no such mesh over the 8 '):
+  with pytest.raises(InputError, match='tensor=3, whose product does not divide the 8 available '):
     train('7b', HOST, 16, **{'mesh.tensor': 3})
+  with pytest.raises(InputError, match='data=16, fsdp=-1, tensor=1, whose product does not divide'):
+    train('7b', HOST, 16, **{'mesh.data': 16, 'mesh.tensor': 1})
+  with pytest.raises(InputError, match='sample_mesh is data=-1, fsdp=1, tensor=8, whose product'):
+    sample('70b', Devices('tpu', 4, 95 * GIB), **{'sample_mesh.tensor': 8})
+  with pytest.raises(InputError, match='tensor=64, and no such mesh over the 64 devices divides'):
+    train('7b', Devices('tpu', 64, 95 * GIB), 16, **{'mesh.tensor': 64})
 
 
 def test_axes_divide_the_model():
@@ -105,6 +111,18 @@ def test_exact_rows_divide_over_mesh_and_micro_batches(rows):
   for memory in (24, 32, 48, 95):
     data, fsdp, _, accumulate, _ = train('7b', Devices('tpu', 4, memory * GIB), rows, is_exact=True)
     assert rows % (data * fsdp * accumulate) == 0
+
+
+def test_a_given_number_of_micro_batches_also_divides_the_rows():
+  given = {'train.accumulate': 4}
+  data, fsdp, *_ = train('7b', HOST, 16, is_exact=True, **given)
+  assert 16 % (data * fsdp * 4) == 0
+
+
+def test_what_does_not_fit_takes_the_least_memory():
+  gpus = Devices('gpu', 8, 24 * GIB)
+  data, fsdp, tensor, accumulate, remat = train('7b', gpus, 16)
+  assert (accumulate, remat) == (1, 'full')  # the gradients of micro-batches would take more
 
 
 def test_less_memory_takes_more_recomputation_then_more_micro_batches():

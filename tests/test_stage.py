@@ -195,11 +195,16 @@ def test_a_resumed_stage_keeps_the_values_that_were_chosen(tmp_path, monkeypatch
       'sample.slots': 64, 'sample_mesh.data': 2, 'sample_mesh.tensor': 4}))
   assert stage.read_manifest(first.folder / 'manifest.json')['config'] == {'sample.slots': 64}
   assert values(start()) == (64, 2, 4)
-  assert values(start(**{'sample.slots': 64, 'sample_mesh.tensor': 1})) == (64, 2, 1)
+  assert values(start(**{'sample.slots': 64, 'sample_mesh.tensor': 4})) == (64, 2, 4)
+  assert values(start(**{'sample_mesh.tensor': 1})) == (64, -1, 1)  # the old data would not fit
   with pytest.raises(InputError, match=r'another config.sample.slots \(64, now 32\)'):
     start(**{'sample.slots': 32})
   monkeypatch.setattr(stage.environment, 'devices', lambda: dict(devices=3))
   assert values(start()) == (64, -1, -1)  # the mesh must suit the devices; slots change rounding
+  start().begin(catalog.replace(start().config, {'sample_mesh.data': 1, 'sample_mesh.tensor': 3}))
+  assert values(start()) == (64, 1, 3)
+  monkeypatch.undo()
+  assert values(start()) == (64, 2, 4)  # of the last start on the same devices
 
 
 def test_a_file_in_place_of_the_workdir_is_refused(tmp_path):

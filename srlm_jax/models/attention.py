@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from srlm_jax.models.config import Config, RopeScaling
 
 BLOCK = 64  # keys that `decode` reads at a time
-QUERIES = 64  # least queries of a block of `packed`
+QUERIES = 128  # least queries of a block of `packed`
 MOST_BLOCKS = 8  # of `packed`; each is compiled by itself
 # Rows that a CPU decodes together: short rows wait for few longer ones, and a block of keys stays
 # in the processor's cache.

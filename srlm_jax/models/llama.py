@@ -181,7 +181,7 @@ class Llama(Module):
   def token_logps(self, hidden, targets):
     """hidden [B, N, D], at the positions that predict targets [B, N] -> their log-probs [B, N].
 
-    float32; never holds the logits of all targets at once.
+    float32; holds at most `vocab.MOST_LOGITS` bytes of logits at once.
     """
     head = self.embed.T if self.config.tied else self.lm_head
     return vocab.target_logps(hidden, head, targets)
@@ -201,13 +201,22 @@ class Llama(Module):
     return self.final_norm(x), cache
 
 
+@jax.custom_vjp
+def _layers(stack):
+  """[L, ...] -> a tuple of L arrays. Its gradient is one stack, not a sum of L padded ones."""
+  return tuple(stack)
+
+
+_layers.defvjp(lambda stack: (tuple(stack), None), lambda _, gradients: (jnp.stack(gradients),))
+
+
 @jax.jit
 def unroll(params):
   """Stacked parameters -> the same with one subtree per layer, for kernels that are `unrolled`."""
   rest = {name: x for name, x in params.items() if name != 'layers'}
-  layers, tree = jax.tree.flatten(params['layers'])
-  return rest | {f'layer_{i}': tree.unflatten([x[i] for x in layers])
-                 for i in range(len(layers[0]))}
+  stacks, tree = jax.tree.flatten(params['layers'])
+  layers = zip(*map(_layers, stacks), strict=True)
+  return rest | {f'layer_{i}': tree.unflatten(layer) for i, layer in enumerate(layers)}
 
 
 def fuse(params):

@@ -62,7 +62,7 @@ class Work:
   rows: float           # rows per step, on average
   width: int            # tokens per row
   has_reference: bool   # whether the parameters of a reference are in memory
-  is_exact: bool = False  # whether the rows cannot be changed to suit the mesh
+  is_exact: bool = False  # whether the number of rows is fixed
 
 
 def devices(local: bool = False) -> Devices:
@@ -82,25 +82,29 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
   by the estimate nothing fits, what takes the least memory.
   """
   c = config.train
+  given = 1 if configs.is_open(c.accumulate) else c.accumulate  # micro-batches at least
   tokens = work.rows * work.width / devices.count
   def cost(mesh):
-    wasted = work.rows % mesh.parts if work.is_exact else max(mesh.parts - work.rows, 0)
+    multiple = mesh.parts * given
+    wasted = work.rows % multiple if work.is_exact else max(multiple - work.rows, 0)
     # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights.
     collectives = (TENSOR_COST * tokens * shape.D * (mesh.tensor - 1)
                    + _layer_params(shape) / mesh.tensor)
     return wasted, max(mesh.fsdp - MOST_FSDP, 0), collectives, mesh.data
   mesh = min(_meshes(config.mesh, 'mesh', shape, devices), key=cost)
   rows = math.ceil(work.rows / mesh.parts)  # of one shard
-  for accumulate, remat in _steps(c, rows, work, mesh, devices.platform):
-    micro = math.ceil(rows / accumulate)
-    if training_bytes(shape, mesh, micro * work.width, work.has_reference, accumulate,
-                      remat) < devices.usable:
-      break
+  def needed(step):
+    accumulate, remat = step
+    tokens = math.ceil(rows / accumulate) * work.width
+    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat)
+  steps = list(_steps(c, rows, work, mesh, devices.platform))
+  accumulate, remat = next((step for step in steps if needed(step) < devices.usable),
+                           min(steps, key=needed))
   return {**_axes('mesh', mesh), 'train.accumulate': accumulate, 'train.remat': remat}
 
 
 def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tuple[int, str]]:
-  """Yields (micro-batches, recomputation), from the fastest to what takes the least memory."""
+  """Yields (micro-batches, recomputation), the fastest first."""
   counts = [c.accumulate]
   if configs.is_open(c.accumulate):
     powers = [2**i for i in range(rows.bit_length()) if 2**i <= rows]
@@ -166,10 +170,14 @@ def _layer_params(c: Config) -> int:
 def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
   """The meshes over all devices that have the sizes given and divide the model.
 
-  With fewer than two open sizes there is one mesh, and `sharding.make_mesh` checks it.
+  With fewer than two open sizes there is one mesh, whatever it divides: `sharding` checks that.
   """
   sizes = given.data, given.fsdp, given.tensor
   known = math.prod(n for n in sizes if not configs.is_open(n))
+  given_sizes = f'config.{section} is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}'
+  if devices.count % known:
+    raise InputError(f'{given_sizes}, whose product does not divide the {devices.count} available '
+                     f'devices; -1 leaves a size to be chosen')
   if sum(map(configs.is_open, sizes)) < 2:
     return [Mesh(*(devices.count // known if configs.is_open(n) else n for n in sizes))]
   found = []
@@ -182,9 +190,8 @@ def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
       if agrees and divides and mesh.data % devices.slices == 0:
         found.append(mesh)
   if not found:
-    raise InputError(f'config.{section} is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}, '
-                     f'and no such mesh over the {devices.count} devices divides the model; set '
-                     f'all three sizes, or use another number of devices')
+    raise InputError(f'{given_sizes}, and no such mesh over the {devices.count} devices divides '
+                     f'the model; set all three sizes, or use another number of devices')
   return found
 
 

@@ -32,7 +32,7 @@ def target_logps(x, w, targets):
   Logits of more than MOST_LOGITS bytes are computed in parts, and recomputed in the backward pass.
   """
   def local(x, w, targets):
-    # The gradient of w is summed over chunks in float32, and over chips once, in w's own dtype like
+    # The gradient of w is summed over parts in float32, and over chips once, in w's own dtype like
     # all other gradients.
     w = jax.lax.pcast(w, AXES['B'], to='varying').astype(jnp.float32)
 
@@ -51,7 +51,7 @@ def target_logps(x, w, targets):
     _, logps = jax.lax.scan(lambda _, part: (None, jax.checkpoint(one)(*part)), None,
                             (cut(x), cut(targets)))
     return jnp.moveaxis(logps, 0, 1).reshape(targets.shape[0], -1)[:, :N]
-  # w is gathered over all but the vocabulary once, not once per chunk.
+  # w is gathered over all but the vocabulary once, not once per part.
   return jax.shard_map(local, in_specs=(spec('BND'), P(None, 'tensor'), spec('BN')),
                        out_specs=spec('BN'))(x, w, targets)
 
