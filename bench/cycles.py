@@ -196,7 +196,7 @@ def main():
   # At the effort of bench/scale.py some estimates are far too high.
   jax.config.update('jax_exec_time_optimization_effort', 0.0)
   if flags.plain:
-    compiler.TRAINING.pop('tpu')
+    compiler.OPTIONS.pop('tpu')
   programs = aot.MESHES if flags.meshes else aot.TRAINING + aot.SAMPLING
   programs = [
       dataclasses.replace(p, rows=p.rows * flags.rows, remat=flags.remat)

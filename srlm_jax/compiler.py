@@ -1,4 +1,4 @@
-"""Options of the XLA compiler for the training step and for sampling, by platform.
+"""Options of the XLA compiler for the training step and for prefills, by platform.
 
 They change the schedule and the rounding of a program, not what it computes.
 """
@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from srlm_jax import hosts
 
-# docs/scale.md has the estimated times with and without them.
-TRAINING = {'tpu': {
+# docs/scale.md has the estimated times with and without them. They do not change a decode.
+OPTIONS = {'tpu': {
     # Whole matrix products. A windowed product is a loop of smaller ones, which are slower and
     # carry their partial sums in bfloat16.
     'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1_000_000,
@@ -29,23 +29,14 @@ TRAINING = {'tpu': {
     'xla_tpu_use_minor_sharding_for_major_trivial_input': True,
 }}
 
-# Of the prefill, whose products and collectives are those of a forward pass of training. They do
-# not change a decode.
-SAMPLING = TRAINING
 
-
-def training_options(mesh) -> dict | None:
-  """-> the options of the training step for the devices of a mesh, None on other platforms.
+def options(mesh) -> dict | None:
+  """-> the options for the devices of a mesh, None on other platforms.
 
   Options differ between versions of libtpu. One that the installed version does not know is left
   out, and a line says so: the program computes the same without it, in more time.
   """
-  return _known(mesh, tuple(TRAINING.get(_platform(mesh), {}).items())) or None
-
-
-def sampling_options(mesh) -> dict | None:
-  """-> the same for the prefill."""
-  return _known(mesh, tuple(SAMPLING.get(_platform(mesh), {}).items())) or None
+  return _known(mesh, tuple(OPTIONS.get(_platform(mesh), {}).items())) or None
 
 
 @functools.cache

@@ -102,16 +102,15 @@ class Block(Module):
     # Without all of these constraints, XLA makes all-reduces of what the residual stream splits.
     x, cache, layer = carry
     whole = functools.partial(constrain, dims='BTD')
-    residual = constrain_residual
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
-    x = residual(x)
+    x = constrain_residual(x)
     y = whole(RMSNorm(self.config, name='attention_norm')(x))
     y, cache = Attention(self.config, self.kernels, name='attention')(
         y, rotation, cache, prefix, layer, view)
-    x = residual(x + drop(residual(y)))
+    x = constrain_residual(x + drop(constrain_residual(y)))
     y = whole(RMSNorm(self.config, name='mlp_norm')(x))
     y = MLP(self.config, name='mlp')(y)
-    x = residual(x + drop(residual(y)))
+    x = constrain_residual(x + drop(constrain_residual(y)))
     return (x, cache, layer + 1), None
 
 

@@ -52,7 +52,7 @@ class Rows:
 def prefill(mesh):
   """-> the jitted `_prefill`, with the compiler options for a mesh."""
   return jax.jit(_prefill, static_argnames='model', donate_argnames='cache',
-                 compiler_options=compiler.sampling_options(mesh))
+                 compiler_options=compiler.options(mesh))
 
 
 def _prefill(model, params, cache, prefix, tokens, view: caches.Prefill):

@@ -30,7 +30,7 @@ def make(model, tx, config, state: TrainState):
 
   out = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(out, None),
-                 compiler_options=compiler.training_options(state.step.sharding.mesh))
+                 compiler_options=compiler.options(state.step.sharding.mesh))
 
 
 def gradient(model, config, params, reference_params, batch: Batch, key):
