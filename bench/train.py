@@ -35,7 +35,7 @@ import timing
 from timing import Cost
 from workloads import CPU, export
 
-from srlm_jax import config as configs, sharding
+from srlm_jax import config as configs, environment, sharding
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import layout, Packing, Shape
 from srlm_jax.models import kernels, llama, sizing, vocab
@@ -259,6 +259,8 @@ def main():
   parser.add_argument('--quick', action='store_true')
   parser.add_argument('--only', choices=PARTS)
   f = parser.parse_args()
+  environment.pin()
+  environment.keep_freed_memory()
   plan = PLANS['quick' if f.quick else jax.default_backend()]
   parts = (f.only,) if f.only else PARTS[:2] if f.peer else PARTS
   mesh = sharding.make_mesh(1, 1, 1)

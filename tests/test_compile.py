@@ -103,3 +103,19 @@ def test_more_remat_and_logits_in_parts_take_less_memory(monkeypatch):
   none, dots, full = (temporaries(remat, 2**23) for remat in configs.REMAT)
   assert full < 0.9 * dots and dots < 0.9 * none and full < 0.5 * none
   assert full < 0.6 * temporaries('full', 2**30)
+
+
+def test_dots_recomputes_no_product_with_a_weight():
+  config = dataclasses.replace(PRESETS['tiny-test'], layers=1, context=512, D=128, F=512)
+  packed = Packing([Example('e', [1] * 16, ([2] * 496,))], 1, 1, 0)
+  batch = batches.pack(packed.rows(0), packed.shape)
+
+  def operations(remat):
+    model = llama.Llama(config, remat=remat)
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+      grad = jax.jit(jax.grad(
+          lambda params: train_step.token_logps(model, params, batch, None).sum()))
+      return grad.lower(llama.abstract_params(config)).compile().cost_analysis()['flops']
+  none, dots, full = map(operations, configs.REMAT)
+  products = 2 * 512 * (llama.param_count(config) - 2 * config.V * config.D)
+  assert dots < none + 0.1 * products and full > dots + 0.6 * products

@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -106,3 +107,31 @@ def test_settings_that_change_only_rounding_are_recorded(monkeypatch):
 def test_a_package_that_is_not_installed_is_omitted(monkeypatch):
   monkeypatch.setattr(environment, 'PACKAGES', ('jax', 'no-such-package'))
   assert [*environment.record()['versions']] == ['python', 'jax']
+
+
+REPEATED_STEPS = """
+import resource
+import jax, jax.numpy as jnp
+from srlm_jax import environment
+environment.pin()
+if {keep}:
+  environment.keep_freed_memory()
+step = jax.jit(lambda x: jnp.sort(jnp.sin(x[:, None] * x), 0)[0])  # 64 MiB of temporaries
+x = jnp.ones(4096)
+for steps in 2, 4:  # the first two also compile and take the memory
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(steps):
+    x = jax.block_until_ready(step(x))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only for the allocator of glibc')
+def test_repeated_steps_on_a_cpu_take_no_new_memory():
+  def new_pages(keep: bool) -> int:
+    done = subprocess.run([sys.executable, '-c', REPEATED_STEPS.format(keep=keep)], cwd=ROOT,
+                          capture_output=True, text=True,
+                          env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''))
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+  assert new_pages(False) > 4 * 64 * 2**20 / 4096 / 2 and new_pages(True) < 1000

@@ -100,3 +100,17 @@ def test_partial_sums_have_the_dtype_of_activations():
         jnp.ones((2, 8), jnp.bfloat16))
     return [e.outvars[0].aval.dtype for e in made.eqns if e.primitive.name == 'dot_general']
   assert dots(None) == [jnp.bfloat16] and dots(jnp.float32) == [jnp.float32]
+
+
+@pytest.mark.parametrize('equation, x, w', [
+    ('BTD,DKGH->BTKGH', (2, 3, 4), (4, 2, 3, 5)), ('BTKGH,KGHD->BTD', (2, 3, 2, 3, 5), (2, 3, 5, 4)),
+    ('BTF,FD->BTD', (2, 3, 6), (6, 4))])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gradients_of_a_product_are_those_of_an_einsum(equation, x, w, dtype):
+  x, w = (jax.random.normal(jax.random.key(len(shape)), shape, dtype) for shape in (x, w))
+  found, wanted = (jax.grad(lambda x, w, product=product: jnp.sin(product(equation, x, w)).sum(),
+                            (0, 1))(x, w) for product in (int8.product, jnp.einsum))
+  for a, b in zip(found, wanted, strict=True):
+    assert a.dtype == dtype
+    np.testing.assert_allclose(a.astype('float32'), b.astype('float32'),
+                               rtol=1e-5 if dtype == 'float32' else 0.02, atol=1e-5)

@@ -120,7 +120,7 @@ def recomputed(remat: str):
   none: nothing. dots: all but the products with weights, whose results are kept. full: the whole
   layer, of which only the input is kept.
   """
-  policies = dict(dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, full=None)
+  policies = dict(dots=jax.checkpoint_policies.save_only_these_names(int8.PRODUCT), full=None)
   return Block if remat == 'none' else nn.remat(Block, prevent_cse=False, policy=policies[remat])
 
 

@@ -11,6 +11,7 @@ import optax
 from srlm_jax import (
   catalog,
   closest,
+  environment,
   hosts,
   InputError,
   metrics,
@@ -47,6 +48,7 @@ def run(config, workdir):
     setup = _prepare(config, workdir, s, source, shape, data, mesh)
     state, reference_params = _restore(config, s, setup, mesh)
     s.begin(config)  # after everything that can raise InputError
+    environment.keep_freed_memory()
     saver = _open(config, s, setup, state)
     state = _loop(config, s, setup, state, reference_params, saver, mesh)
     _finish(s, setup, state)
