@@ -103,8 +103,8 @@ def test_partial_sums_have_the_dtype_of_activations():
 
 
 @pytest.mark.parametrize('equation, x, w', [
-    ('BTD,DKGH->BTKGH', (2, 3, 4), (4, 2, 3, 5)), ('BTKGH,KGHD->BTD', (2, 3, 2, 3, 5), (2, 3, 5, 4)),
-    ('BTF,FD->BTD', (2, 3, 6), (6, 4))])
+    ('BTF,FD->BTD', (2, 3, 6), (6, 4)), ('BTD,DKGH->BTKGH', (2, 3, 4), (4, 2, 3, 5)),
+    ('BTKGH,KGHD->BTD', (2, 3, 2, 3, 5), (2, 3, 5, 4))])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_gradients_of_a_product_are_those_of_an_einsum(equation, x, w, dtype):
   x, w = (jax.random.normal(jax.random.key(len(shape)), shape, dtype) for shape in (x, w))
