@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full bench-peers lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full bench-peers check-device lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -104,6 +104,9 @@ bench-peers: .venv/.installed $(PEERS:%=.venv-%/.installed)  ## compares the eng
 	$(BIN)/python bench/sample.py --peer=vllm
 	$(BIN)/python bench/train.py --peer=trl
 	$(BIN)/python bench/train.py --peer=tunix
+
+check-device:  ## checks kernels, steps, memory and time on this machine's devices
+	$(BIN)/python bench/check_device.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -94,7 +94,8 @@ class Ours:
     c = train_config(loss, plan)
     c.remat = remat
     remat = self._remat(c, plan, host_batches[0])
-    choice = kernels.for_training(jax.default_backend(), plan.config, remat)
+    platform = mesh.devices.flat[0].platform
+    choice = kernels.for_training(platform, plan.config, remat)
     tx = train_state.optimizer(c, 100)
     out = jax.tree.map(lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh))
     self.state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=out)(params)
@@ -134,9 +135,18 @@ class Ours:
 
   def temporaries(self) -> int:
     """-> bytes of temporaries of the compiled step."""
+    return self._analysis().temp_size_in_bytes
+
+  def memory(self) -> int:
+    """-> bytes of one device that the compiled step takes, with its arguments."""
+    found = self._analysis()
+    return (found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes
+            - found.alias_size_in_bytes)
+
+  def _analysis(self):
     lowered = self.step.lower(self.state, self.reference_params, self.batches[0],
                               jax.random.key(0))
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    return lowered.compile().memory_analysis()
 
 
 def operations(config: Config, examples: list[Example], loss: str) -> float:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs one command as N processes of one run, on this machine. If one fails, stops all of them.
+# Runs one command as N processes of one run, on this machine. If one fails, stops all of them. On
+# SIGTERM they save their work and exit with code 75: the same command continues.
 #
 #   launch/local.sh N COMMAND...
 #   launch/local.sh 2 python -m srlm_jax.train --config=sft:tiny --workdir=runs/demo
@@ -31,17 +32,21 @@ port=${SRLM_PORT:-$((20000 + RANDOM % 12000))}
 while [[ -z ${SRLM_PORT:-} ]] && in_use "$port"; do port=$((20000 + RANDOM % 12000)); done
 
 pids=()
-stop() {  # JAX's preemption service catches SIGTERM, so SIGKILL follows
+stopped=75 code=143  # exit codes: see srlm_jax/preemption.py; killed by SIGTERM
+stop() {  # SIGTERM, and after $1 seconds SIGKILL
   kill "${pids[@]}" 2>/dev/null
-  for ((tries = 0; tries < 20; tries++)); do
+  for ((tries = 0; tries < 10 * $1; tries++)); do
     kill -0 "${pids[@]}" 2>/dev/null || break
     sleep 0.1
   done
   kill -9 "${pids[@]}" 2>/dev/null
-  wait "${pids[@]}" 2>/dev/null
+  for pid in "${pids[@]}"; do
+    wait "$pid" 2>/dev/null
+    (($? != stopped)) || code=$stopped
+  done
 }
-trap 'stop; exit 130' INT
-trap 'stop; exit 143' TERM
+trap 'stop 2; exit 130' INT
+trap 'stop 120; exit "$code"' TERM
 
 export SRLM_HOSTS=$hosts SRLM_COORDINATOR=127.0.0.1:$port
 for ((i = 0; i < hosts; i++)); do
@@ -59,8 +64,9 @@ while ((${#pids[@]})); do
     unset "pids[i]"
     if ((code)); then
       echo "error: process $i of $hosts exited with code $code; stopping the others" >&2
-      ((${#pids[@]} == 0)) || stop
-      exit "$code"
+      failed=$code  # one that failed leaves the others waiting for it, so they cannot save
+      ((${#pids[@]} == 0)) || stop $((code == stopped ? 120 : 2))
+      exit "$failed"
     fi
   done
 done

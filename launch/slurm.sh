@@ -6,9 +6,12 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=TERM@300
 #SBATCH --output=srlm-%j.log
 #
 # Runs one command on every GPU node of a Slurm job, one process per node. A requeued job resumes.
+# Slurm sends SIGTERM 300 s before the time limit, and when it preempts the job; the program saves
+# and exits with code 75, and the job is queued again.
 #
 #   sbatch --partition=PARTITION launch/slurm.sh COMMAND...
 #   sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=iter2:70b --workdir=/SHARED/x
@@ -29,4 +32,8 @@ JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
 export JAX_LOCAL_DEVICE_IDS
 
 cd "$SLURM_SUBMIT_DIR"
-exec srun --kill-on-bad-exit=1 "$@"
+code=0
+# When one process ends, the others have 120 s, for example to save.
+srun --kill-on-bad-exit=0 --wait=120 "$@" || code=$?
+((code != 75)) || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

@@ -8,7 +8,7 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from srlm_jax import config as configs, environment, hosts, InputError, lock
+from srlm_jax import config as configs, environment, hosts, InputError, lock, preemption
 
 
 def main(run, **extra):
@@ -42,7 +42,10 @@ def main(run, **extra):
 
 
 def run_app(start):
-  """Runs `start(argv)` as a program: joins the hosts; an InputError is printed, exit code 1."""
+  """Runs `start(argv)` as a program: joins the hosts.
+
+  An InputError is printed, exit code 1. After SIGTERM the exit code is preemption.EXIT_CODE.
+  """
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     try:
@@ -52,6 +55,9 @@ def run_app(start):
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
+    except preemption.Stopped as stopped:
+      print(f'{stopped}; the same command continues', file=sys.stderr)
+      sys.exit(preemption.EXIT_CODE)
   app.run(guarded, flags_parser=_parse_flags)
 
 

@@ -1,5 +1,6 @@
 """The processes of a run, one per host."""
 import functools
+import json
 import os
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 
 def join():
   """Connects this process to the others of the run if the launcher set SRLM_HOSTS; see launch/."""
+  # JAX's preemption service would make programs ignore SIGTERM; see preemption.py.
+  jax.config.update('jax_enable_preemption_service', False)
   if os.environ.get('SRLM_HOSTS') == 'auto':  # JAX detects Cloud TPU, GKE and Slurm
     jax.distributed.initialize()
   elif os.environ.get('SRLM_HOSTS'):
@@ -24,6 +27,18 @@ def sync(name: str):
   """Waits until all hosts reach the barrier `name`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def gather(value) -> list:
+  """A JSON value of every host, in the order of the hosts; all hosts must call it."""
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(data)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[:len(data)] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def share(total: int) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ from srlm_jax.data import seeds, templates
 from srlm_jax.eval import agreement
 from srlm_jax.report import page, results
 from srlm_jax.reward import eft, health, judges, pairs, strategies
-from srlm_jax.sample import implicit, judge, meta_judge, prompts, respond
+from srlm_jax.sample import engine as engines, implicit, judge, meta_judge, prompts, respond
 from srlm_jax.sandbox import audit, control, data as sandbox, oracle
 from srlm_jax.train import run as train
 
@@ -72,12 +72,13 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
   convert_m0(every['m0'], workdir)
   make_seeds(every['sft'], workdir)
   stopped = ''
-  for name in [*every][1:]:
-    try:
-      one_model(every[name], workdir)
-    except NothingToTrainOn as reason:
-      stopped = str(reason)
-      break
+  with engines.kept() as engine:
+    for name in [*every][1:]:
+      try:
+        one_model(every[name], workdir, engine)
+      except NothingToTrainOn as reason:
+        stopped = str(reason)
+        break
   rows = results.of_models(workdir)
   hosts.log('\n' + results.text_table(rows))
   if stopped:
@@ -87,6 +88,7 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
     page.write(workdir, rows, stopped)
   if _finished(workdir) == before:
     hosts.log(f'nothing to do: every stage of {workdir} is already done')
+  hosts.log(f'models restored for sampling: {engine.restores}')
   spent = results.seconds(workdir)
   slowest_first = sorted(spent, key=spent.get, reverse=True)
   hosts.log('seconds: ' + ', '.join(f'{name} {spent[name]:.0f}' for name in slowest_first))
@@ -145,13 +147,17 @@ def make_seeds(config, workdir):
   (sandbox.make_seeds if config.data.source == 'sandbox' else seeds.run)(config, workdir)
 
 
-def one_model(config, workdir):
-  """Every stage of one model, from its data to its evaluation. Raises NothingToTrainOn."""
+def one_model(config, workdir, engine: engines.Kept):
+  """Every stage of one model, from its data to its evaluation. Raises NothingToTrainOn.
+
+  `engine`: the kept one, whose memory the training needs.
+  """
   if catalog.needs('eft', config):
     make_eft(config, workdir)
   if catalog.needs('prompts', config):
     make_prompts(config, workdir)
     make_pairs(config, workdir)
+  engine.drop()
   train.run(config, workdir)
   if catalog.needs('selection', config):
     selection.run(config, workdir)

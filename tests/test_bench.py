@@ -52,7 +52,7 @@ def test_the_training_benchmark_runs_every_part(tmp_path):
   assert all(found[loss]['per_second']['ours'] > 0 and 0.5 < found[loss]['real'] <= 1
              for loss in ('dpo', 'sft'))
   assert [(row['prompt'], row['response']) for row in found['shared']] == [(1, 4), (1, 1), (4, 1)]
-  assert found['logits']['chunks'] <= found['logits']['at_once']
+  assert found['logits']['parts'] <= found['logits']['at_once']
 
 
 @pytest.mark.slow

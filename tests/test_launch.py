@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from srlm_jax import config as configs, records, schema
+from srlm_jax import config as configs, model_files, preemption, records, schema
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config, llama
 
@@ -115,7 +115,7 @@ def test_tpu_command_reaches_the_hosts_unchanged(tmp_path):
 
 def test_slurm_process_uses_all_gpus_of_its_node(tmp_path):
   fake = tmp_path / 'srun'
-  fake.write_text('#!/usr/bin/env bash\nshift\n'
+  fake.write_text('#!/usr/bin/env bash\nshift 2\n'
                   'echo "$SRLM_HOSTS $JAX_LOCAL_DEVICE_IDS $PWD"\nexec "$@"\n')
   fake.chmod(0o755)
   env = os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),
@@ -123,6 +123,18 @@ def test_slurm_process_uses_all_gpus_of_its_node(tmp_path):
   done = subprocess.run([LAUNCH / 'slurm.sh', 'echo', 'a b'], env=env, check=True,
                         capture_output=True, text=True)
   assert done.stdout.splitlines() == [f'auto 0,1,2,3 {tmp_path}', 'a b']
+
+
+def test_slurm_queues_a_job_again_that_was_asked_to_stop(tmp_path):
+  for name, text in (('srun', 'shift 2; exec "$@"'), ('scontrol', 'echo scontrol "$@"')):
+    (tmp_path / name).write_text(f'#!/usr/bin/env bash\n{text}\n')
+    (tmp_path / name).chmod(0o755)
+  env = os.environ | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(tmp_path),
+                          SLURM_GPUS_ON_NODE='4', SLURM_JOB_ID='12')
+  for code, printed in ((preemption.EXIT_CODE, 'scontrol requeue 12\n'), (1, ''), (0, '')):
+    done = subprocess.run([LAUNCH / 'slurm.sh', 'bash', '-c', f'exit {code}'], env=env,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, printed)
 
 
 def test_local_gives_every_process_its_index_and_gpus():
@@ -151,6 +163,25 @@ def test_processes_of_local_connect_to_each_other():
   done = launch(2, sys.executable, '-c', program, devices=3)
   assert done.returncode == 0, done.stderr
   assert '2 3 6' in done.stdout.splitlines()
+
+
+def test_local_waits_for_processes_that_save_when_they_are_asked_to_stop():
+  text = 'echo ready; trap "sleep 3; echo saved; exit 75" TERM; while :; do sleep 0.1; done'
+  process = subprocess.Popen([LAUNCH / 'local.sh', '2', 'bash', '-c', text], text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert [process.stdout.readline() for _ in range(2)] == ['ready\n'] * 2
+  time.sleep(0.5)  # until both have set the trap
+  process.terminate()
+  assert process.communicate()[0] == 'saved\n' * 2
+  assert process.returncode == preemption.EXIT_CODE
+
+
+def test_sigterm_ends_a_process_that_has_nothing_to_save():
+  program = ('import os, time; from srlm_jax import hosts; hosts.join(); '
+             'os.kill(os.getpid(), 15); time.sleep(60)')
+  started = time.monotonic()
+  assert launch(2, sys.executable, '-c', program).returncode == 143
+  assert time.monotonic() - started < 40
 
 
 @pytest.fixture(scope='module')
@@ -198,3 +229,35 @@ def test_two_processes_train_as_one(workdir):
     np.testing.assert_allclose(two, one, atol=1e-5)
     change = max(change, float(abs(one - start).max()))
   assert change > 1e-3
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_step_and_continue(workdir):
+  """SIGTERM reaches one of two processes."""
+  def command(folder):
+    return [LOCAL, '2', sys.executable, '-m', 'srlm_jax.train', '--config=sft:tiny',
+            f'--workdir={folder}', '--config.model=tiny-test', '--config.mesh.fsdp=-1',
+            '--config.train.batch=4', '--config.train.epochs=200', '--config.train.max_length=96',
+            '--config.train.log_every=1', '--config.train.save_every=1000']
+  env = os.environ | dict(JAX_PLATFORMS='cpu',
+                          XLA_FLAGS='--xla_force_host_platform_device_count=2')
+  whole, stopped = (shutil.copytree(workdir, workdir.parent / f'{workdir.name}-{name}')
+                    for name in ('whole', 'stopped'))
+  subprocess.run(command(whole), cwd=ROOT, env=env, check=True, capture_output=True)
+  process = subprocess.Popen(command(stopped), cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+  lines = stopped / 'sft' / 'model' / 'metrics.jsonl'
+  while not lines.exists() or len(lines.read_text().splitlines()) < 5:
+    time.sleep(0.05)
+    assert process.poll() is None, process.stderr.read()
+  children = subprocess.run(['pgrep', '-P', str(process.pid), 'python'], capture_output=True,
+                            text=True, check=True).stdout.split()
+  os.kill(int(children[-1]), 15)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == preemption.EXIT_CODE, errors
+  reached = set(re.findall(r'stopped by SIGTERM; step (\d+) of', errors))
+  assert len(reached) == 1 and errors.count('stopped by SIGTERM') == 2
+  assert model_files.steps(stopped / 'sft' / 'model') == [int(*reached)]
+  subprocess.run(command(stopped), cwd=ROOT, env=env, check=True, capture_output=True)
+  ends = [model_files.recorded_hash(folder / 'sft' / 'model') for folder in (whole, stopped)]
+  assert ends[0] == ends[1]

@@ -2,6 +2,7 @@
 
 `model_files` describes the checkpoint folder.
 """
+from collections.abc import Callable
 import dataclasses
 import json
 
@@ -17,9 +18,29 @@ from srlm_jax.models import config as model_config, llama
 CHUNK_BYTES = 2**24  # bytes per chunk of a stored array, before compression
 
 
-def manager(folder, keep: int | None) -> ocp.CheckpointManager:
-  """Orbax's manager of `folder`/steps: saves asynchronously, keeps the last `keep` steps or all."""
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True,
+@dataclasses.dataclass
+class _Kept:
+  """Orbax's policy for which checkpoints to keep; see `manager`."""
+  keep: int | None
+  is_planned: Callable[[int], bool]
+
+  def should_preserve(self, checkpoints, *, context):
+    """-> whether to keep each of the checkpoints, which are in ascending order."""
+    del context
+    steps = [c.step for c in checkpoints]
+    planned = list(filter(self.is_planned, steps))
+    kept = {*(planned[-self.keep:] if self.keep else planned), *steps[-1:]}
+    return [step in kept for step in steps]
+
+
+def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda step: True,
+            ) -> ocp.CheckpointManager:
+  """Orbax's manager of `folder`/steps: saves asynchronously, keeps the last `keep` steps or all.
+
+  A step that is not planned, which a run saves before it stops, is kept until the next save: so an
+  interrupted run ends with the same checkpoints as any other.
+  """
+  options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, is_planned), create=True,
                                          enable_async_checkpointing=True)
   return ocp.CheckpointManager(epath.Path(folder).resolve() / 'steps', options=options)
 

@@ -7,6 +7,7 @@ every row reads it.
 """
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from srlm_jax import catalog, hosts, InputError, records, sharding
+from srlm_jax import (
+  catalog,
+  hosts,
+  InputError,
+  model_files,
+  preemption,
+  records,
+  sharding,
+)
 from srlm_jax.checkpoint import store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
@@ -53,20 +62,27 @@ class Engine:
                refill: bool = True):
     """`steps`: tokens per call. Without `share`, every sample is prefilled whole. Without `refill`,
     new rows start only when all have ended. Both exist for measurements; samples are the same."""
-    config = model.config
-    for eos in eos_ids:
-      if not 0 <= eos < config.V:
-        raise InputError(f'the eos id {eos} is not a token of the model, whose vocabulary has '
-                         f'{config.V}; use the tokenizer of this model, or correct its eos id')
-    self._kernels = kernels.choose(mesh.devices.flat[0].platform, config)
+    self._kernels = kernels.choose(mesh.devices.flat[0].platform, model.config)
     self._model = model.clone(kernels=self._kernels)
     if self._kernels.fused:
       params = llama.fuse(params)
     if self._kernels.formats:
       params = jax.device_put(params, self._kernels.formats(params))
     self._params = llama.unroll(params) if self._kernels.unrolled else params
-    self._mesh, self._steps, self._share, self._refill = mesh, steps, share, refill
+    self._mesh, self._share, self._refill = mesh, share, refill
     self._parts = mesh.shape['data'] * mesh.shape['fsdp']
+    self.begin(eos_ids, seed, stage, slots=slots, size=size, steps=steps)
+
+  def begin(self, eos_ids: Sequence[int], seed: int, stage: str, *, slots: int, size: int,
+            steps: int):
+    """Sets what belongs to a stage, as in `__init__`; keeps only the parameters of the one before.
+    """
+    config = self._model.config
+    for eos in eos_ids:
+      if not 0 <= eos < config.V:
+        raise InputError(f'the eos id {eos} is not a token of the model, whose vocabulary has '
+                         f'{config.V}; use the tokenizer of this model, or correct its eos id')
+    self._steps = steps
     self.slots = _up(slots, self._parts)
     self.context = config.context
     self.size = min(size, config.context)  # tokens of a row, prompt and response
@@ -110,6 +126,7 @@ class Engine:
       cache = None  # frees the old cache before the new one is allocated
       cache = self._empty(rows.slot_count, self.size)
     while not schedule.done():
+      preemption.stop_if_requested(self.title)
       cache = self._enter(schedule.admit(), rows, cache, prefix, ids, sampling)
       if schedule.running:
         cache, rows = self._decode(schedule, rows, cache, prefix, sampling)
@@ -247,20 +264,55 @@ def choose(config, folders: Sequence):
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
   """Restores a checkpoint onto this host's devices in the sampling dtype -> engine and tokenizer.
 
-  `stop`: a text whose last token ends a row, like eos.
+  `stop`: a text whose last token ends a row, like eos. In a block of `kept`, the engine of the
+  stage before is used again if it has the same parameters.
   """
   config = choose(config, [folder])
   c, mesh = config.sample, host_mesh(config)
   refuse_too_large(config, folder)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
+  ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
+  for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
+  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8
+  if _kept and _kept.made_of == made_of:
+    _kept.engine.begin(ends, config.seed, stage, **for_stage)
+    return _kept.engine, tokenizer
+  if _kept:
+    _kept.drop()  # before the memory of the next one is taken
+    _kept.restores += 1
   with jax.set_mesh(mesh):
     params, _ = store.restore_params(folder, mesh, c.dtype)
     params = int8.quantize(params) if c.int8 else params
-  ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
-  engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, slots=c.slots,
-                  size=c.size, steps=c.steps)
+  engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
+  if _kept:
+    _kept.engine, _kept.made_of = engine, made_of
   return engine, tokenizer
+
+
+class Kept:
+  """The engine of the last stage, and the number of `restores` from a checkpoint."""
+
+  def __init__(self):
+    self.restores, self.engine, self.made_of = 0, None, None
+
+  def drop(self):
+    """Frees the memory of the engine."""
+    self.engine = self.made_of = None
+
+
+_kept: Kept | None = None
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[Kept]:
+  """Inside the block, consecutive stages that sample from the same model share one engine."""
+  global _kept
+  before, _kept = _kept, Kept()
+  try:
+    yield _kept
+  finally:
+    _kept = before
 
 
 def refuse_too_large(config, folder):

@@ -6,7 +6,7 @@ eq. 5). beta is omitted because it scales all candidates alike.
 import jax
 import tqdm
 
-from srlm_jax import catalog, cli, hosts, records, schema, stage
+from srlm_jax import catalog, cli, hosts, preemption, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
@@ -29,9 +29,10 @@ def run(config, workdir):
     engines.refuse_too_large(config, folder)
     templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused
   s.begin(config)
-  logps, older_logps = (
-      _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
-      for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
+  with preemption.together(s.title):
+    logps, older_logps = (
+        _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
+        for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
   rows = zip(responses, logps, older_logps, strict=True)
   records.write(_shard(s, 'rewards'), (_reward(r.id, logp, older) for r, logp, older in rows))
   hosts.sync(f'{s.title} scored')
@@ -63,6 +64,7 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
   # Batches start at the same places as in an uninterrupted run, so that the results are the same.
   starts = range(out.count // size * size, len(responses), size)
   for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False):
+    preemption.stop_if_requested(title)
     batch = encoded[start:start + size]
     rows = [row for row in batch if row]
     values = iter(engine.logps(rows) if rows else ())

@@ -12,7 +12,17 @@ import string
 
 from etils import epath
 
-from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, schema, stage
+from srlm_jax import (
+  catalog,
+  cli,
+  config as configs,
+  hosts,
+  InputError,
+  preemption,
+  records,
+  schema,
+  stage,
+)
 from srlm_jax.data import oasst, similar, templates
 from srlm_jax.sample import engine as engines
 
@@ -42,17 +52,14 @@ def run(config, workdir):
   evaluation = [p for path in evaluation_files for p in evaluation_prompts(path)]
   screen = Filter(c, [*seeds.ift, *seeds.ranked, *written], [*seeds.held_out, *evaluation])
   config = engines.choose(s.config, s.models)
-  author = None
-  if hosts.is_first_host():
-    author = Author(config, s.models[0], s.title, template, draw_shots(config, shot_pool, [], 0))
+  author = Author(config, s.models[0], s.title, template, draw_shots(config, shot_pool, [], 0))
   s.begin(config)
-  if not author:
-    return s.finish()
   accepted, attempts = generate_prompts(s, config, author, shot_pool, screen)
   kept, surplus = accepted[:c.count], len(accepted[c.count:])
   author_name = spec.models(config)['author']
-  records.write(s.folder / 'prompts.jsonl', (
-      schema.Prompt(id=records.digest(p), prompt=p, author=author_name) for p in kept))
+  if hosts.is_first_host():
+    records.write(s.folder / 'prompts.jsonl', (
+        schema.Prompt(id=records.digest(p), prompt=p, author=author_name) for p in kept))
   hosts.log(f'{s.title}: {screen.near_held_out} of {attempts} attempts were rejected because they '
             f'match or resemble a held-out or evaluation prompt')
   s.finish(schema.PromptsSummary(
@@ -146,18 +153,21 @@ def generate_prompts(
   """-> the accepted prompts, which may be more than `count`, and the number of attempts.
 
   Works in rounds of `round` attempts until `count` prompts are accepted, or until there are
-  `max_attempts` attempts per prompt. Appends each round to attempts.jsonl. Rounds that a killed
-  run left there are filtered again but not sampled again, so the files end byte-identical.
+  `max_attempts` attempts per prompt. The hosts divide the attempts of a round; each filters all of
+  them. Appends each round to attempts.jsonl. Rounds that a killed run left there are filtered again
+  but not sampled again, so the files end byte-identical.
   """
   c, path = config.prompts, s.folder / 'attempts.jsonl'
-  out = records.Appender(path)
+  out = records.Appender(path) if hosts.is_first_host() else None
+  hosts.sync(f'{s.title} was opened')  # the first host may remove a line that a kill cut off
   previous = [(a.text, a.finish) for a in records.read(path, schema.Attempt)]  # of a killed run
+  hosts.sync(f'{s.title} was read')    # before the first host appends a round
   accepted, first = [], 0
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = previous[first:first + c.round]
     if len(texts) < c.round:
-      texts = author.write([draw_shots(config, shot_pool, accepted, first + i)
-                            for i in range(c.round)], first)
+      texts = _write_round(s.title, author, {
+          first + i: draw_shots(config, shot_pool, accepted, first + i) for i in range(c.round)})
     attempts = []
     for i, (text, finish) in enumerate(texts):
       prompt, reason = screen(text, finish)
@@ -165,11 +175,22 @@ def generate_prompts(
         accepted.append(prompt)
       attempts.append(schema.Attempt(
           id=str(first + i), text=text, finish=finish, reason=reason))
-    out.append(attempts[max(out.count - first, 0):])
+    if out:
+      out.append(attempts[max(out.count - first, 0):])
     first += c.round
     hosts.log(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
-  out.close()
+  if out:
+    out.close()
   return accepted, first
+
+
+def _write_round(title: str, author: 'Author', shots: dict[int, list[str]]) -> list:
+  """{attempt: shots} -> [generated text, finish] of each, to which every host contributes."""
+  mine = list(shots)[slice(*hosts.share(len(shots)))]
+  with preemption.together(title):
+    wrote = author.write({attempt: shots[attempt] for attempt in mine})
+  every = hosts.gather(wrote)
+  return [every[i % len(every)][i // len(every)] for i in range(len(shots))]
 
 
 def draw_shots(config, seeds: list[str], accepted: list[str], attempt: int) -> list[str]:
@@ -200,10 +221,10 @@ class Author:
     self._engine.max_prompt_tokens(self._sampling)
     encode_request(self._chat, self._template, shots, self._tokenizer)
 
-  def write(self, shots: list[list[str]], first: int) -> list[tuple[str, str]]:
-    """One list of shots per attempt, numbered from `first` -> (generated text, finish) of each."""
-    requests = [engines.Request(str(first + i), encode_request(
-        self._chat, self._template, shot, self._tokenizer)) for i, shot in enumerate(shots)]
+  def write(self, shots: dict[int, list[str]]) -> list[tuple[str, str]]:
+    """{attempt: shots} -> (generated text, finish) of each."""
+    requests = [engines.Request(str(attempt), encode_request(
+        self._chat, self._template, some, self._tokenizer)) for attempt, some in shots.items()]
     return [(self._tokenizer.decode(result.ids), result.finish)
             for _, (result,) in self._engine.generate(requests, self._sampling)]
 

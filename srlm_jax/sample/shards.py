@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import jax
 
-from srlm_jax import catalog, hosts, records, stage
+from srlm_jax import catalog, preemption, records, stage
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
@@ -39,6 +39,6 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
   def sample_record(request, i, result):
     return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
   path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
-  engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
-  hosts.sync(f'{s.title} sampled')  # every shard must be complete before any host reads them
+  with preemption.together(s.title):  # every shard must be complete before any host reads them
+    engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
   return records.read_shards(s.folder, stem, catalog.KINDS[stem + catalog.SHARDS])

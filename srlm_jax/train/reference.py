@@ -6,7 +6,17 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 import tqdm
 
-from srlm_jax import catalog, hosts, InputError, metrics, records, schema, sharding, stage
+from srlm_jax import (
+  catalog,
+  hosts,
+  InputError,
+  metrics,
+  preemption,
+  records,
+  schema,
+  sharding,
+  stage,
+)
 from srlm_jax.checkpoint import store
 from srlm_jax.data.packing import Packing
 from srlm_jax.train import batch as batches, step as train_step
@@ -27,7 +37,8 @@ def cached(config, workdir, source, model, packed: Packing, mesh) -> dict[str, l
   if not s.done:
     params, _ = store.restore_params(source, mesh, config.train.dtype)
     s.begin(config)  # after all that can be refused
-    _compute(s, path, params, model, packed, mesh)
+    with preemption.deferred():
+      _compute(s, path, params, model, packed, mesh)
     s.finish(pairs=len(packed.all))
   found = {r.id: [r.chosen_logp, r.rejected_logp] for r in records.read(path, schema.PairLogps)}
   if found.keys() != {e.id for e in packed.all}:
@@ -44,7 +55,10 @@ def _compute(s, path, params, model, packed: Packing, mesh):
   hosts.sync(f'{s.title} was opened')
   have = {r.id for r in records.read(path, schema.PairLogps)}
   hosts.sync(f'{s.title} was read')  # before the first host appends a line
+  agreement = preemption.Agreement()
   for step in tqdm.trange(len(packed), desc=s.title, unit='step', delay=2, leave=False):
+    if agreement.reached():
+      raise preemption.Stopped(f'{s.title}: stopped by SIGTERM; finished records are saved')
     rows = packed.rows(step)
     if {e.id for row in rows for e in row} <= have:
       continue

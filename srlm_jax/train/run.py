@@ -16,6 +16,7 @@ from srlm_jax import (
   InputError,
   metrics,
   model_files,
+  preemption,
   schema,
   sharding,
   stage,
@@ -50,7 +51,8 @@ def run(config, workdir):
     s.begin(config)  # after everything that can raise InputError
     environment.keep_freed_memory()
     saver = _open(config, s, setup, state)
-    state = _loop(config, s, setup, state, reference_params, saver, mesh)
+    with preemption.deferred():
+      state = _loop(config, s, setup, state, reference_params, saver, mesh)
     _finish(s, setup, state)
 
 
@@ -140,7 +142,8 @@ def _open(config, s, setup: Setup, state: TrainState):
   m = config.mesh
   hosts.log(f'{s.title}: mesh {m.data} x {m.fsdp} x {m.tensor}, {c.accumulate} micro-batches, '
             f'recomputes {c.remat}')
-  saver = store.manager(s.folder, None if c.select else c.keep)
+  saver = store.manager(s.folder, None if c.select else c.keep,
+                        lambda step: step % c.save_every == 0 or step == len(packed))
   if setup.kept:
     hosts.log(f'{s.title}: continues after step {int(state.step)}')
   elif hosts.is_first_host():
@@ -150,22 +153,27 @@ def _open(config, s, setup: Setup, state: TrainState):
 
 
 def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> TrainState:
-  """Runs the remaining steps; writes metrics, progress and checkpoints."""
+  """Runs the remaining steps; writes metrics, progress and checkpoints.
+
+  Raises Stopped, after saving, if a host was asked to stop.
+  """
   c, packed = config.train, setup.packed
   key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
   writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
   clock, alarms = metrics.Clock(), Alarms(writer.kept if writer else [])
-  steps, unchecked = len(packed), {}
+  steps, unchecked, stop, agreement = len(packed), {}, False, preemption.Agreement()
   for i in range(int(state.step), steps):
     batch = setup.make_batch(packed.rows(i), packed.shape)
     state, unchecked[i] = setup.step(state, reference_params, sharding.put_batch(batch, mesh), key)
     clock.add(int((batch.segment_ids > 0).sum()))
     save = (i + 1) % c.save_every == 0 or i + 1 == steps
-    if i % c.log_every == 0 or save:
+    stop = agreement.reached() and i + 1 < steps
+    if stop or i % c.log_every == 0 or save:
       # On every host: NaN or infinity aborts before a checkpoint is written.
       for number, values in unchecked.items():
         scalars = metrics.finite(f'step {number}, of {_some(packed.ids(number))}', values)
       unchecked = {}
+    if i % c.log_every == 0 or save:
       raised, messages = alarms.check(scalars)
       scalars |= raised | dict(tokens_per_second=clock.tokens_per_second())
       for message in messages:
@@ -175,13 +183,17 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
       shown = 'loss', 'margin', 'accuracy', 'tokens_per_second'
       hosts.log(metrics.progress(s.title, i + 1, steps,
                                  {name: scalars[name] for name in shown if name in scalars}))
-    if save:
+    if save or stop:
       store.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
+    if stop:
+      break
   saver.wait_until_finished()
   if writer:
     writer.close()
   hosts.sync(f'{s.title} trained')
   saver.close()
+  if stop:
+    raise preemption.Stopped(f'{s.title}: stopped by SIGTERM; step {i + 1} of {steps} is saved')
   return state
 
 

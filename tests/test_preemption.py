@@ -1,0 +1,130 @@
+"""SIGTERM: a program saves its work, exits with a code that means try again, and continues."""
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+from conftest import init, make_mesh, ROOT
+import jax
+import pytest
+
+from srlm_jax import config as configs, metrics, model_files, preemption, records, schema
+from srlm_jax.checkpoint import store
+from srlm_jax.models import llama
+from srlm_jax.models.config import PRESETS
+from srlm_jax.sample import engine as engines
+from srlm_jax.sample.draw import Sampling
+from srlm_jax.train import run as train
+
+TINY = PRESETS['tiny-test']
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def default_handler():
+  """Fails instead of ending pytest if SIGTERM is not deferred."""
+  def fail(*_):
+    raise AssertionError('SIGTERM outside of `deferred`')
+  before = signal.signal(signal.SIGTERM, fail)
+  preemption._received.clear()
+  yield
+  preemption._received.clear()
+  assert signal.getsignal(signal.SIGTERM) is fail
+  signal.signal(signal.SIGTERM, before)
+
+
+def train_sft(workdir, tokenizer_folder):
+  """Trains a tiny SFT baseline for 8 steps, with checkpoints at 3, 6 and 8 -> its folder."""
+  config = configs.get('sft', 'tiny').copy_and_resolve_references().unlock()
+  config.model = 'tiny-test'
+  config.train.update(batch=3, epochs=4, max_length=64, log_every=2, save_every=3, keep=2)
+  if not (workdir / 'm0').exists():
+    store.write_model_files(TINY, tokenizer_folder, workdir / 'm0' / 'model')
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+      saver = store.manager(workdir / 'm0' / 'model', 1)
+      store.save(saver, 0, init(TINY))
+      saver.close()
+    fruits = itertools.permutations(['pear', 'fig', 'plum'])
+    records.write(workdir / 'data' / 'seeds' / 'ift.jsonl', [
+        schema.Demonstration(id=str(i), prompt='Name a fruit.', response=' '.join(f))
+        for i, f in enumerate(fruits)])
+  train.run(config, workdir)
+  return workdir / 'sft' / 'model'
+
+
+def outcome(folder):
+  """What an interrupted training must end with like any other."""
+  lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  for line in lines:
+    del line['tokens_per_second']
+  return lines, model_files.steps(folder), model_files.recorded_hash(folder)
+
+
+def test_training_saves_at_the_next_step_and_ends_as_without_a_stop(
+    tmp_path, tokenizer_folder, monkeypatch, default_handler):
+  whole = train_sft(tmp_path / 'whole', tokenizer_folder)
+  write = metrics.Writer.write
+
+  def write_and_stop(writer, step, scalars):
+    write(writer, step, scalars)
+    if step == 2:
+      terminate()
+  with monkeypatch.context() as m:
+    m.setattr(metrics.Writer, 'write', write_and_stop)
+    with pytest.raises(preemption.Stopped, match='stopped by SIGTERM; step 4 of 8 is saved'):
+      train_sft(tmp_path / 'stopped', tokenizer_folder)
+  preemption._received.clear()  # as in a new process
+  stopped = tmp_path / 'stopped' / 'sft' / 'model'
+  assert model_files.steps(stopped) == [3, 4] and not (stopped / 'done.json').exists()
+  train_sft(tmp_path / 'stopped', tokenizer_folder)
+  assert outcome(stopped) == outcome(whole)
+  assert model_files.steps(whole) == [6, 8]
+
+
+def test_sampling_stops_after_the_call_and_continues(tmp_path, mesh, default_handler):
+  requests = [engines.Request(str(i), [1, 5 + i], 2) for i in range(12)]
+
+  def run(path, after=None):
+    engine = engines.Engine(llama.Llama(TINY), init(TINY), mesh, (), 0, 'test', slots=4, size=64,
+                            steps=4)
+
+    def record(request, i, result):
+      if request.id == after:
+        terminate()
+      return dict(id=f'{request.id}/{i}', ids=result.ids)
+    with preemption.together('test'):
+      engines.run(engine, requests, 24, Sampling(1.0, 1.0, 16), path, record)
+  run(tmp_path / 'whole-00000-of-00001.jsonl')
+  path = tmp_path / 'stopped-00000-of-00001.jsonl'
+  (tmp_path / 'stopped').mkdir()
+  path = tmp_path / 'stopped' / 'rows-00000-of-00001.jsonl'
+  with pytest.raises(preemption.Stopped, match='test: stopped by SIGTERM'):
+    run(path, '3')
+  preemption._received.clear()
+  assert 8 <= len(path.read_text().splitlines()) < 24
+  run(path)
+  assert path.read_text() == (tmp_path / 'whole-00000-of-00001.jsonl').read_text()
+
+
+PROGRAM = """
+import os, signal
+from srlm_jax import cli, preemption
+def start(argv):
+  with preemption.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    preemption.stop_if_requested('m2/respond')
+cli.run_app(start)
+"""
+
+
+def test_a_stopped_program_says_so_and_exits_with_the_code_for_try_again():
+  done = subprocess.run([sys.executable, '-c', PROGRAM], cwd=ROOT, capture_output=True, text=True,
+                        env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''))
+  assert done.stderr.splitlines()[-1] == (
+      'm2/respond: stopped by SIGTERM; finished records are saved; the same command continues')
+  assert done.returncode == preemption.EXIT_CODE
