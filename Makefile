@@ -105,7 +105,7 @@ bench-peers: .venv/.installed $(PEERS:%=.venv-%/.installed)  ## compares the eng
 	$(BIN)/python bench/train.py --peer=trl
 	$(BIN)/python bench/train.py --peer=tunix
 
-check-device:  ## checks kernels, steps, memory and time on this machine's devices
+check-device: .venv/.installed  ## checks kernels, steps, memory and time on this machine's devices
 	$(BIN)/python bench/check_device.py
 
 lint: .venv/.lint

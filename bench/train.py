@@ -96,6 +96,7 @@ class Ours:
     remat = self._remat(c, plan, host_batches[0])
     platform = mesh.devices.flat[0].platform
     choice = kernels.for_training(platform, plan.config, remat)
+    self.kernels = choice.name
     tx = train_state.optimizer(c, 100)
     out = jax.tree.map(lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh))
     self.state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=out)(params)

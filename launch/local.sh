@@ -32,7 +32,7 @@ port=${SRLM_PORT:-$((20000 + RANDOM % 12000))}
 while [[ -z ${SRLM_PORT:-} ]] && in_use "$port"; do port=$((20000 + RANDOM % 12000)); done
 
 pids=()
-stopped=75 code=143  # exit codes: see srlm_jax/preemption.py; killed by SIGTERM
+saved=75  # the exit code of a program that SIGTERM stopped: srlm_jax/preemption.py
 stop() {  # SIGTERM, and after $1 seconds SIGKILL
   kill "${pids[@]}" 2>/dev/null
   for ((tries = 0; tries < 10 * $1; tries++)); do
@@ -40,13 +40,14 @@ stop() {  # SIGTERM, and after $1 seconds SIGKILL
     sleep 0.1
   done
   kill -9 "${pids[@]}" 2>/dev/null
+  end=143
   for pid in "${pids[@]}"; do
     wait "$pid" 2>/dev/null
-    (($? != stopped)) || code=$stopped
+    (($? != saved)) || end=$saved
   done
 }
 trap 'stop 2; exit 130' INT
-trap 'stop 120; exit "$code"' TERM
+trap 'stop 120; exit "$end"' TERM
 
 export SRLM_HOSTS=$hosts SRLM_COORDINATOR=127.0.0.1:$port
 for ((i = 0; i < hosts; i++)); do
@@ -62,11 +63,13 @@ while ((${#pids[@]})); do
     wait "${pids[i]}"
     code=$?
     unset "pids[i]"
-    if ((code)); then
+    if ((code == saved)); then
+      ((${#pids[@]} == 0)) || stop 120
+      exit "$saved"
+    elif ((code)); then
       echo "error: process $i of $hosts exited with code $code; stopping the others" >&2
-      failed=$code  # one that failed leaves the others waiting for it, so they cannot save
-      ((${#pids[@]} == 0)) || stop $((code == stopped ? 120 : 2))
-      exit "$failed"
+      ((${#pids[@]} == 0)) || stop 2  # they wait for the one that failed, so they cannot save
+      exit "$code"
     fi
   done
 done

@@ -10,8 +10,8 @@
 #SBATCH --output=srlm-%j.log
 #
 # Runs one command on every GPU node of a Slurm job, one process per node. A requeued job resumes.
-# Slurm sends SIGTERM 300 s before the time limit, and when it preempts the job; the program saves
-# and exits with code 75, and the job is queued again.
+# Slurm sends SIGTERM 300 s before the time limit; the program saves and exits, and the job is queued
+# again. A job that Slurm preempts resumes from its last checkpoint.
 #
 #   sbatch --partition=PARTITION launch/slurm.sh COMMAND...
 #   sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=iter2:70b --workdir=/SHARED/x
@@ -35,5 +35,6 @@ cd "$SLURM_SUBMIT_DIR"
 code=0
 # When one process ends, the others have 120 s, for example to save.
 srun --kill-on-bad-exit=0 --wait=120 "$@" || code=$?
-((code != 75)) || scontrol requeue "$SLURM_JOB_ID"
+# 75: the program has saved. 143: SIGTERM ended it where there was nothing to save.
+((code != 75 && code != 143)) || scontrol requeue "$SLURM_JOB_ID" || true
 exit "$code"

@@ -1,6 +1,7 @@
 """What every program does first: flags, hosts, the workdir's lock; and errors as one sentence."""
 import contextlib
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -49,6 +50,7 @@ def run_app(start):
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     try:
+      preemption.listen()
       environment.pin()
       hosts.join()
       start(argv)
@@ -56,6 +58,7 @@ def run_app(start):
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
     except preemption.Stopped as stopped:
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to save
       print(f'{stopped}; the same command continues', file=sys.stderr)
       sys.exit(preemption.EXIT_CODE)
   app.run(guarded, flags_parser=_parse_flags)

@@ -5,30 +5,43 @@ then exits with EXIT_CODE, and the same command continues. Elsewhere SIGTERM end
 once, which loses nothing that the next run does not make again.
 """
 import contextlib
+import itertools
+import os
 import signal
 import threading
+import time
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax._src import distributed  # the key-value store of the hosts has no public interface
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from srlm_jax import hosts
-
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+KILLED = 128 + signal.SIGTERM
+POLL = 0.5      # seconds between two looks into the key-value store
 
 _received = threading.Event()
+_blocks = itertools.count()  # of `together`; all hosts count the same ones
+_looked = 0.0                # when `requested` last looked into the store
 
 
 class Stopped(Exception):
   """The program was asked to stop and has saved its work; the message says what was saved."""
 
 
+def listen():
+  """Lets SIGTERM end a program that is the first process of a container, which ignores it else."""
+  if os.getpid() == 1:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(KILLED))
+
+
 @contextlib.contextmanager
 def deferred():
   """Inside the block, SIGTERM sets `requested` instead of ending the program.
 
-  A request that nothing in the block has answered is answered by the next block, of a later stage.
-  Only the main thread can change what a signal does; in another thread, nothing changes.
+  A request that nothing in the block has answered is answered when the next stage starts. Only the
+  main thread can change what a signal does; in another thread, nothing changes.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -45,44 +58,56 @@ def requested() -> bool:
   return _received.is_set()
 
 
+def stop_at_start(title: str):
+  """Raises Stopped if any host was asked to stop since the last stage; all hosts must call it."""
+  found = np.int32(requested())
+  if jax.process_count() > 1:
+    found = multihost_utils.process_allgather(found)
+  if np.any(found):
+    raise Stopped(f'stopped by SIGTERM before {title}')
+
+
 def stop_if_requested(title: str):
-  """Raises Stopped if this process was asked to stop; all that it made must be in files."""
+  """Raises Stopped if any host was asked to stop; all that this host made must be in files."""
+  global _looked
+  if jax.process_count() > 1:
+    if requested():
+      _store().key_value_set('srlm/stop/now', title, allow_overwrite=True)
+    elif time.monotonic() - _looked > POLL:
+      _looked = time.monotonic()
+      if _store().key_value_dir_get('srlm/stop/'):
+        _received.set()
   if requested():
-    raise _stopped(title)
-
-
-def _stopped(title: str) -> Stopped:
-  return Stopped(f'{title}: stopped by SIGTERM; finished records are saved')
+    raise Stopped(f'{title}: stopped by SIGTERM; finished records are saved')
 
 
 @contextlib.contextmanager
 def together(title: str):
   """A block of `deferred` in which every host works by itself, and a barrier after it.
 
-  Raises Stopped on all hosts if one of them stopped; no host waits for one that has gone.
+  Raises Stopped if any host was asked to stop before all had ended.
   """
-  stopped = False
-  try:
-    with deferred():
-      yield
-  except Stopped:
-    stopped = True
-  if any(hosts.gather(stopped)):
-    raise _stopped(title)
+  block = f'srlm/ended/{next(_blocks)}/'
+  with deferred():
+    yield
+    if jax.process_count() == 1:
+      return
+    _store().key_value_set(f'{block}{jax.process_index()}', title)
+    while len(_store().key_value_dir_get(block)) < jax.process_count():
+      stop_if_requested(title)
+      time.sleep(POLL / 10)
 
 
 class Agreement:
   """Makes all hosts stop at the same step, if any of them was asked to.
 
-  The hosts exchange one number per step. No host waits for the devices: the answer of a step is
-  read in the next one.
+  The hosts exchange one number per step. Its answer is read one step later, so a host is at most
+  one step ahead of the devices.
   """
 
   def __init__(self):
-    devices = np.array(jax.devices())
-    mesh = jax.sharding.Mesh(devices, 'hosts')
-    self._split = NamedSharding(mesh, P('hosts'))
-    self._any = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+    self._mesh = Mesh(np.array(jax.devices()), 'hosts')
+    self._any = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(self._mesh, P()))
     self._last = None
 
   def reached(self) -> bool:
@@ -90,6 +115,12 @@ class Agreement:
     if jax.process_count() == 1:
       return requested()
     mine = np.full(jax.local_device_count(), requested(), np.int32)
-    found = self._any(jax.make_array_from_process_local_data(self._split, mine))
+    with jax.set_mesh(self._mesh):  # its order of devices is not that of the training
+      found = self._any(jax.make_array_from_process_local_data(
+          NamedSharding(self._mesh, P('hosts')), mine))
     last, self._last = self._last, found
     return last is not None and bool(last.addressable_data(0))
+
+
+def _store():
+  return distributed.global_state.client

@@ -18,6 +18,7 @@ from srlm_jax import (
   hosts,
   InputError,
   model_files,
+  preemption,
   records,
 )
 
@@ -44,6 +45,7 @@ class Stage:
     before = read_manifest(path) if path.exists() else None
     self.config = config = _chosen_before(spec, config, before) if before else config
     self.title = f'{self.folder.parent.name}/{spec.name}'
+    preemption.stop_at_start(self.title)
     self.started = time.time()
     models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
     self.models = list(models.values())

@@ -157,12 +157,36 @@ def test_local_stops_all_processes_if_one_fails(trap):
       os.kill(int(pid), 0)
 
 
-def test_processes_of_local_connect_to_each_other():
+def test_processes_of_local_connect_and_exchange_values():
   program = ('import jax; from srlm_jax import hosts; hosts.join(); '
-             'hosts.log(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}")')
+             'hosts.log(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}"); '
+             'found = hosts.gather(["é" * jax.process_index(), jax.process_index()]); '
+             'hosts.log(found)')
   done = launch(2, sys.executable, '-c', program, devices=3)
   assert done.returncode == 0, done.stderr
-  assert '2 3 6' in done.stdout.splitlines()
+  assert done.stdout.splitlines()[-2:] == ['2 3 6', "[['', 0], ['é', 1]]"]
+
+
+INDEPENDENT = """
+import os, signal, time
+import jax
+from srlm_jax import cli, preemption
+def start(argv):
+  with preemption.together('m2/respond'):
+    if jax.process_index() == {sender}:
+      os.kill(os.getpid(), signal.SIGTERM)
+    while jax.process_index() == 1:  # the other one has ended its share
+      preemption.stop_if_requested('m2/respond')
+      time.sleep(0.1)
+cli.run_app(start)
+"""
+
+
+@pytest.mark.parametrize('sender', [0, 1])
+def test_all_processes_stop_if_one_of_them_is_asked_to(sender):
+  done = launch(2, sys.executable, '-c', INDEPENDENT.format(sender=sender))
+  assert done.returncode == preemption.EXIT_CODE, done.stderr
+  assert done.stderr.count('m2/respond: stopped by SIGTERM') == 2
 
 
 def test_local_waits_for_processes_that_save_when_they_are_asked_to_stop():

@@ -100,7 +100,6 @@ def test_sampling_stops_after_the_call_and_continues(tmp_path, mesh, default_han
     with preemption.together('test'):
       engines.run(engine, requests, 24, Sampling(1.0, 1.0, 16), path, record)
   run(tmp_path / 'whole-00000-of-00001.jsonl')
-  path = tmp_path / 'stopped-00000-of-00001.jsonl'
   (tmp_path / 'stopped').mkdir()
   path = tmp_path / 'stopped' / 'rows-00000-of-00001.jsonl'
   with pytest.raises(preemption.Stopped, match='test: stopped by SIGTERM'):
