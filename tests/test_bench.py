@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,29 @@ def test_the_sampling_benchmark_runs_every_part(tmp_path):
   assert 'unshared' in found['rows'][1]['speed_up'] and found['rows'][1]['computed'] < 1
   utilization = found['refill']['slot_utilization']
   assert utilization['refill'] > utilization['static']
+
+
+@pytest.mark.slow
+def test_the_check_of_a_device_passes_on_fake_devices_and_fails_with_a_wrong_kernel(tmp_path):
+  program = ('''
+import sys
+import check_device
+from srlm_jax.models import cpu
+if sys.argv.pop(1) == 'wrong':
+  cpu.supports = lambda config: True
+  cpu.decode = lambda q, cache, layer, length, prefix: q
+  cpu.append = lambda cache, k, v, layer, position: cache
+check_device.main()
+''')
+  environment = dict(os.environ, PYTHONPATH=f'{ROOT}:{ROOT / "bench"}', JAX_PLATFORMS='cpu',
+                     XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  for name, code in (('right', 0), ('wrong', 1)):
+    done = subprocess.run([sys.executable, '-c', program, name], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    failed = re.findall(r'\| ([\w ]+) \| FAILED', done.stdout)
+    assert failed == (['kernel decode', 'kernel append', 'greedy'] if code else [])
+    assert done.stdout.count('| ok |') == 10 - len(failed)
 
 
 @pytest.mark.slow

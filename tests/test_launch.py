@@ -164,7 +164,7 @@ def test_processes_of_local_connect_and_exchange_values():
              'hosts.log(found)')
   done = launch(2, sys.executable, '-c', program, devices=3)
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines()[-2:] == ['2 3 6', "[['', 0], ['é', 1]]"]
+  assert {'2 3 6', "[['', 0], ['é', 1]]"} <= set(done.stdout.splitlines())
 
 
 INDEPENDENT = """
@@ -274,9 +274,9 @@ def test_all_processes_stop_at_the_same_step_and_continue(workdir):
   while not lines.exists() or len(lines.read_text().splitlines()) < 5:
     time.sleep(0.05)
     assert process.poll() is None, process.stderr.read()
-  children = subprocess.run(['pgrep', '-P', str(process.pid), 'python'], capture_output=True,
-                            text=True, check=True).stdout.split()
-  os.kill(int(children[-1]), 15)
+  found = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'srlm_jax'], check=True,
+                         capture_output=True, text=True)
+  os.kill(int(found.stdout.split()[-1]), 15)
   _, errors = process.communicate(timeout=120)
   assert process.returncode == preemption.EXIT_CODE, errors
   reached = set(re.findall(r'stopped by SIGTERM; step (\d+) of', errors))
