@@ -116,8 +116,8 @@ from srlm_jax import environment
 environment.pin()
 if {keep}:
   environment.keep_freed_memory()
-step = jax.jit(lambda x: jnp.sort(jnp.sin(x[:, None] * x), 0)[0])  # 64 MiB of temporaries
-x = jnp.ones(4096)
+step = jax.jit(lambda x: jnp.cumsum(jnp.outer(x, x), 0)[-1])  # 64 MiB of temporaries
+x = jnp.full(4096, 1 / 64)
 for steps in 2, 4:  # the first two also compile and take the memory
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   for _ in range(steps):
