@@ -13,9 +13,10 @@ import time
 
 import jax
 from jax._src import distributed  # the key-value store of the hosts has no public interface
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
+
+from srlm_jax import hosts
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 KILLED = 128 + signal.SIGTERM
@@ -60,10 +61,7 @@ def requested() -> bool:
 
 def stop_at_start(title: str):
   """Raises Stopped if any host was asked to stop since the last stage; all hosts must call it."""
-  found = np.int32(requested())
-  if jax.process_count() > 1:
-    found = multihost_utils.process_allgather(found)
-  if np.any(found):
+  if any(hosts.gather(requested())):
     raise Stopped(f'stopped by SIGTERM before {title}')
 
 
@@ -78,7 +76,12 @@ def stop_if_requested(title: str):
       if _store().key_value_dir_get('srlm/stop/'):
         _received.set()
   if requested():
-    raise Stopped(f'{title}: stopped by SIGTERM; finished records are saved')
+    raise after_records(title)
+
+
+def after_records(title: str) -> Stopped:
+  """-> the exception of a loop that has written every record that it finished."""
+  return Stopped(f'{title}: stopped by SIGTERM; finished records are saved')
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def _compute(s, path, params, model, packed: Packing, mesh):
   agreement = preemption.Agreement()
   for step in tqdm.trange(len(packed), desc=s.title, unit='step', delay=2, leave=False):
     if agreement.reached():
-      raise preemption.Stopped(f'{s.title}: stopped by SIGTERM; finished records are saved')
+      raise preemption.after_records(s.title)
     rows = packed.rows(step)
     if {e.id for row in rows for e in row} <= have:
       continue
