@@ -27,6 +27,7 @@ MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduc
 # per weight of a layer: fitted to the programs of docs/scale.md.
 TENSOR_COST = 5
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
+LEAST_SLOTS = 16  # per copy of the weights, for which a group of hosts must have memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Work:
 
 
 def devices(local: bool = False) -> Devices:
-  """The devices of the run, or with `local` those of this host."""
+  """The devices of the run, or with `local` those of this host; all hosts make the first call."""
   found = jax.local_devices() if local else jax.devices()
   platform = found[0].platform
   slices = {getattr(d, 'slice_index', 0) for d in found}  # on a GPU it numbers the hosts
@@ -139,28 +140,60 @@ def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
   return total + tokens * item * (c.layers * kept + current) / mesh.tensor
 
 
-def sampling(config, shape: Config, devices: Devices) -> dict[str, int]:
+def sampling(config, shape: Config, host: Devices, hosts: int = 1) -> dict[str, int]:
   """Chooses how to sample -> {key: value} of all keys of `config.OPEN` that sampling reads.
 
-  The mesh: the smallest tensor axis with which the weights take at most WEIGHTS of the memory, or
-  the largest. Then the most slots, a power of two per copy of the weights, whose cache fits.
+  `host`: the devices of one of the `hosts`, which divide into groups; each group has a copy of the
+  weights or several. The smallest group that holds the weights, and the cache of the slots or of
+  LEAST_SLOTS; if none does, all hosts. The mesh: the smallest tensor axis with which the weights
+  take at most WEIGHTS of the memory, or the largest. Then the most slots, a power of two per copy
+  of the weights, whose cache fits.
   """
-  c = config.sample
-  item = jnp.dtype(c.dtype).itemsize
-  def weights(mesh):
-    # int8 weights are made from a copy in the dtype of activations.
-    return llama.param_count(shape) * (item + c.int8) / (mesh.fsdp * mesh.tensor)
-  def cost(mesh):
-    over = max(weights(mesh) - WEIGHTS * devices.memory, 0)
-    return over, mesh.fsdp, mesh.tensor
-  mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices), key=cost)
-  slots = c.slots
+  for devices in _groups(config.sample_mesh, host, hosts):
+    mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices),
+               key=lambda mesh: _sampling_cost(config.sample, shape, devices, mesh))
+    fit = _fitting_slots(config.sample, shape, devices, mesh)
+    slots = config.sample.slots
+    if fit >= (LEAST_SLOTS if configs.is_open(slots) else slots / mesh.data):
+      break
   if configs.is_open(slots):
-    row = 2 * shape.layers * shape.K * min(c.size, shape.context) * shape.H * item / mesh.tensor
-    fit = (devices.usable - weights(mesh)) / row * mesh.fsdp
-    most = max(min(fit, MOST_SLOTS[devices.platform]), 1)
+    most = max(min(fit, MOST_SLOTS[host.platform]), 1)
     slots = mesh.data * 2**int(math.log2(most))
   return {**_axes('sample_mesh', mesh), 'sample.slots': slots}
+
+
+def _groups(given, host: Devices, hosts: int) -> list[Devices]:
+  """The devices of a group of hosts, for every size of a group that a mesh can have."""
+  sizes = given.data, given.fsdp, given.tensor
+  known = math.prod(n for n in sizes if not configs.is_open(n))
+  is_whole = not any(map(configs.is_open, sizes))
+  found = [dataclasses.replace(host, count=n * host.count) for n in _divisors(hosts)]
+  fitting = [d for d in found if (d.count == known if is_whole else d.count % known == 0)]
+  if not fitting:
+    counts = ', '.join(str(d.count) for d in found)
+    raise InputError(
+        f'config.sample_mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}, and its '
+        f'product does not divide over groups of the {hosts} hosts, which have {counts} devices; '
+        f'make the product one of them, or leave a size to be chosen (-1)')
+  return fitting
+
+
+def _sampling_cost(c, shape: Config, devices: Devices, mesh: Mesh):
+  over = max(_sampling_weights(c, shape, mesh) - WEIGHTS * devices.memory, 0)
+  return over, mesh.fsdp, mesh.tensor
+
+
+def _sampling_weights(c, shape: Config, mesh: Mesh) -> float:
+  """-> bytes of one device; int8 weights are made from a copy in the dtype of activations."""
+  bytes_per_weight = jnp.dtype(c.dtype).itemsize + c.int8
+  return llama.param_count(shape) * bytes_per_weight / (mesh.fsdp * mesh.tensor)
+
+
+def _fitting_slots(c, shape: Config, devices: Devices, mesh: Mesh) -> float:
+  """-> the slots per copy of the weights whose cache fits beside them."""
+  tokens = 2 * shape.layers * shape.K * min(c.size, shape.context) * shape.H
+  row = tokens * jnp.dtype(c.dtype).itemsize / mesh.tensor  # bytes of one device
+  return (devices.usable - _sampling_weights(c, shape, mesh)) / row * mesh.fsdp
 
 
 def _layer_params(c: Config) -> int:
