@@ -130,11 +130,23 @@ MESHES = tuple(
         ('dpo', 'v5p-256', 'step', ((16, 8), (32, 4), (64, 2)), (16, 32, 64)),
         ('sft', 'v6e-256', '', ((32, 8), (64, 4), (128, 2)), (32, 64, 128)))
     for examples in counts for fsdp, tensor in meshes if examples >= fsdp)
+def group_mesh(pod: str) -> tuple[int, int, int]:
+  """-> the mesh of the smallest group of hosts that holds 70B in bf16; a host has 4 chips."""
+  chips = math.prod(map(int, re.findall(r'\d+', PODS[pod][0]['topology_name'].partition(':')[2])))
+  found = sizing.sampling(configs.get('m2', '70b'), PRESETS['llama2-70b'],
+                          sizing.Devices('tpu', 4, PODS[pod][1] * GIB), chips // 4)
+  return tuple(found[f'sample_mesh.{axis}'] for axis in sharding.NAMES)
+
+
+# On 8 chips, and on the chips of the groups of hosts that sample on a pod.
+GROUPS = ('v5p-256', 'v4-256', 'v6e-256')
 SAMPLING = tuple(
     Sampler(kind, pod, bits, width)
     for pod in ('v5p-16', 'v6e-8')
     for kind, width in (('decode', 0), ('prefill', 128), ('prefill', 2048))
-    for bits in (16, 8))
+    for bits in (16, 8)) + tuple(
+        Sampler(kind, pod, 16, width, mesh=group_mesh(pod))
+        for pod in GROUPS for kind, width in (('decode', 0), ('prefill', 2048)))
 
 
 def make_mesh(program: Training | Sampler):
@@ -148,14 +160,6 @@ def topology(pod: str) -> list:
   os.environ.update(ENVIRONMENT)
   jax.config.update('jax_platforms', 'cpu')
   return topologies.get_topology_desc(platform='tpu', **PODS[pod][0]).devices
-
-
-def group_mesh(pod: str) -> tuple[int, int, int]:
-  """-> the mesh of the smallest group of hosts that holds 70B in bf16; a host has 4 chips."""
-  chips = math.prod(map(int, re.findall(r'\d+', PODS[pod][0]['topology_name'].partition(':')[2])))
-  found = sizing.sampling(configs.get('m2', '70b'), PRESETS['llama2-70b'],
-                          sizing.Devices('tpu', 4, PODS[pod][1] * GIB), chips // 4)
-  return tuple(found[f'sample_mesh.{axis}'] for axis in sharding.NAMES)
 
 
 def distribution_bytes(pod: str) -> list[tuple[str, int, int]]:
