@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from srlm_jax import (
   loop,
   metrics,
   model_files,
+  preemption,
   records,
   schema,
   sharding,
@@ -287,12 +289,12 @@ def test_the_loop_runs_every_ablation_and_the_meta_judge(demo, tmp_path, flags):
       assert (tmp_path / model / 'health' / 'health.json').exists()
 
 
-def run_on_hosts(hosts, stage, workdir, *flags, check=True):
+def run_on_hosts(hosts, stage, workdir, *flags, start=subprocess.check_output):
   """Runs a sampling stage of m2 in several processes, each with one device."""
-  return subprocess.run(
+  return start(
       [ROOT / 'launch' / 'local.sh', str(hosts), sys.executable, '-m', f'srlm_jax.sample.{stage}',
        '--config=configs/iter2.py:tiny', f'--workdir={workdir}', *config_flags('m2'), *flags],
-      cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''), check=check)
+      cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''))
 
 
 def in_order(folder, stem):
@@ -355,6 +357,28 @@ def test_groups_of_hosts_write_the_records_of_one_host(others, tmp_path, mesh):
       (folder / 'done.json').unlink()
       run_on_hosts(4, stage, workdir, *flags)
       assert {p.name: p.read_bytes() for p in sorted(folder.glob(f'{stem}-*.jsonl'))} == shards
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_host_stops_its_group_at_the_same_call(others, tmp_path):
+  folder = shutil.copytree(others, tmp_path / 'run') / 'm2' / 'judge'
+  flags = '--config.sample_mesh.data=1', '--config.sample_mesh.tensor=2'
+  shutil.rmtree(folder)
+  run_on_hosts(2, 'judge', tmp_path / 'run', *flags)
+  whole, = (p.read_bytes() for p in folder.glob('judgements-*.jsonl'))
+  shutil.rmtree(folder)
+  process = run_on_hosts(2, 'judge', tmp_path / 'run', *flags, start=subprocess.Popen)
+  path = folder / records.shard_name('judgements', 0, 1)
+  while not path.exists() or not path.read_bytes():
+    time.sleep(0.05)
+    assert process.poll() is None
+  found = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'srlm_jax'], check=True,
+                         capture_output=True, text=True)
+  os.kill(int(found.stdout.split()[-1]), signal.SIGTERM)
+  assert process.wait(timeout=120) == preemption.EXIT_CODE
+  assert 0 < len(path.read_bytes()) < len(whole)
+  run_on_hosts(2, 'judge', tmp_path / 'run', *flags)
+  assert path.read_bytes() == whole
 
 
 def test_a_killed_training_resumes_and_ends_with_the_same_parameters(demo, tmp_path):
