@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 import re
 import weakref
@@ -290,6 +291,28 @@ def test_an_interrupted_file_is_completed_to_the_same_bytes(tmp_path):
     engines.run(engine, MIXED, total, WARM, path, record)
     assert path.read_bytes() == whole
   assert engine.work.generated < 30  # the last request alone
+
+
+def test_kept_records_are_not_sampled_again(tmp_path):
+  """Except those of a request of which one is missing."""
+  def record(request, i, x):
+    return dict(id=f'{request.id}/{i}', ids=x.ids)
+  path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
+  engines.run(make()[0], MIXED, total, WARM, path, record)
+  whole = path.read_bytes()
+  every = iter([json.loads(line) for line in whole.splitlines()])
+  kept = {r.id: [next(every) for _ in range(r.n)] for r in MIXED}
+  sampled = sum(len(x['ids']) for x in kept.pop(MIXED[0].id))
+  last = next(r for r in reversed(MIXED) if r.n > 1)
+  sampled += sum(len(x['ids']) for x in kept[last.id])
+  kept[last.id].pop()  # incomplete, so the request is sampled again
+  path.unlink()
+  engine = make()[0]
+  engines.run(engine, MIXED, total, WARM, path, record, kept)
+  assert path.read_bytes() == whole and engine.work.generated == sampled
+  path.write_bytes(b''.join(whole.splitlines(keepends=True)[:2]))
+  engines.run(make()[0], MIXED, total, WARM, path, record, kept)
+  assert path.read_bytes() == whole
 
 
 def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path, tokenizer_folder):

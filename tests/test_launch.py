@@ -158,7 +158,7 @@ def test_local_stops_all_processes_if_one_fails(trap):
 
 
 def test_processes_of_local_connect_and_exchange_values():
-  program = ('import jax; from srlm_jax import hosts; hosts.join(); '
+  program = ('import jax; from srlm_jax import hosts; hosts.join(60, print); '
              'hosts.log(f"{jax.process_count()} {jax.local_device_count()} {jax.device_count()}"); '
              'found = hosts.gather(["é" * jax.process_index(), jax.process_index()]); '
              'hosts.log(found)')
@@ -201,7 +201,7 @@ def test_local_waits_for_processes_that_save_when_they_are_asked_to_stop():
 
 
 def test_sigterm_ends_a_process_that_has_nothing_to_save():
-  program = ('import os, time; from srlm_jax import hosts; hosts.join(); '
+  program = ('import os, time; from srlm_jax import hosts; hosts.join(60, print); '
              'os.kill(os.getpid(), 15); time.sleep(60)')
   started = time.monotonic()
   assert launch(2, sys.executable, '-c', program).returncode == 143

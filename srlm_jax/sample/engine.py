@@ -6,12 +6,13 @@ slots. The common prefix of a stream's first requests (the judge's rubric) is pr
 every row reads it.
 """
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -101,12 +102,13 @@ class Engine:
   def kernels(self) -> str:
     return self._kernels.name
 
-  def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0) -> Iterator[
+  def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0,
+               kept: Mapping[str, Sized] = types.MappingProxyType({})) -> Iterator[
       tuple[Request, list[Result]]]:
     """Yields every request with its n results, in order.
 
-    The caller already has the first `done` samples of the stream; a request with no other samples
-    comes without results.
+    The caller already has the first `done` samples of the stream, and those of `kept` by the id of
+    their request; a request with no other samples comes without results.
     """
     max_prompt_tokens = self.max_prompt_tokens(sampling)
     stream = iter(requests)
@@ -119,7 +121,7 @@ class Engine:
     count = sum(r.n for r in first) if len(first) < PREFIX_REQUESTS else self.slots
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
-                        HELD_PER_SLOT * self.slots, self._share, self._refill)
+                        kept, HELD_PER_SLOT * self.slots, self._share, self._refill)
     prefix = self._prefix(ids)
     cache, self._cache = self._cache, None
     if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.slot_count:
@@ -339,19 +341,21 @@ def host_mesh(config):
 
 
 def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sampling, path,
-        record: Callable):
+        record: Callable, kept: Mapping[str, Sequence] = types.MappingProxyType({})):
   """Appends `record(request, i, result)` of every sample to a file, in order.
 
-  Resumes a file that an interrupted run left. `samples`: their total number.
+  Resumes a file that an interrupted run left. `samples`: their total number. `kept`: records by
+  request that need no sampling, from `records.kept`.
   """
-  records.check_host_count(path)
   out = records.Appender(path)
   known, row = out.count, 0
   progress = tqdm.tqdm(
       total=samples, initial=known, desc=engine.title, unit='rows', delay=2, leave=False,
       mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
-  for request, results in engine.generate(requests, sampling, known):
-    new = [record(request, i, result) for i, result in enumerate(results) if row + i >= known]
+  for request, results in engine.generate(requests, sampling, known, kept):
+    made = ([record(request, i, result) for i, result in enumerate(results)] if results else
+            kept.get(request.id, ()))
+    new = made[max(known - row, 0):]
     out.append(new)
     progress.update(len(new))
     row += request.n

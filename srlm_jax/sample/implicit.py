@@ -8,7 +8,7 @@ import tqdm
 
 from srlm_jax import catalog, cli, hosts, preemption, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, shards
 
 
 def run(config, workdir):
@@ -29,13 +29,12 @@ def run(config, workdir):
     engines.refuse_too_large(config, folder)
     templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused
   s.begin(config)
-  with preemption.together(s.title):
+  with shards.continued(s, ('logp', 'older_logp', 'rewards'), jax.process_count()):
     logps, older_logps = (
-        _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
+        _logps(config, s, folder, responses, name)
         for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
-  rows = zip(responses, logps, older_logps, strict=True)
-  records.write(_shard(s, 'rewards'), (_reward(r.id, logp, older) for r, logp, older in rows))
-  hosts.sync(f'{s.title} scored')
+    rows = zip(responses, logps, older_logps, strict=True)
+    records.write(_shard(s, 'rewards'), (_reward(r.id, logp, older) for r, logp, older in rows))
   made = records.read_shards(s.folder, 'rewards', schema.ImplicitReward)
   rewards = [r.reward for r in made]
   s.finish(responses=len(rewards), without_reward=rewards.count(None))
@@ -51,13 +50,13 @@ def _reward(name: str, logp: float | None, older_logp: float | None) -> schema.I
   return schema.ImplicitReward(id=name, reward=reward, logp=logp, older_logp=older_logp)
 
 
-def _logps(config, folder, responses, path, title) -> list[float | None]:
+def _logps(config, s: stage.Stage, folder, responses, stem: str) -> list[float | None]:
   """The summed log-probability of each response under the model in `folder`.
 
-  Appends the results to `path`. Resumes from what a killed run wrote there.
+  Appends the results to the shard of this host. Resumes from what a killed run wrote there.
   """
-  records.check_host_count(path)
-  out = records.Appender(path)
+  path, title = _shard(s, stem), f'{s.title} {stem}'
+  out, kept = records.Appender(path), records.kept(s.folder, stem)
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
   size = engines.LOGPS_ROWS
@@ -65,11 +64,13 @@ def _logps(config, folder, responses, path, title) -> list[float | None]:
   starts = range(out.count // size * size, len(responses), size)
   for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False):
     preemption.stop_if_requested(title)
-    batch = encoded[start:start + size]
-    rows = [row for row in batch if row]
-    values = iter(engine.logps(rows) if rows else ())
-    new = [schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
-           for r, row in zip(responses[start:start + size], batch, strict=True)]
+    batch = responses[start:start + size]
+    rows = [None if r.id in kept else row for r, row in zip(batch, encoded[start:], strict=False)]
+    found = [row for row in rows if row]
+    values = iter(engine.logps(found) if found else ())
+    new = [kept[r.id][0] if r.id in kept else
+           schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
+           for r, row in zip(batch, rows, strict=True)]
     out.append(new[max(out.count - start, 0):])
   out.close()
   return [r.logp for r in records.read(path, schema.Logp)]

@@ -1,11 +1,12 @@
 """The common part of the sampling stages: loads the model, samples, and writes a shard per host."""
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import itertools
 from typing import TypeVar
 
 import jax
 
-from srlm_jax import catalog, preemption, records, stage
+from srlm_jax import catalog, hosts, preemption, records, stage
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
@@ -39,6 +40,25 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
   def sample_record(request, i, result):
     return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
   path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
-  with preemption.together(s.title):  # every shard must be complete before any host reads them
-    engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
+  with continued(s, [stem], jax.process_count()):
+    engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record,
+                records.kept(s.folder, stem))
   return records.read_shards(s.folder, stem, catalog.KINDS[stem + catalog.SHARDS])
+
+
+@contextlib.contextmanager
+def continued(s: stage.Stage, stems: Sequence[str], count: int):
+  """A block in which every host completes its shards, from what a killed run left.
+
+  `count`: the number of shards of each of the `stems`. All hosts must call it, and leave it
+  together, because every shard must be complete before any host reads them.
+  """
+  if hosts.is_first_host():
+    for stem in stems:
+      records.keep_shards(s.folder, stem, count)
+  hosts.sync(f'{s.title} continues')
+  with preemption.together(s.title):
+    yield
+  if hosts.is_first_host():
+    for stem in stems:
+      records.drop_kept(s.folder, stem)
