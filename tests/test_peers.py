@@ -1,12 +1,10 @@
 """How the processes of a run end when one of them is lost or ends with an error."""
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 
-from conftest import ROOT
+from processes import ends, lost, start
 import pytest
 
 from srlm_jax import preemption
@@ -28,37 +26,9 @@ cli.run_app(start)
 KILL = 'os.kill(os.getpid(), 9)'
 
 
-def start(count, *command, env=None):
-  """Starts a command as the processes of a run, without a launcher."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  run = dict(SRLM_HOSTS=str(count), SRLM_COORDINATOR=f'127.0.0.1:{port}')
-  cpu = dict(JAX_PLATFORMS='cpu', XLA_FLAGS='')
-  return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE,
-                           env=os.environ | cpu | run | dict(SRLM_HOST=str(i)) | (env or {}))
-          for i in range(count)]
-
-
-def ends(processes, seconds=120):
-  """-> the exit code and the lines of stderr of each, without those of Gloo's connections."""
-  found = []
-  for process in processes:
-    _, errors = process.communicate(timeout=seconds)
-    found.append((process.returncode,
-                  [line for line in errors.splitlines() if '[Gloo]' not in line]))
-  return found
-
-
 def run(victim, end, wait='hosts.gather("again")', count=2):
   return ends(start(count, sys.executable, '-c',
                     PROGRAM.format(victim=victim, end=end, wait=wait)))
-
-
-def lost(victim, count=2):
-  return [f'error: host {victim} of {count} ({socket.gethostname()}) was lost; the same command '
-          f'continues from what is saved']
 
 
 def failed(victim, count=2):
