@@ -28,7 +28,7 @@ TIMEOUT = 45  # seconds without a heartbeat after which a host is lost
 BEAT = 5      # seconds between two notes of a host in the store, which say who was lost
 FAREWELL = 5  # seconds that host 0 and its store wait for the others to read why the run ends
 NO_HOST = 'none'  # failed: all have come to the end
-DAY = 24 * 3600 * 1000  # milliseconds
+FOREVER = 10**11  # milliseconds: three years
 # How the message of an error begins that may come from the end of another host: a status of XLA.
 STATUS = re.compile('(CANCELLED|UNKNOWN|DEADLINE_EXCEEDED|ABORTED|INTERNAL|UNAVAILABLE|'
                     'FAILED_PRECONDITION|DATA_LOSS): ')
@@ -87,7 +87,7 @@ class _Watch:
     if _count() == 1:
       return
     try:
-      _store().wait_at_barrier('srlm/end', DAY)
+      _store().wait_at_barrier('srlm/end', FOREVER)
       if _index() == 0:
         _store().key_value_set('srlm/failed', NO_HOST)
     except jax.errors.JaxRuntimeError as error:
@@ -138,7 +138,7 @@ class _Watch:
   def _heed_failure(self):
     """Exits when another host has ended with an error."""
     try:
-      failed = _store().blocking_key_value_get('srlm/failed', DAY)
+      failed = _store().blocking_key_value_get('srlm/failed', FOREVER)
     except jax.errors.JaxRuntimeError:  # XLA calls `_lost`
       return
     if failed == NO_HOST:
@@ -151,6 +151,7 @@ class _Watch:
     """Exits; XLA calls it when a host has sent no heartbeat, or when it cannot reach host 0."""
     if self._is_over.is_set():
       self._flush_and_exit(self._code)
+    # The notes of a lost host are the oldest; without host 0, whose store has them, none is old.
     silent = {host: changed for host, (_, changed) in self._notes.items()
               if self._looked - changed > 2 * BEAT}
     host = min(silent, key=silent.get) if silent else 0
@@ -158,12 +159,12 @@ class _Watch:
                preemption.EXIT_CODE)
 
   def _name(self, host: int) -> str:
-    machine = self._notes.get(host, (' its machine',))[0].partition(' ')[2]
+    machine = self._notes.get(host, (' unknown machine',))[0].partition(' ')[2]
     return f'host {host} of {_count()} ({machine})'
 
   def _exit(self, text: str, code: int):
     with self._exits:  # of the first thread
-      print(f'error: {text}', file=sys.stderr)
+      os.write(2, f'error: {text}\n'.encode())  # another thread may be inside of sys.stderr
       if code == preemption.EXIT_CODE:  # XLA holds a lock of the store
         self._flush_and_exit(code)
       self._depart(code)

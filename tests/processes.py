@@ -19,7 +19,7 @@ def start(count, *command, env=None):
           for i in range(count)]
 
 
-def ends(processes, seconds=120):
+def ends(processes, seconds=300):
   """-> the exit code and the lines of stderr of each, without those of Gloo's connections."""
   found = []
   for process in processes:

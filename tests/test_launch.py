@@ -600,23 +600,49 @@ def finish_all(runs):
     assert code == 0, errors
 
 
+def few_steps(folder):
+  return training(folder, epochs=60, save_every=10)
+
+
+@pytest.fixture(scope='module')
+def expected(workdir):
+  """The hash of the checkpoint of a training on two hosts, of which none is lost."""
+  folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-expected')
+  finish_all(processes.start(2, *few_steps(folder)))
+  return model_files.recorded_hash(folder / 'sft' / 'model')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
-def test_training_continues_after_a_host_was_killed(workdir, victim):
-  """With the same checkpoint as a run that was not."""
-  ended = {}
-  for name in ('whole', 'killed'):
-    folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-lost{victim}-{name}')
-    command = training(folder, save_every=5)
-    if name == 'killed':
-      runs = processes.start(2, *command)
-      wait_for_lines(folder / 'sft' / 'model' / 'metrics.jsonl', 12, runs)
-      kill_and_check(runs, victim)
-      assert not (folder / 'sft' / 'model' / 'done.json').exists()
-      assert model_files.steps(folder / 'sft' / 'model')
-    finish_all(processes.start(2, *command))
-    ended[name] = model_files.recorded_hash(folder / 'sft' / 'model')
-  assert ended['whole'] == ended['killed']
+def test_training_continues_after_a_host_was_killed(workdir, expected, victim):
+  folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-lost{victim}')
+  model = folder / 'sft' / 'model'
+  runs = processes.start(2, *few_steps(folder))
+  wait_for_lines(model / 'metrics.jsonl', 24, runs)
+  kill_and_check(runs, victim)
+  assert not (model / 'done.json').exists() and model_files.steps(model)
+  finish_all(processes.start(2, *few_steps(folder)))
+  assert model_files.recorded_hash(model) == expected
+
+
+@pytest.mark.slow
+def test_slurm_queues_a_training_again_of_which_a_process_was_killed(workdir, expected, slurm):
+  folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-slurm')
+  model, (run, fake) = folder / 'sft' / 'model', slurm
+  program(fake / 'bin' / 'victim', f"""
+      until [[ $(wc -l <{model}/metrics.jsonl) -ge 24 ]]; do sleep 0.1; done 2>/dev/null
+      kill -9 "$(<$FAKE/pid)" """)
+  # The second process of the first job is killed.
+  program(fake / 'bin' / 'work', """
+      if [[ $SLURM_PROCID == 1 && -z ${SLURM_RESTART_COUNT:-} ]]; then
+        echo $$ >"$FAKE/pid"
+        victim &
+      fi
+      exec "$@" """)
+  done = run('work', *few_steps(folder), PYTHONPATH=str(ROOT))
+  assert done.returncode == 137 and 'host 1 of 2' in done.stderr and 'Traceback' not in done.stderr
+  assert (fake / 'calls').read_text().count('requeue') == 1
+  assert model_files.recorded_hash(model) == expected, (fake / 'log-1').read_text()
 
 
 def sampling(folder):
