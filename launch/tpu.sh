@@ -35,9 +35,11 @@ on_hosts() { resource ssh --node=all --worker=all --command="cd srlm_jax && ($1)
 
 state() {  # of the queued resource and its nodes, for example: ACTIVE READY READY
   local found
-  found=$(resource describe --format='value(state.state)' 2>/dev/null) || found=ABSENT
-  echo "$found" "$(gcloud compute tpus tpu-vm list --zone="$ZONE" --filter="name~/$TPU(-[0-9]+)?$" \
-    --format='value(state)' | tr '\n' ' ')"
+  if ! found=$(resource describe --format='value(state.state)' 2>&1); then
+    [[ $found == *NOT_FOUND* ]] && found=ABSENT || found="UNKNOWN ($found)"
+  fi
+  echo "$found" "$(gcloud compute tpus tpu-vm list --zone="$ZONE" --format='value(state)' \
+    --filter="name ~ '/$TPU(-[0-9]+)?$'" | tr '\n' ' ')"
 }
 
 create() {
@@ -91,6 +93,7 @@ run() {
     while [[ $found == *running* ]]; do
       sleep "$poll"
       now=$(state)
+      [[ $now != UNKNOWN* ]] || continue  # gcloud could not be reached
       [[ $now == ACTIVE* && $now != *PREEMPTED* ]] || { found=preempted; break; }
       found=$(codes 2>/dev/null | sort -u | tr '\n' ' ') || found=running  # a host did not answer
     done
