@@ -123,12 +123,12 @@ def keep_shards(folder, stem: str, count: int):
   path = _kept_file(folder, stem)
   others = [other for other in sorted(path.parent.glob(f'{stem}-*-of-*.jsonl'))
             if other.stem.rpartition('-')[2] != f'{count:05d}']
+  for other in others:
+    Appender(other).close()  # removes a line that the kill cut off
   if others:
     before = [path] if path.exists() else []
-    found = {record['id']: record for shard in [*before, *others]
-             for where, line in _lines(shard) if line.endswith(b'\n')  # else a kill cut it off
-             for record in [_object(line, where)]}
-    write(path, found.values())
+    write(path, {record['id']: record for shard in [*before, *others]
+                 for _, record in read_any(shard)}.values())
   for other in others:
     other.unlink()
 
