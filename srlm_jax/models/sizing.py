@@ -19,6 +19,7 @@ USABLE = dict(cpu=0.5, gpu=0.85, tpu=0.9)
 # Slots per copy of the weights. More rows share the cost of reading the weights, but at the end of
 # a stage more of them are empty.
 MOST_SLOTS = dict(cpu=128, gpu=256, tpu=256)
+FEWEST_SLOTS = 64  # that a group of hosts should have: with fewer, a step reads weights for few tokens
 # Values of train.remat, from the fastest. On a TPU, keeping everything was slower by the compiler's
 # estimate than recomputing what is cheap (docs/scale.md).
 POLICIES = dict(cpu=('none', 'dots', 'full'), gpu=('dots', 'full'), tpu=('dots', 'full'))
@@ -26,6 +27,12 @@ MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduc
 # Bytes that the tensor axis sends per token and model width, for each byte that the fsdp axis sends
 # per weight of a layer: fitted to the programs of docs/scale.md.
 TENSOR_COST = 5
+# Of the memory of a training step, see `training_parts`: fitted to the programs of docs/scale.md.
+LAYERS = 2     # gathered layers: the current one, and the next
+TABLES = 3     # gathered embeddings or heads
+STREAMS = 4.5    # residual streams of the current layer that every chip of a tensor group holds whole
+HIDDEN = 13    # activations of its heads and its feed-forward layer, and their gradients
+UNUSED = 3.5   # bytes per parameter: space between buffers
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 
 
@@ -89,7 +96,7 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
     wasted = work.rows % multiple if work.is_exact else max(multiple - work.rows, 0)
     # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights.
     collectives = (TENSOR_COST * tokens * shape.D * (mesh.tensor - 1)
-                   + _layer_params(shape) / mesh.tensor)
+                   + layer_params(shape) / mesh.tensor)
     return wasted, max(mesh.fsdp - MOST_FSDP, 0), collectives, mesh.data
   mesh = min(_meshes(config.mesh, 'mesh', shape, devices), key=cost)
   rows = math.ceil(work.rows / mesh.parts)  # of one shard
@@ -117,53 +124,141 @@ def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tupl
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
                    remat: str) -> float:
-  """-> bytes of one device that a training step takes, within about a sixth at 7B and 70B.
+  """-> bytes of one device that a training step takes: the sum of `training_parts`."""
+  return sum(training_parts(shape, mesh, tokens, has_reference, accumulate, remat).values())
 
-  `tokens`: of one shard's micro-batch. Parameters, moments and gradients are float32, the reference
-  has the dtype of activations. The constants are fitted to the compiled programs of docs/scale.md.
+
+def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
+                   remat: str) -> dict[str, float]:
+  """-> {what: bytes of one device} of a training step, with `tokens` per shard and micro-batch.
+
+  Never below and at most 15 % above what the TPU compiler needs for the programs of docs/scale.md.
+  Its own list of buffers has the parts below; the factors in capitals are fitted.
   """
   c, item = shape, jnp.dtype(shape.dtype).itemsize
   heads, kv = c.K * c.G * c.H, c.K * c.H
-  per_param = 12 + item * has_reference + (10.4 if accumulate > 1 else 6.4)
-  total = llama.param_count(c) * per_param / (mesh.fsdp * mesh.tensor)
-  # The weights of the current layers, gathered over fsdp, and the gradient of the head.
-  total += (4 * _layer_params(c) * item + 16 * c.D * c.V) / mesh.tensor
+  params = llama.param_count(c) / (mesh.fsdp * mesh.tensor)
   kept = c.D  # elements per token and layer: the input of a layer
-  if remat != 'full':  # the results of the products
-    kept += heads + 2 * kv + 2 * c.F + 2 * c.D
+  if remat != 'full':  # the results of the products, but for the one that is added to the stream
+    kept += heads + 2 * kv + 2 * c.F + c.D
   if remat == 'none':  # those of norms, RoPE, attention, SwiGLU and dropout
     kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D
-  current = 0  # elements per token of the layer that is recomputed; whole residual streams
-  if remat == 'full':
-    current = 3.5 * c.D * mesh.tensor + 13 * (c.F + heads)
-  return total + tokens * item * (c.layers * kept + current) / mesh.tensor
+  current = STREAMS * c.D + HIDDEN * (c.F + heads) / mesh.tensor
+  return dict(
+      parameters=4 * params,
+      optimizer=2 * 4 * params,  # the two moments of Adam
+      reference=item * params * has_reference,
+      gradients=(4 + 4 * (accumulate > 1)) * params,  # of a micro-batch, and their sum
+      # A copy of the parameters in the dtype of activations; the current layers, gathered over
+      # fsdp; the embedding, the head and their gradients, gathered too.
+      weights=item * (params + (LAYERS * layer_params(c) + TABLES * c.D * c.V) / mesh.tensor),
+      activations=tokens * item * (c.layers * kept / mesh.tensor + current),
+      unused=UNUSED * params)
+
+
+def work(c, mean: float, longest: int, has_reference: bool,
+         begun: tuple[int, int] | None = None) -> Work:
+  """What a step computes with examples of these lengths in tokens; `c`: the section `train`.
+
+  `begun`: the rows and the width of a run that is resumed.
+  """
+  longest = max(c.max_length if c.pack else 0, longest)
+  if begun:
+    rows, width = begun
+  elif c.pack:
+    rows, width = c.batch * mean / longest, longest
+  else:
+    rows, width = c.batch, longest
+  return Work(rows, width, has_reference, is_exact=bool(begun) or not c.pack)
 
 
 def sampling(config, shape: Config, devices: Devices) -> dict[str, int]:
   """Chooses how to sample -> {key: value} of all keys of `config.OPEN` that sampling reads.
 
-  The mesh: the smallest tensor axis with which the weights take at most WEIGHTS of the memory, or
-  the largest. Then the most slots, a power of two per copy of the weights, whose cache fits.
+  `devices`: those that run one engine. The mesh: the smallest tensor axis with which the weights
+  take at most WEIGHTS of the memory, or the largest. Then the most slots, a power of two per copy
+  of the weights, whose cache fits.
   """
   c = config.sample
-  item = jnp.dtype(c.dtype).itemsize
   def weights(mesh):
-    # int8 weights are made from a copy in the dtype of activations.
-    return llama.param_count(shape) * (item + c.int8) / (mesh.fsdp * mesh.tensor)
+    return loading_bytes(c, shape, mesh)
   def cost(mesh):
     over = max(weights(mesh) - WEIGHTS * devices.memory, 0)
     return over, mesh.fsdp, mesh.tensor
   mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices), key=cost)
   slots = c.slots
   if configs.is_open(slots):
-    row = 2 * shape.layers * shape.K * min(c.size, shape.context) * shape.H * item / mesh.tensor
-    fit = (devices.usable - weights(mesh)) / row * mesh.fsdp
+    fit = (devices.usable - weights(mesh)) / _slot_bytes(c, shape) * mesh.fsdp * mesh.tensor
     most = max(min(fit, MOST_SLOTS[devices.platform]), 1)
     slots = mesh.data * 2**int(math.log2(most))
   return {**_axes('sample_mesh', mesh), 'sample.slots': slots}
 
 
-def _layer_params(c: Config) -> int:
+def group(config, shape: Config, host: Devices, hosts: int) -> int:
+  """-> how many hosts run one engine; `host`: the devices of one.
+
+  The fewest, a power of two that divides `hosts`, whose memory holds the weights and a cache of
+  FEWEST_SLOTS slots per copy of the weights, or of the slots that the config gives. If none does:
+  the fewest with the most slots; and the most hosts if not even one slot fits.
+  """
+  def slots(count):
+    devices = dataclasses.replace(host, count=count * host.count)
+    if devices.count % _known(config.sample_mesh):  # a mesh that is given needs more hosts
+      return 0
+    found = sampling(config, shape, devices)
+    mesh = Mesh(*(found[f'sample_mesh.{axis}'] for axis in ('data', 'fsdp', 'tensor')))
+    needed = loading_bytes(config.sample, shape, mesh)
+    needed += _slot_bytes(config.sample, shape) * found['sample.slots'] / math.prod(
+        dataclasses.astuple(mesh))
+    wanted = FEWEST_SLOTS if configs.is_open(config.sample.slots) else 1
+    return min(found['sample.slots'] // mesh.data, wanted) if needed <= devices.usable else 0
+  counts = [2**i for i in range(hosts.bit_length()) if hosts % 2**i == 0]
+  best = max(map(slots, counts))
+  return next(n for n in counts if slots(n) == best) if best else counts[-1]
+
+
+def loading_bytes(c, shape: Config, mesh: Mesh) -> float:
+  """-> bytes of one device that the weights of a sampler take; `c`: the section `sample`.
+
+  int8 weights are made from a copy in the dtype of activations.
+  """
+  return llama.param_count(shape) * (jnp.dtype(c.dtype).itemsize + c.int8) / (
+      mesh.fsdp * mesh.tensor)
+
+
+def sampler_parts(c, shape: Config, mesh: Mesh, slots: int) -> dict[str, float]:
+  """-> {what: bytes of one device} of the sampler's programs; `c`: the section `sample`.
+
+  Never below and at most 15 % above what the TPU compiler needs for those of docs/scale.md.
+  """
+  item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
+  table = shape.D * shape.V  # the embedding stays in the dtype of activations
+  rest = llama.param_count(shape) - table
+  width = _layer_width(shape, mesh.tensor)
+  return dict(
+      weights=(table * item + rest * (1 if c.int8 else item)) / chips,
+      cache=_slot_bytes(c, shape) * slots / (mesh.data * chips),
+      activations=min(c.size, shape.context) * item * width)  # of the longest prompt
+
+
+def _layer_width(c: Config, tensor: int) -> float:
+  """Elements per token of the activations of a layer in a prefill."""
+  return 4 * c.D + 3 * (c.F + c.K * c.G * c.H) / tensor
+
+
+def _slot_bytes(c, shape: Config) -> int:
+  """Bytes of the keys and values of one slot, on all devices of a copy of the weights."""
+  size = min(c.size, shape.context)
+  return 2 * shape.layers * shape.K * shape.H * size * jnp.dtype(c.dtype).itemsize
+
+
+def _known(given) -> int:
+  """The product of the sizes that a mesh's section of the config gives."""
+  return math.prod(n for n in (given.data, given.fsdp, given.tensor) if not configs.is_open(n))
+
+
+def layer_params(c: Config) -> int:
+  """-> the number of weights in the products of a layer."""
   return 2 * c.D * c.K * (c.G + 1) * c.H + 3 * c.D * c.F
 
 
@@ -173,7 +268,7 @@ def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
   With fewer than two open sizes there is one mesh, whatever it divides: `sharding` checks that.
   """
   sizes = given.data, given.fsdp, given.tensor
-  known = math.prod(n for n in sizes if not configs.is_open(n))
+  known = _known(given)
   given_sizes = f'config.{section} is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}'
   if devices.count % known:
     raise InputError(f'{given_sizes}, whose product does not divide the {devices.count} available '

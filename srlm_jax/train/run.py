@@ -87,17 +87,9 @@ def _examples(config, source, shape, files) -> training.Examples:
 
 def _choose(s: stage.Stage, shape, data: training.Examples):
   """-> the config with values for its open keys; a resumed run keeps its rows."""
-  c, begun = s.config.train, _begun_rows(s.folder)
-  lengths = [len(e) for e in data.examples]
-  longest = max(c.max_length if c.pack else 0, *lengths)
-  if begun:
-    rows, width = begun
-  elif c.pack:
-    rows, width = c.batch * sum(lengths) / len(lengths) / longest, longest
-  else:
-    rows, width = c.batch, longest
-  work = sizing.Work(rows, width, objectives.find(c).needs_reference_params,
-                     is_exact=bool(begun) or not c.pack)
+  c, lengths = s.config.train, [len(e) for e in data.examples]
+  work = sizing.work(c, sum(lengths) / len(lengths), max(lengths),
+                     objectives.find(c).needs_reference_params, _begun_rows(s.folder))
   return catalog.replace(s.config, sizing.training(s.config, shape, sizing.devices(), work))
 
 

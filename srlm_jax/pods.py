@@ -1,0 +1,109 @@
+"""TPU slices and GPU nodes by their names, and the published peaks of their chips."""
+import dataclasses
+import re
+
+from srlm_jax import closest, config as configs, InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Published peaks of one chip; `link`: of one link in one direction.
+
+  A TPU's collective uses two links at once. Of a GPU, two links are its NVLink in one direction.
+  """
+  hertz: float
+  flops: float      # bf16, per second
+  bandwidth: float  # bytes per second of HBM
+  link: float       # bytes per second
+  gib: int = 0      # of memory, for a program
+
+
+CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9, 32), 'v5e': Chip(1.5e9, 197e12, 819e9, 45e9),
+         'v5p': Chip(1.75e9, 459e12, 2765e9, 90e9, 95),
+         'v6e': Chip(1.75e9, 918e12, 1640e9, 90e9, 31),
+         'h100': Chip(1.98e9, 989e12, 3350e9, 225e9, 78),
+         'h200': Chip(1.98e9, 989e12, 4800e9, 225e9, 139)}
+NODE = 8           # GPUs of a node
+NETWORK = 50e9     # bytes per second per GPU between nodes: one port of 400 Gbit/s
+CUBE = 64          # chips: slices of v4 and v5p are smaller, or a multiple of it
+HOST = 4           # chips of a TPU host, but for the small slices of v6e
+# Chips of a slice.
+SIZES = {'v4': (4, 8, 16, 32, *range(CUBE, 4096 + 1, CUBE)),
+         'v5p': (4, 8, 16, 32, *range(CUBE, 6144 + 1, CUBE)),
+         'v6e': (1, 4, 8, 16, 32, 64, 128, 256)}
+CORES = {'v4': 2, 'v5p': 2, 'v6e': 1}  # what the name of a slice counts, per chip
+FORMS = ('v4-N and v5p-N for N cores, v6e-N for N chips, 8xh100 or 8xh200 for a node, and 2x before '
+         'any of them for two, as in 2xv5p-128')
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+  """Slices of TPUs, or nodes of GPUs."""
+  kind: str   # a key of CHIPS
+  count: int  # slices or nodes
+  size: int   # chips of one slice or node
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.kind]
+
+  @property
+  def platform(self) -> str:
+    return 'tpu' if self.kind in SIZES else 'gpu'
+
+  @property
+  def chips(self) -> int:
+    """Chips of all slices."""
+    return self.count * self.size
+
+  @property
+  def hosts(self) -> int:
+    """Hosts of all slices. The chips of v6e-1, v6e-4 and v6e-8 are on one host each."""
+    single = self.platform == 'gpu' or (self.kind == 'v6e' and self.size <= 8)
+    return self.count * (1 if single else self.size // HOST)
+
+  @property
+  def name(self) -> str:
+    """
+    >>> find('2xV5p-128').name, find('8xh200').name
+    ('2xv5p-128', '8xh200')
+    """
+    one = f'{self.size}x{self.kind}' if self.platform == 'gpu' else (
+        f'{self.kind}-{self.size * CORES[self.kind]}')
+    return one if self.count == 1 else f'{self.count}x{one}'
+
+
+def find(text: str) -> Pod:
+  """The pod of a name, see FORMS. Raises InputError, with the closest names, for an unknown one.
+
+  >>> find('v5p-256'), find('2x8xh100')
+  (Pod(kind='v5p', count=1, size=128), Pod(kind='h100', count=2, size=8))
+  """
+  name = ''.join(text.lower().split())
+  found = re.fullmatch(r'(?:([1-9]\d{0,3})x)?(?:(v4|v5p|v6e)-(\d{1,6})|8x(h100|h200))', name)
+  if not found:
+    raise InputError(f'--pod={configs.short(text)}{closest(name, _names())}: pods are {FORMS}')
+  count, kind, number, gpu = found.groups()
+  count = int(count or 1)
+  if gpu:
+    return Pod(gpu, count, NODE)
+  sizes, cores = SIZES[kind], CORES[kind]
+  if int(number) / cores not in sizes:
+    near = sorted(sizes, key=lambda size: abs(size * cores - int(number)))[:2]
+    names = ' and '.join(Pod(kind, count, size).name for size in sorted(near))
+    raise InputError(f'--pod={configs.short(text)}: there is no slice {kind}-{number}; the closest '
+                     f'are {names}')
+  return Pod(kind, count, int(number) // cores)
+
+
+def same_kind(pod: Pod) -> list[Pod]:
+  """The pods of the same chip that are not of several slices; nodes: any number. By their size."""
+  if pod.platform == 'gpu':
+    return [Pod(pod.kind, 2**i, NODE) for i in range(8)]
+  return [Pod(pod.kind, 1, size) for size in SIZES[pod.kind] if size.bit_count() == 1]
+
+
+def _names() -> list[str]:
+  return ['8xh100', '8xh200', '2x8xh100', '2x8xh200', '2xv5p-128', '2xv6e-256',
+          *(Pod(kind, 1, size).name for kind in SIZES for size in SIZES[kind]
+            if size.bit_count() == 1)]
