@@ -31,6 +31,7 @@ HOST = 4           # chips of a TPU host, but for the small slices of v6e
 SIZES = {'v4': (4, 8, 16, 32, *range(CUBE, 4096 + 1, CUBE)),
          'v5p': (4, 8, 16, 32, *range(CUBE, 6144 + 1, CUBE)),
          'v6e': (1, 4, 8, 16, 32, 64, 128, 256)}
+KINDS = (*SIZES, 'h100', 'h200')  # those that a pod may have
 CORES = {'v4': 2, 'v5p': 2, 'v6e': 1}  # what the name of a slice counts, per chip
 FORMS = ('v4-N and v5p-N for N cores, v6e-N for N chips, 8xh100 or 8xh200 for a node, and 2x before '
          'any of them for two, as in 2xv5p-128')
@@ -96,14 +97,14 @@ def find(text: str) -> Pod:
   return Pod(kind, count, int(number) // cores)
 
 
-def same_kind(pod: Pod) -> list[Pod]:
-  """The pods of the same chip that are not of several slices; nodes: any number. By their size."""
-  if pod.platform == 'gpu':
-    return [Pod(pod.kind, 2**i, NODE) for i in range(8)]
-  return [Pod(pod.kind, 1, size) for size in SIZES[pod.kind] if size.bit_count() == 1]
+def of_kind(kind: str) -> list[Pod]:
+  """One slice of each size that is a power of two, or nodes, the smallest first."""
+  if kind in SIZES:
+    return [Pod(kind, 1, size) for size in SIZES[kind] if size.bit_count() == 1]
+  return [Pod(kind, 2**i, NODE) for i in range(8)]
 
 
 def _names() -> list[str]:
-  return ['8xh100', '8xh200', '2x8xh100', '2x8xh200', '2xv5p-128', '2xv6e-256',
-          *(Pod(kind, 1, size).name for kind in SIZES for size in SIZES[kind]
-            if size.bit_count() == 1)]
+  several = [Pod('v5p', 2, 64), Pod('v6e', 2, 256), Pod('h100', 2, NODE), Pod('h200', 2, NODE)]
+  return [pod.name for pod in (*several, *(pod for kind in KINDS
+                                           for pod in of_kind(kind)))]

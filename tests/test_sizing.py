@@ -7,6 +7,7 @@ import types
 import aot
 import jax
 import pytest
+import scale
 
 from srlm_jax import catalog, config as configs, InputError
 from srlm_jax.models import sizing
@@ -180,3 +181,60 @@ def test_recomputation_and_shards_save_memory(remat):
   assert used(Mesh(1, 32, 8)) < base < used(Mesh(1, 16, 4))
   assert used(Mesh(1, 16, 8), 6144) > base > used(Mesh(1, 16, 8), has_reference=False)
   assert used(Mesh(1, 16, 8), accumulate=2) > base
+
+
+ROWS = [row for row in scale.rows() if row.gib]
+
+
+def test_the_rows_of_the_tables_are_found():
+  titles = [row.title for row in ROWS]
+  assert len(titles) > 40
+  # one of each table
+  for title in ('70b sft | v6e-256 | 1, 32, 8 | 1 dots', '70b sft | v6e-256 | 1, 32, 8 | 4 full',
+                '70b dpo, reference step | v5p-256 | 1, 16, 8 | 1 none',
+                '70b dpo, reference step | v5p-256 | 1, 64, 2 | 1 dots',
+                '70b decode, int8 | v6e-8 | 1, 1, 8 | 64',
+                '70b prefill of 2,048 tokens, bf16 | v5p-16 | 1, 1, 8 | 1'):
+    assert title in titles
+
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row.title)
+def test_the_formula_is_at_most_15_percent_above_the_compiler_and_never_below(row):
+  program, mesh = row.program, Mesh(*row.program.mesh)
+  if isinstance(program, aot.Training):
+    c = program.config
+    width = c.max_length * (3 if program.loss == 'dpo' else 2) // 2
+    found = sizing.training_bytes(program.model, mesh, program.rows * width,
+                                  program.reference == 'step', 1, c.remat)
+  else:
+    c = configs.get('m2', program.size).sample
+    c.size, c.int8 = aot.SIZE, program.bits == 8
+    found = sum(sizing.sampler_parts(c, program.model, mesh, aot.SLOTS).values())
+  assert 1 <= found / GIB / row.gib <= 1.15
+
+
+def test_a_group_has_the_fewest_hosts_that_hold_weights_and_cache():
+  def group(size, memory, hosts=32, **given):
+    config = catalog.replace(configs.get('m2', size), given)
+    return sizing.group(config, bf16(f'llama2-{size}'), Devices('tpu', 4, memory * GIB), hosts)
+  # 70B in bf16 takes 128.5 GiB; 64 slots take 80 GiB.
+  assert group('70b', 95) == 1 and group('70b', 32) == 2 and group('70b', 31) == 2
+  assert group('7b', 31) == 1
+  assert group('70b', 31, hosts=1) == 1   # there are no more
+  assert group('70b', 31, hosts=6) == 2   # the powers of two that divide 6 are 1 and 2
+  assert group('70b', 20, **{'sample.slots': 4}) == 2
+  assert group('70b', 95, **{'sample_mesh.tensor': 8}) == 2
+  # int8 weights are made from a copy in bf16: 16 slots fit on 2 hosts of v6e, and on more hosts
+  # not more per copy, because at most 8 chips divide the heads.
+  assert group('70b', 31, **{'sample.int8': True}) == 2
+
+
+def test_what_a_group_holds_fits():
+  config = configs.get('m2')
+  for memory in (31, 32, 64, 95, 141):
+    host = Devices('tpu', 4, memory * GIB)
+    count = sizing.group(config, bf16('llama2-70b'), host, 64)
+    devices = dataclasses.replace(host, count=4 * count)
+    data, fsdp, tensor, slots = sizing.sampling(config, bf16('llama2-70b'), devices).values()
+    parts = sizing.sampler_parts(config.sample, bf16('llama2-70b'), Mesh(data, fsdp, tensor), slots)
+    assert slots >= sizing.FEWEST_SLOTS * data and sum(parts.values()) < devices.usable

@@ -6,14 +6,13 @@ collectives and the shares of the peak below. These are calibrated on the middle
 docs/scale.md, which come from the TPU compiler: nothing was measured on a TPU.
 """
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
 from srlm_jax.models import llama, sizing
 from srlm_jax.models.config import Config
 from srlm_jax.models.sizing import Mesh
-from srlm_jax.pods import Pod, NETWORK
+from srlm_jax.pods import NETWORK, Pod
 
 BANDWIDTH = 0.85  # share of the HBM bandwidth that a good kernel reaches
 LATENCY = 2e-6    # seconds of a collective without bytes
@@ -89,7 +88,8 @@ def training_step(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, exampl
   products = forward_flops(c, padded) * (passes + (remat == 'full'))
   forwards = 1 + has_reference + (remat != 'none')
   heads = c.K * c.G * c.H
-  visited = (1 + is_pair) * (width**2 + width * min(BLOCK, width)) / 2  # rows of pairs see two copies
+  copies = 1 + is_pair  # of every key in the rows of pairs
+  visited = copies * (width**2 + width * min(BLOCK, width)) / 2
   work = forwards * PRODUCTS['fwd'] / SHARE['fwd'] + sum(
       PRODUCTS[part] / SHARE[part] for part in ('dkv', 'dq'))
   attention = 2 * work * heads * c.layers * rows * visited
@@ -111,15 +111,16 @@ def forward(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, examples: To
   return step * (1 / 3)
 
 
-def decode_step(c: Config, pod: Pod, chips: int, mesh: Mesh, int8: bool, slots: float,
+def decode_step(c: Config, pod: Pod, mesh: Mesh, int8: bool, slots: float,
                 length: float, prefix: float) -> Seconds:
-  """-> the seconds of one token for every slot of an engine on `chips` chips."""
+  """-> the seconds of one token for every slot of an engine."""
   copies = mesh.data * mesh.fsdp
   share = slots / copies  # of one copy of the weights
   read = decode_bytes(c, int8, share, length, prefix) / mesh.tensor
   flops = forward_flops(c, Tokens(share, share * (length + prefix), share)) / mesh.tensor
   floor = max(read / pod.chip.bandwidth, flops / pod.chip.flops)
-  seconds = max(read / (pod.chip.bandwidth * BANDWIDTH), flops / (pod.chip.flops * PREFILL[pod.kind]))
+  seconds = max(read / (pod.chip.bandwidth * BANDWIDTH),
+                flops / (pod.chip.flops * PREFILL[pod.kind]))
   seconds += c.layers * (LAYER + 2 * _all_reduce(c, pod, mesh, share))
   return Seconds(floor, seconds)
 

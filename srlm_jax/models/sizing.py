@@ -151,7 +151,7 @@ def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
       gradients=(4 + 4 * (accumulate > 1)) * params,  # of a micro-batch, and their sum
       # A copy of the parameters in the dtype of activations; the current layers, gathered over
       # fsdp; the embedding, the head and their gradients, gathered too.
-      weights=item * (params + (LAYERS * layer_params(c) + TABLES * c.D * c.V) / mesh.tensor),
+      copies=item * (params + (LAYERS * layer_params(c) + TABLES * c.D * c.V) / mesh.tensor),
       activations=tokens * item * (c.layers * kept / mesh.tensor + current),
       unused=UNUSED * params)
 
@@ -170,6 +170,19 @@ def work(c, mean: float, longest: int, has_reference: bool,
   else:
     rows, width = c.batch, longest
   return Work(rows, width, has_reference, is_exact=bool(begun) or not c.pack)
+
+
+def forward_parts(shape: Config, mesh: Mesh, tokens: int) -> dict[str, float]:
+  """-> {what: bytes of one device} of a forward pass of training with `tokens` per shard.
+
+  The parameters have the dtype of activations. No compiled program calibrates it.
+  """
+  step = training_parts(shape, mesh, tokens, False, 1, 'full')
+  item = jnp.dtype(shape.dtype).itemsize
+  params = llama.param_count(shape) / (mesh.fsdp * mesh.tensor)
+  kept = tokens * item * shape.layers * shape.D / mesh.tensor  # for a backward pass
+  return dict(parameters=item * params, copies=step['copies'] - item * params,
+              activations=step['activations'] - kept)
 
 
 def sampling(config, shape: Config, devices: Devices) -> dict[str, int]:
