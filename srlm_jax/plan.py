@@ -16,8 +16,10 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 import math
+import textwrap
 
 from absl import flags
+import jax.numpy as jnp
 from ml_collections import config_flags, ConfigDict
 
 from srlm_jax import ablations, catalog, cli, closest, config as configs, InputError, loop, pods
@@ -126,10 +128,11 @@ def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
   """The plan of one model; `lengths`: as LENGTHS. Raises InputError for an impossible mesh."""
   planner = Planner(config, pod, lengths)
   stages = [planner.stage(spec) for spec in catalog.STAGES if uses_chips(spec, config)]
-  c, params = config.train, 4 * llama.param_count(planner.shape)
+  c, params = config.train, llama.param_count(planner.shape)
   saved = planner.saved
   return Plan(config, pod, planner.group, stages, [*_reads(config, stages, params)],
-              saved if c.select else min(c.keep, saved), 3 * params)  # parameters and two moments
+              saved if c.select else min(c.keep, saved),
+              12 * params)  # parameters and two moments in float32
 
 
 def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
@@ -138,19 +141,24 @@ def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
 
 
 def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, float]]:
-  """Yields what is read. Consecutive stages that sample from the same model read it once."""
+  """Yields what is read. Consecutive stages that sample from the same model read it once.
+
+  Models that the run trains are stored in float32; published ones have 16 bits.
+  """
+  def size(model):
+    return params * (4 if model in configs.MODELS[1:] else 2)
   loaded = ''
   for stage in stages:
     if stage.name in ('model', 'reference'):
       if stage.name == 'model':
-        yield f'{stage.models[0]} to train', params
+        yield f'{stage.models[0]} to train', size(stage.models[0])
       if stage.name == 'reference' or objectives.find(config.train).needs_reference_params:
-        yield f'{stage.models[0]} as the reference', params
+        yield f'{stage.models[0]} as the reference', size(stage.models[0])
       loaded = ''
       continue
     for model in stage.models:
       if model != loaded:
-        yield f'{model} to sample', params
+        yield f'{model} to sample', size(model)
       loaded = model
 
 
@@ -168,10 +176,9 @@ class Planner:
     self.prompt, self.response, self.judgement = (
         lengths[name] for name in ('prompt', 'response', 'judgement'))
     self.sampled = dataclasses.replace(self.shape, dtype=config.sample.dtype)
-    self.group = sizing.group(config, self.sampled, host(pod), pod.hosts)
-    here = dataclasses.replace(host(pod), count=host(pod).count * self.group)
-    self.chosen = sizing.sampling(config, self.sampled, here)
+    self.chosen = sizing.sampling(config, self.sampled, host(pod), pod.hosts)
     self.sample_mesh = _mesh(self.chosen, 'sample_mesh')
+    self.group = math.prod(dataclasses.astuple(self.sample_mesh)) // host(pod).count
     self.kernels = kernels.choose(pod.platform, self.sampled)
     self.data = [*self._data()]
     self.examples = sum(count for count, _ in self.data)
@@ -299,6 +306,10 @@ class Planner:
     c, slots, mesh = self.config.sample, self.chosen['sample.slots'], self.sample_mesh
     parts = sizing.sampler_parts(c, self.shape, mesh, slots)
     rows, width = self._prefill_shape(job)
+    if c.int8:  # made from a copy in the dtype of activations
+      item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
+      both = llama.param_count(self.shape) * (item + 1) / chips
+      yield Program(stage, 'loading', mesh, 0, 0, dict(weights=both), slots=slots)
     yield Program(stage, 'prefill', mesh, rows, width, parts, slots=slots)
     yield Program(stage, 'decode', mesh, slots, 1, parts, slots=slots)
 
@@ -416,11 +427,11 @@ def cheaper(plans: list[Plan], lengths: dict[str, float]) -> Iterator[list[Plan]
 def text(plan: Plan) -> str:
   """What a plan says, as tables."""
   pod, groups = plan.pod, plan.pod.hosts // plan.group
-  lines = [f'{plan.config.name} of size {plan.config.size} on {pod.name}: {pod.chips} chips of '
-           f'{pod.chip.gib} GiB, {_many(pod.hosts, "host")}; sampling by {_many(groups, "group")} of '
-           f'{_many(plan.group, "host")}']
+  lines = [f'{plan.config.name} of size {plan.config.size} on {pod.name}: '
+           f'{_many(pod.chips, "chip")} of {pod.chip.gib} GiB, {_many(pod.hosts, "host")}; '
+           f'sampling by {_many(groups, "group")} of {_many(plan.group, "host")}']
   lines.append('\nGiB per chip of every program:')
-  table = [['stage', 'program', 'data, fsdp, tensor', 'rows', 'tokens per row', 'micro-batches',
+  table = [['stage', 'program', 'mesh', 'rows', 'width', 'micro-batches',
             'remat', 'slots', 'parameters', 'reference', 'optimizer', 'gradients',
             'activations, cache', 'total', f'usable of {pod.chip.gib}']]
   for program in (p for stage in plan.stages for p in stage.programs):
@@ -433,12 +444,12 @@ def text(plan: Plan) -> str:
   table.append(['all', '', '', *_times(plan.seconds), f'{plan.chip_hours:,.1f}'])
   lines.append(results.aligned(table))
   records = sum(stage.written for stage in plan.stages)
-  lines += [
-      '', f'Storage: {_many(plan.checkpoints, "checkpoint")} of {_gb(plan.checkpoint_bytes)} '
+  lines += ['', *map(_wrapped, (
+      f'Storage: {_many(plan.checkpoints, "checkpoint")} of {_gb(plan.checkpoint_bytes)} '
       f'(parameters and moments in float32), {_gb(records)} of records.',
       'Read from storage, once per pod: ' + ', '.join(
           f'{what} {_gb(size)}' for what, size in plan.reads)
-      + f'; {_gb(sum(size for _, size in plan.reads))} in all.']
+      + f'; {_gb(sum(size for _, size in plan.reads))} in all.'))]
   return '\n'.join(lines)
 
 
@@ -448,12 +459,17 @@ def _memory(program: Program, usable: float) -> list[str]:
   def gib(*names):
     found = sum(parts.get(name, 0) for name in names)
     return f'{found / GIB:.1f}' if found else '-'
-  return [program.stage, program.name, f'{mesh.data}, {mesh.fsdp}, {mesh.tensor}',
-          str(program.rows), f'{program.width:,}', str(program.accumulate) if program.remat else '-',
+  return [program.stage, program.name, f'{mesh.data} x {mesh.fsdp} x {mesh.tensor}',
+          str(program.rows), f'{program.width:,}',
+          str(program.accumulate) if program.remat else '-',
           program.remat or '-', str(program.slots or '-'), gib('parameters', 'weights'),
           gib('reference'), gib('optimizer'), gib('gradients'),
           gib('copies', 'activations', 'cache', 'unused'), f'{program.bytes / GIB:.1f}',
           f'{usable / GIB:.1f}']
+
+
+def _wrapped(text: str) -> str:
+  return textwrap.fill(text, 100)
 
 
 def _times(seconds: Seconds) -> list[str]:
@@ -486,13 +502,13 @@ def notes(pod: Pod, lengths: dict[str, float]) -> str:
   """What the numbers mean, and what they assume."""
   calibrated = ('nothing calibrates the estimates for GPUs' if pod.platform == 'gpu' else
                 'the estimate is calibrated on the TPU compiler\'s estimates in docs/scale.md')
-  return (
+  return '\n'.join(map(_wrapped, (
       f'Nothing was measured. Floor: the chips at their published peak. Estimate: by formula; '
-      f'{calibrated}. Reading, writing, compiling and what crosses between slices are in neither.\n'
+      f'{calibrated}. Reading, writing, compiling and what crosses between slices are in neither.',
       f'Assumed: {lengths["prompt"]:g} tokens per prompt, {lengths["response"]:g} per response, '
       f'{lengths["judgement"]:g} per judgement on average (flags --prompt, --response, '
       f'--judgement); {ACCEPTED:.0%} of the attempts become prompts, {PAIRS:.0%} of the prompts '
-      f'give a pair; rows as wide as the longest example that the config allows.')
+      f'give a pair; rows as wide as the longest example that the config allows.')))
 
 
 def show_cheaper(plans: list[Plan], lengths: dict[str, float]) -> str:

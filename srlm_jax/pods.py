@@ -33,8 +33,8 @@ SIZES = {'v4': (4, 8, 16, 32, *range(CUBE, 4096 + 1, CUBE)),
          'v6e': (1, 4, 8, 16, 32, 64, 128, 256)}
 KINDS = (*SIZES, 'h100', 'h200')  # those that a pod may have
 CORES = {'v4': 2, 'v5p': 2, 'v6e': 1}  # what the name of a slice counts, per chip
-FORMS = ('v4-N and v5p-N for N cores, v6e-N for N chips, 8xh100 or 8xh200 for a node, and 2x before '
-         'any of them for two, as in 2xv5p-128')
+FORMS = ('v4-N and v5p-N for N cores, v6e-N for N chips, 8xh100 and 8xh200 for a node, and several '
+         'of them as 2xv5p-128 or 4x8xh100')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rows of the tables of docs/scale.md, as programs of bench/aot.py with the compiler's figures."""
+"""The rows of the tables of docs/scale.md: programs of bench/aot.py, and the compiler's figures."""
 from collections.abc import Iterator
 import dataclasses
 import re

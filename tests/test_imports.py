@@ -22,8 +22,8 @@ ORDER = '''
 LATE = {'sentencepiece', 'transformers', 'tokenizers'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('config', 'ablations', 'pods', 'schema', 'records', 'lock', 'data.oasst', 'data.ranked',
-               'data.similar',
+WITHOUT_JAX = ('config', 'ablations', 'pods', 'schema', 'records', 'lock', 'data.oasst',
+               'data.ranked', 'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',
                'reward.scores', 'reward.strategies')

@@ -19,7 +19,6 @@ USABLE = dict(cpu=0.5, gpu=0.85, tpu=0.9)
 # Slots per copy of the weights. More rows share the cost of reading the weights, but at the end of
 # a stage more of them are empty.
 MOST_SLOTS = dict(cpu=128, gpu=256, tpu=256)
-FEWEST_SLOTS = 64  # that a group of hosts should have: with fewer, a step reads weights for few tokens
 # Values of train.remat, from the fastest. On a TPU, keeping everything was slower by the compiler's
 # estimate than recomputing what is cheap (docs/scale.md).
 POLICIES = dict(cpu=('none', 'dots', 'full'), gpu=('dots', 'full'), tpu=('dots', 'full'))
@@ -30,10 +29,11 @@ TENSOR_COST = 5
 # Of the memory of a training step, see `training_parts`: fitted to the programs of docs/scale.md.
 LAYERS = 2     # gathered layers: the current one, and the next
 TABLES = 3     # gathered embeddings or heads
-STREAMS = 4.5    # residual streams of the current layer that every chip of a tensor group holds whole
+STREAMS = 4.5  # whole residual streams of the current layer, on every chip of a tensor group
 HIDDEN = 13    # activations of its heads and its feed-forward layer, and their gradients
 UNUSED = 3.5   # bytes per parameter: space between buffers
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
+LEAST_SLOTS = 16  # per copy of the weights, for which a group of hosts must have memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,58 +185,60 @@ def forward_parts(shape: Config, mesh: Mesh, tokens: int) -> dict[str, float]:
               activations=step['activations'] - kept)
 
 
-def sampling(config, shape: Config, devices: Devices) -> dict[str, int]:
+def sampling(config, shape: Config, host: Devices, hosts: int = 1) -> dict[str, int]:
   """Chooses how to sample -> {key: value} of all keys of `config.OPEN` that sampling reads.
 
-  `devices`: those that run one engine. The mesh: the smallest tensor axis with which the weights
+  `host`: the devices of one of the `hosts`, which divide into groups; each group has a copy of the
+  weights or several. The smallest group that holds the weights, and the cache of the slots or of
+  LEAST_SLOTS; if none does, all hosts. The mesh: the smallest tensor axis with which the weights
   take at most WEIGHTS of the memory, or the largest. Then the most slots, a power of two per copy
   of the weights, whose cache fits.
   """
-  c = config.sample
-  def weights(mesh):
-    return loading_bytes(c, shape, mesh)
-  def cost(mesh):
-    over = max(weights(mesh) - WEIGHTS * devices.memory, 0)
-    return over, mesh.fsdp, mesh.tensor
-  mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices), key=cost)
-  slots = c.slots
+  for devices in _groups(config.sample_mesh, host, hosts):
+    mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices),
+               key=lambda mesh: _sampling_cost(config.sample, shape, devices, mesh))
+    fit = _fitting_slots(config.sample, shape, devices, mesh)
+    slots = config.sample.slots
+    if fit >= (LEAST_SLOTS if configs.is_open(slots) else slots / mesh.data):
+      break
   if configs.is_open(slots):
-    fit = (devices.usable - weights(mesh)) / _slot_bytes(c, shape) * mesh.fsdp * mesh.tensor
-    most = max(min(fit, MOST_SLOTS[devices.platform]), 1)
+    most = max(min(fit, MOST_SLOTS[host.platform]), 1)
     slots = mesh.data * 2**int(math.log2(most))
   return {**_axes('sample_mesh', mesh), 'sample.slots': slots}
 
 
-def group(config, shape: Config, host: Devices, hosts: int) -> int:
-  """-> how many hosts run one engine; `host`: the devices of one.
-
-  The fewest, a power of two that divides `hosts`, whose memory holds the weights and a cache of
-  FEWEST_SLOTS slots per copy of the weights, or of the slots that the config gives. If none does:
-  the fewest with the most slots; and the most hosts if not even one slot fits.
-  """
-  def slots(count):
-    devices = dataclasses.replace(host, count=count * host.count)
-    if devices.count % _known(config.sample_mesh):  # a mesh that is given needs more hosts
-      return 0
-    found = sampling(config, shape, devices)
-    mesh = Mesh(*(found[f'sample_mesh.{axis}'] for axis in ('data', 'fsdp', 'tensor')))
-    needed = loading_bytes(config.sample, shape, mesh)
-    needed += _slot_bytes(config.sample, shape) * found['sample.slots'] / math.prod(
-        dataclasses.astuple(mesh))
-    wanted = FEWEST_SLOTS if configs.is_open(config.sample.slots) else 1
-    return min(found['sample.slots'] // mesh.data, wanted) if needed <= devices.usable else 0
-  counts = [2**i for i in range(hosts.bit_length()) if hosts % 2**i == 0]
-  best = max(map(slots, counts))
-  return next(n for n in counts if slots(n) == best) if best else counts[-1]
+def _groups(given, host: Devices, hosts: int) -> list[Devices]:
+  """The devices of a group of hosts, for every size of a group that a mesh can have."""
+  sizes = given.data, given.fsdp, given.tensor
+  known = math.prod(n for n in sizes if not configs.is_open(n))
+  is_whole = not any(map(configs.is_open, sizes))
+  found = [dataclasses.replace(host, count=n * host.count) for n in _divisors(hosts)]
+  fitting = [d for d in found if (d.count == known if is_whole else d.count % known == 0)]
+  if not fitting:
+    counts = ', '.join(str(d.count) for d in found)
+    raise InputError(
+        f'config.sample_mesh is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}, and its '
+        f'product does not divide over groups of the {hosts} hosts, which have {counts} devices; '
+        f'make the product one of them, or leave a size to be chosen (-1)')
+  return fitting
 
 
-def loading_bytes(c, shape: Config, mesh: Mesh) -> float:
-  """-> bytes of one device that the weights of a sampler take; `c`: the section `sample`.
+def _sampling_cost(c, shape: Config, devices: Devices, mesh: Mesh):
+  over = max(_sampling_weights(c, shape, mesh) - WEIGHTS * devices.memory, 0)
+  return over, mesh.fsdp, mesh.tensor
 
-  int8 weights are made from a copy in the dtype of activations.
-  """
-  return llama.param_count(shape) * (jnp.dtype(c.dtype).itemsize + c.int8) / (
-      mesh.fsdp * mesh.tensor)
+
+def _sampling_weights(c, shape: Config, mesh: Mesh) -> float:
+  """-> bytes of one device; int8 weights are made from a copy in the dtype of activations."""
+  bytes_per_weight = jnp.dtype(c.dtype).itemsize + c.int8
+  return llama.param_count(shape) * bytes_per_weight / (mesh.fsdp * mesh.tensor)
+
+
+def _fitting_slots(c, shape: Config, devices: Devices, mesh: Mesh) -> float:
+  """-> the slots per copy of the weights whose cache fits beside them."""
+  tokens = 2 * shape.layers * shape.K * min(c.size, shape.context) * shape.H
+  row = tokens * jnp.dtype(c.dtype).itemsize / mesh.tensor  # bytes of one device
+  return (devices.usable - _sampling_weights(c, shape, mesh)) / row * mesh.fsdp
 
 
 def sampler_parts(c, shape: Config, mesh: Mesh, slots: int) -> dict[str, float]:
@@ -245,29 +247,15 @@ def sampler_parts(c, shape: Config, mesh: Mesh, slots: int) -> dict[str, float]:
   Never below and at most 15 % above what the TPU compiler needs for those of docs/scale.md.
   """
   item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
+  size = min(c.size, shape.context)
   table = shape.D * shape.V  # the embedding stays in the dtype of activations
   rest = llama.param_count(shape) - table
-  width = _layer_width(shape, mesh.tensor)
+  # Of a layer, for the longest prompt.
+  current = 4 * shape.D + 3 * (shape.F + shape.K * shape.G * shape.H) / mesh.tensor
   return dict(
       weights=(table * item + rest * (1 if c.int8 else item)) / chips,
-      cache=_slot_bytes(c, shape) * slots / (mesh.data * chips),
-      activations=min(c.size, shape.context) * item * width)  # of the longest prompt
-
-
-def _layer_width(c: Config, tensor: int) -> float:
-  """Elements per token of the activations of a layer in a prefill."""
-  return 4 * c.D + 3 * (c.F + c.K * c.G * c.H) / tensor
-
-
-def _slot_bytes(c, shape: Config) -> int:
-  """Bytes of the keys and values of one slot, on all devices of a copy of the weights."""
-  size = min(c.size, shape.context)
-  return 2 * shape.layers * shape.K * shape.H * size * jnp.dtype(c.dtype).itemsize
-
-
-def _known(given) -> int:
-  """The product of the sizes that a mesh's section of the config gives."""
-  return math.prod(n for n in (given.data, given.fsdp, given.tensor) if not configs.is_open(n))
+      cache=2 * shape.layers * shape.K * shape.H * size * item * slots / (mesh.data * chips),
+      activations=size * item * current)
 
 
 def layer_params(c: Config) -> int:
@@ -281,7 +269,7 @@ def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
   With fewer than two open sizes there is one mesh, whatever it divides: `sharding` checks that.
   """
   sizes = given.data, given.fsdp, given.tensor
-  known = _known(given)
+  known = math.prod(n for n in sizes if not configs.is_open(n))
   given_sizes = f'config.{section} is data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]}'
   if devices.count % known:
     raise InputError(f'{given_sizes}, whose product does not divide the {devices.count} available '
