@@ -1,7 +1,8 @@
 """Host time per engine call: from the end of one call on the device to the dispatch of the next.
 
-  python bench/host.py            # 64 slots, 8 tokens per call, long judge prompts
-  python bench/host.py --quick    # few requests
+  python bench/host.py              # 64 slots, 8 tokens per call, long judge prompts
+  python bench/host.py --unrolled   # each layer's weights and cache are arrays, as on GPUs
+  python bench/host.py --quick      # few requests
 
 The engine runs a judge stage as in production: it renders and tokenizes prompts, schedules slots,
 prepares the arrays of prefills, moves them to 8 devices and back, parses scores and writes records.
@@ -47,8 +48,8 @@ SLOTS, STEPS, SIZE = 64, 8, 4096       # of a 70B sampler: configs of bench/aot.
 DECODE_MS = {'bf16': 12.9, 'int8': 10.1}  # of one step at 70B on v5p-16, the middle estimate
 JUDGEMENTS = workloads.Kind(count=300, rubric=0, prompt=0, median=80, cap=256)
 PROMPT, RESPONSE = 150, 800            # words, on average
-# The cache has the shape of 70B's for 8 devices; sizes that only a device would notice are small.
-MODEL = Config(D=16, F=16, K=8, G=1, H=2, V=4096, layers=1, context=SIZE)
+# As many arrays as 70B on 8 devices; sizes that only a device would notice are small.
+MODEL = Config(D=16, F=16, K=8, G=1, H=2, V=4096, layers=80, context=SIZE, dtype='bfloat16')
 
 
 class Calls:
@@ -115,12 +116,13 @@ def requests(judge: judges.Judge, tokenizer, count: int, calls: Calls) -> Iterat
     yield engines.Request(f'p{i}/0', ids, 3, lengths=workloads.lengths(rng, JUDGEMENTS, 3))
 
 
-def measure(count: int) -> tuple[Calls, dict]:
+def measure(count: int, unrolled: bool) -> tuple[Calls, dict]:
   """-> the calls of a stage of `count` requests, and what they did."""
   judge = judges.load('additive')
   tokenizer = tokenizers.load(pathlib.Path(srlm_jax.__file__).parent / 'sandbox' / 'm0')
   calls = Calls(tokenizer.encode(judge.example))
-  like_tpu = dataclasses.replace(attention.XLA, width_multiple=128, size_multiple=512)
+  choice = dataclasses.replace(attention.XLA, width_multiple=128, size_multiple=512,
+                               unrolled=unrolled)
   mesh = sharding.make_mesh(1, 1, 8)
   with jax.set_mesh(mesh):
     out = sharding.shardings(llama.abstract_params(MODEL), mesh)
@@ -141,7 +143,7 @@ def measure(count: int) -> tuple[Calls, dict]:
 
   with (mock.patch.object(programs, 'decode', calls.decode),
         mock.patch.object(programs, 'prefill', calls.prefill),
-        mock.patch.object(kernels, 'choose', lambda platform, config: like_tpu),
+        mock.patch.object(kernels, 'choose', lambda platform, config: choice),
         tempfile.TemporaryDirectory() as folder):
     engine = engines.Engine(llama.Llama(MODEL), params, mesh, (), 0, 'bench', slots=SLOTS,
                             size=SIZE, steps=STEPS)
@@ -161,15 +163,17 @@ def measure(count: int) -> tuple[Calls, dict]:
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--unrolled', action='store_true', help='layers are separate arrays')
   parser.add_argument('--quick', action='store_true', help='few requests')
   parser.add_argument('--json', help='also writes the JSON to this file')
   f = parser.parse_args()
-  calls, made = measure(50 if f.quick else JUDGEMENTS.count)
+  calls, made = measure(50 if f.quick else JUDGEMENTS.count, f.unrolled)
   ms = {name: 1e3 * np.asarray(values)[1:len(calls.seconds)]
         for name, values in (('all', calls.seconds), ('prompts', calls.reading[1:]),
                              ('records', calls.writing[1:]))}
   limits = {bits: STEPS * step / 2 for bits, step in DECODE_MS.items()}
-  found = dict(machine=roofline.name(), calls=len(ms['all']), limits_ms=limits, **made,
+  found = dict(machine=roofline.name(), unrolled=f.unrolled, calls=len(ms['all']),
+               limits_ms=limits, **made,
                **{f'{name}_ms': dict(median=float(np.median(x)), p90=float(np.quantile(x, 0.9)),
                                      most=float(x.max())) for name, x in ms.items()})
   print(f'{found["machine"]}; {len(ms["all"])} calls of {STEPS} tokens in {SLOTS} slots; '
