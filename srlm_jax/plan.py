@@ -132,7 +132,7 @@ def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
   saved = planner.saved
   return Plan(config, pod, planner.group, stages, [*_reads(config, stages, params)],
               saved if c.select else min(c.keep, saved),
-              12 * params)  # parameters and two moments in float32
+              params * (4 + 2 * jnp.dtype(c.moments).itemsize))
 
 
 def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
@@ -235,7 +235,7 @@ class Planner:
     multiple = kernels.for_training(self.pod.platform, shape, remat).width_multiple
     rows, width = _up(work.rows, mesh.parts * accumulate), _up(work.width, multiple)
     tokens = rows // (mesh.parts * accumulate) * width
-    parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat)
+    parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat, c.moments)
     return Program('model', 'step', mesh, rows, width, parts, accumulate, remat)
 
   def _batch(self) -> Tokens:
@@ -251,7 +251,7 @@ class Planner:
     step = costs.training_step(
         dataclasses.replace(self.shape, dtype=c.dtype), self.pod, p.mesh, p.rows, p.width,
         self._batch(), c.loss in configs.PAIR_LOSSES, objectives.find(c).needs_reference_params,
-        p.accumulate, p.remat)
+        p.accumulate, p.remat, c.moments)
     return step * self.steps
 
   def _reference(self, models: list[str]) -> Stage:
@@ -373,8 +373,8 @@ CHANGES = (
     {'mesh.data': -1, 'mesh.fsdp': -1, 'mesh.tensor': -1},
     {'sample_mesh.data': -1, 'sample_mesh.fsdp': 1, 'sample_mesh.tensor': -1},
     {'train.accumulate': -1}, {'train.remat': 'auto'}, {'train.dtype': 'bfloat16'},
-    {'train.reference': 'cached'}, {'sample.slots': -1}, {'sample.dtype': 'bfloat16'},
-    {'sample.int8': True}, {'sample.size': 2048})
+    {'train.reference': 'cached'}, {'train.moments': 'bfloat16'}, {'sample.slots': -1},
+    {'sample.dtype': 'bfloat16'}, {'sample.int8': True}, {'sample.size': 2048})
 
 
 def refuse_too_large(plan: Plan, lengths: dict[str, float]):
@@ -446,7 +446,7 @@ def text(plan: Plan) -> str:
   records = sum(stage.written for stage in plan.stages)
   lines += ['', *map(_wrapped, (
       f'Storage: {_many(plan.checkpoints, "checkpoint")} of {_gb(plan.checkpoint_bytes)} '
-      f'(parameters and moments in float32), {_gb(records)} of records.',
+      f'(parameters and moments), {_gb(records)} of records.',
       'Read from storage, once per pod: ' + ', '.join(
           f'{what} {_gb(size)}' for what, size in plan.reads)
       + f'; {_gb(sum(size for _, size in plan.reads))} in all.'))]

@@ -70,7 +70,8 @@ def test_the_estimates_are_close_to_those_of_the_compiled_programs(row):
     one = costs.example(half, half, responses)
     examples = costs.Tokens(rows * one.total, rows * one.seen, rows * one.targets)
     found = costs.training_step(p.model, pod, mesh, rows, half * (1 + responses), examples,
-                                p.loss == 'dpo', p.reference == 'step', 1, p.config.remat)
+                                p.loss == 'dpo', p.reference == 'step', 1, p.config.remat,
+                                p.moments)
   elif p.kind == 'decode':
     found = costs.decode_step(p.model, pod, mesh, p.bits == 8, p.rows, 2048, aot.PREFIX)
   else:
@@ -91,15 +92,16 @@ def zeros(abstract):
   return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
 
 
-@pytest.mark.parametrize('sizes', [(1, 4, 2), (2, 2, 2), (1, 8, 1)])
-def test_bytes_of_the_state_are_those_of_real_arrays(sizes):
+@pytest.mark.parametrize('sizes, moments', [
+    ((1, 4, 2), 'float32'), ((2, 2, 2), 'bfloat16'), ((1, 8, 1), 'float32')])
+def test_bytes_of_the_state_are_those_of_real_arrays(sizes, moments):
   shape, mesh = dataclasses.replace(PRESETS['sandbox'], dtype='bfloat16'), make_mesh(*sizes)
-  config = configs.get('m2', 'tiny')
+  config = catalog.replace(configs.get('m2', 'tiny'), {'train.moments': moments})
   with jax.set_mesh(mesh):
     abstract = train_state.abstract(shape, train_state.optimizer(config.train, 10), mesh)
   state = zeros(abstract)
   reference = jax.tree.map(lambda x: x.astype(shape.dtype), state.params)
-  parts = sizing.training_parts(shape, Mesh(*sizes), 256, True, 1, 'dots')
+  parts = sizing.training_parts(shape, Mesh(*sizes), 256, True, 1, 'dots', moments)
   assert parts['parameters'] == pytest.approx(on_first(state.params), rel=0.01)
   assert parts['optimizer'] == pytest.approx(on_first(state.opt_state), rel=0.01)
   assert parts['reference'] == pytest.approx(on_first(reference), rel=0.01)

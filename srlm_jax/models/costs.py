@@ -79,7 +79,8 @@ def decode_bytes(c: Config, int8: bool, slots: float, length: float, prefix: flo
 
 
 def training_step(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, examples: Tokens,
-                  is_pair: bool, has_reference: bool, accumulate: int, remat: str) -> Seconds:
+                  is_pair: bool, has_reference: bool, accumulate: int, remat: str,
+                  moments: str) -> Seconds:
   """-> the seconds of a step of `rows` rows of `width` tokens, which hold the `examples`."""
   chip, share = pod.chip, TRAINING[pod.kind]
   passes = 3 + has_reference  # of a forward pass; the backward pass is two
@@ -94,8 +95,9 @@ def training_step(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, exampl
       PRODUCTS[part] / SHARE[part] for part in ('dkv', 'dq'))
   attention = 2 * work * heads * c.layers * rows * visited
   seconds = (products / share + attention) / (pod.chips * chip.flops)
-  seconds += 28 * llama.param_count(c) / (mesh.fsdp * mesh.tensor) / (  # float32: 4 read, 3 written
-      chip.bandwidth * BANDWIDTH)
+  # The optimizer reads parameters, gradients and moments, and writes all but the gradients.
+  moved = (3 * 4 + 4 * jnp.dtype(moments).itemsize) * llama.param_count(c)
+  seconds += moved / (mesh.fsdp * mesh.tensor) / (chip.bandwidth * BANDWIDTH)
   over_tensor, over_fsdp = SENT[has_reference]
   elements = over_tensor * rows * width / pod.chips * c.D * (mesh.tensor - 1)
   elements += accumulate * over_fsdp * sizing.layer_params(c) / mesh.tensor * (
@@ -107,7 +109,8 @@ def training_step(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, exampl
 def forward(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, examples: Tokens,
             is_pair: bool) -> Seconds:
   """-> the seconds of a forward pass of a batch: a third of a step without recomputation."""
-  step = training_step(c, pod, mesh, rows, width, examples, is_pair, False, 1, 'none')
+  step = training_step(c, pod, mesh, rows, width, examples, is_pair, False, 1, 'none',
+                       'float32')
   return step * (1 / 3)
 
 

@@ -103,7 +103,7 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
   def needed(step):
     accumulate, remat = step
     tokens = math.ceil(rows / accumulate) * work.width
-    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat)
+    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat, c.moments)
   steps = list(_steps(c, rows, work, mesh, devices.platform))
   accumulate, remat = next((step for step in steps if needed(step) < devices.usable),
                            min(steps, key=needed))
@@ -123,15 +123,17 @@ def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tupl
 
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str) -> float:
+                   remat: str, moments: str) -> float:
   """-> bytes of one device that a training step takes: the sum of `training_parts`."""
-  return sum(training_parts(shape, mesh, tokens, has_reference, accumulate, remat).values())
+  return sum(training_parts(shape, mesh, tokens, has_reference, accumulate, remat,
+                            moments).values())
 
 
 def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str) -> dict[str, float]:
+                   remat: str, moments: str) -> dict[str, float]:
   """-> {what: bytes of one device} of a training step, with `tokens` per shard and micro-batch.
 
+  Parameters and gradients are float32, Adam's moments have the dtype `moments`.
   Never below and at most 15 % above what the TPU compiler needs for the programs of docs/scale.md.
   Its own list of buffers has the parts below; the factors in capitals are fitted.
   """
@@ -146,7 +148,7 @@ def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
   current = STREAMS * c.D + HIDDEN * (c.F + heads) / mesh.tensor
   return dict(
       parameters=4 * params,
-      optimizer=2 * 4 * params,  # the two moments of Adam
+      optimizer=2 * jnp.dtype(moments).itemsize * params,  # the two moments of Adam
       reference=item * params * has_reference,
       gradients=(4 + 4 * (accumulate > 1)) * params,  # of a micro-batch, and their sum
       # A copy of the parameters in the dtype of activations; the current layers, gathered over
@@ -177,7 +179,7 @@ def forward_parts(shape: Config, mesh: Mesh, tokens: int) -> dict[str, float]:
 
   The parameters have the dtype of activations. No compiled program calibrates it.
   """
-  step = training_parts(shape, mesh, tokens, False, 1, 'full')
+  step = training_parts(shape, mesh, tokens, False, 1, 'full', 'float32')
   item = jnp.dtype(shape.dtype).itemsize
   params = llama.param_count(shape) / (mesh.fsdp * mesh.tensor)
   kept = tokens * item * shape.layers * shape.D / mesh.tensor  # for a backward pass
