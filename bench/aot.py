@@ -6,15 +6,18 @@ sampling programs.
 """
 import dataclasses
 import functools
+import math
 import os
 import re
 
+from flax import traverse_util
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
+import numpy as np
 
 from srlm_jax import config as configs, sharding
-from srlm_jax.checkpoint import store
+from srlm_jax.checkpoint import distribute, store
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import Packing
 from srlm_jax.models import cache as caches, int8, kernels, llama, sizing
@@ -131,19 +134,58 @@ MESHES = tuple(
         ('dpo', 'v5p-256', 'step', ((16, 8), (32, 4), (64, 2)), (16, 32, 64)),
         ('sft', 'v6e-256', '', ((32, 8), (64, 4), (128, 2)), (32, 64, 128)))
     for examples in counts for fsdp, tensor in meshes if examples >= fsdp)
+def group_mesh(pod: str) -> tuple[int, int, int]:
+  """-> the mesh of the smallest group of hosts that holds 70B in bf16; a host has 4 chips."""
+  chips = math.prod(map(int, re.findall(r'\d+', PODS[pod][0]['topology_name'].partition(':')[2])))
+  found = sizing.sampling(configs.get('m2', '70b'), PRESETS['llama2-70b'],
+                          sizing.Devices('tpu', 4, PODS[pod][1] * GIB), chips // 4)
+  return tuple(found[f'sample_mesh.{axis}'] for axis in sharding.NAMES)
+
+
+# On 8 chips, and on the chips of the groups of hosts that sample on a pod.
+GROUPS = ('v5p-256', 'v4-256', 'v6e-256')
 SAMPLING = tuple(
     Sampler(kind, pod, bits, width)
     for pod in ('v5p-16', 'v6e-8')
     for kind, width in (('decode', 0), ('prefill', 128), ('prefill', 2048))
-    for bits in (16, 8))
+    for bits in (16, 8)) + tuple(
+        Sampler(kind, pod, 16, width, mesh=group_mesh(pod))
+        for pod in GROUPS for kind, width in (('decode', 0), ('prefill', 2048)))
 
 
 def make_mesh(program: Training | Sampler):
-  """-> the mesh of a program, over chips that need not exist."""
+  """-> the mesh of a program, over chips that need not exist; of a sampler, a part of the pod."""
+  chips = sorted(topology(program.pod), key=lambda chip: chip.process_index)
+  return sharding.make_mesh(*program.mesh, chips[:math.prod(program.mesh)])
+
+
+def topology(pod: str) -> list:
+  """-> the chips of a pod, which need not exist."""
   os.environ.update(ENVIRONMENT)
   jax.config.update('jax_platforms', 'cpu')
-  topology = topologies.get_topology_desc(platform='tpu', **PODS[program.pod][0])
-  return sharding.make_mesh(*program.mesh, topology.devices)
+  return topologies.get_topology_desc(platform='tpu', **PODS[pod][0]).devices
+
+
+def distribution_bytes(pod: str) -> list[tuple[str, int, int]]:
+  """Compiles the programs that distribute 70B in bf16 to the groups of a pod, as `distribute` does.
+
+  -> (name, bytes of one chip that the arrays before it take, bytes that its program needs) of every
+  array.
+  """
+  shape = group_mesh(pod)
+  chips = sorted(topology(pod), key=lambda chip: chip.process_index)
+  groups = [sharding.make_mesh(*shape, chips[i:i + math.prod(shape)])
+            for i in range(0, len(chips), math.prod(shape))]
+  whole = distribute.mesh_of(np.stack([g.devices for g in groups]), sharding.NAMES)
+  with jax.set_mesh(groups[0]):
+    params = llama.abstract_params(PRESETS['llama2-70b'])
+    params = traverse_util.flatten_dict(store.abstract_on(groups[0], params, 'bfloat16'), sep='.')
+  found, before = [], 0
+  for name in distribute.order(params):
+    lowered = distribute.lower(whole, params[name], name)
+    found.append((name, before, total_bytes(lowered.compile())))
+    before += math.prod(params[name].sharding.shard_shape(params[name].shape)) * 2
+  return found
 
 
 def compile(program: Training | Sampler, options: dict | None = None):

@@ -177,10 +177,10 @@ _SECTIONS = {
         fsdp=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
         tensor=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
     ),
-    'sample_mesh': dict(  # sampling, over the devices of each host
-        data=Setting(-1, COUNT_OR_OPEN, 'devices per host; -1: chosen', OURS),
-        fsdp=Setting(1, COUNT_OR_OPEN, 'devices per host; -1: chosen', OURS),
-        tensor=Setting(-1, COUNT_OR_OPEN, 'devices per host; -1: chosen', OURS),
+    'sample_mesh': dict(  # sampling, over the devices of a host or of a group of hosts
+        data=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
+        fsdp=Setting(1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
+        tensor=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
     ),
     'data': dict(
         source=Setting('oasst', one_of('oasst', 'ranked', 'sandbox'),
@@ -242,7 +242,8 @@ _SECTIONS = {
         beta=Setting(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
     ),
     'sample': dict(
-        slots=Setting(-1, COUNT_OR_OPEN, 'rows decoded together, per host; -1: chosen', OURS),
+        slots=Setting(-1, COUNT_OR_OPEN, 'rows decoded together, per group of hosts; -1: chosen',
+                      OURS),
         size=Setting(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
         steps=Setting(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'),

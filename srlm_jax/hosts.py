@@ -1,4 +1,5 @@
 """The processes of a run, one per host."""
+import dataclasses
 import functools
 import json
 import os
@@ -41,9 +42,38 @@ def gather(value) -> list:
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def share(total: int) -> tuple[int, int, int]:
-  """(start, stop, step) of this host's share of `total` items, for range, slice or islice."""
-  return jax.process_index(), total, jax.process_count()
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """`size` consecutive hosts that run one sampler; the groups of a run have the same size."""
+  size: int
+
+  @property
+  def count(self) -> int:
+    """The number of groups."""
+    return jax.process_count() // self.size
+
+  @property
+  def index(self) -> int:
+    """The number of the group that this host belongs to."""
+    return jax.process_index() // self.size
+
+  @property
+  def is_first_host(self) -> bool:
+    """Whether this host is the first of its group: the one that writes."""
+    return jax.process_index() % self.size == 0
+
+  @property
+  def devices(self) -> list:
+    """The devices of the hosts of this group."""
+    return [d for d in jax.devices() if d.process_index // self.size == self.index]
+
+  def share(self, total: int) -> tuple[int, int, int]:
+    """(start, stop, step) of this group's share of `total` items, for range, slice or islice."""
+    return self.index, total, self.count
+
+  def gather(self, value) -> list:
+    """`value` of the first host of every group, in their order; all hosts must call it."""
+    return gather(value)[::self.size]
 
 
 def log(text: str):

@@ -65,8 +65,18 @@ def stop_at_start(title: str):
     raise Stopped(f'stopped by SIGTERM before {title}')
 
 
-def stop_if_requested(title: str):
-  """Raises Stopped if any host was asked to stop; all that this host made must be in files."""
+def stop_if_requested(title: str, agreement: 'Agreement'):
+  """Raises Stopped if any host was asked to stop; all that this host made must be in files.
+
+  `agreement`: of the hosts that run the same programs, which stop at the same call.
+  """
+  _exchange(title)
+  if agreement.reached():
+    raise after_records(title)
+
+
+def _exchange(title: str):
+  """Tells the other hosts that this one was asked to stop, or looks whether another one was."""
   global _looked
   if jax.process_count() > 1:
     if requested():
@@ -75,8 +85,6 @@ def stop_if_requested(title: str):
       _looked = time.monotonic()
       if _store().key_value_dir_get('srlm/stop/'):
         _received.set()
-  if requested():
-    raise after_records(title)
 
 
 def after_records(title: str) -> Stopped:
@@ -86,7 +94,7 @@ def after_records(title: str) -> Stopped:
 
 @contextlib.contextmanager
 def together(title: str):
-  """A block of `deferred` in which every host works by itself, and a barrier after it.
+  """A block of `deferred` in which every group of hosts works by itself, and a barrier after it.
 
   Raises Stopped if any host was asked to stop before all had ended.
   """
@@ -97,25 +105,30 @@ def together(title: str):
       return
     _store().key_value_set(f'{block}{jax.process_index()}', title)
     while len(_store().key_value_dir_get(block)) < jax.process_count():
-      stop_if_requested(title)
+      _exchange(title)
+      if requested():
+        raise after_records(title)
       time.sleep(POLL / 10)
 
 
 class Agreement:
-  """Makes all hosts stop at the same step, if any of them was asked to.
+  """Makes the hosts of some devices stop at the same step, if any of them was asked to.
 
   The hosts exchange one number per step. Its answer is read one step later, so a host is at most
   one step ahead of the devices.
   """
 
-  def __init__(self):
-    self._mesh = Mesh(np.array(jax.devices()), 'hosts')
+  def __init__(self, devices=None):
+    """`devices`: those of a mesh; by default, all."""
+    devices = np.array(jax.devices() if devices is None else devices).flatten()
+    self._is_alone = len({d.process_index for d in devices}) == 1
+    self._mesh = Mesh(devices, 'hosts')
     self._any = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(self._mesh, P()))
     self._last = None
 
   def reached(self) -> bool:
     """Whether to stop now: the same on all hosts, which must call it equally often."""
-    if jax.process_count() == 1:
+    if self._is_alone:
       return requested()
     mine = np.full(jax.local_device_count(), requested(), np.int32)
     with jax.set_mesh(self._mesh):  # its order of devices is not that of the training

@@ -26,7 +26,7 @@ from srlm_jax import InputError
 Record = TypeVar('Record')  # a dataclass of `schema`
 
 # The field that says which request a record of a shard belongs to; of other shards it is `id`.
-_REQUEST = dict(responses='prompt_id', judgements='response_id', comparisons='response_id')
+_REQUEST = dict(responses='prompt_id', judgements='response_id')
 HASHED = ('.json', '.jsonl', '.model')  # the files of a stage that done.json lists
 
 
@@ -69,9 +69,9 @@ def read_shards(folder, stem: str, kind: type[Record]) -> Iterator[Record]:
 
   kind: as for `read`.
 
-  Host h of H writes the requests h, h + H, h + 2 H, .. (`hosts.share`), each as one or more
-  consecutive records. Reading one request from each shard in turn restores the order in which a
-  single host would have written them.
+  Group g of G hosts writes the requests g, g + G, g + 2 G, .. (`hosts.Group.share`), each as one or
+  more consecutive records. Reading one request from each shard in turn restores the order in which
+  a single host would have written them.
   """
   paths = sorted(epath.Path(folder).glob(f'{stem}-*-of-*.jsonl'))
   if not paths:

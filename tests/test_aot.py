@@ -2,6 +2,7 @@
 
 `make aot` runs these tests.
 """
+import math
 import re
 
 import aot
@@ -20,7 +21,7 @@ def programs(kind: str):
 def compiled(program: aot.Sampler):
   """-> the program, and its temporaries as a fraction of the cache, which is updated in place."""
   found = aot.compile(program)
-  c, chips = program.model, 8
+  c, chips = program.model, math.prod(program.mesh)
   memory = found.memory_analysis()
   cache = 2 * c.layers * aot.SLOTS * c.K * aot.SIZE * c.H * 2 / chips  # bytes per chip
   assert memory.alias_size_in_bytes == pytest.approx(cache, rel=0.01)
@@ -38,8 +39,9 @@ def test_decode_is_in_place_and_gathers_no_weights(program):
   assert fraction < 0.05
   assert max(gathered(found), default=0) <= aot.SLOTS * config.V  # logits, to sample from
   assert 'tpu_decode' in text and 'tpu_append' in text
-  layer = rf'bf16\[(1,)?({config.layers},)?{aot.SLOTS},1,{aot.SIZE},{config.H}\]'
-  prefix = rf'bf16\[(1,)?({config.layers},)?1,{aot.PREFIX},{config.H}\]'
+  heads = config.K // program.mesh[2]
+  layer = rf'bf16\[(1,)?({config.layers},)?{aot.SLOTS},{heads},{aot.SIZE},{config.H}\]'
+  prefix = rf'bf16\[(1,)?({config.layers},)?{heads},{aot.PREFIX},{config.H}\]'
   assert not re.search(rf'= ({layer}|{prefix})\S* (copy|dynamic-slice|copy-start)\(', text)
 
 
@@ -48,3 +50,14 @@ def test_prefill_is_in_place_and_gathers_no_weights(program):
   found, fraction = compiled(program)
   assert fraction < 0.05 and 'splash' in found.as_text()
   assert max(gathered(found), default=0) <= program.rows * program.width * program.model.D
+
+
+@pytest.mark.parametrize('pod', aot.GROUPS)
+def test_a_pod_distributes_a_checkpoint_to_its_groups_in_their_memory(pod):
+  found = aot.distribution_bytes(pod)
+  name, peak = max(((name, before + needed) for name, before, needed in found),
+                   key=lambda pair: pair[1])
+  print(f'\n70b bf16 to groups of {aot.group_mesh(pod)} on {pod}: at most '
+        f'{peak / aot.GIB:.1f} of {aot.PODS[pod][1]} GiB per chip, for {name}; the parameters take '
+        f'{found[-1][1] / aot.GIB:.1f}')
+  assert peak < aot.PODS[pod][1] * aot.GIB

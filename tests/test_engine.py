@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax import config as configs, InputError, records, sharding
+from srlm_jax import config as configs, hosts, InputError, records, sharding
 from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.data.examples import Example
@@ -17,7 +17,7 @@ from srlm_jax.data.packing import Packing
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 from srlm_jax.reward import judges
-from srlm_jax.sample import engine as engines, programs
+from srlm_jax.sample import engine as engines, programs, shards
 from srlm_jax.sample.engine import Request, Sampling
 from srlm_jax.sandbox import data as sandbox, people, world
 from srlm_jax.train import batch as batches, step as train_step
@@ -244,11 +244,12 @@ def test_a_row_ends_at_any_of_the_eos_ids():
 
 
 def test_a_prompt_that_is_too_long_is_named_and_skipped(tmp_path, capsys):
-  engine, out = make(size=16)[0], tmp_path / 'x-00000-of-00001.jsonl'
+  engine, out = make(size=16)[0], shards.Shard(tmp_path, 'x', hosts.Group(1))
   asked = [Request('long', list(range(1, 8)), 2), Request('short', [1, 2])]
-  engines.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(
+  shards.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(
       id=f'{request.id}/{i}', finish=x.finish, ids=x.ids))
-  found = [(r['id'], r['finish'] == 'too_long', bool(r['ids'])) for _, r in records.read_any(out)]
+  found = [(r['id'], r['finish'] == 'too_long', bool(r['ids']))
+           for _, r in records.read_any(out.path)]
   assert found == [('long/0', True, False), ('long/1', True, False), ('short/0', False, True)]
   said = capsys.readouterr().out
   assert said.count('test: the prompt of long has 7 tokens, more than the 4') == 1
@@ -281,13 +282,15 @@ def test_an_interrupted_file_is_completed_to_the_same_bytes(tmp_path):
   def record(request, i, x):
     return dict(id=f'{request.id}/{i}', ids=x.ids, logp=round(sum(x.token_logps), 4))
   path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
-  engines.run(make()[0], MIXED, total, WARM, path, record)
+  def complete(engine):
+    shards.run(engine, MIXED, total, WARM, shards.Shard(tmp_path, 'x', hosts.Group(1)), record)
+  complete(make()[0])
   whole = path.read_bytes()
   lines = whole.splitlines(keepends=True)
   for kept in range(total):
     path.write_bytes(b''.join(lines[:kept]) + lines[kept][:5])
     engine = make()[0]
-    engines.run(engine, MIXED, total, WARM, path, record)
+    complete(engine)
     assert path.read_bytes() == whole
   assert engine.work.generated < 30  # the last request alone
 

@@ -57,7 +57,7 @@ def test_the_pods_of_the_compiled_programs_have_the_same_chips():
   for name, (_, gib) in aot.PODS.items():
     pod = pods.find(name)
     assert pod.chip.gib == gib
-    sizes = {np.prod(p.mesh) for p in (*aot.TRAINING, *aot.MESHES, *aot.SAMPLING) if p.pod == name}
+    sizes = {np.prod(p.mesh) for p in (*aot.TRAINING, *aot.MESHES) if p.pod == name}
     assert sizes <= {pod.chips}
 
 
@@ -149,14 +149,15 @@ def test_training_makes_the_planned_choices(pod, reference, monkeypatch, tmp_pat
   assert packed.shape.rows == step.rows and packed.shape.width <= step.width
 
 
-@pytest.mark.parametrize('pod', ['v5p-8', 'v6e-8', '8xh200', 'v5p-256'])
-def test_sampling_makes_the_planned_choices(pod, monkeypatch, tmp_path):
-  found = make('m2', pod, '7b')
-  assert found.group == 1
-  program = next(s for s in found.stages if s.name == 'respond').programs[-1]
-  monkeypatch.setattr(sizing, 'devices', lambda local=False: plan.host(pods.find(pod)))
-  monkeypatch.setattr(engines.model_config, 'load', lambda folder: PRESETS['llama2-7b'])
-  chosen = engines.choose(configs.get('m2', '7b'), [tmp_path])
+@pytest.mark.parametrize('pod, size', [
+    ('v5p-8', '7b'), ('8xh200', '7b'), ('v5p-256', '70b'), ('v6e-256', '70b'), ('v4-64', '70b')])
+def test_sampling_makes_the_planned_choices(pod, size, monkeypatch, tmp_path):
+  pod = pods.find(pod)
+  program = make('m2', pod.name, size).stages[1].programs[-1]
+  monkeypatch.setattr(sizing, 'devices', lambda local=False: plan.host(pod))
+  monkeypatch.setattr(jax, 'process_count', lambda: pod.hosts)
+  monkeypatch.setattr(engines.model_config, 'load', lambda folder: PRESETS[f'llama2-{size}'])
+  chosen = engines.choose(configs.get('m2', size), [tmp_path])
   m = chosen.sample_mesh
   assert (m.data, m.fsdp, m.tensor) == dataclasses.astuple(program.mesh)
   assert chosen.sample.slots == program.slots

@@ -171,7 +171,7 @@ def reward(i, j):
 
 
 @pytest.mark.parametrize('stem, make, per_request', [
-    ('responses', response, 4), ('judgements', judgement, 3), ('comparisons', comparison, 2),
+    ('responses', response, 4), ('judgements', judgement, 3), ('comparisons', comparison, 1),
     ('rewards', reward, 1)])
 @pytest.mark.parametrize('hosts', [1, 2, 3, 8])
 def test_read_shards_restores_the_request_order_for_any_number_of_hosts(

@@ -29,9 +29,9 @@ def train(size, devices, rows, width=3072, has_reference=True, is_exact=False, *
                                Work(rows, width, has_reference, is_exact)).values())
 
 
-def sample(size, devices, **given):
+def sample(size, devices, hosts=1, **given):
   config = catalog.replace(configs.get('m2', size), given)
-  return tuple(sizing.sampling(config, PRESETS[config.model], devices).values())
+  return tuple(sizing.sampling(config, PRESETS[config.model], devices, hosts).values())
 
 
 def test_every_open_key_is_an_open_default_or_can_be_opened():
@@ -93,8 +93,28 @@ def test_an_impossible_mesh_is_refused():
     train('7b', HOST, 16, **{'mesh.tensor': 3})
   with pytest.raises(InputError, match='data=16, fsdp=-1, tensor=1, whose product does not divide'):
     train('7b', HOST, 16, **{'mesh.data': 16, 'mesh.tensor': 1})
-  with pytest.raises(InputError, match='sample_mesh is data=-1, fsdp=1, tensor=8, and its pro'):
-    sample('70b', Devices('tpu', 4, 95 * GIB), **{'sample_mesh.tensor': 8})
+  given = {'sample_mesh.tensor': 16}
+  with pytest.raises(InputError, match='data=-1, fsdp=1, tensor=16, and its product does not divide'
+                     ' over groups of the 2 hosts, which have 4, 8 devices; make'):
+    sample('70b', Devices('tpu', 4, 95 * GIB), 2, **given)
+  with pytest.raises(InputError, match='does not divide'):  # two hosts of three are no group
+    sample('70b', Devices('tpu', 4, 95 * GIB), 3, **{**given, 'sample_mesh.tensor': 8})
+
+
+# Bytes of 70B in bf16: 138 GB. Two hosts of v4 or v6e hold it, one of v5p, and one in int8.
+@pytest.mark.parametrize('host, hosts, given, expected', [
+    (Devices('tpu', 4, 95 * GIB), 32, {}, (1, 1, 4, 128)),
+    (Devices('tpu', 4, 32 * GIB), 32, {}, (1, 1, 8, 64)),
+    (Devices('tpu', 4, 31 * GIB), 64, {}, (1, 1, 8, 64)),
+    (Devices('tpu', 8, 31 * GIB), 1, {}, (1, 1, 8, 64)),
+    (Devices('gpu', 8, 80 * GIB), 2, {}, (1, 1, 8, 256)),
+    (Devices('tpu', 4, 95 * GIB), 32, {'sample.slots': 256}, (1, 1, 8, 256)),
+    (Devices('tpu', 4, 95 * GIB), 32, {'sample_mesh.tensor': 8}, (1, 1, 8, 256)),
+    (Devices('tpu', 4, 95 * GIB), 32, {'sample_mesh.data': 2, 'sample_mesh.fsdp': 1,
+                                       'sample_mesh.tensor': 8}, (2, 1, 8, 512)),
+    (Devices('tpu', 4, 16 * GIB), 1, {}, (1, 1, 4, 1))], ids=str)  # refused when it is loaded
+def test_a_group_is_the_fewest_hosts_that_hold_weights_and_cache(host, hosts, given, expected):
+  assert sample('70b', host, hosts, **given) == expected
   with pytest.raises(InputError, match='tensor=64, and no such mesh over the 64 devices divides'):
     train('7b', Devices('tpu', 64, 95 * GIB), 16, **{'mesh.tensor': 64})
 

@@ -24,7 +24,7 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from srlm_jax import cli, hosts, InputError, lock, model_files, records
-from srlm_jax.checkpoint import hashes, hf, store
+from srlm_jax.checkpoint import arrays, hashes, hf, store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
 
@@ -107,8 +107,8 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
   params = pathlib.Path(folder).resolve() / 'steps' / str(step) / 'params'
-  arrays = {leaf.name: _open(params, leaf) for leaf in hf.leaves(config)}
-  dtypes = {name: array.dtype.numpy_dtype for name, array in arrays.items()}
+  stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})
+  dtypes = {name: array.dtype.numpy_dtype for name, array in stored.items()}
   files = hf.shards(config, dtypes, shard_bytes)
   summary = Summary()
   with _atomic_folder(out) as target, _progress(files) as progress:
@@ -120,7 +120,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
       with (target / file).open('wb') as f:
         f.write(hf.header(part, dtypes))
         for leaf, layer in part:
-          tensor, array = np.empty(leaf.hf_shape, dtypes[leaf.name]), arrays[leaf.name]
+          tensor, array = np.empty(leaf.hf_shape, dtypes[leaf.name]), stored[leaf.name]
           _read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
           hf.finite(params, leaf.tensors[layer], tensor)
           tensor.tofile(f)
@@ -240,7 +240,7 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
     if value.leaf.stacked:
       chunk = (1, *chunk)
     # Orbax writes one folder per process and merges them at the end.
-    spec = _spec(info.parent_dir / 'ocdbt.process_0', info.name)
+    spec = arrays.spec(info.parent_dir / 'ocdbt.process_0', info.name)
     spec.update(metadata=dict(chunks=chunk, compressor=dict(id='zstd', level=1)),
                 store_data_equal_to_fill_value=True)
     return await ts.open(spec, create=True, dtype=value.dtype, shape=value.shape)
@@ -265,28 +265,6 @@ def _chunk_rows(shape, dtype) -> int:
   """Rows per chunk: nearly equal chunks of at most CHUNK_BYTES, but of at least one row."""
   chunks = -(-math.prod(shape) * dtype.itemsize // store.CHUNK_BYTES)
   return -(-shape[0] // chunks)
-
-
-def _spec(folder, name: str) -> dict:
-  """TensorStore's spec of an array in an Orbax folder."""
-  return dict(driver='zarr', kvstore=dict(
-      driver='ocdbt', base=dict(driver='file', path=f'{folder}/'), path=f'{name}/'))
-
-
-def _open(params, leaf: hf.Leaf):
-  """Opens an array of a checkpoint without reading it; InputError if missing or misshapen."""
-  if not params.exists():
-    raise InputError(f'{params} does not exist; train or convert that model first')
-  try:
-    array = ts.open(_spec(params, leaf.name), read=True).result()
-  except ValueError as error:
-    raise InputError(f'{params} has no array {leaf.name}, which its config.json requires; '
-                     f'restore the config.json of this checkpoint') from error
-  if array.shape != leaf.shape:
-    raise InputError(f'{params}: array {leaf.name} has shape {list(array.shape)}, '
-                     f'but its config.json requires {list(leaf.shape)}; '
-                     f'restore the config.json of this checkpoint')
-  return array
 
 
 def _read_into(target, array):

@@ -7,12 +7,13 @@ import dataclasses
 import json
 
 from etils import epath
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from srlm_jax import InputError, model_files, sharding
-from srlm_jax.checkpoint import hashes
+from srlm_jax import hosts, InputError, model_files, sharding
+from srlm_jax.checkpoint import arrays, distribute, hashes
 from srlm_jax.models import config as model_config, llama
 
 CHUNK_BYTES = 2**24  # bytes per chunk of a stored array, before compression
@@ -65,6 +66,9 @@ def save(saver: ocp.CheckpointManager, step: int, params, train=None):
 def restore_params(folder, mesh, dtype: str, step: int | None = None):
   """Restores only the parameters onto `mesh`, in `dtype` -> (params, hash of the stored ones).
 
+  In a run on several hosts all of them must call it, each with the mesh of its group of hosts. They
+  read every byte once, see `distribute`. Prints how many were read.
+
   Raises InputError if the parameters, config.json or the tokenizer files differ from those that
   were saved.
   """
@@ -72,7 +76,11 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
   step = model_files.latest(folder) if step is None else step
   abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
   path = epath.Path(folder).resolve() / 'steps' / str(step)
-  params = _restore(path / 'params', abstract)
+  before = distribute.bytes_read()
+  params = _restore_once(path / 'params', abstract, mesh)
+  read = hosts.gather(distribute.bytes_read() - before)
+  each = f' by {len(read)} hosts, at most {max(read):,} by one' if len(read) > 1 else ''
+  hosts.log(f'{path}: {sum(read):,} bytes of parameters read{each}')
   recorded = model_files.read_hashes(folder, step).params
   # A hash covers the dtype, so it can only match the recorded hash of the restored dtype.
   if hashes.hash_params(params) not in dataclasses.astuple(recorded):
@@ -120,6 +128,15 @@ def _save_args(params):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def _restore_once(path, abstract, mesh):
+  """Restores parameters so that no two hosts read the same; errors as `_restore`."""
+  if jax.process_count() == 1:
+    return _restore(path, abstract)
+  abstract = traverse_util.flatten_dict(abstract, sep='.')
+  stored = arrays.open_all(path, {name: x.shape for name, x in abstract.items()})
+  return traverse_util.unflatten_dict(distribute.restore(stored, abstract, mesh), sep='.')
+
+
 def _restore(path, abstract):
   """Restores a pytree of arrays; InputError if it is missing, damaged or of another model."""
   if not path.exists():
@@ -127,22 +144,12 @@ def _restore(path, abstract):
   args = jax.tree.map(
       lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
       abstract)
-  options = _multiprocessing_options(abstract)
-  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
-  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.Checkpointer(handler) as reader:
     try:
       return reader.restore(path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=args))
     except Exception as error:  # Orbax and TensorStore raise many types
       raise InputError(f'{path} {_failure(handler, path, abstract, error)}') from error
-
-
-def _multiprocessing_options(abstract):
-  """Lets the hosts of `abstract`'s devices restore without waiting for the other hosts."""
-  hosts = {d.process_index for x in jax.tree.leaves(abstract) for d in x.sharding.device_set}
-  if len(hosts) == jax.process_count():
-    return ocp.options.MultiprocessingOptions()
-  return ocp.options.MultiprocessingOptions(
-      primary_host=min(hosts), active_processes=hosts, barrier_sync_key_prefix=f'host{min(hosts)}')
 
 
 def _failure(handler, path, abstract, error) -> str:

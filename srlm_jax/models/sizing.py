@@ -73,7 +73,7 @@ class Work:
 
 
 def devices(local: bool = False) -> Devices:
-  """The devices of the run, or with `local` those of this host."""
+  """The devices of the run, or with `local` those of this host; all hosts make the first call."""
   found = jax.local_devices() if local else jax.devices()
   platform = found[0].platform
   slices = {getattr(d, 'slice_index', 0) for d in found}  # on a GPU it numbers the hosts

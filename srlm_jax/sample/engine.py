@@ -6,17 +6,15 @@ slots. The common prefix of a stream's first requests (the judge's rubric) is pr
 every row reads it.
 """
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
 import itertools
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from srlm_jax import (
   catalog,
@@ -24,7 +22,6 @@ from srlm_jax import (
   InputError,
   model_files,
   preemption,
-  records,
   sharding,
 )
 from srlm_jax.checkpoint import store
@@ -70,6 +67,7 @@ class Engine:
       params = jax.device_put(params, self._kernels.formats(params))
     self._params = llama.unroll(params) if self._kernels.unrolled else params
     self._mesh, self._share, self._refill = mesh, share, refill
+    self._agreement = preemption.Agreement(mesh.devices)
     self._parts = mesh.shape['data'] * mesh.shape['fsdp']
     self.begin(eos_ids, seed, stage, slots=slots, size=size, steps=steps)
 
@@ -101,6 +99,10 @@ class Engine:
   def kernels(self) -> str:
     return self._kernels.name
 
+  def stop_if_requested(self):
+    """Raises preemption.Stopped at the same call on all hosts of the mesh."""
+    preemption.stop_if_requested(self.title, self._agreement)
+
   def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0) -> Iterator[
       tuple[Request, list[Result]]]:
     """Yields every request with its n results, in order.
@@ -126,7 +128,7 @@ class Engine:
       cache = None  # frees the old cache before the new one is allocated
       cache = self._empty(rows.slot_count, self.size)
     while not schedule.done():
-      preemption.stop_if_requested(self.title)
+      self.stop_if_requested()
       cache = self._enter(schedule.admit(), rows, cache, prefix, ids, sampling)
       if schedule.running:
         cache, rows = self._decode(schedule, rows, cache, prefix, sampling)
@@ -177,7 +179,7 @@ class Engine:
     """Decodes `steps` tokens, and passes them to the schedule."""
     static = dataclasses.replace(sampling, max_tokens=1)  # one compilation for all lengths
     with jax.set_mesh(self._mesh):
-      placed = jax.device_put(rows, sharding.named(self._mesh, 'B'))
+      placed = sharding.put_batch(rows, self._mesh)
       cache, *made = programs.decode(self._model, self._params, cache, prefix, placed, self._key,
                                      self._eos, steps=self._steps, sampling=static)
     after, ids, token_logps, steps = jax.tree.map(np.array, jax.device_get(made))
@@ -255,20 +257,21 @@ class Engine:
 
 
 def choose(config, folders: Sequence):
-  """-> a config whose open keys for sampling have values: for this host and the largest model."""
+  """-> a config whose open keys for sampling have values: for these hosts and the largest model."""
   shapes = [model_config.load(folder) for folder in folders]
   largest = max(shapes, key=llama.param_count)
-  return catalog.replace(config, sizing.sampling(config, largest, sizing.devices(local=True)))
+  here = sizing.devices(local=True)
+  return catalog.replace(config, sizing.sampling(config, largest, here, jax.process_count()))
 
 
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
-  """Restores a checkpoint onto this host's devices in the sampling dtype -> engine and tokenizer.
+  """Restores a checkpoint onto every group of hosts in the sampling dtype -> engine and tokenizer.
 
-  `stop`: a text whose last token ends a row, like eos. In a block of `kept`, the engine of the
-  stage before is used again if it has the same parameters.
+  All hosts must call it. `stop`: a text whose last token ends a row, like eos. In a block of
+  `kept`, the engine of the stage before is used again if it has the same parameters.
   """
   config = choose(config, [folder])
-  c, mesh = config.sample, host_mesh(config)
+  c, mesh = config.sample, group_mesh(config)
   refuse_too_large(config, folder)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
@@ -316,56 +319,33 @@ def kept() -> Iterator[Kept]:
 
 
 def refuse_too_large(config, folder):
-  """Raises InputError if this host cannot hold the model in `folder` and the cache.
+  """Raises InputError if a group of hosts cannot hold the model in `folder` and the cache.
 
   `config`: from `choose`.
   """
-  c, mesh, shape = config.sample, host_mesh(config), model_config.load(folder)
+  c, shape, count = config.sample, model_config.load(folder), group(config).size
   size, itemsize = min(c.size, shape.context), jnp.dtype(c.dtype).itemsize
   weight_bytes = itemsize + 1 if c.int8 else itemsize
-  weights = llama.param_count(shape) * weight_bytes * mesh.shape['data']
+  weights = llama.param_count(shape) * weight_bytes * config.sample_mesh.data
   cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * itemsize
-  here = hosts.memory() // jax.process_count()
+  here = hosts.memory() * count // jax.process_count()
   if weights + cache > here:
+    where = 'this host has' if count == 1 else f'a group of {count} hosts has'
     raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} '
-                     f'for {c.slots} rows of {size} tokens, and this host has {here:,}; lower '
-                     f'config.sample.slots or config.sample.size, or use a larger host')
+                     f'for {c.slots} rows of {size} tokens, and {where} {here:,}; lower '
+                     f'config.sample.slots or config.sample.size, or use larger or more hosts')
 
 
-def host_mesh(config):
-  """The mesh on which this host samples, of a config from `choose`."""
+def group(config) -> hosts.Group:
+  """The group of hosts that runs one engine, of a config from `choose`."""
   m = config.sample_mesh
-  return sharding.make_mesh(m.data, m.fsdp, m.tensor, jax.local_devices())
+  return hosts.Group(m.data * m.fsdp * m.tensor // jax.local_device_count())
 
 
-def run(engine: Engine, requests: Iterable[Request], samples: int, sampling: Sampling, path,
-        record: Callable):
-  """Appends `record(request, i, result)` of every sample to a file, in order.
-
-  Resumes a file that an interrupted run left. `samples`: their total number.
-  """
-  records.check_host_count(path)
-  out = records.Appender(path)
-  known, row = out.count, 0
-  progress = tqdm.tqdm(
-      total=samples, initial=known, desc=engine.title, unit='rows', delay=2, leave=False,
-      mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
-  for request, results in engine.generate(requests, sampling, known):
-    new = [record(request, i, result) for i, result in enumerate(results) if row + i >= known]
-    out.append(new)
-    progress.update(len(new))
-    row += request.n
-  progress.close()
-  out.close()
-  if out.count != samples:
-    raise InputError(f'{path} has {out.count} records, but this host writes {samples}; delete '
-                     f'{path.parent} and run its stage again')
-  work = engine.work
-  if work.generated:
-    hosts.log(f'{engine.title}: {work.generated} generated tokens, slot utilization '
-              f'{work.slot_utilization:.0%}; {work.prefilled} prefilled tokens, '
-              f'{work.prefilled / work.unshared_prompt_tokens:.0%} of the tokens without sharing; '
-              f'kernels: {engine.kernels}')
+def group_mesh(config):
+  """The mesh on which this host's group samples, of a config from `choose`."""
+  m = config.sample_mesh
+  return sharding.make_mesh(m.data, m.fsdp, m.tensor, group(config).devices)
 
 
 def common(rows: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -3,12 +3,11 @@
 DPO's reward is beta times this difference, up to a constant per prompt (Rafailov et al. 2023,
 eq. 5). beta is omitted because it scales all candidates alike.
 """
-import jax
 import tqdm
 
 from srlm_jax import catalog, cli, hosts, preemption, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, shards
 
 
 def run(config, workdir):
@@ -22,27 +21,25 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(s.read('respond/responses-*.jsonl'))
-  responses = responses[slice(*hosts.share(len(responses)))]
   config = engines.choose(s.config, s.models)
+  group = engines.group(config)
+  responses = list(s.read('respond/responses-*.jsonl'))
+  responses = responses[slice(*group.share(len(responses)))]
   for folder in s.models:
     engines.refuse_too_large(config, folder)
     templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused
   s.begin(config)
-  with preemption.together(s.title):
-    logps, older_logps = (
-        _logps(config, folder, responses, _shard(s, name), f'{s.title} {name}')
-        for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
-  rows = zip(responses, logps, older_logps, strict=True)
-  records.write(_shard(s, 'rewards'), (_reward(r.id, logp, older) for r, logp, older in rows))
+  logps, older_logps = (
+      _logps(s, config, folder, responses, name)
+      for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
+  if group.is_first_host:
+    rows = zip(responses, logps, older_logps, strict=True)
+    records.write(s.folder / records.shard_name('rewards', group.index, group.count),
+                  (_reward(r.id, logp, older) for r, logp, older in rows))
   hosts.sync(f'{s.title} scored')
   made = records.read_shards(s.folder, 'rewards', schema.ImplicitReward)
   rewards = [r.reward for r in made]
   s.finish(responses=len(rewards), without_reward=rewards.count(None))
-
-
-def _shard(s: stage.Stage, stem: str):
-  return s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
 
 
 def _reward(name: str, logp: float | None, older_logp: float | None) -> schema.ImplicitReward:
@@ -51,28 +48,31 @@ def _reward(name: str, logp: float | None, older_logp: float | None) -> schema.I
   return schema.ImplicitReward(id=name, reward=reward, logp=logp, older_logp=older_logp)
 
 
-def _logps(config, folder, responses, path, title) -> list[float | None]:
+def _logps(s: stage.Stage, config, folder, responses, stem: str) -> list[float | None]:
   """The summed log-probability of each response under the model in `folder`.
 
-  Appends the results to `path`. Resumes from what a killed run wrote there.
+  Appends the results to the shard STEM-*.jsonl of this group of hosts. Resumes from what a killed
+  run wrote there.
   """
-  records.check_host_count(path)
-  out = records.Appender(path)
+  title = f'{s.title} {stem}'
   engine, tokenizer = engines.load(config, folder, title)
+  out = shards.Shard(s.folder, stem, engines.group(config))
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
   size = engines.LOGPS_ROWS
   # Batches start at the same places as in an uninterrupted run, so that the results are the same.
   starts = range(out.count // size * size, len(responses), size)
-  for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False):
-    preemption.stop_if_requested(title)
-    batch = encoded[start:start + size]
-    rows = [row for row in batch if row]
-    values = iter(engine.logps(rows) if rows else ())
-    new = [schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
-           for r, row in zip(responses[start:start + size], batch, strict=True)]
-    out.append(new[max(out.count - start, 0):])
-  out.close()
-  return [r.logp for r in records.read(path, schema.Logp)]
+  with preemption.together(title):
+    for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False,
+                           disable=not hosts.is_first_host()):
+      engine.stop_if_requested()
+      batch = encoded[start:start + size]
+      rows = [row for row in batch if row]
+      values = iter(engine.logps(rows) if rows else ())
+      new = [schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
+             for r, row in zip(responses[start:start + size], batch, strict=True)]
+      out.append(new[max(out.count - start, 0):])
+    out.close()
+  return [r.logp for r in records.read(out.path, schema.Logp)]
 
 
 def _encode(

@@ -2,9 +2,8 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
-import itertools
 
-from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, schema, stage
+from srlm_jax import catalog, cli, config as configs, InputError, records, schema, stage
 from srlm_jax.data import ranked as ranking, templates
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, shards
@@ -62,11 +61,8 @@ def run(config, workdir, on: str = ''):
     return schema.Judgement(
         id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, index=j, text=text,
         score=score, reason=reason, finish=result.finish)
-  share = hosts.share(total)
-  judgements = shards.write(
-      s, 'judgements', sampling,
-      itertools.islice(_items(s, config, on), *share), len(range(*share)), prompt,
-      record, spec.count(config), check)
+  judgements = shards.write(s, 'judgements', sampling, _items(s, config, on), total, prompt, record,
+                            spec.count(config), check)
   s.finish(summary(judge, judgements))
 
 

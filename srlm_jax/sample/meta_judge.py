@@ -91,9 +91,8 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
   asked: {response id: judge prompt}.
   """
   c = config.meta_judge
-  own = groups[slice(*hosts.share(len(groups)))]
   items = [Item(_comparison_id(first, second), first, second)
-           for group in own for first, second in itertools.permutations(group, 2)]
+           for group in groups for first, second in itertools.permutations(group, 2)]
 
   def prompt(item, tokenizer):
     text = meta.render(request=asked[item.first.response_id], first=item.first.text,

@@ -97,11 +97,18 @@ def decode(model, params, cache, prefix, rows: Rows, key, eos, *, sampling: draw
 
   shape = rows.slot_count, steps
   start = cache, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
-  return jax.lax.while_loop(lambda carry: carry[1].live.any() & (carry[4] < steps), body, start)
+  cache, *made = jax.lax.while_loop(
+      lambda carry: carry[1].live.any() & (carry[4] < steps), body, start)
+  return cache, *_on_all_chips(made)
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def response_logps(model, params, tokens, response_mask):
   """tokens [B, T], response_mask [B, T] -> [B], the sums of the responses' token log-probs."""
   logits = model.apply({'params': params}, tokens)
-  return (vocab.next_token_logps(logits, tokens) * response_mask).sum(-1)
+  return _on_all_chips((vocab.next_token_logps(logits, tokens) * response_mask).sum(-1))
+
+
+def _on_all_chips(x):
+  """Copies what the host reads to all chips, so that every host of a mesh has the whole of it."""
+  return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())

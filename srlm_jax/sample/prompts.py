@@ -153,9 +153,9 @@ def generate_prompts(
   """-> the accepted prompts, which may be more than `count`, and the number of attempts.
 
   Works in rounds of `round` attempts until `count` prompts are accepted, or until there are
-  `max_attempts` attempts per prompt. The hosts divide the attempts of a round; each filters all of
-  them. Appends each round to attempts.jsonl. Rounds that a killed run left there are filtered again
-  but not sampled again, so the files end byte-identical.
+  `max_attempts` attempts per prompt. The groups of hosts divide the attempts of a round; each host
+  filters all of them. Appends each round to attempts.jsonl. Rounds that a killed run left there are
+  filtered again but not sampled again, so the files end byte-identical.
   """
   c, path = config.prompts, s.folder / 'attempts.jsonl'
   out = records.Appender(path) if hosts.is_first_host() else None
@@ -185,11 +185,12 @@ def generate_prompts(
 
 
 def _write_round(title: str, author: 'Author', shots: dict[int, list[str]]) -> list:
-  """{attempt: shots} -> [generated text, finish] of each, to which every host contributes."""
-  mine = list(shots)[slice(*hosts.share(len(shots)))]
+  """{attempt: shots} -> [generated text, finish] of each; the groups of hosts divide them."""
+  group = author.group
+  mine = list(shots)[slice(*group.share(len(shots)))]
   with preemption.together(title):
     wrote = author.write({attempt: shots[attempt] for attempt in mine})
-  every = hosts.gather(wrote)
+  every = group.gather(wrote)
   return [every[i % len(every)][i // len(every)] for i in range(len(shots))]
 
 
@@ -215,7 +216,7 @@ class Author:
     Raises InputError if the model does not fit, or if a request with `shots` cannot be made.
     """
     c = config.prompts
-    self._chat, self._template = c.chat, template
+    self._chat, self._template, self.group = c.chat, template, engines.group(config)
     self._sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
     self._engine, self._tokenizer = engines.load(config, folder, title, stop='\n')
     self._engine.max_prompt_tokens(self._sampling)

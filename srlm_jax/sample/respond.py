@@ -1,8 +1,7 @@
 """Samples responses: N candidates per new prompt, or one response per held-out prompt."""
 from collections import Counter
-import itertools
 
-from srlm_jax import catalog, cli, hosts, InputError, schema, stage
+from srlm_jax import catalog, cli, InputError, schema, stage
 from srlm_jax.data import templates
 from srlm_jax.sample import engine as engines, shards
 
@@ -41,10 +40,7 @@ def run(config, workdir, on: str = 'prompts'):
     return schema.Response(
         id=f'{item.id}/{prefix}{i}', prompt_id=item.id, index=i, prompt=item.prompt, response=text,
         finish=result.finish, n_tokens=len(result.ids), logp=round(sum(result.token_logps), 4))
-  share = hosts.share(total)
-  responses = shards.write(
-      s, 'responses', _sampling(config, on),
-      itertools.islice(items(), *share), len(range(*share)), prompt, record, n)
+  responses = shards.write(s, 'responses', _sampling(config, on), items(), total, prompt, record, n)
   finishes = Counter(r.finish for r in responses)
   s.finish(responses=finishes.total(), finished=finishes[schema.EOS],
            cut=finishes[schema.CUT], too_long=finishes[schema.TOO_LONG])

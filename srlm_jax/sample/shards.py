@@ -1,15 +1,42 @@
-"""The common part of the sampling stages: loads the model, samples, and writes a shard per host."""
+"""The common part of the sampling stages: loads the model, samples, writes a shard per group."""
 from collections.abc import Callable, Iterable, Iterator
 import itertools
+import sys
 from typing import TypeVar
 
 import jax
+import tqdm
 
-from srlm_jax import catalog, preemption, records, stage
+from srlm_jax import catalog, hosts, InputError, preemption, records, stage
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
 Item = TypeVar('Item')
+
+
+class Shard:
+  """A file that grows record by record: the records of one group of hosts, whose first host writes.
+
+  `count`: the records that are in it; equal on all hosts of the group.
+  """
+
+  def __init__(self, folder, stem: str, group: hosts.Group):
+    """Opens FOLDER/STEM-*.jsonl, which a killed run may have left; all hosts must call it."""
+    self.path = folder / records.shard_name(stem, group.index, group.count)
+    records.check_host_count(self.path)
+    self._file = records.Appender(self.path) if group.is_first_host else None
+    self.count = group.gather(self._file.count if self._file else 0)[group.index]
+
+  def append(self, new: list):
+    """Appends records."""
+    self.count += len(new)
+    if self._file:
+      self._file.append(new)
+
+  def close(self):
+    """Closes the file."""
+    if self._file:
+      self._file.close()
 
 
 def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable[Item],
@@ -17,28 +44,60 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
           record: Callable[[Item, int, str, engines.Result], records.Record], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
           ) -> Iterator[records.Record]:
-  """Begins the stage, samples n texts for each of this host's items and writes their records.
+  """Begins the stage, samples n texts for each item and writes their records.
 
   stem: records go to STEM-*.jsonl
-  items: objects with an id, one per prompt; `count` of them
+  items: objects with an id, one per prompt; `count` of them. The groups of hosts divide them.
   prompt: (item, tokenizer) -> token ids of the prompt
   record: (item, index of the sample, text, result) -> record
   check: (engine, tokenizer); may raise InputError before anything is written
 
-  Yields the records of all hosts in the order of the items. Resumes a killed run.
+  Yields the records of all groups in the order of the items. Resumes a killed run.
   """
   config = engines.choose(s.config, s.models)
   engine, tokenizer = engines.load(config, s.models[0], s.title)
   engine.max_prompt_tokens(sampling)  # raises InputError if the context is too short
   if check:
     check(engine, tokenizer)
-  requests = (engines.Request(item.id, prompt(item, tokenizer), n, item) for item in items)
+  group = engines.group(config)
+  share = group.share(count)
+  requests = (engines.Request(item.id, prompt(item, tokenizer), n, item)
+              for item in itertools.islice(items, *share))
   first = list(itertools.islice(requests, 1))  # may be refused, for its chat format
   s.begin(config)
 
   def sample_record(request, i, result):
     return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
-  path = s.folder / records.shard_name(stem, jax.process_index(), jax.process_count())
+  out = Shard(s.folder, stem, group)
   with preemption.together(s.title):  # every shard must be complete before any host reads them
-    engines.run(engine, itertools.chain(first, requests), n * count, sampling, path, sample_record)
+    run(engine, itertools.chain(first, requests), n * len(range(*share)), sampling, out,
+        sample_record)
   return records.read_shards(s.folder, stem, catalog.KINDS[stem + catalog.SHARDS])
+
+
+def run(engine: engines.Engine, requests: Iterable[engines.Request], samples: int,
+        sampling: engines.Sampling, out: Shard, record: Callable):
+  """Appends `record(request, i, result)` of every sample to a shard, in order.
+
+  Leaves out the samples that the shard already has. `samples`: their total number.
+  """
+  known, row = out.count, 0
+  progress = tqdm.tqdm(
+      total=samples, initial=known, desc=engine.title, unit='rows', delay=2, leave=False,
+      mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
+  for request, results in engine.generate(requests, sampling, known):
+    new = [record(request, i, result) for i, result in enumerate(results) if row + i >= known]
+    out.append(new)
+    progress.update(len(new))
+    row += request.n
+  progress.close()
+  out.close()
+  if out.count != samples:
+    raise InputError(f'{out.path} has {out.count} records, but its hosts write {samples}; delete '
+                     f'{out.path.parent} and run its stage again')
+  work = engine.work
+  if work.generated:
+    hosts.log(f'{engine.title}: {work.generated} generated tokens, slot utilization '
+              f'{work.slot_utilization:.0%}; {work.prefilled} prefilled tokens, '
+              f'{work.prefilled / work.unshared_prompt_tokens:.0%} of the tokens without sharing; '
+              f'kernels: {engine.kernels}')

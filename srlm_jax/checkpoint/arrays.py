@@ -1,0 +1,45 @@
+"""The stored arrays of a checkpoint, read with TensorStore."""
+import tensorstore as ts
+
+from srlm_jax import InputError
+
+INDEX_BYTES = 2**26  # memory for the index of a checkpoint, which all its arrays share
+
+
+def spec(folder, name: str) -> dict:
+  """TensorStore's spec of an array in an Orbax folder."""
+  return dict(driver='zarr', kvstore=dict(
+      driver='ocdbt', base=dict(driver='file', path=f'{folder}/'), path=f'{name}/'))
+
+
+def open_all(params, shapes: dict[str, tuple]) -> dict:
+  """{name: shape} -> {name: array of a checkpoint}, not yet read.
+
+  Raises InputError if one is missing or misshapen.
+  """
+  if not params.exists():
+    raise InputError(f'{params} does not exist; train or convert that model first')
+  context = ts.Context(dict(cache_pool=dict(total_bytes_limit=INDEX_BYTES)))
+  return {name: _open(params, name, shape, context) for name, shape in shapes.items()}
+
+
+def _open(params, name: str, shape: tuple, context):
+  try:
+    array = ts.open(spec(params, name), read=True, context=context).result()
+  except ValueError as error:
+    raise InputError(f'{params} has no array {name}, which its config.json requires; '
+                     f'restore the config.json of this checkpoint') from error
+  if array.shape != shape:
+    raise InputError(f'{params}: array {name} has shape {list(array.shape)}, '
+                     f'but its config.json requires {list(shape)}; '
+                     f'restore the config.json of this checkpoint')
+  return array
+
+
+def read(array):
+  """A stored array or a part of it as a numpy array; InputError if it is damaged."""
+  try:
+    return array.read().result()
+  except ValueError as error:
+    raise InputError(f'an array of a checkpoint cannot be read ({error}); the checkpoint is '
+                     f'damaged, restore it from a copy') from error
