@@ -546,7 +546,7 @@ def define_flags():
                     'Without --config: one change of the paper.')
   flags.DEFINE_multi_string('set', [], 'Without --config: changes a config key, as in the loop.')
   for name, mean in LENGTHS.items():
-    flags.DEFINE_float(name, mean, f'Mean tokens of a {name}.', lower_bound=1)
+    flags.DEFINE_float(name, mean, f'Mean tokens of a {name}.', 1, 100_000)
 
 
 def main(argv):
