@@ -26,6 +26,9 @@ MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduc
 # Bytes that the tensor axis sends per token and model width, for each byte that the fsdp axis sends
 # per weight of a layer: fitted to the programs of docs/scale.md.
 TENSOR_COST = 5
+# Bytes per second of a GPU over NVLink for each that its network card carries between hosts: 450 and
+# 50 GB/s on hosts of 8 H100 or H200 with one card of 400 Gb/s per GPU.
+NVLINK = 9
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 
 
@@ -35,12 +38,18 @@ class Devices:
   platform: str  # cpu, gpu or tpu
   count: int
   memory: int    # bytes of one device
-  slices: int = 1
+  slices: int = 1  # of TPUs
+  hosts: int = 1   # of GPUs
 
   @property
   def usable(self) -> float:
     """Bytes of one device that a program may take."""
     return self.memory * USABLE[self.platform]
+
+  @property
+  def near(self) -> int:
+    """Devices that a tensor axis may join: the GPUs of a host, the TPUs of a slice, all CPUs."""
+    return self.count // self.hosts // self.slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +78,9 @@ def devices(local: bool = False) -> Devices:
   """The devices of the run, or with `local` those of this host."""
   found = jax.local_devices() if local else jax.devices()
   platform = found[0].platform
-  slices = {getattr(d, 'slice_index', 0) for d in found}  # on a GPU it numbers the hosts
+  slices = len({getattr(d, 'slice_index', 0) for d in found})  # on a GPU it numbers the hosts
   return Devices(platform, len(found), hosts.memory() // jax.device_count(),
-                 len(slices) if platform == 'tpu' else 1)
+                 slices if platform == 'tpu' else 1, slices if platform == 'gpu' else 1)
 
 
 def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, int | str]:
@@ -87,9 +96,13 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
   def cost(mesh):
     multiple = mesh.parts * given
     wasted = work.rows % multiple if work.is_exact else max(multiple - work.rows, 0)
-    # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights.
+    # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights. Between
+    # hosts of GPUs, the cards of a host carry the weights once, however they are split in it.
+    split = 1 / mesh.tensor
+    if devices.hosts > 1:
+      split = max(split, NVLINK / devices.near)
     collectives = (TENSOR_COST * tokens * shape.D * (mesh.tensor - 1)
-                   + _layer_params(shape) / mesh.tensor)
+                   + _layer_params(shape) * split)
     return wasted, max(mesh.fsdp - MOST_FSDP, 0), collectives, mesh.data
   mesh = min(_meshes(config.mesh, 'mesh', shape, devices), key=cost)
   rows = math.ceil(work.rows / mesh.parts)  # of one shard
@@ -187,6 +200,7 @@ def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
       agrees = all(configs.is_open(n) or n == size
                    for n, size in zip(sizes, dataclasses.astuple(mesh), strict=True))
       divides = not any(n % tensor for n in (shape.K, shape.F, shape.V)) and not shape.D % fsdp
+      divides &= not (configs.is_open(given.tensor) and devices.near % tensor)
       if agrees and divides and mesh.data % devices.slices == 0:
         found.append(mesh)
   if not found:
