@@ -105,10 +105,10 @@ def test_programs_of_two_layers_compile_for_gpus():
                        env=dict(PYTHONPATH=f'{ROOT}:{ROOT / "bench"}', PATH='/usr/bin:/bin'))
   assert ran.returncode == 0, ran.stderr
   decode, prefill, step = json.loads(ran.stdout.splitlines()[-1])
-  # one call per layer, because the sampler unrolls them
+  # one call per layer, because the sampler unrolls them; a prefill needs no output of the last one
   assert decode['attention'] == {'Triton': 2} and decode['kernel']['spilled'] == 0
   assert 0 < decode['kernel']['registers'] < 256 and decode['kernel']['size'] > 1000
-  assert prefill['attention'] == {'cuDNN': 2} and prefill['kernel'] is None
+  assert prefill['attention'] == {'cuDNN': 1} and prefill['kernel'] is None
   # in the loops over the layers: forward, recomputed forward, backward
   assert step['attention'] == {'cuDNN': 3} and step['kinds']['reduce-scatter'] > 0
   assert [found['problems'] for found in (decode, prefill, step)] == [[], [], []]
