@@ -57,11 +57,13 @@ class Training:
   reference: str = ''
   remat: str = ''  # empty: what training chooses
   rows: int = 1    # per shard of (data, fsdp)
+  moments: str = 'float32'
 
   @property
   def name(self):
     reference = f', reference {self.reference}' if self.reference else ''
-    return f'{self.size} {self.loss}{reference}'
+    moments = ', bf16 moments' if self.moments == 'bfloat16' else ''
+    return f'{self.size} {self.loss}{reference}{moments}'
 
   @property
   def config(self):
@@ -71,6 +73,7 @@ class Training:
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = self.mesh
     c = config.train
     c.reference = self.reference or 'step'
+    c.moments = self.moments
     c.remat, c.accumulate = self.remat or c.remat, 1
     topology, gib = PODS[self.pod]
     data, fsdp, tensor = self.mesh
@@ -123,7 +126,8 @@ TRAINING = (
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'step'),
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
     Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
-    Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'))
+    Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'),
+    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'))
 # Two of them with other meshes, at equal numbers of examples per step.
 MESHES = tuple(
     Training('70b', loss, pod, (1, fsdp, tensor), reference, rows=examples // fsdp)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from srlm_jax import catalog, config as configs, InputError
-from srlm_jax.models import sizing
+from srlm_jax.models import llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.sizing import Devices, Mesh, Work
 
@@ -174,9 +174,12 @@ def test_the_devices_of_this_process():
 
 @pytest.mark.parametrize('remat', configs.REMAT)
 def test_recomputation_and_shards_save_memory(remat):
-  def used(mesh, tokens=3072, has_reference=True, accumulate=1, remat=remat):
-    return sizing.training_bytes(bf16('llama2-70b'), mesh, tokens, has_reference, accumulate, remat)
+  def used(mesh, tokens=3072, has_reference=True, accumulate=1, remat=remat, moments='float32'):
+    return sizing.training_bytes(bf16('llama2-70b'), mesh, tokens, has_reference, accumulate, remat,
+                                 moments)
   base = used(Mesh(1, 16, 8))
   assert used(Mesh(1, 32, 8)) < base < used(Mesh(1, 16, 4))
   assert used(Mesh(1, 16, 8), 6144) > base > used(Mesh(1, 16, 8), has_reference=False)
   assert used(Mesh(1, 16, 8), accumulate=2) > base
+  saved = 4 * llama.param_count(bf16('llama2-70b')) / 128
+  assert base - used(Mesh(1, 16, 8), moments='bfloat16') == pytest.approx(saved)

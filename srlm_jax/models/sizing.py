@@ -109,7 +109,7 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
   def needed(step):
     accumulate, remat = step
     tokens = math.ceil(rows / accumulate) * work.width
-    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat)
+    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat, c.moments)
   steps = list(_steps(c, rows, work, mesh, devices.platform))
   accumulate, remat = next((step for step in steps if needed(step) < devices.usable),
                            min(steps, key=needed))
@@ -129,15 +129,17 @@ def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tupl
 
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str) -> float:
+                   remat: str, moments: str) -> float:
   """-> bytes of one device that a training step takes, within about a sixth at 7B and 70B.
 
-  `tokens`: of one shard's micro-batch. Parameters, moments and gradients are float32, the reference
-  has the dtype of activations. The constants are fitted to the compiled programs of docs/scale.md.
+  `tokens`: of one shard's micro-batch. Parameters and gradients are float32, the moments have the
+  dtype `moments`, the reference has that of activations. The constants are fitted to the compiled
+  programs of docs/scale.md.
   """
   c, item = shape, jnp.dtype(shape.dtype).itemsize
   heads, kv = c.K * c.G * c.H, c.K * c.H
-  per_param = 12 + item * has_reference + (10.4 if accumulate > 1 else 6.4)
+  per_param = 4 + 2 * jnp.dtype(moments).itemsize + item * has_reference
+  per_param += 10.4 if accumulate > 1 else 6.4
   total = llama.param_count(c) * per_param / (mesh.fsdp * mesh.tensor)
   # The weights of the current layers, gathered over fsdp, and the gradient of the head.
   total += (4 * _layer_params(c) * item + 16 * c.D * c.V) / mesh.tensor

@@ -158,7 +158,7 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
   Raises Stopped, after saving, if a host was asked to stop.
   """
   c, packed = config.train, setup.packed
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout and rounding
   writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
   clock, alarms = metrics.Clock(), Alarms(writer.kept if writer else [])
   steps, unchecked, stop, agreement = len(packed), {}, False, preemption.Agreement()
@@ -218,7 +218,7 @@ def refuse_too_large(config):
     return
   count = llama.param_count(_preset(config.model))
   with_reference = objectives.find(config.train).needs_reference_params
-  needed = train_state.bytes_needed(count, with_reference)
+  needed = train_state.bytes_needed(count, config.train.moments, with_reference)
   available = hosts.memory()
   if needed > available:
     parts = 'parameters, gradients, reference' if with_reference else 'parameters, gradients'
