@@ -66,6 +66,12 @@ class Training:
     return f'{self.size} {self.loss}{reference}{moments}'
 
   @property
+  def width(self):
+    """Tokens per row: a prompt, and one or two responses of the same length."""
+    config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
+    return config.train.max_length * (3 if self.loss == 'dpo' else 2) // 2
+
+  @property
   def config(self):
     """The section `train` of the config, with the recomputation that training chooses."""
     config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
@@ -79,8 +85,7 @@ class Training:
     data, fsdp, tensor = self.mesh
     devices = sizing.Devices(platform(self), data * fsdp * tensor, gib * GIB,
                              topology.get('num_slices', 1))
-    width = c.max_length * (3 if self.loss == 'dpo' else 2) // 2  # a prompt, one or two responses
-    work = sizing.Work(self.rows * data * fsdp, width, self.reference == 'step')
+    work = sizing.Work(self.rows * data * fsdp, self.width, self.reference == 'step')
     c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
     return c
 
@@ -142,7 +147,7 @@ SAMPLING = tuple(
     for bits in (16, 8))
 
 # On GPUs, with the mesh that training chooses for 16 examples per step, the batch of the paper.
-# docs/scale.md has what fits in one table, with two programs of fewer examples, and the rest in
+# docs/scale.md has what fits in one table, with some programs of fewer examples, and the rest in
 # another.
 GPU_TRAINING = (
     Training('7b', 'dpo', '8 x h100', (1, 8, 1), 'step', rows=2),
@@ -154,14 +159,21 @@ GPU_TRAINING = (
     Training('70b', 'sft', '16 x h200', (1, 16, 1)),
     Training('70b', 'sft', '16 x h100', (1, 16, 1)),
     Training('70b', 'dpo', '16 x h100', (1, 8, 2), 'cached'),
-    Training('70b', 'dpo', '8 x h200', (1, 1, 8), 'cached'))
+    Training('70b', 'dpo', '8 x h200', (1, 1, 8), 'cached'),
+    Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step', moments='bfloat16'),
+    Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached', moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'cached', rows=4, moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h200', (1, 8, 1), 'step', moments='bfloat16'),
+    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'))
 GPU_TOO_LARGE = (
     Training('70b', 'dpo', '8 x h100', (1, 4, 2), 'cached', rows=4),
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step'),
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached'),
     Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'step', rows=4),
     Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'cached', rows=4),
-    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4))
+    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4),
+    Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'step', rows=4, moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h100', (1, 4, 2), 'cached', rows=4, moments='bfloat16'))
 GPU_SAMPLING = tuple(
     Sampler(kind, pod, 16, width, size, mesh)
     for size, pod, mesh in (('7b', '8 x h100', (8, 1, 1)), ('70b', '8 x h100', (1, 1, 8)),

@@ -4,8 +4,8 @@
   python bench/scale_gpu.py --only='70b dpo'    # whose name or GPUs contain the text
 
 `make aot-gpu` runs it in an environment with the CUDA plugin of JAX. Each line has the memory of
-one GPU, by XLA, and the attention kernels that the program calls. For decode, ptxas assembles the
-Triton kernel once more and reports it.
+one GPU, by XLA and for cuDNN's workspace by formula, and the attention kernels that the program
+calls. For decode, ptxas assembles the Triton kernel once more and reports it.
 
 Exits with 1 if a program does not fit that docs/scale.md lists as fitting, if attention is not the
 kernel that the model chooses on GPUs, or if the loop over the layers all-reduces a whole weight.
@@ -21,17 +21,28 @@ import scale
 
 DECODE = 'gpu_decode'
 HEADER = '''
-| program | GPUs | data, fsdp, tensor | rows | remat | arguments, GiB | temporaries | total \
-| attention | collectives | seconds |
-|---|---|---|---|---|---|---|---|---|---|---|'''
+| program | GPUs | data, fsdp, tensor | rows | remat | arguments, GiB | temporaries | cuDNN \
+| total | attention | collectives | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|---|'''
 
 
 def measure(program: aot.Training | aot.Sampler) -> tuple[dict, gpu.Kernel | None]:
-  """-> what `scale.measure` finds, and the report of ptxas on the kernel of a decode."""
+  """-> what `scale.measure` finds, with cuDNN's workspace, and of a decode the kernel by ptxas."""
   with tempfile.TemporaryDirectory() as folder:
     found = scale.measure(program, dict(xla_dump_to=folder))
     decodes = 'Triton' in found['attention']
-    return found, gpu.assemble(pathlib.Path(folder), DECODE) if decodes else None
+    kernel = gpu.assemble(pathlib.Path(folder), DECODE) if decodes else None
+  extra = workspace(program) / aot.GIB
+  total = found['total'] + extra
+  return dict(found, workspace=extra, total=total, fits=total < aot.PODS[program.pod][1]), kernel
+
+
+def workspace(program: aot.Training | aot.Sampler) -> int:
+  """-> bytes of one GPU that cuDNN takes and XLA does not count."""
+  if isinstance(program, aot.Sampler):
+    return 0
+  c, tensor = program.model, program.mesh[2]
+  return gpu.workspace(program.rows, program.width, c.K * c.G // tensor, c.K // tensor, c.H)
 
 
 def problems(program: aot.Training | aot.Sampler, found: dict, fits: bool) -> list[str]:
@@ -52,7 +63,7 @@ def problems(program: aot.Training | aot.Sampler, found: dict, fits: bool) -> li
 def line(program: aot.Training | aot.Sampler, found: dict) -> str:
   """-> a line of the table."""
   remat = program.config.remat if isinstance(program, aot.Training) else ''
-  gib = [f'{found[name]:.1f}' for name in ('arguments', 'temporaries', 'total')]
+  gib = [f'{found[name]:.1f}' for name in ('arguments', 'temporaries', 'workspace', 'total')]
   calls = ', '.join(f'{count} x {name}' for name, count in found['attention'].items())
   return (f'| {aot.title(program)} | {remat} | {" | ".join(gib)} of {aot.PODS[program.pod][1]} | '
           f'{calls} | {scale.counted(found["kinds"])} | {found["seconds"]:.0f} |')

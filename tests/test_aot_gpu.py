@@ -73,6 +73,13 @@ def test_a_description_has_the_memory_that_programs_are_compared_with():
     assert topology['topology'] == f'1x{gpu.hosts(name)}x8'
 
 
+def test_the_workspace_of_cudnn_is_of_the_heads_of_one_gpu():
+  one = next(p for p in aot.GPU_TRAINING if (p.size, p.loss, p.mesh) == ('70b', 'dpo', (1, 16, 1)))
+  eight = next(p for p in aot.GPU_TRAINING if p.mesh == (1, 1, 8))
+  assert scale_gpu.workspace(one) == 8 * scale_gpu.workspace(eight) > 2**30
+  assert scale_gpu.workspace(DECODE) == 0
+
+
 def test_what_docs_scale_md_says_is_checked():
   good = dict(fits=True, total=30.0, attention={'cuDNN': 4}, whole={'a small weight': 0.01})
   assert scale_gpu.problems(STEP, good, fits=True) == []
