@@ -31,9 +31,11 @@ from srlm_jax.models.config import PRESETS
 for name in 'llama2-7b', 'llama2-70b':
   PRESETS[name] = dataclasses.replace(PRESETS[name], layers=2)
 sampling = [p for p in aot.GPU_SAMPLING if (p.size, p.pod) == ('70b', '8 x h100')]
-training = [p for p in aot.GPU_TRAINING if (p.size, p.pod) == ('70b', '16 x h100')]
+step = next(p for p in aot.GPU_TRAINING if p.mesh == (1, 8, 2))  # on two hosts
+groups = aot.make_mesh(step).devices.reshape(8, 2)
+assert all(a.process_index == b.process_index for a, b in groups)
 out = []
-for program in [*sampling, *training]:
+for program in [*sampling, step]:
   found, kernel = scale_gpu.measure(program)
   out.append(dict(found, kernel=dataclasses.asdict(kernel) if kernel else None,
                   problems=scale_gpu.problems(program, found, fits=True)))
