@@ -166,7 +166,6 @@ GPU_TRAINING = (
     Training('70b', 'dpo', '8 x h200', (1, 8, 1), 'step', moments='bfloat16'),
     Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'))
 GPU_TOO_LARGE = (
-    Training('70b', 'dpo', '8 x h100', (1, 4, 2), 'cached', rows=4),
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step'),
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached'),
     Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'step', rows=4),

@@ -65,16 +65,8 @@ def _canonicalize(platform: str, known=xla_bridge.canonicalize_platform) -> str:
   return 'cuda' if platform == 'gpu' else known(platform)
 
 
-def hosts(pod: str) -> int:
-  """
-  >>> hosts('16 x h100')
-  2
-  """
-  return int(pod.split()[0]) // PER_HOST
-
-
 def attention(text: str) -> dict[str, int]:
-  """The text of a compiled program -> {cuDNN or Triton: its calls}; XLA's own attention has none."""
+  """The text of a compiled program -> {cuDNN or Triton: its calls}; XLA's own attention is none."""
   counts = {name: len(re.findall(pattern, text)) for name, pattern in ATTENTION.items()}
   return {name: count for name, count in counts.items() if count}
 
@@ -83,12 +75,8 @@ def workspace(rows: int, width: int, heads: int, kv_heads: int, head_width: int)
   """-> bytes of cuDNN's workspace for the backward pass of attention with a mask.
 
   In bf16 the gradient of the mask for each head, and those of keys and values for each query head
-  if several share them; in float32 a number per query. cuDNN's forward pass needs none.
-
-  What cuDNN 9.28 reports for its own plans on compute capability 9.0, in MiB:
-  >>> [round(workspace(*sizes) / 2**20, 2) for sizes in (
-  ...     (1, 3072, 64, 8, 128), (1, 3072, 8, 1, 128), (2, 3072, 32, 32, 128))]
-  [1248.75, 156.09, 1152.75]
+  if several share them; in float32 a number per query. cuDNN 9.28 reports the same for its plans
+  (tests/test_aot_gpu.py), and nothing for its forward pass.
   """
   shared = 2 * 2 * width * head_width if heads > kv_heads else 0
   return rows * heads * (2 * width**2 + shared + 4 * width)

@@ -1,4 +1,4 @@
-"""Programs compiled for GPUs without a GPU: the reports of `bench/scale_gpu.py`, and one real run."""
+"""Programs compiled for GPUs without a GPU: the reports of `bench/scale_gpu.py`, and a real run."""
 import json
 import subprocess
 
@@ -34,8 +34,9 @@ sampling = [p for p in aot.GPU_SAMPLING if (p.size, p.pod) == ('70b', '8 x h100'
 step = next(p for p in aot.GPU_TRAINING if p.mesh == (1, 8, 2))  # on two hosts
 groups = aot.make_mesh(step).devices.reshape(8, 2)
 assert all(a.process_index == b.process_index for a, b in groups)
+replicated = aot.Training('70b', 'dpo', '8 x h100', (8, 1, 1), 'cached')
 out = []
-for program in [*sampling, step]:
+for program in [*sampling, step, replicated]:
   found, kernel = scale_gpu.measure(program)
   out.append(dict(found, kernel=dataclasses.asdict(kernel) if kernel else None,
                   problems=scale_gpu.problems(program, found, fits=True)))
@@ -71,8 +72,16 @@ def test_a_description_has_the_memory_that_programs_are_compared_with():
     memory = gpu.CHIPS[topology['topology_name']][0]
     assert f'device_memory_size: {memory} ' in topology['target_config']
     assert gib == pytest.approx(0.95 * memory / 2**30, abs=0.1)
-    assert name == f'{8 * gpu.hosts(name)} x {topology["topology_name"]}'
-    assert topology['topology'] == f'1x{gpu.hosts(name)}x8'
+    hosts = int(name.split()[0]) // 8
+    assert topology['topology'] == f'1x{hosts}x8' and name.endswith(topology['topology_name'])
+
+
+# In MiB, as cuDNN 9.28 reported for plans of its backward pass on compute capability 9.0.
+@pytest.mark.parametrize('rows, heads, kv_heads, mib', [
+    (1, 64, 8, 1248.75), (1, 8, 1, 156.09), (2, 32, 32, 1152.75)])
+def test_the_workspace_of_cudnn(rows, heads, kv_heads, mib):
+  found = gpu.workspace(rows, 3072, heads, kv_heads, 128)
+  assert found / 2**20 == pytest.approx(mib, abs=0.01)
 
 
 def test_the_workspace_of_cudnn_is_of_the_heads_of_one_gpu():
@@ -113,7 +122,7 @@ def test_programs_of_two_layers_compile_for_gpus():
   ran = subprocess.run([python, '-c', PROGRAM], capture_output=True, text=True,
                        env=dict(PYTHONPATH=f'{ROOT}:{ROOT / "bench"}', PATH='/usr/bin:/bin'))
   assert ran.returncode == 0, ran.stderr
-  decode, prefill, step = json.loads(ran.stdout.splitlines()[-1])
+  decode, prefill, step, replicated = json.loads(ran.stdout.splitlines()[-1])
   # one call per layer, because the sampler unrolls them; a prefill needs no output of the last one
   assert decode['attention'] == {'Triton': 2} and decode['kernel']['spilled'] == 0
   assert 0 < decode['kernel']['registers'] < 256 and decode['kernel']['size'] > 1000
@@ -121,3 +130,6 @@ def test_programs_of_two_layers_compile_for_gpus():
   # in the loops over the layers: forward, recomputed forward, backward
   assert step['attention'] == {'cuDNN': 3} and step['kinds']['reduce-scatter'] > 0
   assert [found['problems'] for found in (decode, prefill, step)] == [[], [], []]
+  # the gradients of replicated weights are all-reduced whole
+  assert len(replicated['problems']) == 4
+  assert all('all-reduce of' in sentence for sentence in replicated['problems'])

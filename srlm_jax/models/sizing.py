@@ -26,8 +26,8 @@ MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduc
 # Bytes that the tensor axis sends per token and model width, for each byte that the fsdp axis sends
 # per weight of a layer: fitted to the programs of docs/scale.md.
 TENSOR_COST = 5
-# Bytes per second of a GPU over NVLink for each that its network card carries between hosts: 450 and
-# 50 GB/s on hosts of 8 H100 or H200 with one card of 400 Gb/s per GPU.
+# Bytes per second of a GPU over NVLink for each that its network card carries between hosts: 450
+# and 50 GB/s on hosts of 8 H100 or H200 with one card of 400 Gb/s per GPU.
 NVLINK = 9
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 
