@@ -109,19 +109,22 @@ class Plan:
   @property
   def too_large(self) -> list[Program]:
     """The programs that do not fit."""
-    usable = devices(self.pod).usable
-    return [p for stage in self.stages for p in stage.programs if p.bytes > usable]
+    return self.larger_than(devices(self.pod).memory)
+
+  def larger_than(self, size: float) -> list[Program]:
+    """The programs that need more bytes of a chip."""
+    return [p for stage in self.stages for p in stage.programs if p.bytes > size]
 
 
 def devices(pod: Pod) -> Devices:
   """The devices of a pod, as `sizing.devices` finds them there."""
-  slices = pod.count if pod.platform == 'tpu' else 1
-  return Devices(pod.platform, pod.chips, pod.chip.gib * GIB, slices)
+  memory, slices = int(pod.chip.gib * GIB), pod.count if pod.platform == 'tpu' else 1
+  return Devices(pod.platform, pod.chips, memory, slices, pod.count // slices)
 
 
 def host(pod: Pod) -> Devices:
   """The devices of one of its hosts."""
-  return Devices(pod.platform, pod.chips // pod.hosts, pod.chip.gib * GIB)
+  return Devices(pod.platform, pod.chips // pod.hosts, int(pod.chip.gib * GIB))
 
 
 def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
@@ -235,7 +238,8 @@ class Planner:
     multiple = kernels.for_training(self.pod.platform, shape, remat).width_multiple
     rows, width = _up(work.rows, mesh.parts * accumulate), _up(work.width, multiple)
     tokens = rows // (mesh.parts * accumulate) * width
-    parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat, c.moments)
+    parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat, c.moments,
+                                  self.pod.platform)
     return Program('model', 'step', mesh, rows, width, parts, accumulate, remat)
 
   def _batch(self) -> Tokens:
@@ -260,7 +264,8 @@ class Planner:
     shape = dataclasses.replace(self.shape, dtype=c.dtype)
     program = dataclasses.replace(
         p, stage='reference', name='forward', accumulate=1, remat='',
-        parts=sizing.forward_parts(shape, p.mesh, p.rows // p.mesh.parts * p.width))
+        parts=sizing.forward_parts(shape, p.mesh, p.rows // p.mesh.parts * p.width,
+                                   self.pod.platform))
     seconds = costs.forward(shape, self.pod, p.mesh, p.rows, p.width, self._batch(), True)
     return Stage('reference', models, f'{self.examples:,.0f} pairs', [program],
                  seconds * (self.examples / c.batch), _written(self.examples, 0))
@@ -382,11 +387,11 @@ def refuse_too_large(plan: Plan, lengths: dict[str, float]):
   if not plan.too_large:
     return
   worst = max(plan.too_large, key=lambda program: program.bytes)
-  usable, fitting = devices(plan.pod).usable, ' or '.join(_what_fits(plan, lengths))
+  fitting = ' or '.join(_what_fits(plan, lengths))
   raise InputError(
       f'{plan.config.name} of size {plan.config.size} does not fit on {plan.pod.name}: '
-      f'{worst.name} of the stage {worst.stage} needs {worst.bytes / GIB:,.1f} GiB per chip, and a '
-      f'program may take {usable / GIB:,.1f} of {plan.pod.chip.gib}; '
+      f'{worst.name} of the stage {worst.stage} needs {worst.bytes / GIB:,.1f} GiB per chip, which '
+      f'has {plan.pod.chip.gib}; '
       + (f'what fits: {fitting}' if fitting else 'nothing that a plan tries fits'))
 
 
@@ -433,10 +438,14 @@ def text(plan: Plan) -> str:
   lines.append('\nGiB per chip of every program:')
   table = [['stage', 'program', 'mesh', 'rows', 'width', 'micro-batches',
             'remat', 'slots', 'parameters', 'reference', 'optimizer', 'gradients',
-            'activations, cache', 'total', f'usable of {pod.chip.gib}']]
+            'activations, cache', f'total of {pod.chip.gib}']]
   for program in (p for stage in plan.stages for p in stage.programs):
-    table.append(_memory(program, devices(pod).usable))
-  lines += [results.aligned(table), '\nTime of every stage:']
+    table.append(_memory(program))
+  lines.append(results.aligned(table))
+  if tight := {p.stage: None for p in plan.larger_than(devices(pod).usable)}:
+    lines.append(_wrapped(f'More than {sizing.USABLE[pod.platform]:.0%} of the memory, which may '
+                          f'fail: {", ".join(tight)}.'))
+  lines.append('\nTime of every stage:')
   table = [['stage', 'model', 'work', 'floor', 'estimate', 'chip-hours by the estimate']]
   for stage in plan.stages:
     table.append([stage.name, ', '.join(stage.models), stage.work, *_times(stage.seconds),
@@ -453,7 +462,7 @@ def text(plan: Plan) -> str:
   return '\n'.join(lines)
 
 
-def _memory(program: Program, usable: float) -> list[str]:
+def _memory(program: Program) -> list[str]:
   """A line of the table of programs."""
   parts, mesh = program.parts, program.mesh
   def gib(*names):
@@ -464,8 +473,7 @@ def _memory(program: Program, usable: float) -> list[str]:
           str(program.accumulate) if program.remat else '-',
           program.remat or '-', str(program.slots or '-'), gib('parameters', 'weights'),
           gib('reference'), gib('optimizer'), gib('gradients'),
-          gib('copies', 'activations', 'cache', 'unused'), f'{program.bytes / GIB:.1f}',
-          f'{usable / GIB:.1f}']
+          gib('copies', 'activations', 'cache', 'unused'), f'{program.bytes / GIB:.1f}']
 
 
 def _wrapped(text: str) -> str:

@@ -15,15 +15,15 @@ class Chip:
   flops: float      # bf16, per second
   bandwidth: float  # bytes per second of HBM
   link: float       # bytes per second
-  gib: int = 0      # of memory, for a program
+  gib: float = 0    # of memory that JAX has
 
 
 CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9, 32), 'v5e': Chip(1.5e9, 197e12, 819e9, 45e9),
          'v5p': Chip(1.75e9, 459e12, 2765e9, 90e9, 95),
          'v6e': Chip(1.75e9, 918e12, 1640e9, 90e9, 31),
-         'h100': Chip(1.98e9, 989e12, 3350e9, 225e9, 78),
-         'h200': Chip(1.98e9, 989e12, 4800e9, 225e9, 139)}
-NODE = 8           # GPUs of a node
+         'h100': Chip(1.98e9, 989e12, 3350e9, 225e9, 75.2),
+         'h200': Chip(1.98e9, 989e12, 4800e9, 225e9, 133.9)}
+NODE = 8           # GPUs of a node; JAX has 95 % of their memory, see docs/scale.md
 NETWORK = 50e9     # bytes per second per GPU between nodes: one port of 400 Gbit/s
 CUBE = 64          # chips: slices of v4 and v5p are smaller, or a multiple of it
 HOST = 4           # chips of a TPU host, but for the small slices of v6e
@@ -81,13 +81,17 @@ def find(text: str) -> Pod:
   (Pod(kind='v5p', count=1, size=128), Pod(kind='h100', count=2, size=8))
   """
   name = ''.join(text.lower().split())
-  found = re.fullmatch(r'(?:([1-9]\d{0,3})x)?(?:(v4|v5p|v6e)-(\d{1,6})|8x(h100|h200))', name)
+  one = r'(v4|v5p|v6e)-(\d{1,6})|([1-9]\d{0,4})x(h100|h200)'
+  found = re.fullmatch(rf'(?:([1-9]\d{{0,3}})x)?(?:{one})', name)
   if not found:
     raise InputError(f'--pod={configs.short(text)}{closest(name, _names())}: pods are {FORMS}')
-  count, kind, number, gpu = found.groups()
+  count, kind, number, gpus, gpu = found.groups()
   count = int(count or 1)
   if gpu:
-    return Pod(gpu, count, NODE)
+    if int(gpus) % NODE:
+      raise InputError(f'--pod={configs.short(text)}: a node has {NODE} GPUs; write {NODE}x{gpu}, '
+                       f'or a multiple of {NODE}')
+    return Pod(gpu, count * int(gpus) // NODE, NODE)
   sizes, cores = SIZES[kind], CORES[kind]
   if int(number) / cores not in sizes:
     near = sorted(sizes, key=lambda size: abs(size * cores - int(number)))[:2]

@@ -31,7 +31,8 @@ def rows() -> list[Row]:
   for line in tables((ROOT / 'docs/scale.md').read_text()):
     gib = line.get('total') or line.get('total, GiB') or line.get('GiB')
     middle = line.get('middle, ms')
-    if {'program', 'pod', 'rows'} <= line.keys() and (gib or middle):
+    line['pod'] = line.get('pod') or line.get('GPUs')
+    if line['pod'] and {'program', 'rows'} <= line.keys() and (gib or middle):
       found.append(Row(program(line), _number(gib), _number(middle)))
   for loss, reference, count, remat, gib in OTHERS:
     one = aot.Training('70b', loss, 'v5p-256', (1, 16, 8), reference, remat, count)
@@ -42,7 +43,8 @@ def rows() -> list[Row]:
 def program(line: dict[str, str]) -> aot.Training | aot.Sampler:
   """A line of a table -> the program; ValueError for one that aot does not have, at any size."""
   name, size = line['program'], line['program'].split()[0]
-  alike = [p for p in (*aot.TRAINING, *aot.SAMPLING) if p.name.replace(p.size, size, 1) == name]
+  known = (*aot.TRAINING, *aot.SAMPLING, *aot.GPU_TRAINING, *aot.GPU_TOO_LARGE, *aot.GPU_SAMPLING)
+  alike = [p for p in known if p.name.replace(p.size, size, 1) == name]
   known = min(alike, key=lambda p: (p.pod != line['pod'], p.size != size))
   mesh = known.mesh
   if 'data, fsdp, tensor' in line:

@@ -106,7 +106,8 @@ def test_every_module_has_a_test_file():
       judge='loop', metrics='loop', schema='records', implicit='strategies', catalog='stage',
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
-      model_files='checkpoint', alarms='reference', pods='plan', costs='plan')
+      model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
+      arrays='distribute')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path
