@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full bench-peers check-device lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full aot-gpu bench-peers check-device lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -29,6 +29,11 @@ setup: .venv/.installed
 AOT := -e '.[test,aot]' # not written in the call, which would split it at the comma
 .venv-aot/.installed: pyproject.toml $(LOCK)
 	$(call install,.venv-aot,$(AOT))
+
+# Apart, because where the CUDA plugin is installed, every run looks for a GPU first.
+AOT_GPU := -e '.[test,aot-gpu]'
+.venv-aot-gpu/.installed: pyproject.toml $(LOCK)
+	$(call install,.venv-aot-gpu,$(AOT_GPU))
 
 # Apart, because `make test` must need no torch.
 .venv-parity/.installed: pyproject.toml $(LOCK)
@@ -82,6 +87,9 @@ aot-full: aot  ## also the tables of docs/scale.md; hours on 2 cores
 	.venv-aot/bin/python bench/cycles.py --plain --remat=full --only='reference step | v5p-256'
 	.venv-aot/bin/python bench/cycles.py --meshes
 
+aot-gpu: .venv-aot-gpu/.installed  ## compiles the 7B and 70B programs for H100 and H200, without hardware; about 10 minutes
+	.venv-aot-gpu/bin/python bench/scale_gpu.py
+
 # The programs that the benchmarks compare with, each in an environment of its own. pip must find the
 # CPU build of torch: it is in PyTorch's own index, not in the default one.
 PEERS := torch ctranslate2 vllm tunix
@@ -127,4 +135,4 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-aot-gpu .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info

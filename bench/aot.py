@@ -1,8 +1,9 @@
-"""The programs of 7B and 70B that are compiled ahead of time with the TPU compiler.
+"""The programs of 7B and 70B that are compiled ahead of time with the compilers for TPU and GPU.
 
-No TPU is needed: nothing is allocated or executed. `bench/scale.py` reports the memory of the
-training steps, `bench/cycles.py` the estimated time of all programs, `tests/test_aot.py` tests the
-sampling programs.
+No TPU or GPU is needed: nothing is allocated or executed. `bench/scale.py` reports the memory of
+the training steps on TPUs, `bench/cycles.py` the estimated time of all their programs,
+`tests/test_aot.py` tests the sampling programs. `bench/scale_gpu.py` reports what is compiled for
+GPUs.
 """
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ import os
 import re
 
 from flax import traverse_util
+import gpu
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
@@ -41,7 +43,8 @@ PODS = {  # name: (topology, GiB per chip); v4 and v5p are named after their cor
     '2 x v5p-128': (dict(topology_name='v5:4x4x4', num_slices=2, **CUBE), 95),
     'v5p-8': (dict(topology_name='v5:2x2x1', num_slices=1, **MEGACORE), 95),
     'v5p-16': (dict(topology_name='v5:2x2x2', num_slices=1, **MEGACORE), 95),
-    'v6e-8': (dict(topology_name='v6e:2x4', chip_config_name='default'), 31)}
+    'v6e-8': (dict(topology_name='v6e:2x4', chip_config_name='default'), 31),
+    **gpu.PODS}
 # Of the sampling programs: slots, tokens per slot, tokens of the shared prefix, tokens per call of
 # decode, the fewest tokens of a prefill.
 SLOTS, SIZE, PREFIX, STEPS, PREFILL = 64, 4096, 512, 8, 256
@@ -57,11 +60,19 @@ class Training:
   reference: str = ''
   remat: str = ''  # empty: what training chooses
   rows: int = 1    # per shard of (data, fsdp)
+  moments: str = 'float32'
 
   @property
   def name(self):
     reference = f', reference {self.reference}' if self.reference else ''
-    return f'{self.size} {self.loss}{reference}'
+    moments = ', bf16 moments' if self.moments == 'bfloat16' else ''
+    return f'{self.size} {self.loss}{reference}{moments}'
+
+  @property
+  def width(self):
+    """Tokens per row: a prompt, and one or two responses of the same length."""
+    config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
+    return config.train.max_length * (3 if self.loss == 'dpo' else 2) // 2
 
   @property
   def config(self):
@@ -71,12 +82,13 @@ class Training:
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = self.mesh
     c = config.train
     c.reference = self.reference or 'step'
+    c.moments = self.moments
     c.remat, c.accumulate = self.remat or c.remat, 1
     topology, gib = PODS[self.pod]
     data, fsdp, tensor = self.mesh
-    devices = sizing.Devices('tpu', data * fsdp * tensor, gib * GIB, topology.get('num_slices', 1))
-    width = c.max_length * (3 if self.loss == 'dpo' else 2) // 2  # a prompt, one or two responses
-    work = sizing.Work(self.rows * data * fsdp, width, self.reference == 'step')
+    devices = sizing.Devices(platform(self), data * fsdp * tensor, gib * GIB,
+                             topology.get('num_slices', 1))
+    work = sizing.Work(self.rows * data * fsdp, self.width, self.reference == 'step')
     c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
     return c
 
@@ -122,7 +134,8 @@ TRAINING = (
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'step'),
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
     Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
-    Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'))
+    Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'),
+    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'))
 # Two of them with other meshes, at equal numbers of examples per step.
 MESHES = tuple(
     Training('70b', loss, pod, (1, fsdp, tensor), reference, rows=examples // fsdp)
@@ -148,9 +161,50 @@ SAMPLING = tuple(
         Sampler(kind, pod, 16, width, mesh=group_mesh(pod))
         for pod in GROUPS for kind, width in (('decode', 0), ('prefill', 2048)))
 
+# On GPUs, with the mesh that training chooses for 16 examples per step, the batch of the paper.
+# docs/scale.md has what fits in one table, with some programs of fewer examples, and the rest in
+# another.
+GPU_TRAINING = (
+    Training('7b', 'dpo', '8 x h100', (1, 8, 1), 'step', rows=2),
+    Training('7b', 'dpo', '16 x h100', (1, 16, 1), 'step'),
+    Training('7b', 'dpo', '8 x h200', (1, 8, 1), 'step', rows=2),
+    Training('7b', 'dpo', '16 x h200', (1, 16, 1), 'step'),
+    Training('70b', 'dpo', '16 x h200', (1, 16, 1), 'step'),
+    Training('70b', 'dpo', '16 x h200', (1, 16, 1), 'cached'),
+    Training('70b', 'sft', '16 x h200', (1, 16, 1)),
+    Training('70b', 'sft', '16 x h100', (1, 16, 1)),
+    Training('70b', 'dpo', '16 x h100', (1, 8, 2), 'cached'),
+    Training('70b', 'dpo', '8 x h200', (1, 1, 8), 'cached'),
+    Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step', moments='bfloat16'),
+    Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached', moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'cached', rows=4, moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h200', (1, 8, 1), 'step', moments='bfloat16'),
+    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'))
+GPU_TOO_LARGE = (
+    Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step'),
+    Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached'),
+    Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'step', rows=4),
+    Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'cached', rows=4),
+    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4),
+    Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'step', rows=4, moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h100', (1, 4, 2), 'cached', rows=4, moments='bfloat16'))
+GPU_SAMPLING = tuple(
+    Sampler(kind, pod, 16, width, size, mesh)
+    for size, pod, mesh in (('7b', '8 x h100', (8, 1, 1)), ('70b', '8 x h100', (1, 1, 8)),
+                            ('70b', '8 x h200', (2, 1, 4)))
+    for kind, width in (('decode', 0), ('prefill', 2048)))
+
+
+def platform(program: Training | Sampler) -> str:
+  """-> tpu or gpu."""
+  return 'gpu' if program.pod in gpu.PODS else 'tpu'
+
 
 def make_mesh(program: Training | Sampler):
   """-> the mesh of a program, over chips that need not exist; of a sampler, a part of the pod."""
+  if platform(program) == 'gpu':
+    jax.config.update('jax_platforms', 'cpu')
+    return sharding.make_mesh(*program.mesh, gpu.devices(program.pod))
   chips = sorted(topology(program.pod), key=lambda chip: chip.process_index)
   return sharding.make_mesh(*program.mesh, chips[:math.prod(program.mesh)])
 
@@ -192,6 +246,8 @@ def compile(program: Training | Sampler, options: dict | None = None):
   mesh = make_mesh(program)
   with jax.set_mesh(mesh):
     lower = _lower_training if isinstance(program, Training) else _lower_sampler
+    if platform(program) == 'gpu':
+      options = gpu.OPTIONS | (options or {})
     try:
       return lower(program, mesh).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -266,7 +322,7 @@ def _lower_training(program: Training, mesh):
   reference_params = {}
   if program.reference == 'step':
     reference_params = store.abstract_on(mesh, state.params, c.dtype)
-  model = llama.Llama(config, kernels.for_training('tpu', config, c.remat), c.remat)
+  model = llama.Llama(config, kernels.for_training(platform(program), config, c.remat), c.remat)
   step = train_step.make(model, tx, c, state)
   return step.lower(state, reference_params, jax.tree.map(abstract, host_batch),
                     jax.eval_shape(jax.random.key, 0))
@@ -274,12 +330,13 @@ def _lower_training(program: Training, mesh):
 
 def _lower_sampler(program: Sampler, mesh):
   config = program.model
-  choice = kernels.choose('tpu', config)
+  choice = kernels.choose(platform(program), config)
   (model, params, cache, prefix), state = sampler(config, choice, mesh, SLOTS, SIZE, PREFIX)
   if program.bits == 8:
     params = jax.tree_util.tree_map_with_path(functools.partial(_quantized, mesh), params)
-  params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                        params, choice.formats(params))
+  if choice.formats:
+    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                          params, choice.formats(params))
   given = model, params, cache, prefix
   if program.kind == 'decode':
     key, eos = jax.eval_shape(jax.random.key, 0), shape(mesh, 'L', 1)

@@ -190,7 +190,8 @@ def check_plan(report: Report):
 
   def planned(config):
     mesh = fsdp_mesh(config).shape
-    return sizing.training_bytes(config, sizing.Mesh(*mesh.values()), width, True, 1, 'dots')
+    return sizing.training_bytes(config, sizing.Mesh(*mesh.values()), width, True, 1, 'dots',
+                                 'float32', devices.platform)
   name = 'tiny' if is_cpu else next((
       name for name, config in LARGE.items() if planned(config) < devices.memory / 2), 'tiny')
   plan = train.Plan(LARGE[name], 2 * count, width // 8, width // 8, 3, 1, width)

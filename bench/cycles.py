@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from srlm_jax import compiler, config as configs
-from srlm_jax.models import llama
+from srlm_jax import compiler, config as configs, pods
+from srlm_jax.models import costs
 
 TOP = 15
 ORDER = 'cycles', 'middle', 'floor'
@@ -63,47 +63,35 @@ def calibrate(chip: str) -> dict[str, float]:
   def share(function, *shapes):
     given = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
     text = jax.jit(function).lower(*given).compile().as_text()
-    seconds = estimate.estimate(hlo.parse(text), estimate.CHIPS[chip], 1, {}).seconds
+    seconds = estimate.estimate(hlo.parse(text), pods.CHIPS[chip], 1, {}).seconds
     return seconds['floor'] / seconds['cycles']
   size, stream = (8192, 8192), (2**28,)
   return dict(product=share(jnp.matmul, (size, jnp.bfloat16), (size, jnp.bfloat16)),
               stream=share(jnp.add, (stream, jnp.float32), (stream, jnp.float32)))
 
 
-def needed_flops(program: aot.Training | aot.Sampler) -> int:
-  """-> FLOPs that a training step or a prefill needs, without recomputation.
-
-  A forward pass multiplies every token with the weights of the layers, every target with the head,
-  and every query with the keys that it sees. Training takes three times this, a reference once.
-  """
+def needed_flops(program: aot.Training | aot.Sampler) -> float:
+  """-> FLOPs that a training step or a prefill needs, without recomputation."""
   m = program.model
-  heads = m.K * m.G * m.H
-  layer = 2 * m.D * heads + 2 * m.D * m.K * m.H + 3 * m.D * m.F
   if isinstance(program, aot.Sampler):
     T = program.width
-    seen = T * aot.PREFIX + T**2 // 2
-    return (2 * layer * T + 4 * heads * seen) * m.layers * program.rows
-  responses = 2 if program.loss == 'dpo' else 1
+    tokens = costs.Tokens(T, T * aot.PREFIX + T**2 / 2, 0)
+    return costs.forward_flops(m, tokens) * program.rows
   half = program.config.max_length // 2  # tokens of the prompt, and of each response
-  seen = half**2 // 2 + responses * (half**2 + half**2 // 2)
-  forward = 2 * (layer * m.layers * half * (1 + responses) + m.D * m.V * half * responses)
-  forward += 4 * heads * m.layers * seen
+  example = costs.example(half, half, 2 if program.loss == 'dpo' else 1)
   data, fsdp, _ = program.mesh
-  return forward * program.rows * data * fsdp * (4 if program.reference == 'step' else 3)
+  passes = 4 if program.reference == 'step' else 3
+  return costs.forward_flops(m, example) * program.rows * data * fsdp * passes
 
 
-def needed_bytes(program: aot.Sampler) -> int:
-  """-> bytes that a step of decode reads: the weights, the prefix once, every slot's own tokens."""
-  m = program.model
-  embedding = m.D * m.V  # a step reads one row of it per slot
-  token = 2 * m.layers * m.K * m.H * 2  # keys and values in bf16
-  weights = (llama.param_count(m) - embedding) * program.bits // 8
-  return weights + token * (program.rows * LENGTH + aot.PREFIX)
+def needed_bytes(program: aot.Sampler) -> float:
+  """-> bytes that a step of decode reads."""
+  return costs.decode_bytes(program.model, program.bits == 8, program.rows, LENGTH, aot.PREFIX)
 
 
 def least_seconds(program: aot.Training | aot.Sampler) -> float:
   """-> the seconds that the chips of a program need at their peak, per step of a decode."""
-  chip, (data, fsdp, tensor) = estimate.CHIPS[chip_name(program.pod)], program.mesh
+  chip, (data, fsdp, tensor) = pods.CHIPS[chip_name(program.pod)], program.mesh
   chips = data * fsdp * tensor
   if decodes(program):
     return needed_bytes(program) / chips / chip.bandwidth
@@ -128,7 +116,7 @@ def measure(program: aot.Training | aot.Sampler) -> tuple[estimate.Estimate, flo
     schedule = ''.join(p.read_text() for p in pathlib.Path(folder).glob('*.schedule.txt'))
   seconds = time.perf_counter() - started
   chip = chip_name(program.pod)
-  given = hlo.parse(compiled.as_text()), estimate.CHIPS[chip], calibrate(chip)['stream']
+  given = hlo.parse(compiled.as_text()), pods.CHIPS[chip], calibrate(chip)['stream']
   given += hlo.collective_cycles(schedule),
   if isinstance(program, aot.Sampler):
     runs = (aot.STEPS, DRAWS) if decodes(program) else (program.rows,)

@@ -21,31 +21,15 @@ import re
 import hlo
 from hlo import Array, Computation, Instruction, Program
 
+from srlm_jax.models.costs import BANDWIDTH, LATENCY, PRODUCTS, SHARE
+from srlm_jax.pods import Chip
+
 WAYS = ('cycles', 'floor', 'middle')
 KINDS = ('matmul', 'collectives', 'elementwise', 'dropout', 'attention', 'copies', 'optimizer')
-BANDWIDTH = 0.85  # share of the HBM bandwidth that a good kernel reaches
-LATENCY = 2e-6    # seconds of a collective without bytes, where the scheduler has no figure
-# Share of the peak that splash attention reaches. From the instruction bundles that libtpu wrote
-# for revision bb8d527 on v5p, where the backward kernels run on one of two cores.
-SHARE = {'fwd': 0.64, 'dkv': 0.42, 'dq': 0.42}
-PRODUCTS = {'fwd': 2, 'dkv': 4, 'dq': 3}  # matrix products per block of queries and keys
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'partition-id',
         'replica-id', 'after-all', 'iota', 'opt-barrier', 'send-done', 'recv', 'recv-done'}
 # A fusion with more of these draws random bits; the compiler's estimate is of its arithmetic.
 XORS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Published peaks of one chip; `link`: of one link in one direction."""
-  hertz: float
-  flops: float  # bf16, per second
-  bandwidth: float  # bytes per second of HBM
-  link: float       # bytes per second
-
-
-CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9), 'v5e': Chip(1.5e9, 197e12, 819e9, 45e9),
-         'v5p': Chip(1.75e9, 459e12, 2765e9, 90e9), 'v6e': Chip(1.75e9, 918e12, 1640e9, 90e9)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import sys
 import time
 
 import aot
+import gpu
 import jax
 
 from srlm_jax import config as configs
@@ -66,10 +67,13 @@ def collectives(text: str, weights: dict[tuple, float]) -> tuple[dict[str, int],
   return dict(kinds), whole
 
 
-def measure(program: aot.Training) -> dict:
-  """-> whether the program fits, its memory in GiB per chip, compile time and collectives."""
+def measure(program: aot.Training | aot.Sampler, options: dict | None = None) -> dict:
+  """-> whether the program fits, its memory in GiB per chip, compile time, collectives, attention.
+
+  `options`: of the compiler, besides those of the package.
+  """
   started = time.perf_counter()
-  compiled = aot.compile(program)
+  compiled = aot.compile(program, options)
   if compiled is None:
     return dict(fits=False)
   seconds = time.perf_counter() - started
@@ -77,19 +81,28 @@ def measure(program: aot.Training) -> dict:
   mesh = aot.make_mesh(program)
   with jax.set_mesh(mesh):
     params = store.abstract_on(mesh, llama.abstract_params(program.model), 'float32')
-  kinds, whole = collectives(compiled.as_text(), matrices(params))
+  text = compiled.as_text()
+  kinds, whole = collectives(text, matrices(params))
   total = aot.total_bytes(compiled) / aot.GIB
   return dict(fits=total < aot.PODS[program.pod][1], total=total, seconds=seconds,
               arguments=used.argument_size_in_bytes / aot.GIB,
-              temporaries=used.temp_size_in_bytes / aot.GIB, kinds=kinds, whole=whole)
+              temporaries=used.temp_size_in_bytes / aot.GIB, kinds=kinds, whole=whole,
+              attention=gpu.attention(text))
 
 
 def line(program: aot.Training, found: dict) -> str:
   """-> a line of the table."""
-  kinds = ', '.join(f'{n} {kind}' for kind, n in sorted(found['kinds'].items()))
   gib = [f'{found[name]:.1f}' for name in ('arguments', 'temporaries', 'total')]
-  return (f'| {title(program)} | {" | ".join(gib)} of {aot.PODS[program.pod][1]} | {kinds} | '
-          f'{found["seconds"]:.0f} |')
+  return (f'| {title(program)} | {" | ".join(gib)} of {aot.PODS[program.pod][1]} | '
+          f'{counted(found["kinds"])} | {found["seconds"]:.0f} |')
+
+
+def counted(kinds: dict[str, int]) -> str:
+  """
+  >>> counted({'all-reduce': 2, 'all-gather': 26})
+  '26 all-gather, 2 all-reduce'
+  """
+  return ', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))
 
 
 def title(program: aot.Training) -> str:

@@ -271,7 +271,7 @@ STAGES = (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
-             'dtype', 'save_every', 'select'))),
+             'dtype', 'moments', 'save_every', 'select'))),
          unrecorded=('train.keep', 'train.log_every', 'train.remat', 'mesh.data', 'mesh.fsdp',
                      'mesh.tensor', 'data.source')),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),

@@ -217,8 +217,10 @@ _SECTIONS = {
         dropout=Setting(0.1, BELOW_1, 'share of activations', PAPER),
         # longer examples are dropped and counted
         max_length=Setting(2048, COUNT, 'tokens per row', OURS),
-        # parameters and moments are float32
+        # parameters are float32
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
+        # train/moments.py; bfloat16 saves 4 of 16 bytes per parameter
+        moments=Setting('float32', one_of('float32', 'bfloat16'), "of Adam's moments", OURS),
         # models/llama.py; less recomputation takes more memory: docs/scale.md
         remat=Setting('auto', one_of('auto', *REMAT), 'what the backward pass recomputes; auto: '
                       'chosen; full was True, none was False', OURS),

@@ -67,6 +67,15 @@ def test_the_sampling_benchmark_runs_every_part(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_host_needs_less_than_half_of_the_time_of_a_call(tmp_path):
+  found = quick('host', tmp_path)
+  assert found['samples'] == 3 * found['requests'] and found['scores'] > 0
+  assert found['calls'] > found['tokens'] / 64 / 8 - 2  # 64 slots generate 8 tokens each per call
+  assert 0 < found['all_ms']['median'] < min(found['limits_ms'].values())
+  assert found['all_ms']['median'] > found['records_ms']['median']
+
+
+@pytest.mark.slow
 def test_the_check_of_a_device_passes_on_fake_devices_and_fails_with_a_wrong_kernel(tmp_path):
   program = ('''
 import sys

@@ -8,6 +8,7 @@ import estimate
 import hlo
 import pytest
 
+from srlm_jax import pods
 from srlm_jax.models import llama
 
 
@@ -27,7 +28,7 @@ def program(entry, *computations):
 
 def estimated(found, collective_cycles=None, stream=0.5, sampled=None):
   """The estimate on a chip of 1 GHz, 1 TFLOP/s, 1 GB/s of memory and 0.5 GB/s per link."""
-  chip = estimate.Chip(1e9, 1e12, 1e9, 0.5e9)
+  chip = pods.Chip(1e9, 1e12, 1e9, 0.5e9)
   return estimate.estimate(found, chip, stream, collective_cycles or {}, sampled)
 
 

@@ -10,20 +10,21 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  config ablations torus sharding hosts preemption compiler schema records lock peers environment
+  config ablations pods torus sharding hosts preemption compiler schema records lock peers
+  environment
   model_files catalog stage metrics cli
   data / models
   reward / checkpoint
   sample
   eval / sandbox / report / train
-  selection loop study
+  selection loop study plan
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
 LATE = {'sentencepiece', 'transformers', 'tokenizers'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('config', 'ablations', 'schema', 'records', 'lock', 'data.oasst', 'data.ranked',
-               'data.similar',
+WITHOUT_JAX = ('config', 'ablations', 'pods', 'schema', 'records', 'lock', 'data.oasst',
+               'data.ranked', 'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',
                'reward.scores', 'reward.strategies')
@@ -106,7 +107,8 @@ def test_every_module_has_a_test_file():
       judge='loop', metrics='loop', schema='records', implicit='strategies', catalog='stage',
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
-      model_files='checkpoint', alarms='reference')
+      model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
+      arrays='distribute')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

@@ -5,7 +5,9 @@ import shutil
 
 from conftest import init, make_mesh
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from srlm_jax import config as configs, InputError, model_files, records, schema, stage
@@ -89,15 +91,17 @@ def test_cached_log_probs_of_other_pairs_or_another_model_are_refused(run):
     run('x', reference='cached')
 
 
-def test_a_run_resumes_with_its_rows_on_another_mesh_or_is_refused(run):
-  def kill(workdir):
-    """Restores the folder to its state after two steps."""
-    folder = workdir / 'm2' / 'model'
-    (folder / 'done.json').unlink()
-    for step in model_files.steps(folder):
-      if step > 2:
-        (folder / 'steps' / str(step)).rename(folder / str(step))
+def kill(workdir):
+  """Restores the folder of M2 to its state after two steps -> the folder."""
+  folder = workdir / 'm2' / 'model'
+  (folder / 'done.json').unlink()
+  for step in model_files.steps(folder):
+    if step > 2:
+      shutil.rmtree(folder / 'steps' / str(step))
+  return folder
 
+
+def test_a_run_resumes_with_its_rows_on_another_mesh_or_is_refused(run):
   keys = dict(save_every=2, keep=99)
   workdir, wanted = run('wide', mesh=(8, 1, 1), **keys)
   kill(workdir)
@@ -111,6 +115,30 @@ def test_a_run_resumes_with_its_rows_on_another_mesh_or_is_refused(run):
   kill(workdir)
   with pytest.raises(InputError, match='steps of 4 rows .* rows must be a multiple of 8'):
     run('narrow', mesh=(8, 1, 1), **keys)
+
+
+def test_a_run_with_moments_in_bfloat16_resumes_bit_identically_and_on_another_mesh(run):
+  keys = dict(save_every=2, keep=99, moments='bfloat16')
+  def end(workdir):
+    """-> the hashes and the parameters of the last checkpoint."""
+    folder, mesh = workdir / 'm2' / 'model', make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+      params, _ = store.restore_params(folder, mesh, 'float32')
+    return model_files.read_hashes(folder, model_files.latest(folder)), jax.device_get(params)
+  workdir, _ = run('x', mesh=(8, 1, 1), **keys)
+  hashes, params = end(workdir)
+  path = kill(workdir) / 'steps' / '2' / 'train'
+  stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(stored) if leaf.shape]
+  assert len(dtypes) == 2 * len(jax.tree.leaves(params)) and {*dtypes} == {jnp.dtype('bfloat16')}
+  with pytest.raises(InputError, match=r'config.train.moments \(bfloat16, now float32\)'):
+    run('x', mesh=(8, 1, 1), **keys | dict(moments='float32'))
+
+  run('x', mesh=(8, 1, 1), **keys)
+  assert end(workdir)[0] == hashes
+  kill(workdir)
+  run('x', mesh=(2, 2, 2), **keys)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, end(workdir)[1])
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_and_nothing_written(run, tmp_path):

@@ -7,9 +7,10 @@ import types
 import aot
 import jax
 import pytest
+import scale
 
 from srlm_jax import catalog, config as configs, InputError
-from srlm_jax.models import sizing
+from srlm_jax.models import llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.sizing import Devices, Mesh, Work
 
@@ -73,6 +74,37 @@ def test_the_programs_compiled_for_a_pod_have_the_mesh_that_is_chosen_there(prog
   else:
     found = sample(program.size, devices)
   assert found[:3] == program.mesh
+
+
+# 16 examples per step, the batch of the paper; programs with fewer have a mesh set by hand.
+ON_GPUS = [p for p in aot.GPU_TRAINING + aot.GPU_TOO_LARGE
+           if p.rows * math.prod(p.mesh[:2]) == 16] + [*aot.GPU_SAMPLING]
+
+
+@pytest.mark.parametrize('program', ON_GPUS, ids=aot.title)
+def test_the_programs_compiled_for_gpus_have_the_mesh_that_is_chosen_there(program):
+  count, memory = math.prod(program.mesh), int(aot.PODS[program.pod][1] * GIB)
+  devices = Devices('gpu', count, memory, hosts=count // 8)
+  if isinstance(program, aot.Training):
+    found = train(program.size, devices, 16, program.width, program.reference == 'step')
+  else:
+    found = sample(program.size, devices)
+  assert found[:3] == program.mesh
+
+
+def test_a_tensor_axis_stays_inside_a_host_of_gpus():
+  def mesh(hosts, rows, **given):
+    return train('7b', Devices('gpu', 16, 75 * GIB, hosts=hosts), rows, **given)[:3]
+  assert mesh(1, 1) == (1, 1, 16)
+  assert mesh(2, 1) == (1, 2, 8)
+  assert mesh(4, 1) == (1, 4, 4)
+  assert mesh(2, 1, **{'mesh.tensor': 16}) == (1, 1, 16)  # what the config gives is kept
+
+
+def test_between_hosts_of_gpus_a_tensor_axis_sends_no_fewer_weights():
+  def tensor(hosts):
+    return train('70b', Devices('gpu', 16, 75 * GIB, hosts=hosts), 16)[2]
+  assert (tensor(1), tensor(2)) == (2, 1)
 
 
 def test_slices_split_the_data_axis():
@@ -186,17 +218,52 @@ def test_the_devices_of_this_process():
   assert (found.platform, found.count, found.slices) == ('cpu', jax.device_count(), 1)
   assert 0 < found.memory * found.count
   with pytest.MonkeyPatch.context() as patch:
-    def device(index):
-      return types.SimpleNamespace(platform='tpu', slice_index=index)
-    patch.setattr(jax, 'devices', lambda: [device(0), device(1)])
-    assert sizing.devices().slices == 2
+    def both(platform):
+      return [types.SimpleNamespace(platform=platform, slice_index=index) for index in (0, 1)]
+    patch.setattr(jax, 'devices', lambda: both('tpu'))
+    assert (sizing.devices().slices, sizing.devices().hosts) == (2, 1)
+    patch.setattr(jax, 'devices', lambda: both('gpu'))
+    assert (sizing.devices().slices, sizing.devices().hosts) == (1, 2)
 
 
 @pytest.mark.parametrize('remat', configs.REMAT)
 def test_recomputation_and_shards_save_memory(remat):
-  def used(mesh, tokens=3072, has_reference=True, accumulate=1, remat=remat):
-    return sizing.training_bytes(bf16('llama2-70b'), mesh, tokens, has_reference, accumulate, remat)
+  def used(mesh, tokens=3072, has_reference=True, accumulate=1, remat=remat, moments='float32'):
+    return sizing.training_bytes(bf16('llama2-70b'), mesh, tokens, has_reference, accumulate, remat,
+                                 moments, 'tpu')
   base = used(Mesh(1, 16, 8))
   assert used(Mesh(1, 32, 8)) < base < used(Mesh(1, 16, 4))
   assert used(Mesh(1, 16, 8), 6144) > base > used(Mesh(1, 16, 8), has_reference=False)
   assert used(Mesh(1, 16, 8), accumulate=2) > base
+  saved = 4 * llama.param_count(bf16('llama2-70b')) / 128
+  assert base - used(Mesh(1, 16, 8), moments='bfloat16') == pytest.approx(saved)
+
+
+ROWS = [row for row in scale.rows() if row.gib]
+
+
+def test_the_rows_of_the_tables_are_found():
+  titles = [row.title for row in ROWS]
+  assert len(titles) > 60
+  # one of each table
+  for title in ('70b sft | v6e-256 | 1, 32, 8 | 1 dots', '70b sft | v6e-256 | 1, 32, 8 | 4 full',
+                '70b dpo, reference step | v5p-256 | 1, 16, 8 | 1 none',
+                '70b dpo, reference step | v5p-256 | 1, 64, 2 | 1 dots',
+                '70b sft, bf16 moments | 8 x h200 | 1, 4, 2 | 4 full',
+                '70b decode, int8 | v6e-8 | 1, 1, 8 | 64',
+                '70b prefill of 2,048 tokens, bf16 | v5p-16 | 1, 1, 8 | 1'):
+    assert title in titles
+
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row.title)
+def test_the_formula_is_at_most_15_percent_above_the_compiler_and_never_below(row):
+  program, mesh = row.program, Mesh(*row.program.mesh)
+  if isinstance(program, aot.Training):
+    found = sizing.training_bytes(
+        program.model, mesh, program.rows * program.width, program.reference == 'step', 1,
+        program.config.remat, program.moments, aot.platform(program))
+  else:
+    c = configs.get('m2', program.size).sample
+    c.size, c.int8 = aot.SIZE, program.bits == 8
+    found = sum(sizing.sampler_parts(c, program.model, mesh, aot.SLOTS).values())
+  assert 1 <= found / GIB / row.gib <= 1.15

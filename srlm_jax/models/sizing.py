@@ -26,6 +26,15 @@ MOST_FSDP = 64  # on 128 chips, XLA all-reduced whole gradients instead of reduc
 # Bytes that the tensor axis sends per token and model width, for each byte that the fsdp axis sends
 # per weight of a layer: fitted to the programs of docs/scale.md.
 TENSOR_COST = 5
+# Bytes per second of a GPU over NVLink for each that its network card carries between hosts: 450
+# and 50 GB/s on hosts of 8 H100 or H200 with one card of 400 Gb/s per GPU.
+NVLINK = 9
+# Of the memory of a training step, see `training_parts`: fitted to the programs of docs/scale.md.
+LAYERS = 2     # gathered layers: the current one, and the next
+TABLES = 3     # gathered embeddings or heads
+STREAMS = 4.5  # whole residual streams of the current layer, on every chip of a tensor group
+HIDDEN = 13    # activations of its heads and its feed-forward layer, and their gradients
+UNUSED = dict(cpu=3.5, gpu=1.5, tpu=3.5)  # bytes per parameter: space between buffers
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 LEAST_SLOTS = 16  # per copy of the weights, for which a group of hosts must have memory
 
@@ -36,12 +45,18 @@ class Devices:
   platform: str  # cpu, gpu or tpu
   count: int
   memory: int    # bytes of one device
-  slices: int = 1
+  slices: int = 1  # of TPUs
+  hosts: int = 1   # of GPUs
 
   @property
   def usable(self) -> float:
     """Bytes of one device that a program may take."""
     return self.memory * USABLE[self.platform]
+
+  @property
+  def near(self) -> int:
+    """Devices that a tensor axis may join: the GPUs of a host, the TPUs of a slice, all CPUs."""
+    return self.count // self.hosts // self.slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +85,9 @@ def devices(local: bool = False) -> Devices:
   """The devices of the run, or with `local` those of this host; all hosts make the first call."""
   found = jax.local_devices() if local else jax.devices()
   platform = found[0].platform
-  slices = {getattr(d, 'slice_index', 0) for d in found}  # on a GPU it numbers the hosts
+  slices = len({getattr(d, 'slice_index', 0) for d in found})  # on a GPU it numbers the hosts
   return Devices(platform, len(found), hosts.memory() // jax.device_count(),
-                 len(slices) if platform == 'tpu' else 1)
+                 slices if platform == 'tpu' else 1, slices if platform == 'gpu' else 1)
 
 
 def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, int | str]:
@@ -88,16 +103,21 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
   def cost(mesh):
     multiple = mesh.parts * given
     wasted = work.rows % multiple if work.is_exact else max(multiple - work.rows, 0)
-    # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights.
+    # A tensor axis gathers and scatters the residual stream, an fsdp axis the weights. Between
+    # hosts of GPUs, the cards of a host carry the weights once, however they are split in it.
+    split = 1 / mesh.tensor
+    if devices.hosts > 1:
+      split = max(split, NVLINK / devices.near)
     collectives = (TENSOR_COST * tokens * shape.D * (mesh.tensor - 1)
-                   + _layer_params(shape) / mesh.tensor)
+                   + layer_params(shape) * split)
     return wasted, max(mesh.fsdp - MOST_FSDP, 0), collectives, mesh.data
   mesh = min(_meshes(config.mesh, 'mesh', shape, devices), key=cost)
   rows = math.ceil(work.rows / mesh.parts)  # of one shard
   def needed(step):
     accumulate, remat = step
     tokens = math.ceil(rows / accumulate) * work.width
-    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat)
+    return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat, c.moments,
+                          devices.platform)
   steps = list(_steps(c, rows, work, mesh, devices.platform))
   accumulate, remat = next((step for step in steps if needed(step) < devices.usable),
                            min(steps, key=needed))
@@ -117,27 +137,71 @@ def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tupl
 
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str) -> float:
-  """-> bytes of one device that a training step takes, within about a sixth at 7B and 70B.
+                   remat: str, moments: str, platform: str) -> float:
+  """-> bytes of one device that a training step takes: the sum of `training_parts`."""
+  return sum(training_parts(shape, mesh, tokens, has_reference, accumulate, remat, moments,
+                            platform).values())
 
-  `tokens`: of one shard's micro-batch. Parameters, moments and gradients are float32, the reference
-  has the dtype of activations. The constants are fitted to the compiled programs of docs/scale.md.
+
+def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
+                   remat: str, moments: str, platform: str) -> dict[str, float]:
+  """-> {what: bytes of one device} of a training step, with `tokens` per shard and micro-batch.
+
+  Parameters and gradients are float32, Adam's moments have the dtype `moments`.
+  Never below and at most 15 % above what the compilers for TPU and GPU need for the programs of
+  docs/scale.md. The TPU compiler's list of buffers has the parts below; the factors in capitals are
+  fitted. Only the TPU compiler keeps a copy of all parameters in the dtype of activations.
   """
   c, item = shape, jnp.dtype(shape.dtype).itemsize
   heads, kv = c.K * c.G * c.H, c.K * c.H
-  per_param = 12 + item * has_reference + (10.4 if accumulate > 1 else 6.4)
-  total = llama.param_count(c) * per_param / (mesh.fsdp * mesh.tensor)
-  # The weights of the current layers, gathered over fsdp, and the gradient of the head.
-  total += (4 * _layer_params(c) * item + 16 * c.D * c.V) / mesh.tensor
+  params = llama.param_count(c) / (mesh.fsdp * mesh.tensor)
   kept = c.D  # elements per token and layer: the input of a layer
-  if remat != 'full':  # the results of the products
-    kept += heads + 2 * kv + 2 * c.F + 2 * c.D
+  if remat != 'full':  # the results of the products, but for the one that is added to the stream
+    kept += heads + 2 * kv + 2 * c.F + c.D
   if remat == 'none':  # those of norms, RoPE, attention, SwiGLU and dropout
     kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D
-  current = 0  # elements per token of the layer that is recomputed; whole residual streams
-  if remat == 'full':
-    current = 3.5 * c.D * mesh.tensor + 13 * (c.F + heads)
-  return total + tokens * item * (c.layers * kept + current) / mesh.tensor
+  current = STREAMS * c.D + HIDDEN * (c.F + heads) / mesh.tensor
+  return dict(
+      parameters=4 * params,
+      optimizer=2 * jnp.dtype(moments).itemsize * params,  # the two moments of Adam
+      reference=item * params * has_reference,
+      gradients=(4 + 4 * (accumulate > 1)) * params,  # of a micro-batch, and their sum
+      # That copy; the current layers, gathered over fsdp; the embedding, the head and their
+      # gradients, gathered too.
+      copies=item * (params * (platform != 'gpu') + (
+          LAYERS * layer_params(c) + TABLES * c.D * c.V) / mesh.tensor),
+      activations=tokens * item * (c.layers * kept / mesh.tensor + current),
+      unused=UNUSED[platform] * params)
+
+
+def work(c, mean: float, longest: int, has_reference: bool,
+         begun: tuple[int, int] | None = None) -> Work:
+  """What a step computes with examples of these lengths in tokens; `c`: the section `train`.
+
+  `begun`: the rows and the width of a run that is resumed.
+  """
+  longest = max(c.max_length if c.pack else 0, longest)
+  if begun:
+    rows, width = begun
+  elif c.pack:
+    rows, width = c.batch * mean / longest, longest
+  else:
+    rows, width = c.batch, longest
+  return Work(rows, width, has_reference, is_exact=bool(begun) or not c.pack)
+
+
+def forward_parts(shape: Config, mesh: Mesh, tokens: int, platform: str) -> dict[str, float]:
+  """-> {what: bytes of one device} of a forward pass of training with `tokens` per shard.
+
+  The parameters have the dtype of activations. No compiled program calibrates it.
+  """
+  step = training_parts(shape, mesh, tokens, False, 1, 'full', 'float32', platform)
+  item = jnp.dtype(shape.dtype).itemsize
+  params = llama.param_count(shape) / (mesh.fsdp * mesh.tensor)
+  kept = tokens * item * shape.layers * shape.D / mesh.tensor  # for a backward pass
+  copy = item * params * (platform != 'gpu')
+  return dict(parameters=item * params, copies=step['copies'] - copy,
+              activations=step['activations'] - kept)
 
 
 def sampling(config, shape: Config, host: Devices, hosts: int = 1) -> dict[str, int]:
@@ -196,7 +260,25 @@ def _fitting_slots(c, shape: Config, devices: Devices, mesh: Mesh) -> float:
   return (devices.usable - _sampling_weights(c, shape, mesh)) / row * mesh.fsdp
 
 
-def _layer_params(c: Config) -> int:
+def sampler_parts(c, shape: Config, mesh: Mesh, slots: int) -> dict[str, float]:
+  """-> {what: bytes of one device} of the sampler's programs; `c`: the section `sample`.
+
+  Never below and at most 15 % above what the TPU compiler needs for those of docs/scale.md.
+  """
+  item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
+  size = min(c.size, shape.context)
+  table = shape.D * shape.V  # the embedding stays in the dtype of activations
+  rest = llama.param_count(shape) - table
+  # Of a layer, for the longest prompt.
+  current = 4 * shape.D + 3 * (shape.F + shape.K * shape.G * shape.H) / mesh.tensor
+  return dict(
+      weights=(table * item + rest * (1 if c.int8 else item)) / chips,
+      cache=2 * shape.layers * shape.K * shape.H * size * item * slots / (mesh.data * chips),
+      activations=size * item * current)
+
+
+def layer_params(c: Config) -> int:
+  """-> the number of weights in the products of a layer."""
   return 2 * c.D * c.K * (c.G + 1) * c.H + 3 * c.D * c.F
 
 
@@ -220,6 +302,7 @@ def _meshes(given, section: str, shape: Config, devices: Devices) -> list[Mesh]:
       agrees = all(configs.is_open(n) or n == size
                    for n, size in zip(sizes, dataclasses.astuple(mesh), strict=True))
       divides = not any(n % tensor for n in (shape.K, shape.F, shape.V)) and not shape.D % fsdp
+      divides &= not (configs.is_open(given.tensor) and devices.near % tensor)
       if agrees and divides and mesh.data % devices.slices == 0:
         found.append(mesh)
   if not found:

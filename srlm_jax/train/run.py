@@ -87,17 +87,9 @@ def _examples(config, source, shape, files) -> training.Examples:
 
 def _choose(s: stage.Stage, shape, data: training.Examples):
   """-> the config with values for its open keys; a resumed run keeps its rows."""
-  c, begun = s.config.train, _begun_rows(s.folder)
-  lengths = [len(e) for e in data.examples]
-  longest = max(c.max_length if c.pack else 0, *lengths)
-  if begun:
-    rows, width = begun
-  elif c.pack:
-    rows, width = c.batch * sum(lengths) / len(lengths) / longest, longest
-  else:
-    rows, width = c.batch, longest
-  work = sizing.Work(rows, width, objectives.find(c).needs_reference_params,
-                     is_exact=bool(begun) or not c.pack)
+  c, lengths = s.config.train, [len(e) for e in data.examples]
+  work = sizing.work(c, sum(lengths) / len(lengths), max(lengths),
+                     objectives.find(c).needs_reference_params, _begun_rows(s.folder))
   return catalog.replace(s.config, sizing.training(s.config, shape, sizing.devices(), work))
 
 
@@ -158,7 +150,7 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
   Raises Stopped, after saving, if a host was asked to stop.
   """
   c, packed = config.train, setup.packed
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)  # dropout and rounding
   writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
   clock, alarms = metrics.Clock(), Alarms(writer.kept if writer else [])
   steps, unchecked, stop, agreement = len(packed), {}, False, preemption.Agreement()
@@ -218,7 +210,7 @@ def refuse_too_large(config):
     return
   count = llama.param_count(_preset(config.model))
   with_reference = objectives.find(config.train).needs_reference_params
-  needed = train_state.bytes_needed(count, with_reference)
+  needed = train_state.bytes_needed(count, config.train.moments, with_reference)
   available = hosts.memory()
   if needed > available:
     parts = 'parameters, gradients, reference' if with_reference else 'parameters, gradients'

@@ -6,6 +6,7 @@ import optax
 
 from srlm_jax import sharding
 from srlm_jax.models import llama
+from srlm_jax.train import moments
 
 
 @flax.struct.dataclass
@@ -38,18 +39,20 @@ def schedule(config, steps: int):
 
 
 def optimizer(config, steps: int) -> optax.GradientTransformation:
-  """AdamW with gradient clipping; weight decay on matrices only."""
+  """AdamW with gradient clipping; weight decay on matrices only. Its update takes a `key`."""
   def matrices(params):
     return jax.tree_util.tree_map_with_path(_is_matrix, params)
+  adam = dict(float32=optax.scale_by_adam, bfloat16=moments.scale_by_adam)[config.moments]
   return optax.chain(
       optax.clip_by_global_norm(config.max_grad_norm),
-      optax.adamw(schedule(config, steps), b1=config.b1, b2=config.b2,
-                  weight_decay=config.weight_decay, mask=matrices))
+      optax.chain(adam(config.b1, config.b2),
+                  optax.add_decayed_weights(config.weight_decay, matrices),
+                  optax.scale_by_learning_rate(schedule(config, steps))))
 
 
-def bytes_needed(params: int, reference: bool) -> int:
-  """Bytes of parameters, gradients and two moments in float32, and of a reference in bfloat16."""
-  return params * (18 if reference else 16)
+def bytes_needed(params: int, moments: str, reference: bool) -> int:
+  """Bytes of parameters and gradients in float32, two moments, and a reference in bfloat16."""
+  return params * (8 + 2 * jnp.dtype(moments).itemsize + 2 * reference)
 
 
 def _is_matrix(path, _):

@@ -20,10 +20,10 @@ def make(model, tx, config, state: TrainState):
   """
   def step(state: TrainState, reference_params, batch: Batch, key):
     with jax.named_scope('loss'):
-      grad, metrics = gradient(model, config, state.params, reference_params, batch,
-                               jax.random.fold_in(key, state.step))
+      step_key = jax.random.fold_in(key, state.step)
+      grad, metrics = gradient(model, config, state.params, reference_params, batch, step_key)
     with jax.named_scope('update'):
-      updates, opt_state = tx.update(grad, state.opt_state, state.params)
+      updates, opt_state = tx.update(grad, state.opt_state, state.params, key=step_key)
       params = optax.apply_updates(state.params, updates)
     metrics = dict(metrics, grad_norm=optax.global_norm(grad))
     return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,0 +1,577 @@
+"""Plans an iteration or the whole loop on a pod, before anything is spent.
+
+  python -m srlm_jax.plan --config=iter2 --pod=v5p-256
+  python -m srlm_jax.plan --pod=2x8xh200 --last=m3         # all models of the loop
+  python -m srlm_jax.plan --config=iter2 --pod=v6e-256 --config.train.batch=128
+
+Prints the programs and their memory, the time of every stage, and what is stored and read. Nothing
+is compiled or executed, and no accelerator is needed. The mesh, micro-batches, recomputation, slots
+and groups of hosts are chosen by the functions that the run itself uses (models/sizing.py). Memory
+and time come from formulas (models/sizing.py, models/costs.py).
+
+Pods are v4-N and v5p-N for N cores, v6e-N for N chips, 8xh100 or 8xh200 for a node, and several of
+them as 2xv5p-128 or 4x8xh100.
+"""
+from collections.abc import Iterator
+import dataclasses
+import itertools
+import math
+import textwrap
+
+from absl import flags
+import jax.numpy as jnp
+from ml_collections import config_flags, ConfigDict
+
+from srlm_jax import ablations, catalog, cli, closest, config as configs, InputError, loop, pods
+from srlm_jax.models import costs, kernels, llama, sizing
+from srlm_jax.models.config import PRESETS
+from srlm_jax.models.costs import Seconds, Tokens
+from srlm_jax.models.sizing import Devices, Mesh
+from srlm_jax.pods import Pod
+from srlm_jax.report import results
+from srlm_jax.reward import judges
+from srlm_jax.sample import engine as engines
+from srlm_jax.train import objectives
+
+GIB = 2**30
+# What only a run can tell, and what is therefore assumed.
+LENGTHS = dict(prompt=100, response=400, judgement=150)  # mean tokens; each has a flag
+ACCEPTED = 0.5         # share of the attempts that become prompts
+PAIRS = 0.8            # pairs per prompt, as in config.py
+POSITIVES = 0.3        # share of the responses
+EFT = 0.8              # examples per ranked prompt: 1,630 of 2,000 (PAPER 3.1)
+REPLIES = 2.85         # ranked replies per prompt (PAPER 3.1)
+TOKENS_PER_WORD = 1.4  # of English, with the tokenizer of Llama 2
+RECORD = 300, 4        # bytes of a record: without its text, and per token of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A program of a stage, and {what: bytes of one chip} that it needs."""
+  stage: str
+  name: str
+  mesh: Mesh
+  rows: int
+  width: int
+  parts: dict[str, float]
+  accumulate: int = 1
+  remat: str = ''
+  slots: int = 0
+
+  @property
+  def bytes(self) -> float:
+    return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What a sampling stage computes: `items` prompts with `n` samples each."""
+  items: float
+  n: int
+  prefix: float  # tokens that all prompts share
+  own: float     # other tokens of a prompt, on average
+  new: float     # tokens of a sample, on average
+  most: int      # the largest number of them
+  rounds: int = 1  # the items come in rounds, each of which waits for the one before
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A stage that uses the chips."""
+  name: str
+  models: list[str]  # that it loads
+  work: str          # what it computes, in words
+  programs: list[Program]
+  seconds: Seconds
+  written: float = 0  # bytes of records
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The stages of one model on a pod."""
+  config: ConfigDict
+  pod: Pod
+  group: int                      # hosts that run one engine
+  stages: list[Stage]
+  reads: list[tuple[str, float]]  # what is restored, and its bytes, in order
+  checkpoints: int                # that are kept
+  checkpoint_bytes: float         # of one
+
+  @property
+  def seconds(self) -> Seconds:
+    return sum((stage.seconds for stage in self.stages), Seconds(0, 0))
+
+  @property
+  def chip_hours(self) -> float:
+    """By the estimate."""
+    return self.seconds.estimate / 3600 * self.pod.chips
+
+  @property
+  def too_large(self) -> list[Program]:
+    """The programs that do not fit."""
+    return self.larger_than(devices(self.pod).memory)
+
+  def larger_than(self, size: float) -> list[Program]:
+    """The programs that need more bytes of a chip."""
+    return [p for stage in self.stages for p in stage.programs if p.bytes > size]
+
+
+def devices(pod: Pod) -> Devices:
+  """The devices of a pod, as `sizing.devices` finds them there."""
+  memory, slices = int(pod.chip.gib * GIB), pod.count if pod.platform == 'tpu' else 1
+  return Devices(pod.platform, pod.chips, memory, slices, pod.count // slices)
+
+
+def host(pod: Pod) -> Devices:
+  """The devices of one of its hosts."""
+  return Devices(pod.platform, pod.chips // pod.hosts, int(pod.chip.gib * GIB))
+
+
+def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
+  """The plan of one model; `lengths`: as LENGTHS. Raises InputError for an impossible mesh."""
+  planner = Planner(config, pod, lengths)
+  stages = [planner.stage(spec) for spec in catalog.STAGES if uses_chips(spec, config)]
+  c, params = config.train, llama.param_count(planner.shape)
+  saved = planner.saved
+  return Plan(config, pod, planner.group, stages, [*_reads(config, stages, params)],
+              saved if c.select else min(c.keep, saved),
+              params * (4 + 2 * jnp.dtype(c.moments).itemsize))
+
+
+def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
+  """Whether a stage is needed and runs a model."""
+  return spec.needed(config) and (bool(spec.runs) or 'sample.slots' in spec.keys)
+
+
+def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, float]]:
+  """Yields what is read. Consecutive stages that sample from the same model read it once.
+
+  Models that the run trains are stored in float32; published ones have 16 bits.
+  """
+  def size(model):
+    return params * (4 if model in configs.MODELS[1:] else 2)
+  loaded = ''
+  for stage in stages:
+    if stage.name in ('model', 'reference'):
+      if stage.name == 'model':
+        yield f'{stage.models[0]} to train', size(stage.models[0])
+      if stage.name == 'reference' or objectives.find(config.train).needs_reference_params:
+        yield f'{stage.models[0]} as the reference', size(stage.models[0])
+      loaded = ''
+      continue
+    for model in stage.models:
+      if model != loaded:
+        yield f'{model} to sample', size(model)
+      loaded = model
+
+
+class Planner:
+  """Computes the stages of one model on a pod."""
+
+  def __init__(self, config: ConfigDict, pod: Pod, lengths: dict[str, float]):
+    if config.name == 'm0':
+      raise InputError('M0 is pretrained, so there is nothing to plan; name another model')
+    if config.model not in PRESETS:
+      raise InputError(f'config.model is {configs.show(config.model)}'
+                       f'{closest(config.model, PRESETS)}; a plan needs one of '
+                       f'{", ".join(PRESETS)}')
+    self.config, self.pod, self.shape = config, pod, PRESETS[config.model]
+    self.prompt, self.response, self.judgement = (
+        lengths[name] for name in ('prompt', 'response', 'judgement'))
+    self.sampled = dataclasses.replace(self.shape, dtype=config.sample.dtype)
+    self.chosen = sizing.sampling(config, self.sampled, host(pod), pod.hosts)
+    self.sample_mesh = _mesh(self.chosen, 'sample_mesh')
+    self.group = math.prod(dataclasses.astuple(self.sample_mesh)) // host(pod).count
+    self.kernels = kernels.choose(pod.platform, self.sampled)
+    self.data = [*self._data()]
+    self.examples = sum(count for count, _ in self.data)
+    self.steps = math.ceil(config.train.epochs * self.examples / config.train.batch)
+    self.saved = math.ceil(self.steps / config.train.save_every)
+    self.training = self._training()
+
+  def stage(self, spec: catalog.Spec) -> Stage:
+    """A stage that uses the chips."""
+    models = [*spec.models(self.config).values()] or [self.config.name]
+    if spec.name == 'model':
+      return Stage('model', models, f'{self.steps:,} steps', [self.training], self._step())
+    if spec.name == 'reference':
+      return self._reference(models)
+    if spec.name == 'implicit':
+      return self._implicit(models)
+    job = self._job(spec)
+    text = f'{job.items:,.0f} prompts' + (f' x {job.n}' if job.n > 1 else '')
+    return Stage(spec.name, models, text, [*self._sampler(spec.name, job)], self._sampling(job),
+                 _written(job.items * job.n, job.new))
+
+  # Training.
+
+  def _data(self) -> Iterator[tuple[float, Tokens]]:
+    """Yields (examples, their mean tokens) of every file of the training data."""
+    c = self.config
+    prompts, judged = c.prompts.count, self._rubric() + self.prompt + self.response
+    pairs = PAIRS * prompts
+    is_pair = 2 if c.train.loss in configs.PAIR_LOSSES else 1
+    answers = costs.example(self.prompt, self.response, is_pair)
+    judgements = costs.example(judged, self.judgement, is_pair)
+    known = dict(
+        ift=(c.data.ift, answers), eft=(EFT * c.data.ranked_train, judgements),
+        positives=(POSITIVES * prompts * c.respond.n, answers), pairs=(pairs, answers),
+        judge_pairs=(pairs * c.meta_judge.share / (1 - c.meta_judge.share), judgements))
+    for name in configs.training_data(c):
+      if name not in known:
+        raise InputError(f'config.train.data names {name}, whose size is not known before it is '
+                         f'made; a plan knows {", ".join(known)}')
+      yield known[name]
+
+  def _training(self) -> Program:
+    """The training step, as training chooses it for these data."""
+    config, c = self.config, self.config.train
+    shape = dataclasses.replace(self.shape, dtype=c.dtype, dropout=c.dropout)
+    mean = sum(count * tokens.total for count, tokens in self.data) / self.examples
+    longest = c.max_length
+    if c.loss in configs.PAIR_LOSSES:  # the prompt with one response, and the other response
+      longest += min(config.respond.max_tokens, c.max_length)
+    has_reference = objectives.find(c).needs_reference_params
+    work = sizing.work(c, mean, longest, has_reference)
+    found = sizing.training(config, shape, devices(self.pod), work)
+    mesh, accumulate, remat = _mesh(found, 'mesh'), found['train.accumulate'], found['train.remat']
+    multiple = kernels.for_training(self.pod.platform, shape, remat).width_multiple
+    rows, width = _up(work.rows, mesh.parts * accumulate), _up(work.width, multiple)
+    tokens = rows // (mesh.parts * accumulate) * width
+    parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat, c.moments,
+                                  self.pod.platform)
+    return Program('model', 'step', mesh, rows, width, parts, accumulate, remat)
+
+  def _batch(self) -> Tokens:
+    """The mean tokens of the examples of a step."""
+    def mean(field):
+      total = sum(count * getattr(tokens, field) for count, tokens in self.data)
+      return total / self.examples * self.config.train.batch
+    return Tokens(mean('total'), mean('seen'), mean('targets'))
+
+  def _step(self) -> Seconds:
+    """The seconds of all training steps."""
+    c, p = self.config.train, self.training
+    step = costs.training_step(
+        dataclasses.replace(self.shape, dtype=c.dtype), self.pod, p.mesh, p.rows, p.width,
+        self._batch(), c.loss in configs.PAIR_LOSSES, objectives.find(c).needs_reference_params,
+        p.accumulate, p.remat, c.moments)
+    return step * self.steps
+
+  def _reference(self, models: list[str]) -> Stage:
+    """The log-probs of the reference, once per pair; the rows are those of the training step."""
+    p, c = self.training, self.config.train
+    shape = dataclasses.replace(self.shape, dtype=c.dtype)
+    program = dataclasses.replace(
+        p, stage='reference', name='forward', accumulate=1, remat='',
+        parts=sizing.forward_parts(shape, p.mesh, p.rows // p.mesh.parts * p.width,
+                                   self.pod.platform))
+    seconds = costs.forward(shape, self.pod, p.mesh, p.rows, p.width, self._batch(), True)
+    return Stage('reference', models, f'{self.examples:,.0f} pairs', [program],
+                 seconds * (self.examples / c.batch), _written(self.examples, 0))
+
+  # Sampling.
+
+  @property
+  def groups(self) -> int:
+    """Groups of hosts, each with an engine."""
+    return self.pod.hosts // self.group
+
+  def _rubric(self, template: str = '') -> float:
+    """Tokens of a judge template without a prompt and a response."""
+    judge = judges.load(template or self.config.judge.template)
+    return len(judge.render(prompt='', response='').split()) * TOKENS_PER_WORD
+
+  def _job(self, spec: catalog.Spec) -> Job:
+    """What a sampling stage computes."""
+    c, count = self.config, self.config.prompts.count
+    judged = self.prompt + self.response
+    rubric = self._rubric()
+    if spec.name == 'prompts':
+      attempts, shots = count / ACCEPTED, c.prompts.seed_shots + c.prompts.new_shots
+      return Job(attempts, 1, 0, shots * self.prompt, self.prompt, c.prompts.max_tokens,
+                 math.ceil(attempts / c.prompts.round))
+    if spec.program == 'sample.respond':
+      is_new = spec.on in ('prompts', 'older')
+      held_out = c.data.test_prompts if c.eval.split == 'test' else c.data.valid_prompts
+      return Job(count if is_new else held_out, spec.count(c), 0, self.prompt, self.response,
+                 c.respond.max_tokens)
+    if spec.program == 'sample.meta_judge':
+      compared = count * c.meta_judge.responses * c.judge.n * (c.judge.n - 1)
+      return Job(compared, 1, 0, rubric + judged + 2 * self.judgement, self.judgement,
+                 c.meta_judge.max_tokens)
+    of_ranked = dict(ranked=c.data.ranked_train, eval=c.data.ranked_eval,
+                     agreement=c.data.ranked_eval * self.saved)
+    items = of_ranked[spec.on] * REPLIES if spec.on in of_ranked else count * c.respond.n
+    n = c.eval.judgements if spec.on == 'agreement' else spec.count(c)
+    return Job(items, n, rubric, judged, self.judgement, c.judge.max_tokens)
+
+  def _sampler(self, stage: str, job: Job) -> Iterator[Program]:
+    """The programs of an engine."""
+    c, slots, mesh = self.config.sample, self.chosen['sample.slots'], self.sample_mesh
+    parts = sizing.sampler_parts(c, self.shape, mesh, slots)
+    rows, width = self._prefill_shape(job)
+    if c.int8:  # made from a copy in the dtype of activations
+      item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
+      both = llama.param_count(self.shape) * (item + 1) / chips
+      yield Program(stage, 'loading', mesh, 0, 0, dict(weights=both), slots=slots)
+    yield Program(stage, 'prefill', mesh, rows, width, parts, slots=slots)
+    yield Program(stage, 'decode', mesh, slots, 1, parts, slots=slots)
+
+  def _prefill_shape(self, job: Job) -> tuple[int, int]:
+    """The rows and the width of a prefill of prompts of mean length, as the engine chooses them."""
+    width = _up(engines.bucket(math.ceil(job.own)), self.kernels.width_multiple)
+    width = min(width, self.config.sample.size)
+    parts = self.sample_mesh.parts
+    return parts * max(self.kernels.prefill_tokens // width // parts, 1), width
+
+  def _sampling(self, job: Job) -> Seconds:
+    """The seconds of a sampling stage: of the group with the most requests."""
+    int8, mesh, shape = self.config.sample.int8, self.sample_mesh, self.sampled
+    requests = math.ceil(job.items / job.rounds / self.groups)
+    samples, slots = requests * job.n, self.chosen['sample.slots']
+    while slots % (2 * mesh.parts) == 0 and slots // 2 >= samples:
+      slots //= 2  # as the engine does
+    rows, width = self._prefill_shape(job)
+    prefill = costs.prefill(shape, self.pod, mesh, int8, rows, width, job.prefix)
+    step = costs.decode_step(shape, self.pod, mesh, int8, slots, job.own + job.new / 2, job.prefix)
+    full = samples * job.new / slots   # steps with all slots busy
+    tail = max(job.most - job.new, 0)  # the last samples are longer than the mean
+    real = min(1, requests * job.own / (math.ceil(requests / rows) * rows * width))
+    floor = prefill.floor * real * math.ceil(requests / rows) + step.floor * full
+    estimate = prefill.estimate * math.ceil(requests / rows) + step.estimate * (full + tail)
+    return Seconds(floor, estimate) * job.rounds
+
+  def _implicit(self, models: list[str]) -> Stage:
+    """The log-probs of all responses under two models."""
+    c, mesh = self.config, self.sample_mesh
+    tokens, rows = self.prompt + self.response, _up(engines.LOGPS_ROWS, mesh.parts)
+    width = engines.bucket(math.ceil(tokens))
+    parts = sizing.sampler_parts(c.sample, self.shape, mesh, 0)
+    # All logits of a batch are in memory, in float32, and two results of the same size.
+    widest = min(c.sample.size, self.shape.context)
+    parts['activations'] += 3 * 4 * rows / mesh.parts * widest * self.shape.V / mesh.tensor
+    program = Program('implicit', 'log-probs', mesh, rows, width, parts)
+    responses = c.prompts.count * c.respond.n
+    batches = len(models) * math.ceil(responses / self.groups / rows)
+    seconds = costs.prefill(self.sampled, self.pod, mesh, c.sample.int8, rows, width, 0) * batches
+    return Stage('implicit', models, f'{responses:,} responses', [program], seconds,
+                 _written((1 + len(models)) * responses, 0))
+
+
+def _written(records: float, tokens: float) -> float:
+  """Bytes of so many records with a text of so many tokens."""
+  return records * (RECORD[0] + RECORD[1] * tokens)
+
+
+def _mesh(found: dict, section: str) -> Mesh:
+  """The mesh that `sizing` chose."""
+  return Mesh(*(found[f'{section}.{axis}'] for axis in ('data', 'fsdp', 'tensor')))
+
+
+def _up(number: float, multiple: int) -> int:
+  return math.ceil(number / multiple) * multiple
+
+
+# What may make a plan fit: changes of config keys, in the order in which they are tried.
+CHANGES = (
+    {'mesh.data': -1, 'mesh.fsdp': -1, 'mesh.tensor': -1},
+    {'sample_mesh.data': -1, 'sample_mesh.fsdp': 1, 'sample_mesh.tensor': -1},
+    {'train.accumulate': -1}, {'train.remat': 'auto'}, {'train.dtype': 'bfloat16'},
+    {'train.reference': 'cached'}, {'train.moments': 'bfloat16'}, {'sample.slots': -1},
+    {'sample.dtype': 'bfloat16'}, {'sample.int8': True}, {'sample.size': 2048})
+
+
+def refuse_too_large(plan: Plan, lengths: dict[str, float]):
+  """Raises InputError if a program does not fit, with what would fit."""
+  if not plan.too_large:
+    return
+  worst = max(plan.too_large, key=lambda program: program.bytes)
+  fitting = ' or '.join(_what_fits(plan, lengths))
+  raise InputError(
+      f'{plan.config.name} of size {plan.config.size} does not fit on {plan.pod.name}: '
+      f'{worst.name} of the stage {worst.stage} needs {worst.bytes / GIB:,.1f} GiB per chip, which '
+      f'has {plan.pod.chip.gib}; '
+      + (f'what fits: {fitting}' if fitting else 'nothing that a plan tries fits'))
+
+
+def _what_fits(plan: Plan, lengths: dict[str, float]) -> Iterator[str]:
+  """Yields changes of the config that make it fit, one or two at once, and the smallest pod."""
+  config = plan.config
+  known = [change for change in CHANGES if any(
+      catalog.look_up(config, key) != value for key, value in change.items())]
+  def texts(changes):
+    return [' '.join(f'--config.{key}={value}' for change in some for key, value in change.items())
+            for some in changes if _fits(config, plan.pod, some, lengths)]
+  yield from texts(itertools.combinations(known, 1)) or texts(itertools.combinations(known, 2))[:1]
+  larger = [pod for pod in pods.of_kind(plan.pod.kind) if pod.chips > plan.pod.chips]
+  others = [pod for kind in pods.KINDS if kind != plan.pod.kind for pod in pods.of_kind(kind)]
+  for some in (larger, others):
+    if found := next((pod for pod in some if _fits(config, pod, (), lengths)), None):
+      yield f'--pod={found.name}'
+      return
+
+
+def _fits(config, pod: Pod, changes, lengths: dict[str, float]) -> bool:
+  """Whether a config with these changes fits on a pod."""
+  values = {key: value for change in changes for key, value in change.items()}
+  try:
+    return not make(catalog.replace(config, values), pod, lengths).too_large
+  except InputError:  # no mesh of the pod divides the model
+    return False
+
+
+def cheaper(plans: list[Plan], lengths: dict[str, float]) -> Iterator[list[Plan]]:
+  """Yields the plans for the smaller pods of the same chip on which everything fits."""
+  pod = plans[0].pod
+  for smaller in pods.of_kind(pod.kind):
+    if smaller.chips < pod.chips and all(_fits(p.config, smaller, (), lengths) for p in plans):
+      yield [make(p.config, smaller, lengths) for p in plans]
+
+
+def text(plan: Plan) -> str:
+  """What a plan says, as tables."""
+  pod, groups = plan.pod, plan.pod.hosts // plan.group
+  lines = [f'{plan.config.name} of size {plan.config.size} on {pod.name}: '
+           f'{_many(pod.chips, "chip")} of {pod.chip.gib} GiB, {_many(pod.hosts, "host")}; '
+           f'sampling by {_many(groups, "group")} of {_many(plan.group, "host")}']
+  lines.append('\nGiB per chip of every program:')
+  table = [['stage', 'program', 'mesh', 'rows', 'width', 'micro-batches',
+            'remat', 'slots', 'parameters', 'reference', 'optimizer', 'gradients',
+            'activations, cache', f'total of {pod.chip.gib}']]
+  for program in (p for stage in plan.stages for p in stage.programs):
+    table.append(_memory(program))
+  lines.append(results.aligned(table))
+  if tight := {p.stage: None for p in plan.larger_than(devices(pod).usable)}:
+    lines.append(_wrapped(f'More than {sizing.USABLE[pod.platform]:.0%} of the memory, which may '
+                          f'fail: {", ".join(tight)}.'))
+  lines.append('\nTime of every stage:')
+  table = [['stage', 'model', 'work', 'floor', 'estimate', 'chip-hours by the estimate']]
+  for stage in plan.stages:
+    table.append([stage.name, ', '.join(stage.models), stage.work, *_times(stage.seconds),
+                  f'{stage.seconds.estimate / 3600 * pod.chips:,.1f}'])
+  table.append(['all', '', '', *_times(plan.seconds), f'{plan.chip_hours:,.1f}'])
+  lines.append(results.aligned(table))
+  records = sum(stage.written for stage in plan.stages)
+  lines += ['', *map(_wrapped, (
+      f'Storage: {_many(plan.checkpoints, "checkpoint")} of {_gb(plan.checkpoint_bytes)} '
+      f'(parameters and moments), {_gb(records)} of records.',
+      'Read from storage, once per pod: ' + ', '.join(
+          f'{what} {_gb(size)}' for what, size in plan.reads)
+      + f'; {_gb(sum(size for _, size in plan.reads))} in all.'))]
+  return '\n'.join(lines)
+
+
+def _memory(program: Program) -> list[str]:
+  """A line of the table of programs."""
+  parts, mesh = program.parts, program.mesh
+  def gib(*names):
+    found = sum(parts.get(name, 0) for name in names)
+    return f'{found / GIB:.1f}' if found else '-'
+  return [program.stage, program.name, f'{mesh.data} x {mesh.fsdp} x {mesh.tensor}',
+          str(program.rows), f'{program.width:,}',
+          str(program.accumulate) if program.remat else '-',
+          program.remat or '-', str(program.slots or '-'), gib('parameters', 'weights'),
+          gib('reference'), gib('optimizer'), gib('gradients'),
+          gib('copies', 'activations', 'cache', 'unused'), f'{program.bytes / GIB:.1f}']
+
+
+def _wrapped(text: str) -> str:
+  return textwrap.fill(text, 100)
+
+
+def _times(seconds: Seconds) -> list[str]:
+  return [_duration(seconds.floor), _duration(seconds.estimate)]
+
+
+def _duration(seconds: float) -> str:
+  """
+  >>> _duration(45), _duration(1500), _duration(9000)
+  ('45 s', '25 min', '2.5 h')
+  """
+  if seconds < 120:
+    return f'{seconds:.0f} s'
+  return f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'
+
+
+def _gb(size: float) -> str:
+  """
+  >>> _gb(2.5e9), _gb(3e6), _gb(276e9)
+  ('2.5 GB', '0.003 GB', '276 GB')
+  """
+  return f'{size / 1e9:,.{0 if size >= 1e10 else 1 if size >= 1e8 else 3}f} GB'
+
+
+def _many(count: int, what: str) -> str:
+  return f'{count} {what}' if count == 1 else f'{count} {what}s'
+
+
+def notes(pod: Pod, lengths: dict[str, float]) -> str:
+  """What the numbers mean, and what they assume."""
+  calibrated = ('nothing calibrates the estimates for GPUs' if pod.platform == 'gpu' else
+                'the estimate is calibrated on the TPU compiler\'s estimates in docs/scale.md')
+  return '\n'.join(map(_wrapped, (
+      f'Nothing was measured. Floor: the chips at their published peak. Estimate: by formula; '
+      f'{calibrated}. Reading, writing, compiling and what crosses between slices are in neither.',
+      f'Assumed: {lengths["prompt"]:g} tokens per prompt, {lengths["response"]:g} per response, '
+      f'{lengths["judgement"]:g} per judgement on average (flags --prompt, --response, '
+      f'--judgement); {ACCEPTED:.0%} of the attempts become prompts, {PAIRS:.0%} of the prompts '
+      f'give a pair; rows as wide as the longest example that the config allows.')))
+
+
+def show_cheaper(plans: list[Plan], lengths: dict[str, float]) -> str:
+  """The smaller pods on which everything fits, as a table, and this one."""
+  found = [*cheaper(plans, lengths), plans]
+  table = [['pod', 'chips', 'floor', 'estimate', 'chip-hours by the estimate']]
+  for some in found:
+    seconds = sum((plan.seconds for plan in some), Seconds(0, 0))
+    table.append([some[0].pod.name, str(some[0].pod.chips), *_times(seconds),
+                  f'{sum(plan.chip_hours for plan in some):,.1f}'])
+  start = 'Smaller pods on which everything fits:' if len(found) > 1 else 'No smaller pod fits:'
+  return f'{start}\n{results.aligned(table)}'
+
+
+def report(planned: list[ConfigDict], pod: Pod, lengths: dict[str, float]) -> Iterator[str]:
+  """Yields the parts of the printed plan; raises InputError for a model that does not fit."""
+  plans = []
+  for config in planned:
+    configs.check(config)
+    plans.append(make(config, pod, lengths))
+    refuse_too_large(plans[-1], lengths)
+    yield f'{text(plans[-1])}\n'
+  yield f'{show_cheaper(plans, lengths)}\n'
+  yield notes(pod, lengths)
+
+
+def define_flags():
+  config_flags.DEFINE_config_file(
+      'config', None, 'One model: iter2, iter2:70b, or the path of a file; without it, all models '
+      'of the loop.')
+  flags.DEFINE_string('pod', None, f'Where it runs: {pods.FORMS}.', required=True)
+  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Without --config: the size.')
+  flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'Without --config: the last model.')
+  flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
+                    'Without --config: one change of the paper.')
+  flags.DEFINE_multi_string('set', [], 'Without --config: changes a config key, as in the loop.')
+  for name, mean in LENGTHS.items():
+    flags.DEFINE_float(name, mean, f'Mean tokens of a {name}.', 1, 100_000)
+
+
+def main(argv):
+  cli.refuse_arguments(argv)
+  f = flags.FLAGS
+  pod = pods.find(f.pod)
+  lengths = {name: f[name].value for name in LENGTHS}
+  if f.config:
+    planned = [f.config]
+  else:
+    changes = [*ablations.changes(f.ablation, f.size), *f.set]
+    names = configs.MODELS[1:configs.MODELS.index(f.last) + 1]
+    planned = [loop.load_config(name, f.size, '', '', changes) for name in names]
+  for part in report(planned, pod, lengths):
+    print(part)
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run_app(main)
