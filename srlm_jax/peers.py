@@ -71,11 +71,13 @@ class _Watch:
     utils.absl_set_min_log_level(3)  # XLA logs the end of a host as an error, in several lines
     try:
       hosts.join(TIMEOUT, self._lost)
+      self._note(0)
+      _store().wait_at_barrier('srlm/noted', hosts.JOIN * 1000)
+      self._look()
     except RuntimeError:
       self._exit(f'the hosts of this run did not all connect within {hosts.JOIN} s; start the '
                  f'command on all of them', preemption.EXIT_CODE)
     if _count() > 1:
-      self._note(0)
       self._threads = [threading.Thread(target=target, daemon=True)
                        for target in (self._keep_notes, self._heed_failure)]
       for thread in self._threads:
@@ -123,11 +125,15 @@ class _Watch:
         return
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # XLA calls `_lost`
         self._note(number)
+        self._look()
 
   def _note(self, number: int):
-    """Changes the note of this host, and reads those of all."""
+    """Changes the note of this host."""
     _store().key_value_set(f'srlm/notes/{_index()}', f'{number} {socket.gethostname()}',
                            allow_overwrite=True)
+
+  def _look(self):
+    """Reads the notes of all hosts."""
     found = _store().key_value_dir_get('srlm/notes/')
     self._looked = time.monotonic()
     for key, note in found:
@@ -159,8 +165,9 @@ class _Watch:
                preemption.EXIT_CODE)
 
   def _name(self, host: int) -> str:
-    machine = self._notes.get(host, (' unknown machine',))[0].partition(' ')[2]
-    return f'host {host} of {_count()} ({machine})'
+    if host not in self._notes:  # it was lost before it had written its note
+      return f'host {host} of {_count()}'
+    return f'host {host} of {_count()} ({self._notes[host][0].partition(" ")[2]})'
 
   def _exit(self, text: str, code: int):
     with self._exits:  # of the first thread
