@@ -118,6 +118,7 @@ check-device: .venv/.installed  ## checks kernels, steps, memory and time on thi
 
 lint: .venv/.lint
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck launch/*.sh
 
 COMPILE = .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url $(UPGRADE) \
   --custom-compile-command 'make lock'

@@ -6,18 +6,25 @@
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
 #SBATCH --output=srlm-%j.log
 #
-# Runs one command on every GPU node of a Slurm job, one process per node. A requeued job resumes.
-# Slurm sends SIGTERM 300 s before the time limit; the program saves and exits, and the job is queued
-# again. A job that Slurm preempts resumes from its last checkpoint.
+# Runs one command on every GPU node of a Slurm job, one process per node. From the repository:
 #
-#   sbatch --partition=PARTITION launch/slurm.sh COMMAND...
-#   sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=iter2:70b --workdir=/SHARED/x
+#   install: python -m venv .venv && .venv/bin/pip install -e '.[gpu]'
+#   run:     sbatch --partition=PARTITION launch/slurm.sh COMMAND...
+#            sbatch --nodes=8 launch/slurm.sh python -m srlm_jax.train --config=iter2:70b --workdir=/SHARED/x
+#   logs:    tail -F srlm-JOB.log
+#   delete:  scancel JOB
 #
-# PARTITION: the GPU nodes of your cluster. SHARED: a file system that all nodes mount. Submit from
-# the repository, after `python -m venv .venv && .venv/bin/pip install -e '.[gpu]'` in it.
+# PARTITION: the GPU nodes of your cluster. SHARED: a file system that all nodes mount; the
+# repository must be on one, too. JOB: the number that sbatch prints.
+#
+# Slurm sends SIGTERM 300 s before the time limit; the program saves and exits. Then, and when a
+# process is lost, the job is queued again and continues, at most SRLM_RESTARTS times (20). A job that
+# Slurm preempts, or that loses a node, continues in the same way. The queued job may have another
+# number of nodes: scontrol update jobid=JOB numnodes=2
 set -euo pipefail
 
 if [[ $# -lt 1 ]]; then
@@ -35,6 +42,10 @@ cd "$SLURM_SUBMIT_DIR"
 code=0
 # When one process ends, the others have 120 s, for example to save.
 srun --kill-on-bad-exit=0 --wait=120 "$@" || code=$?
-# 75: the program has saved. 143: SIGTERM ended it where there was nothing to save.
-((code != 75 && code != 143)) || scontrol requeue "$SLURM_JOB_ID" || true
+# 75: the program has saved, or lost a host. Above 128: a signal ended a process.
+if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < ${SRLM_RESTARTS:-20})); then
+  # A job that was cancelled is no longer running.
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
+  [[ $state != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

@@ -1,7 +1,6 @@
 """What every program does first: flags, hosts, the workdir's lock; and errors as one sentence."""
 import contextlib
 import re
-import signal
 import sys
 
 from absl import app, flags, logging
@@ -9,7 +8,7 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from srlm_jax import config as configs, environment, hosts, InputError, lock, preemption
+from srlm_jax import config as configs, environment, hosts, InputError, lock, peers, preemption
 
 
 def main(run, **extra):
@@ -45,20 +44,20 @@ def main(run, **extra):
 def run_app(start):
   """Runs `start(argv)` as a program: joins the hosts.
 
-  An InputError is printed, exit code 1. After SIGTERM the exit code is preemption.EXIT_CODE.
+  An InputError is printed, exit code 1. After SIGTERM, and if another host is lost, the exit code
+  is preemption.EXIT_CODE.
   """
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     try:
       preemption.listen()
       environment.pin()
-      hosts.join()
-      start(argv)
+      with peers.joined():
+        start(argv)
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
     except preemption.Stopped as stopped:
-      signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to save
       print(f'{stopped}; the same command continues', file=sys.stderr)
       sys.exit(preemption.EXIT_CODE)
   app.run(guarded, flags_parser=_parse_flags)
@@ -66,7 +65,9 @@ def run_app(start):
 
 def locked(workdir):
   """Holds the workdir's lock inside a `with` block, on the first host; see `lock.held`."""
-  return lock.held(workdir) if hosts.is_first_host() else contextlib.nullcontext()
+  if not hosts.is_first_host():
+    return contextlib.nullcontext()
+  return lock.held(workdir, is_patient=jax.process_count() > 1)
 
 
 def cache_compilations(workdir):

@@ -1,23 +1,38 @@
 """The processes of a run, one per host."""
+from collections.abc import Callable
 import dataclasses
 import functools
 import json
 import os
 
 import jax
+from jax._src.lib import _jax  # jax.distributed has no argument for a callback
 from jax.experimental import multihost_utils
 import numpy as np
 
+JOIN = 300  # seconds in which all hosts must connect
 
-def join():
-  """Connects this process to the others of the run if the launcher set SRLM_HOSTS; see launch/."""
+
+def join(timeout: int, lost: Callable):
+  """Connects this process to the others of the run, as the launcher set SRLM_HOSTS; see launch/.
+
+  `lost` is called, in a thread of XLA, when a host has sent no heartbeat for `timeout` seconds, or
+  when host 0 cannot be reached. Raises RuntimeError if some host does not connect.
+  """
   # JAX's preemption service would make programs ignore SIGTERM; see preemption.py.
   jax.config.update('jax_enable_preemption_service', False)
-  if os.environ.get('SRLM_HOSTS') == 'auto':  # JAX detects Cloud TPU, GKE and Slurm
-    jax.distributed.initialize()
-  elif os.environ.get('SRLM_HOSTS'):
-    jax.distributed.initialize(os.environ['SRLM_COORDINATOR'], int(os.environ['SRLM_HOSTS']),
-                               int(os.environ['SRLM_HOST']))
+  make_client = _jax.get_distributed_runtime_client
+  _jax.get_distributed_runtime_client = functools.partial(make_client,
+                                                          missed_heartbeat_callback=lost)
+  options = dict(initialization_timeout=JOIN, heartbeat_timeout_seconds=timeout)
+  try:
+    if os.environ['SRLM_HOSTS'] == 'auto':  # JAX detects Cloud TPU, GKE and Slurm
+      jax.distributed.initialize(**options)
+    else:
+      jax.distributed.initialize(os.environ['SRLM_COORDINATOR'], int(os.environ['SRLM_HOSTS']),
+                                 int(os.environ['SRLM_HOST']), **options)
+  finally:
+    _jax.get_distributed_runtime_client = make_client
 
 
 def is_first_host() -> bool:

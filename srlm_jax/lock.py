@@ -32,12 +32,14 @@ class Lock(NamedTuple):
   size: int     # bytes
 
 
-def held(workdir):
+def held(workdir, is_patient: bool = False):
   """Holds the lock of a workdir, WORKDIR/lock.json, inside a `with` block.
 
-  In a run on several hosts, only the first host calls it. Raises InputError as `_held` does.
+  In a run on several hosts, only the first host calls it. `is_patient`: even after a recent
+  heartbeat it waits for another one, because launchers start a run again at once, perhaps on
+  another machine. Raises InputError as `_held` does.
   """
-  return _held(epath.Path(workdir) / 'lock.json', workdir, '--workdir')
+  return _held(epath.Path(workdir) / 'lock.json', workdir, '--workdir', is_patient)
 
 
 def held_output(out, flag: str):
@@ -50,7 +52,7 @@ def held_output(out, flag: str):
 
 
 @contextlib.contextmanager
-def _held(path, folder, flag: str):
+def _held(path, folder, flag: str, is_patient: bool = False):
   """Holds the lock file `path` of `folder` inside a `with` block.
 
   Takes over the lock of a run that ended without releasing it, see `_current_holder`. Raises
@@ -61,22 +63,38 @@ def _held(path, folder, flag: str):
   mine = dict(id=uuid.uuid4().hex, owner=_user(), **_pid_scope(), pid=os.getpid(),
               started=_start_ticks('self'), since=time.strftime('%Y-%m-%d %H:%M:%S %Z'))
   while not _create(path, mine):
-    if other := _current_holder(path, folder):
+    if other := _current_holder(path, folder, is_patient):
       raise InputError(f'{folder} is in use by {_describe(other)}; wait for that run, '
                        f'or use another {flag}')
   ended = threading.Event()
   heartbeat = threading.Thread(target=_beat, args=(path, folder, mine, ended), daemon=True)
   heartbeat.start()
+  _mine[path] = mine['id']
   try:
     yield
   finally:
     ended.set()
     heartbeat.join()
-    if (now := _read(path)) and now.holder.get('id') == mine['id']:
-      path.unlink(missing_ok=True)
+    _release(path)
     with contextlib.suppress(OSError):  # a folder that the run wrote to is not empty and stays
       for parent in new_folders:
         os.rmdir(parent)
+
+
+_mine: dict = {}  # the ids of the locks that this process holds, by path
+
+
+def release():
+  """Releases the locks of this process, which is about to exit without leaving their blocks."""
+  for path in [*_mine]:
+    with contextlib.suppress(OSError):
+      _release(path)
+
+
+def _release(path):
+  mine = _mine.pop(path, None)
+  if mine and (now := _read(path)) and now.holder.get('id') == mine:
+    path.unlink(missing_ok=True)
 
 
 def _create(path, mine: dict) -> bool:
@@ -91,14 +109,14 @@ def _create(path, mine: dict) -> bool:
   return True
 
 
-def _current_holder(path, folder) -> Lock | None:
+def _current_holder(path, folder, is_patient: bool) -> Lock | None:
   """The lock if another run holds it; None if there is none. Removes a stale lock.
 
   A lock is held if its process is known to be alive, even if stopped, and stale if it is known to
   have ended. Otherwise the heartbeat decides. If it is at most `STALE` seconds old, the lock is
   held. It may be older, or in the future if the clocks of two hosts differ: then the lock is stale
-  if it does not change while this run watches it. The same applies to an empty file, which another
-  run is about to write, or which a crash truncated.
+  if it does not change while this run watches it. The same applies if this run is patient, and to
+  an empty file, which another run is about to write, or which a crash truncated.
 
   Raises InputError if the file is not a lock.
   """
@@ -109,7 +127,8 @@ def _current_holder(path, folder) -> Lock | None:
     raise InputError(f'{path} is not a lock that this program wrote; move or delete it')
   state = _state(lock.holder)
   if state != 'ended':
-    if state == 'alive' or lock.size and 0 <= _age(lock) <= STALE:
+    is_recent = lock.size and 0 <= _age(lock) <= STALE
+    if state == 'alive' or is_recent and not is_patient:
       return lock
     now = _watch(path, folder, lock)
     if now != lock:

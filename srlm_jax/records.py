@@ -111,15 +111,41 @@ def shard_name(stem: str, index: int, count: int) -> str:
   return f'{stem}-{index:05d}-of-{count:05d}.jsonl'
 
 
-def check_host_count(path):
-  """Raises InputError if a killed run with another number of hosts left shards beside `path`."""
-  path = epath.Path(path)
-  count = path.stem.rpartition('-')[2]
-  for other in path.parent.glob('*-of-*.jsonl'):
-    if other.stem.rpartition('-')[2] != count:
-      before = int(other.stem.rpartition('-')[2])
-      raise InputError(f'{other} was written by a run on {before} hosts, and this run has '
-                       f'{int(count)}; finish it on as many, or delete {path.parent}')
+def keep_shards(folder, stem: str, count: int):
+  """Moves the records of shards that a killed run on another number of hosts left to STEM.kept.
+
+  `count`: the number of shards now. One host calls it before any appends to a shard. If it is
+  killed, the next call gives the same: a shard is deleted after its records are in STEM.kept, and
+  no id is kept twice.
+  """
+  path = _kept_file(folder, stem)
+  others = [other for other in sorted(path.parent.glob(f'{stem}-*-of-*.jsonl'))
+            if other.stem.rpartition('-')[2] != f'{count:05d}']
+  for other in others:
+    Appender(other).close()  # removes a line that the kill cut off
+  if others:
+    before = [path] if path.exists() else []
+    write(path, {record['id']: record for shard in [*before, *others]
+                 for _, record in read_any(shard)}.values())
+  for other in others:
+    other.unlink()
+
+
+def kept(folder, stem: str) -> dict[str, list[dict]]:
+  """{id of a request: its records} that `keep_shards` has kept."""
+  path, found = _kept_file(folder, stem), {}
+  for _, record in read_any(path) if path.exists() else ():
+    found.setdefault(record[_REQUEST.get(stem, 'id')], []).append(record)
+  return found
+
+
+def drop_kept(folder, stem: str):
+  """Deletes what `keep_shards` has kept, after all shards are complete."""
+  _kept_file(folder, stem).unlink(missing_ok=True)
+
+
+def _kept_file(folder, stem: str):
+  return epath.Path(folder) / f'{stem}.kept'
 
 
 def read_json(path, advice: str):

@@ -48,7 +48,7 @@ import json, sys
 import jax, numpy as np
 from srlm_jax import hosts, sharding
 from srlm_jax.checkpoint import distribute, store
-hosts.join()
+hosts.join(60, print)
 folder, found = sys.argv[1], []
 expected = dict(np.load(folder + '/expected.npz'))
 for size, mesh in ((1, (1, 2, 1)), (2, (2, 1, 2)), (4, (1, 4, 2))):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import pathlib
 import re
 import weakref
@@ -248,6 +249,7 @@ def test_a_prompt_that_is_too_long_is_named_and_skipped(tmp_path, capsys):
   asked = [Request('long', list(range(1, 8)), 2), Request('short', [1, 2])]
   shards.run(engine, asked, 3, GREEDY, out, lambda request, i, x: dict(
       id=f'{request.id}/{i}', finish=x.finish, ids=x.ids))
+  out.close()
   found = [(r['id'], r['finish'] == 'too_long', bool(r['ids']))
            for _, r in records.read_any(out.path)]
   assert found == [('long/0', True, False), ('long/1', True, False), ('short/0', False, True)]
@@ -283,7 +285,9 @@ def test_an_interrupted_file_is_completed_to_the_same_bytes(tmp_path):
     return dict(id=f'{request.id}/{i}', ids=x.ids, logp=round(sum(x.token_logps), 4))
   path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
   def complete(engine):
-    shards.run(engine, MIXED, total, WARM, shards.Shard(tmp_path, 'x', hosts.Group(1)), record)
+    out = shards.Shard(tmp_path, 'x', hosts.Group(1))
+    shards.run(engine, MIXED, total, WARM, out, record)
+    out.close()
   complete(make()[0])
   whole = path.read_bytes()
   lines = whole.splitlines(keepends=True)
@@ -293,6 +297,34 @@ def test_an_interrupted_file_is_completed_to_the_same_bytes(tmp_path):
     complete(engine)
     assert path.read_bytes() == whole
   assert engine.work.generated < 30  # the last request alone
+
+
+def test_kept_records_are_not_sampled_again(tmp_path):
+  """Except those of a request of which one is missing."""
+  def record(request, i, x):
+    return dict(id=f'{request.id}/{i}', ids=x.ids)
+  path, total = tmp_path / 'x-00000-of-00001.jsonl', sum(r.n for r in MIXED)
+
+  def complete(engine, kept):
+    out = shards.Shard(tmp_path, 'x', hosts.Group(1))
+    out.kept = kept
+    shards.run(engine, MIXED, total, WARM, out, record)
+    out.close()
+  complete(make()[0], {})
+  whole = path.read_bytes()
+  every = iter([json.loads(line) for line in whole.splitlines()])
+  kept = {r.id: [next(every) for _ in range(r.n)] for r in MIXED}
+  sampled = sum(len(x['ids']) for x in kept.pop(MIXED[0].id))
+  last = next(r for r in reversed(MIXED) if r.n > 1)
+  sampled += sum(len(x['ids']) for x in kept[last.id])
+  kept[last.id].pop()  # incomplete, so the request is sampled again
+  path.unlink()
+  engine = make()[0]
+  complete(engine, kept)
+  assert path.read_bytes() == whole and engine.work.generated == sampled
+  path.write_bytes(b''.join(whole.splitlines(keepends=True)[:2]))
+  complete(make()[0], kept)
+  assert path.read_bytes() == whole
 
 
 def test_a_training_checkpoint_is_sampled_from_on_another_mesh_in_bf16(tmp_path, tokenizer_folder):

@@ -10,8 +10,8 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  config ablations pods torus sharding hosts preemption compiler schema records lock environment
-  model_files catalog stage metrics cli
+  config ablations pods torus sharding hosts preemption compiler schema records lock peers
+  environment model_files catalog stage metrics cli
   data / models
   reward / checkpoint
   sample

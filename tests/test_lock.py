@@ -103,6 +103,26 @@ def test_a_lock_of_another_host_without_a_heartbeat_is_stale(tmp_path, monkeypat
   assert_taken_over(tmp_path)
 
 
+def test_a_patient_run_takes_over_a_recent_lock_without_a_heartbeat(tmp_path, start, monkeypatch):
+  """A launcher starts a run again on other machines, while the lock of a killed one is recent."""
+  write(tmp_path)
+  monkeypatch.setattr(lock, 'BEAT', 0.1)
+  with lock.held(tmp_path, is_patient=True):
+    assert json.loads((tmp_path / 'lock.json').read_text())['pid'] == os.getpid()
+  start(beat=0.1, ahead=1.0)
+  with pytest.raises(InputError, match='is in use by'):
+    with lock.held(tmp_path, is_patient=True):
+      pass
+
+
+def test_release_frees_the_locks_of_this_process_alone(tmp_path):
+  with lock.held(tmp_path / 'a'), lock.held(tmp_path / 'b'):
+    write(tmp_path / 'b', id='new')
+    lock.release()
+    assert not (tmp_path / 'a' / 'lock.json').exists()
+    assert json.loads((tmp_path / 'b' / 'lock.json').read_text())['id'] == 'new'
+
+
 @pytest.mark.parametrize('ahead', [-3600.0, 3600.0])
 def test_a_live_lock_is_respected_despite_clock_skew(tmp_path, start, capsys, ahead):
   start(beat=0.1, ahead=ahead)

@@ -271,6 +271,39 @@ def test_the_other_killed_stages_end_byte_identical(others, tmp_path, stage):
   assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
 
 
+SHARDED = [spec.name for spec in catalog.STAGES if spec.name in (*APPENDED, *OTHERS)
+           and spec.writes[-1].endswith(catalog.SHARDS)] + ['meta_judge']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', SHARDED)
+def test_a_stage_continues_on_one_host_from_the_shards_of_two(others, tmp_path, stage):
+  """Of which one did more than the other."""
+  spec, = (spec for spec in catalog.STAGES if spec.name == stage)
+  shutil.copytree(others, tmp_path / 'run')
+  folder = tmp_path / 'run' / 'm2' / stage
+  whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
+  for path in folder.glob('*.jsonl'):
+    path.unlink()
+  (folder / 'done.json').unlink()
+  key = dict(respond='prompt_id', respond_older='prompt_id', judge='response_id',
+             judge_again='response_id', judge_older='response_id', implicit='id',
+             meta_judge='response_id')[stage]
+  for name in whole:
+    if '-of-' in name:
+      lines = whole[name].splitlines(keepends=True)
+      requests = [b''.join(group) for _, group in itertools.groupby(
+          lines, key=lambda line: json.loads(line)[key])]
+      for host, share in enumerate((0.7, 0.3)):
+        mine = b''.join(requests[host::2])
+        (folder / name.replace('00000-of-00001', f'0000{host}-of-00002')).write_bytes(
+            mine[:int(len(mine) * share)])
+  main(spec.program, '--config=iter2:tiny', f'--workdir={tmp_path / "run"}', *on(spec),
+       *config_flags('m2'))
+  assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
+  assert not list(folder.glob('*.kept'))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('flags', [
     *([f'--ablation={name}'] for name in ablations.ABLATIONS),

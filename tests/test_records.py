@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -196,11 +197,62 @@ def test_join_maps_different_parts_to_different_names(parts):
   assert len({records.join(*pair) for pair in parts}) == len(parts)
 
 
-def test_shards_from_a_different_number_of_hosts_are_refused(tmp_path):
-  records.write(tmp_path / records.shard_name('r', 0, 2), prompts('a'))
-  records.check_host_count(tmp_path / records.shard_name('r', 1, 2))
-  with pytest.raises(InputError, match='was written by a run on 2 hosts, and this run has 1'):
-    records.check_host_count(tmp_path / records.shard_name('r', 0, 1))
+REQUESTS = [[response(i, j) for j in range(3)] for i in range(11)]
+
+
+def write_some(folder, counts):
+  """What a killed run leaves: of shard h, the first counts[h] records and a part of the next."""
+  for host, count in enumerate(counts):
+    path = folder / records.shard_name('responses', host, len(counts))
+    lines = [records.dump(r) for r in sum(REQUESTS[host::len(counts)], [])]
+    path.write_text(''.join(lines[:count]) + ''.join(lines[count:count + 1])[:20])
+
+
+class Killed(Exception):
+  """A kill at a write or a deletion."""
+
+
+@pytest.mark.parametrize('kill_at', range(6))
+def test_records_of_another_number_of_hosts_are_kept_once_and_by_request(
+    tmp_path, monkeypatch, kill_at):
+  """Three runs on 2, 4 and 1 hosts; the move is killed at each of its writes and deletions."""
+  def keep(count):
+    steps = 0
+
+    def killed(call):
+      def run(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps > kill_at:
+          raise Killed
+        return call(*args, **kwargs)
+      return run
+    with monkeypatch.context() as m:
+      path = type(epath.Path(tmp_path))
+      m.setattr(path, 'unlink', killed(path.unlink))
+      m.setattr(path, 'replace', killed(path.replace))
+      with contextlib.suppress(Killed):
+        records.keep_shards(tmp_path, 'responses', count)
+    records.keep_shards(tmp_path, 'responses', count)
+
+  def found():
+    return {name: [x['id'] for x in some] for name, some in
+            records.kept(tmp_path, 'responses').items()}
+  write_some(tmp_path, [7, 3])  # requests 0 and 2, a record of 4; request 1
+  keep(2)
+  assert len(list(tmp_path.glob('*.jsonl'))) == 2 and not found()
+  keep(4)
+  assert not list(tmp_path.glob('*.jsonl'))
+  expected = {str(i): [f'{i}/{j}' for j in range(3)] for i in (0, 1, 2)} | {'4': ['4/0']}
+  assert found() == expected
+  write_some(tmp_path, [6, 3, 1, 0])  # requests 0, 4 and 1; a record of 2
+  keep(1)
+  assert found() == expected | {'4': ['4/0', '4/1', '4/2']}
+  assert [p.name for p in tmp_path.iterdir()] == ['responses.kept']
+  lines = (tmp_path / 'responses.kept').read_text().splitlines(keepends=True)
+  assert set(lines) < {records.dump(r) for some in REQUESTS for r in some}
+  records.drop_kept(tmp_path, 'responses')
+  assert not list(tmp_path.iterdir())
 
 
 def put_unreadable(path, kind):

@@ -5,7 +5,7 @@ import pytest
 from srlm_jax import InputError
 from srlm_jax.sample.schedule import Request, Schedule
 
-OPTIONS = dict(prompt_limit=100, known=0, max_held=1000, together=True, refill=True)
+OPTIONS = dict(prompt_limit=100, known=0, kept={}, max_held=1000, together=True, refill=True)
 
 
 def make_requests(*counts):
@@ -88,7 +88,7 @@ def test_every_request_is_returned_once_in_order_and_at_most_max_held_are_held(
     for request in make_requests(*counts):
       read += 1
       yield request
-  schedule = Schedule(stream(), slots, 100, 0, max_held, together, refill)
+  schedule = Schedule(stream(), slots, 100, 0, {}, max_held, together, refill)
   returned = []
   while not schedule.done():
     schedule.admit()

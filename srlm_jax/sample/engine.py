@@ -6,11 +6,12 @@ slots. The common prefix of a stream's first requests (the judge's rubric) is pr
 every row reads it.
 """
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 import contextlib
 import dataclasses
 import hashlib
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +104,13 @@ class Engine:
     """Raises preemption.Stopped at the same call on all hosts of the mesh."""
     preemption.stop_if_requested(self.title, self._agreement)
 
-  def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0) -> Iterator[
+  def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0,
+               kept: Mapping[str, Sized] = types.MappingProxyType({})) -> Iterator[
       tuple[Request, list[Result]]]:
     """Yields every request with its n results, in order.
 
-    The caller already has the first `done` samples of the stream; a request with no other samples
-    comes without results.
+    The caller already has the first `done` samples of the stream, and those of `kept` by the id of
+    their request; a request with no other samples comes without results.
     """
     max_prompt_tokens = self.max_prompt_tokens(sampling)
     stream = iter(requests)
@@ -121,7 +123,7 @@ class Engine:
     count = sum(r.n for r in first) if len(first) < PREFIX_REQUESTS else self.slots
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
-                        HELD_PER_SLOT * self.slots, self._share, self._refill)
+                        kept, HELD_PER_SLOT * self.slots, self._share, self._refill)
     prefix = self._prefix(ids)
     cache, self._cache = self._cache, None
     if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.slot_count:

@@ -5,7 +5,7 @@ eq. 5). beta is omitted because it scales all candidates alike.
 """
 import tqdm
 
-from srlm_jax import catalog, cli, hosts, preemption, records, schema, stage
+from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines, shards
 
@@ -32,11 +32,9 @@ def run(config, workdir):
   logps, older_logps = (
       _logps(s, config, folder, responses, name)
       for name, folder in zip(('logp', 'older_logp'), s.models, strict=True))
-  if group.is_first_host:
+  with shards.completed(s, 'rewards', group) as out:
     rows = zip(responses, logps, older_logps, strict=True)
-    records.write(s.folder / records.shard_name('rewards', group.index, group.count),
-                  (_reward(r.id, logp, older) for r, logp, older in rows))
-  hosts.sync(f'{s.title} scored')
+    out.append([_reward(r.id, logp, older) for r, logp, older in rows][out.count:])
   made = records.read_shards(s.folder, 'rewards', schema.ImplicitReward)
   rewards = [r.reward for r in made]
   s.finish(responses=len(rewards), without_reward=rewards.count(None))
@@ -56,22 +54,23 @@ def _logps(s: stage.Stage, config, folder, responses, stem: str) -> list[float |
   """
   title = f'{s.title} {stem}'
   engine, tokenizer = engines.load(config, folder, title)
-  out = shards.Shard(s.folder, stem, engines.group(config))
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
   size = engines.LOGPS_ROWS
   # Batches start at the same places as in an uninterrupted run, so that the results are the same.
-  starts = range(out.count // size * size, len(responses), size)
-  with preemption.together(title):
+  with shards.completed(s, stem, engines.group(config)) as out:
+    starts = range(out.count // size * size, len(responses), size)
     for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False,
                            disable=not hosts.is_first_host()):
       engine.stop_if_requested()
-      batch = encoded[start:start + size]
-      rows = [row for row in batch if row]
-      values = iter(engine.logps(rows) if rows else ())
-      new = [schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
-             for r, row in zip(responses[start:start + size], batch, strict=True)]
+      batch = responses[start:start + size]
+      rows = [None if r.id in out.kept else row
+              for r, row in zip(batch, encoded[start:], strict=False)]
+      scored = [row for row in rows if row]
+      values = iter(engine.logps(scored) if scored else ())
+      new = [out.kept[r.id][0] if r.id in out.kept else
+             schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
+             for r, row in zip(batch, rows, strict=True)]
       out.append(new[max(out.count - start, 0):])
-    out.close()
   return [r.logp for r in records.read(out.path, schema.Logp)]
 
 

@@ -3,7 +3,7 @@
 Plain Python: it handles token ids and counts, no arrays.
 """
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 import dataclasses
 from typing import Any
 
@@ -60,16 +60,17 @@ class Schedule:
   """Assigns free slots to waiting samples in request order, and returns results in that order."""
 
   def __init__(self, requests: Iterable[Request], slots: int, prompt_limit: int, known: int,
-               max_held: int, together: bool, refill: bool):
+               kept: Mapping[str, Sized], max_held: int, together: bool, refill: bool):
     """
     prompt_limit: longer prompts, in tokens, are not sampled
     known: the number of samples at the start of the stream that the caller already has
+    kept: more samples that it has, by the id of their request
     max_held: how many requests are read from the stream and not returned yet, at most
     together: all samples of a request get slots at the same time; otherwise each alone
     refill: free slots are reused at once; otherwise after all running samples have finished
     """
     self._requests = iter(requests)
-    self._prompt_limit, self._known = prompt_limit, known
+    self._prompt_limit, self._known, self._kept = prompt_limit, known, kept
     self._max_held, self._refill = max_held, refill
     self._part_size = slots if together else 1
     self._free = list(range(slots))[::-1]
@@ -130,7 +131,8 @@ class Schedule:
 
   def _enter(self, request: Request):
     """Adds a request and, unless it is known or too long, its waiting parts."""
-    is_known, self._known = self._known >= request.n, max(self._known - request.n, 0)
+    is_known = max(self._known, len(self._kept.get(request.id, ()))) >= request.n
+    self._known = max(self._known - request.n, 0)
     fits = len(request.ids) <= self._prompt_limit
     results = [] if is_known else [
         Result([], [], '' if fits else 'too_long') for _ in range(request.n)]

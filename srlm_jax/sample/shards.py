@@ -1,5 +1,6 @@
 """The common part of the sampling stages: loads the model, samples, writes a shard per group."""
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import itertools
 import sys
 from typing import TypeVar
@@ -17,13 +18,17 @@ Item = TypeVar('Item')
 class Shard:
   """A file that grows record by record: the records of one group of hosts, whose first host writes.
 
-  `count`: the records that are in it; equal on all hosts of the group.
+  count: the records that are in it; equal on all hosts of the group
+  kept: {request: records} that runs on another number of hosts left; they need no sampling
   """
 
   def __init__(self, folder, stem: str, group: hosts.Group):
     """Opens FOLDER/STEM-*.jsonl, which a killed run may have left; all hosts must call it."""
+    if hosts.is_first_host():
+      records.keep_shards(folder, stem, group.count)
+    hosts.sync(f'{folder} {stem} continues')
+    self.kept = records.kept(folder, stem)
     self.path = folder / records.shard_name(stem, group.index, group.count)
-    records.check_host_count(self.path)
     self._file = records.Appender(self.path) if group.is_first_host else None
     self.count = group.gather(self._file.count if self._file else 0)[group.index]
 
@@ -37,6 +42,20 @@ class Shard:
     """Closes the file."""
     if self._file:
       self._file.close()
+
+
+@contextlib.contextmanager
+def completed(s: stage.Stage, stem: str, group: hosts.Group) -> Iterator[Shard]:
+  """A block in which every group of hosts completes its shard; all hosts must call it.
+
+  All leave it together, because every shard must be complete before any host reads them.
+  """
+  shard = Shard(s.folder, stem, group)
+  with preemption.together(s.title):
+    yield shard
+    shard.close()
+  if hosts.is_first_host():
+    records.drop_kept(s.folder, stem)
 
 
 def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable[Item],
@@ -68,8 +87,7 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
 
   def sample_record(request, i, result):
     return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
-  out = Shard(s.folder, stem, group)
-  with preemption.together(s.title):  # every shard must be complete before any host reads them
+  with completed(s, stem, group) as out:
     run(engine, itertools.chain(first, requests), n * len(range(*share)), sampling, out,
         sample_record)
   return records.read_shards(s.folder, stem, catalog.KINDS[stem + catalog.SHARDS])
@@ -79,19 +97,20 @@ def run(engine: engines.Engine, requests: Iterable[engines.Request], samples: in
         sampling: engines.Sampling, out: Shard, record: Callable):
   """Appends `record(request, i, result)` of every sample to a shard, in order.
 
-  Leaves out the samples that the shard already has. `samples`: their total number.
+  Leaves out the samples that the shard has or keeps. `samples`: their total number.
   """
   known, row = out.count, 0
   progress = tqdm.tqdm(
       total=samples, initial=known, desc=engine.title, unit='rows', delay=2, leave=False,
       mininterval=2 if sys.stderr.isatty() else 30, disable=jax.process_index() != 0)
-  for request, results in engine.generate(requests, sampling, known):
-    new = [record(request, i, result) for i, result in enumerate(results) if row + i >= known]
+  for request, results in engine.generate(requests, sampling, known, out.kept):
+    made = ([record(request, i, result) for i, result in enumerate(results)] if results else
+            out.kept.get(request.id, ()))
+    new = made[max(known - row, 0):]
     out.append(new)
     progress.update(len(new))
     row += request.n
   progress.close()
-  out.close()
   if out.count != samples:
     raise InputError(f'{out.path} has {out.count} records, but its hosts write {samples}; delete '
                      f'{out.path.parent} and run its stage again')
