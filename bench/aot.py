@@ -119,7 +119,8 @@ class Sampler:
   @property
   def rows(self):
     """Slots of a decode, rows of a prefill."""
-    return max(1, PREFILL // self.width) if self.width else SLOTS
+    parts = self.mesh[0] * self.mesh[1]
+    return parts * max(1, PREFILL // self.width // parts) if self.width else SLOTS
 
   @property
   def model(self):

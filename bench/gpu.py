@@ -56,7 +56,7 @@ PODS = {f'{hosts * PER_HOST} x {chip}': _pod(chip, hosts) for chip in CHIPS for 
 
 def devices(pod: str) -> list:
   """-> the GPUs of a name of `PODS`, which need not exist."""
-  # JAX knows the name gpu only where there is one (its issue 23971).
+  # JAX knows the name gpu only where there is one (jax-ml/jax#23971).
   xla_bridge.canonicalize_platform = _canonicalize
   return topologies.get_topology_desc(platform='cuda', **PODS[pod][0]).devices
 

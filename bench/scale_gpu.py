@@ -87,7 +87,7 @@ def main():
       if kernel:
         kernels.append(f'{aot.title(program)} | {DECODE}: {kernel.registers} registers per thread, '
                        f'{kernel.spilled} bytes spilled, {kernel.size:,} bytes of machine code')
-  print('\nptxas:', *kernels, sep='\n')
+  print(*['\nptxas:', *kernels] if kernels else [], sep='\n')
   for sentence in errors:
     print(f'error: {sentence}', file=sys.stderr)
   sys.exit(bool(errors))

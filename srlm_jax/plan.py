@@ -277,9 +277,9 @@ class Planner:
     """Groups of hosts, each with an engine."""
     return self.pod.hosts // self.group
 
-  def _rubric(self, template: str = '') -> float:
-    """Tokens of a judge template without a prompt and a response."""
-    judge = judges.load(template or self.config.judge.template)
+  def _rubric(self) -> float:
+    """Tokens of the judge template without a prompt and a response."""
+    judge = judges.load(self.config.judge.template)
     return len(judge.render(prompt='', response='').split()) * TOKENS_PER_WORD
 
   def _job(self, spec: catalog.Spec) -> Job:
@@ -298,7 +298,8 @@ class Planner:
                  c.respond.max_tokens)
     if spec.program == 'sample.meta_judge':
       compared = count * c.meta_judge.responses * c.judge.n * (c.judge.n - 1)
-      return Job(compared, 1, 0, rubric + judged + 2 * self.judgement, self.judgement,
+      # The template is about as long as the judge's, which a prompt contains too.
+      return Job(compared, 1, 0, 2 * rubric + judged + 2 * self.judgement, self.judgement,
                  c.meta_judge.max_tokens)
     of_ranked = dict(ranked=c.data.ranked_train, eval=c.data.ranked_eval,
                      agreement=c.data.ranked_eval * self.saved)
