@@ -11,8 +11,7 @@ PACKAGE = ROOT / 'srlm_jax'
 # parts may also import the parts before them in the same line.
 ORDER = '''
   config ablations pods torus sharding hosts preemption compiler schema records lock peers
-  config ablations pods torus sharding hosts preemption compiler schema records lock peers
-  environment
+  environment model_files catalog stage metrics cli
   data / models
   reward / checkpoint
   sample
