@@ -144,6 +144,8 @@ MESHES = tuple(
         ('dpo', 'v5p-256', 'step', ((16, 8), (32, 4), (64, 2)), (16, 32, 64)),
         ('sft', 'v6e-256', '', ((32, 8), (64, 4), (128, 2)), (32, 64, 128)))
     for examples in counts for fsdp, tensor in meshes if examples >= fsdp)
+
+
 def group_mesh(pod: str) -> tuple[int, int, int]:
   """-> the mesh of the smallest group of hosts that holds 70B in bf16; a host has 4 chips."""
   chips = math.prod(map(int, re.findall(r'\d+', PODS[pod][0]['topology_name'].partition(':')[2])))

@@ -310,18 +310,20 @@ class Planner:
   def _sampler(self, stage: str, job: Job) -> Iterator[Program]:
     """The programs of an engine."""
     c, slots, mesh = self.config.sample, self.chosen['sample.slots'], self.sample_mesh
-    parts = sizing.sampler_parts(c, self.shape, mesh, slots)
-    rows, width = self._prefill_shape(job)
+    def parts(tokens):
+      return sizing.sampler_parts(c, self.shape, mesh, slots, tokens, self.pod.platform)
+    rows, width = self._prefill_shape(min(c.size, self.shape.context) - job.most)  # the longest
     if c.int8:  # made from a copy in the dtype of activations
       item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
       both = llama.param_count(self.shape) * (item + 1) / chips
       yield Program(stage, 'loading', mesh, 0, 0, dict(weights=both), slots=slots)
-    yield Program(stage, 'prefill', mesh, rows, width, parts, slots=slots)
-    yield Program(stage, 'decode', mesh, slots, 1, parts, slots=slots)
+    tokens = rows // mesh.parts * width
+    yield Program(stage, 'prefill', mesh, rows, width, parts(tokens), slots=slots)
+    yield Program(stage, 'decode', mesh, slots, 1, parts(0), slots=slots)
 
-  def _prefill_shape(self, job: Job) -> tuple[int, int]:
-    """The rows and the width of a prefill of prompts of mean length, as the engine chooses them."""
-    width = _up(engines.bucket(math.ceil(job.own)), self.kernels.width_multiple)
+  def _prefill_shape(self, length: float) -> tuple[int, int]:
+    """The rows and the width of a prefill of prompts of a length, as the engine chooses them."""
+    width = _up(engines.bucket(math.ceil(length)), self.kernels.width_multiple)
     width = min(width, self.config.sample.size)
     parts = self.sample_mesh.parts
     return parts * max(self.kernels.prefill_tokens // width // parts, 1), width
@@ -333,7 +335,7 @@ class Planner:
     samples, slots = requests * job.n, self.chosen['sample.slots']
     while slots % (2 * mesh.parts) == 0 and slots // 2 >= samples:
       slots //= 2  # as the engine does
-    rows, width = self._prefill_shape(job)
+    rows, width = self._prefill_shape(job.own)
     prefill = costs.prefill(shape, self.pod, mesh, int8, rows, width, job.prefix)
     step = costs.decode_step(shape, self.pod, mesh, int8, slots, job.own + job.new / 2, job.prefix)
     full = samples * job.new / slots   # steps with all slots busy
@@ -348,7 +350,7 @@ class Planner:
     c, mesh = self.config, self.sample_mesh
     tokens, rows = self.prompt + self.response, _up(engines.LOGPS_ROWS, mesh.parts)
     width = engines.bucket(math.ceil(tokens))
-    parts = sizing.sampler_parts(c.sample, self.shape, mesh, 0)
+    parts = sizing.sampler_parts(c.sample, self.shape, mesh, 0, 0, self.pod.platform)
     # All logits of a batch are in memory, in float32, and two results of the same size.
     widest = min(c.sample.size, self.shape.context)
     parts['activations'] += 3 * 4 * rows / mesh.parts * widest * self.shape.V / mesh.tensor

@@ -265,5 +265,7 @@ def test_the_formula_is_at_most_15_percent_above_the_compiler_and_never_below(ro
   else:
     c = configs.get('m2', program.size).sample
     c.size, c.int8 = aot.SIZE, program.bits == 8
-    found = sum(sizing.sampler_parts(c, program.model, mesh, aot.SLOTS).values())
+    found = sum(sizing.sampler_parts(
+        c, program.model, mesh, aot.SLOTS, program.rows // mesh.parts * program.width,
+        aot.platform(program)).values())
   assert 1 <= found / GIB / row.gib <= 1.15

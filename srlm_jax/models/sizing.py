@@ -260,21 +260,27 @@ def _fitting_slots(c, shape: Config, devices: Devices, mesh: Mesh) -> float:
   return (devices.usable - _sampling_weights(c, shape, mesh)) / row * mesh.fsdp
 
 
-def sampler_parts(c, shape: Config, mesh: Mesh, slots: int) -> dict[str, float]:
+def sampler_parts(c, shape: Config, mesh: Mesh, slots: int, tokens: int,
+                  platform: str) -> dict[str, float]:
   """-> {what: bytes of one device} of the sampler's programs; `c`: the section `sample`.
 
-  Never below and at most 15 % above what the TPU compiler needs for those of docs/scale.md.
+  `tokens`: of a prefill per shard, 0 for a decode. Never below and at most 15 % above what the
+  compilers for TPU and GPU need for the programs of docs/scale.md.
   """
   item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
   size = min(c.size, shape.context)
   table = shape.D * shape.V  # the embedding stays in the dtype of activations
   rest = llama.param_count(shape) - table
-  # Of a layer, for the longest prompt.
-  current = 4 * shape.D + 3 * (shape.F + shape.K * shape.G * shape.H) / mesh.tensor
+  kv = 2 * shape.K * shape.H * item  # bytes of a layer's keys and values of a token
+  # Of a layer. Every shard of the slots gets all new keys and values; on a GPU, whose layers are
+  # not in a loop, those of all layers are in memory at once.
+  current = item * (4 * shape.D + 3 * (shape.F + shape.K * shape.G * shape.H) / mesh.tensor)
+  gathered = kv * mesh.parts * (shape.layers if platform == 'gpu' else 1) / mesh.tensor
   return dict(
       weights=(table * item + rest * (1 if c.int8 else item)) / chips,
-      cache=2 * shape.layers * shape.K * shape.H * size * item * slots / (mesh.data * chips),
-      activations=size * item * current)
+      # The shared prefix is at most as long as one more slot.
+      cache=shape.layers * kv * size * (slots / mesh.parts + 1) / mesh.tensor,
+      activations=tokens * (current + gathered))
 
 
 def layer_params(c: Config) -> int:
