@@ -327,7 +327,7 @@ def run_on_hosts(hosts, stage, workdir, *flags, start=subprocess.check_output):
   return start(
       [ROOT / 'launch' / 'local.sh', str(hosts), sys.executable, '-m', f'srlm_jax.sample.{stage}',
        '--config=configs/iter2.py:tiny', f'--workdir={workdir}', *config_flags('m2'), *flags],
-      cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''))
+      cwd=ROOT, env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', SRLM_RESTARTS='0'))
 
 
 def in_order(folder, stem):
