@@ -45,6 +45,10 @@ PODS = {  # name: (topology, GiB per chip); v4 and v5p are named after their cor
     'v5p-16': (dict(topology_name='v5:2x2x2', num_slices=1, **MEGACORE), 95),
     'v6e-8': (dict(topology_name='v6e:2x4', chip_config_name='default'), 31),
     **gpu.PODS}
+# Two hosts of a v6e slice of 16 x 16, as a slice of their own: without hardware, libtpu refuses to
+# compile for a part of that slice.
+V6E_HOSTS = dict(topology_name='v6e:4x2', chip_config_name='default',
+                 chips_per_host_bounds=(2, 2, 1))
 # Of the sampling programs: slots, tokens per slot, tokens of the shared prefix, tokens per call of
 # decode, the fewest tokens of a prefill.
 SLOTS, SIZE, PREFIX, STEPS, PREFILL = 64, 4096, 512, 8, 256
@@ -208,15 +212,17 @@ def make_mesh(program: Training | Sampler):
   if platform(program) == 'gpu':
     jax.config.update('jax_platforms', 'cpu')
     return sharding.make_mesh(*program.mesh, gpu.devices(program.pod))
-  chips = sorted(topology(program.pod), key=lambda chip: chip.process_index)
-  return sharding.make_mesh(*program.mesh, chips[:math.prod(program.mesh)])
+  is_group = isinstance(program, Sampler) and program.pod == 'v6e-256'
+  found = chips(V6E_HOSTS if is_group else PODS[program.pod][0])
+  return sharding.make_mesh(*program.mesh, found[:math.prod(program.mesh)])
 
 
-def topology(pod: str) -> list:
-  """-> the chips of a pod, which need not exist."""
+def chips(topology: dict) -> list:
+  """-> the chips of a topology, which need not exist, in the order of their hosts."""
   os.environ.update(ENVIRONMENT)
   jax.config.update('jax_platforms', 'cpu')
-  return topologies.get_topology_desc(platform='tpu', **PODS[pod][0]).devices
+  found = topologies.get_topology_desc(platform='tpu', **topology).devices
+  return sorted(found, key=lambda chip: chip.process_index)
 
 
 def distribution_bytes(pod: str) -> list[tuple[str, int, int]]:
@@ -226,9 +232,8 @@ def distribution_bytes(pod: str) -> list[tuple[str, int, int]]:
   array.
   """
   shape = group_mesh(pod)
-  chips = sorted(topology(pod), key=lambda chip: chip.process_index)
-  groups = [sharding.make_mesh(*shape, chips[i:i + math.prod(shape)])
-            for i in range(0, len(chips), math.prod(shape))]
+  every, size = chips(PODS[pod][0]), math.prod(shape)
+  groups = [sharding.make_mesh(*shape, every[i:i + size]) for i in range(0, len(every), size)]
   whole = distribute.mesh_of(np.stack([g.devices for g in groups]), sharding.NAMES)
   with jax.set_mesh(groups[0]):
     params = llama.abstract_params(PRESETS['llama2-70b'])

@@ -232,6 +232,9 @@ def test_a_format_changes_no_value():
       dict(wqkv_DKCH=x), dict(wqkv_DKCH=x[0])))
   assert placed.format.layout.major_to_minor == (0, 2, 3, 1, 4)
   assert other.format.layout.major_to_minor == (1, 2, 0, 3)
+  out = jax.device_put(dict(wo_KGHD=x), kernels.tpu_formats(dict(wo_KGHD=x)))['wo_KGHD']
+  assert out.format.layout.major_to_minor == (0, 2, 1, 3, 4)
+  np.testing.assert_array_equal(out, x)
   np.testing.assert_array_equal(placed, x)
   taken = jax.jit(lambda x: x * 2).lower(placed).compile()
   assert taken.input_formats[0][0].layout.major_to_minor == (0, 2, 3, 1, 4)

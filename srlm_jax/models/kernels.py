@@ -62,15 +62,16 @@ def for_training(platform: str, config: Config, remat: str) -> attention.Kernels
 def tpu_formats(params):
   """Parameters (or their shapes) with shardings -> the formats in which the TPU kernels want them.
 
-  Each head of wqkv_DKCH is stored as one matrix [D, H], the layout that the matrix product reads.
-  From the default layout, XLA would copy that weight of all layers in every call.
+  Each head of wqkv_DKCH is stored as one matrix [D, H], and wo_KGHD by query head, then key head:
+  the layouts that the matrix products read. From the default layout, XLA would copy these weights
+  of all layers in every call.
   """
   def one(path, x):
     names = [getattr(key, 'key', getattr(key, 'name', '')) for key in path]
-    if names[-1] != 'wqkv_DKCH' and names[-2:] != ['wqkv_DKCH', 'values']:  # values of an Int8
-      return x.sharding
-    *layers, D, K, C, H = range(x.ndim)
-    return Format(Layout((*layers, K, C, D, H)), x.sharding)
+    name = names[-2] if names[-1] == 'values' else names[-1]  # values of an Int8
+    *layers, a, b, c, d = range(max(x.ndim, 4))
+    order = dict(wqkv_DKCH=(b, c, a, d), wo_KGHD=(b, a, c, d)).get(name)
+    return Format(Layout((*layers, *order)), x.sharding) if order else x.sharding
   return jax.tree_util.tree_map_with_path(one, params)
 
 
