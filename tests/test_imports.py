@@ -10,7 +10,7 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  config ablations torus sharding hosts preemption compiler schema records lock environment
+  storage config ablations torus sharding hosts preemption compiler schema records lock environment
   model_files catalog stage metrics cli
   data / models
   reward / checkpoint

@@ -275,9 +275,10 @@ def test_a_run_exits_if_another_run_took_its_lock(tmp_path, start):
 def test_a_lock_that_another_run_took_over_is_restored(tmp_path):
   path = tmp_path / 'lock.json'
   write(tmp_path)
-  old = lock._read(path)
+  file = lock._File(path)
+  old = file.read()
   write(tmp_path, id='new')
-  lock._remove(path, old)
+  file.remove(old)
   assert json.loads(path.read_text())['id'] == 'new' and len(list(tmp_path.iterdir())) == 1
 
 

@@ -20,7 +20,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage, storage
 from srlm_jax.data import oasst, ranked, splits
 from srlm_jax.data.splits import SeedPrompt
 from srlm_jax.data.turns import Message, Turn
@@ -51,7 +51,7 @@ def make(config, workdir, begin=lambda: None) -> dict:
   c, workdir = config.data, epath.Path(workdir)
   name = source_name(c.source)
   # ArrayRecord writes only to local disks. For a workdir in a bucket, TFDS uses its default folder.
-  data_dir = None if '://' in os.fspath(workdir) else workdir / 'data' / 'tfds'
+  data_dir = None if storage.is_remote(workdir) else workdir / 'data' / 'tfds'
   turns = Turns(Files(source=c.source, paths=find_files(c.path), synthetic=c.synthetic), data_dir)
   requested = {name: getattr(c, name) for name in splits.BEST_SETS + splits.RANKED_SETS}
   usable = select_usable(turns, config.seed)
