@@ -6,6 +6,7 @@ All else is the same for both with `etils.epath`, which reaches a bucket with gc
 from collections.abc import Iterator
 import contextlib
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -60,7 +61,7 @@ def check(text: str):
   for bucket in dict.fromkeys(re.findall(r'gs://([^/,\s\'"]*)', text)):
     if importlib.util.find_spec('gcsfs') is None:
       raise InputError(f'{text}: a bucket needs the package gcsfs; pip install "srlm_jax[gcs]"')
-    _set_timeout()
+    _configure()
     try:
       _bucket().ls(f'gs://{bucket}', max_results=1)
     except FileNotFoundError as error:
@@ -325,15 +326,13 @@ def copy_tree(source, target, without: str = ''):
 
   In a bucket, files that say that a folder is complete come last.
   """
-  if not is_remote(source) and not is_remote(target):
+  if not is_remote(source):
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(without) if without else None)
     return
-  found = [pathlib.Path(root, name).relative_to(source)
-           for root, _, names in epath.Path(source).walk() for name in names]
+  found = [pathlib.Path(name).relative_to(_key(source)) for name in _bucket().find(str(source))]
   for file in sorted(found, key=lambda file: (file.name in LAST, file)):
-    if file.parts[0] == without:
-      continue
-    _bucket().copy(str(source / file), str(target / file))
+    if file.parts[0] != without:
+      _bucket().cp_file(str(source / file), str(target / file))
 
 
 @contextlib.contextmanager
@@ -393,13 +392,17 @@ def _bucket() -> fsspec.AbstractFileSystem:
   return fsspec.filesystem('gs')
 
 
-def _key(path: str) -> str:
+def _key(path) -> str:
   """The name that fsspec uses in results."""
-  return path.removeprefix('gs://')
+  return os.fspath(path).removeprefix('gs://')
 
 
-def _set_timeout():
-  """Lets gcsfs repeat requests that get no answer; it would give up after 5 minutes."""
+def _configure():
+  """Lets gcsfs repeat requests that get no answer, without logs of every failure.
+
+  It would give up after 5 minutes.
+  """
   import aiohttp
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
   _SETTINGS.update(requests_timeout=timeout)

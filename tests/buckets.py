@@ -64,7 +64,7 @@ class Server:
     threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
     self.url = f'http://localhost:{self._proxy.server_address[1]}'
     self.env = dict(STORAGE_EMULATOR_HOST=self.url, TENSORSTORE_GCS_HTTP_URL=self.url,
-                    GOOGLE_CLOUD_PROJECT='test')
+                    GOOGLE_CLOUD_PROJECT='test', NO_GCE_CHECK='true')
 
   def stop(self):
     self._proxy.shutdown()

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import sys
 import types
 
 from buckets import Fault
@@ -90,10 +89,11 @@ def test_requests_that_fail_are_repeated(bucket, at_once, monkeypatch, kind):
   path, server = bucket
   monkeypatch.setattr('gcsfs.retry.asyncio', types.SimpleNamespace(  # waits for less time
       sleep=lambda seconds: asyncio.sleep(seconds / 50)))
-  timeout = storage._SETTINGS.get('requests_timeout')
   monkeypatch.setattr(storage, 'TIMEOUT', 0.5)
-  storage._set_timeout()
-  storage._bucket().requests_timeout = storage._SETTINGS['requests_timeout']
+  storage._configure()
+  (path / 'old').exists()  # makes the instance that epath uses
+  for client in (storage._bucket(), *type(storage._bucket())._cache.values()):
+    monkeypatch.setattr(client, 'requests_timeout', storage._SETTINGS['requests_timeout'])
   (path / 'old').write_text('old')
   data = bytes(range(256)) * 25_000  # 6.4 MB: a resumable upload
   with server.failing(Fault(kind), Fault(kind, 2, uploads)):
@@ -111,7 +111,6 @@ def test_requests_that_fail_are_repeated(bucket, at_once, monkeypatch, kind):
     out.close()
   assert [r['id'] for _, r in records.read_any(path / 'rows.jsonl')] == ['0', '1', '2']
   assert len(list(path.iterdir())) == 3
-  storage._bucket().requests_timeout = timeout
 
 
 def test_an_error_leaves_the_old_object(bucket):
@@ -197,14 +196,13 @@ def test_a_bucket_that_cannot_be_used_gives_one_sentence(bucket, monkeypatch):
 
 def test_programs_report_a_bucket_that_cannot_be_used(bucket):
   path, server = bucket
-  flags = '--config=sft:tiny', f'--workdir={path}'
+  flags = '--config=sft:tiny', f'--workdir={path}', *config_flags('sft')
   said = main('sandbox', '--config=sft:tiny', '--workdir=gs://absent/x', code=1)
   assert said.count('error:') == 1 and 'there is no bucket gs://absent' in said
   with server.failing(Fault(403, 99, uploads)):  # may read, but not write
     said = main('sandbox', *flags, code=1)
   assert 'lock.json cannot be used (' in said and 'Storage Object Admin' in said
-  writes = lambda method, url, body: uploads(method, url, body) and b'ranked.jsonl' in body
-  with server.failing(Fault(401, 99, writes)):
+  with server.failing(Fault(401, 99, in_upload('data/seeds/ranked.jsonl'))):
     said = main('sandbox', *flags, code=1)
   assert 'error: the bucket cannot be used (injected, 401); log in' in said
   main('sandbox', *flags)
@@ -223,3 +221,105 @@ def test_metrics_are_saved_before_a_checkpoint(bucket, tmp_path):
   assert metrics.last(path) == dict(step=1, loss=3.0)
   assert (path / 'metrics.jsonl').read_text().count('\n') == 2
   assert list((path / 'tensorboard').glob('events.*'))
+
+
+def kill():
+  """Kills the program that `main` runs."""
+  os.kill(server().pid, signal.SIGKILL)
+
+
+def until_done(program, *flags, before='from srlm_jax import storage; storage.SECONDS = 0'):
+  """Runs a program again as long as it is killed -> the number of kills."""
+  kills, ended = 0, (-signal.SIGKILL, '', '')
+  while ended[0] == -signal.SIGKILL:
+    ended = run_main(program, *flags, before=before)
+    kills += ended[0] == -signal.SIGKILL
+  assert ended[0] == 0, ended
+  return kills
+
+
+def upload(workdir, path, *without):
+  """Copies a workdir from a disk to a bucket, as one that was made there."""
+  for file in workdir.rglob('*'):
+    name = file.relative_to(workdir)
+    if file.is_file() and name.parts[0] != 'compiled' and not str(name).startswith(without):
+      (path / name).write_bytes(file.read_bytes())
+  for step in workdir.glob('*/model/steps/*'):
+    if not str(step.relative_to(workdir)).startswith(without):
+      for folder in (step, *step.iterdir()):
+        if folder.is_dir():
+          storage.commit(path / folder.relative_to(workdir))
+
+
+def contents(workdir, folders) -> dict:
+  """{file: content} of stages, without times and the places where they ran."""
+  found = {}
+  for folder in folders:
+    for file in (epath.Path(workdir) / folder).iterdir():
+      if file.suffix in records.HASHED:
+        text = file.read_bytes()
+        if file.name in ('done.json', 'manifest.json'):
+          text = json.loads(text)
+          text.pop('environments', text.pop('seconds', None))
+          text.get('files', {}).pop('metrics.jsonl', None)
+        elif file.name == 'metrics.jsonl':
+          text = [json.loads(line) for line in text.splitlines()]
+          for line in text:
+            del line['tokens_per_second']
+        found[f'{folder}/{file.name}'] = text
+  return found
+
+
+def in_upload(name):
+  """Whether a request uploads an object with this in its name."""
+  quoted = name.replace('/', '%2F')
+  return lambda method, path, body: uploads(method, path, body) and (
+      quoted in path or name.encode() in body[:300])
+
+
+def test_a_training_in_a_bucket_that_is_killed_ends_like_one_on_a_disk(bucket, demo):
+  path, requests = bucket
+  upload(demo[0], path, 'm2/model', 'm3')
+  faults = [Fault(kill, 1, in_upload(name)) for name in (
+      'm2/model/steps/2/params', 'm2/model/steps/4/commit_success.txt')]
+  flags = '--config=iter2:tiny', f'--workdir={path}', *config_flags('m2')
+  with requests.failing(*faults):
+    assert until_done('train', *flags) == 2
+  assert contents(path, ['m2/model']) == contents(demo[0], ['m2/model'])
+  assert model_files.steps(path / 'm2' / 'model') == model_files.steps(demo[0] / 'm2' / 'model')
+  assert model_files.recorded_hash(path / 'm2' / 'model') == model_files.recorded_hash(
+      demo[0] / 'm2' / 'model')
+
+
+def test_sampling_in_a_bucket_that_is_killed_ends_with_the_same_bytes(bucket, demo):
+  path, requests = bucket
+  upload(demo[0], path, 'm2/respond', 'm2/model', 'm3')
+  faults = [Fault(kill, 1, in_upload(name)) for name in (
+      'responses-00000-of-00001.jsonl.part-000000000000000', 'm2/respond/done.json')]
+  flags = '--config=iter2:tiny', f'--workdir={path}', *config_flags('m2')
+  with requests.failing(*faults):
+    assert until_done('sample.respond', *flags) == 2
+  assert contents(path, ['m2/respond']) == contents(demo[0], ['m2/respond'])
+  assert not list((path / 'm2' / 'respond').glob('*.part-*'))
+
+
+@pytest.mark.slow
+def test_the_loop_in_a_bucket_that_fails_and_kills_ends_like_one_on_a_disk(bucket, demo):
+  path, requests = bucket
+  rng = np.random.default_rng(0)
+  faults = [Fault(kind, times, lambda method, url, body, p=p: rng.random() < p)
+            for kind, times, p in ((503, 40, 0.01), (429, 40, 0.01), ('cut', 40, 0.01),
+                                   ('lost', 40, 0.01), ('half', 40, 0.01))]
+  kills = Fault(kill, 12, lambda method, url, body: uploads(method, url, body)
+                and rng.random() < 0.01)
+  flags = [f'--workdir={path}', '--size=tiny', *(f'--set={change}' for change in CHANGES)]
+  with requests.failing(*faults, kills):
+    assert until_done('loop', *flags) == kills.happened > 3
+  assert all(fault.happened > 5 for fault in faults)
+  folders = sorted(str(file.parent.relative_to(demo[0])) for file in demo[0].glob('*/*/done.json'))
+  assert len(folders) > 30 and contents(path, folders) == contents(demo[0], folders)
+  for model in ('m0', 'sft', 'm1', 'm2', 'm3'):
+    folders = [folder / model / 'model' for folder in (path, demo[0])]
+    assert len(set(map(model_files.recorded_hash, folders))) == 1
+    assert model_files.steps(folders[0]) == model_files.steps(folders[1])
+  assert not list(path.glob('*/*/*.part-*')) and not (path / 'lock.json').exists()
