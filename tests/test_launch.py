@@ -167,6 +167,27 @@ def test_processes_of_local_connect_and_exchange_values():
   assert {'2 3 6', "[['', 0], ['é', 1]]"} <= set(done.stdout.splitlines())
 
 
+APART = """
+import os, sys
+from srlm_jax import cli, lock
+lock.UNSEEN = {seconds}
+def start(argv):
+  with cli.locked(os.path.join(sys.argv[1], os.environ['SRLM_HOST'] if {apart} else 'run')):
+    print('locked')
+cli.run_app(start)
+"""
+
+
+@pytest.mark.parametrize('apart', [True, False])
+def test_hosts_must_see_the_same_workdir(tmp_path, apart):
+  done = launch(2, sys.executable, '-c', APART.format(seconds=1, apart=apart), str(tmp_path))
+  assert (done.returncode, done.stdout.count('locked')) == ((1, 0) if apart else (0, 2)), done
+  if apart:
+    assert re.search(r'error: --workdir=.*: host 1 does not see what the first host wrote there; '
+                     r'give a folder on a disk that all hosts share, or in a bucket', done.stderr)
+    assert 'Traceback' not in done.stderr
+
+
 INDEPENDENT = """
 import os, signal, time
 import jax

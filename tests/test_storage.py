@@ -1,5 +1,6 @@
 """Files in a bucket: the same bytes as on a disk, after kills and failing requests too."""
 import asyncio
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,14 +9,30 @@ import signal
 import types
 
 from buckets import Fault
-from conftest import CHANGES, config_flags, main, run_main, server
+from conftest import CHANGES, config_flags, init, main, run_main, server
 from etils import epath
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+import tokenizers
 
-from srlm_jax import InputError, metrics, model_files, records, storage
+from srlm_jax import (
+  config as configs,
+  InputError,
+  metrics,
+  model_files,
+  records,
+  schema,
+  selection,
+  stage,
+  storage,
+  study,
+)
+from srlm_jax.checkpoint import convert, store
+from srlm_jax.data import seeds, tokenizer
+from srlm_jax.models.config import PRESETS
+from srlm_jax.sandbox import data as sandbox
 
 
 def uploads(method, path, body):
@@ -301,6 +318,113 @@ def test_sampling_in_a_bucket_that_is_killed_ends_with_the_same_bytes(bucket, de
     assert until_done('sample.respond', *flags) == 2
   assert contents(path, ['m2/respond']) == contents(demo[0], ['m2/respond'])
   assert not list((path / 'm2' / 'respond').glob('*.part-*'))
+
+
+def test_models_are_converted_from_and_to_a_bucket(bucket, tmp_path):
+  path, requests = bucket
+  disk = tmp_path / 'disk'
+  convert.from_hf(sandbox.M0, disk)
+  convert.to_hf(disk, tmp_path / 'hf')
+  for file in sandbox.M0.iterdir():
+    (path / 'source' / file.name).write_bytes(file.read_bytes())
+  flags = f'--from_hf={path}/source', f'--out={path}/ours'
+  with requests.failing(Fault(kill, 1, in_upload('ours/source.json'))):  # one of the last files
+    assert until_done('checkpoint.convert', *flags) == 1
+  assert model_files.recorded_hash(path / 'ours') == model_files.recorded_hash(disk)
+  assert not (path / 'ours.partial').exists() and not (path / 'ours.lock').exists()
+  assert 'not an empty folder' in main('checkpoint.convert', *flags, code=1)
+  convert.check_source(path / 'source', path / 'ours')
+  (path / 'source' / 'config.json').write_text('{}')
+  with pytest.raises(InputError, match='was converted from other files .* config.json'):
+    convert.check_source(path / 'source', path / 'ours')
+  main('checkpoint.convert', f'--checkpoint={path}/ours', f'--to_hf={path}/hf')
+  for file in (tmp_path / 'hf').iterdir():
+    assert (path / 'hf' / file.name).read_bytes() == file.read_bytes(), file
+  said = {main('sample.generate', f'--model={model}', '--prompt=a', '--temperature=0',
+               '--max_tokens=4') for model in (disk, path / 'hf')}
+  assert len(said) == 1
+
+
+def test_a_step_in_a_bucket_counts_when_it_is_complete(bucket):
+  path, _ = bucket
+  for name in ('1/params/x', '1/commit_success.txt', '2/params/x', '2/params/commit_success.txt'):
+    (path / 'steps' / name).write_text('')
+  assert model_files.steps(path) == [1]
+
+
+def test_a_tokenizer_of_transformers_is_read_from_a_bucket(bucket, tmp_path):
+  path, _ = bucket
+  model = tokenizers.Tokenizer(tokenizers.models.BPE({'<s>': 0, '</s>': 1, 'a': 2, 'b': 3}, []))
+  model.add_special_tokens(['<s>', '</s>'])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  (path / 'tokenizer.json').write_bytes((tmp_path / 'tokenizer.json').read_bytes())
+  (path / 'tokenizer_config.json').write_text(json.dumps(dict(
+      tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>', eos_token='</s>')))
+  assert tokenizer.load(path).encode('abba') == [2, 3, 3, 2]
+
+
+def test_a_selection_in_a_bucket_measures_copies_and_deletes_them(
+    bucket, tmp_path, tokenizer_folder, mesh, monkeypatch):
+  path, _ = bucket
+  folder, shape = path / 'm2' / 'model', PRESETS['tiny-test']
+  store.write_model_files(shape, tokenizer_folder, folder)
+  saver, params = store.manager(folder, None), init(shape)
+  for step in (1, 2):
+    store.save(saver, step, params, dict(x=np.zeros(3)))
+  saver.close()
+  summary = schema.TrainingSummary(
+      steps=2, loss=1.0, params='abc', examples=32, padding_free=1.0, dropped={})
+  stage.write_json(folder / 'done.json', dict(dataclasses.asdict(summary), files={}, seconds=1))
+  stage.write_json(folder / 'manifest.json',
+                   dict(format=stage.FORMAT, config={'train.select': 'measure'}))
+  (path / 'data' / 'seeds' / 'ranked.jsonl').write_text('')
+  seen = []
+
+  def measure(command, candidate):
+    seen.append(sorted(p.name for p in candidate.glob('steps/*/*')))
+    store.restore_params(candidate, mesh, 'float32')
+    return 0.5
+  monkeypatch.setattr(selection, '_command', measure)
+  config = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()
+  config.train.select = 'measure'
+  selection.run(config, path)
+  assert seen == 2 * [['_CHECKPOINT_METADATA', storage.COMMITTED, 'hash', 'params']]
+  assert model_files.latest(folder) == 1 and model_files.steps(folder) == [1]
+  assert not list(path.glob('m2/selection/*/m2/model/steps/*'))
+
+
+def test_a_study_in_a_bucket_copies_what_its_runs_share(bucket):
+  path, _ = bucket
+  for name in ('m1/model/x', 'm2/x', 'm0/model/x'):
+    (path / 'loop-0' / name).write_text(name)
+  (path / 'blind-0' / 'm0' / 'model' / 'own').write_text('')
+  study.take(path / 'loop-0', path / 'blind-0', study.SHARED)
+  assert (path / 'blind-0' / 'm1' / 'model' / 'x').read_text() == 'm1/model/x'
+  assert not (path / 'blind-0' / 'm0' / 'model' / 'x').exists()
+  assert not (path / 'blind-0' / 'm2').exists()
+  stage.write_json(path / 'loop.json', dict(
+      name='loop', seeds=5, changes=[],
+      models=[dict(dict.fromkeys(study.COLUMNS), gain=None, errors={}, judge={}, against=None,
+                   model='m2')]))
+  assert study.overview(path).splitlines()[1].split()[:2] == ['loop', '5']
+
+
+def test_a_report_of_a_run_in_a_bucket_equals_that_on_a_disk(bucket, demo):
+  path, _ = bucket
+  upload(demo[0], path / demo[0].name, 'm0/model/steps', 'm1/model/steps', 'm2/model/steps',
+         'm3/model/steps', 'sft/model/steps')
+  (path / demo[0].name / 'report.html').unlink()
+  main('report', f'--workdir={path / demo[0].name}')
+  assert (path / demo[0].name / 'report.html').read_text() == (demo[0] / 'report.html').read_text()
+
+
+def test_seeds_are_read_from_a_bucket(bucket, tmp_path):
+  path, _ = bucket
+  for name in ('a', 'b'):
+    (path / f'{name}.jsonl').write_text(f'{{"prompt": "{name}"}}\n')
+  assert seeds.find_files(f'{path}/*.jsonl') == (f'{path}/a.jsonl', f'{path}/b.jsonl')
+  with pytest.raises(InputError, match='c.jsonl" is not a file'):
+    seeds.find_files(f'{path}/c.jsonl')
 
 
 @pytest.mark.slow
