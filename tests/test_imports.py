@@ -19,11 +19,11 @@ ORDER = '''
   selection loop study
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
-LATE = {'sentencepiece', 'transformers', 'tokenizers'}
+LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('config', 'ablations', 'schema', 'records', 'lock', 'data.oasst', 'data.ranked',
-               'data.similar',
+WITHOUT_JAX = ('storage', 'config', 'ablations', 'schema', 'records', 'lock',
+               'data.oasst', 'data.ranked', 'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',
                'reward.scores', 'reward.strategies')
