@@ -3,7 +3,7 @@
 An object in a bucket is written whole or not at all. It cannot be appended to, renamed or linked.
 All else is the same for both with `etils.epath`, which reaches a bucket with gcsfs.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import importlib.util
 import logging
@@ -24,6 +24,7 @@ from srlm_jax import InputError
 
 SECONDS = 10.0     # a growing object in a bucket lacks what was written in the last SECONDS
 TIMEOUT = 60       # seconds without an answer of the bucket, after which a request is repeated
+NOT_SUPPORTED = ('s3', 'az', 'hf', 'gcs')  # schemes of other stores, and a common mistake
 COMMITTED = 'commit_success.txt'  # Orbax writes it into a step in a bucket when it is complete
 LAST = ('done.json', 'source.json', COMMITTED)  # files that a folder has only when it is complete
 
@@ -51,14 +52,17 @@ def is_remote(path) -> bool:
 
 
 def check(text: str):
-  """Checks that every bucket that is named in `text`, an argument of a program, can be read.
+  """Checks that the buckets in an argument, --FLAG=gs://BUCKET/FOLDER,.., can be read.
 
   Raises InputError if gcsfs is not installed, or if a bucket does not exist or refuses access.
   """
-  if other := re.search(r'\b(s3|az|hf|gcs)://', text):
-    raise InputError(f'{text}: {other[0]} is not supported; give a folder on a disk, or one in a '
-                     f'Google Cloud Storage bucket: gs://BUCKET/FOLDER')
-  for bucket in dict.fromkeys(re.findall(r'gs://([^/,\s\'"]*)', text)):
+  found = [re.match(r'(\w+)://([^/]*)', path) for path in text.rpartition('=')[2].split(',')]
+  for scheme, bucket in dict.fromkeys(match.groups() for match in found if match):
+    if scheme in NOT_SUPPORTED or scheme == 'gs' and not bucket:
+      raise InputError(f'{text}: {scheme}://{bucket} is not supported; give a folder on a disk, or '
+                       f'one in a Google Cloud Storage bucket: gs://BUCKET/FOLDER')
+    if scheme != 'gs':
+      continue
     if importlib.util.find_spec('gcsfs') is None:
       raise InputError(f'{text}: a bucket needs the package gcsfs; pip install "srlm_jax[gcs]"')
     _configure()
@@ -250,8 +254,8 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def local_folder(folder, names: list[str]) -> Iterator[str]:
-  """Yields a folder on a disk with the files `names` of `folder`, for a library that needs one."""
+def local_folder(folder, names: Sequence[str] = ()) -> Iterator[str]:
+  """Yields `folder`, in a bucket a temporary one with its files `names`, for a library."""
   if not is_remote(folder):
     yield os.fspath(folder)
     return

@@ -15,6 +15,7 @@ import hypothesis
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+import test_seeds
 import tokenizers
 
 from srlm_jax import (
@@ -199,8 +200,10 @@ def test_a_bucket_that_cannot_be_used_gives_one_sentence(bucket, monkeypatch):
   storage.check(f'--data={path}/a.jsonl,{path}/b.jsonl')
   with pytest.raises(InputError, match=r'--m0=gs://absent/x: there is no bucket gs://absent; crea'):
     storage.check('--m0=gs://absent/x')
-  with pytest.raises(InputError, match=r's3:// is not supported; .*: gs://BUCKET/FOLDER'):
-    storage.check('--workdir=s3://bucket/x')
+  for wrong in ('s3://bucket', 'gs://'):
+    with pytest.raises(InputError, match=rf'{wrong} is not supported; .*: gs://BUCKET/FOLDER'):
+      storage.check(f'--workdir={wrong}')
+  storage.check('--prompt=What is s3://bucket and gs://absent?')
   for code in (401, 403):
     with server.failing(Fault(code, 99)):
       with pytest.raises(InputError, match=r'gs://runs cannot be used \(.*injected.*; log in'):
@@ -294,7 +297,7 @@ def in_upload(name):
       quoted in path or name.encode() in body[:300])
 
 
-def test_a_training_in_a_bucket_that_is_killed_ends_like_one_on_a_disk(bucket, demo):
+def test_a_training_in_a_bucket_that_is_killed_ends_like_one_on_a_disk(bucket, demo, mesh):
   path, requests = bucket
   upload(demo[0], path, 'm2/model', 'm3')
   faults = [Fault(kill, 1, in_upload(name)) for name in (
@@ -304,6 +307,7 @@ def test_a_training_in_a_bucket_that_is_killed_ends_like_one_on_a_disk(bucket, d
     assert until_done('train', *flags) == 2
   assert contents(path, ['m2/model']) == contents(demo[0], ['m2/model'])
   assert model_files.steps(path / 'm2' / 'model') == model_files.steps(demo[0] / 'm2' / 'model')
+  store.restore_params(path / 'm2' / 'model', mesh, 'float32')  # which checks the hash
   assert model_files.recorded_hash(path / 'm2' / 'model') == model_files.recorded_hash(
       demo[0] / 'm2' / 'model')
 
@@ -418,11 +422,16 @@ def test_a_report_of_a_run_in_a_bucket_equals_that_on_a_disk(bucket, demo):
   assert (path / demo[0].name / 'report.html').read_text() == (demo[0] / 'report.html').read_text()
 
 
-def test_seeds_are_read_from_a_bucket(bucket, tmp_path):
+def test_seeds_are_made_from_files_in_a_bucket(bucket, tmp_path):
   path, _ = bucket
   for name in ('a', 'b'):
-    (path / f'{name}.jsonl').write_text(f'{{"prompt": "{name}"}}\n')
-  assert seeds.find_files(f'{path}/*.jsonl') == (f'{path}/a.jsonl', f'{path}/b.jsonl')
+    rows = test_seeds.write(tmp_path / f'{name}.jsonl', [
+        test_seeds.record(f'{name}{i}', 0, 1, 2) for i in range(8)])
+    (path / f'{name}.jsonl').write_bytes(rows.read_bytes())
+  flags = '--config=sft:stories', '--config.data.source=ranked'
+  main('data.seeds', *flags, f'--workdir={path}', f'--config.data.path={path}/*.jsonl')
+  main('data.seeds', *flags, f'--workdir={tmp_path}', f'--config.data.path={tmp_path}/?.jsonl')
+  assert contents(path, ['data/seeds']) == contents(tmp_path, ['data/seeds'])
   with pytest.raises(InputError, match='c.jsonl" is not a file'):
     seeds.find_files(f'{path}/c.jsonl')
 
