@@ -59,7 +59,9 @@ def run_app(start):
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
-    except storage.errors() as error:
+    except (*storage.errors(), OSError) as error:
+      if not isinstance(error, storage.errors()) and not storage.is_forbidden(error):
+        raise
       print(f'error: {storage.no_access("the bucket", error)}', file=sys.stderr)
       sys.exit(1)
     except preemption.Stopped as stopped:

@@ -83,13 +83,20 @@ def no_access(place, error: Exception) -> InputError:
 
 
 def errors() -> tuple[type[Exception], ...]:
-  """What gcsfs raises, beside OSError, when a request fails for good."""
+  """What gcsfs raises when a request fails for good; beside OSError, see `is_forbidden`."""
   if 'gcsfs' not in sys.modules:
     return ()
   import aiohttp
   import gcsfs.retry
   import google.auth.exceptions
-  return gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError
+  import requests
+  return (gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError,
+          requests.RequestException)
+
+
+def is_forbidden(error: OSError) -> bool:
+  """Whether gcsfs raised this error because the account lacks a permission."""
+  return str(error).startswith('Forbidden: ')
 
 
 def absolute(path):

@@ -19,7 +19,7 @@ ORDER = '''
   selection loop study
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
-LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google'}
+LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('storage', 'config', 'ablations', 'schema', 'records', 'lock',

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from srlm_jax import config as configs, model_files, preemption, records, schema
+from srlm_jax import config as configs, model_files, preemption, records, schema, storage
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config, llama
 
@@ -246,6 +246,27 @@ def workdir(tmp_path_factory, tokenizer_folder):
       schema.Demonstration(id=str(i), prompt='Name a fruit.', response=' '.join(f))
       for i, f in enumerate(fruits)])
   return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket_as_on_a_disk(workdir, bucket):
+  path, server = bucket
+  disk = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-disk')
+  for file in workdir.rglob('*'):
+    if file.is_file():
+      (path / file.relative_to(workdir)).write_bytes(file.read_bytes())
+  for folder in ('', 'params', 'hash'):
+    storage.commit(path / 'm0' / 'model' / 'steps' / '0' / folder)
+  for place in (disk, path):
+    done = launch(2, sys.executable, '-m', 'srlm_jax.train', '--config=sft:tiny',
+                  f'--workdir={place}', '--config.model=tiny-test', '--config.mesh.fsdp=-1',
+                  '--config.train.batch=4', '--config.train.max_length=96', devices=2, **server.env)
+    assert done.returncode == 0, done.stderr[-3000:]
+  found = [model_files.recorded_hash(place / 'sft' / 'model') for place in (disk, path)]
+  assert found[0] == found[1]
+  mesh = make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    store.restore_params(path / 'sft' / 'model', mesh, 'float32')  # which checks the hash
 
 
 @pytest.mark.slow

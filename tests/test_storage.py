@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import types
 
@@ -222,9 +223,10 @@ def test_programs_report_a_bucket_that_cannot_be_used(bucket):
   with server.failing(Fault(403, 99, uploads)):  # may read, but not write
     said = main('sandbox', *flags, code=1)
   assert 'lock.json cannot be used (' in said and 'Storage Object Admin' in said
-  with server.failing(Fault(401, 99, in_upload('data/seeds/ranked.jsonl'))):
-    said = main('sandbox', *flags, code=1)
-  assert 'error: the bucket cannot be used (injected, 401); log in' in said
+  for code, message in ((401, 'injected, 401'), (403, 'Forbidden: .* injected')):
+    with server.failing(Fault(code, 99, in_upload('data/seeds/manifest.json'))):
+      said = main('sandbox', *flags, code=1)
+    assert re.search(rf'error: the bucket cannot be used \({message}\); log in', said)
   main('sandbox', *flags)
 
 
