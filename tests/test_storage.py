@@ -256,7 +256,7 @@ def until_done(program, *flags, before='from srlm_jax import storage; storage.SE
   while ended[0] == -signal.SIGKILL:
     ended = run_main(program, *flags, before=before)
     kills += ended[0] == -signal.SIGKILL
-  assert ended[0] == 0, ended
+  assert ended[0] == 0, ended[2][-5000:]
   return kills
 
 
@@ -442,9 +442,11 @@ def test_seeds_are_made_from_files_in_a_bucket(bucket, tmp_path):
 def test_the_loop_in_a_bucket_that_fails_and_kills_ends_like_one_on_a_disk(bucket, demo):
   path, requests = bucket
   rng = np.random.default_rng(0)
-  faults = [Fault(kind, times, lambda method, url, body, p=p: rng.random() < p)
-            for kind, times, p in ((503, 40, 0.01), (429, 40, 0.01), ('cut', 40, 0.01),
-                                   ('lost', 40, 0.01), ('half', 40, 0.01))]
+  faults = [Fault(kind, 40, lambda method, url, body: rng.random() < 0.01)
+            for kind in (503, 429, 'cut')]
+  # Orbax renames small files, with a copy and a deletion, which gcsfs cannot repeat.
+  faults += [Fault(kind, 40, lambda method, url, body: rng.random() < 0.01 and (
+      method == 'GET' or uploads(method, url, body))) for kind in ('lost', 'half')]
   kills = Fault(kill, 12, lambda method, url, body: uploads(method, url, body)
                 and rng.random() < 0.01)
   flags = [f'--workdir={path}', '--size=tiny', *(f'--set={change}' for change in CHANGES)]
