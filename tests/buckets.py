@@ -49,6 +49,7 @@ class Server:
     for name in ('api', 'api.object', 'gcp-storage-emulator.server', 'api.bucket'):
       logging.getLogger(name).setLevel(logging.CRITICAL)
     self._emulator = emulator.create_server('localhost', 0, in_memory=True, default_bucket=BUCKET)
+    self._emulator._api.daemon = True  # else Python waits for it at exit
     self._emulator.start()
     self._back = self._emulator._api._httpd.server_address[1]
     self._emulator._api._httpd.handle_error = lambda *_: None  # of closed connections
