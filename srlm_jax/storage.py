@@ -152,7 +152,8 @@ class GrowingFile:
   def lines(self) -> Iterator[bytes]:
     """Yields the lines; a kill may have cut off the last one."""
     self._file.seek(0)
-    yield from self._file
+    for line in self._file:  # `yield from` would close the file with the generator
+      yield line
 
   def truncate(self, size: int):
     """Keeps the first `size` bytes."""
