@@ -152,7 +152,7 @@ class GrowingFile:
   def lines(self) -> Iterator[bytes]:
     """Yields the lines; a kill may have cut off the last one."""
     self._file.seek(0)
-    for line in self._file:  # `yield from` would close the file with the generator
+    while line := self._file.readline():
       yield line
 
   def truncate(self, size: int):
