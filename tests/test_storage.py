@@ -326,6 +326,7 @@ def test_sampling_in_a_bucket_that_is_killed_ends_with_the_same_bytes(bucket, de
   assert not list((path / 'm2' / 'respond').glob('*.part-*'))
 
 
+@pytest.mark.slow
 def test_models_are_converted_from_and_to_a_bucket(bucket, tmp_path):
   path, requests = bucket
   disk = tmp_path / 'disk'
