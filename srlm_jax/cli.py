@@ -8,7 +8,16 @@ from etils import epath
 import jax
 from ml_collections import config_flags
 
-from srlm_jax import config as configs, environment, hosts, InputError, lock, peers, preemption
+from srlm_jax import (
+  config as configs,
+  environment,
+  hosts,
+  InputError,
+  lock,
+  peers,
+  preemption,
+  storage,
+)
 
 
 def main(run, **extra):
@@ -51,11 +60,18 @@ def run_app(start):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     try:
       preemption.listen()
+      for argument in sys.argv[1:]:
+        storage.check(argument)
       environment.pin()
       with peers.joined():
         start(argv)
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
+      sys.exit(1)
+    except (*storage.errors(), OSError) as error:
+      if not isinstance(error, storage.errors()) and not storage.is_forbidden(error):
+        raise
+      print(f'error: {storage.no_access("the bucket", error)}', file=sys.stderr)
       sys.exit(1)
     except preemption.Stopped as stopped:
       print(f'{stopped}; the same command continues', file=sys.stderr)
@@ -63,11 +79,26 @@ def run_app(start):
   app.run(guarded, flags_parser=_parse_flags)
 
 
+@contextlib.contextmanager
 def locked(workdir):
-  """Holds the workdir's lock inside a `with` block, on the first host; see `lock.held`."""
-  if not hosts.is_first_host():
-    return contextlib.nullcontext()
-  return lock.held(workdir, is_patient=jax.process_count() > 1)
+  """Holds the workdir's lock inside a `with` block, on the first host; see `lock.held`.
+
+  Raises InputError, on all hosts, if another host does not see that lock.
+  """
+  held = contextlib.nullcontext()
+  if hosts.is_first_host():
+    held = lock.held(workdir, is_patient=jax.process_count() > 1)
+  with held as mine:
+    name = hosts.gather(mine)[0]
+    unseen = [i for i, seen in enumerate(hosts.gather(lock.is_seen(workdir, name))) if not seen]
+    if unseen:
+      raise InputError(f'--workdir={workdir}: host {unseen[0]} does not see what the first host '
+                       f'wrote there; give a folder on a disk that all hosts share, or in a '
+                       f'bucket: gs://BUCKET/FOLDER')
+    try:
+      yield
+    finally:
+      storage.upload_pending()
 
 
 def cache_compilations(workdir):
@@ -76,9 +107,8 @@ def cache_compilations(workdir):
   Raises InputError if the workdir is a file, or below one.
   """
   folder = epath.Path(workdir)
-  for place in (folder, *folder.parents):
-    if place.exists() and not place.is_dir():
-      raise InputError(f'--workdir={workdir}: {place} is a file, not a folder; give another path')
+  if obstacle := storage.obstacle(folder / 'compiled'):
+    raise InputError(f'--workdir={workdir}: {obstacle} is a file, not a folder; give another path')
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)

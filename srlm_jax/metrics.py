@@ -6,7 +6,7 @@ import time
 from etils import epath
 import tensorboardX
 
-from srlm_jax import InputError
+from srlm_jax import InputError, storage
 
 
 class Writer:
@@ -17,24 +17,32 @@ class Writer:
   """
 
   def __init__(self, folder, step: int):
-    path = epath.Path(folder) / 'metrics.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith('}') and json.loads(line)['step'] <= step]
-    self.kept = list(map(json.loads, kept))
-    path.write_text(''.join(line + '\n' for line in kept))
-    self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(str(epath.Path(folder) / 'tensorboard'),
-                                             purge_step=step + 1)
+    self._file = storage.growing(epath.Path(folder) / 'metrics.jsonl')
+    self.kept, size = [], 0
+    for line in self._file.lines():  # steps ascend, and a kill may have cut off the last line
+      if not line.endswith(b'}\n') or json.loads(line)['step'] > step:
+        break
+      self.kept.append(json.loads(line))
+      size += len(line)
+    self._file.truncate(size)
+    self._events = storage.Mirror(epath.Path(folder) / 'tensorboard')
+    self._board = tensorboardX.SummaryWriter(str(self._events.local), purge_step=step + 1)
 
   def write(self, step: int, scalars: dict):
-    self._file.write(json.dumps(dict(step=step, **scalars)) + '\n')
-    self._file.flush()
+    self._file.write((json.dumps(dict(step=step, **scalars)) + '\n').encode())
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
+
+  def flush(self):
+    """Saves all that was written; a checkpoint must not be saved before its metrics."""
+    self._file.flush()
+    self._board.flush()
+    self._events.upload()
 
   def close(self):
     self._file.close()
     self._board.close()
+    self._events.close()
 
 
 def finite(where: str, values: dict) -> dict:

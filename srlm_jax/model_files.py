@@ -8,7 +8,7 @@ import hashlib
 
 from etils import epath
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, storage
 
 TOKENIZER = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
              'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja',
@@ -43,7 +43,8 @@ class StepHashes:
 def steps(folder) -> list[int]:
   """The completely saved steps of a checkpoint folder, in ascending order."""
   path = epath.Path(folder) / 'steps'
-  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit()) if path.exists() else []
+  found = path.iterdir() if path.exists() else ()
+  return sorted(int(p.name) for p in found if p.name.isdigit() and storage.is_committed(p))
 
 
 def latest(folder) -> int:

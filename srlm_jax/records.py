@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import re
 from typing import TypeVar
 import zlib
@@ -21,7 +20,7 @@ import zlib
 from etils import epath
 import msgspec
 
-from srlm_jax import InputError
+from srlm_jax import InputError, storage
 
 Record = TypeVar('Record')  # a dataclass of `schema`
 
@@ -177,21 +176,14 @@ def replacing(path):
   Raises InputError for an error of the file system.
   """
   path = epath.Path(path)
-  partial = path.parent / f'{path.name}.partial'
+  if path.is_dir():
+    raise InputError(f'{path} is a folder; give the name of a file')
   try:
-    if path.is_dir():
-      raise InputError(f'{path} is a folder; give the name of a file')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open('w', encoding='utf-8') as file:
+    with storage.replacing(path) as file:
       yield file
-    partial.replace(path)
-  except BaseException as error:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)
-    if not isinstance(error, OSError):
-      raise
-    blocking = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
-    why = f': {blocking} is a file, not a folder' if blocking else f' ({error.strerror or error})'
+  except OSError as error:
+    obstacle = storage.obstacle(path)
+    why = f': {obstacle} is a file, not a folder' if obstacle else f' ({error.strerror or error})'
     raise InputError(f'{path} cannot be written{why}; give another path') from error
 
 
@@ -213,27 +205,23 @@ class Appender:
 
   def __init__(self, path):
     self.path = epath.Path(path)
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self.path.open('ab').close()
+    self._file = storage.growing(path)
     self.count, whole, size = 0, 0, 0  # lines; bytes of whole lines; bytes
-    with self.path.open('rb') as file:
-      for line in file:
-        size += len(line)
-        if not line.strip():
-          raise InputError(f'{self.path} has an empty line, which no stage writes; delete '
-                           f'{self.path.parent} and run its stage again')
-        if line.endswith(b'\n'):
-          self.count, whole = self.count + 1, size
+    for line in self._file.lines():
+      size += len(line)
+      if not line.strip():
+        raise InputError(f'{self.path} has an empty line, which no stage writes; delete '
+                         f'{self.path.parent} and run its stage again')
+      if line.endswith(b'\n'):
+        self.count, whole = self.count + 1, size
     if whole < size:  # the last line was cut off
-      os.truncate(self.path, whole)
-    self._file = self.path.open('a', encoding='utf-8')
+      self._file.truncate(whole)
 
   def append(self, records: Iterable):
-    """Appends records and flushes them."""
-    for record in records:
-      self._file.write(dump(record))
-      self.count += 1
-    self._file.flush()
+    """Appends records; a kill loses none of them, in a bucket those of `storage.SECONDS`."""
+    lines = [dump(record) for record in records]
+    self._file.write(''.join(lines).encode())
+    self.count += len(lines)
 
   def close(self):
     self._file.close()

@@ -14,11 +14,20 @@ earliest. It deletes the other checkpoints. `train.select` is one of:
              accelerators.
 """
 import math
-import os
 import shlex
 import subprocess
 
-from srlm_jax import catalog, cli, hosts, InputError, model_files, records, schema, stage
+from srlm_jax import (
+  catalog,
+  cli,
+  hosts,
+  InputError,
+  model_files,
+  records,
+  schema,
+  stage,
+  storage,
+)
 from srlm_jax.eval import agreement
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, judge
@@ -80,6 +89,8 @@ def _measure_steps(s: stage.Stage, config, workdir, folder) -> dict[int, float]:
     if out:
       out.append([schema.Measure(step=step, measure=measure)])
     hosts.sync(f'{s.title} {step}')
+    if out:
+      storage.unlink(candidate / config.name / 'model' / 'steps' / str(step))
   if out:
     out.close()
   return {r.step: r.measure for r in records.read(path, schema.Measure)}
@@ -102,11 +113,9 @@ def make_workdir(workdir, folder, name: str, step: int):
   if hosts.is_first_host():
     (model / 'steps').mkdir(parents=True, exist_ok=True)
     model_files.copy(source, model)
-    links = {folder / 'data': stage.seeds(workdir).parent,
-             model / 'steps' / str(step): source / 'steps' / str(step)}
-    for link, target in links.items():
-      if not link.exists():
-        os.symlink(target.resolve(), link)
+    storage.link(stage.seeds(workdir).parent, folder / 'data')
+    storage.link(source / 'steps' / str(step), model / 'steps' / str(step),
+                 without='train')
   hosts.sync(f'{folder} made')
   return folder
 

@@ -20,6 +20,7 @@ from srlm_jax import (
   model_files,
   preemption,
   records,
+  storage,
 )
 
 FORMAT = 3  # of manifest.json
@@ -266,10 +267,8 @@ def summary(folder):
 
 def write_json(path, value):
   """Writes a whole file, or nothing."""
-  path = epath.Path(path)
-  partial = path.parent / f'{path.name}.partial'
-  partial.write_text(json.dumps(value, indent=1) + '\n')
-  partial.replace(path)
+  with storage.replacing(path) as file:
+    file.write(json.dumps(value, indent=1) + '\n')
 
 
 def seeds(workdir):
@@ -326,7 +325,7 @@ def _names(entries: dict, workdir) -> dict[str, str]:
 
 
 def _relative(path, workdir):
-  path, workdir = epath.Path(path).resolve(), epath.Path(workdir).resolve()
+  path, workdir = storage.absolute(path), storage.absolute(workdir)
   return path.relative_to(workdir) if path.is_relative_to(workdir) else epath.Path(path.name)
 
 

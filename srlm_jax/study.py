@@ -16,14 +16,13 @@ Student's t interval of the mean over seeds, for differences paired by seed.
 """
 import dataclasses
 import math
-import shutil
 import statistics
 
 from absl import flags
 from etils import epath
 from scipy import stats
 
-from srlm_jax import ablations, cli, config as configs, hosts, InputError, loop, stage
+from srlm_jax import ablations, cli, config as configs, hosts, InputError, loop, stage, storage
 from srlm_jax.report import results
 from srlm_jax.reward import scores
 
@@ -93,7 +92,7 @@ def take(source, run, parts):
   """
   for part in parts:
     if (source / part).exists() and not (run / part).exists():
-      shutil.copytree(source / part, run / part)
+      storage.copy_tree(source / part, run / part)
 
 
 def table(runs, loops) -> list[dict]:

@@ -13,6 +13,8 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
                            ' --xla_force_host_platform_device_count=8')
 
+import buckets
+from etils import epath
 import forks
 import hypothesis
 import jax
@@ -111,21 +113,29 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 @functools.cache
+def bucket_server() -> buckets.Server:
+  """The server of gs://runs, which this process and the programs of the tests use."""
+  found = buckets.Server()
+  os.environ.update(found.env)
+  return found
+
+
+@functools.cache
 def server() -> forks.Server:
   environment = dict(
       os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
-      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
+      JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3', **bucket_server().env)
   return forks.Server(environment, ROOT)
 
 
-def run_main(module, *flags) -> tuple[int, str, str]:
-  """Runs the program srlm_jax.MODULE -> exit code, stdout, stderr."""
-  return server().run(module, flags)
+def run_main(module, *flags, before='') -> tuple[int, str, str]:
+  """Runs the program srlm_jax.MODULE, after some statements -> exit code, stdout, stderr."""
+  return server().run(module, flags, before)
 
 
-def main(module, *flags, code=0):
+def main(module, *flags, code=0, before=''):
   """The output of the program srlm_jax.MODULE, which must exit with `code` and no traceback."""
-  ended, out, err = run_main(module, *flags)
+  ended, out, err = run_main(module, *flags, before=before)
   assert ended == code and 'Traceback' not in err, out + err
   return out + err if code else out
 
@@ -136,6 +146,17 @@ def config_flags(name):
     models, _, rest = change.rpartition(':')
     if not models or name in models.split(','):
       yield f'--config.{rest}'
+
+
+@pytest.fixture
+def bucket(request):
+  """A new folder in a bucket, and the server of that bucket."""
+  name = re.sub(r'\W+', '-', request.node.name)
+  path, found = epath.Path(f'gs://{buckets.BUCKET}/{name}'), bucket_server()
+  if path.exists():
+    path.rmtree()
+  yield path, found
+  assert not found.faults
 
 
 @pytest.fixture(scope='session')

@@ -22,13 +22,17 @@ class Server:
                                      stdout=subprocess.PIPE, text=True, env=env, cwd=cwd)
     self._process.stdout.readline()
 
-  def run(self, program: str, flags) -> tuple[int, str, str]:
-    """-> exit code, stdout and stderr of a program."""
+  def run(self, program: str, flags, before: str = '') -> tuple[int, str, str]:
+    """-> exit code, stdout and stderr of a program; `before`: statements that run first.
+
+    While it runs, `pid` is its process.
+    """
     with tempfile.TemporaryDirectory() as folder:
       out, err = (pathlib.Path(folder) / name for name in ('out', 'err'))
-      request = dict(program=program, flags=list(flags), out=str(out), err=str(err))
+      request = dict(program=program, flags=list(flags), out=str(out), err=str(err), before=before)
       self._process.stdin.write(json.dumps(request) + '\n')
       self._process.stdin.flush()
+      self.pid = int(self._process.stdout.readline())
       code = int(self._process.stdout.readline())
       return code, out.read_text(), err.read_text()
 
@@ -44,10 +48,11 @@ def serve():
     child = os.fork()
     if not child:
       _run(**request)
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _run(program: str, flags: list[str], out: str, err: str):
+def _run(program: str, flags: list[str], out: str, err: str, before: str):
   for stream, path in ((0, os.devnull), (1, out), (2, err)):
     os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
   code = 0
@@ -56,6 +61,7 @@ def _run(program: str, flags: list[str], out: str, err: str):
   sys.modules.pop(f'{module}.__main__' if is_package else module, None)  # it runs as __main__
   sys.argv = [program, *flags]
   try:
+    exec(before)
     runpy.run_module(module, run_name='__main__', alter_sys=True)
   except SystemExit as end:
     code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  config ablations pods torus sharding hosts preemption compiler schema records lock peers
+  storage config ablations pods torus sharding hosts preemption compiler schema records lock peers
   environment model_files catalog stage metrics cli
   data / models
   reward / checkpoint
@@ -19,10 +19,10 @@ ORDER = '''
   selection loop study plan
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
-LATE = {'sentencepiece', 'transformers', 'tokenizers'}
+LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('config', 'ablations', 'pods', 'schema', 'records', 'lock', 'data.oasst',
+WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'schema', 'records', 'lock', 'data.oasst',
                'data.ranked', 'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',

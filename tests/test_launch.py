@@ -19,7 +19,7 @@ import processes
 import pytest
 import yaml
 
-from srlm_jax import config as configs, model_files, preemption, records, schema
+from srlm_jax import config as configs, model_files, preemption, records, schema, storage
 from srlm_jax.checkpoint import store
 from srlm_jax.models import config as model_config, llama
 
@@ -452,6 +452,27 @@ def test_processes_of_local_connect_and_exchange_values():
   assert {'2 3 6', "[['', 0], ['é', 1]]"} <= set(done.stdout.splitlines())
 
 
+APART = """
+import os, sys
+from srlm_jax import cli, lock
+lock.UNSEEN = {seconds}
+def start(argv):
+  with cli.locked(os.path.join(sys.argv[1], os.environ['SRLM_HOST'] if {apart} else 'run')):
+    print('locked')
+cli.run_app(start)
+"""
+
+
+@pytest.mark.parametrize('apart', [True, False])
+def test_hosts_must_see_the_same_workdir(tmp_path, apart):
+  done = launch(2, sys.executable, '-c', APART.format(seconds=1, apart=apart), str(tmp_path))
+  assert (done.returncode, done.stdout.count('locked')) == ((1, 0) if apart else (0, 2)), done
+  if apart:
+    assert re.search(r'error: --workdir=.*: host 1 does not see what the first host wrote there; '
+                     r'give a folder on a disk that all hosts share, or in a bucket', done.stderr)
+    assert 'Traceback' not in done.stderr
+
+
 INDEPENDENT = """
 import os, signal, time
 import jax
@@ -510,6 +531,27 @@ def workdir(tmp_path_factory, tokenizer_folder):
       schema.Demonstration(id=str(i), prompt='Name a fruit.', response=' '.join(f))
       for i, f in enumerate(fruits)])
   return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket_as_on_a_disk(workdir, bucket):
+  path, server = bucket
+  disk = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-disk')
+  for file in workdir.rglob('*'):
+    if file.is_file():
+      (path / file.relative_to(workdir)).write_bytes(file.read_bytes())
+  for folder in ('', 'params', 'hash'):
+    storage.commit(path / 'm0' / 'model' / 'steps' / '0' / folder)
+  for place in (disk, path):
+    done = launch(2, sys.executable, '-m', 'srlm_jax.train', '--config=sft:tiny',
+                  f'--workdir={place}', '--config.model=tiny-test', '--config.mesh.fsdp=-1',
+                  '--config.train.batch=4', '--config.train.max_length=96', devices=2, **server.env)
+    assert done.returncode == 0, done.stderr[-3000:]
+  found = [model_files.recorded_hash(place / 'sft' / 'model') for place in (disk, path)]
+  assert found[0] == found[1]
+  mesh = make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    store.restore_params(path / 'sft' / 'model', mesh, 'float32')  # which checks the hash
 
 
 @pytest.mark.slow

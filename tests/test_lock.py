@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import buckets
 from conftest import ROOT
 import pytest
 
@@ -24,7 +25,8 @@ if ahead:
   os.utime = skewed
   lock._pid_scope = lambda: dict(host='elsewhere', boot='b', namespace=1)
 with lock.held(workdir):
-  os.utime(path)
+  if ahead:
+    os.utime(path)
   print('held', flush=True)
   time.sleep(60)
 """
@@ -295,9 +297,10 @@ def test_a_run_exits_if_another_run_took_its_lock(tmp_path, start):
 def test_a_lock_that_another_run_took_over_is_restored(tmp_path):
   path = tmp_path / 'lock.json'
   write(tmp_path)
-  old = lock._read(path)
+  file = lock._File(path)
+  old = file.read()
   write(tmp_path, id='new')
-  lock._remove(path, old)
+  file.remove(old)
   assert json.loads(path.read_text())['id'] == 'new' and len(list(tmp_path.iterdir())) == 1
 
 
@@ -312,3 +315,85 @@ def test_only_one_of_several_concurrent_runs_takes_a_stale_lock(tmp_path):
   printed = [run.communicate() for run in runs]
   assert sum(out == 'held\n' for out, _ in printed) == 1, printed
   assert sum('in use by' in err for _, err in printed) == 3, printed
+
+
+def put(path, age=0.0, **fields):
+  """Writes the lock of another host into a bucket; its heartbeat is `age` s old."""
+  holder = dict(id='x', owner='ann', host='elsewhere', pid=1, since='2026',
+                beat=time.time_ns() - int(age * 1e9))
+  (path / 'lock.json').write_text(json.dumps(holder | fields))
+
+
+def test_a_lock_in_a_bucket_is_held_and_released(bucket):
+  path, server = bucket
+  other = hold(path)
+  assert other.stdout.readline() == 'held\n'
+  with pytest.raises(InputError, match=rf'is in use by \w+ on .*, process {other.pid}, since 20'):
+    with lock.held(path):
+      pass
+  kill(other)
+  with lock.held(path) as name:  # at once
+    assert lock.is_seen(path, name) and json.loads((path / 'lock.json').read_text())['id'] == name
+    with pytest.raises(InputError, match='is in use by'):
+      with lock.held(path):
+        pass
+  assert not (path / 'lock.json').exists()
+  with lock.held_output(path / 'out', '--out'):
+    assert (path / 'out.lock').exists()
+  assert not path.exists()
+
+
+def test_a_lock_in_a_bucket_goes_stale(bucket, monkeypatch):
+  path, server = bucket
+  put(path)
+  with pytest.raises(InputError, match='in use by ann on elsewhere'):
+    with lock.held(path):
+      pass
+  for age in (lock.STALE + 1, -3600):
+    put(path, age)
+    monkeypatch.setattr(lock, 'BEAT', 0.05)
+    with lock.held(path):
+      assert json.loads((path / 'lock.json').read_text())['pid'] == os.getpid()
+  (path / 'lock.json').write_text('[]')
+  with pytest.raises(InputError, match='is not a lock that this program wrote'):
+    with lock.held(path):
+      pass
+
+
+def test_only_one_of_two_takers_removes_a_stale_lock_in_a_bucket(bucket):
+  path, _ = bucket
+  put(path, lock.STALE + 1)
+  one, two = (lock._open(path / 'lock.json') for _ in range(2))
+  stale, seen = one.read(), two.read()
+  one.remove(stale)
+  assert one.create(dict(id='one'))
+  two.remove(seen)  # it saw the stale lock too, but now another one is there
+  assert not two.create(dict(id='two')) and two.read().holder['id'] == 'one'
+  two.beat(dict(id='two'))
+  assert two.read().holder['id'] == 'one'
+
+
+def test_the_heartbeat_in_a_bucket_survives_failures_and_ends_a_run_that_lost_its_lock(
+    bucket, monkeypatch):
+  path, server = bucket
+  other = hold(path, beat=0.1)
+  assert other.stdout.readline() == 'held\n'
+  file = lock._open(path / 'lock.json')
+  before = file.read()
+  with server.failing(buckets.Fault(503, 2), buckets.Fault('cut', 1), buckets.Fault('lost', 1)):
+    deadline = time.monotonic() + 30
+    while file.read().generation == before.generation and time.monotonic() < deadline:
+      time.sleep(0.1)
+  assert file.read().holder['beat'] > before.holder['beat'] and other.poll() is None
+  put(path, id='new')
+  assert other.wait(timeout=30) == 1
+  assert f'error: another run took over {path}' in other.stderr.read()
+
+
+def test_a_lock_whose_answer_is_lost_is_still_held(bucket):
+  path, server = bucket
+  with server.failing(buckets.Fault(
+      'lost', 1, lambda method, url, body: method == 'POST' and 'lock.json' in url)):
+    with lock.held(path):
+      assert json.loads((path / 'lock.json').read_text())['pid'] == os.getpid()
+  assert not (path / 'lock.json').exists()

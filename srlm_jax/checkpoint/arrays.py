@@ -1,7 +1,7 @@
 """The stored arrays of a checkpoint, read with TensorStore."""
 import tensorstore as ts
 
-from srlm_jax import InputError
+from srlm_jax import InputError, storage
 
 INDEX_BYTES = 2**26  # memory for the index of a checkpoint, which all its arrays share
 
@@ -9,7 +9,7 @@ INDEX_BYTES = 2**26  # memory for the index of a checkpoint, which all its array
 def spec(folder, name: str) -> dict:
   """TensorStore's spec of an array in an Orbax folder."""
   return dict(driver='zarr', kvstore=dict(
-      driver='ocdbt', base=dict(driver='file', path=f'{folder}/'), path=f'{name}/'))
+      driver='ocdbt', base=storage.kvstore(folder), path=f'{name}/'))
 
 
 def open_all(params, shapes: dict[str, tuple]) -> dict:

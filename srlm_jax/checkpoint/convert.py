@@ -8,14 +8,12 @@ over layers, but the conversion holds one tensor at a time: peak memory stays be
 Hugging Face tensor + 1 GiB.
 """
 import collections
-import contextlib
 import itertools
 import json
 import math
-import pathlib
-import shutil
 
 from absl import flags
+from etils import epath
 from flax import traverse_util
 import jax
 import numpy as np
@@ -23,12 +21,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from tqdm import tqdm
 
-from srlm_jax import cli, hosts, InputError, lock, model_files, records
+from srlm_jax import cli, hosts, InputError, lock, model_files, records, storage
 from srlm_jax.checkpoint import arrays, hashes, hf, store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
 
 CHUNKS_AT_ONCE = 4     # chunks per write, so that several cores compress
+WRITE_BYTES = 2**26    # bytes per write into a .safetensors file
 HASH_ELEMENTS = 2**18  # elements hashed at once; they fit into a core's cache
 
 
@@ -40,10 +39,10 @@ def from_hf(source, out) -> 'Summary':
   """
   config = model_config.load(source)
   tensors = hf.find(source, config)
-  if any((pathlib.Path(source) / name).exists() for name in ('tokenizer.model', 'tokenizer.json')):
+  if any((epath.Path(source) / name).exists() for name in ('tokenizer.model', 'tokenizer.json')):
     tokenizers.load(source, config.V)  # a mismatch is reported before hours of work
   summary = Summary()
-  with _atomic_folder(out) as folder, _progress(tensors) as progress:
+  with storage.making_folder(out) as folder, _progress(tensors) as progress:
     model_files.copy(source, folder)
     _save_params(folder, hf.leaves(config), tensors, summary, progress)
     text = json.dumps(source_hashes(source), indent=1)
@@ -51,6 +50,7 @@ def from_hf(source, out) -> 'Summary':
     recorded = model_files.StepHashes(summary.hashes(), model_files.hashes(folder))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as saver:
       saver.save(folder / 'steps' / '0' / 'hash', args=ocp.args.JsonSave(recorded.to_json()))
+    storage.commit(folder / 'steps' / '0')
   return summary
 
 
@@ -69,13 +69,12 @@ def _save_params(folder, leaves, tensors: dict, summary: 'Summary', progress):
 def source_hashes(source, before: dict | None = None) -> dict[str, list[str]]:
   """{file: [hash, stamp]} of the config.json, tokenizer files and weights in a Hugging Face folder.
 
-  The stamp of a weight file is its path, size and modification time. A weight file is not read
-  again if `before`, an earlier result, has the same stamp.
+  A weight file has a stamp, see `storage.stamp`. It is not read again if `before`, an earlier
+  result, has the same stamp.
   """
   found = {name: [value, ''] for name, value in model_files.hashes(source).items()}
-  for path in sorted(pathlib.Path(source).glob('*.safetensors')):
-    stat = path.stat()
-    stamp = f'{path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
+  for path in sorted(epath.Path(source).glob('*.safetensors')):
+    stamp = storage.stamp(path)
     known = (before or {}).get(path.name)
     if not known or known[1] != stamp:
       known = [records.hash_file(path), stamp]
@@ -85,7 +84,7 @@ def source_hashes(source, before: dict | None = None) -> dict[str, list[str]]:
 
 def check_source(source, folder):
   """Raises InputError if the files in `source` are not those that `folder` was converted from."""
-  if not (pathlib.Path(folder) / model_files.SOURCE).exists():  # not a conversion
+  if not (epath.Path(folder) / model_files.SOURCE).exists():  # not a conversion
     return
   before = model_files.read_source(folder)
   now = source_hashes(source, before)
@@ -106,14 +105,12 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   """
   config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
-  params = pathlib.Path(folder).resolve() / 'steps' / str(step) / 'params'
+  params = storage.absolute(folder) / 'steps' / str(step) / 'params'
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})
   dtypes = {name: array.dtype.numpy_dtype for name, array in stored.items()}
   files = hf.shards(config, dtypes, shard_bytes)
   summary = Summary()
-  with _atomic_folder(out) as target, _progress(files) as progress:
-    model_files.copy(folder, target)
-    _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
+  with storage.making_folder(out) as target, _progress(files) as progress:
     if len(files) > 1:
       (target / hf.INDEX).write_text(hf.index(files, dtypes))
     for file, part in files.items():
@@ -123,13 +120,15 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
           tensor, array = np.empty(leaf.hf_shape, dtypes[leaf.name]), stored[leaf.name]
           _read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
           hf.finite(params, leaf.tensors[layer], tensor)
-          tensor.tofile(f)
+          _write(f, tensor)
           for offset, _, rows in _rows(leaf, layer, tensor):
             summary.add(leaf, offset, rows)
           progress.update()
     if model_files.recorded_hash(folder, step) != summary.hashes().stored:
       raise InputError(f'{params} does not match its recorded hash; the checkpoint is damaged, '
                        f'restore it from a copy')
+    model_files.copy(folder, target)
+    _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
   return summary
 
 
@@ -275,6 +274,13 @@ def _read_into(target, array):
     target[index] = array[index].read().result()
 
 
+def _write(file, tensor):
+  """Writes the bytes of a tensor; a file in a bucket keeps in memory what one call writes."""
+  data = tensor.reshape(-1).view(np.uint8)
+  for start in range(0, data.size, WRITE_BYTES):
+    file.write(data[start:start + WRITE_BYTES].data)
+
+
 def _write_dtype(path, dtype: str):
   """Sets the dtype in config.json to that of the tensors; training stores float32."""
   fields = json.loads(path.read_text())
@@ -285,23 +291,6 @@ def _write_dtype(path, dtype: str):
 def _progress(parts: dict):
   """A progress bar over all tensors; hidden if stderr is not a terminal."""
   return tqdm(total=sum(map(len, parts.values())), unit='tensor', disable=None)
-
-
-@contextlib.contextmanager
-def _atomic_folder(out):
-  """Yields a temporary folder, which is renamed to `out` on success and deleted on failure."""
-  out = pathlib.Path(out).resolve()
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise InputError(f'{out} already exists and is not an empty folder; give another path, '
-                     f'or delete it first')
-  partial = out.with_name(out.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # a killed run leaves it
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-    partial.rename(out)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def define_flags():
@@ -320,9 +309,6 @@ def main(argv):
   given = {name: f[name].value for name in names if f[name].value}
   if set(given) not in ({'from_hf', 'out'}, {'checkpoint', 'to_hf'}):
     raise InputError('give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR')
-  for name, folder in given.items():
-    if '://' in folder:
-      raise InputError(f'--{name}={folder} is not a local folder; convert locally, then copy')
   with lock.held_output(f.out or f.to_hf, '--out' if f.out else '--to_hf'):
     if f.from_hf:
       summary = from_hf(f.from_hf, f.out)

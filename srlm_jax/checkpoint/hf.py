@@ -3,14 +3,14 @@ import dataclasses
 import itertools
 import json
 import math
-import pathlib
 import re
 
+from etils import epath
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from srlm_jax import InputError
+from srlm_jax import InputError, storage
 
 # Our parameter: the Hugging Face tensor and its dimensions. {} is the layer, a space separates
 # axes. Hugging Face numbers query heads k * G + g, so the letters of an axis give its reshape, and
@@ -37,6 +37,7 @@ DTYPES = {'F32': np.dtype('float32'), 'BF16': np.dtype(ml_dtypes.bfloat16),
           'F16': np.dtype('float16')}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9  # largest .safetensors file that we write
+HEADER_BYTES = 8 + 10**8  # the longest header that the safetensors library accepts
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
@@ -63,17 +64,18 @@ class Leaf:
 @dataclasses.dataclass(frozen=True)
 class Tensor:
   """The location of a tensor in a file."""
-  file: pathlib.Path
+  file: epath.Path
   dtype: np.dtype
   shape: tuple
   offset: int  # bytes
 
   def read(self):
-    flat = np.fromfile(self.file, self.dtype, math.prod(self.shape), offset=self.offset)
-    return flat.reshape(self.shape)
+    size = math.prod(self.shape) * self.dtype.itemsize
+    data = storage.read_range(self.file, self.offset, size)
+    return np.frombuffer(data, self.dtype).reshape(self.shape)
 
   def map(self):
-    return np.memmap(self.file, self.dtype, 'r', self.offset, self.shape)
+    return storage.mapped(self.file, self.dtype, self.shape, self.offset)
 
 
 def leaves(config) -> list[Leaf]:
@@ -102,7 +104,7 @@ def find(folder, config) -> dict[str, list[Tensor]]:
   def ignored(name):
     return name.endswith('rotary_emb.inv_freq') or (config.tied and name == 'lm_head.weight')
 
-  source, tensors = _read_tensors(pathlib.Path(folder), ignored)
+  source, tensors = _read_tensors(epath.Path(folder), ignored)
   found = {}
   for leaf in leaves(config):
     for name in leaf.tensors:
@@ -182,7 +184,7 @@ def _bytes(leaf, dtypes) -> int:
   return math.prod(leaf.hf_shape) * dtypes[leaf.name].itemsize
 
 
-def _read_tensors(folder, ignored) -> tuple[pathlib.Path, dict[str, Tensor]]:
+def _read_tensors(folder, ignored) -> tuple[epath.Path, dict[str, Tensor]]:
   """The single .safetensors file of a folder, or its index, and the tensors by name.
 
   Raises InputError if the index and its files disagree. The index may list `ignored` tensors that
@@ -233,9 +235,10 @@ def _read_header(file) -> dict[str, Tensor]:
   `_unique` rejects them.
   """
   try:
-    with safetensors.safe_open(file, 'numpy'), file.open('rb') as f:
-      start = 8 + int.from_bytes(f.read(8), 'little')
-      fields = json.loads(f.read(start - 8), object_pairs_hook=_unique)
+    start = 8 + int.from_bytes(storage.read_range(file, 0, 8), 'little')
+    header = storage.read_range(file, 0, min(start, HEADER_BYTES))
+    with storage.local_start(file, header) as local, safetensors.safe_open(local, 'numpy'):
+      fields = json.loads(header[8:], object_pairs_hook=_unique)
   except OSError as error:
     raise InputError(
         f'{file} cannot be read ({error}); give a folder with safetensors files') from error

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from srlm_jax import hosts, InputError, model_files, sharding
+from srlm_jax import hosts, InputError, model_files, sharding, storage
 from srlm_jax.checkpoint import arrays, distribute, hashes
 from srlm_jax.models import config as model_config, llama
 
@@ -43,7 +43,7 @@ def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda
   """
   options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, is_planned), create=True,
                                          enable_async_checkpointing=True)
-  return ocp.CheckpointManager(epath.Path(folder).resolve() / 'steps', options=options)
+  return ocp.CheckpointManager(storage.absolute(folder) / 'steps', options=options)
 
 
 def save(saver: ocp.CheckpointManager, step: int, params, train=None):
@@ -75,7 +75,7 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
   config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
   abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
-  path = epath.Path(folder).resolve() / 'steps' / str(step)
+  path = storage.absolute(folder) / 'steps' / str(step)
   before = distribute.bytes_read()
   params = _restore_once(path / 'params', abstract, mesh)
   read = hosts.gather(distribute.bytes_read() - before)
@@ -94,7 +94,7 @@ def restore_train(folder, step: int, abstract):
 
   Raises InputError if it does not match its recorded hash.
   """
-  path = epath.Path(folder).resolve() / 'steps' / str(step) / 'train'
+  path = storage.absolute(folder) / 'steps' / str(step) / 'train'
   train = _restore(path, abstract)
   if hashes.hash_params(train) != model_files.read_hashes(folder, step).train:
     raise InputError(f'{path} does not match its recorded hash; the checkpoint is damaged: delete '

@@ -20,7 +20,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
+from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage, storage
 from srlm_jax.data import oasst, ranked, splits
 from srlm_jax.data.splits import SeedPrompt
 from srlm_jax.data.turns import Message, Turn
@@ -50,21 +50,22 @@ def make(config, workdir, begin=lambda: None) -> dict:
   """
   c, workdir = config.data, epath.Path(workdir)
   name = source_name(c.source)
-  # ArrayRecord writes only to local disks. For a workdir in a bucket, TFDS uses its default folder.
-  data_dir = None if '://' in os.fspath(workdir) else workdir / 'data' / 'tfds'
-  turns = Turns(Files(source=c.source, paths=find_files(c.path), synthetic=c.synthetic), data_dir)
-  requested = {name: getattr(c, name) for name in splits.BEST_SETS + splits.RANKED_SETS}
-  usable = select_usable(turns, config.seed)
-  sets = splits.divide(usable.prompts, requested)
-  counts = count(usable, sets, requested)
-  print(table(name, counts))
-  for names in (('ift',), splits.RANKED_SETS):
-    if any(requested[name] for name in names) and not any(counts['kept'][name] for name in names):
-      raise InputError(f'{c.path} yields no {" or ".join(names)}; '
-                       f'see the reasons in the table above')
-  begin()
-  for file, rows in (files(turns, sets, name) | {'counts.json': [counts]}).items():
-    records.write(workdir / 'data' / 'seeds' / file, rows)
+  # ArrayRecord writes only to local disks.
+  with storage.local_folder(workdir / 'data' / 'tfds') as data_dir:
+    turns = Turns(Files(source=c.source, paths=find_files(c.path), synthetic=c.synthetic), data_dir)
+    requested = {name: getattr(c, name) for name in splits.BEST_SETS + splits.RANKED_SETS}
+    usable = select_usable(turns, config.seed)
+    sets = splits.divide(usable.prompts, requested)
+    counts = count(usable, sets, requested)
+    print(table(name, counts))
+    for names in (('ift',), splits.RANKED_SETS):
+      if any(requested[name] for name in names) and not any(
+          counts['kept'][name] for name in names):
+        raise InputError(f'{c.path} yields no {" or ".join(names)}; '
+                         f'see the reasons in the table above')
+    begin()
+    for file, rows in (files(turns, sets, name) | {'counts.json': [counts]}).items():
+      records.write(workdir / 'data' / 'seeds' / file, rows)
   return counts
 
 

@@ -8,7 +8,7 @@ import secrets
 
 from etils import epath
 
-from srlm_jax import InputError
+from srlm_jax import InputError, model_files, storage
 
 _LETTER, _SIGN = '\ua66e', '\u2e0e'  # characters that no added token contains
 
@@ -103,8 +103,9 @@ class _Transformers(Tokenizer):
   def __init__(self, folder):
     import transformers
     try:
-      self._model = transformers.AutoTokenizer.from_pretrained(
-          str(folder), local_files_only=True, trust_remote_code=False)
+      with storage.local_folder(folder, model_files.names(folder)) as local:
+        self._model = transformers.AutoTokenizer.from_pretrained(
+            local, local_files_only=True, trust_remote_code=False)
       backend = json.loads(self._model.backend_tokenizer.to_str())
     except Exception as error:  # the tokenizers library raises no narrower class
       raise InputError(f'transformers cannot load {folder / "tokenizer.json"} without remote code '

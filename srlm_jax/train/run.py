@@ -176,6 +176,8 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
       hosts.log(metrics.progress(s.title, i + 1, steps,
                                  {name: scalars[name] for name in shown if name in scalars}))
     if save or stop:
+      if writer:
+        writer.flush()
       store.save(saver, i + 1, state.params, dict(opt_state=state.opt_state, step=state.step))
     if stop:
       break

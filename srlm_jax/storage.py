@@ -1,0 +1,420 @@
+"""Files on a disk or in a Google Cloud Storage bucket: everything that differs between the two.
+
+An object in a bucket is written whole or not at all. It cannot be appended to, renamed or linked.
+All else is the same for both with `etils.epath`, which reaches a bucket with gcsfs.
+"""
+from collections.abc import Iterator, Sequence
+import contextlib
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+
+from etils import epath
+import fsspec
+import numpy as np
+
+from srlm_jax import InputError
+
+SECONDS = 10.0     # a growing object in a bucket lacks what was written in the last SECONDS
+TIMEOUT = 60       # seconds without an answer of the bucket, after which a request is repeated
+NOT_SUPPORTED = ('s3', 'az', 'hf', 'gcs')  # schemes of other stores, and a common mistake
+COMMITTED = 'commit_success.txt'  # Orbax writes it into a step in a bucket when it is complete
+LAST = ('done.json', 'source.json', COMMITTED)  # files that a folder has only when it is complete
+
+# Processes share a bucket, so a listing may be out of date at once.
+_SETTINGS = dict(use_listings_cache=False)
+fsspec.config.conf.update(gs=_SETTINGS, gcs=_SETTINGS)
+for _name, _value in dict(
+    # Otherwise gcsfs asks another service, which needs more permissions, for the kind of bucket.
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT='false',
+    # Otherwise TensorStore waits without limit for an answer.
+    TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS=str(TIMEOUT),
+    TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES='1').items():
+  os.environ.setdefault(_name, _value)
+
+_growing = weakref.WeakSet()  # the open objects that grow; see `upload_pending`
+
+
+def is_remote(path) -> bool:
+  """Whether the path is in a bucket.
+
+  >>> is_remote('gs://bucket/run'), is_remote('runs/demo')
+  (True, False)
+  """
+  return os.fspath(path).startswith('gs://')
+
+
+def check(text: str):
+  """Checks that the buckets in an argument, --FLAG=gs://BUCKET/FOLDER,.., can be read.
+
+  Raises InputError if gcsfs is not installed, or if a bucket does not exist or refuses access.
+  """
+  found = [re.match(r'(\w+)://([^/]*)', path) for path in text.rpartition('=')[2].split(',')]
+  for scheme, bucket in dict.fromkeys(match.groups() for match in found if match):
+    if scheme in NOT_SUPPORTED or scheme == 'gs' and not bucket:
+      raise InputError(f'{text}: {scheme}://{bucket} is not supported; give a folder on a disk, or '
+                       f'one in a Google Cloud Storage bucket: gs://BUCKET/FOLDER')
+    if scheme != 'gs':
+      continue
+    if importlib.util.find_spec('gcsfs') is None:
+      raise InputError(f'{text}: a bucket needs the package gcsfs; pip install "srlm_jax[gcs]"')
+    _configure()
+    try:
+      _bucket().ls(f'gs://{bucket}', max_results=1)
+    except FileNotFoundError as error:
+      raise InputError(f'{text}: there is no bucket gs://{bucket}; create it, or correct the name'
+                       ) from error
+    except (OSError, ValueError, *errors()) as error:
+      raise no_access(f'gs://{bucket}', error) from error
+
+
+def no_access(place, error: Exception) -> InputError:
+  """-> the InputError for a request to a bucket that failed."""
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return InputError(f'{place} cannot be used ({text[:200]}); log in with gcloud auth '
+                    f'application-default login, and ask for the role Storage Object Admin')
+
+
+def errors() -> tuple[type[Exception], ...]:
+  """What gcsfs raises when a request fails for good; beside OSError, see `is_forbidden`."""
+  if 'gcsfs' not in sys.modules:
+    return ()
+  import aiohttp
+  import gcsfs.retry
+  import google.auth.exceptions
+  import requests
+  return (gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError,
+          requests.RequestException)
+
+
+def is_forbidden(error: OSError) -> bool:
+  """Whether gcsfs raised this error because the account lacks a permission."""
+  return str(error).startswith('Forbidden: ')
+
+
+def absolute(path):
+  """The path from the root of the file system, or with the name of the bucket."""
+  return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
+
+
+def obstacle(path):
+  """The file that takes the place of a folder above `path`, None if there is none."""
+  if is_remote(path):  # a bucket has no folders
+    return None
+  return next((p for p in epath.Path(path).parents if p.exists() and not p.is_dir()), None)
+
+
+@contextlib.contextmanager
+def replacing(path, mode: str = 'w') -> Iterator:
+  """Yields an open file that replaces `path` when the block ends; an error leaves `path` unchanged.
+
+  Text is UTF-8.
+  """
+  path = epath.Path(path)
+  encoding = None if 'b' in mode else 'utf-8'
+  if is_remote(path):
+    with tempfile.NamedTemporaryFile(mode, encoding=encoding) as file:
+      yield file
+      file.flush()
+      _bucket().put_file(file.name, str(path))
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.parent / f'{path.name}.partial'
+  try:
+    with partial.open(mode, encoding=encoding) as file:
+      yield file
+    partial.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
+
+
+def growing(path) -> 'GrowingFile':
+  """Opens a file that grows; creates it and its folder if they do not exist."""
+  return (GrowingObject if is_remote(path) else GrowingFile)(epath.Path(path))
+
+
+class GrowingFile:
+  """A file on a disk to which lines are appended."""
+
+  def __init__(self, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = open(path, 'a+b')
+
+  def lines(self) -> Iterator[bytes]:
+    """Yields the lines; a kill may have cut off the last one."""
+    self._file.seek(0)
+    while line := self._file.readline():
+      yield line
+
+  def truncate(self, size: int):
+    """Keeps the first `size` bytes."""
+    self._file.truncate(size)
+
+  def write(self, lines: bytes):
+    """Appends whole lines."""
+    self._file.write(lines)
+    self._file.flush()
+
+  def flush(self):
+    """Saves what was written: a kill does not lose it."""
+
+  def close(self):
+    self._file.close()
+
+
+class GrowingObject(GrowingFile):
+  """The same in a bucket: PATH, which holds everything up to when it was opened or closed.
+
+  In between, what was written goes into objects PATH.part-OFFSET, at most every `SECONDS`. OFFSET
+  is where the part begins. Whoever opens the file adds the parts to it. A part that begins before
+  its end was added by a run that was killed before it deleted the part.
+  """
+
+  def __init__(self, path):
+    self._path, self._parts, self._pending, self._size = path, [], b'', 0
+    self._file = tempfile.NamedTemporaryFile()  # a copy
+    is_new = not path.exists()
+    if not is_new:
+      self._append(path.read_bytes())
+    self._parts = sorted(str(part) for part in path.parent.glob(f'{path.name}.part-*'))
+    found = _bucket().cat(self._parts) if self._parts else {}
+    for part, data in zip(self._parts, map(found.get, map(_key, self._parts)), strict=True):
+      if int(part.rpartition('-')[2]) == self._size:
+        self._append(data)
+    if is_new or self._parts:
+      self._upload()
+    self._saved = time.monotonic()
+    _growing.add(self)
+
+  def truncate(self, size):
+    super().truncate(size)
+    self._size = size
+    self._upload()
+
+  def write(self, lines):
+    self._pending += lines
+    if time.monotonic() - self._saved >= SECONDS:
+      self.flush()
+
+  def flush(self):
+    if self._pending:
+      part = f'{self._path}.part-{self._size:015}'
+      _bucket().pipe_file(part, self._pending)
+      self._parts.append(part)
+      self._append(self._pending)
+      self._pending = b''
+    self._saved = time.monotonic()
+
+  def close(self):
+    _growing.discard(self)
+    self._append(self._pending)
+    if self._parts or self._pending:
+      self._upload()
+    self._file.close()
+
+  def _append(self, data: bytes):
+    """Appends to the copy."""
+    self._file.seek(0, os.SEEK_END)
+    self._file.write(data)
+    self._size += len(data)
+
+  def _upload(self):
+    """Writes the copy to PATH, and then deletes the parts, which it holds."""
+    self._file.flush()
+    _bucket().put_file(self._file.name, str(self._path))
+    if self._parts:
+      _bucket().rm(self._parts)
+    self._parts = []
+
+
+def upload_pending():
+  """Saves what growing objects hold back, when a program ends before it closes them."""
+  for file in list(_growing):
+    file.flush()
+
+
+class Mirror:
+  """A folder for a library that writes to disks only. `upload` copies its files to `path`."""
+
+  def __init__(self, path):
+    self._path = epath.Path(path)
+    self._temporary = tempfile.TemporaryDirectory() if is_remote(path) else None
+    self.local = pathlib.Path(self._temporary.name if self._temporary else path)
+
+  def upload(self):
+    if self._temporary:
+      for file in self.local.iterdir():
+        _bucket().put_file(str(file), str(self._path / file.name))
+
+  def close(self):
+    self.upload()
+    if self._temporary:
+      self._temporary.cleanup()
+
+
+@contextlib.contextmanager
+def local_folder(folder, names: Sequence[str] = ()) -> Iterator[str]:
+  """Yields `folder`, in a bucket a temporary one with its files `names`, for a library."""
+  if not is_remote(folder):
+    yield os.fspath(folder)
+    return
+  with tempfile.TemporaryDirectory() as local:
+    for name in names:
+      target = pathlib.Path(local, name)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes((epath.Path(folder) / name).read_bytes())
+    yield local
+
+
+@contextlib.contextmanager
+def local_start(path, start: bytes) -> Iterator[str]:
+  """Yields a file on a disk that begins with `start`, as `path` does, and is as long as `path`."""
+  if not is_remote(path):
+    yield os.fspath(path)
+    return
+  with tempfile.NamedTemporaryFile() as local:
+    local.write(start)
+    local.truncate(path.stat().length)  # the rest takes no space
+    local.flush()
+    yield local.name
+
+
+def read_range(path, offset: int, size: int) -> bytes:
+  """Reads at most `size` bytes from `offset` on."""
+  if is_remote(path):
+    return _bucket().cat_file(str(path), start=offset, end=offset + size)
+  with open(path, 'rb') as file:
+    file.seek(offset)
+    return file.read(size)
+
+
+def mapped(path, dtype, shape: tuple, offset: int):
+  """An array [shape] in a file, on a disk without reading it yet."""
+  if not is_remote(path):
+    return np.memmap(path, dtype, 'r', offset, shape)
+  size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+  return np.frombuffer(read_range(path, offset, size), dtype).reshape(shape)
+
+
+def stamp(path) -> str:
+  """A text that changes when the file is written again."""
+  if is_remote(path):
+    info = _bucket().info(str(path))
+    return f'{path} {info["size"]} {info["generation"]}'
+  stat = os.stat(path)
+  return f'{absolute(path)} {stat.st_size} {stat.st_mtime_ns}'
+
+
+def link(target, path, without: str = ''):
+  """Makes `path` the folder `target`, if it does not exist: a symbolic link, in a bucket a copy.
+
+  The copy lacks the folder `without`.
+  """
+  if is_remote(path):
+    copy_tree(target, path, without)
+  elif not path.exists():
+    os.symlink(absolute(target), path)
+
+
+def unlink(path):
+  """Removes what `link` made."""
+  if is_remote(path):
+    path.rmtree(missing_ok=True)
+  else:
+    pathlib.Path(path).unlink(missing_ok=True)
+
+
+def copy_tree(source, target, without: str = ''):
+  """Copies a folder, but not the folder `without` in it.
+
+  In a bucket, files that say that a folder is complete come last.
+  """
+  if not is_remote(source):
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(without) if without else None)
+    return
+  found = [pathlib.Path(name).relative_to(_key(source)) for name in _bucket().find(str(source))]
+  for file in sorted(found, key=lambda file: (file.name in LAST, file)):
+    if file.parts[0] != without:
+      _bucket().cp_file(str(source / file), str(target / file))
+
+
+@contextlib.contextmanager
+def making_folder(out) -> Iterator:
+  """Yields a folder that becomes `out`, a new or empty one, on success; it is deleted on failure.
+
+  In a bucket it is `out` itself, and an object OUT.partial exists until it is complete: a killed
+  run leaves that, and the next one begins again. What makes the folder useful, in LAST or a
+  config.json, must be written last. Raises InputError if `out` is not empty.
+  """
+  out = absolute(out)
+  partial = out.parent / f'{out.name}.partial'
+  remote = is_remote(out)
+  if not (remote and partial.exists()) and out.exists() and (
+      not out.is_dir() or any(out.iterdir())):
+    raise InputError(f'{out} already exists and is not an empty folder; give another path, '
+                     f'or delete it first')
+  folder = out if remote else partial
+  folder.rmtree(missing_ok=True)  # a killed run leaves it
+  if remote:
+    partial.write_text('')
+  else:
+    folder.mkdir(parents=True)
+  try:
+    yield folder
+    if not remote:
+      os.rename(partial, out)
+  except BaseException:
+    folder.rmtree(missing_ok=True)
+    raise
+  finally:
+    if remote:
+      partial.unlink(missing_ok=True)
+
+
+def commit(step):
+  """Marks a step of a checkpoint that Orbax did not write as complete."""
+  if is_remote(step):
+    (step / COMMITTED).write_text('')
+
+
+def is_committed(step) -> bool:
+  """Whether a step of a checkpoint is complete; on a disk, Orbax renames it when it is."""
+  return not is_remote(step) or (step / COMMITTED).exists()
+
+
+def kvstore(folder) -> dict:
+  """TensorStore's spec of a folder; it repeats a failed request for about a minute."""
+  if not is_remote(folder):
+    return dict(driver='file', path=f'{folder}/')
+  bucket, _, path = os.fspath(folder).removeprefix('gs://').partition('/')
+  return dict(driver='gcs', bucket=bucket, path=f'{path}/' if path else '',
+              gcs_request_retries=dict(max_retries=6))
+
+
+def _bucket() -> fsspec.AbstractFileSystem:
+  return fsspec.filesystem('gs')
+
+
+def _key(path) -> str:
+  """The name that fsspec uses in results."""
+  return os.fspath(path).removeprefix('gs://')
+
+
+def _configure():
+  """Lets gcsfs repeat requests that get no answer, without logs of every failure.
+
+  It would give up after 5 minutes.
+  """
+  import aiohttp
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+  _SETTINGS.update(requests_timeout=timeout)
