@@ -74,13 +74,14 @@ install() {
 start() {
   local command
   printf -v command '%q ' "$@"
-  printf -v command '%q' "echo \$PPID >run.pid; rm -f run.code; trap : TERM
+  printf -v command '%q' "echo \$PPID >run.pid; rm -f run.code run.stopped; trap : TERM
     SRLM_HOSTS=auto PATH=\$PWD/.venv/bin:\$PATH $command; echo \$? >run.code"
   on_hosts "setsid flock --nonblock run.lock bash -c $command >>run.log 2>&1 </dev/null &"
 }
 
 codes() {  # of all hosts: `running`, an exit code, or `lost` if the machine was started again
-  on_hosts 'if flock --nonblock run.lock true; then cat run.code || echo lost; else echo running; fi'
+  on_hosts 'if flock --nonblock run.lock true; then cat run.code || echo lost; else echo running; fi
+    if [[ -e run.stopped ]]; then echo stopped; fi'
 }
 
 run() {
@@ -99,6 +100,7 @@ run() {
     done
     case $found in
       '0 ') return ;;
+      *stopped*) echo "$TPU: stopped; the same command continues" >&2; return 75 ;;
       preempted | *75* | *lost* | *129* | *1[3-9][0-9]*) echo "$TPU: $now; ended with $found; continues" >&2 ;;
       *) echo "error: the command ended with $found; see launch/tpu.sh logs" >&2; return 1 ;;
     esac
@@ -111,7 +113,7 @@ case $verb in
   install) install ;;
   run) [[ $# -ge 1 ]] || usage; run "$@" ;;
   logs) resource ssh --node=0 --worker=0 --command='tail -n 100 -F srlm_jax/run.log' ;;
-  stop) on_hosts 'kill -TERM -- -$(cat run.pid)' ;;
+  stop) on_hosts 'touch run.stopped; kill -TERM -- -$(cat run.pid)' ;;
   delete) delete ;;
   *) usage ;;
 esac

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from srlm_jax import closest, config as configs, InputError, records, schema
 
-SHARDS = '-*.jsonl'  # the end of the name of a file that is written in shards, one per host
+SHARDS = '-*.jsonl'  # the end of the name of a file that groups of hosts write in shards
 # Role of a model that a stage runs -> its name in the config.
 ROLES = {
     'self': lambda c: c.name,

@@ -22,7 +22,7 @@ import jax
 from jax._src import distributed  # the key-value store of the hosts has no public interface
 from jax._src.lib import utils
 
-from srlm_jax import hosts, lock, preemption
+from srlm_jax import hosts, InputError, lock, preemption
 
 TIMEOUT = 45  # seconds without a heartbeat after which a host is lost
 BEAT = 5      # seconds between two notes of a host in the store, which say who was lost
@@ -74,7 +74,10 @@ class _Watch:
       self._note(0)
       _store().wait_at_barrier('srlm/noted', hosts.JOIN * 1000)
       self._look()
-    except RuntimeError:
+    except RuntimeError as error:
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise InputError(f'this process cannot join the others: {error}; see SRLM_HOSTS, '
+                         f'SRLM_HOST and SRLM_COORDINATOR in launch/local.sh') from error
       self._exit(f'the hosts of this run did not all connect within {hosts.JOIN} s; start the '
                  f'command on all of them', preemption.EXIT_CODE)
     if _count() > 1:
@@ -200,7 +203,7 @@ def _call_in_place_of_abort(lost):
   std::bad_cast then ends the process, in the terminate handler of C++.
   """
   if sys.platform != 'linux':
-    return  # the end of a host is then that of JAX
+    return  # elsewhere JAX aborts the process, with its own message
   cpp = ctypes.CDLL('libstdc++.so.6')
   cpp.__cxa_current_exception_type.restype = ctypes.c_void_p
   cpp._ZSt13set_terminatePFvvE.restype = ctypes.CFUNCTYPE(None)

@@ -32,7 +32,7 @@ class Stopped(Exception):
 
 
 def listen():
-  """Lets SIGTERM end a program that is the first process of a container, which ignores it else."""
+  """Lets SIGTERM end the first process of a container, which otherwise ignores it."""
   if os.getpid() == 1:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(KILLED))
 
@@ -96,19 +96,25 @@ def after_records(title: str) -> Stopped:
 def together(title: str):
   """A block of `deferred` in which every group of hosts works by itself, and a barrier after it.
 
-  Raises Stopped if any host was asked to stop before all had ended.
+  Either all hosts leave it, or all raise Stopped: the first one that sees that all have ended, or
+  that it was asked to stop, decides.
   """
-  block = f'srlm/ended/{next(_blocks)}/'
+  block = f'srlm/block/{next(_blocks)}'
   with deferred():
     yield
     if jax.process_count() == 1:
       return
-    _store().key_value_set(f'{block}{jax.process_index()}', title)
-    while len(_store().key_value_dir_get(block)) < jax.process_count():
+    _store().key_value_set(f'{block}/ended/{jax.process_index()}', title)
+    while not (decided := _store().key_value_dir_get(f'{block}/decided/')):
       _exchange(title)
-      if requested():
-        raise after_records(title)
-      time.sleep(POLL / 10)
+      ended = len(_store().key_value_dir_get(f'{block}/ended/'))
+      if requested() or ended == jax.process_count():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host has decided
+          _store().key_value_set(f'{block}/decided/stop', str(int(requested())))
+      else:
+        time.sleep(POLL / 10)
+    if decided[0][1] == '1':
+      raise after_records(title)
 
 
 class Agreement:

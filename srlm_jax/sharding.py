@@ -57,7 +57,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None):
                      'slices; make it a multiple')
   part = [shape[0] // len(slices), *shape[1:]]
   if tpu and torus.known(devices):
-    grids = [torus.order(part, slices[n]) for n in sorted(slices)]
+    try:
+      grids = [torus.order(part, slices[n]) for n in sorted(slices)]
+    except ValueError as error:
+      raise InputError(f'{given}: {error}; choose another size, for sampling in '
+                       f'config.sample_mesh') from error
   else:
     grids = [mesh_utils.create_device_mesh(part, slices[n], allow_split_physical_axes=True)
              for n in sorted(slices)]

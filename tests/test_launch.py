@@ -312,15 +312,15 @@ def test_tpu_run_waits_for_a_command_that_runs_already_and_stop_lets_it_save(tpu
   finish(start('install'))
   work = 'echo ready >"$HOME/ready"; trap "echo saved >\\"$HOME/saved\\"; exit 75" TERM; ' \
          'while :; do sleep 0.1; done'
-  first = start('run', 'bash', '-c', work, SRLM_RESTARTS='0')
+  first = start('run', 'bash', '-c', work)
   for host in '01':
     wait_for(folder / 'hosts' / host / 'ready', 'ready')
   first.kill()  # the machine of the user
-  second = start('run', 'bash', '-c', work, SRLM_RESTARTS='0')
+  second = start('run', 'bash', '-c', work)
   time.sleep(2)
   assert second.poll() is None
   finish(start('stop'))
-  finish(second, code=75)
+  assert 'my-tpu: stopped; the same command continues' in finish(second, code=75)[1]
   for host in '01':
     assert (folder / 'hosts' / host / 'saved').exists()
 
@@ -482,7 +482,7 @@ def start(argv):
     if jax.process_index() == {sender}:
       os.kill(os.getpid(), signal.SIGTERM)
     while jax.process_index() == 1:  # the other one has ended its share
-      preemption.stop_if_requested('m2/respond')
+      preemption.stop_if_requested('m2/respond', preemption.Agreement(jax.local_devices()))
       time.sleep(0.1)
 cli.run_app(start)
 """

@@ -5,16 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 from conftest import init, make_mesh, ROOT
 import jax
 import pytest
 
-from srlm_jax import config as configs, metrics, model_files, preemption, records, schema
+from srlm_jax import config as configs, hosts, metrics, model_files, preemption, records, schema
 from srlm_jax.checkpoint import store
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, shards
 from srlm_jax.sample.draw import Sampling
 from srlm_jax.train import run as train
 
@@ -89,7 +91,7 @@ def test_training_saves_at_the_next_step_and_ends_as_without_a_stop(
 def test_sampling_stops_after_the_call_and_continues(tmp_path, mesh, default_handler):
   requests = [engines.Request(str(i), [1, 5 + i], 2) for i in range(12)]
 
-  def run(path, after=None):
+  def run(folder, after=None):
     engine = engines.Engine(llama.Llama(TINY), init(TINY), mesh, (), 0, 'test', slots=4, size=64,
                             steps=4)
 
@@ -97,17 +99,18 @@ def test_sampling_stops_after_the_call_and_continues(tmp_path, mesh, default_han
       if request.id == after:
         terminate()
       return dict(id=f'{request.id}/{i}', ids=result.ids)
+    out = shards.Shard(folder, 'rows', hosts.Group(1))
     with preemption.together('test'):
-      engines.run(engine, requests, 24, Sampling(1.0, 1.0, 16), path, record)
-  run(tmp_path / 'whole-00000-of-00001.jsonl')
-  (tmp_path / 'stopped').mkdir()
-  path = tmp_path / 'stopped' / 'rows-00000-of-00001.jsonl'
+      shards.run(engine, requests, 24, Sampling(1.0, 1.0, 16), out, record)
+      out.close()
+    return out.path.read_text()
+  whole = run(tmp_path / 'whole')
   with pytest.raises(preemption.Stopped, match='test: stopped by SIGTERM'):
-    run(path, '3')
+    run(tmp_path / 'stopped', '3')
   preemption._received.clear()
-  assert 8 <= len(path.read_text().splitlines()) < 24
-  run(path)
-  assert path.read_text() == (tmp_path / 'whole-00000-of-00001.jsonl').read_text()
+  left = (tmp_path / 'stopped' / 'rows-00000-of-00001.jsonl').read_text()
+  assert 8 <= len(left.splitlines()) < 24
+  assert run(tmp_path / 'stopped') == whole
 
 
 PROGRAM = """
@@ -116,7 +119,7 @@ from srlm_jax import cli, preemption
 def start(argv):
   with preemption.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
-    preemption.stop_if_requested('m2/respond')
+    preemption.stop_if_requested('m2/respond', preemption.Agreement())
 cli.run_app(start)
 """
 
@@ -127,3 +130,52 @@ def test_a_stopped_program_says_so_and_exits_with_the_code_for_try_again():
   assert done.stderr.splitlines()[-1] == (
       'm2/respond: stopped by SIGTERM; finished records are saved; the same command continues')
   assert done.returncode == preemption.EXIT_CODE
+
+
+class Store(dict):
+  """The key-value store of two hosts."""
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    if key in self and not allow_overwrite:
+      raise jax.errors.JaxRuntimeError(f'ALREADY_EXISTS: {key}')
+    self[key] = value
+
+  def key_value_dir_get(self, prefix):
+    return [pair for pair in [*self.items()] if pair[0].startswith(prefix)]
+
+
+def test_all_hosts_or_none_stop_if_sigterm_arrives_when_a_stage_ends(monkeypatch):
+  store, thread, blocks = Store(), threading.local(), threading.local()
+  monkeypatch.setattr(preemption, '_store', lambda: store)
+  monkeypatch.setattr(preemption, '_blocks', iter(lambda: next(blocks.count), None))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax, 'process_index', lambda: thread.index)
+
+  def host(index, delay, stopped):
+    thread.index, blocks.count = index, itertools.count(len(done))
+    time.sleep(delay)
+    try:
+      with preemption.together('a stage'):
+        pass
+    except preemption.Stopped:
+      stopped.append(index)
+  done = []
+  try:
+    for when in (0.0, 0.01, 0.05, 0.2):  # seconds after the start; both hosts get the signal
+      for delay in (0.0, 0.05, 0.1):     # by which the second host ends later
+        preemption._received.clear()
+        store.pop('srlm/stop/now', None)
+        stopped = []
+        threads = [threading.Thread(target=host, args=(i, i * delay, stopped)) for i in range(2)]
+        for one in threads:
+          one.start()
+        time.sleep(when)
+        preemption._received.set()
+        for one in threads:
+          one.join(timeout=10)
+          assert not one.is_alive()
+        assert len(stopped) in (0, 2), (when, delay)
+        done.append(sorted(stopped))
+  finally:
+    preemption._received.clear()
+  assert [0, 1] in done and [] in done

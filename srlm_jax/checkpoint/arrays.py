@@ -27,6 +27,8 @@ def _open(params, name: str, shape: tuple, context):
   try:
     array = ts.open(spec(params, name), read=True, context=context).result()
   except ValueError as error:
+    if 'NOT_FOUND' not in str(error):
+      raise InputError(_damaged(params, error)) from error
     raise InputError(f'{params} has no array {name}, which its config.json requires; '
                      f'restore the config.json of this checkpoint') from error
   if array.shape != shape:
@@ -41,5 +43,8 @@ def read(array):
   try:
     return array.read().result()
   except ValueError as error:
-    raise InputError(f'an array of a checkpoint cannot be read ({error}); the checkpoint is '
-                     f'damaged, restore it from a copy') from error
+    raise InputError(_damaged('an array of a checkpoint', error)) from error
+
+
+def _damaged(what, error) -> str:
+  return f'{what} cannot be read ({error}); the checkpoint is damaged, restore it from a copy'

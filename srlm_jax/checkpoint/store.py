@@ -63,11 +63,12 @@ def save(saver: ocp.CheckpointManager, step: int, params, train=None):
   saver.save(step, args=ocp.args.Composite(**items))
 
 
-def restore_params(folder, mesh, dtype: str, step: int | None = None):
+def restore_params(folder, mesh, dtype: str, step: int | None = None, once: bool = False):
   """Restores only the parameters onto `mesh`, in `dtype` -> (params, hash of the stored ones).
 
-  In a run on several hosts all of them must call it, each with the mesh of its group of hosts. They
-  read every byte once, see `distribute`. Prints how many were read.
+  In a run on several hosts all of them must call it, each with the mesh of its group of hosts. With
+  `once` they read every byte once, see `distribute`; else each reads what its devices need, which
+  only a mesh of all hosts allows. Prints how many bytes were read.
 
   Raises InputError if the parameters, config.json or the tokenizer files differ from those that
   were saved.
@@ -77,7 +78,8 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None):
   abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
   path = storage.absolute(folder) / 'steps' / str(step)
   before = distribute.bytes_read()
-  params = _restore_once(path / 'params', abstract, mesh)
+  restore = _restore_once if once and jax.process_count() > 1 else _restore
+  params = restore(path / 'params', abstract)
   read = hosts.gather(distribute.bytes_read() - before)
   each = f' by {len(read)} hosts, at most {max(read):,} by one' if len(read) > 1 else ''
   hosts.log(f'{path}: {sum(read):,} bytes of parameters read{each}')
@@ -128,10 +130,9 @@ def _save_args(params):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _restore_once(path, abstract, mesh):
+def _restore_once(path, abstract):
   """Restores parameters so that no two hosts read the same; errors as `_restore`."""
-  if jax.process_count() == 1:
-    return _restore(path, abstract)
+  mesh = jax.tree.leaves(abstract)[0].sharding.mesh
   abstract = traverse_util.flatten_dict(abstract, sep='.')
   stored = arrays.open_all(path, {name: x.shape for name, x in abstract.items()})
   return traverse_util.unflatten_dict(distribute.restore(stored, abstract, mesh), sep='.')

@@ -69,6 +69,7 @@ class Engine:
     self._params = llama.unroll(params) if self._kernels.unrolled else params
     self._mesh, self._share, self._refill = mesh, share, refill
     self._agreement = preemption.Agreement(mesh.devices)
+    self._is_first_host = jax.process_index() == min(d.process_index for d in mesh.devices.flat)
     self._parts = mesh.shape['data'] * mesh.shape['fsdp']
     self.begin(eos_ids, seed, stage, slots=slots, size=size, steps=steps)
 
@@ -135,7 +136,7 @@ class Engine:
       if schedule.running:
         cache, rows = self._decode(schedule, rows, cache, prefix, sampling)
       for request, results in schedule.leave():
-        if results and results[0].finish == 'too_long':
+        if results and results[0].finish == 'too_long' and self._is_first_host:
           print(f'{self.title}: the prompt of {request.id} has {len(request.ids)} tokens, more '
                 f'than the {max_prompt_tokens} that fit: skipped', flush=True)
         yield request, results
@@ -287,7 +288,7 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
     _kept.drop()  # before the memory of the next one is taken
     _kept.restores += 1
   with jax.set_mesh(mesh):
-    params, _ = store.restore_params(folder, mesh, c.dtype)
+    params, _ = store.restore_params(folder, mesh, c.dtype, once=True)
     params = int8.quantize(params) if c.int8 else params
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
   if _kept:
