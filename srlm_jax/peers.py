@@ -22,7 +22,7 @@ import jax
 from jax._src import distributed  # the key-value store of the hosts has no public interface
 from jax._src.lib import utils
 
-from srlm_jax import hosts, InputError, lock, preemption
+from srlm_jax import hosts, lock, preemption
 
 TIMEOUT = 45  # seconds without a heartbeat after which a host is lost
 BEAT = 5      # seconds between two notes of a host in the store, which say who was lost
@@ -75,9 +75,9 @@ class _Watch:
       _store().wait_at_barrier('srlm/noted', hosts.JOIN * 1000)
       self._look()
     except RuntimeError as error:
-      if 'DEADLINE_EXCEEDED' not in str(error):
-        raise InputError(f'this process cannot join the others: {error}; see SRLM_HOSTS, '
-                         f'SRLM_HOST and SRLM_COORDINATOR in launch/local.sh') from error
+      if 'bad_cast' not in str(error):  # what is left of a status, see `_call_in_place_of_abort`
+        self._exit(f'this process cannot join the others ({error}); see SRLM_HOSTS, SRLM_HOST and '
+                   f'SRLM_COORDINATOR in launch/local.sh', 1)
       self._exit(f'the hosts of this run did not all connect within {hosts.JOIN} s; start the '
                  f'command on all of them', preemption.EXIT_CODE)
     if _count() > 1:
@@ -120,7 +120,7 @@ class _Watch:
     while error and not STATUS.match(str(error)):
       error = error.__cause__ or error.__context__
     if error:
-      time.sleep(TIMEOUT + BEAT)  # `_lost` or `_heed_failure` exits in the meantime
+      time.sleep(1.5 * TIMEOUT + BEAT)  # `_lost` or `_heed_failure` exits in the meantime
 
   def _keep_notes(self):
     for number in itertools.count(1):

@@ -3,7 +3,8 @@ import tensorstore as ts
 
 from srlm_jax import InputError, storage
 
-INDEX_BYTES = 2**26  # memory for the index of a checkpoint, which all its arrays share
+INDEX = 'cache_pool#index'  # TensorStore's name of the memory for the index of a checkpoint
+INDEX_BYTES = 2**26         # which all its arrays share
 
 
 def spec(folder, name: str) -> dict:
@@ -19,13 +20,15 @@ def open_all(params, shapes: dict[str, tuple]) -> dict:
   """
   if not params.exists():
     raise InputError(f'{params} does not exist; train or convert that model first')
-  context = ts.Context(dict(cache_pool=dict(total_bytes_limit=INDEX_BYTES)))
+  context = ts.Context({INDEX: dict(total_bytes_limit=INDEX_BYTES)})
   return {name: _open(params, name, shape, context) for name, shape in shapes.items()}
 
 
 def _open(params, name: str, shape: tuple, context):
   try:
-    array = ts.open(spec(params, name), read=True, context=context).result()
+    found = spec(params, name)
+    found['kvstore']['cache_pool'] = INDEX  # and not for the arrays themselves
+    array = ts.open(found, read=True, context=context).result()
   except ValueError as error:
     if 'NOT_FOUND' not in str(error):
       raise InputError(_damaged(params, error)) from error
