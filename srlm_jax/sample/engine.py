@@ -263,8 +263,9 @@ def choose(config, folders: Sequence):
   """-> a config whose open keys for sampling have values: for these hosts and the largest model."""
   shapes = [model_config.load(folder) for folder in folders]
   largest = max(shapes, key=llama.param_count)
-  here = sizing.devices(local=True)
-  return catalog.replace(config, sizing.sampling(config, largest, here, jax.process_count()))
+  here, slices = sizing.devices(local=True), sizing.devices().slices
+  found = sizing.sampling(config, largest, here, jax.process_count() // slices)
+  return catalog.replace(config, found)
 
 
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
