@@ -196,7 +196,9 @@ def test_what_is_read_and_stored():
   assert found.reads == [('m0 to sample', 2 * params), *((what, 4 * params) for what in (
       'm1 to sample', 'm1 to train', 'm1 as the reference', 'm2 to sample'))]
   assert (found.checkpoints, found.checkpoint_bytes) == (2, 12 * params)
-  assert make('m2', 'v5p-256', **{'train.select': 'agreement'}).checkpoints == 2
+  often = {'train.save_every': 50}  # of 250 steps
+  assert make('m2', 'v5p-256', **often).checkpoints == 2
+  assert make('m2', 'v5p-256', **often, **{'train.select': 'agreement'}).checkpoints == 5
   cached = make('m2', 'v5p-256', **{'train.reference': 'cached'})
   assert [what for what, _ in cached.reads][2:4] == ['m1 as the reference', 'm1 to train']
 
