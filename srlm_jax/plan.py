@@ -313,9 +313,8 @@ class Planner:
     def parts(tokens):
       return sizing.sampler_parts(c, self.shape, mesh, slots, tokens, self.pod.platform)
     rows, width = self._prefill_shape(min(c.size, self.shape.context) - job.most)  # the longest
-    if c.int8:  # made from a copy in the dtype of activations
-      item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
-      both = llama.param_count(self.shape) * (item + 1) / chips
+    if c.int8:
+      both = sizing.loading_bytes(c, self.shape, mesh)
       yield Program(stage, 'loading', mesh, 0, 0, dict(weights=both), slots=slots)
     tokens = rows // mesh.parts * width
     yield Program(stage, 'prefill', mesh, rows, width, parts(tokens), slots=slots)

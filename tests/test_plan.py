@@ -167,6 +167,23 @@ def test_sampling_makes_the_planned_choices(pod, size, monkeypatch, tmp_path):
   assert chosen.sample.slots == program.slots
 
 
+def test_the_slots_chosen_with_int8_weights_are_not_refused(monkeypatch, tmp_path):
+  """The copy in bf16 is gone when the cache is made: together they would not fit."""
+  pod = pods.find('v6e-8')
+  memory = pod.chips * 31 * GIB
+  monkeypatch.setattr(sizing, 'devices', lambda local=False: plan.host(pod))
+  monkeypatch.setattr(engines.model_config, 'load', lambda folder: PRESETS['llama2-70b'])
+  monkeypatch.setattr(engines.hosts, 'memory', lambda: memory)
+  config = catalog.replace(configs.get('m2', '70b'), {'sample.int8': True})
+  chosen = engines.choose(config, [tmp_path])
+  params, row = 68_976_648_192, 2 * 2 * 80 * 8 * 128 * 4096  # bytes of a slot in bf16
+  assert 3 * params < memory < 3 * params + chosen.sample.slots * row
+  engines.refuse_too_large(chosen, tmp_path)
+  memory = 3 * params - 1
+  with pytest.raises(InputError, match='lower config.sample.slots'):
+    engines.refuse_too_large(chosen, tmp_path)
+
+
 def test_the_plan_has_every_stage_that_runs_a_model():
   def names(name, **changes):
     return [s.name for s in make(name, 'v5p-256', **changes).stages]

@@ -9,13 +9,12 @@ import jax
 import pytest
 import scale
 
-from srlm_jax import catalog, config as configs, InputError
+from srlm_jax import catalog, config as configs, InputError, pods
 from srlm_jax.models import llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.sizing import Devices, Mesh, Work
 
 GIB = 2**30
-TPU = dict(v5p=95, v4=32, v6e=31)  # GiB per chip
 HOST = Devices('tpu', 8, 95 * GIB)
 
 
@@ -54,7 +53,8 @@ def test_what_is_chosen_has_all_open_keys():
     ('v5p', 128, 64, 3072, 4), ('v5p', 128, 3, 3072, 8), ('v6e', 256, 32, 2048, 8),
     ('v6e', 256, 64, 2048, 8), ('v6e', 256, 128, 2048, 4)])
 def test_the_mesh_is_the_fastest_that_gives_each_shard_a_row(pod, chips, rows, width, tensor):
-  data, fsdp, found, *_ = train('70b', Devices('tpu', chips, TPU[pod] * GIB), rows, width)
+  devices = Devices('tpu', chips, int(pods.CHIPS[pod].gib * GIB))
+  data, fsdp, found, *_ = train('70b', devices, rows, width)
   assert (data, fsdp, found) == (1, chips // tensor, tensor)
 
 
@@ -66,7 +66,7 @@ def test_the_fsdp_axis_is_limited():
 def test_the_programs_compiled_for_a_pod_have_the_mesh_that_is_chosen_there(program):
   topology, gib = aot.PODS[program.pod]
   count = math.prod(program.mesh)
-  devices = Devices('tpu', count, gib * GIB, topology.get('num_slices', 1))
+  devices = Devices('tpu', count, int(gib * GIB), topology.get('num_slices', 1))
   if isinstance(program, aot.Training):
     rows = max(16, program.rows * count // program.mesh[2])  # at least the batch of the paper
     width = 2048 if program.loss == 'sft' else 3072
@@ -132,10 +132,12 @@ def test_an_impossible_mesh_is_refused():
     sample('70b', Devices('tpu', 4, 95 * GIB), 3, **{**given, 'sample_mesh.tensor': 8})
 
 
-# Bytes of 70B in bf16: 138 GB. Two hosts of v4 or v6e hold it, one of v5p, and one in int8.
+# Bytes of 70B in bf16: 138 GB. Two hosts of v4 or v6e hold it, one of v5p. So it is in int8, which
+# is made from a copy in bf16.
 @pytest.mark.parametrize('host, hosts, given, expected', [
     (Devices('tpu', 4, 95 * GIB), 32, {}, (1, 1, 4, 128)),
-    (Devices('tpu', 4, 32 * GIB), 32, {}, (1, 1, 8, 64)),
+    (Devices('tpu', 4, 30.75 * GIB), 32, {}, (1, 1, 8, 64)),
+    (Devices('tpu', 4, 30.75 * GIB), 32, {'sample.int8': True}, (1, 1, 8, 64)),
     (Devices('tpu', 4, 31 * GIB), 64, {}, (1, 1, 8, 64)),
     (Devices('tpu', 8, 31 * GIB), 1, {}, (1, 1, 8, 64)),
     (Devices('gpu', 8, 80 * GIB), 2, {}, (1, 1, 8, 256)),
@@ -190,6 +192,27 @@ def test_sampling_splits_only_models_that_need_it():
   assert sample('7b', HOST)[:3] == (8, 1, 1)
   assert sample('70b', HOST)[:3] == (1, 1, 8)
   assert sample('70b', HOST, **{'sample_mesh.tensor': 4})[:3] == (2, 1, 4)
+
+
+HOSTS = [Devices('gpu', 8, int(75.2 * GIB)), Devices('gpu', 8, int(133.9 * GIB)),
+         Devices('tpu', 4, 95 * GIB), Devices('tpu', 4, int(30.75 * GIB)),
+         Devices('tpu', 8, 31 * GIB)]
+
+
+@pytest.mark.parametrize('size, host', itertools.product(('7b', '13b', '70b'), HOSTS), ids=str)
+def test_the_most_slots_fit_by_the_formula_and_int8_weights_leave_room_for_as_many(size, host):
+  c, shape = configs.get('m2', size).sample, PRESETS[f'llama2-{size}']
+  def used(mesh, slots):
+    return sum(sizing.sampler_parts(c, shape, mesh, slots, 4096, host.platform).values())
+  per_copy = []
+  for c.int8 in (False, True):
+    *axes, slots = sample(size, host, 32, **{'sample.int8': c.int8})
+    mesh = Mesh(*axes)
+    assert used(mesh, slots) < host.usable and sizing.loading_bytes(c, shape, mesh) < host.usable
+    most = mesh.data * sizing.MOST_SLOTS[host.platform]
+    assert slots == most or used(mesh, 2 * slots) > host.usable
+    per_copy.append(slots / mesh.data)
+  assert per_copy[1] >= per_copy[0] and not any(math.log2(n) % 1 for n in per_copy)
 
 
 @pytest.mark.parametrize('size, memory', itertools.product(('7b', '70b'), (31, 95, 141)))
