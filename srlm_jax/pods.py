@@ -15,7 +15,7 @@ class Chip:
   flops: float      # bf16, per second
   bandwidth: float  # bytes per second of HBM
   link: float       # bytes per second
-  gib: float = 0    # of memory that JAX has
+  gib: float = 0    # of memory that a program may have; libtpu gives it 30.75 of v4's 32
 
 
 CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9, 30.75),

@@ -35,6 +35,7 @@ TABLES = 3     # gathered embeddings or heads
 STREAMS = 4.5  # whole residual streams of the current layer, on every chip of a tensor group
 HIDDEN = 13    # activations of its heads and its feed-forward layer, and their gradients
 UNUSED = dict(cpu=3.5, gpu=1.5, tpu=3.5)  # bytes per parameter: space between buffers
+MOST_ABOVE = 1.15  # memory by formula / by the compiler, at most: tests/test_sizing.py
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 LEAST_SLOTS = 16  # per copy of the weights, for which a group of hosts must have memory
 
