@@ -11,7 +11,7 @@ from conftest import make_mesh, ROOT
 import jax
 import numpy as np
 import pytest
-import scale
+import scale_rows
 
 from srlm_jax import catalog, config as configs, InputError, plan, pods
 from srlm_jax.checkpoint import store
@@ -66,7 +66,7 @@ def test_the_pods_of_the_compiled_programs_have_the_same_chips():
     assert sizes <= {pod.chips}
 
 
-@pytest.mark.parametrize('row', [row for row in scale.rows() if row.middle],
+@pytest.mark.parametrize('row', [row for row in scale_rows.rows() if row.middle],
                          ids=lambda row: row.title)
 def test_the_estimates_are_close_to_those_of_the_compiled_programs(row):
   p, mesh, pod = row.program, Mesh(*row.program.mesh), pods.find(row.program.pod)
@@ -296,14 +296,14 @@ def planned(row):
   return found, [x for s in found.stages if s.name == stage for x in s.programs if x.name == name]
 
 
-@pytest.mark.parametrize('row', scale.on_gpus(True), ids=lambda row: row.title)
+@pytest.mark.parametrize('row', scale_rows.on_gpus(True), ids=lambda row: row.title)
 def test_what_fits_by_the_compiler_is_not_refused(row):
   found, (program,) = planned(row)
   assert dataclasses.astuple(program.mesh) == row.program.mesh
   assert row.gib <= program.bytes / GIB and program not in found.too_large
 
 
-@pytest.mark.parametrize('row', scale.on_gpus(False), ids=lambda row: row.title)
+@pytest.mark.parametrize('row', scale_rows.on_gpus(False), ids=lambda row: row.title)
 def test_what_does_not_fit_by_the_compiler_is_refused_or_named(row):
   found, (program,) = planned(row)
   assert program in found.may_not_fit and 'May not fit: ' in plan.text(found)
@@ -314,7 +314,7 @@ def test_what_does_not_fit_by_the_compiler_is_refused_or_named(row):
 
 def test_far_too_large_programs_are_among_the_rows():
   assert sum(row.gib > sizing.MOST_ABOVE * aot.PODS[row.program.pod][1]
-             for row in scale.on_gpus(False)) >= 2
+             for row in scale_rows.on_gpus(False)) >= 2
 
 
 def test_what_is_said_to_fit_fits():

@@ -7,7 +7,7 @@ import types
 import aot
 import jax
 import pytest
-import scale
+import scale_rows
 
 from srlm_jax import catalog, config as configs, InputError, pods
 from srlm_jax.models import llama, sizing
@@ -262,7 +262,7 @@ def test_recomputation_and_shards_save_memory(remat):
   assert base - used(Mesh(1, 16, 8), moments='bfloat16') == pytest.approx(saved)
 
 
-ROWS = [row for row in scale.rows() if row.gib]
+ROWS = [row for row in scale_rows.rows() if row.gib]
 
 
 def test_the_rows_of_the_tables_are_found():
