@@ -18,7 +18,7 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import config as configs, sharding
+from srlm_jax import config as configs, pods, sharding
 from srlm_jax.checkpoint import distribute, store
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import Packing
@@ -35,15 +35,17 @@ ENVIRONMENT = dict(
     ALLOW_MULTIPLE_LIBTPU_LOAD='true', TPU_LOG_DIR='disabled')
 MEGACORE = dict(chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1))
 CUBE = dict(wrap=(True, True, True), **MEGACORE)
-PODS = {  # name: (topology, GiB per chip); v4 and v5p are named after their cores, two per chip
-    'v5p-256': (dict(topology_name='v5:4x4x8', num_slices=1, **CUBE), 95),
-    'v4-256': (dict(topology_name='v4:4x4x8', num_slices=1, **CUBE), 32),
-    'v6e-256': (dict(topology_name='v6e:16x16', chip_config_name='default',
-                     wrap=(True, True, False)), 31),
-    '2 x v5p-128': (dict(topology_name='v5:4x4x4', num_slices=2, **CUBE), 95),
-    'v5p-8': (dict(topology_name='v5:2x2x1', num_slices=1, **MEGACORE), 95),
-    'v5p-16': (dict(topology_name='v5:2x2x2', num_slices=1, **MEGACORE), 95),
-    'v6e-8': (dict(topology_name='v6e:2x4', chip_config_name='default'), 31),
+TPUS = {  # name: topology; v4 and v5p are named after their cores, two per chip
+    'v5p-256': dict(topology_name='v5:4x4x8', num_slices=1, **CUBE),
+    'v4-256': dict(topology_name='v4:4x4x8', num_slices=1, **CUBE),
+    'v6e-256': dict(topology_name='v6e:16x16', chip_config_name='default',
+                    wrap=(True, True, False)),
+    '2 x v5p-128': dict(topology_name='v5:4x4x4', num_slices=2, **CUBE),
+    'v5p-8': dict(topology_name='v5:2x2x1', num_slices=1, **MEGACORE),
+    'v5p-16': dict(topology_name='v5:2x2x2', num_slices=1, **MEGACORE),
+    'v6e-8': dict(topology_name='v6e:2x4', chip_config_name='default')}
+PODS = {  # name: (topology, GiB per chip)
+    **{name: (topology, pods.find(name).chip.gib) for name, topology in TPUS.items()},
     **gpu.PODS}
 # Two hosts of a v6e slice of 16 x 16, as a slice of their own: without hardware, libtpu refuses to
 # compile for a part of that slice.
@@ -90,7 +92,7 @@ class Training:
     c.remat, c.accumulate = self.remat or c.remat, 1
     topology, gib = PODS[self.pod]
     data, fsdp, tensor = self.mesh
-    devices = sizing.Devices(platform(self), data * fsdp * tensor, gib * GIB,
+    devices = sizing.Devices(platform(self), data * fsdp * tensor, int(gib * GIB),
                              topology.get('num_slices', 1))
     work = sizing.Work(self.rows * data * fsdp, self.width, self.reference == 'step')
     c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
@@ -154,7 +156,7 @@ def group_mesh(pod: str) -> tuple[int, int, int]:
   """-> the mesh of the smallest group of hosts that holds 70B in bf16; a host has 4 chips."""
   chips = math.prod(map(int, re.findall(r'\d+', PODS[pod][0]['topology_name'].partition(':')[2])))
   found = sizing.sampling(configs.get('m2', '70b'), PRESETS['llama2-70b'],
-                          sizing.Devices('tpu', 4, PODS[pod][1] * GIB), chips // 4)
+                          sizing.Devices('tpu', 4, int(PODS[pod][1] * GIB)), chips // 4)
   return tuple(found[f'sample_mesh.{axis}'] for axis in sharding.NAMES)
 
 

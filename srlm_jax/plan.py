@@ -14,6 +14,7 @@ them as 2xv5p-128 or 4x8xh100.
 """
 from collections.abc import Iterator
 import dataclasses
+import functools
 import itertools
 import math
 import textwrap
@@ -98,6 +99,12 @@ class Plan:
   checkpoint_bytes: float         # of one
 
   @property
+  def stored(self) -> float:
+    """Bytes of what is kept."""
+    return (self.checkpoints * self.checkpoint_bytes
+            + sum(stage.written for stage in self.stages))
+
+  @property
   def seconds(self) -> Seconds:
     return sum((stage.seconds for stage in self.stages), Seconds(0, 0))
 
@@ -108,8 +115,18 @@ class Plan:
 
   @property
   def too_large(self) -> list[Program]:
-    """The programs that do not fit."""
+    """The programs that cannot fit: even the least that the formula allows is too much."""
+    return self.larger_than(devices(self.pod).memory * sizing.MOST_ABOVE)
+
+  @property
+  def may_not_fit(self) -> list[Program]:
+    """The programs that do not fit by the formula."""
     return self.larger_than(devices(self.pod).memory)
+
+  @property
+  def tight(self) -> list[Program]:
+    """The programs that leave less memory free than the run wants."""
+    return self.larger_than(devices(self.pod).usable)
 
   def larger_than(self, size: float) -> list[Program]:
     """The programs that need more bytes of a chip."""
@@ -144,12 +161,8 @@ def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
 
 
 def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, float]]:
-  """Yields what is read. Consecutive stages that sample from the same model read it once.
-
-  Models that the run trains are stored in float32; published ones have 16 bits.
-  """
-  def size(model):
-    return params * (4 if model in configs.MODELS[1:] else 2)
+  """Yields what is read. Consecutive stages that sample from the same model read it once."""
+  size = functools.partial(_model_bytes, params=params)
   loaded = ''
   for stage in stages:
     if stage.name in ('model', 'reference'):
@@ -163,6 +176,11 @@ def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, fl
       if model != loaded:
         yield f'{model} to sample', size(model)
       loaded = model
+
+
+def _model_bytes(model: str, params: float) -> float:
+  """Models that the run trains are stored in float32; published ones have 16 bits."""
+  return params * (4 if model in configs.MODELS[1:] else 2)
 
 
 class Planner:
@@ -313,9 +331,8 @@ class Planner:
     def parts(tokens):
       return sizing.sampler_parts(c, self.shape, mesh, slots, tokens, self.pod.platform)
     rows, width = self._prefill_shape(min(c.size, self.shape.context) - job.most)  # the longest
-    if c.int8:  # made from a copy in the dtype of activations
-      item, chips = jnp.dtype(c.dtype).itemsize, mesh.fsdp * mesh.tensor
-      both = llama.param_count(self.shape) * (item + 1) / chips
+    if c.int8:
+      both = sizing.loading_bytes(c, self.shape, mesh)
       yield Program(stage, 'loading', mesh, 0, 0, dict(weights=both), slots=slots)
     tokens = rows // mesh.parts * width
     yield Program(stage, 'prefill', mesh, rows, width, parts(tokens), slots=slots)
@@ -376,6 +393,7 @@ def _up(number: float, multiple: int) -> int:
   return math.ceil(number / multiple) * multiple
 
 
+FOR_THE_LOOP = 'size', 'last', 'ablation', 'set'  # flags that --config excludes
 # What may make a plan fit: changes of config keys, in the order in which they are tried.
 CHANGES = (
     {'mesh.data': -1, 'mesh.fsdp': -1, 'mesh.tensor': -1},
@@ -385,51 +403,88 @@ CHANGES = (
     {'sample.dtype': 'bfloat16'}, {'sample.int8': True}, {'sample.size': 2048})
 
 
-def refuse_too_large(plan: Plan, lengths: dict[str, float]):
-  """Raises InputError if a program does not fit, with what would fit."""
+def refuse_too_large(plan: Plan, lengths: dict[str, float], flag: str = '--config.'):
+  """Raises InputError if a program cannot fit, with what would fit; `flag`: what sets a key."""
   if not plan.too_large:
     return
   worst = max(plan.too_large, key=lambda program: program.bytes)
-  fitting = ' or '.join(_what_fits(plan, lengths))
   raise InputError(
       f'{plan.config.name} of size {plan.config.size} does not fit on {plan.pod.name}: '
-      f'{worst.name} of the stage {worst.stage} needs {worst.bytes / GIB:,.1f} GiB per chip, which '
-      f'has {plan.pod.chip.gib}; '
-      + (f'what fits: {fitting}' if fitting else 'nothing that a plan tries fits'))
+      f'{worst.name} of the stage {worst.stage} needs {worst.bytes / GIB:,.1f} GiB per chip '
+      f'by formula, {_bound()}, and a chip has {plan.pod.chip.gib}; '
+      f'{_remedies(plan, lengths, flag)}')
 
 
-def _what_fits(plan: Plan, lengths: dict[str, float]) -> Iterator[str]:
-  """Yields changes of the config that make it fit, one or two at once, and the smallest pod."""
+def _remedies(plan: Plan, lengths: dict[str, float], flag: str) -> str:
+  """What fits instead of a plan, in words."""
+  found = ' or '.join(_what_fits(plan, lengths, flag))
+  return (f'what fits{_legend(found, plan.pod)}: {found}' if found
+          else 'nothing that a plan tries fits')
+
+
+def _bound() -> str:
+  return f'which is up to {sizing.MOST_ABOVE - 1:.0%} above the compiler\'s figure'
+
+
+def _mark(plans: list[Plan]) -> str:
+  """What is said of the memory of a pod behind its name."""
+  if any(plan.may_not_fit for plan in plans):
+    return ' (may not fit)'
+  return ' (tight)' if any(plan.tight for plan in plans) else ''
+
+
+def _legend(text: str, pod: Pod) -> str:
+  """What `_mark` means, if a text contains it."""
+  share = sizing.USABLE[pod.platform]
+  return f' (tight: more than {share:.0%} of the memory)' if '(tight)' in text else ''
+
+
+def _what_fits(plan: Plan, lengths: dict[str, float], flag: str) -> Iterator[str]:
+  """Yields changes of the config that make it fit, one or two at once, and the smallest pod.
+
+  What leaves the memory free that the run wants comes before what is tight.
+  """
   config = plan.config
   known = [change for change in CHANGES if any(
       catalog.look_up(config, key) != value for key, value in change.items())]
-  def texts(changes):
-    return [' '.join(f'--config.{key}={value}' for change in some for key, value in change.items())
-            for some in changes if _fits(config, plan.pod, some, lengths)]
-  yield from texts(itertools.combinations(known, 1)) or texts(itertools.combinations(known, 2))[:1]
+  def texts(count, is_tight):
+    for some in itertools.combinations(known, count):
+      if (found := _fitting(config, plan.pod, some, lengths)) and bool(found.tight) == is_tight:
+        yield ' '.join(f'{flag}{key}={value}' for change in some for key, value in change.items()
+                       ) + _mark([found])
+  for is_tight in (False, True):
+    if changes := [*texts(1, is_tight)] or [*itertools.islice(texts(2, is_tight), 1)]:
+      yield from changes
+      break
   larger = [pod for pod in pods.of_kind(plan.pod.kind) if pod.chips > plan.pod.chips]
   others = [pod for kind in pods.KINDS if kind != plan.pod.kind for pod in pods.of_kind(kind)]
-  for some in (larger, others):
-    if found := next((pod for pod in some if _fits(config, pod, (), lengths)), None):
-      yield f'--pod={found.name}'
+  for is_tight, some in itertools.product((False, True), (larger, others)):
+    fitting = (found for pod in some if (found := _fitting(config, pod, (), lengths)))
+    if found := next((found for found in fitting if bool(found.tight) == is_tight), None):
+      yield f'--pod={found.pod.name}{_mark([found])}'
       return
 
 
-def _fits(config, pod: Pod, changes, lengths: dict[str, float]) -> bool:
-  """Whether a config with these changes fits on a pod."""
+def _fitting(config, pod: Pod, changes, lengths: dict[str, float]) -> Plan | None:
+  """-> the plan of a config with these changes on a pod, None if it does not fit by the formula."""
   values = {key: value for change in changes for key, value in change.items()}
   try:
-    return not make(catalog.replace(config, values), pod, lengths).too_large
-  except InputError:  # no mesh of the pod divides the model
-    return False
+    changed = catalog.replace(config, values)
+    configs.check(changed)
+    plan = make(changed, pod, lengths)
+  except InputError:  # the change is invalid, or no mesh of the pod divides the model
+    return None
+  return None if plan.may_not_fit else plan
 
 
 def cheaper(plans: list[Plan], lengths: dict[str, float]) -> Iterator[list[Plan]]:
   """Yields the plans for the smaller pods of the same chip on which everything fits."""
   pod = plans[0].pod
   for smaller in pods.of_kind(pod.kind):
-    if smaller.chips < pod.chips and all(_fits(p.config, smaller, (), lengths) for p in plans):
-      yield [make(p.config, smaller, lengths) for p in plans]
+    if smaller.chips < pod.chips:
+      found = [_fitting(plan.config, smaller, (), lengths) for plan in plans]
+      if all(found):
+        yield found
 
 
 def text(plan: Plan) -> str:
@@ -445,9 +500,7 @@ def text(plan: Plan) -> str:
   for program in (p for stage in plan.stages for p in stage.programs):
     table.append(_memory(program))
   lines.append(results.aligned(table))
-  if tight := {p.stage: None for p in plan.larger_than(devices(pod).usable)}:
-    lines.append(_wrapped(f'More than {sizing.USABLE[pod.platform]:.0%} of the memory, which may '
-                          f'fail: {", ".join(tight)}.'))
+  lines += map(_wrapped, _warnings(plan))
   lines.append('\nTime of every stage:')
   table = [['stage', 'model', 'work', 'floor', 'estimate', 'chip-hours by the estimate']]
   for stage in plan.stages:
@@ -465,6 +518,20 @@ def text(plan: Plan) -> str:
   return '\n'.join(lines)
 
 
+def _warnings(plan: Plan) -> Iterator[str]:
+  """Yields a sentence about the stages that may not fit, and one about those that are tight."""
+  pod, above = plan.pod, plan.may_not_fit
+  if above:
+    largest = {}
+    for program in above:
+      largest[program.stage] = max(largest.get(program.stage, 0), program.bytes / GIB)
+    stages = ', '.join(f'{stage} with {gib:,.1f} GiB' for stage, gib in largest.items())
+    yield f'May not fit: {stages} by formula, {_bound()}.'
+  if tight := {program.stage: None for program in plan.tight if program not in above}:
+    yield (f'More than {sizing.USABLE[pod.platform]:.0%} of the memory, which may fail: '
+           f'{", ".join(tight)}.')
+
+
 def _memory(program: Program) -> list[str]:
   """A line of the table of programs."""
   parts, mesh = program.parts, program.mesh
@@ -480,7 +547,7 @@ def _memory(program: Program) -> list[str]:
 
 
 def _wrapped(text: str) -> str:
-  return textwrap.fill(text, 100)
+  return textwrap.fill(text, 100, break_on_hyphens=False)  # which names of pods have
 
 
 def _times(seconds: Seconds) -> list[str]:
@@ -528,20 +595,34 @@ def show_cheaper(plans: list[Plan], lengths: dict[str, float]) -> str:
   table = [['pod', 'chips', 'floor', 'estimate', 'chip-hours by the estimate']]
   for some in found:
     seconds = sum((plan.seconds for plan in some), Seconds(0, 0))
-    table.append([some[0].pod.name, str(some[0].pod.chips), *_times(seconds),
+    table.append([some[0].pod.name + _mark(some), str(some[0].pod.chips), *_times(seconds),
                   f'{sum(plan.chip_hours for plan in some):,.1f}'])
-  start = 'Smaller pods on which everything fits:' if len(found) > 1 else 'No smaller pod fits:'
-  return f'{start}\n{results.aligned(table)}'
+  start = 'Smaller pods on which everything fits' if len(found) > 1 else 'No smaller pod fits'
+  lines = results.aligned(table)
+  return f'{start}{_legend(lines, plans[0].pod)}:\n{lines}'
 
 
-def report(planned: list[ConfigDict], pod: Pod, lengths: dict[str, float]) -> Iterator[str]:
-  """Yields the parts of the printed plan; raises InputError for a model that does not fit."""
-  plans = []
+def _total(plans: list[Plan]) -> str:
+  """A sentence on the storage of the whole loop."""
+  config = plans[0].config
+  m0 = _model_bytes('m0', llama.param_count(PRESETS[config.model]))
+  return (f'Storage of the whole loop: {_gb(m0 + sum(plan.stored for plan in plans))}, M0 with '
+          f'{_gb(m0)} included.')
+
+
+def report(planned: list[ConfigDict], pod: Pod, lengths: dict[str, float],
+           is_loop: bool = False) -> Iterator[str]:
+  """Yields the parts of the printed plan; raises InputError for a model that cannot fit."""
+  plans, flag = [], '--set=' if is_loop else '--config.'
   for config in planned:
     configs.check(config)
     plans.append(make(config, pod, lengths))
-    refuse_too_large(plans[-1], lengths)
+    refuse_too_large(plans[-1], lengths, flag)
     yield f'{text(plans[-1])}\n'
+    if plans[-1].may_not_fit:
+      yield _wrapped(f'For {config.name}, {_remedies(plans[-1], lengths, flag)}.') + '\n'
+  if is_loop:
+    yield f'{_total(plans)}\n'
   yield f'{show_cheaper(plans, lengths)}\n'
   yield notes(pod, lengths)
 
@@ -566,12 +647,15 @@ def main(argv):
   pod = pods.find(f.pod)
   lengths = {name: f[name].value for name in LENGTHS}
   if f.config:
+    if ignored := [f'--{name}' for name in FOR_THE_LOOP if f[name].present]:
+      raise InputError(f'{" and ".join(ignored)} cannot be combined with --config: name the size '
+                       'as in --config=iter2:70b, and change keys by --config.KEY=VALUE')
     planned = [f.config]
   else:
     changes = [*ablations.changes(f.ablation, f.size), *f.set]
     names = configs.MODELS[1:configs.MODELS.index(f.last) + 1]
     planned = [loop.load_config(name, f.size, '', '', changes) for name in names]
-  for part in report(planned, pod, lengths):
+  for part in report(planned, pod, lengths, is_loop=not f.config):
     print(part)
 
 

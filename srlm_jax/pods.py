@@ -15,10 +15,11 @@ class Chip:
   flops: float      # bf16, per second
   bandwidth: float  # bytes per second of HBM
   link: float       # bytes per second
-  gib: float = 0    # of memory that JAX has
+  gib: float = 0    # of memory that a program may have; libtpu gives it 30.75 of v4's 32
 
 
-CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9, 32), 'v5e': Chip(1.5e9, 197e12, 819e9, 45e9),
+CHIPS = {'v4': Chip(1.05e9, 275e12, 1228e9, 45e9, 30.75),
+         'v5e': Chip(1.5e9, 197e12, 819e9, 45e9),
          'v5p': Chip(1.75e9, 459e12, 2765e9, 90e9, 95),
          'v6e': Chip(1.75e9, 918e12, 1640e9, 90e9, 31),
          'h100': Chip(1.98e9, 989e12, 3350e9, 225e9, 75.2),

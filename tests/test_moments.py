@@ -35,8 +35,11 @@ def test_the_expectation_of_a_rounded_value_is_the_value(x):
 
 def test_zero_infinity_nan_and_values_of_bfloat16_stay_as_they_are():
   values = jnp.asarray([0.0, -0.0, 1.0, -1.5, math.inf, -math.inf, math.nan, 2.0**-126])
+  nans = jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], jnp.uint32)  # the last one is signalling
+  values = jnp.concatenate([values, jax.lax.bitcast_convert_type(nans, jnp.float32)])
   for bits in (0, 1, 2**15, 2**16 - 1, 2**32 - 1):
     found = moments.round_stochastically(values, jnp.full(values.shape, bits, jnp.uint32))
+    assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(float32(found), values)
 
 

@@ -35,6 +35,7 @@ TABLES = 3     # gathered embeddings or heads
 STREAMS = 4.5  # whole residual streams of the current layer, on every chip of a tensor group
 HIDDEN = 13    # activations of its heads and its feed-forward layer, and their gradients
 UNUSED = dict(cpu=3.5, gpu=1.5, tpu=3.5)  # bytes per parameter: space between buffers
+MOST_ABOVE = 1.15  # memory by formula / by the compiler, at most: tests/test_sizing.py
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 LEAST_SLOTS = 16  # per copy of the weights, for which a group of hosts must have memory
 
@@ -211,7 +212,7 @@ def sampling(config, shape: Config, host: Devices, hosts: int = 1) -> dict[str, 
   weights or several. The smallest group that holds the weights, and the cache of the slots or of
   LEAST_SLOTS; if none does, all hosts. The mesh: the smallest tensor axis with which the weights
   take at most WEIGHTS of the memory, or the largest. Then the most slots, a power of two per copy
-  of the weights, whose cache fits.
+  of the weights, that fit by `sampler_parts` beside the longest prefill.
   """
   for devices in _groups(config.sample_mesh, host, hosts):
     mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices),
@@ -243,21 +244,27 @@ def _groups(given, host: Devices, hosts: int) -> list[Devices]:
 
 
 def _sampling_cost(c, shape: Config, devices: Devices, mesh: Mesh):
-  over = max(_sampling_weights(c, shape, mesh) - WEIGHTS * devices.memory, 0)
+  over = max(loading_bytes(c, shape, mesh) - WEIGHTS * devices.memory, 0)
   return over, mesh.fsdp, mesh.tensor
 
 
-def _sampling_weights(c, shape: Config, mesh: Mesh) -> float:
-  """-> bytes of one device; int8 weights are made from a copy in the dtype of activations."""
+def loading_bytes(c, shape: Config, mesh: Mesh) -> float:
+  """-> bytes of one device that a sampler's weights take when they are loaded.
+
+  int8 weights are made from a copy in the dtype of activations, which is freed before there is a
+  cache.
+  """
   bytes_per_weight = jnp.dtype(c.dtype).itemsize + c.int8
   return llama.param_count(shape) * bytes_per_weight / (mesh.fsdp * mesh.tensor)
 
 
 def _fitting_slots(c, shape: Config, devices: Devices, mesh: Mesh) -> float:
-  """-> the slots per copy of the weights whose cache fits beside them."""
-  tokens = 2 * shape.layers * shape.K * min(c.size, shape.context) * shape.H
-  row = tokens * jnp.dtype(c.dtype).itemsize / mesh.tensor  # bytes of one device
-  return (devices.usable - _sampling_weights(c, shape, mesh)) / row * mesh.fsdp
+  """-> the slots per copy of the weights that fit beside the longest prefill."""
+  if loading_bytes(c, shape, mesh) > devices.usable:
+    return 0
+  none, one = (sum(sampler_parts(c, shape, mesh, slots, min(c.size, shape.context),
+                                 devices.platform).values()) for slots in (0, mesh.parts))
+  return (devices.usable - none) / (one - none) * mesh.fsdp
 
 
 def sampler_parts(c, shape: Config, mesh: Mesh, slots: int, tokens: int,

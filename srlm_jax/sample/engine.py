@@ -333,7 +333,7 @@ def refuse_too_large(config, folder):
   weights = llama.param_count(shape) * weight_bytes * config.sample_mesh.data
   cache = 2 * shape.layers * c.slots * shape.K * size * shape.H * itemsize
   here = hosts.memory() * count // jax.process_count()
-  if weights + cache > here:
+  if max(weights, (weights // weight_bytes if c.int8 else weights) + cache) > here:
     where = 'this host has' if count == 1 else f'a group of {count} hosts has'
     raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} '
                      f'for {c.slots} rows of {size} tokens, and {where} {here:,}; lower '

@@ -36,11 +36,12 @@ def scale_by_adam(b1: float, b2: float) -> optax.GradientTransformationExtraArgs
 def round_stochastically(x, bits):
   """x in float32 -> bfloat16, one of its two neighbours; its expectation is x.
 
-  `bits`: random uint32 of the same shape, whose low 16 are used. Zero, infinity and values of
+  `bits`: random uint32 of the same shape, whose low 16 are used. Zero, infinity, NaN and values of
   bfloat16 stay as they are.
   """
   raised = jax.lax.bitcast_convert_type(x, jnp.uint32) + (bits & 0xFFFF)
-  return jax.lax.bitcast_convert_type((raised >> 16).astype(jnp.uint16), jnp.bfloat16)
+  rounded = jax.lax.bitcast_convert_type((raised >> 16).astype(jnp.uint16), jnp.bfloat16)
+  return jnp.where(jnp.isnan(x), jnp.nan, rounded)  # the sum of a NaN and the bits may overflow
 
 
 def _draw(key, path, x):

@@ -6,10 +6,9 @@ import re
 import aot
 from conftest import ROOT
 
-# Of programs in the text, or in a table that has no columns for pod and rows: (loss, reference,
-# rows, recomputation, GiB), all 70B with mesh 1, 16, 8 on v5p-256.
-OTHERS = (('dpo', 'step', 1, 'none', 35.9), ('dpo', 'step', 1, 'full', 12.1),
-          ('dpo', 'step', 1, 'dots', 17.4))
+DOCS = (ROOT / 'docs/scale.md').read_text()
+# A program in the text and in a table without columns for pod and rows; the recomputation is named.
+OTHERS = aot.Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +17,7 @@ class Row:
   program: aot.Training | aot.Sampler
   gib: float | None    # per chip; None if the table has no such column
   middle: float | None  # ms
+  formula: float | None = None  # GiB per chip by formula, as docs/scale.md has it
 
   @property
   def title(self):
@@ -26,18 +26,31 @@ class Row:
 
 
 def rows() -> list[Row]:
+  """All programs of the page that have GiB or milliseconds."""
+  lines = tables(DOCS)
+  others = [(line['recomputed'], line['GiB']) for line in lines
+            if line.get('residual stream') == 'split over the sequence']
+  others += re.findall(r'\(`(none)`\)[^`]* and\s+([\d.]+) GiB', DOCS)
+  return in_tables(DOCS) + [Row(dataclasses.replace(OTHERS, remat=remat), float(gib), None)
+                            for remat, gib in others]
+
+
+def in_tables(text: str) -> list[Row]:
   """All rows that name a program, a pod and rows, and have GiB or milliseconds."""
   found = []
-  for line in tables((ROOT / 'docs/scale.md').read_text()):
+  for line in tables(text):
     gib = line.get('total') or line.get('total, GiB') or line.get('GiB')
     middle = line.get('middle, ms')
     line['pod'] = line.get('pod') or line.get('GPUs')
     if line['pod'] and {'program', 'rows'} <= line.keys() and (gib or middle):
-      found.append(Row(program(line), _number(gib), _number(middle)))
-  for loss, reference, count, remat, gib in OTHERS:
-    one = aot.Training('70b', loss, 'v5p-256', (1, 16, 8), reference, remat, count)
-    found.append(Row(one, gib, None))
+      found.append(Row(program(line), *map(_number, (gib, middle, line.get('by formula')))))
   return found
+
+
+def on_gpus(fits: bool) -> list[Row]:
+  """The rows of the table of what fits on GPUs, or of what does not."""
+  fitting, rest = re.search(r'\nFit:\n(.*)\nDo not fit:\n(.*?)\n#', DOCS, re.DOTALL).groups()
+  return in_tables(fitting if fits else rest)
 
 
 def program(line: dict[str, str]) -> aot.Training | aot.Sampler:
