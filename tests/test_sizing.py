@@ -145,7 +145,8 @@ def test_an_impossible_mesh_is_refused():
     (Devices('tpu', 4, 95 * GIB), 32, {'sample_mesh.tensor': 8}, (1, 1, 8, 256)),
     (Devices('tpu', 4, 95 * GIB), 32, {'sample_mesh.data': 2, 'sample_mesh.fsdp': 1,
                                        'sample_mesh.tensor': 8}, (2, 1, 8, 512)),
-    (Devices('tpu', 4, 16 * GIB), 1, {}, (1, 1, 4, 1))], ids=str)  # refused when it is loaded
+    (Devices('tpu', 4, 16 * GIB), 1, {}, (1, 1, 4, 1)),  # these are refused when it is loaded
+    (Devices('tpu', 4, 16 * GIB), 8, {}, (1, 1, 4, 1))], ids=str)
 def test_a_group_is_the_fewest_hosts_that_hold_weights_and_cache(host, hosts, given, expected):
   assert sample('70b', host, hosts, **given) == expected
   with pytest.raises(InputError, match='tensor=64, and no such mesh over the 64 devices divides'):

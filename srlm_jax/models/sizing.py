@@ -210,17 +210,20 @@ def sampling(config, shape: Config, host: Devices, hosts: int = 1) -> dict[str, 
 
   `host`: the devices of one of the `hosts`, which divide into groups; each group has a copy of the
   weights or several. The smallest group that holds the weights, and the cache of the slots or of
-  LEAST_SLOTS; if none does, all hosts. The mesh: the smallest tensor axis with which the weights
-  take at most WEIGHTS of the memory, or the largest. Then the most slots, a power of two per copy
-  of the weights, that fit by `sampler_parts` beside the longest prefill.
+  LEAST_SLOTS; if none does, the one with most room. The mesh: the smallest tensor axis with which
+  the weights take at most WEIGHTS of the memory, or the largest. Then the most slots, a power of
+  two per copy of the weights, that fit by `sampler_parts` beside the longest prefill.
   """
+  found, slots = [], config.sample.slots
   for devices in _groups(config.sample_mesh, host, hosts):
     mesh = min(_meshes(config.sample_mesh, 'sample_mesh', shape, devices),
                key=lambda mesh: _sampling_cost(config.sample, shape, devices, mesh))
     fit = _fitting_slots(config.sample, shape, devices, mesh)
-    slots = config.sample.slots
+    found.append((fit, mesh))
     if fit >= (LEAST_SLOTS if configs.is_open(slots) else slots / mesh.data):
       break
+  else:
+    fit, mesh = max(found, key=lambda pair: pair[0])
   if configs.is_open(slots):
     most = max(min(fit, MOST_SLOTS[host.platform]), 1)
     slots = mesh.data * 2**int(math.log2(most))

@@ -337,7 +337,8 @@ def refuse_too_large(config, folder):
     where = 'this host has' if count == 1 else f'a group of {count} hosts has'
     raise InputError(f'sampling from {folder} needs {weights:,} bytes for weights and {cache:,} '
                      f'for {c.slots} rows of {size} tokens, and {where} {here:,}; lower '
-                     f'config.sample.slots or config.sample.size, or use larger or more hosts')
+                     f'config.sample.slots or config.sample.size, set config.sample.int8=True or a '
+                     f'larger config.sample_mesh.fsdp, or use larger hosts')
 
 
 def group(config) -> hosts.Group:
