@@ -26,9 +26,8 @@ def saved(tmp_path, tokenizer_folder, mesh):
   return tmp_path, params
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_every_device_gets_its_part_of_every_array(saved, dtype):
-  folder, params = saved
+def test_every_device_gets_its_part_of_every_array(saved):
+  (folder, params), dtype = saved, 'bfloat16'
   for sizes in MESHES:
     mesh = make_mesh(*sizes)
     if mesh.size != jax.device_count():

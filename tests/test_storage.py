@@ -299,6 +299,7 @@ def in_upload(name):
       quoted in path or name.encode() in body[:300])
 
 
+@pytest.mark.slow
 def test_a_training_in_a_bucket_that_is_killed_ends_like_one_on_a_disk(bucket, demo, mesh):
   path, requests = bucket
   upload(demo[0], path, 'm2/model', 'm3')
@@ -314,6 +315,7 @@ def test_a_training_in_a_bucket_that_is_killed_ends_like_one_on_a_disk(bucket, d
       demo[0] / 'm2' / 'model')
 
 
+@pytest.mark.slow
 def test_sampling_in_a_bucket_that_is_killed_ends_with_the_same_bytes(bucket, demo):
   path, requests = bucket
   upload(demo[0], path, 'm2/respond', 'm2/model', 'm3')
@@ -416,6 +418,7 @@ def test_a_study_in_a_bucket_copies_what_its_runs_share(bucket):
   assert study.overview(path).splitlines()[1].split()[:2] == ['loop', '5']
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_in_a_bucket_equals_that_on_a_disk(bucket, demo):
   path, _ = bucket
   upload(demo[0], path / demo[0].name, 'm0/model/steps', 'm1/model/steps', 'm2/model/steps',

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 import numpy as np
 import pytest
 
-from srlm_jax import sharding, torus
+from srlm_jax import InputError, sharding, torus
 
 CUBE, SQUARE = (True, True, True), (True, True, False)
 # name: (device kind, chips along x, y, z, which of the three are rings)
@@ -199,7 +199,7 @@ def test_the_chips_of_one_host_need_not_lie_at_the_origin():
              and d.coords[2] == 5]
   grid = sharding.make_mesh(1, 2, 2, devices).devices
   assert sorted(d.id for d in grid.flat) == sorted(d.id for d in devices)
-  with pytest.raises(ValueError, match='do not form a mesh'):
+  with pytest.raises(InputError, match='do not form a mesh'):
     sharding.make_mesh(1, 1, 3, devices[:3])
 
 
