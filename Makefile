@@ -87,7 +87,7 @@ aot-full: aot  ## also the tables of docs/scale.md; hours on 2 cores
 	.venv-aot/bin/python bench/cycles.py --plain --remat=full --only='reference step | v5p-256'
 	.venv-aot/bin/python bench/cycles.py --meshes
 
-aot-gpu: .venv-aot-gpu/.installed  ## compiles the 7B and 70B programs for H100 and H200, without hardware; about half an hour
+aot-gpu: .venv-aot-gpu/.installed  ## compiles the 7B and 70B programs for H100 and H200, without hardware; about 8 minutes
 	.venv-aot-gpu/bin/python bench/scale_gpu.py
 
 # The programs that the benchmarks compare with, each in an environment of its own. pip must find the
