@@ -15,7 +15,8 @@ import tempfile
 from jax._src import xla_bridge
 from jax.experimental import topologies
 
-GIB = 2**30
+from srlm_jax import pods
+
 # What the CUDA driver reports of the SXM modules, as in the files h100_sxm.txtpb and h200.txtpb of
 # XLA: bytes of memory, bytes per second.
 CHIPS = {'h100': (84_942_979_072, 3_352_320_000_000), 'h200': (151_397_597_184, 4_800_000_000_000)}
@@ -36,9 +37,6 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 13 }}
 device_description_str: "{chip}"'''
 PER_HOST = 8
-# Of the memory, what JAX takes with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. The rest is left to CUDA,
-# NCCL and cuDNN. JAX's own default is 0.75.
-USABLE = 0.95
 OPTIONS = dict(xla_gpu_autotune_level=0)  # autotuning would run programs on a GPU
 ATTENTION = {'cuDNN': r'"__cudnn\$fmha', 'Triton': r'"__gpu\$xla\.gpu\.triton"'}
 
@@ -47,10 +45,10 @@ def _pod(chip: str, hosts: int) -> tuple[dict, float]:
   memory, bandwidth = CHIPS[chip]
   text = DESCRIPTION.format(chip=chip, memory=memory, bandwidth=bandwidth)
   topology = dict(topology_name=chip, target_config=text, topology=f'1x{hosts}x{PER_HOST}')
-  return topology, round(memory * USABLE / GIB, 1)
+  return topology, pods.CHIPS[chip].gib
 
 
-# {name: (topology, GiB per GPU)}
+# {name: (topology, GiB per GPU)}: 95 % of its memory; the rest is left to CUDA, NCCL and cuDNN.
 PODS = {f'{hosts * PER_HOST} x {chip}': _pod(chip, hosts) for chip in CHIPS for hosts in (1, 2)}
 
 

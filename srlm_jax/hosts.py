@@ -6,6 +6,7 @@ import json
 import os
 
 import jax
+from jax._src import distributed  # the key-value store of the hosts has no public interface
 from jax._src.lib import _jax  # jax.distributed has no argument for a callback
 from jax.experimental import multihost_utils
 import numpy as np
@@ -33,6 +34,11 @@ def join(timeout: int, lost: Callable):
                                  int(os.environ['SRLM_HOST']), **options)
   finally:
     _jax.get_distributed_runtime_client = make_client
+
+
+def store():
+  """The key-value store that the hosts of a run share."""
+  return distributed.global_state.client
 
 
 def is_first_host() -> bool:

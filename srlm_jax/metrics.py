@@ -20,9 +20,10 @@ class Writer:
     self._file = storage.growing(epath.Path(folder) / 'metrics.jsonl')
     self.kept, size = [], 0
     for line in self._file.lines():  # steps ascend, and a kill may have cut off the last line
-      if not line.endswith(b'}\n') or json.loads(line)['step'] > step:
+      scalars = json.loads(line) if line.endswith(b'}\n') else None
+      if scalars is None or scalars['step'] > step:
         break
-      self.kept.append(json.loads(line))
+      self.kept.append(scalars)
       size += len(line)
     self._file.truncate(size)
     self._events = storage.Mirror(epath.Path(folder) / 'tensorboard')

@@ -19,7 +19,7 @@ import threading
 import time
 
 import jax
-from jax._src import distributed  # the key-value store of the hosts has no public interface
+from jax._src import distributed  # jax.process_index() may wait for another thread
 from jax._src.lib import utils
 
 from srlm_jax import hosts, lock, preemption
@@ -59,7 +59,7 @@ class _Watch:
   """What this process knows of the others."""
 
   def __init__(self):
-    self._is_over = threading.Event()  # what the others do has no effect any more
+    self._is_over = threading.Event()  # the end of another host has no effect now
     self._code = 1                     # with which this process then exits
     self._exits = threading.Lock()
     self._notes = {}     # {host: (its last note, when it changed)}
@@ -72,7 +72,7 @@ class _Watch:
     try:
       hosts.join(TIMEOUT, self._lost)
       self._note(0)
-      _store().wait_at_barrier('srlm/noted', hosts.JOIN * 1000)
+      hosts.store().wait_at_barrier('srlm/noted', hosts.JOIN * 1000)
       self._look()
     except RuntimeError as error:
       if 'bad_cast' not in str(error):  # what is left of a status, see `_call_in_place_of_abort`
@@ -92,9 +92,9 @@ class _Watch:
     if _count() == 1:
       return
     try:
-      _store().wait_at_barrier('srlm/end', FOREVER)
+      hosts.store().wait_at_barrier('srlm/end', FOREVER)
       if _index() == 0:
-        _store().key_value_set('srlm/failed', NO_HOST)
+        hosts.store().key_value_set('srlm/failed', NO_HOST)
     except jax.errors.JaxRuntimeError as error:
       self._await_reason(error)
       raise
@@ -112,7 +112,7 @@ class _Watch:
       self._await_reason(error)
       self._is_over.set()
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host failed before
-        _store().key_value_set('srlm/failed', str(_index()))
+        hosts.store().key_value_set('srlm/failed', str(_index()))
       atexit.register(self._depart, 1)
 
   def _await_reason(self, error: BaseException):
@@ -132,12 +132,12 @@ class _Watch:
 
   def _note(self, number: int):
     """Changes the note of this host."""
-    _store().key_value_set(f'srlm/notes/{_index()}', f'{number} {socket.gethostname()}',
-                           allow_overwrite=True)
+    hosts.store().key_value_set(f'srlm/notes/{_index()}', f'{number} {socket.gethostname()}',
+                                allow_overwrite=True)
 
   def _look(self):
     """Reads the notes of all hosts."""
-    found = _store().key_value_dir_get('srlm/notes/')
+    found = hosts.store().key_value_dir_get('srlm/notes/')
     self._looked = time.monotonic()
     for key, note in found:
       host = int(key.rpartition('/')[2])
@@ -147,7 +147,7 @@ class _Watch:
   def _heed_failure(self):
     """Exits when another host has ended with an error."""
     try:
-      failed = _store().blocking_key_value_get('srlm/failed', FOREVER)
+      failed = hosts.store().blocking_key_value_get('srlm/failed', FOREVER)
     except jax.errors.JaxRuntimeError:  # XLA calls `_lost`
       return
     if failed == NO_HOST:
@@ -182,10 +182,10 @@ class _Watch:
   def _depart(self, code: int):
     """Exits without JAX's barrier of all hosts."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-      _store().key_value_set(f'srlm/departed/{_index()}', '')
+      hosts.store().key_value_set(f'srlm/departed/{_index()}', '')
       deadline = time.monotonic() + FAREWELL
       while (_index() == 0 and time.monotonic() < deadline and
-             len(_store().key_value_dir_get('srlm/departed/')) < _count()):
+             len(hosts.store().key_value_dir_get('srlm/departed/')) < _count()):
         time.sleep(0.1)
     self._flush_and_exit(code)
 
@@ -221,12 +221,8 @@ def _call_in_place_of_abort(lost):
 _kept = []  # C++ calls them later
 
 
-def _store():
-  return distributed.global_state.client
-
-
 def _index() -> int:
-  return distributed.global_state.process_id  # jax.process_index() may wait for another thread
+  return distributed.global_state.process_id
 
 
 def _count() -> int:

@@ -12,7 +12,6 @@ import threading
 import time
 
 import jax
-from jax._src import distributed  # the key-value store of the hosts has no public interface
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -80,10 +79,10 @@ def _exchange(title: str):
   global _looked
   if jax.process_count() > 1:
     if requested():
-      _store().key_value_set('srlm/stop/now', title, allow_overwrite=True)
+      hosts.store().key_value_set('srlm/stop/now', title, allow_overwrite=True)
     elif time.monotonic() - _looked > POLL:
       _looked = time.monotonic()
-      if _store().key_value_dir_get('srlm/stop/'):
+      if hosts.store().key_value_dir_get('srlm/stop/'):
         _received.set()
 
 
@@ -104,13 +103,13 @@ def together(title: str):
     yield
     if jax.process_count() == 1:
       return
-    _store().key_value_set(f'{block}/ended/{jax.process_index()}', title)
-    while not (decided := _store().key_value_dir_get(f'{block}/decided/')):
+    hosts.store().key_value_set(f'{block}/ended/{jax.process_index()}', title)
+    while not (decided := hosts.store().key_value_dir_get(f'{block}/decided/')):
       _exchange(title)
-      ended = len(_store().key_value_dir_get(f'{block}/ended/'))
+      ended = len(hosts.store().key_value_dir_get(f'{block}/ended/'))
       if requested() or ended == jax.process_count():
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host has decided
-          _store().key_value_set(f'{block}/decided/stop', str(int(requested())))
+          hosts.store().key_value_set(f'{block}/decided/stop', str(int(requested())))
       else:
         time.sleep(POLL / 10)
     if decided[0][1] == '1':
@@ -142,7 +141,3 @@ class Agreement:
           NamedSharding(self._mesh, P('hosts')), mine))
     last, self._last = self._last, found
     return last is not None and bool(last.addressable_data(0))
-
-
-def _store():
-  return distributed.global_state.client

@@ -146,7 +146,7 @@ class Store(dict):
 
 def test_all_hosts_or_none_stop_if_sigterm_arrives_when_a_stage_ends(monkeypatch):
   store, thread, blocks = Store(), threading.local(), threading.local()
-  monkeypatch.setattr(preemption, '_store', lambda: store)
+  monkeypatch.setattr(hosts, 'store', lambda: store)
   monkeypatch.setattr(preemption, '_blocks', iter(lambda: next(blocks.count), None))
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   monkeypatch.setattr(jax, 'process_index', lambda: thread.index)
