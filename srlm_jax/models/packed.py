@@ -2,6 +2,8 @@
 
 `attention.packed` does the same in plain XLA.
 """
+import functools
+
 import flax
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -22,9 +24,9 @@ BLOCK = 512  # queries and keys per block of splash attention
 class Causal:
   """Each row is one example, from position 0; plain XLA on every platform."""
 
-  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer, *, window: int | None):
     """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H]; there is no cache."""
-    return attention.causal(q, k, v), cache
+    return attention.causal(q, k, v, window=window), cache
 
 
 @flax.struct.dataclass
@@ -32,10 +34,11 @@ class Packed:
   """Rows hold several examples."""
   segments: Segments
 
-  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer, *, window: int | None):
     """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H]; there is no cache."""
+    window = attention.below(q.shape[1], window)
     local = jax.shard_map(
-        kernels.packed, out_specs=spec('BTKGH'), check_vma=False,
+        functools.partial(kernels.packed, window=window), out_specs=spec('BTKGH'), check_vma=False,
         in_specs=(spec('BTKGH'), spec('BTKH'), spec('BTKH'), spec('BT')))
     return local(q, k, v, self.segments), cache
 
