@@ -35,12 +35,12 @@ def slow(*values):
   return [pytest.param(x, marks=pytest.mark.slow) for x in values]
 
 
-# In turn: several blocks, from the prefix of some rows and from after that of others; the token
-# itself; less than a block; about two blocks; the longest row but one token; more than any row.
-WINDOWS = [400, *slow(1, 20, 200, 639, 1000)]
-K, G, H, S, W = SHAPE = 4, 2, 128, 384, 256
+# In turn: part of two blocks, within the prefix of the last row; the token itself; less than a
+# block; two blocks and more; more than the own keys of any row; all but the first token of the
+# longest row; more than any row.
+WINDOWS = [100, *slow(1, 20, 200, 400, 639, 1000)]
+K, G, H, S = 4, 2, 128, 384
 LENGTH = np.array([1, 128, S, S - 100, S // 2, 0, 129, 7])  # block boundaries; an idle row
-PREFIX_LENGTH = np.array([0, W, W // 3, 0, W, W // 2, 1, W])
 BUSY = LENGTH > 0
 
 
@@ -54,28 +54,24 @@ def visible(position, prefix_length, W, S, window):
   return mask
 
 
-def wanted_decode(q, cache, layer, prefix, window):
-  mask = visible((PREFIX_LENGTH + LENGTH - 1)[:, None], PREFIX_LENGTH, W, S, window)
-  return attend(q[:, None], cache.k[layer], cache.v[layer], layer, prefix, mask)[BUSY, 0]
-
-
-
-
 @pytest.mark.parametrize('window', WINDOWS)
+@pytest.mark.parametrize('W', [256, *slow(0)])
 @pytest.mark.parametrize('name', DECODE)
-def test_decode_sees_the_window_and_reads_nothing_before_it(name, window):
+def test_decode_sees_the_window_and_reads_nothing_before_it(name, W, window):
   """The blocks before a row's window are NaN, which a product with weight 0 would keep."""
   decode, block, rows = DECODE[name]
   layers = 1 if name == 'c++' else 2
-  q, cache, prefix = decode_inputs(*SHAPE, PREFIX_LENGTH, L=layers)
-  wanted = wanted_decode(q, cache, layers - 1, prefix, window)
+  prefix_length = np.minimum([0, W, W // 3, 0, W, W // 2, 1, W], W)
+  q, cache, prefix = decode_inputs(K, G, H, S, W, prefix_length, L=layers)
+  mask = visible((prefix_length + LENGTH - 1)[:, None], prefix_length, W, S, window)
+  wanted = attend(q[:, None], cache.k[-1], cache.v[-1], layers - 1, prefix, mask)[BUSY, 0]
   first = np.where(BUSY, np.maximum(LENGTH - window, 0), S)  # of the row's own keys
   first = first.reshape(-1, rows).min(1).repeat(rows)
   unread = np.arange(S) < (first // block * block)[:, None]
   cache = Cache(*(jnp.where(unread[:, None, :, None], jnp.nan, x) for x in (cache.k, cache.v)))
   if name != 'gpu':  # which reads the whole prefix, once for all rows
-    first = np.maximum(PREFIX_LENGTH + LENGTH - window, 0)
-    first = np.where(BUSY & (first < PREFIX_LENGTH), first, W).min()
+    first = np.maximum(prefix_length + LENGTH - window, 0)
+    first = np.where(BUSY & (first < prefix_length), first, W).min()
     unread = np.arange(W)[:, None] < first // block * block
     prefix = Prefix(*(jnp.where(unread, jnp.nan, x) for x in (prefix.k, prefix.v)), prefix.length)
   out = jax.jit(functools.partial(decode, window=window))(
