@@ -27,6 +27,8 @@ import timing
 import train
 
 from srlm_jax import environment, InputError, sharding
+from srlm_jax.data import packing
+from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import Packing
 from srlm_jax.models import attention, kernels, llama, sizing
 from srlm_jax.models.attention import Cache, PairSegments, Prefix, Segments
@@ -98,12 +100,20 @@ def on_cpu(function, *args) -> np.ndarray:
     return np.asarray(jax.jit(function)(*args))
 
 
-def windowless(*functions):
-  return (functools.partial(f, window=None) for f in functions)
+def pairs(rng, rows: int) -> PairSegments:
+  """Rows of 512 tokens: two pairs of at most 237 tokens, and padding."""
+  def row():
+    made = packing.layout([Example('', [1] * prompt, ([1] * chosen, [1] * rejected))
+                           for prompt, chosen, rejected in rng.integers(20, 80, (2, 3))])
+    return [np.pad(x, (0, 512 - len(x)))
+            for x in (made.segment_ids, made.positions, made.second_segment)]
+  return PairSegments(*map(jnp.asarray, map(np.stack, zip(*(row() for _ in range(rows)),
+                                                          strict=True))))
 
 
 def check_kernels(report: Report):
-  """Packed, prefill, append and decode; shapes that all kernels support."""
+  """Packed, prefill, append and decode, without and with a sliding window; shapes that all kernels
+  support."""
   c, rng = small(), np.random.default_rng(0)
   found = kernels.choose(jax.default_backend(), c)
   training = kernels.for_training(jax.default_backend(), c, 'full')
@@ -112,35 +122,36 @@ def check_kernels(report: Report):
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), c.dtype)
   q, k, v = normal(B, T, c.K, c.G, c.H), normal(B, T, c.K, c.H), normal(B, T, c.K, c.H)
-  ids = jnp.asarray(np.sort(rng.integers(0, 5, (B, T)))[:, ::-1], jnp.int32)
-  positions = jnp.broadcast_to(jnp.arange(T), ids.shape)  # only a window reads them
-  segments = Segments(ids, positions)
-  # Segments 3 and 1 are prompts whose second responses are 2 and 0: padding.
-  pairs = PairSegments(ids, positions, jnp.where(ids % 2 == 1, ids - 1, 0))
+  of_pairs = pairs(rng, B)
+  segments = Segments(of_pairs.segment_ids, of_pairs.positions)
   cache = Cache(normal(1, B, c.K, S, c.H), normal(1, B, c.K, S, c.H))
   prefix = Prefix(normal(1, c.K, W, c.H), normal(1, c.K, W, c.H), jnp.array([0, W, 7, W // 2]))
   length, layer = jnp.array([1, S, 129, 300]), jnp.int32(0)
 
   def written(append):
-    def run(cache, k, v):
+    def run(cache, k, v, *, window):
+      del window
       return jnp.stack(jax.tree.leaves(append(cache, k, v, layer, length - 1)))
     return run
   is_real = np.asarray(segments.segment_ids > 0)[..., None, None, None]
-  for name, kernel, plain, args in (
-      ('packed', *windowless(training.packed, attention.packed), (q, k, v, segments)),
-      ('packed pairs', *windowless(training.packed, attention.packed), (q, k, v, pairs)),
-      ('prefill', *windowless(found.prefill, attention.prefill), (q, k, v, layer, prefix)),
-      ('decode', *windowless(found.decode, attention.XLA.decode),
+  for name, windows, kernel, plain, args in (
+      ('packed', (None, 100), training.packed, attention.packed, (q, k, v, segments)),
+      ('packed pairs', (None, 100), training.packed, attention.packed, (q, k, v, of_pairs)),
+      ('prefill', (None, 300), found.prefill, attention.prefill, (q, k, v, layer, prefix)),
+      ('decode', (None, 300), found.decode, attention.XLA.decode,
        (q[:, 0], cache, layer, length, prefix)),
-      ('append', written(found.append), written(attention.append), (cache, k[:, 0], v[:, 0]))):
-    title = f'kernel {name}'
-    with report.check(title):
-      mine, wanted = np.asarray(jax.jit(kernel)(*args), np.float32), on_cpu(plain, *args)
-      if 'packed' in name:  # what padding attends to is not used
-        mine, wanted = mine * is_real, wanted * is_real
-      worst = float(np.abs(mine - wanted).max())
-      by = training.name if 'packed' in name else found.name
-      report.add(title, f'{by}; largest difference {worst:.1e}', worst < CLOSE[c.dtype])
+      ('append', (None,), written(found.append), written(attention.append),
+       (cache, k[:, 0], v[:, 0]))):
+    for window in windows:
+      title = f'kernel {name}' + (f' window {window}' if window else '')
+      with report.check(title):
+        mine, wanted = (functools.partial(f, window=window) for f in (kernel, plain))
+        mine, wanted = np.asarray(jax.jit(mine)(*args), np.float32), on_cpu(wanted, *args)
+        if 'packed' in name:  # what padding attends to is not used
+          mine, wanted = mine * is_real, wanted * is_real
+        worst = float(np.abs(mine - wanted).max())
+        by = training.name if 'packed' in name else found.name
+        report.add(title, f'{by}; largest difference {worst:.1e}', worst < CLOSE[c.dtype])
 
 
 def check_greedy(report: Report):

@@ -83,7 +83,7 @@ import check_device
 from srlm_jax.models import cpu
 if sys.argv.pop(1) == 'wrong':
   cpu.supports = lambda config: True
-  cpu.decode = lambda q, cache, layer, length, prefix: q
+  cpu.decode = lambda q, cache, layer, length, prefix, *, window: q
   cpu.append = lambda cache, k, v, layer, position: cache
 check_device.main()
 ''')
@@ -94,8 +94,9 @@ check_device.main()
                           capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     failed = re.findall(r'\| ([\w ]+) \| FAILED', done.stdout)
-    assert failed == (['kernel decode', 'kernel append', 'greedy'] if code else [])
-    assert done.stdout.count('| ok |') == 10 - len(failed)
+    assert failed == ([
+        'kernel decode', 'kernel decode window 300', 'kernel append', 'greedy'] if code else [])
+    assert done.stdout.count('| ok |') == 14 - len(failed)
 
 
 @pytest.mark.slow
