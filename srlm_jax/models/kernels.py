@@ -176,7 +176,7 @@ def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | 
 
 def visible_block(j, length, window: int | None, block: int):
   """The j-th of the blocks of keys that the last of `length` tokens sees."""
-  return j if window is None else j + jnp.maximum(length - window, 0) // block
+  return j if window is None else j + jax.lax.div(jnp.maximum(length - window, 0), block)
 
 
 def tpu_decode_kernel(place_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_ref, *refs,
