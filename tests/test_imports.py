@@ -23,7 +23,8 @@ LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'goog
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'records',
-               'lock', 'data.oasst', 'data.rendering', 'data.thinking', 'data.ranked', 'data.similar',
+               'lock', 'data.oasst', 'data.rendering', 'data.thinking', 'data.ranked',
+               'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',
                'reward.scores', 'reward.strategies')
