@@ -102,7 +102,7 @@ def test_a_training_example_is_what_transformers_renders(made):
   if thinking.is_open(ours, templates.encode_prompt('tokenizer', 'a', ours)):
     return  # no finished conversation begins like the prompt
   for messages in conversations()[::10]:
-    if family.startswith('mistral'):  # it shows the system message with a question that has no answer yet
+    if family.startswith('mistral'):  # without its answer, the last question has the system message
       messages = messages[messages[0].role == 'system':]
     before, after = templates.encode_response('tokenizer', messages, 'Yes. No', 'eos', (), ours)
     whole = theirs(model, [*messages, Message('assistant', 'Yes. No')])

@@ -21,7 +21,8 @@ from srlm_jax.train import objectives
 
 ADDED = ('<pad>', '<end>', '<role>', '<think>', '</think>')
 OPENS = '\n<think>\n'  # what the templates of some models end a prompt with
-TEMPLATE = ("{{% for m in messages %}}<role>{{{{ m.role }}}}\n{{{{ m.content }}}}<end>{{% endfor %}}"
+TEMPLATE = ("{{% for m in messages %}}<role>{{{{ m.role }}}}\n{{{{ m.content }}}}<end>"
+            "{{% endfor %}}"
             "{{% if add_generation_prompt %}}<role>assistant{opens}{{% endif %}}")
 
 
