@@ -173,14 +173,13 @@ def test_conversations_of_several_turns_go_into_every_set(tmp_path):
                      ('ranked.jsonl', schema.RankedPrompt)):
     found = list(records.read(tmp_path / 'run' / 'data' / 'seeds' / name, kind))
     assert found
-    for record in found:
-      assert conversation.text(record.messages) == record.prompt
-      assert record.messages[-2].content.startswith(' Answer') and len(record.messages) in (3, 4)
-      assert '[ user] no' in record.prompt
+    for r in found:
+      assert conversation.text(r.messages) == r.prompt and '[ user] no' in r.prompt
+      assert r.messages[-2].content.startswith(' Answer') and len(r.messages) in (3, 4)
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(messages='a'), 'Expected `?array'), (dict(messages=[]), 'the last message must be of the'),
+    (dict(messages='a'), 'Expected `?array'), (dict(messages=[]), 'the last message must be of'),
     (dict(messages=[dict(role='user')]), 'missing required field'),
     (dict(messages=[dict(role='tool', content='a')]), 'Invalid enum value'),
     (dict(messages=[dict(role='assistant', content='a')]), 'message 1 has the role assistant, not'),
