@@ -11,8 +11,10 @@ PACKAGE = ROOT / 'srlm_jax'
 # parts may also import the parts before them in the same line.
 ORDER = '''
   storage config ablations pods torus sharding hosts preemption compiler schema records lock peers
-  environment model_files catalog stage metrics cli
-  data / models
+  environment model_files catalog stage metrics
+  models
+  base cli
+  data
   reward / checkpoint
   sample
   eval / sandbox / report / train
