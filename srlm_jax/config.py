@@ -392,7 +392,7 @@ class Base:
 
 # Parameters from which M0 gets the paper's learning rates: between 8B and 70B, the sizes for which
 # TULU and PAPER state them.
-LARGE = 30 * 10**9
+LARGE = 50 * 10**9
 # {whether it is large: {whether the loss is one of pairs: learning rate}}; of TULU that of 8B, from
 # its commands in allenai/open-instruct, docs/tulu3.md
 LEARNING_RATES = {False: {False: 5e-6, True: 5e-7},   # TULU

@@ -152,8 +152,8 @@ def convert_m0(config, workdir):
       convert.check_source(source, folder)
     hosts.log('m0/model: already done')
   elif not source:
-    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model or "M0"}; or convert it '
-                     f'to {folder}')
+    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model or "M0"}; or '
+                     f'convert it to {folder}')
   elif jax.process_count() > 1:
     raise InputError(f'convert M0 on one host first: '
                      f'python -m srlm_jax.checkpoint.convert --from_hf={source} --out={folder}')

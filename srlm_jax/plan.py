@@ -21,10 +21,21 @@ import math
 import textwrap
 
 from absl import flags
+from etils import epath
 import jax.numpy as jnp
 from ml_collections import config_flags, ConfigDict
 
-from srlm_jax import ablations, base, catalog, cli, config as configs, InputError, loop, pods
+from srlm_jax import (
+  ablations,
+  base,
+  catalog,
+  cli,
+  closest,
+  config as configs,
+  InputError,
+  loop,
+  pods,
+)
 from srlm_jax.models import costs, kernels, llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.costs import Seconds, Tokens
@@ -649,6 +660,16 @@ def define_flags():
     flags.DEFINE_float(name, mean, f'Mean tokens of a {name}.', 1, 100_000)
 
 
+def of_m0(name: str, size: str, m0: str, changes: list[str]) -> ConfigDict:
+  """The config of one model; `m0`: a folder, or a name of PRESETS, which gives the shape."""
+  if m0 in PRESETS:
+    return loop.load_config(name, size, '', '', [f'model={m0}', *changes])
+  if m0 and '/' not in m0 and not epath.Path(m0).exists():
+    raise InputError(f'--m0={configs.short(m0)}{closest(m0, PRESETS)}: it is the Hugging Face '
+                     f'folder of M0, or one of {", ".join(PRESETS)}')
+  return loop.load_config(name, size, m0, '', changes)
+
+
 def main(argv):
   cli.refuse_arguments(argv)
   f = flags.FLAGS
@@ -660,12 +681,9 @@ def main(argv):
                        'as in --config=iter2:70b, and change keys by --config.KEY=VALUE')
     planned = [f.config]
   else:
-    is_preset = f.m0 in PRESETS
-    changes = [*ablations.changes(f.ablation, f.size), *([f'model={f.m0}'] if is_preset else []),
-               *f.set]
+    changes = [*ablations.changes(f.ablation, f.size), *f.set]
     names = configs.MODELS[1:configs.MODELS.index(f.last) + 1]
-    planned = [loop.load_config(name, f.size, '' if is_preset else f.m0, '', changes)
-               for name in names]
+    planned = [of_m0(name, f.size, f.m0, changes) for name in names]
   for part in report(planned, pod, lengths, is_loop=not f.config):
     print(part)
 

@@ -7,7 +7,6 @@ import pytest
 
 from srlm_jax import base, catalog, config as configs, InputError, loop, stage
 from srlm_jax.checkpoint import convert
-from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
 
 
@@ -130,8 +129,8 @@ def test_the_memory_of_the_real_shape_is_needed(folder, tmp_path):
      'and the plan, --config.m0=FOLDER for a stage), or a preset as the size: tiny, stories, 7b,'),
     (['--m0={tmp}'], 'error: {tmp} holds no config.json; name a checkpoint or a Hugging Face'),
     (['--m0={tmp}/absent'], 'error: {tmp}/absent holds no config.json'),
-    (['--m0={tmp}/gpt'], "error: {tmp}/gpt/config.json: model_type = 'gpt2' is not supported, only "
-     'llama is'),
+    (['--m0={tmp}/gpt'], "error: {tmp}/gpt/config.json: model_type = 'gpt2' is not supported; use "
+     'a model of one of the families llama, mistral, olmo2, qwen2, qwen3'),
     (['--m0={folder}', '--set=respond.max_tokens=4096', '--set=sample.size=4096'],
      'error: config.respond.max_tokens is 4096, and a row of the cache has 4096 tokens in all')],
      ids=['no m0', 'empty', 'absent', 'gpt2', 'long'])

@@ -94,9 +94,10 @@ def test_the_recipe_runs_with_a_small_random_model(name, tmp_path):
   for words in commands(name):
     if words[0] != 'python':
       continue
-    words = [word.replace('/shared/oasst1/2023-04-12_oasst_ready.trees.jsonl.gz', str(data))
-             .replace('/m2/model', '/m1/model')  # a random model gets no further
-             .replace('/shared', str(tmp_path)) for word in words[2:]]
+    words = [word.replace('/m2/model', '/m1/model')  # a random model gets no further
+             .replace('/shared', str(tmp_path))
+             .replace(f'{tmp_path}/oasst1/2023-04-12_oasst_ready.trees.jsonl.gz', str(data))
+             for word in words[2:]]
     module = words[0].removeprefix('srlm_jax.')
     changes = [f'--set={change}' for change in CHANGES] if module == 'loop' else []
     printed.append(main(module, *words[1:], *changes))
