@@ -1,7 +1,8 @@
 """Every config key once, in the table `SETTINGS`: default, allowed values, unit, source.
 
-`get(name, size)` is the config of one model of the paper's table at one size. `check` refuses what
-the table does not allow. Below the table, one function per model and per size sets the values that
+`get(name, size)` is the config of one model of the paper's table at one size. At the size auto, the
+keys of `FROM_M0` are open, and `suited` has their values. `check` refuses what the table does not
+allow. Below the table, one function per model and per size sets the values that
 differ from the defaults. PAPER is Yuan et al. 2024, arXiv 2401.10020. Lengths are in tokens,
 learning rates are those of AdamW.
 """
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from srlm_jax import closest, InputError
 
-SIZES = ('auto', 'tiny', 'stories', '7b', '13b', '70b')  # auto: as M0, see `suited`
+SIZES = ('auto', 'tiny', 'stories', '7b', '13b', '70b')  # auto: what suits M0
 CHATS = ('plain', 'llama2', 'tokenizer')  # forms of prompt and response: data/templates.py
 FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
@@ -359,7 +360,7 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.size = size
   c.model = f'llama2-{size}'
   _model(c)
-  if size in ('auto', 'tiny', 'stories'):  # the defaults are the paper's numbers, for Llama 2
+  if size in ('auto', 'tiny', 'stories'):  # the defaults are the paper's, whose M0 is Llama 2
     {'auto': _auto, 'tiny': _tiny, 'stories': _stories}[size](c)
   return c.lock()
 
