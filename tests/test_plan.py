@@ -62,7 +62,7 @@ def test_the_pods_of_the_compiled_programs_have_the_same_chips():
   for name, (_, gib) in aot.PODS.items():
     pod = pods.find(name)
     assert pod.chip.gib == gib
-    sizes = {np.prod(p.mesh) for p in (*aot.TRAINING, *aot.MESHES, *aot.GPU_TRAINING)
+    sizes = {np.prod(p.mesh) for p in (*aot.TRAINING, *aot.RECIPES, *aot.MESHES, *aot.GPU_TRAINING)
              if p.pod == name}
     assert sizes <= {pod.chips}
 

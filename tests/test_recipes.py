@@ -1,7 +1,9 @@
 """docs/recipes.md: its plans are those that are printed, its commands run with small models."""
+import dataclasses
 import re
 import shlex
 
+import aot
 from conftest import DATA, main, ROOT
 import hf_folders
 import pytest
@@ -37,6 +39,7 @@ def test_the_plans_are_those_that_are_printed(block):
 
 
 def test_the_table_has_what_the_plans_print():
+  compiled = []
   for name, _ in FAMILIES.values():
     for machine in MACHINES:
       pod = pods.find(machine)
@@ -54,6 +57,13 @@ def test_the_table_has_what_the_plans_print():
       row = [name, machine, *gib[:2], f'{gib[2]} of {pod.chip.gib}', *times, storage]
       assert f'| {" | ".join(row)} |' in RECIPES, row
       assert not any(found.tight for found in made.values())
+      for program in aot.RECIPES:  # the compiled steps are those that are planned
+        if (program.size, program.pod) == (name, machine):
+          m2 = step['m2']
+          assert (dataclasses.astuple(m2.mesh), m2.rows, m2.width, m2.remat) == (
+              program.mesh, program.rows * m2.mesh.parts, program.width, program.config.remat)
+          compiled.append(name)
+  assert compiled == [name for name, _ in FAMILIES.values()]
 
 
 def test_the_line_of_what_is_chosen_is_the_one_that_is_printed(tmp_path):
