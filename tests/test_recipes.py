@@ -7,6 +7,7 @@ import aot
 from conftest import DATA, main, ROOT
 import hf_folders
 import pytest
+import scale_rows
 
 from srlm_jax import base, config as configs, loop, plan, pods, stage
 from srlm_jax.models import config as model_config
@@ -64,6 +65,10 @@ def test_the_table_has_what_the_plans_print():
               program.mesh, program.rows * m2.mesh.parts, program.width, program.config.remat)
           compiled.append(name)
   assert compiled == [name for name, _ in FAMILIES.values()]
+  text = ' '.join(RECIPES.split())
+  (llama,), (qwen,) = ([row.gib for row in scale_rows.rows() if row.program.size == name]
+                       for name in compiled)
+  assert f'needs {llama} GiB for the M2 step of Llama-3.1-8B on v5p-8 and {qwen} for' in text
 
 
 def test_the_line_of_what_is_chosen_is_the_one_that_is_printed(tmp_path):
