@@ -3,6 +3,7 @@
 test_family_parity.py compares with transformers itself, and recomputes the golden values.
 """
 import json
+import re
 
 from conftest import full_logits, ROOT
 import jax
@@ -117,6 +118,13 @@ REAL = {
 @pytest.mark.parametrize('name', COUNTS)
 def test_presets_have_exactly_the_number_of_parameters_that_transformers_makes(name):
   assert llama.param_count(PRESETS[name]) == COUNTS[name]
+
+
+def test_the_table_of_presets_in_the_docs():
+  text = (ROOT / 'docs' / 'models.md').read_text()
+  rows = [line for line in text.splitlines() if re.match(r'\| `[a-z0-9.-]+` \| [\d,]+ \|', line)]
+  assert rows == [f'| `{name}` | {llama.param_count(c):,} | {c.context:,} |'
+                  for name, c in PRESETS.items() if name.startswith('llama2') or name in COUNTS]
 
 
 @pytest.mark.parametrize('name', REAL)
