@@ -6,7 +6,8 @@ from srlm_jax import catalog, closest, config as configs, InputError, model_file
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config, PRESETS
 
-SAME = ('D', 'F', 'K', 'G', 'H', 'V', 'layers')  # what a preset of the shape must agree in
+# What a preset of the shape must agree in.
+SAME = ('D', 'F', 'K', 'G', 'H', 'V', 'layers', 'tied', 'biases', 'qk_norm', 'norms', 'window')
 
 
 def fit(config: ConfigDict, workdir) -> ConfigDict:

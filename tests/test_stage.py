@@ -359,7 +359,8 @@ def test_a_changed_template_is_refused(tmp_path):
     ('train.max_grad_norm', 0.0, 'max_grad_norm is 0.0'), ('train.learning_rate', float('nan'),
                                          'learning_rate is nan'),
     ('judge.quorum', 4, 'quorum is 4, more than the 3'),
-    ('train.learning_rate', -0.5, 'learning_rate is -0.5; it must be -1, or'), ('judge.n', 0, 'judge.n is 0')])
+    ('train.learning_rate', -0.5, 'learning_rate is -0.5; it must be -1, or'),
+    ('judge.n', 0, 'judge.n is 0')])
 def test_the_error_names_the_key_of_an_invalid_value(key, value, message):
   c = configs.get('m2', 'tiny')
   configs.check(c)
