@@ -59,7 +59,7 @@ SLOTS, SIZE, PREFIX, STEPS, PREFILL = 64, 4096, 512, 8, 256
 @dataclasses.dataclass(frozen=True)
 class Training:
   """A training step; a row of the batch is one example of maximum length."""
-  size: str
+  size: str        # of Llama 2, or a name of PRESETS
   loss: str
   pod: str
   mesh: tuple[int, int, int]  # data, fsdp, tensor
@@ -77,14 +77,12 @@ class Training:
   @property
   def width(self):
     """Tokens per row: a prompt, and one or two responses of the same length."""
-    config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
-    return config.train.max_length * (3 if self.loss == 'dpo' else 2) // 2
+    return self._published.train.max_length * (3 if self.loss == 'dpo' else 2) // 2
 
   @property
   def config(self):
     """The section `train` of the config, with the recomputation that training chooses."""
-    config = configs.get('m2' if self.loss == 'dpo' else 'm1', self.size)
-    config = config.copy_and_resolve_references().unlock()
+    config = self._published.copy_and_resolve_references().unlock()
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = self.mesh
     c = config.train
     c.reference = self.reference or 'step'
@@ -98,8 +96,15 @@ class Training:
     c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
     return c
 
+  @property
+  def _published(self):
+    """The config of a published size; they differ in the model only."""
+    size = self.size if self.size in configs.SIZES else '7b'
+    return configs.get('m2' if self.loss == 'dpo' else 'm1', size)
+
   def _shape(self, c):
-    return dataclasses.replace(PRESETS[f'llama2-{self.size}'], dtype=c.dtype, dropout=c.dropout)
+    name = self.size if self.size in PRESETS else f'llama2-{self.size}'
+    return dataclasses.replace(PRESETS[name], dtype=c.dtype, dropout=c.dropout)
 
   @property
   def model(self):
@@ -143,6 +148,9 @@ TRAINING = (
     Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
     Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'),
     Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'))
+# The steps of M2 that docs/recipes.md plans, where packing makes fewer rows than examples.
+RECIPES = tuple(Training(name, 'dpo', 'v5p-8', (1, 2, 2), 'step', rows=3)
+                for name in ('llama3.1-8b', 'qwen3-8b'))
 # Two of them with other meshes, at equal numbers of examples per step.
 MESHES = tuple(
     Training('70b', loss, pod, (1, fsdp, tensor), reference, rows=examples // fsdp)

@@ -122,7 +122,7 @@ def main():
   print('| program | pod | data, fsdp, tensor | rows | remat | state and reference, GiB | '
         'temporaries | total | collectives | seconds |\n' + '|---' * 10 + '|', flush=True)
   notes, errors = [], []
-  for program in aot.TRAINING:
+  for program in aot.TRAINING + aot.RECIPES:
     if flags.only not in f'{program.name} {program.pod}':
       continue
     program = dataclasses.replace(program, remat=flags.remat)

@@ -31,6 +31,7 @@ ABLATIONS = dict(
     one_judgement=('m2,m3,m4:judge.n=1', 'm2,m3,m4:judge.quorum=1'),
 )
 SIZES = dict(
+    auto=dict(positives_only=_POSITIVES),  # the learning rate is chosen for the loss
     tiny=dict(
         multiple_choice=('judge.template=sandbox_choice',),
         positives_only=(*_POSITIVES,

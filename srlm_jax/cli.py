@@ -9,6 +9,7 @@ import jax
 from ml_collections import config_flags
 
 from srlm_jax import (
+  base,
   config as configs,
   environment,
   hosts,
@@ -42,11 +43,15 @@ def main(run, **extra):
     except OSError as error:
       raise InputError(f'--config={file} cannot be read; give the path of a file, or a name: '
                        f'{", ".join(configs.FILES)}') from error
-    configs.check(flags.FLAGS.config)
+    given = flags.FLAGS.config
+    configs.check(given)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
+    config = base.fit(given, workdir)
+    if line := base.chosen({config.name: config}, {config.name: given}):
+      hosts.log(line)
     cache_compilations(workdir)
     with locked(workdir):
-      run(flags.FLAGS.config, workdir, **{name: flags.FLAGS[name].value for name in extra})
+      run(config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
 
 

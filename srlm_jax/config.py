@@ -1,7 +1,8 @@
 """Every config key once, in the table `SETTINGS`: default, allowed values, unit, source.
 
-`get(name, size)` is the config of one model of the paper's table at one size. `check` refuses what
-the table does not allow. Below the table, one function per model and per size sets the values that
+`get(name, size)` is the config of one model of the paper's table at one size. At the size auto, the
+keys of `FROM_M0` are open, and `suited` has their values. `check` refuses what the table does not
+allow. Below the table, one function per model and per size sets the values that
 differ from the defaults. PAPER is Yuan et al. 2024, arXiv 2401.10020. Lengths are in tokens,
 learning rates are those of AdamW.
 """
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from srlm_jax import closest, InputError
 
-SIZES = ('tiny', 'stories', '7b', '13b', '70b')
+SIZES = ('auto', 'tiny', 'stories', '7b', '13b', '70b')  # auto: what suits M0
 CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # chat formats: data/templates.py
 FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
@@ -27,6 +28,9 @@ REMAT = ('none', 'dots', 'full')  # values of train.remat, from the most memory 
 # Keys that may be open: models/sizing.py then chooses a value for the model and the devices.
 OPEN = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.accumulate', 'train.remat',
         'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor', 'sample.slots')
+# Keys that may be open: `suited` then chooses a value for M0.
+FROM_M0 = ('chat', 'train.max_length', 'train.learning_rate', 'train.learning_rate_end',
+           'sample.size')
 # Keys that have a new name, and that name.
 RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
            'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements',
@@ -152,13 +156,14 @@ SHARE = Values(float, least=0, most=1)
 BELOW_1 = Values(float, least=0, below=1)
 WEIGHT = Values(float, least=0, most=1000)
 SCORE = Values(float, least=-10**6, most=10**6)  # a template states its own scale
-RATE = Values(float, least=TINY, most=10)
+RATE = Values(float, least=TINY, most=10, also=-1)
 SWITCH = Values(bool)
 TEXT = Values(str)
 
 PAPER = 'PAPER 3.1'
 META = 'Meta-Rewarding, arXiv 2407.19594'
 INSTRUCT = 'Self-Instruct, arXiv 2212.10560'
+TULU = 'Tulu 3, arXiv 2411.15124'
 OURS = 'not in the paper'
 
 # key: Setting(default, allowed values, meaning with unit, source)
@@ -168,9 +173,11 @@ _SECTIONS = {
         size=Setting('70b', one_of(*SIZES), 'preset of model, data and training', PAPER),
         seed=Setting(0, SEED, 'seed of all random draws', OURS),
         m0=Setting('', TEXT, 'Hugging Face folder of M0; empty: the one of the sandbox', OURS),
-        model=Setting('llama2-70b', TEXT, 'shape of M0: a name of models.config.PRESETS', PAPER),
+        model=Setting('llama2-70b', TEXT,
+                      'shape of M0: a name of models.config.PRESETS; empty: any', PAPER),
         sampler=Setting('', TEXT, 'the model that writes the data of this one', PAPER),
-        chat=Setting('llama2', one_of(*CHATS), 'chat format of prompt and response', OURS),
+        chat=Setting('llama2', one_of('auto', *CHATS),
+                     'chat format of prompt and response; auto: chosen', OURS),
     ),
     'mesh': dict(  # training, over all devices
         data=Setting(-1, COUNT_OR_OPEN, 'devices; -1: chosen', OURS),
@@ -216,7 +223,7 @@ _SECTIONS = {
                            'clips the gradient to this global norm', OURS),
         dropout=Setting(0.1, BELOW_1, 'share of activations', PAPER),
         # longer examples are dropped and counted
-        max_length=Setting(2048, COUNT, 'tokens per row', OURS),
+        max_length=Setting(2048, COUNT_OR_OPEN, 'tokens per row; -1: chosen', OURS),
         # parameters are float32
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'), 'of activations', OURS),
         # train/moments.py; bfloat16 saves 4 of 16 bytes per parameter
@@ -236,15 +243,16 @@ _SECTIONS = {
                        'when DPO computes the log-probs of the reference', OURS),
         nll_weight=Setting(0.0, WEIGHT, 'weight of the NLL of the chosen, Iterative RPO', OURS),
         length_normalize=Setting(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
-        learning_rate=Setting(1e-6, RATE, 'per step, before the cosine', PAPER),
-        learning_rate_end=Setting(1e-7, Values(float, least=0, most=10),
-                                  'per step, after it', PAPER),
+        learning_rate=Setting(1e-6, RATE, 'per step, before the cosine; -1: chosen', PAPER),
+        learning_rate_end=Setting(1e-7, Values(float, least=0, most=10, also=-1),
+                                  'per step, after it; -1: chosen', PAPER),
         beta=Setting(0.1, WEIGHT, 'of DPO, per nat of log-prob', PAPER),
     ),
     'sample': dict(
         slots=Setting(-1, COUNT_OR_OPEN, 'rows decoded together, per group of hosts; -1: chosen',
                       OURS),
-        size=Setting(4096, COUNT, 'tokens per row of the cache, at most the context', OURS),
+        size=Setting(4096, COUNT_OR_OPEN,
+                     'tokens per row of the cache, at most the context; -1: chosen', OURS),
         steps=Setting(8, COUNT, 'tokens per call; slots are refilled between calls', OURS),
         dtype=Setting('bfloat16', one_of('float32', 'bfloat16'),
                       'of weights and activations', OURS),
@@ -355,8 +363,8 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.size = size
   c.model = f'llama2-{size}'
   _model(c)
-  if size in ('tiny', 'stories'):  # the defaults are the paper's numbers, for Llama 2
-    {'tiny': _tiny, 'stories': _stories}[size](c)
+  if size in ('auto', 'tiny', 'stories'):  # the defaults are the paper's, whose M0 is Llama 2
+    {'auto': _auto, 'tiny': _tiny, 'stories': _stories}[size](c)
   return c.lock()
 
 
@@ -376,6 +384,45 @@ def get_config(text: str) -> ConfigDict:
 def is_open(value: int | str) -> bool:
   """Whether the value of a key of OPEN leaves it to be chosen."""
   return value in (-1, 'auto')
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """What M0 is."""
+  params: int             # the number of its parameters
+  context: int            # tokens per row that it supports
+  has_chat_template: bool
+
+
+# Parameters from which M0 gets the paper's learning rates: between 8B and 70B, the sizes for which
+# TULU and PAPER state them.
+LARGE = 50 * 10**9
+# {whether it is large: {whether the loss is one of pairs: learning rate}}; of TULU that of 8B, from
+# its commands in allenai/open-instruct, docs/tulu3.md
+LEARNING_RATES = {False: {False: 5e-6, True: 5e-7},   # TULU
+                  True: {False: 5.5e-6, True: 1e-6}}  # PAPER 3.1
+DECAY = {False: 5, True: 10}  # the learning rate at the start / at the end: PAPER 3.1, as above
+CHAT = 'llama2'  # of an M0 without a chat template: that of the published sizes
+
+
+def suited(c: ConfigDict, base: Base) -> dict[str, int | float | str]:
+  """{key: value} of the keys of FROM_M0 that a config leaves open, chosen for its M0.
+
+  The lengths are those of the published sizes, or what `respond.max_tokens` needs: a row of
+  training holds a prompt and a response, a row of the cache the judge's request. Both are at most
+  the context.
+  """
+  is_pair, most = c.train.loss in PAIR_LOSSES, c.respond.max_tokens
+  rate = c.train.learning_rate
+  if is_open(rate):
+    rate = LEARNING_RATES[base.params >= LARGE][is_pair]
+  found = {'chat': 'tokenizer' if base.has_chat_template else CHAT,
+           'train.max_length': min(max(2048, 2 * most), base.context),
+           'train.learning_rate': rate,
+           'train.learning_rate_end': float(f'{rate / DECAY[is_pair]:.4g}'),
+           'sample.size': min(max(4096, 4 * most), base.context)}
+  values = dict(flat(c))
+  return {key: value for key, value in found.items() if is_open(values[key])}
 
 
 def training_data(c: ConfigDict) -> list[str]:
@@ -419,7 +466,7 @@ def _check_order(values: dict):
                     ('eval.quorum', 'eval.judgements'), ('prompts.min_words', 'prompts.max_words'),
                     ('train.learning_rate_end', 'train.learning_rate'),
                     ('train.accumulate', 'train.batch')):
-    if values[low] > values[high]:
+    if values[low] > values[high] and not is_open(values[high]):
       raise InputError(f'config.{low} is {values[low]}, more than the {values[high]} of {high}; '
                        f'lower one or raise the other')
 
@@ -505,6 +552,13 @@ def _model(c: ConfigDict):
   c.pairs.older = dict(m2='sft', m3='m1', m4='m2').get(name, '')
   if name == 'm2':
     c.prompts.count = 5000
+
+
+def _auto(c: ConfigDict):
+  """Any M0, with the data and training of the paper; what is open is chosen for M0."""
+  c.model = ''
+  for key in FROM_M0:
+    c.update_from_flattened_dict({key: 'auto' if key == 'chat' else -1})
 
 
 def _stories(c: ConfigDict):

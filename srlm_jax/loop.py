@@ -1,6 +1,9 @@
 """Runs every stage of every model in order, M0 to M3 or M4, and skips those that are done.
 
-`python -m srlm_jax.loop --size=tiny --workdir=runs/demo` ends with a table of all models.
+  python -m srlm_jax.loop --size=tiny --workdir=runs/demo
+  python -m srlm_jax.loop --m0=FOLDER --data=FILE --workdir=runs/x    # docs/recipes.md
+
+Ends with a table of all models.
 """
 import time
 
@@ -11,6 +14,7 @@ from ml_collections import ConfigDict
 
 from srlm_jax import (
   ablations,
+  base,
   catalog,
   cli,
   closest,
@@ -39,7 +43,8 @@ class NothingToTrainOn(Exception):
 
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
-  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Preset of model, data and training.')
+  flags.DEFINE_enum('size', 'auto', configs.SIZES, 'Preset of model, data and training; auto: what '
+                    'suits M0.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
   flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'The last model to train.')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own data).')
@@ -58,10 +63,15 @@ def main(argv):
 def run(size: str, workdir, m0: str, data: str, changes: list[str], last: str = 'm3'):
   """All stages; prints the table, and writes results.json and report.html into the workdir."""
   names = configs.MODELS[:configs.MODELS.index(last) + 1]
-  every = {name: load_config(name, size, m0, data, changes) for name in names}
+  given = {name: load_config(name, size, m0, data, changes) for name in names}
+  every = {name: base.fit(config, workdir) for name, config in given.items()}
+  if line := base.chosen(every, given):
+    hosts.log(line)
+  shape = base.shape_of(every[last], workdir)
   for config in every.values():
     refuse_mistakes(config)
-  train.refuse_too_large(every[last])
+    refuse_too_long(config, shape)
+  train.refuse_too_large(every[last], shape)
   cli.cache_compilations(workdir)
   with cli.locked(workdir):
     _run(size, epath.Path(workdir), every)
@@ -120,6 +130,16 @@ def refuse_mistakes(config):
         f'positives need)')
 
 
+def refuse_too_long(config, shape):
+  """Raises InputError if a stage may sample more tokens than a row of the cache has."""
+  size = min(config.sample.size, shape.context)
+  for section in ('prompts', 'respond', 'judge', 'meta_judge'):
+    if (most := config[section].max_tokens) >= size:
+      raise InputError(f'config.{section}.max_tokens is {most}, and a row of the cache has {size} '
+                       f'tokens in all (config.sample.size, at most the context of the model); '
+                       f'lower it')
+
+
 def convert_m0(config, workdir):
   """M0 as a checkpoint, from a Hugging Face folder."""
   folder = stage.model_folder(workdir, 'm0')
@@ -132,8 +152,8 @@ def convert_m0(config, workdir):
       convert.check_source(source, folder)
     hosts.log('m0/model: already done')
   elif not source:
-    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model}; or convert it '
-                     f'to {folder}')
+    raise InputError(f'--m0 is missing: the Hugging Face folder of {config.model or "M0"}; or '
+                     f'convert it to {folder}')
   elif jax.process_count() > 1:
     raise InputError(f'convert M0 on one host first: '
                      f'python -m srlm_jax.checkpoint.convert --from_hf={source} --out={folder}')

@@ -93,6 +93,19 @@ def hashes(folder) -> dict[str, str]:
   return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in found}
 
 
+def has_chat_template(folder) -> bool:
+  """Whether the tokenizer in a model folder has a chat template.
+
+  Raises InputError if tokenizer_config.json is damaged.
+  """
+  folder = epath.Path(folder)
+  path = folder / 'tokenizer_config.json'
+  if (folder / 'chat_template.jinja').exists():
+    return True
+  fields = records.read_json(path, 'download it again') if path.exists() else {}
+  return isinstance(fields, dict) and bool(fields.get('chat_template'))
+
+
 def read_source(folder) -> dict[str, list[str]]:
   """Reads source.json of a converted model -> {file: [hash, stamp]} of its source folder.
 

@@ -1,7 +1,8 @@
 """Plans an iteration or the whole loop on a pod, before anything is spent.
 
   python -m srlm_jax.plan --config=iter2 --pod=v5p-256
-  python -m srlm_jax.plan --pod=2x8xh200 --last=m3         # all models of the loop
+  python -m srlm_jax.plan --pod=2x8xh200 --size=70b --last=m3        # all models of the loop
+  python -m srlm_jax.plan --pod=8xh100 --m0=llama3.1-8b --last=m1    # of another M0, or its folder
   python -m srlm_jax.plan --config=iter2 --pod=v6e-256 --config.train.batch=128
 
 Prints the programs and their memory, the time of every stage, and what is stored and read. Nothing
@@ -20,10 +21,21 @@ import math
 import textwrap
 
 from absl import flags
+from etils import epath
 import jax.numpy as jnp
 from ml_collections import config_flags, ConfigDict
 
-from srlm_jax import ablations, catalog, cli, closest, config as configs, InputError, loop, pods
+from srlm_jax import (
+  ablations,
+  base,
+  catalog,
+  cli,
+  closest,
+  config as configs,
+  InputError,
+  loop,
+  pods,
+)
 from srlm_jax.models import costs, kernels, llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.costs import Seconds, Tokens
@@ -92,6 +104,7 @@ class Plan:
   """The stages of one model on a pod."""
   config: ConfigDict
   pod: Pod
+  params: int                     # of the model
   group: int                      # hosts that run one engine
   stages: list[Stage]
   reads: list[tuple[str, float]]  # what is restored, and its bytes, in order
@@ -150,7 +163,7 @@ def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
   stages = [planner.stage(spec) for spec in catalog.STAGES if uses_chips(spec, config)]
   c, params = config.train, llama.param_count(planner.shape)
   saved = planner.saved
-  return Plan(config, pod, planner.group, stages, [*_reads(config, stages, params)],
+  return Plan(config, pod, params, planner.group, stages, [*_reads(config, stages, params)],
               saved if c.select else min(c.keep, saved),
               params * (4 + 2 * jnp.dtype(c.moments).itemsize))
 
@@ -189,11 +202,7 @@ class Planner:
   def __init__(self, config: ConfigDict, pod: Pod, lengths: dict[str, float]):
     if config.name == 'm0':
       raise InputError('M0 is pretrained, so there is nothing to plan; name another model')
-    if config.model not in PRESETS:
-      raise InputError(f'config.model is {configs.show(config.model)}'
-                       f'{closest(config.model, PRESETS)}; a plan needs one of '
-                       f'{", ".join(PRESETS)}')
-    self.config, self.pod, self.shape = config, pod, PRESETS[config.model]
+    self.config, self.pod, self.shape = config, pod, base.shape_of(config, '')
     self.prompt, self.response, self.judgement = (
         lengths[name] for name in ('prompt', 'response', 'judgement'))
     self.sampled = dataclasses.replace(self.shape, dtype=config.sample.dtype)
@@ -393,7 +402,7 @@ def _up(number: float, multiple: int) -> int:
   return math.ceil(number / multiple) * multiple
 
 
-FOR_THE_LOOP = 'size', 'last', 'ablation', 'set'  # flags that --config excludes
+FOR_THE_LOOP = 'size', 'm0', 'last', 'ablation', 'set'  # flags that --config excludes
 # What may make a plan fit: changes of config keys, in the order in which they are tried.
 CHANGES = (
     {'mesh.data': -1, 'mesh.fsdp': -1, 'mesh.tensor': -1},
@@ -409,7 +418,7 @@ def refuse_too_large(plan: Plan, lengths: dict[str, float], flag: str = '--confi
     return
   worst = max(plan.too_large, key=lambda program: program.bytes)
   raise InputError(
-      f'{plan.config.name} of size {plan.config.size} does not fit on {plan.pod.name}: '
+      f'{_title(plan)} does not fit on {plan.pod.name}: '
       f'{worst.name} of the stage {worst.stage} needs {worst.bytes / GIB:,.1f} GiB per chip '
       f'by formula, {_bound()}, and a chip has {plan.pod.chip.gib}; '
       f'{_remedies(plan, lengths, flag)}')
@@ -420,6 +429,14 @@ def _remedies(plan: Plan, lengths: dict[str, float], flag: str) -> str:
   found = ' or '.join(_what_fits(plan, lengths, flag))
   return (f'what fits{_legend(found, plan.pod)}: {found}' if found
           else 'nothing that a plan tries fits')
+
+
+def _title(plan: Plan) -> str:
+  """The model that is planned, in words."""
+  c = plan.config
+  if c.size != 'auto':
+    return f'{c.name} of size {c.size}'
+  return f'{c.name} from {c.model or c.m0} ({plan.params:,} parameters)'
 
 
 def _bound() -> str:
@@ -490,7 +507,7 @@ def cheaper(plans: list[Plan], lengths: dict[str, float]) -> Iterator[list[Plan]
 def text(plan: Plan) -> str:
   """What a plan says, as tables."""
   pod, groups = plan.pod, plan.pod.hosts // plan.group
-  lines = [f'{plan.config.name} of size {plan.config.size} on {pod.name}: '
+  lines = [f'{_title(plan)} on {pod.name}: '
            f'{_many(pod.chips, "chip")} of {pod.chip.gib} GiB, {_many(pod.hosts, "host")}; '
            f'sampling by {_many(groups, "group")} of {_many(plan.group, "host")}']
   lines.append('\nGiB per chip of every program:')
@@ -604,8 +621,7 @@ def show_cheaper(plans: list[Plan], lengths: dict[str, float]) -> str:
 
 def _total(plans: list[Plan]) -> str:
   """A sentence on the storage of the whole loop."""
-  config = plans[0].config
-  m0 = _model_bytes('m0', llama.param_count(PRESETS[config.model]))
+  m0 = _model_bytes('m0', plans[0].params)
   return (f'Storage of the whole loop: {_gb(m0 + sum(plan.stored for plan in plans))}, M0 with '
           f'{_gb(m0)} included.')
 
@@ -616,6 +632,7 @@ def report(planned: list[ConfigDict], pod: Pod, lengths: dict[str, float],
   plans, flag = [], '--set=' if is_loop else '--config.'
   for config in planned:
     configs.check(config)
+    config = base.fit(config, '')
     plans.append(make(config, pod, lengths))
     refuse_too_large(plans[-1], lengths, flag)
     yield f'{text(plans[-1])}\n'
@@ -632,13 +649,25 @@ def define_flags():
       'config', None, 'One model: iter2, iter2:70b, or the path of a file; without it, all models '
       'of the loop.')
   flags.DEFINE_string('pod', None, f'Where it runs: {pods.FORMS}.', required=True)
-  flags.DEFINE_enum('size', '70b', configs.SIZES, 'Without --config: the size.')
+  flags.DEFINE_enum('size', 'auto', configs.SIZES, 'Without --config: the size.')
+  flags.DEFINE_string('m0', '', 'Without --config: the Hugging Face folder of M0, or a name of '
+                      'models.config.PRESETS.')
   flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'Without --config: the last model.')
   flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
                     'Without --config: one change of the paper.')
   flags.DEFINE_multi_string('set', [], 'Without --config: changes a config key, as in the loop.')
   for name, mean in LENGTHS.items():
     flags.DEFINE_float(name, mean, f'Mean tokens of a {name}.', 1, 100_000)
+
+
+def of_m0(name: str, size: str, m0: str, changes: list[str]) -> ConfigDict:
+  """The config of one model; `m0`: a folder, or a name of PRESETS, which gives the shape."""
+  if m0 in PRESETS:
+    return loop.load_config(name, size, '', '', [f'model={m0}', *changes])
+  if m0 and '/' not in m0 and not epath.Path(m0).exists():
+    raise InputError(f'--m0={configs.short(m0)}{closest(m0, PRESETS)}: it is the Hugging Face '
+                     f'folder of M0, or one of {", ".join(PRESETS)}')
+  return loop.load_config(name, size, m0, '', changes)
 
 
 def main(argv):
@@ -654,7 +683,7 @@ def main(argv):
   else:
     changes = [*ablations.changes(f.ablation, f.size), *f.set]
     names = configs.MODELS[1:configs.MODELS.index(f.last) + 1]
-    planned = [loop.load_config(name, f.size, '', '', changes) for name in names]
+    planned = [of_m0(name, f.size, f.m0, changes) for name in names]
   for part in report(planned, pod, lengths, is_loop=not f.config):
     print(part)
 

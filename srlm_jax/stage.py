@@ -45,6 +45,7 @@ class Stage:
     path = self.folder / 'manifest.json'
     before = read_manifest(path) if path.exists() else None
     self.config = config = _chosen_before(spec, config, before) if before else config
+    _refuse_open(spec, config)
     self.title = f'{self.folder.parent.name}/{spec.name}'
     preemption.stop_at_start(self.title)
     self.started = time.time()
@@ -158,6 +159,15 @@ class Stage:
     shown = [f'{key} {value}' for key, value in summary.items()
              if not isinstance(value, dict | list | None)]
     hosts.log(', '.join([f'{self.title}: done in {seconds} s', *shown]))
+
+
+def _refuse_open(spec: catalog.Spec, config):
+  """Raises InputError if a key that M0 decides has no value: the programs choose it at their start.
+  """
+  for key in configs.FROM_M0:
+    if key in spec.keys and configs.is_open(value := catalog.look_up(catalog.unwrap(config), key)):
+      raise InputError(f'config.{key} is {value}, which leaves it to be chosen for M0; call '
+                       f'base.fit first, or give a value')
 
 
 def _chosen_before(spec: catalog.Spec, config, manifest: dict):

@@ -56,7 +56,8 @@ def on_gpus(fits: bool) -> list[Row]:
 def program(line: dict[str, str]) -> aot.Training | aot.Sampler:
   """A line of a table -> the program; ValueError for one that aot does not have, at any size."""
   name, size = line['program'], line['program'].split()[0]
-  known = (*aot.TRAINING, *aot.SAMPLING, *aot.GPU_TRAINING, *aot.GPU_TOO_LARGE, *aot.GPU_SAMPLING)
+  known = (*aot.TRAINING, *aot.RECIPES, *aot.SAMPLING, *aot.GPU_TRAINING, *aot.GPU_TOO_LARGE,
+           *aot.GPU_SAMPLING)
   alike = [p for p in known if p.name.replace(p.size, size, 1) == name]
   known = min(alike, key=lambda p: (p.pod != line['pod'], p.size != size))
   mesh = known.mesh

@@ -11,8 +11,10 @@ PACKAGE = ROOT / 'srlm_jax'
 # parts may also import the parts before them in the same line.
 ORDER = '''
   storage config ablations pods torus sharding hosts preemption compiler conversation schema records
-  lock peers environment model_files catalog stage metrics cli
-  data / models
+  lock peers environment model_files catalog stage metrics
+  models
+  base cli
+  data
   reward / checkpoint
   sample
   eval / sandbox / report / train
@@ -108,7 +110,8 @@ def test_every_module_has_a_test_file():
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
-      arrays='distribute', fields='config_fields', conversation='templates', rendering='templates')
+      arrays='distribute', fields='config_fields', conversation='templates',
+      rendering='templates')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

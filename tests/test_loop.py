@@ -450,7 +450,8 @@ def test_the_loop_stops_with_a_message_if_a_real_model_cannot_judge(stories, tmp
 
 def test_missing_flags_and_missing_memory_are_reported(tmp_path):
   assert '--data is missing' in main('loop', '--size=stories', f'--workdir={tmp_path}', code=1)
-  assert 'needs 1,241,579,667,456 bytes' in main('loop', f'--workdir={tmp_path}', code=1)
+  assert 'needs 1,241,579,667,456 bytes' in main(
+      'loop', '--size=70b', f'--workdir={tmp_path}', code=1)
   assert not any(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """The planner: names of pods, memory and choices against the real ones, time, and refusals."""
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 import scale_rows
 
-from srlm_jax import catalog, config as configs, InputError, plan, pods
+from srlm_jax import base, catalog, config as configs, InputError, plan, pods
 from srlm_jax.checkpoint import store
 from srlm_jax.data.examples import Example, Examples
 from srlm_jax.data.packing import Packing
-from srlm_jax.models import cache as caches, costs, int8, llama, sizing
+from srlm_jax.models import cache as caches, config as model_config, costs, int8, llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.sizing import Mesh
 from srlm_jax.sample import engine as engines
@@ -61,7 +62,7 @@ def test_the_pods_of_the_compiled_programs_have_the_same_chips():
   for name, (_, gib) in aot.PODS.items():
     pod = pods.find(name)
     assert pod.chip.gib == gib
-    sizes = {np.prod(p.mesh) for p in (*aot.TRAINING, *aot.MESHES, *aot.GPU_TRAINING)
+    sizes = {np.prod(p.mesh) for p in (*aot.TRAINING, *aot.RECIPES, *aot.MESHES, *aot.GPU_TRAINING)
              if p.pod == name}
     assert sizes <= {pod.chips}
 
@@ -342,13 +343,32 @@ def test_a_program_without_a_margin_is_named():
 
 
 @pytest.mark.parametrize('name, changes, message', [
-    ('m0', {}, 'M0 is pretrained'), ('m2', {'model': ''}, "config.model is ''; a plan needs"),
+    ('m0', {}, 'M0 is pretrained'), ('m2', {'model': ''}, 'nothing says what M0 is; give its'),
     ('m2', {'model': 'llama2-70'}, 'did you mean "llama2-70b"'),
     ('sft', {'train.data': ('corpus',)}, 'config.train.data names corpus'),
     ('m2', {'mesh.tensor': 3}, 'tensor=3, whose product does not divide')])
 def test_a_config_that_cannot_be_planned_is_refused(name, changes, message):
   with pytest.raises(InputError, match=message):
     make(name, 'v5p-256', **changes)
+
+
+def test_the_folder_of_m0_gives_the_plan_of_its_preset(tmp_path):
+  shape = PRESETS['qwen3-8b']
+  (tmp_path / 'config.json').write_text(json.dumps(model_config.to_hf(shape)))
+  pod = pods.find('v5p-8')
+  by_name, by_folder = (
+      plan.text(plan.make(base.fit(plan.of_m0('m2', 'auto', m0, []), ''), pod, plan.LENGTHS))
+      for m0 in ('qwen3-8b', str(tmp_path)))
+  assert 'm2 from qwen3-8b (8,190,735,360 parameters) on v5p-8: 4 chips' in by_name
+  assert by_folder == by_name.replace('qwen3-8b', str(tmp_path))
+
+
+def test_an_unknown_m0_is_one_sentence(tmp_path):
+  with pytest.raises(InputError, match=r'--m0=qwen3-9b \(did you mean "qwen3-8b"\?\): it is the '
+                     'Hugging Face folder of M0, or one of llama2-7b, '):
+    plan.of_m0('m2', 'auto', 'qwen3-9b', [])
+  with pytest.raises(InputError, match='holds no config.json'):
+    base.fit(plan.of_m0('m2', 'auto', str(tmp_path), []), '')
 
 
 def test_the_docs_show_what_is_printed():

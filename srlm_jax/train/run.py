@@ -9,8 +9,8 @@ import jax
 import optax
 
 from srlm_jax import (
+  base,
   catalog,
-  closest,
   environment,
   hosts,
   InputError,
@@ -34,9 +34,9 @@ ROWS = 'rows.json'  # in the model's folder: the number and the width of the row
 def run(config, workdir):
   """Reads the init model and this model's data; writes MODEL/model: checkpoints, metrics.jsonl."""
   config, workdir = catalog.find('train').view(config), epath.Path(workdir)
-  refuse_too_large(config)
   source = _source(config, workdir)
   shape = _model_config(config, source, workdir)
+  refuse_too_large(config, shape)
   files = catalog.training_files(workdir, config)
   s = stage.Stage(catalog.find('train'), config, workdir,
                   more_inputs=() if config.train.init else [source / 'tokenizer.model'])
@@ -206,11 +206,9 @@ def _some(rows: list[list[str]], most: int = 20) -> str:
   return ', '.join(names[:most]) + more
 
 
-def refuse_too_large(config):
+def refuse_too_large(config, shape):
   """InputError, before anything is allocated, if the devices cannot hold the training state."""
-  if not config.model:
-    return
-  count = llama.param_count(_preset(config.model))
+  count = llama.param_count(shape)
   with_reference = objectives.find(config.train).needs_reference_params
   needed = train_state.bytes_needed(count, config.train.moments, with_reference)
   available = hosts.memory()
@@ -223,23 +221,14 @@ def refuse_too_large(config):
         f'fits: python -m srlm_jax.loop --size=tiny --workdir=runs/demo')
 
 
-def _preset(name: str):
-  if name not in model_config.PRESETS:
-    raise InputError(f'config.model is {name!r}{closest(name, model_config.PRESETS)}; '
-                     f'use one of {", ".join(model_config.PRESETS)}, or empty for any model')
-  return model_config.PRESETS[name]
-
-
 def _model_config(config, source, workdir):
   """The model's config with this run's dtype and dropout; InputError for another model."""
   c = config.train
-  shape = model_config.load(_existing(config, source, workdir)) if c.init else _preset(config.model)
-  if config.model:
-    for field in ('D', 'F', 'K', 'G', 'H', 'V', 'layers'):
-      found, wanted = getattr(shape, field), getattr(_preset(config.model), field)
-      if found != wanted:
-        raise InputError(f'{source} has {field} = {found}, and config.model = {config.model} has '
-                         f'{wanted}; name the right one, or --config.model= for any')
+  if c.init:
+    shape = model_config.load(_existing(config, source, workdir))
+    base.check(config, shape, source)
+  else:
+    shape = base.preset(config.model)
   if c.max_length > shape.context:
     raise InputError(f'config.train.max_length is {c.max_length}, more than the {shape.context} '
                      f'tokens that the model supports; lower it')
