@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full aot-gpu bench-peers check-device lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full aot-gpu bench-peers check-vllm check-device \
+  lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -73,7 +74,7 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 # several GB; a CPU build is enough.
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
-	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py
+	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py tests/test_lm_eval.py
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py
@@ -112,6 +113,9 @@ bench-peers: .venv/.installed $(PEERS:%=.venv-%/.installed)  ## compares the eng
 	$(BIN)/python bench/sample.py --peer=vllm
 	$(BIN)/python bench/train.py --peer=trl
 	$(BIN)/python bench/train.py --peer=tunix
+
+check-vllm: .venv/.installed .venv-vllm/.installed  ## exports M0 and compares its greedy strings in vLLM
+	$(BIN)/python bench/check_export.py
 
 check-device: .venv/.installed  ## checks kernels, steps, memory and time on this machine's devices
 	$(BIN)/python bench/check_device.py

@@ -28,12 +28,13 @@ CLASS = 'PreTrainedTokenizerFast'
 KEPT = ('pad_token', 'padding_side', 'model_max_length', 'chat_template')
 RANDOM_TEXTS = 500
 TEXTS = (
-    '', ' ', '  ', '\n', '\t', 'a', ' a', 'a ', '  a  b  ', '\na', 'a\n\n b\n', ' \n a', 'a\tb\r\nc',
-    'User: Name a fruit.\nAssistant: A fig, 12 pears (0.5 kg) & "plums"!', '[INST] Hi [/INST] Ho.',
-    ''.join(map(chr, range(32, 127))), '1234567890 3.14159 1e-5', 'aaaaaaaaaaaaaaaa', '========',
-    'def f(x):\n  return x ** 2  # square\n', '▁', '▁▁a ▁b', 'é e\u0301 ü ß ﬁ ½ ①', 'Ω ∑ → ≤ “ ” – … €',
-    'Привет, мир', '漢字かな交じり文', 'हिन्दी', 'שלום', 'مرحبا', '😀 👩‍👩‍👧 🇩🇪', 'a\u00a0b\u200bc\ufeff',
-    'x\x00y\x7f', '\ufffd')
+    '', ' ', '  ', '\n', '\t', 'a', ' a', 'a ', '  a  b  ', '\na', 'a\n\n b\n', ' \n a',
+    'a\tb\r\nc', 'User: Name a fruit.\nAssistant: A fig, 12 pears (0.5 kg) & "plums"!',
+    '[INST] Hi [/INST] Ho.', ''.join(map(chr, range(32, 127))), '1234567890 3.14159 1e-5',
+    'aaaaaaaaaaaaaaaa', '========', 'def f(x):\n  return x ** 2  # square\n', '▁', '▁▁a ▁b',
+    'é e\u0301 ü ß ﬁ ½ ①', 'Ω ∑ → ≤ “ ” – … €', 'Привет, мир', '漢字かな交じり文', 'हिन्दी', 'שלום',
+    'مرحبا', '\U0001f600 \U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea',
+    'a\u00a0b\u200bc\ufeff', 'x\x00y\x7f', '\ufffd')
 PROMPTS = ('a', 'Name two nice fruits.', 'Was ist größer: 漢字 oder 2?', 'One.\n\nTwo:  3')
 
 
@@ -66,8 +67,7 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
     before = _parse(folder, files, name)
     _change(files, name, before | _ids(before, ours, bool(chat)))
   before = settings = _parse(folder, files, SETTINGS)
-  made = BACKEND not in files and (bool(chat) or not settings)
-  if made:
+  if BACKEND not in files and (chat or not settings):
     files[BACKEND], settings = _from_sentencepiece(files['tokenizer.model'], ours, settings)
   if chat and chat != 'tokenizer':
     settings = settings | dict(chat_template=templates.source(chat))
@@ -82,10 +82,6 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   texts = _texts(theirs)
   differences = tuple(text for text in texts
                       if theirs.encode(text, add_special_tokens=False) != ours.encode(text))
-  if made and differences:
-    raise InputError(f'{folder / "tokenizer.model"} cannot be converted to a {BACKEND}, because '
-                     f'transformers gives {differences[0]!r} other ids; add the {BACKEND} of the '
-                     f'model to {folder}')
   for prompt in PROMPTS if chat else ():
     _check_prompt(folder, chat, prompt, ours, theirs)
   return Export(files, chat, len(texts), differences)
@@ -145,8 +141,10 @@ def _from_sentencepiece(model: bytes, ours: tokenizers.Tokenizer, before: dict) 
 def _load(files: dict[str, bytes]):
   """The tokenizer of the export, as other programs load it."""
   import transformers
+  # All that it takes from config.json; transformers may refuse the rest.
+  kind = {key: json.loads(files[CONFIG]).get(key) for key in ('model_type', 'tokenizer_class')}
   with tempfile.TemporaryDirectory() as local:
-    for name, data in files.items():
+    for name, data in (files | {CONFIG: json.dumps(kind).encode()}).items():
       path = pathlib.Path(local, name)
       path.parent.mkdir(exist_ok=True)
       path.write_bytes(data)
@@ -155,11 +153,12 @@ def _load(files: dict[str, bytes]):
 
 def _check_prompt(folder, chat: str, prompt: str, ours: tokenizers.Tokenizer, theirs):
   """Raises InputError if a prompt in the chat format has other ids in transformers."""
+  wanted = templates.encode_prompt(chat, prompt, ours)
   found = theirs.apply_chat_template([dict(role='user', content=prompt)], tokenize=True,
                                      add_generation_prompt=True, return_dict=False)
-  if found != templates.encode_prompt(chat, prompt, ours):
-    raise InputError(f'{folder}: transformers gives {prompt!r} in the chat format {chat} other ids; '
-                     f'give another --chat, or correct the chat template')
+  if found != wanted:
+    raise InputError(f'{folder}: in the chat format {chat}, {prompt!r} has other ids in '
+                     f'transformers; add the tokenizer.json of the model, or give another --chat')
 
 
 def _texts(tokenizer) -> Sequence[str]:

@@ -125,14 +125,16 @@ def _numbers(export: Export) -> str:
   shown = [(heading, value) for heading, value in cells if heading != 'model']
   if not shown:
     return ''
-  return '## Results\n\nFrom the report of the run; 95 % intervals in brackets.\n\n' + _table([('measure', 'value'), *shown])
+  return ('## Results\n\nFrom the report of the run; 95 % intervals in brackets.\n\n' +
+          _table([('measure', 'value'), *shown]))
 
 
 def _training(lineage: list[_Trained]) -> str:
   """Each model of the lineage with the data that it was trained on."""
   if not lineage:
     return ''
-  rows = [('model', 'starts from, parameters', 'loss', 'examples', 'steps', 'file', 'records', 'hash')]
+  rows = [('model', 'starts from, parameters', 'loss', 'examples', 'steps', 'file',
+           'records', 'hash')]
   for model in lineage:
     started = f'{model.config["train.init"]}, `{model.manifest["params"]}`' if (
         model.manifest['params']) else '-'
