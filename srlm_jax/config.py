@@ -295,6 +295,9 @@ _SECTIONS = {
         top_p=Setting(0.9, MASS, 'probability', OURS),
         top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
         max_tokens=Setting(256, COUNT, 'tokens: up to 100 words of reasons, then the score', OURS),
+        show_thinking=Setting(False, SWITCH,
+                              'shows the judge the thinking of responses, not only the answers',
+                              OURS),
     ),
     'eft': dict(
         # baseline: judgements of the SFT baseline; ranks: human ranks as scores
