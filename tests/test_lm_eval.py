@@ -110,7 +110,7 @@ def without_eos(ours: Ours, ids) -> list[int]:
 def documents(ours: Ours) -> list[dict]:
   """Each prompt, with our greedy response to it and to the next prompt as choices."""
   texts = [ours.tokenizer.decode(without_eos(ours, r.ids)).strip() or '.' for r in ours.results]
-  return [dict(prompt=prompt, formatted=templates.chat('plain', prompt, ours.tokenizer),
+  return [dict(prompt=prompt, formatted=templates.chat('plain', prompt, None),
                choices=[texts[i], texts[(i + 1) % COUNT]])
           for i, prompt in enumerate(ours.prompts)]
 
@@ -178,7 +178,7 @@ def test_transformers_gives_our_ids_and_greedy_strings(ours):
                                            return_tensors='pt')
     ids = inputs['input_ids'][0].tolist()
     assert ids == templates.encode_prompt('plain', prompt, ours.tokenizer)
-    assert tokenizer(templates.chat('plain', prompt, ours.tokenizer))['input_ids'] == ids
+    assert tokenizer(templates.chat('plain', prompt, None))['input_ids'] == ids
     text = ours.tokenizer.decode(without_eos(ours, result.ids)).strip() or '.'
     before, after = templates.encode_pair('plain', prompt, text, ours.tokenizer)
     messages.append(dict(role='assistant', content=text))

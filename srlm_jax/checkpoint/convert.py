@@ -114,7 +114,8 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})
   dtypes = {name: array.dtype.numpy_dtype for name, array in stored.items()}
   files = hf.shards(config, dtypes, shard_bytes)
-  recorded, dtype = model_files.recorded_hash(folder, step), str(dtypes['embed_VD'])
+  dtype = str(dtypes['embed_VD'])
+  model_files.read_hashes(folder, step)  # before a changed tokenizer is read
   small, summary, sums = export.plan(folder, config.V, dtype, chat), Summary(), {}
   with storage.making_folder(out) as target, _progress(files) as progress:
     if len(files) > 1:
@@ -131,7 +132,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
           for offset, _, rows in _rows(leaf, layer, tensor):
             summary.add(leaf, offset, rows)
           progress.update()
-    if recorded != summary.hashes().stored:
+    if model_files.recorded_hash(folder, step) != summary.hashes().stored:
       raise InputError(f'{params} does not match its recorded hash; the checkpoint is damaged, '
                        f'restore it from a copy')
     sums |= {name: hashlib.sha256(data) for name, data in small.files.items()}

@@ -63,9 +63,10 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   if not chat and not files.keys() & {BACKEND, 'tokenizer.model'}:
     return Export(files, chat)
   ours = tokenizers.load(folder, vocab)
+  ends = {*ours.eos_ids, *([templates.end_of_turn(chat, ours)] if chat else ())}
   for name in (CONFIG, GENERATION):
     before = _parse(folder, files, name)
-    _change(files, name, before | _ids(before, ours, bool(chat)))
+    _change(files, name, before | _ids(before, ours.start, ends, bool(chat)))
   before = settings = _parse(folder, files, SETTINGS)
   if BACKEND not in files and (chat or not settings):
     files[BACKEND], settings = _from_sentencepiece(files['tokenizer.model'], ours, settings)
@@ -76,8 +77,8 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   if settings != before:
     _change(files, SETTINGS, settings)
   theirs = _load(files)
-  if chat and theirs('a')['input_ids'][:1] != [ours.bos_id]:
-    _change(files, SETTINGS, settings | dict(add_bos_token=True))
+  if chat and theirs('')['input_ids'] != ours.start:
+    _change(files, SETTINGS, settings | dict(add_bos_token=bool(ours.start)))
     theirs = _load(files)
   texts = _texts(theirs)
   differences = tuple(text for text in texts
@@ -113,13 +114,16 @@ def _change(files: dict[str, bytes], name: str, fields: dict):
     files[name] = (json.dumps(fields, indent=2, ensure_ascii=False) + '\n').encode()
 
 
-def _ids(fields: dict, ours: tokenizers.Tokenizer, run: bool) -> dict:
-  """bos_token_id and eos_token_id where `fields` lacks them or, in a run, has other eos ids."""
+def _ids(fields: dict, start: list[int], ends: set[int], run: bool) -> dict:
+  """bos_token_id and eos_token_id where `fields` lacks them or, in a run, has other eos ids.
+
+  `start`: the bos id, if there is one; `ends`: the eos ids.
+  """
   eos, changed = fields.get('eos_token_id'), {}
-  if fields.get('bos_token_id') is None:
-    changed['bos_token_id'] = ours.bos_id
-  if eos is None or run and {*(eos if isinstance(eos, list) else [eos])} != {*ours.eos_ids}:
-    changed['eos_token_id'] = ours.eos_ids[0] if len(ours.eos_ids) == 1 else list(ours.eos_ids)
+  if start and fields.get('bos_token_id') is None:
+    changed['bos_token_id'] = start[0]
+  if eos is None or run and {*(eos if isinstance(eos, list) else [eos])} != ends:
+    changed['eos_token_id'] = min(ends) if len(ends) == 1 else sorted(ends)
   return changed
 
 
@@ -130,12 +134,11 @@ def _from_sentencepiece(model: bytes, ours: tokenizers.Tokenizer, before: dict) 
   with tempfile.TemporaryDirectory() as local:  # alone, because settings would change the result
     pathlib.Path(local, 'tokenizer.model').write_bytes(model)
     made = transformers.PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)
-  made.add_bos_token = True
-  bos, eos = made.convert_ids_to_tokens([ours.bos_id, ours.eos_ids[0]])
+  made.add_bos_token = bool(ours.start)
   kept = {key: before[key] for key in KEPT if key in before}
-  return (made.backend_tokenizer.to_str(pretty=True) + '\n').encode(), kept | dict(
-      tokenizer_class=CLASS, bos_token=bos, eos_token=eos, unk_token=made.unk_token,
-      add_bos_token=True, add_eos_token=False, clean_up_tokenization_spaces=False)
+  return (made.backend_tokenizer.to_str(pretty=True) + '\n').encode(), kept | ours.special | dict(
+      tokenizer_class=CLASS, unk_token=made.unk_token, add_bos_token=bool(ours.start),
+      add_eos_token=False, clean_up_tokenization_spaces=False)
 
 
 def _load(files: dict[str, bytes]):

@@ -115,10 +115,11 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 def _numbers(export: Export) -> str:
   """The numbers of this model in the run's report, if they are of these parameters."""
   name, workdir = export.folder.parent.name, export.folder.parent.parent
+  params = model_files.recorded_hash(export.folder, export.step)
   for spec in catalog.STAGES:
     path = workdir / name / spec.name / 'manifest.json'
     if spec.runs == ('self',) and path.exists():
-      if stage.read_manifest(path)['params'] != export.hashes.stored:
+      if stage.read_manifest(path)['params'] != params:
         return ''
   rows = [row for row in results.of_models(workdir) if row['model'] == name]
   cells = [cell for table in results.tables(rows) for cell in zip(*table, strict=True)]
