@@ -41,7 +41,7 @@ AOT_GPU := -e '.[test,aot-gpu]'
 	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
 .venv-parity/.torch: .venv-parity/.installed
-	.venv-parity/bin/$(PIP) install $(TORCH)
+	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5'
 	touch $@
 
 .venv/.lint: requirements/lint.txt
@@ -59,7 +59,7 @@ sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the 
 	rm -rf runs/m0/hf
 	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
 	mkdir -p $(M0)
-	cp runs/m0/hf/* runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
+	cp $(addprefix runs/m0/hf/,config.json model.safetensors tokenizer.model) runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
 	@echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
 
 # The longest files start first, so that no process is left with one of them at the end.

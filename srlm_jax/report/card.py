@@ -189,7 +189,7 @@ def changes(workdir, size: str) -> list[str]:
                  for path in sorted((workdir / owner).glob('*/manifest.json'))):
       recorded |= stage.read_manifest(path)['config']
     for key, value in recorded.items():
-      if key in default and key not in configs.OPEN and _text(value) != _text(default[key]):
+      if key in default and _text(value) != _text(default[key]):
         found.setdefault(f'{key}={_text(value)}', []).append(name)
   return [f'{",".join(names)}:{change}' for change, names in found.items()]
 
