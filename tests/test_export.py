@@ -51,18 +51,18 @@ def sentences(**options) -> bytes:
 
 def byte_level(folder, **settings):
   """A model with the files of a byte-level tokenizer, as those of Llama 3 or Qwen."""
-  marks = ['<s>', '</s>', '<|end|>', '<|user|>', '<|assistant|>']
+  marks = ['<s>', '</s>', '<|end|>', '<|user|>', '<|assistant|>', '<|im_start|>', '<|im_end|>']
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   made = library.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
   made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.post_processor = processors.ByteLevel()
   made.add_special_tokens(marks)
+  names = dict(bos_token='<s>', eos_token='<|end|>') | settings
   return write(folder, {
-      'config.json': config(261), 'tokenizer.json': made.to_str(),
-      'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>',
-                                    eos_token='<|end|>') | settings,
+      'config.json': config(263), 'tokenizer.json': made.to_str(),
+      'tokenizer_config.json': dict(tokenizer_class='PreTrainedTokenizerFast') | names,
       'chat_template.jinja': TEMPLATE, 'additional_chat_templates/tool.jinja': 'x',
-      'special_tokens_map.json': dict(bos_token='<s>', eos_token='<|end|>'),
+      'special_tokens_map.json': {name: x for name, x in names.items() if x},
       'generation_config.json': dict(bos_token_id=256, eos_token_id=257, temperature=0.6)})
 
 
@@ -75,7 +75,8 @@ def same_ids(folder, made: export.Export, out, chat: str):
     assert templates.encode_prompt('tokenizer', prompt, theirs) == ids
     # sentencepiece writes ' ⁇ ' for the unknown id, transformers nothing.
     assert theirs.decode(ids) == ours.decode(ids).replace(' ⁇ ', '')
-  assert theirs.eos_ids == ours.eos_ids and theirs.bos_id == ours.bos_id
+  assert {*theirs.eos_ids} == {*ours.eos_ids, templates.end_of_turn(chat, ours)}
+  assert theirs.bos_id == ours.bos_id
 
 
 @pytest.mark.parametrize('chat', ['plain', 'llama2'])
@@ -100,8 +101,8 @@ def test_a_run_with_a_sentencepiece_model_gets_all_that_others_need(tmp_path, ch
 
 def test_a_conversion_without_training_keeps_the_files_of_its_source(tmp_path):
   folder = byte_level(tmp_path / 'ours')
-  write(folder, {'config.json': config(261, bos_token_id=256, eos_token_id=[257, 258])})
-  found = export.plan(folder, 261, 'float32')
+  write(folder, {'config.json': config(263, bos_token_id=256, eos_token_id=[257, 258])})
+  found = export.plan(folder, 263, 'float32')
   assert found.files == {str(path.relative_to(folder)): path.read_bytes()
                          for path in folder.rglob('*.*') if path.is_file()}
   assert (found.chat, found.differences) == ('', ()) and found.compared > 400
@@ -110,11 +111,11 @@ def test_a_conversion_without_training_keeps_the_files_of_its_source(tmp_path):
 def test_the_run_changes_the_template_the_eos_ids_and_the_bos_token(tmp_path):
   """The source ends at </s> alone and adds no bos token; the run ends responses with <|end|>."""
   folder = byte_level(tmp_path / 'ours')
-  write(folder, {'manifest.json': manifest('plain'), 'config.json': config(261, eos_token_id=257)})
-  kept = export.plan(folder, 261, 'float32', 'tokenizer')
+  write(folder, {'manifest.json': manifest('plain'), 'config.json': config(263, eos_token_id=257)})
+  kept = export.plan(folder, 263, 'float32', 'tokenizer')
   for name in ('chat_template.jinja', 'tokenizer.json', 'additional_chat_templates/tool.jinja'):
     assert kept.files[name] == (folder / name).read_bytes()
-  found = export.plan(folder, 261, 'bfloat16')
+  found = export.plan(folder, 263, 'bfloat16')
   assert 'additional_chat_templates/tool.jinja' not in found.files
   assert found.files['chat_template.jinja'].decode() == templates.source('plain')
   for made in (kept, found):
@@ -125,6 +126,16 @@ def test_the_run_changes_the_template_the_eos_ids_and_the_bos_token(tmp_path):
   assert json.loads(found.files['config.json'])['dtype'] == 'bfloat16'
   same_ids(folder, kept, tmp_path / 'kept', 'tokenizer')
   same_ids(folder, found, tmp_path / 'found', 'plain')
+
+
+def test_a_tokenizer_without_bos_and_a_format_with_its_own_end_of_turn(tmp_path):
+  """As Qwen's base models: no sequence begins with bos, and the tokenizer's eos ends no turn."""
+  folder = byte_level(tmp_path / 'ours', bos_token=None, eos_token='</s>')
+  (folder / 'generation_config.json').write_text('{"eos_token_id": 257}')
+  found = export.plan(folder, 263, 'float32', 'chatml')
+  assert json.loads(found.files['generation_config.json']) == dict(eos_token_id=[257, 262])
+  assert not json.loads(found.files['tokenizer_config.json']).get('add_bos_token')
+  same_ids(folder, found, tmp_path / 'theirs', 'chatml')
 
 
 def test_a_source_whose_ids_differ_is_kept_and_counted_unless_the_run_needs_its_own(tmp_path):

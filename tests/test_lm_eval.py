@@ -14,6 +14,7 @@ from conftest import full_logits, make_mesh
 import jax
 import numpy as np
 import pytest
+from test_export import byte_level
 
 from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import templates, tokenizer as tokenizers
@@ -83,20 +84,21 @@ def ours(request, tmp_path_factory):
   convert.from_hf(source, folder / 'ours')
   convert.to_hf(folder / 'ours', folder / 'hf', chat='plain', shard_bytes=500_000)
   assert len(list((folder / 'hf').glob('*.safetensors'))) > 1
-  return measured(folder, mesh)
+  return measured(folder, mesh, COUNT)
 
 
-def measured(folder, mesh) -> Ours:
+def measured(folder, mesh, count: int, chat: str = 'plain') -> Ours:
   """Samples the greedy responses of the checkpoint in `folder`/ours."""
   config = model_config.load(folder / 'ours')
   tokenizer = tokenizers.load(folder / 'ours', config.V)
   rng = np.random.default_rng(0)
-  prompts = [world.instruction(rng) for _ in range(COUNT)]
+  prompts = [world.instruction(rng) for _ in range(count)]
   with jax.set_mesh(mesh):
     params, _ = store.restore_params(folder / 'ours', mesh, 'float32')
-    engine = engines.Engine(llama.Llama(config), params, mesh, tokenizer.eos_ids, 0, 'test',
+    ends = {*tokenizer.eos_ids, templates.end_of_turn(chat, tokenizer)}
+    engine = engines.Engine(llama.Llama(config), params, mesh, sorted(ends), 0, 'test',
                             slots=20, size=config.context, steps=8)
-    requests = [engines.Request(str(i), templates.encode_prompt('plain', prompt, tokenizer))
+    requests = [engines.Request(str(i), templates.encode_prompt(chat, prompt, tokenizer))
                 for i, prompt in enumerate(prompts)]
     sampling = engines.Sampling(0.0, 1.0, MAX_TOKENS)
     results = [found for _, (found,) in engine.generate(requests, sampling)]
@@ -190,3 +192,40 @@ def test_transformers_gives_our_ids_and_greedy_strings(ours):
   strings = same(texts, ours.texts)
   print(f'transformers: {strings} of {COUNT} greedy strings are equal')
   assert strings >= SAME
+
+
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=32, vocab_size=263, max_position_embeddings=256,
+             initializer_range=0.3)
+FAMILIES = dict(llama=('Llama', {}), mistral=('Mistral', dict(sliding_window=7)),
+                qwen2=('Qwen2', {}), qwen3=('Qwen3', {}), olmo2=('Olmo2', {}))
+
+
+@pytest.mark.parametrize('chat', ['tokenizer', 'plain'])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_exports_of_every_family_give_our_ids_and_greedy_tokens(tmp_path, name, chat):
+  """A random model of transformers with a byte-level tokenizer; qwen2 and qwen3 have no bos."""
+  kind, changes = FAMILIES[name]
+  torch.manual_seed(0)
+  model = getattr(transformers, f'{kind}ForCausalLM')(
+      getattr(transformers, f'{kind}Config')(**SMALL | changes))
+  model.save_pretrained(str(tmp_path / 'source'))
+  fields = json.loads((tmp_path / 'source' / 'config.json').read_text())
+  byte_level(tmp_path / 'source', **dict(bos_token=None) if 'qwen' in name else {})
+  (tmp_path / 'source' / 'config.json').write_text(json.dumps(fields))
+  convert.from_hf(tmp_path / 'source', tmp_path / 'ours')
+  convert.to_hf(tmp_path / 'ours', tmp_path / 'hf', chat=chat)
+  ours = measured(tmp_path, make_mesh(1, 1, 1), 12, chat)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(ours.export)
+  found = transformers.AutoModelForCausalLM.from_pretrained(ours.export).eval()
+  for key, tensor in model.state_dict().items():
+    assert torch.equal(found.state_dict()[key], tensor), key
+  for prompt, result in zip(ours.prompts, ours.results, strict=True):
+    inputs = tokenizer.apply_chat_template(
+        [dict(role='user', content=prompt)], add_generation_prompt=True, return_dict=True,
+        return_tensors='pt')
+    ids = inputs['input_ids'][0].tolist()
+    assert ids == templates.encode_prompt(chat, prompt, ours.tokenizer)
+    with torch.no_grad():
+      out = found.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+    assert out[0, len(ids):].tolist() == result.ids
