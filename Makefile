@@ -74,7 +74,8 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 # several GB; a CPU build is enough.
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
-	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py tests/test_lm_eval.py
+	.venv-parity/bin/python -m pytest -q $(addprefix tests/test_,parity.py golden.py families.py \
+	  family_parity.py lm_eval.py)
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py

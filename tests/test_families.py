@@ -1,12 +1,22 @@
-"""Families of models: config.json files from the Hub, and what they say."""
-import json
+"""Families of models: config.json files from the Hub, golden values, and adding a family.
 
+test_family_parity.py compares with transformers itself, and recomputes the golden values.
+"""
+import json
+import re
+
+from conftest import full_logits, ROOT
+import jax
+import make_family_golden
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from srlm_jax import InputError
+from srlm_jax.checkpoint import convert, hf
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import PRESETS
-from srlm_jax.models.families import FAMILIES
+from srlm_jax.models.families import FAMILIES, Family, SLIDING_WINDOW
 
 COUNTS = {  # of models of transformers 5.24 with the published shapes, made without memory
     'llama3.1-8b': 8_030_261_248,
@@ -110,6 +120,13 @@ def test_presets_have_exactly_the_number_of_parameters_that_transformers_makes(n
   assert llama.param_count(PRESETS[name]) == COUNTS[name]
 
 
+def test_the_table_of_presets_in_the_docs():
+  text = (ROOT / 'docs' / 'models.md').read_text()
+  rows = [line for line in text.splitlines() if re.match(r'\| `[a-z0-9.-]+` \| [\d,]+ \|', line)]
+  assert rows == [f'| `{name}` | {llama.param_count(c):,} | {c.context:,} |'
+                  for name, c in PRESETS.items() if name.startswith('llama2') or name in COUNTS]
+
+
 @pytest.mark.parametrize('name', REAL)
 def test_a_published_config_is_the_preset(name):
   fields = json.loads(REAL[name])
@@ -144,3 +161,144 @@ def test_the_error_names_the_supported_families():
   with pytest.raises(InputError, match="model_type = 'gpt2' is .* llama, mistral, olmo2, qwen2, q"):
     model_config.from_hf(dict(model_type='gpt2'))
   assert set(FAMILIES) == {'llama', 'mistral', 'olmo2', 'qwen2', 'qwen3'}
+
+
+GOLDEN = {path.stem: json.loads(path.read_text())
+          for path in sorted((ROOT / 'tests' / 'golden').glob('*.json'))}
+ATOL = 1e-4  # nats; the largest difference measured is 1.1e-5
+
+
+def write(folder, fields: dict, shapes: dict) -> dict:
+  """Writes a Hugging Face folder with the values of the golden files -> its tensors."""
+  folder.mkdir()
+  (folder / 'config.json').write_text(json.dumps(fields))
+  tensors = {name: make_family_golden.values(name, tuple(shape)) for name, shape in shapes.items()}
+  save_file(tensors, folder / 'model.safetensors')
+  return tensors
+
+
+def check_round_trip(folder, tensors: dict, tmp_path):
+  """Converts a folder to a checkpoint and back: the same tensors, bit for bit."""
+  convert.from_hf(folder, tmp_path / 'ours')
+  convert.to_hf(tmp_path / 'ours', tmp_path / 'back')
+  found = load_file(tmp_path / 'back' / 'model.safetensors')
+  assert found.keys() == tensors.keys()
+  for name, x in tensors.items():
+    assert found[name].dtype == x.dtype and found[name].tobytes() == x.tobytes(), name
+  assert model_config.load(tmp_path / 'back') == model_config.load(folder)
+
+
+def test_there_are_golden_values_of_every_family():
+  assert GOLDEN.keys() == FAMILIES.keys() == make_family_golden.MODELS.keys()
+  for name, golden in GOLDEN.items():
+    assert golden['fields'] == make_family_golden.MODELS[name]
+    window = model_config.from_hf(golden['config']).window
+    assert (window is not None) == (name in ('mistral', 'qwen2'))
+    assert window is None or window < min(len(c['prompt_ids']) for c in golden['cases'][1:])
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_a_family_has_the_log_probs_of_transformers(mesh, tmp_path, name):
+  golden = GOLDEN[name]
+  tensors = write(tmp_path / 'hf', golden['config'], golden['tensors'])
+  config = model_config.load(tmp_path / 'hf')
+  assert config.family == name and sum(x.size for x in tensors.values()) == (
+      llama.param_count(config))
+  rows = [case['prompt_ids'] + case['ids'] for case in golden['cases']]
+  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)  # causal: padding changes nothing
+  for padded, row in zip(tokens, rows, strict=True):
+    padded[:len(row)] = row
+  params = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
+  table = np.asarray(jax.nn.log_softmax(full_logits(llama.Llama(config), params, tokens)))
+  for logps, row, case in zip(table, rows, golden['cases'], strict=True):
+    found = logps[np.arange(len(row) - 1), row[1:]]
+    np.testing.assert_allclose(found, case['logps'], rtol=0, atol=ATOL)
+    first = len(case['prompt_ids']) - 1
+    assert logps[first:len(row) - 1].argmax(-1).tolist() == case['ids']
+
+
+def invented_logits(fields: dict, w: dict, tokens) -> np.ndarray:
+  """tokens [T] -> logits [T, V] of the family below, in numpy."""
+  K, H, T = fields['num_key_value_heads'], fields['head_dim'], len(tokens)
+  G, window = fields['num_attention_heads'] // K, fields['sliding_window']
+
+  def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + fields['rms_norm_eps']) * scale
+
+  def rope(x):  # [T, heads, H]
+    angle = np.arange(T)[:, None, None] * 10_000.0 ** (-np.arange(H // 2) / (H // 2))
+    a, b = np.split(x, 2, -1)
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle),
+                           b * np.cos(angle) + a * np.sin(angle)], -1)
+
+  age = np.arange(T)[:, None] - np.arange(T)
+  visible = (age >= 0) & (age < window)
+  x = w['wte.weight'][tokens]
+  for layer in range(fields['num_hidden_layers']):
+    def own(name, layer=layer):
+      return w[f'h.{layer}.{name}.weight']
+    q = rope(norm((x @ own('attn.query').T).reshape(T, K * G, H), own('attn.norm_query')))
+    k = x @ own('attn.key').T + w[f'h.{layer}.attn.key.bias']
+    k = rope(norm(k.reshape(T, K, H), own('attn.norm_key')))
+    v = (x @ own('attn.value').T).reshape(T, K, H)
+    out = []
+    for head in range(K * G):
+      scores = np.where(visible, q[:, head] @ k[:, head // G].T / np.sqrt(H), -np.inf)
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      out.append(weights / weights.sum(-1, keepdims=True) @ v[:, head // G])
+    y = np.concatenate(out, -1) @ own('attn.out').T + w[f'h.{layer}.attn.out.bias']
+    x = x + norm(y, own('norm_1'))
+    gate = x @ own('mlp.w1').T
+    y = (gate / (1 + np.exp(-gate)) * (x @ own('mlp.w3').T)) @ own('mlp.w2').T
+    x = x + norm(y, own('norm_2'))
+  return norm(x, w['norm.weight']) @ w['wte.weight'].T
+
+
+def test_a_new_family_is_a_declaration(mesh, tmp_path, monkeypatch):
+  """The steps of docs/models.md, for a family that differs from every other one."""
+  # 1. What differs: biases on k and o only, norms of outputs, q and k norms per head, a window.
+  # 2. The names of its tensors.
+  block, attention = 'h.{}.', 'h.{}.attn.'
+  renamed = {
+      'embed_VD': ('wte.weight', 'V D'),
+      'layers.attention_norm.scale_D': (block + 'norm_1.weight', 'D'),
+      'layers.attention.wq_DKGH': (attention + 'query.weight', 'KGH D'),
+      'layers.attention.wk_DKH': (attention + 'key.weight', 'KH D'),
+      'layers.attention.wv_DKH': (attention + 'value.weight', 'KH D'),
+      'layers.attention.wo_KGHD': (attention + 'out.weight', 'D KGH'),
+      'layers.attention.bk_KH': (attention + 'key.bias', 'KH'),
+      'layers.attention.bo_D': (attention + 'out.bias', 'D'),
+      'layers.attention.q_norm.scale_H': (attention + 'norm_query.weight', 'H'),
+      'layers.attention.k_norm.scale_H': (attention + 'norm_key.weight', 'H'),
+      'layers.mlp_norm.scale_D': (block + 'norm_2.weight', 'D'),
+      'layers.mlp.gate_DF': (block + 'mlp.w1.weight', 'F D'),
+      'layers.mlp.up_DF': (block + 'mlp.w3.weight', 'F D'),
+      'layers.mlp.down_FD': (block + 'mlp.w2.weight', 'D F'),
+      'final_norm.scale_D': ('norm.weight', 'D')}
+  # 3. The declaration.
+  monkeypatch.setitem(FAMILIES, 'invented', Family(
+      'InventedForCausalLM', fields=(SLIDING_WINDOW,),
+      constants=dict(biases='ko', qk_norm='head', norms='post'), absent=dict(rms_norm_eps=1e-3),
+      renamed=renamed))
+  # 4. A preset, with the number of parameters that the published model has.
+  fields = dict(
+      model_type='invented', hidden_size=18, intermediate_size=22, num_hidden_layers=2,
+      num_attention_heads=6, num_key_value_heads=3, head_dim=10, vocab_size=31,
+      max_position_embeddings=64, sliding_window=5, tie_word_embeddings=True)
+  config = model_config.from_hf(fields)
+  monkeypatch.setitem(PRESETS, 'invented-10k', config)
+  assert model_config.from_hf(model_config.to_hf(config)) == config
+  assert (config.norm_eps, config.window, config.biases) == (1e-3, 5, 'ko')
+  # 5. The same numbers as another implementation, and conversion in both directions.
+  shapes = {name: leaf.hf_shape for leaf in hf.leaves(config) for name in leaf.tensors}
+  tensors = write(tmp_path / 'hf', fields, shapes)
+  assert len(tensors) == 2 + 2 * 13
+  assert sum(x.size for x in tensors.values()) == llama.param_count(config) == 9640
+  tokens = np.random.RandomState(0).randint(0, 31, (2, 24))
+  params = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
+  found = np.asarray(full_logits(llama.Llama(config), params, tokens))
+  exact = {name: x.astype(np.float64) for name, x in tensors.items()}
+  for row, logits in zip(tokens, found, strict=True):
+    wanted = invented_logits(fields | dict(rms_norm_eps=1e-3), exact, row)
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=ATOL)
+  check_round_trip(tmp_path / 'hf', tensors, tmp_path)
