@@ -71,8 +71,9 @@ class Ours:
     tokens = np.zeros((len(pairs), max(len(a) + len(b) for a, b in pairs)), np.int32)
     for row, (before, after) in zip(tokens, pairs, strict=True):
       row[:len(before) + len(after)] = [*before, *after]
-    table = np.asarray(jax.nn.log_softmax(
-        full_logits(llama.Llama(self.config), self.params, tokens)))
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+      table = np.asarray(jax.nn.log_softmax(
+          full_logits(llama.Llama(self.config), self.params, tokens)))
     return [sum(float(table[i, len(before) + j - 1, token]) for j, token in enumerate(after))
             for i, (before, after) in enumerate(pairs)]
 

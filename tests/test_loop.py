@@ -106,6 +106,11 @@ def test_the_card_of_another_step_has_no_numbers_of_the_last_one(demo, tmp_path)
   convert.to_hf(folder, tmp_path / 'hf', step=first)
   text = (tmp_path / 'hf' / card.NAME).read_text()
   assert f'step {first} of {last}' in text and '## Results' not in text
+  unfinished = tmp_path / 'run' / 'm2' / 'model'
+  shutil.copytree(folder, unfinished)
+  (unfinished / 'done.json').unlink()
+  convert.to_hf(unfinished, tmp_path / 'unfinished')
+  assert f': step {last}, ' in (tmp_path / 'unfinished' / card.NAME).read_text()
 
 
 def test_every_stage_used_the_parameters_of_the_right_model(demo):
