@@ -1,6 +1,7 @@
 """vLLM as a reader of an exported folder, for bench/check_export.py; see peers.py.
 
-It gets only the folder, as any user of vLLM would give it.
+It gets only the folder, as any user of vLLM would give it, and dtype=float32: by default vLLM runs
+a model that is stored in float32 in 16 bits.
 """
 import os
 
@@ -14,7 +15,7 @@ def main():
   parent = peers.Parent()
   os.environ |= ENVIRONMENT | os.environ
   import vllm  # reads the environment
-  llm = vllm.LLM(parent.settings['folder'], max_num_seqs=16, gpu_memory_utilization=0.2)
+  llm = vllm.LLM(parent.settings['folder'], dtype='float32', max_num_seqs=16, gpu_memory_utilization=0.2)
 
   def answer(task: dict) -> dict:
     params = vllm.SamplingParams(temperature=0, max_tokens=task['max_tokens'])

@@ -143,15 +143,12 @@ def _from_sentencepiece(model: bytes, ours: tokenizers.Tokenizer, before: dict) 
 
 def _load(files: dict[str, bytes]):
   """The tokenizer of the export, as other programs load it."""
-  import transformers
-  # All that it takes from config.json; transformers may refuse the rest.
-  kind = {key: json.loads(files[CONFIG]).get(key) for key in ('model_type', 'tokenizer_class')}
   with tempfile.TemporaryDirectory() as local:
-    for name, data in (files | {CONFIG: json.dumps(kind).encode()}).items():
+    for name, data in files.items():
       path = pathlib.Path(local, name)
       path.parent.mkdir(exist_ok=True)
       path.write_bytes(data)
-    return transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
+    return tokenizers.load_transformers(local)
 
 
 def _check_prompt(folder, chat: str, prompt: str, ours: tokenizers.Tokenizer, theirs):
