@@ -15,7 +15,8 @@ def main():
   parent = peers.Parent()
   os.environ |= ENVIRONMENT | os.environ
   import vllm  # reads the environment
-  llm = vllm.LLM(parent.settings['folder'], dtype='float32', max_num_seqs=16, gpu_memory_utilization=0.2)
+  llm = vllm.LLM(parent.settings['folder'], dtype='float32', max_num_seqs=16,
+                 gpu_memory_utilization=0.2)
 
   def answer(task: dict) -> dict:
     params = vllm.SamplingParams(temperature=0, max_tokens=task['max_tokens'])
