@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 
 from srlm_jax import records
 from srlm_jax.conversation import in_turns, Message
-from srlm_jax.data import oasst, rendering, templates
+from srlm_jax.data import oasst, rendering, templates, thinking
 
 HEADERS = ('<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>')
 CHATML = ('<|im_start|>', '<|im_end|>')
@@ -99,8 +99,10 @@ def test_ids_equal_those_of_transformers(made):
 def test_a_training_example_is_what_transformers_renders(made):
   """Up to the end of the turn, after which some templates write a line feed."""
   family, ours, model = made
+  if thinking.is_open(ours, templates.encode_prompt('tokenizer', 'a', ours)):
+    return  # no finished conversation begins like the prompt
   for messages in conversations()[::10]:
-    if family == 'mistral':  # it shows the system message with a question that has no answer yet
+    if family.startswith('mistral'):  # without its answer, the last question has the system message
       messages = messages[messages[0].role == 'system':]
     before, after = templates.encode_response('tokenizer', messages, 'Yes. No', 'eos', (), ours)
     whole = theirs(model, [*messages, Message('assistant', 'Yes. No')])
@@ -108,8 +110,8 @@ def test_a_training_example_is_what_transformers_renders(made):
     assert after[-1] == templates.end_of_turn('tokenizer', ours)
     rest = whole[len(before) + len(after):]
     if after != whole[len(before):][:len(after)]:  # Llama 2 writes a space before </s>
-      assert family == 'llama2' and len(rest) == 1
-    assert not {*rest} & {*ours.eos_ids} or family == 'llama2'
+      assert family.startswith('llama2') and len(rest) == 1
+    assert not {*rest} & {*ours.eos_ids} or family.startswith('llama2')
 
 
 @pytest.mark.parametrize('kind', ['user', 'assistant', 'system'])

@@ -1,5 +1,6 @@
 """Thinking of reasoning models, from sampling to training."""
 import dataclasses
+import itertools
 import json
 import string
 
@@ -20,7 +21,8 @@ from srlm_jax.train import objectives
 
 ADDED = ('<pad>', '<end>', '<role>', '<think>', '</think>')
 OPENS = '\n<think>\n'  # what the templates of some models end a prompt with
-TEMPLATE = ("{{% for m in messages %}}<role>{{{{ m.role }}}}\n{{{{ m.content }}}}<end>{{% endfor %}}"
+TEMPLATE = ("{{% for m in messages %}}<role>{{{{ m.role }}}}\n{{{{ m.content }}}}<end>"
+            "{{% endfor %}}"
             "{{% if add_generation_prompt %}}<role>assistant{opens}{{% endif %}}")
 
 
@@ -118,9 +120,9 @@ def run(request, tmp_path_factory):
   """Responses of a random model, judged by it with invented scores, as pairs."""
   workdir, shown = tmp_path_factory.mktemp('run'), request.param == 'shown'
   folder = workdir / 'm1' / 'model'
-  tokenizer = save(folder)
+  tokenizer = save(workdir / 'tokenizer')
   shape = dataclasses.replace(PRESETS['tiny-test'], V=tokenizer.size, context=512)
-  store.write_model_files(shape, folder, folder)
+  store.write_model_files(shape, workdir / 'tokenizer', folder)
   with jax.set_mesh(make_mesh(1, 1, 1)):
     saver = store.manager(folder, 1)
     store.save(saver, 0, init(shape))
@@ -155,7 +157,8 @@ def run(request, tmp_path_factory):
     respond.run(config, workdir)
     patch.setattr(shards.thinking, 'read', original)
     patch.setattr(judges.Judge, 'render', remember)
-    patch.setattr(judges, 'read', lambda judge, text, finish: (float(len(asked) % 6), ''))
+    scores = itertools.cycle([1.0, 5.0, 2.0, 4.0, 3.0])
+    patch.setattr(judges, 'read', lambda judge, text, finish: (next(scores), ''))
     judge.run(config, workdir)
     pairs.run(config, workdir)
   return config, workdir, tokenizer, sampled, asked

@@ -10,6 +10,7 @@ from srlm_jax.conversation import Message, Messages
 from srlm_jax.data import rendering, thinking
 from srlm_jax.data.tokenizer import Template
 
+NO_TOKENS = dict(bos_token='', eos_token='')
 CHATML = ('<|im_start|>', '<|im_end|>')  # the tokens that the format chatml needs
 AUTHORS = 'data/author'  # path prefix of the author templates in the package
 
@@ -118,7 +119,7 @@ def _chat(kind: str, said: Messages, tokenizer, prompt: bool = True) -> str:
   else:
     template = Template(source(kind), f'the chat template {kind}')
   if tokenizer is None:
-    return rendering.render(template.source, said, {}, prompt, template.name)
+    return rendering.render(template.source, said, NO_TOKENS, prompt, template.name)
   if kind == 'chatml' and (absent := {*CHATML} - {*tokenizer.added.values()}):
     raise InputError(f'config.chat is chatml, but the tokenizer has no token '
                      f'{" or ".join(sorted(absent))}; use a tokenizer with both, or set '

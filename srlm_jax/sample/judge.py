@@ -26,7 +26,7 @@ class Item:
   id: str
   prompt_id: str
   prompt: str
-  response: str
+  response: str  # as the judge sees it
 
 
 def run(config, workdir, on: str = ''):
@@ -56,11 +56,11 @@ def run(config, workdir, on: str = ''):
   if not total:
     raise InputError(f'{s.path(*spec.reads)} has no responses to judge ({on}); '
                      f'run the stage that writes them first')
-  c, is_own = config.judge, on in OF_RESPONSES
+  c = config.judge
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
 
   def prompt(item, tokenizer):
-    text = judge.render(prompt=item.prompt, response=seen(item, c) if is_own else item.response)
+    text = judge.render(prompt=item.prompt, response=item.response)
     return templates.encode_prompt(config.chat, text, tokenizer)
 
   def check(engine, tokenizer):
@@ -102,11 +102,12 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
                              highest=judge.highest, unparsed=dict(sorted(reasons.items())))
 
 
-def _items(s: stage.Stage, config, on: str) -> Iterator[Item | schema.Response]:
+def _items(s: stage.Stage, config, on: str) -> Iterator[Item]:
   """Yields what to judge."""
   if on in OF_RESPONSES:
     source, = s.spec.reads
-    yield from s.read(source)
+    for r in s.read(source):
+      yield Item(r.id, r.prompt_id, r.prompt, seen(r, config.judge))
     return
   for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
     for reply in r.replies:
