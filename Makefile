@@ -74,7 +74,7 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 # several GB; a CPU build is enough.
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
-	.venv-parity/bin/python -m pytest -q $(addprefix tests/test_,parity.py golden.py families.py \
+	.venv-parity/bin/python -m pytest -q -n 2 $(addprefix tests/test_,parity.py golden.py families.py \
 	  family_parity.py lm_eval.py)
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes

@@ -28,7 +28,7 @@ torch = pytest.importorskip('torch')
 # Sizes that no mesh divides, and one query head per key/value head.
 ODD = dict(hidden_size=42, intermediate_size=71, num_attention_heads=6, num_key_value_heads=3,
            head_dim=10, vocab_size=101)
-ONE_HEAD = dict(num_key_value_heads=1, num_attention_heads=3, num_hidden_layers=1)
+ONE_HEAD = dict(num_key_value_heads=1, num_attention_heads=3, num_hidden_layers=1, head_dim=32)
 SINGLE = dict(num_key_value_heads=3, num_attention_heads=3, head_dim=16)
 MODELS = {
     **golden.MODELS,

@@ -125,7 +125,8 @@ _IGNORED = dict(
     _name_or_path=TEXT, name_or_path=TEXT, transformers_version=TEXT, architectures=TEXTS,
     dtype=DTYPE, torch_dtype=DTYPE, bos_token_id=ID, unk_token_id=ID, pad_token_id=ID_OR_NONE,
     eos_token_id=IDS, initializer_range=SPREAD, pretraining_tp=COUNT, use_cache=FLAG,
-    output_attentions=FLAG, output_hidden_states=FLAG, return_dict=FLAG)
+    output_attentions=FLAG, output_hidden_states=FLAG, return_dict=FLAG,
+    _attn_implementation_autoset=FLAG)
 # Fields in which null means the default, as in transformers.
 _NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
              *_IGNORED)
