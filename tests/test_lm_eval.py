@@ -17,6 +17,7 @@ import pytest
 from test_export import byte_level
 
 from srlm_jax.checkpoint import convert, store
+from srlm_jax.conversation import Message
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.sample import engine as engines
@@ -187,6 +188,10 @@ def test_transformers_gives_our_ids_and_greedy_strings(ours):
     messages.append(dict(role='assistant', content=text))
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     assert whole == [*before, *after, ours.tokenizer.eos_ids[0]]
+    messages.append(dict(role='user', content='And then?'))
+    wanted = templates.encode_prompt('plain', [Message(**m) for m in messages], ours.tokenizer)
+    assert wanted == tokenizer.apply_chat_template(messages, return_dict=False,
+                                                   add_generation_prompt=True)
     with torch.no_grad():
       out = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
     texts.append(tokenizer.decode(out[0, len(ids):], skip_special_tokens=True))
