@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 import sentencepiece
@@ -91,6 +92,17 @@ def test_a_template_that_is_refused_is_one_sentence(stories, template, message):
   with pytest.raises(InputError, match=f'^the chat template in FOLDER {message}') as error:
     templates.encode_prompt('tokenizer', TALK, tokenizer)
   assert 'config.chat' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_messages_may_be_empty_and_contain_masks(stories):
+  tokenizer = tokenizers.load(stories)
+  said = [Message('user', 'a\ua66e\U00020001\ua66eb'), Message('assistant', ''),
+          Message('user', ''), Message('assistant', ' '), Message('user', '\U00020000')]
+  text = templates.chat('llama2', said, tokenizer)
+  shown = re.sub(r'<[0-9a-f]{32}:(\d)>', lambda m: '<s>' if m[1] == '1' else '</s>', text)
+  assert shown == (
+      '<s>[INST] a\ua66e\U00020001\ua66eb [/INST]  </s><s>[INST]  [/INST]  </s>'
+      '<s>[INST] \U00020000 [/INST]')
 
 
 def test_chatml_needs_its_tokens(stories):

@@ -88,9 +88,10 @@ class Tokenizer:
     asked = [hidden if message.role == 'assistant' else message
              for message, hidden in zip(messages, masked, strict=True)]
     said = {mask: message.content.strip() for message, mask in zip(messages, masks, strict=True)}
-    others = {mask: text for message, mask, text in zip(messages, said, said.values(), strict=True)
-              if message.role != 'assistant'}
-    if rendered(asked) != _unmask(text, others):
+    by_others = {mask: message.content.strip()
+                 for message, mask in zip(messages, masks, strict=True)
+                 if message.role != 'assistant'}
+    if rendered(asked) != _unmask(text, by_others):
       raise InputError(f'{template.name} changes or interprets the messages '
                        f'{messages[-1].content[:60]!r}; use a template that inserts them '
                        f'unchanged, or set config.chat to plain, llama2 or chatml')
