@@ -53,6 +53,7 @@ def values(name: str, shape) -> np.ndarray:
 def build(fields: dict):
   """The fields of a config.json -> a model of transformers with the `values` of each tensor."""
   import torch  # here and below: pytest also reads this file, where torch may be absent
+  torch.set_num_threads(1)  # the models are too small for more
   fields = dict(fields)
   config = transformers.AutoConfig.for_model(fields.pop('model_type'), **fields)
   model = transformers.AutoModelForCausalLM.from_config(
