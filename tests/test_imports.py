@@ -15,9 +15,11 @@ ORDER = '''
   models
   base cli
   data
-  reward / checkpoint
+  reward
+  report
+  checkpoint
   sample
-  eval / sandbox / report / train
+  eval / sandbox / train
   selection loop study plan
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
@@ -110,7 +112,7 @@ def test_every_module_has_a_test_file():
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
-      arrays='distribute', fields='config_fields', conversation='templates',
+      arrays='distribute', card='loop', fields='config_fields', conversation='templates',
       rendering='templates')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):

@@ -134,6 +134,21 @@ def load(folder, vocab: int | None = None) -> Tokenizer:
   return tokenizer
 
 
+def load_transformers(folder: str):
+  """The tokenizer that transformers loads from a folder on a disk, without remote code.
+
+  It chooses the class by two fields of config.json, and would refuse a model for the other fields.
+  """
+  import transformers
+  path, config = epath.Path(folder) / 'config.json', None
+  fields = json.loads(path.read_text()) if path.exists() else {}
+  if 'model_type' in fields:
+    config = transformers.AutoConfig.for_model(
+        fields['model_type'], tokenizer_class=fields.get('tokenizer_class'))
+  return transformers.AutoTokenizer.from_pretrained(
+      folder, config=config, local_files_only=True, trust_remote_code=False)
+
+
 class _SentencePiece(Tokenizer):
 
   def __init__(self, folder):
@@ -182,11 +197,9 @@ class _Transformers(Tokenizer):
   """
 
   def __init__(self, folder):
-    import transformers
     try:
       with storage.local_folder(folder, model_files.names(folder)) as local:
-        self._model = transformers.AutoTokenizer.from_pretrained(
-            local, local_files_only=True, trust_remote_code=False)
+        self._model = load_transformers(local)
       backend = json.loads(self._model.backend_tokenizer.to_str())
     except Exception as error:  # the tokenizers library raises no narrower class
       raise InputError(f'transformers cannot load {folder / "tokenizer.json"} without remote code '
