@@ -67,12 +67,14 @@ class Training:
   remat: str = ''  # empty: what training chooses
   rows: int = 1    # per shard of (data, fsdp)
   moments: str = 'float32'
+  lora: int = 0    # rank of the adapters; 0: trains all parameters
 
   @property
   def name(self):
     reference = f', reference {self.reference}' if self.reference else ''
     moments = ', bf16 moments' if self.moments == 'bfloat16' else ''
-    return f'{self.size} {self.loss}{reference}{moments}'
+    adapters = f', LoRA {self.lora}' if self.lora else ''
+    return f'{self.size} {self.loss}{reference}{moments}{adapters}'
 
   @property
   def width(self):
@@ -89,6 +91,7 @@ class Training:
     c = config.train
     c.reference = self.reference or 'step'
     c.moments = self.moments
+    c.lora_rank = self.lora
     c.remat, c.accumulate = self.remat or c.remat, 1
     topology, gib = PODS[self.pod]
     data, fsdp, tensor = self.mesh
@@ -328,13 +331,13 @@ def _lower_training(program: Training, mesh):
   def abstract(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, 'B'))
   tx = train_state.optimizer(c, 100)
-  state = train_state.abstract(config, tx, mesh)
-  reference_params = {}
-  if program.reference == 'step':
-    reference_params = store.abstract_on(mesh, state.params, c.dtype)
+  state = train_state.abstract(config, c, tx, mesh)
+  frozen = {}
+  if program.reference == 'step' or program.lora:
+    frozen = store.abstract_on(mesh, llama.abstract_params(config), c.dtype)
   model = llama.Llama(config, kernels.for_training(platform(program), config, c.remat), c.remat)
   step = train_step.make(model, tx, c, state)
-  return step.lower(state, reference_params, jax.tree.map(abstract, host_batch),
+  return step.lower(state, frozen, jax.tree.map(abstract, host_batch),
                     jax.eval_shape(jax.random.key, 0))
 
 

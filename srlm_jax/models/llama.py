@@ -4,7 +4,7 @@
   T query position  K key/value heads     V vocabulary
   S key position    G query heads per K   H head width
   N targets         L layer               M pairs
-  A prefill rows    W shared prefix
+  A prefill rows    W shared prefix       R rank of an adapter
 """
 import functools
 import math
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models import attention, int8, packed, vocab
+from srlm_jax.models import attention, int8, lora, packed, vocab
 from srlm_jax.models.config import Config
 from srlm_jax.sharding import constrain, constrain_residual
 
@@ -30,9 +30,14 @@ class Module(nn.Module):
     return w if isinstance(w, int8.Int8) else w.astype(self.config.dtype)
 
   def dense(self, equation: str, x, name: str):
-    """x times a parameter, whose dimensions are the equation's second term."""
+    """x times a parameter, whose dimensions are the equation's second term, and its adapter."""
     dims = equation.partition(',')[2].partition('->')[0]
-    return int8.product(equation, x, self.weight(name, dims))
+    out = int8.product(equation, x, self.weight(name, dims))
+    adapter = lora.names(name, dims)
+    if not self.has_variable('params', adapter[0]):
+      return out
+    a, b = (self.get_variable('params', n).astype(self.config.dtype) for n in adapter)
+    return out + lora.product(equation, x, a, b)
 
 
 class RMSNorm(Module):
@@ -225,6 +230,8 @@ def fuse(params):
                      ('bqkv_KCH', ('bq_KGH', 'bk_KH', 'bv_KH'))):
     if names[0] in weights:
       weights[new] = _join(*(weights.pop(name) for name in names))
+  C = jax.tree.leaves(weights['wqkv_DKCH'])[0].shape[-2]
+  weights = lora.fuse(weights, C)
   return params | {'layers': params['layers'] | {'attention': weights}}
 
 

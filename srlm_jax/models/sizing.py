@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from srlm_jax import config as configs, hosts, InputError
-from srlm_jax.models import llama
+from srlm_jax.models import llama, lora
 from srlm_jax.models.config import Config
 
 # Share of a device's memory that a program may take. On a CPU, other programs run beside it.
@@ -118,7 +118,7 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
     accumulate, remat = step
     tokens = math.ceil(rows / accumulate) * work.width
     return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat, c.moments,
-                          devices.platform)
+                          devices.platform, adapter(c, shape))
   steps = list(_steps(c, rows, work, mesh, devices.platform))
   accumulate, remat = next((step for step in steps if needed(step) < devices.usable),
                            min(steps, key=needed))
@@ -138,24 +138,29 @@ def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tupl
 
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str, moments: str, platform: str) -> float:
+                   remat: str, moments: str, platform: str, adapter: int = 0) -> float:
   """-> bytes of one device that a training step takes: the sum of `training_parts`."""
   return sum(training_parts(shape, mesh, tokens, has_reference, accumulate, remat, moments,
-                            platform).values())
+                            platform, adapter).values())
 
 
 def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str, moments: str, platform: str) -> dict[str, float]:
+                   remat: str, moments: str, platform: str, adapter: int = 0) -> dict[str, float]:
   """-> {what: bytes of one device} of a training step, with `tokens` per shard and micro-batch.
 
-  Parameters and gradients are float32, Adam's moments have the dtype `moments`.
+  Parameters and gradients are float32, Adam's moments have the dtype `moments`. `adapter`: the
+  parameters of a LoRA adapter, of which alone there are gradients and moments, or 0. The others
+  then have the dtype of activations, and are the reference too.
   Never below and at most 15 % above what the compilers for TPU and GPU need for the programs of
   docs/scale.md. The TPU compiler's list of buffers has the parts below; the factors in capitals are
   fitted. Only the TPU compiler keeps a copy of all parameters in the dtype of activations.
   """
   c, item = shape, jnp.dtype(shape.dtype).itemsize
   heads, kv = c.K * c.G * c.H, c.K * c.H
-  params = llama.param_count(c) / (mesh.fsdp * mesh.tensor)
+  chips = mesh.fsdp * mesh.tensor
+  params, frozen = llama.param_count(c) / chips, 0
+  if adapter:
+    params, frozen = adapter / chips, params
   kept = c.D  # elements per token and layer: the input of a layer
   if remat != 'full':  # the results of the products, but for the one that is added to the stream
     kept += heads + 2 * kv + 2 * c.F + c.D
@@ -163,9 +168,9 @@ def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
     kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D
   current = STREAMS * c.D + HIDDEN * (c.F + heads) / mesh.tensor
   return dict(
-      parameters=4 * params,
+      parameters=4 * params + item * frozen,
       optimizer=2 * jnp.dtype(moments).itemsize * params,  # the two moments of Adam
-      reference=item * params * has_reference,
+      reference=item * params * (has_reference and not adapter),
       gradients=(4 + 4 * (accumulate > 1)) * params,  # of a micro-batch, and their sum
       # That copy; the current layers, gathered over fsdp; the embedding, the head and their
       # gradients, gathered too.
@@ -173,6 +178,11 @@ def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
           LAYERS * layer_params(c) + TABLES * c.D * c.V) / mesh.tensor),
       activations=tokens * item * (c.layers * kept / mesh.tensor + current),
       unused=UNUSED[platform] * params)
+
+
+def adapter(c, shape: Config) -> int:
+  """-> the parameters of the LoRA adapter that is trained, 0 without; `c`: the section `train`."""
+  return lora.param_count(shape, c.lora_rank, configs.lora_targets(c)) if c.lora_rank else 0
 
 
 def work(c, mean: float, longest: int, has_reference: bool,

@@ -281,7 +281,7 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   tokenizer = tokenizers.load(folder, shape.V)
   ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
   for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
-  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8
+  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8, c.lora_merge
   if _kept and _kept.made_of == made_of:
     _kept.engine.begin(ends, config.seed, stage, **for_stage)
     return _kept.engine, tokenizer
@@ -289,7 +289,7 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
     _kept.drop()  # before the memory of the next one is taken
     _kept.restores += 1
   with jax.set_mesh(mesh):
-    params, _ = store.restore_params(folder, mesh, c.dtype, once=True)
+    params, _ = store.restore_params(folder, mesh, c.dtype, once=True, merge=c.lora_merge)
     params = int8.quantize(params) if c.int8 else params
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
   if _kept:
