@@ -52,11 +52,6 @@ def shapes(config: Config, rank: int, targets: Iterable[str]) -> dict:
   return traverse_util.unflatten_dict(found, sep='.')
 
 
-def param_count(config: Config, rank: int, targets: Iterable[str]) -> int:
-  """The number of parameters of an adapter."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(config, rank, targets)))
-
-
 def paths(path: str) -> tuple[str, str]:
   """The paths of A and B of a weight.
 

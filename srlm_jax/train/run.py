@@ -216,12 +216,16 @@ def refuse_too_large(config):
   """InputError, before anything is allocated, if the devices cannot hold the training state."""
   if not config.model:
     return
-  count = llama.param_count(_preset(config.model))
-  with_reference = objectives.find(config.train).needs_reference_params
-  needed = train_state.bytes_needed(count, config.train.moments, with_reference)
+  c, shape = config.train, _preset(config.model)
+  count = llama.param_count(shape)
+  is_frozen = bool(c.lora_rank) or objectives.find(c).needs_reference_params
+  needed = train_state.bytes_needed(sizing.trained(c, shape), c.moments,
+                                    count if is_frozen else 0)
   available = hosts.memory()
   if needed > available:
-    parts = 'parameters, gradients, reference' if with_reference else 'parameters, gradients'
+    parts = 'parameters, gradients'
+    if is_frozen:
+      parts += ', LoRA adapters' if c.lora_rank else ', reference'
     raise InputError(
         f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} '
         f'bytes for {parts} and AdamW moments, and the {jax.device_count()} available devices have '

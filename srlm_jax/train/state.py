@@ -55,9 +55,9 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
                   optax.scale_by_learning_rate(schedule(config, steps))))
 
 
-def bytes_needed(params: int, moments: str, reference: bool) -> int:
-  """Bytes of parameters and gradients in float32, two moments, and a reference in bfloat16."""
-  return params * (8 + 2 * jnp.dtype(moments).itemsize + 2 * reference)
+def bytes_needed(trained: int, moments: str, frozen: int) -> int:
+  """Bytes of parameters and gradients in float32, two moments, and frozen ones in bfloat16."""
+  return trained * (8 + 2 * jnp.dtype(moments).itemsize) + 2 * frozen
 
 
 def _is_matrix(path, _):
