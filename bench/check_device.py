@@ -13,6 +13,7 @@ The exit code is 1 if a check failed. On a CPU the devices are the fake ones of 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -97,6 +98,10 @@ def on_cpu(function, *args) -> np.ndarray:
     return np.asarray(jax.jit(function)(*args))
 
 
+def windowless(*functions):
+  return (functools.partial(f, window=None) for f in functions)
+
+
 def check_kernels(report: Report):
   """Packed, prefill, append and decode; shapes that all kernels support."""
   c, rng = small(), np.random.default_rng(0)
@@ -108,9 +113,10 @@ def check_kernels(report: Report):
     return jnp.asarray(rng.normal(size=shape), c.dtype)
   q, k, v = normal(B, T, c.K, c.G, c.H), normal(B, T, c.K, c.H), normal(B, T, c.K, c.H)
   ids = jnp.asarray(np.sort(rng.integers(0, 5, (B, T)))[:, ::-1], jnp.int32)
-  segments = Segments(ids)
+  positions = jnp.broadcast_to(jnp.arange(T), ids.shape)  # only a window reads them
+  segments = Segments(ids, positions)
   # Segments 3 and 1 are prompts whose second responses are 2 and 0: padding.
-  pairs = PairSegments(ids, jnp.where(ids % 2 == 1, ids - 1, 0))
+  pairs = PairSegments(ids, positions, jnp.where(ids % 2 == 1, ids - 1, 0))
   cache = Cache(normal(1, B, c.K, S, c.H), normal(1, B, c.K, S, c.H))
   prefix = Prefix(normal(1, c.K, W, c.H), normal(1, c.K, W, c.H), jnp.array([0, W, 7, W // 2]))
   length, layer = jnp.array([1, S, 129, 300]), jnp.int32(0)
@@ -121,10 +127,11 @@ def check_kernels(report: Report):
     return run
   is_real = np.asarray(segments.segment_ids > 0)[..., None, None, None]
   for name, kernel, plain, args in (
-      ('packed', training.packed, attention.packed, (q, k, v, segments)),
-      ('packed pairs', training.packed, attention.packed, (q, k, v, pairs)),
-      ('prefill', found.prefill, attention.prefill, (q, k, v, layer, prefix)),
-      ('decode', found.decode, attention.XLA.decode, (q[:, 0], cache, layer, length, prefix)),
+      ('packed', *windowless(training.packed, attention.packed), (q, k, v, segments)),
+      ('packed pairs', *windowless(training.packed, attention.packed), (q, k, v, pairs)),
+      ('prefill', *windowless(found.prefill, attention.prefill), (q, k, v, layer, prefix)),
+      ('decode', *windowless(found.decode, attention.XLA.decode),
+       (q[:, 0], cache, layer, length, prefix)),
       ('append', written(found.append), written(attention.append), (cache, k[:, 0], v[:, 0]))):
     title = f'kernel {name}'
     with report.check(title):

@@ -51,7 +51,7 @@ def prefilled(model, params, tokens, slots, size=64):
 @pytest.mark.parametrize('shape', MESHES)
 @pytest.mark.parametrize('unrolled', [False, True])
 @pytest.mark.parametrize('config', [
-    TINY, dataclasses.replace(TINY, tied=True, attention_bias=True)])
+    TINY, dataclasses.replace(TINY, tied=True, biases='qkvo')])
 def test_cached_decoding_equals_the_full_forward_pass_for_ragged_rows(shape, unrolled, config):
   """Rows with and without the shared prefix, in permuted slots."""
   if config is not TINY and shape != (1, 1, 1):

@@ -48,7 +48,7 @@ def test_configs_round_trip_through_the_hugging_face_format(name):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(model_type='mistral'), 'model_type'), (dict(hidden_act='gelu'), 'hidden_act'),
+    (dict(model_type='mixtral'), 'model_type'), (dict(hidden_act='gelu'), 'hidden_act'),
     (dict(mlp_bias=True), 'mlp_bias'),
     (dict(sliding_window=4096), 'sliding_window'), (dict(quantization_config=dict(bits=4)),
                                                     'quantization_config'),

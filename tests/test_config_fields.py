@@ -209,7 +209,7 @@ def test_random_fields_are_refused_or_give_values_in_range(fields):
   for name in ('D', 'F', 'K', 'G', 'H', 'V', 'layers', 'context'):
     value = getattr(found, name)
     assert type(value) is int and 0 < value < 2**25
-  assert found.H % 2 == 0 and type(found.tied) is type(found.attention_bias) is bool
+  assert found.H % 2 == 0 and type(found.tied) is bool and found.biases in ('', 'qkvo')
   numbers = [found.rope_theta, found.norm_eps]
   if found.rope_scaling:
     s = found.rope_scaling

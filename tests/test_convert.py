@@ -19,7 +19,7 @@ from srlm_jax.checkpoint import convert, hashes, hf, store
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config
 
-GROUPED = Config(D=32, F=48, K=2, G=3, H=8, V=64, layers=3, context=32, attention_bias=True)
+GROUPED = Config(D=32, F=48, K=2, G=3, H=8, V=64, layers=3, context=32, biases='qkvo')
 TIED = Config(D=32, F=48, K=4, G=1, H=8, V=64, layers=2, context=32, tied=True)
 
 

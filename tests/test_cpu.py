@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import os
 import shutil
 
@@ -11,6 +12,7 @@ from test_kernels import attend_decode, decode_inputs
 from srlm_jax.models import attention, cpu, kernels
 from srlm_jax.models.config import PRESETS
 
+decode = functools.partial(cpu.decode, window=None)
 CONFIG = dataclasses.replace(PRESETS['tiny-test'], H=16)
 needs_compiler = pytest.mark.skipif(not shutil.which('c++'), reason='there is no C++ compiler')
 
@@ -23,7 +25,7 @@ def test_decode_equals_attention_in_numpy(K, G, H, S, W):
   length = jnp.array([1, 32, S, 33, S // 2, 0, 63, 64, 7])  # block boundaries; an idle row
   prefix_length = jnp.minimum(jnp.array([0, W, W // 3, 32, 31, W, W // 2, 1, W]), W)
   q, cache, prefix = decode_inputs(K, G, H, S, W, prefix_length, L=1)
-  out = np.asarray(jax.jit(cpu.decode)(q, cache, jnp.int32(0), length, prefix))
+  out = np.asarray(jax.jit(decode)(q, cache, jnp.int32(0), length, prefix))
   assert np.isfinite(out).all() and not out[5].any()
   busy = np.asarray(length) > 0
   wanted = attend_decode(q, cache, 0, length, prefix)
@@ -34,7 +36,7 @@ def test_decode_equals_attention_in_numpy(K, G, H, S, W):
 def test_large_scores_do_not_overflow():
   q, cache, prefix = decode_inputs(2, 2, 16, 64, 40, [40, 0, 20], L=1)
   q, length = 100 * q, jnp.array([1, 64, 40])
-  out = jax.jit(cpu.decode)(q, cache, jnp.int32(0), length, prefix)
+  out = jax.jit(decode)(q, cache, jnp.int32(0), length, prefix)
   np.testing.assert_allclose(out, attend_decode(q, cache, 0, length, prefix), atol=1e-4)
 
 
@@ -43,12 +45,12 @@ def test_a_row_does_not_depend_on_the_other_rows():
   """Bit by bit, whatever the rows of a task and the number of threads."""
   length = jnp.arange(3, 3 + 7 * 20, 7)
   q, cache, prefix = decode_inputs(2, 2, 16, 160, 40, jnp.arange(20) * 2, L=1)
-  whole = np.asarray(cpu.decode(q, cache, 0, length, prefix))
+  whole = np.asarray(decode(q, cache, 0, length, prefix))
   for rows in ([4], [17, 3, 11], list(range(19, -1, -1))):
     at = np.array(rows)
     some = attention.Cache(cache.k[:, at], cache.v[:, at])
     own = attention.Prefix(prefix.k, prefix.v, prefix.length[at])
-    np.testing.assert_array_equal(cpu.decode(q[at], some, 0, length[at], own), whole[at])
+    np.testing.assert_array_equal(decode(q[at], some, 0, length[at], own), whole[at])
 
 
 @needs_compiler

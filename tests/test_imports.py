@@ -107,7 +107,7 @@ def test_every_module_has_a_test_file():
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
-      arrays='distribute')
+      arrays='distribute', fields='config_fields')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

@@ -33,7 +33,7 @@ def test_quantized_weights_are_within_half_a_quantization_step(mesh):
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize('config', [
-    TINY, dataclasses.replace(TINY, tied=True, attention_bias=True)])
+    TINY, dataclasses.replace(TINY, tied=True, biases='qkvo')])
 def test_an_int8_model_equals_the_model_with_dequantized_weights(shape, config):
   """It is also close to the original model; with stacked and with unrolled layers."""
   mesh, tokens = make_mesh(*shape), np.random.default_rng(0).integers(1, TINY.V, (8, 16), np.int32)
@@ -74,10 +74,10 @@ def test_the_engine_samples_with_int8_weights(mesh):
 
 @pytest.mark.parametrize('bits', [16, 8])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize('bias', [False, True])
-def test_one_weight_for_q_k_and_v_changes_no_logit(shape, bias, bits):
+@pytest.mark.parametrize('biases', ['', 'qkvo', 'k'])
+def test_one_weight_for_q_k_and_v_changes_no_logit(shape, biases, bits):
   """And every chip keeps the part that it had."""
-  config = dataclasses.replace(TINY, attention_bias=bias, G=3)
+  config = dataclasses.replace(TINY, biases=biases, G=3)
   mesh, tokens = make_mesh(*shape), np.random.default_rng(0).integers(1, TINY.V, (8, 16), np.int32)
   with jax.set_mesh(mesh):
     params = jax.tree.map(sharding.put, init(config), sharding.shardings(init(config), mesh))

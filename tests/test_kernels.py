@@ -47,7 +47,7 @@ def attend_decode(q, cache, layer, length, prefix):
 
 @functools.cache
 def interpreted(f):
-  return jax.jit(functools.partial(f, interpret=True))
+  return jax.jit(functools.partial(f, window=None, interpret=True))
 
 
 def decode_inputs(K, G, H, S, W, prefix_length, L=2, dtype=jnp.float32):
@@ -79,7 +79,8 @@ def test_plain_xla_equals_attention_in_numpy(plain, dtype):
   """Decode, append and prefill."""
   length = jnp.array([1, 64, 192, 100, 65, 0, 129, 7])
   q, cache, prefix = decode_inputs(2, 2, 16, 192, 33, [0, 33, 11, 0, 33, 16, 1, 33], dtype=dtype)
-  out = jax.jit(plain.decode)(q, cache, jnp.int32(1), length, prefix)
+  decode = jax.jit(functools.partial(plain.decode, window=None))
+  out = decode(q, cache, jnp.int32(1), length, prefix)
   busy = np.asarray(length) > 0
   wanted = attend_decode(q, cache, 1, length, prefix)
   np.testing.assert_allclose(np.asarray(out, np.float64)[busy], wanted[busy], atol=CLOSE[dtype])
@@ -89,7 +90,7 @@ def test_plain_xla_equals_attention_in_numpy(plain, dtype):
   assert np.argwhere(changed[:, :, 0]).tolist() == [
       [1, b, n - 1] for b, n in enumerate(length.tolist()) if n]
   inputs, wanted = prefill_inputs(4, 24, 33, 2, 2, 16, dtype)
-  found = np.asarray(plain.prefill(*inputs), np.float64)
+  found = np.asarray(plain.prefill(*inputs, window=None), np.float64)
   np.testing.assert_allclose(found, wanted, atol=CLOSE[dtype])
 
 
@@ -135,7 +136,7 @@ def test_decode_and_append_inside_a_shard_map():
   def step(q, cache, new, position, prefix):
     layer = jnp.int32(1)
     cache = kernels.tpu_append(cache, new, new, layer, position, interpret=True)
-    return kernels.tpu_decode(q, cache, layer, position + 1, prefix, interpret=True)
+    return kernels.tpu_decode(q, cache, layer, position + 1, prefix, window=None, interpret=True)
 
   row, slots = PartitionSpec('data', 'tensor'), PartitionSpec(None, 'data', 'tensor')
   rows, heads = PartitionSpec('data'), PartitionSpec(None, 'tensor')
@@ -199,7 +200,7 @@ def test_the_arguments_of_cudnn_mean_the_same_to_xla(W, monkeypatch):
     return plain(*arrays, **named, implementation='xla')
   monkeypatch.setattr(jax.nn, 'dot_product_attention', by_xla)
   inputs, wanted = prefill_inputs(3, 7, W, 2, 3, 16)
-  np.testing.assert_allclose(kernels.gpu_prefill(*inputs), wanted, atol=1e-5)
+  np.testing.assert_allclose(kernels.gpu_prefill(*inputs, window=None), wanted, atol=1e-5)
   assert calls == ['cudnn']
 
 
@@ -212,7 +213,8 @@ def lowered_for_cuda(f, inputs):
 def test_gpu_decode_lowers_to_one_triton_kernel():
   q, cache, prefix = decode_inputs(1, 8, 128, 256, 128, [1], L=1, dtype=jnp.bfloat16)
   length = jnp.ones(1, jnp.int32)
-  text = lowered_for_cuda(kernels.gpu_decode, (q, cache, jnp.int32(0), length, prefix))
+  decode = functools.partial(kernels.gpu_decode, window=None)
+  text = lowered_for_cuda(decode, (q, cache, jnp.int32(0), length, prefix))
   assert text.count('custom_call @__gpu$xla.gpu.triton') == 1 and 'gpu_decode' in text
 
 
@@ -220,7 +222,7 @@ def test_gpu_prefill_lowers_to_cudnn(monkeypatch):
   # cuDNN is not installed here.
   monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
   inputs, _ = prefill_inputs(2, 128, 128, 1, 2, 64, jnp.bfloat16)
-  traced = jax.jit(kernels.gpu_prefill).trace(*inputs)
+  traced = jax.jit(functools.partial(kernels.gpu_prefill, window=None)).trace(*inputs)
   text = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert text.count('custom_call @__cudnn$fmhaScaleBiasSoftmax') == 1
 
@@ -244,11 +246,11 @@ def test_a_format_changes_no_value():
 def test_unsupported_sizes_are_refused():
   inputs, _ = prefill_inputs(1, 100, 128, 1, 1, 16)
   with pytest.raises(ValueError, match='the rows have 100 tokens and the prefix 128'):
-    kernels.tpu_prefill(*inputs, interpret=True)
+    kernels.tpu_prefill(*inputs, window=None, interpret=True)
   q, cache, prefix = decode_inputs(1, 1, 16, 100, 0, [1])
   one = jnp.ones(1, jnp.int32)
   for decode in (kernels.tpu_decode, kernels.gpu_decode):
     with pytest.raises(ValueError, match='a multiple of 128 keys, not 100'):
-      decode(q, cache, jnp.int32(0), one, prefix, interpret=True)
+      decode(q, cache, jnp.int32(0), one, prefix, window=None, interpret=True)
   with pytest.raises(ValueError, match='a multiple of 128, not 16'):
     kernels.tpu_append(cache, q[:, :, 0], q[:, :, 0], jnp.int32(0), one)

@@ -24,7 +24,7 @@ def test_published_sizes_have_exactly_the_published_number_of_parameters(mesh, n
   assert sum(x.size for x in jax.tree.leaves(shapes)) == count == llama.param_count(PRESETS[name])
 
 
-@pytest.mark.parametrize('changes', [{}, dict(tied=True), dict(attention_bias=True)])
+@pytest.mark.parametrize('changes', [{}, dict(tied=True), dict(biases='qkvo')])
 def test_biases_and_tied_embeddings_are_counted(mesh, changes):
   config = dataclasses.replace(TINY, **changes)
   shapes = llama.abstract_params(config)
@@ -61,8 +61,9 @@ CHANGES = dict(
     D=dict(D=40), F=dict(F=72), K=dict(K=1, G=4), G=dict(G=1, K=4), H=dict(H=16), V=dict(V=72),
     layers=dict(layers=3), rope_theta=dict(rope_theta=100.0),
     rope_scaling=dict(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8)), norm_eps=dict(norm_eps=0.1),
-    tied=dict(tied=True), attention_bias=dict(attention_bias=True), dtype=dict(dtype='bfloat16'),
-    dropout=dict(dropout=0.5))
+    tied=dict(tied=True), biases=dict(biases='qkvo'), dtype=dict(dtype='bfloat16'),
+    dropout=dict(dropout=0.5), qk_norm=dict(qk_norm='head'), norms=dict(norms='post'),
+    window=dict(window=4))
 
 
 def output(config: Config):
@@ -73,8 +74,8 @@ def output(config: Config):
   return np.asarray(run(params, jax.random.key(0)))
 
 
-@pytest.mark.parametrize(
-    'field', [f.name for f in dataclasses.fields(Config) if f.name != 'context'])
+@pytest.mark.parametrize('field', [f.name for f in dataclasses.fields(Config)
+                                   if f.name not in ('context', 'family')])
 def test_changing_any_field_of_the_config_changes_the_output(mesh, field):
   before, after = output(TINY), output(dataclasses.replace(TINY, **CHANGES[field]))
   assert before.shape != after.shape or np.abs(before - after).max() > 1e-4

@@ -25,10 +25,13 @@ def draw(responses, T=256):
                 for _ in range(8)]
     fitting = np.cumsum([len(e) for e in examples]) <= T
     made = packing.layout([e for e, fits in zip(examples, fitting, strict=True) if fits])
-    return [np.pad(x, (0, T - len(x))) for x in (made.segment_ids, made.second_segment)]
-  segment_ids, second = map(np.stack, zip(row(), row(), strict=True))
+    return [np.pad(x, (0, T - len(x)))
+            for x in (made.segment_ids, made.positions, made.second_segment)]
+  segment_ids, positions, second = map(np.stack, zip(row(), row(), strict=True))
   assert (segment_ids.max(1) > responses).all() and (segment_ids == 0).any()
-  return Segments(segment_ids) if responses == 1 else PairSegments(segment_ids, second)
+  if responses == 1:
+    return Segments(segment_ids, positions)
+  return PairSegments(segment_ids, positions, second)
 
 
 def run(f, segments, K=2, G=2, H=128, dtype=jnp.float32):
@@ -39,7 +42,7 @@ def run(f, segments, K=2, G=2, H=128, dtype=jnp.float32):
       (B, T, K, G, H), (B, T, K, H), (B, T, K, H), (B, T, K, G, H)))
   real = (segments.segment_ids > 0)[..., None, None, None]
   def total(q, k, v):
-    out = f(q, k, v, segments) * real
+    out = f(q, k, v, segments, window=None) * real
     return (out * weight).sum(), out
   (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
   return out, *grads
@@ -69,17 +72,18 @@ def test_the_arguments_of_cudnn_mean_the_same_to_xla(responses, monkeypatch):
 def test_the_mask_of_a_pair_by_hand():
   # a prompt of two tokens, chosen, rejected; another example; padding
   ids = jnp.asarray([[1, 1, 1, 2, 3, 0]])
+  positions = jnp.asarray([[0, 1, 2, 2, 0, 0]])
   second = jnp.asarray([[2, 2, 0, 0, 0, 0]])
-  mask = np.asarray(PairSegments(ids, second).mask())[0, :5]
+  mask = np.asarray(PairSegments(ids, positions, second).mask(None))[0, :5]
   assert [np.flatnonzero(row).tolist() for row in mask] == [
       [0], [0, 1], [0, 1, 2], [0, 1, 3], [4]]
-  mask = np.asarray(Segments(ids).mask())[0, :5]
+  mask = np.asarray(Segments(ids, positions).mask(None))[0, :5]
   assert [np.flatnonzero(row).tolist() for row in mask] == [[0], [0, 1], [0, 1, 2], [3], [4]]
 
 
 def test_widths_that_splash_attention_does_not_support_are_refused():
   with pytest.raises(ValueError, match='multiple of 128; the rows have 96'):
-    run(packed.tpu_packed, Segments(np.ones((1, 96), np.int32)))
+    run(packed.tpu_packed, Segments(*np.ones((2, 1, 96), np.int32)))
 
 
 def test_the_training_kernels_of_each_platform():

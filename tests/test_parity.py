@@ -28,13 +28,13 @@ GROUPED = dict(K=2, G=3, H=8)
 CONFIGS = dict(
     plain=PLAIN,
     tied=dataclasses.replace(PLAIN, tied=True),
-    bias=dataclasses.replace(PLAIN, attention_bias=True),
+    bias=dataclasses.replace(PLAIN, biases='qkvo'),
     grouped=dataclasses.replace(PLAIN, **GROUPED),
     one_key_head=dataclasses.replace(PLAIN, K=1, G=4),
     head_dim=dataclasses.replace(PLAIN, H=20),  # 4 heads of 20 and a width of 48
     theta=dataclasses.replace(PLAIN, rope_theta=500.0, norm_eps=1e-2),
     stretch=dataclasses.replace(PLAIN, H=16, rope_scaling=STRETCH),
-    all=dataclasses.replace(PLAIN, K=2, G=3, H=16, tied=True, attention_bias=True, rope_theta=5e5,
+    all=dataclasses.replace(PLAIN, K=2, G=3, H=16, tied=True, biases='qkvo', rope_theta=5e5,
                             rope_scaling=STRETCH))
 ROWS, LENGTH = 2, 192
 # Logits are up to 7, and both sides sum float32 products in another order. The largest difference
@@ -62,7 +62,7 @@ def fields(config: Config) -> dict:
       hidden_size=config.D, intermediate_size=config.F, num_hidden_layers=config.layers,
       num_attention_heads=config.K * config.G, num_key_value_heads=config.K, head_dim=config.H,
       vocab_size=config.V, max_position_embeddings=config.context, rms_norm_eps=config.norm_eps,
-      tie_word_embeddings=config.tied, attention_bias=config.attention_bias, rope_parameters=rope)
+      tie_word_embeddings=config.tied, attention_bias=config.biases == 'qkvo', rope_parameters=rope)
 
 
 def theirs(config: Config):

@@ -246,7 +246,7 @@ def test_the_learning_rate_follows_a_cosine():
 
 def test_weight_decay_excludes_norms_and_biases():
   with jax.set_mesh(make_mesh(1, 1, 1)):
-    params = init(dataclasses.replace(TINY, attention_bias=True))
+    params = init(dataclasses.replace(TINY, biases='qkvo'))
   decayed = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(params)
              if train_state._is_matrix(path, x)}
   assert decayed == {'wq_DKGH', 'wk_DKH', 'wv_DKH', 'wo_KGHD', 'gate_DF', 'up_DF', 'down_FD',

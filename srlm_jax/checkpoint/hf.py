@@ -1,4 +1,7 @@
-"""Llama parameters in Hugging Face format: tensor names, layouts and .safetensors files."""
+"""Parameters in Hugging Face format: layouts and .safetensors files.
+
+`models/families.py` has the names of the tensors.
+"""
 import dataclasses
 import itertools
 import json
@@ -11,28 +14,8 @@ import numpy as np
 import safetensors
 
 from srlm_jax import InputError, storage
+from srlm_jax.models import families
 
-# Our parameter: the Hugging Face tensor and its dimensions. {} is the layer, a space separates
-# axes. Hugging Face numbers query heads k * G + g, so the letters of an axis give its reshape, and
-# their order relative to our name gives the transpose.
-TABLE = {
-    'embed_VD': ('model.embed_tokens.weight', 'V D'),
-    'layers.attention_norm.scale_D': ('model.layers.{}.input_layernorm.weight', 'D'),
-    'layers.attention.wq_DKGH': ('model.layers.{}.self_attn.q_proj.weight', 'KGH D'),
-    'layers.attention.wk_DKH': ('model.layers.{}.self_attn.k_proj.weight', 'KH D'),
-    'layers.attention.wv_DKH': ('model.layers.{}.self_attn.v_proj.weight', 'KH D'),
-    'layers.attention.wo_KGHD': ('model.layers.{}.self_attn.o_proj.weight', 'D KGH'),
-    'layers.attention.bq_KGH': ('model.layers.{}.self_attn.q_proj.bias', 'KGH'),
-    'layers.attention.bk_KH': ('model.layers.{}.self_attn.k_proj.bias', 'KH'),
-    'layers.attention.bv_KH': ('model.layers.{}.self_attn.v_proj.bias', 'KH'),
-    'layers.attention.bo_D': ('model.layers.{}.self_attn.o_proj.bias', 'D'),
-    'layers.mlp_norm.scale_D': ('model.layers.{}.post_attention_layernorm.weight', 'D'),
-    'layers.mlp.gate_DF': ('model.layers.{}.mlp.gate_proj.weight', 'F D'),
-    'layers.mlp.up_DF': ('model.layers.{}.mlp.up_proj.weight', 'F D'),
-    'layers.mlp.down_FD': ('model.layers.{}.mlp.down_proj.weight', 'D F'),
-    'final_norm.scale_D': ('model.norm.weight', 'D'),
-    'lm_head_DV': ('lm_head.weight', 'V D'),
-}
 DTYPES = {'F32': np.dtype('float32'), 'BF16': np.dtype(ml_dtypes.bfloat16),
           'F16': np.dtype('float16')}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -79,13 +62,9 @@ class Tensor:
 
 
 def leaves(config) -> list[Leaf]:
-  """Every array of a Llama with this config."""
+  """Every array of a model with this config."""
   found = []
-  for name, (hf, dims) in TABLE.items():
-    if hf.endswith('.bias') and not config.attention_bias:
-      continue
-    if name == 'lm_head_DV' and config.tied:
-      continue
+  for name, (hf, dims) in families.tensors(config).items():
     ours, split = name.rpartition('_')[2], dims.replace(' ', '')
     layers = (config.layers,) if '{}' in hf else ()
     found.append(Leaf(
@@ -115,7 +94,7 @@ def find(folder, config) -> dict[str, list[Tensor]]:
     _check_layout(leaf, found[leaf.name])
   for name, tensor in tensors.items():
     if not ignored(name):
-      raise InputError(f'{tensor.file}: tensor {name} is not part of the Llama that its '
+      raise InputError(f'{tensor.file}: tensor {name} is not part of the model that its '
                        f'config.json describes; download the weights and config.json of the same '
                        f'model')
   return found

@@ -27,11 +27,18 @@ ROWS = 2
 class Segments:
   """Rows of single-response examples: a query attends to the earlier keys of its own segment."""
   segment_ids: jax.Array  # [B, T] the response that a token belongs to, from 1; 0 = padding
+  positions: jax.Array    # [B, T] of a token within its example
 
-  def mask(self):
+  def mask(self, window: int | None):
     """-> [B, T, S], True where a query attends to a key."""
-    T = self.segment_ids.shape[1]
-    return jnp.tri(T, dtype=bool) & (self.segment_ids[:, :, None] == self.segment_ids[:, None])
+    return self._visible(window) & (self.segment_ids[:, :, None] == self.segment_ids[:, None])
+
+  def _visible(self, window: int | None):
+    """-> [B or 1, T, S], True for the earlier keys of a row that are in the window."""
+    causal = jnp.tri(self.segment_ids.shape[1], dtype=bool)[None]
+    if window is None:
+      return causal
+    return causal & (self.positions[:, :, None] - self.positions[:, None] < window)
 
   def key_segments(self):
     """-> [B, S = T], for kernels that allow one segment per key."""
@@ -47,11 +54,11 @@ class PairSegments(Segments):
   """
   second_segment: jax.Array  # [B, T] the second response that a prompt token belongs to; 0 = none
 
-  def mask(self):
+  def mask(self, window: int | None):
     """-> [B, T, S], True where a query attends to a key."""
-    T, query = self.segment_ids.shape[1], self.segment_ids[:, :, None]
+    query = self.segment_ids[:, :, None]
     same = (query == self.segment_ids[:, None]) | (query == self.second_segment[:, None])
-    return jnp.tri(T, dtype=bool) & same
+    return self._visible(window) & same
 
   def key_segments(self):
     """-> [B, S = 2 T]: kernels that allow one segment per key get every key twice."""
@@ -87,18 +94,29 @@ def attend(q, k, v, mask):
   return jnp.einsum('BKGTS,BSKH->BTKGH', probs, v)
 
 
-def causal(q, k, v):
+def below(positions: int, window: int | None) -> int | None:
+  """The window, or None if rows of so many positions cannot exceed it."""
+  return window if window is not None and window < positions else None
+
+
+def band(T: int, window: int | None):
+  """-> [T, S = T], True where a query of a whole row attends to a key."""
+  mask = jnp.tri(T, dtype=bool)
+  return mask if window is None else mask & ~jnp.tri(T, k=-window, dtype=bool)
+
+
+def causal(q, k, v, *, window: int | None):
   """q [B, T, K, G, H], k and v [B, T, K, H] of whole rows from position 0 -> [B, T, K, G, H]."""
   B, T = q.shape[:2]
-  return attend(q, k, v, jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T)))
+  return attend(q, k, v, jnp.broadcast_to(band(T, window), (B, T, T)))
 
 
-def packed(q, k, v, segments: Segments):
+def packed(q, k, v, segments: Segments, *, window: int | None):
   """q [B, T, K, G, H], k and v [B, T, K, H] of packed rows -> [B, T, K, G, H].
 
   In blocks of queries, each over the keys up to its own end: later keys are masked anyway.
   """
-  T, mask = q.shape[1], segments.mask()
+  T, mask = q.shape[1], segments.mask(window)
   block = max(QUERIES, -(-T // MOST_BLOCKS))
   ends = [*range(block, T, block), T]
   return jnp.concatenate([
@@ -106,10 +124,10 @@ def packed(q, k, v, segments: Segments):
       for start, end in zip([0, *ends], ends, strict=False)], 1)
 
 
-def prefill(q, k, v, layer, prefix: Prefix):
+def prefill(q, k, v, layer, prefix: Prefix, *, window: int | None):
   """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H], causal after the prefix.
 
-  `layer` []: of the prefix.
+  `layer` []: of the prefix. With a window, a query attends to that many tokens, its own included.
   """
   B, T = k.shape[:2]
   W = prefix.k.shape[2]
@@ -118,17 +136,21 @@ def prefill(q, k, v, layer, prefix: Prefix):
   k, v = (jnp.concatenate([x.astype(own.dtype), own], 1)
           for x, own in zip(prefix_kv, (k, v), strict=True))
   prefix_mask = jnp.broadcast_to(jnp.arange(W) < prefix.length[:, None, None], (B, T, W))
-  own_mask = jnp.broadcast_to(jnp.tri(T, dtype=bool), (B, T, T))
+  if window is not None:
+    position = prefix.length[:, None] + jnp.arange(T)  # [B, T]
+    prefix_mask &= jnp.arange(W) > position[..., None] - window
+  own_mask = jnp.broadcast_to(band(T, window), (B, T, T))
   return attend(q, k, v, jnp.concatenate([prefix_mask, own_mask], -1))
 
 
-def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | None):
+def decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None,
+           row_block: int | None):
   """One token per row: q [B, K, G, H], layer [], length [B] -> [B, K, G, H].
 
-  Row b attends to its prefix and to the first length[b] keys of the cache, both of `layer`. The
-  prefix is one matrix product for all rows. The cache is read block by block, `row_block` rows at a
-  time (None: all), up to the longest of these rows: the unused end of the cache is not read, and no
-  layer is copied.
+  Row b attends to its prefix and to the first length[b] keys of the cache, both of `layer`; with a
+  window, to the last keys of these. The prefix is one matrix product for all rows. The cache is
+  read block by block, `row_block` rows at a time (None: all), up to the longest of these rows, and
+  from the first key in a window: the rest of the cache is not read, and no layer is copied.
   """
   B, (K, S, H) = q.shape[0], cache.k.shape[2:]
   block, size = math.gcd(S, BLOCK), math.gcd(B, row_block or B)
@@ -140,22 +162,29 @@ def decode(q, cache: Cache, layer, length, prefix: Prefix, *, row_block: int | N
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
   scores = product('BKGH,KWH->BKGW', q, prefix.k[layer]) * H ** -0.5
-  mask = (jnp.arange(prefix.k.shape[2]) < prefix.length[:, None])[:, None, None]
+  # The first key of the cache that a row attends to; below 0, that of the prefix as well.
+  first_key = jnp.full_like(length, -prefix.k.shape[2]) if window is None else length - window
+  place = jnp.arange(prefix.k.shape[2])
+  mask = (place < prefix.length[:, None]) & (place >= (prefix.length + first_key)[:, None])
+  mask = mask[:, None, None]
   softmax = _Softmax.empty(q.shape).add(
       jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v[layer]))
 
   def rows(first):
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
-    some_q, some_length = take(q), take(length)
+    some_q, some_length, some_first = take(q), take(length), take(first_key)
 
     def read(i, softmax):
       start, shape = (layer, first, 0, i * block, 0), (1, size, K, block, H)
       keys, values = (jax.lax.dynamic_slice(x, start, shape)[0] for x in (cache.k, cache.v))
-      mask = (i * block + jnp.arange(block) < some_length[:, None])[:, None, None]
+      place = i * block + jnp.arange(block)
+      mask = ((place < some_length[:, None]) & (place >= some_first[:, None]))[:, None, None]
       scores = jnp.where(mask, product('BKGH,BKSH->BKGS', some_q, keys) * H ** -0.5, -jnp.inf)
       return softmax.add(scores, lambda w: product('BKGS,BKSH->BKGH', w, values))
     blocks = -(-some_length.max() // block)
-    return jax.lax.fori_loop(0, blocks, read, jax.tree.map(take, softmax)).mean()
+    start = jnp.where(some_length > 0, some_first, S).min()  # idle rows attend to nothing
+    return jax.lax.fori_loop(jnp.maximum(start, 0) // block, blocks, read,
+                             jax.tree.map(take, softmax)).mean()
 
   if size == B:
     return rows(0).astype(q.dtype)

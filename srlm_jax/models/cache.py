@@ -5,7 +5,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models.attention import Cache, Kernels, Prefix
+from srlm_jax.models.attention import below, Cache, Kernels, Prefix
 from srlm_jax.models.config import Config
 from srlm_jax.sharding import AXES, constrain, spec
 
@@ -47,14 +47,18 @@ class Prefill:
   target: jax.Array         # [B] slots
   copies: jax.Array         # []
 
-  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: PrefixCache, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: PrefixCache, layer, *,
+             window: int | None):
     """q [A, T, K, G, H], k and v [A, T, K, H] -> [A, T, K, G, H] and the cache."""
+    window = below(prefix.k.shape[2] + q.shape[1], window)
+
     @functools.partial(
         jax.shard_map, check_vma=False, out_specs=(spec('ATKGH'), CACHE),
         in_specs=(spec('ATKGH'), spec('ATKH'), spec('ATKH'), CACHE, PREFIX, spec(''),
                   Prefill(spec('A'), spec(''), spec(''), spec(''))))
     def local(q, k, v, cache, prefix, layer, view):
-      out = kernels.prefill(q, k, v, layer, Prefix(prefix.k, prefix.v, view.prefix_length))
+      out = kernels.prefill(q, k, v, layer, Prefix(prefix.k, prefix.v, view.prefix_length),
+                            window=window)
       slots = cache.k.shape[1]  # of this chip
       first = jax.lax.axis_index(AXES['B']) * slots
       new = [jax.lax.all_gather(x, AXES['A'], tiled=True).swapaxes(1, 2) for x in (k, v)]  # AKTH
@@ -79,8 +83,11 @@ class Decode:
   length: jax.Array         # [B] the slot's own tokens in the cache
   live: jax.Array           # [B] other slots are neither read nor written
 
-  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: PrefixCache, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache: Cache, prefix: PrefixCache, layer, *,
+             window: int | None):
     """q [B, 1, K, G, H], k and v [B, 1, K, H] -> [B, 1, K, G, H] and the cache."""
+    window = below(prefix.k.shape[2] + cache.k.shape[3], window)
+
     @functools.partial(
         jax.shard_map, check_vma=False, out_specs=(spec('BTKGH'), CACHE),
         in_specs=(spec('BTKGH'), spec('BTKH'), spec('BTKH'), CACHE, PREFIX, spec(''), spec('B')))
@@ -88,6 +95,6 @@ class Decode:
       position = jnp.where(view.live, view.length, cache.k.shape[3])
       cache = kernels.append(cache, k[:, 0], v[:, 0], layer, position)
       out = kernels.decode(q[:, 0], cache, layer, jnp.where(view.live, view.length + 1, 0),
-                           Prefix(prefix.k, prefix.v, view.prefix_length))
+                           Prefix(prefix.k, prefix.v, view.prefix_length), window=window)
       return out[:, None], cache
     return local(q, k, v, cache, prefix, layer, self)

@@ -1,4 +1,4 @@
-"""The architecture of a Llama, and its Hugging Face `config.json`."""
+"""The architecture of a model, and its Hugging Face `config.json`."""
 import dataclasses
 import itertools
 import json
@@ -7,6 +7,24 @@ from typing import NamedTuple
 from etils import epath
 
 from srlm_jax import InputError
+from srlm_jax.models.families import FAMILIES
+from srlm_jax.models.fields import (
+  COUNT,
+  DTYPE,
+  FLAG,
+  flag,
+  ID,
+  ID_OR_NONE,
+  IDS,
+  LAYERS,
+  number,
+  short,
+  size,
+  SPREAD,
+  take,
+  TEXT,
+  TEXTS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +46,11 @@ class Config:
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tied: bool = False                     # lm_head is the transposed embedding
-  attention_bias: bool = False
+  biases: str = ''                       # the projections with a bias: letters of qkvo
+  qk_norm: str = ''                      # of q and k before RoPE: per head (head), over all (all)
+  norms: str = 'pre'                     # of the inputs of attention and MLP; post: of the outputs
+  window: int | None = None              # tokens that a query attends to at most, its own included
+  family: str = 'llama'                  # of models/families.py, for the format of Hugging Face
   dtype: str = 'float32'                 # of activations; parameters keep their own
   dropout: float = 0.0                   # on residual branches, where a 'dropout' key is passed
 
@@ -49,38 +71,12 @@ PRESETS = {
     'tiny-test': Config(D=32, F=64, K=2, G=2, H=8, V=64, layers=2, context=128),
 }
 
-# Bounds far above those of any Llama; a file that exceeds them is damaged.
-_SIZE = 2**24           # of a dimension, the context or the vocabulary
-_LAYERS = 2**12
-_NUMBER = 1e-30, 1e30   # float32 holds them and their inverses
-
-
-def _is_id(x, least: int = 0) -> bool:
-  return type(x) is int and least <= x < _SIZE
-
-
-# What a field must be: a predicate, and its description for error messages.
-_TEXT = (lambda x: isinstance(x, str), 'a string')
-_TEXTS = (lambda x: isinstance(x, list) and all(isinstance(v, str) for v in x),
-          'a list of strings')
-_FLAG = (lambda x: type(x) is bool, 'true or false')
-_COUNT = (lambda x: type(x) is int and 1 <= x <= _SIZE, f'an integer from 1 to {_SIZE}')
-_ID = (_is_id, f'an integer from 0 to {_SIZE - 1}')
-_ID_OR_NONE = (lambda x: _is_id(x, -1), f'an integer from -1 to {_SIZE - 1}')
-_IDS = (lambda x: _is_id(x) or isinstance(x, list) and all(map(_is_id, x)),
-        f'an integer from 0 to {_SIZE - 1} or a list of such integers')
-_SPREAD = (lambda x: type(x) in (int, float) and 0 <= x <= _NUMBER[1],
-           f'a number from 0 to {_NUMBER[1]:g}')
-# The names that transformers writes; it does not read them with the prefix "torch.".
-_DTYPE = (lambda x: x in ('float32', 'bfloat16', 'float16', 'float64'),
-          'float32, bfloat16, float16 or float64')
-
 # Fields of config.json that do not change what the model computes.
 _IGNORED = dict(
-    _name_or_path=_TEXT, name_or_path=_TEXT, transformers_version=_TEXT, architectures=_TEXTS,
-    dtype=_DTYPE, torch_dtype=_DTYPE, bos_token_id=_ID, unk_token_id=_ID, pad_token_id=_ID_OR_NONE,
-    eos_token_id=_IDS, initializer_range=_SPREAD, pretraining_tp=_COUNT, use_cache=_FLAG,
-    output_attentions=_FLAG, output_hidden_states=_FLAG, return_dict=_FLAG)
+    _name_or_path=TEXT, name_or_path=TEXT, transformers_version=TEXT, architectures=TEXTS,
+    dtype=DTYPE, torch_dtype=DTYPE, bos_token_id=ID, unk_token_id=ID, pad_token_id=ID_OR_NONE,
+    eos_token_id=IDS, initializer_range=SPREAD, pretraining_tp=COUNT, use_cache=FLAG,
+    output_attentions=FLAG, output_hidden_states=FLAG, return_dict=FLAG)
 # Fields in which null means the default, as in transformers.
 _NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
              *_IGNORED)
@@ -102,67 +98,78 @@ def load(folder) -> Config:
 
 
 def from_hf(fields: dict) -> Config:
-  """Fields of a Llama config.json -> Config.
+  """Fields of a config.json -> Config; `models/families.py` says what differs between families.
 
   InputError names an unsupported field, or one of a wrong type or out of range with its value and
   what it must be.
   """
   if not isinstance(fields, dict):
-    raise InputError(f'{_short(fields)} is not a set of fields; '
+    raise InputError(f'{short(fields)} is not a set of fields; '
                      f'write {{"model_type": "llama", ..}}')
-  f = {name: x for name, x in fields.items() if x is not None or name not in _NULLABLE}
-  kind = f.pop('model_type', None)
-  if kind != 'llama':
-    raise InputError(f'model_type = {_short(kind)} is not supported, only llama is; '
-                     f'use the checkpoint of a Llama')
+  kind = fields.get('model_type')
+  if not isinstance(kind, str) or kind not in FAMILIES:
+    raise InputError(f'model_type = {short(kind)} is not supported; use a model of one of the '
+                     f'families {", ".join(sorted(FAMILIES))}')
+  family = FAMILIES[kind]
+  f = {name: x for name, x in (family.defaults | fields).items()
+       if x is not None or name not in _NULLABLE}
+  del f['model_type']
   for name, only in _ONLY.items():
     value = f.pop(name, only)
     if value != only or isinstance(value, bool) != isinstance(only, bool):  # 0 == False
-      raise InputError(f'{name} = {_short(value)} is not supported, only {only!r} is; '
+      raise InputError(f'{name} = {short(value)} is not supported, only {only!r} is; '
                        f'use a model with that value')
   for name in [name for name in _IGNORED if name in f]:
-    _take(f, name, *_IGNORED[name])
-  width, heads = _size(f, 'hidden_size'), _size(f, 'num_attention_heads')
-  kv_heads = _size(f, 'num_key_value_heads', heads)
+    take(f, name, *_IGNORED[name])
+  width, heads = size(f, 'hidden_size'), size(f, 'num_attention_heads')
+  kv_heads = size(f, 'num_key_value_heads', heads)
   if heads % kv_heads:
     raise InputError(f'num_attention_heads = {heads} is not a multiple of num_key_value_heads = '
                      f'{kv_heads}; the file is damaged, download it again')
   if 'head_dim' not in f and width % heads:
     raise InputError(f'hidden_size = {width} must be a multiple of num_attention_heads = {heads} '
                      f'where there is no head_dim; add the head_dim of the trained model')
-  head = _size(f, 'head_dim', width // heads)
+  head = size(f, 'head_dim', width // heads)
   if head % 2:
     raise InputError(f'head_dim = {head} must be even, for the rotary embedding; use a model '
                      f'with an even head_dim')
-  scaling, theta = _rope(f)
+  layers, (scaling, theta) = size(f, 'num_hidden_layers', most=LAYERS), _rope(f)
+  own = {name: x for part in family.fields for name, x in part.read(f, layers).items()}
   config = Config(
-      D=width, F=_size(f, 'intermediate_size'), K=kv_heads, G=heads // kv_heads, H=head,
-      V=_size(f, 'vocab_size'), layers=_size(f, 'num_hidden_layers', most=_LAYERS),
-      context=_size(f, 'max_position_embeddings', 2048), rope_theta=theta, rope_scaling=scaling,
-      norm_eps=_number(f, 'rms_norm_eps', 1e-6, high=1.0), tied=_flag(f, 'tie_word_embeddings'),
-      attention_bias=_flag(f, 'attention_bias'))  # defaults: those of transformers' LlamaConfig
+      D=width, F=size(f, 'intermediate_size'), K=kv_heads, G=heads // kv_heads, H=head,
+      V=size(f, 'vocab_size'), layers=layers, context=size(f, 'max_position_embeddings'),
+      rope_theta=theta, rope_scaling=scaling, norm_eps=number(f, 'rms_norm_eps', high=1.0),
+      tied=flag(f, 'tie_word_embeddings'), family=kind, **family.constants, **own)
   unknown = sorted(name for name in f if f[name] is not None and f[name] is not False)
   if unknown:
-    raise InputError(f'{_short(unknown[0])[1:-1]} = {_short(f[unknown[0]])} is not supported; '
+    raise InputError(f'{short(unknown[0])[1:-1]} = {short(f[unknown[0]])} is not supported; '
                      f'remove it if the weights do not need it')
   return config
 
 
 def to_hf(config: Config, dtype: str = 'float32') -> dict:
-  """Config -> the fields of config.json; from_hf reads them back."""
+  """Config -> the fields of config.json, which `from_hf` reads back.
+
+  ValueError if the config's family has no such model.
+  """
   rope = dict(rope_theta=config.rope_theta)
   if config.rope_scaling:
     s = config.rope_scaling
     rope['rope_scaling'] = dict(
         rope_type='llama3', factor=s.factor, low_freq_factor=s.low_freq_factor,
         high_freq_factor=s.high_freq_factor, original_max_position_embeddings=s.original_context)
-  return dict(
-      architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=config.D,
+  family = FAMILIES[config.family]
+  fields = dict(
+      architectures=[family.architecture], model_type=config.family, hidden_size=config.D,
       intermediate_size=config.F, num_hidden_layers=config.layers,
       num_attention_heads=config.K * config.G, num_key_value_heads=config.K, head_dim=config.H,
       vocab_size=config.V, max_position_embeddings=config.context, rms_norm_eps=config.norm_eps,
-      hidden_act='silu', tie_word_embeddings=config.tied, attention_bias=config.attention_bias,
-      dtype=dtype, torch_dtype=dtype, **rope)
+      hidden_act='silu', tie_word_embeddings=config.tied, dtype=dtype, torch_dtype=dtype, **rope)
+  for part in family.fields:
+    fields |= part.write(config)
+  if dataclasses.replace(config, dtype=Config.dtype, dropout=Config.dropout) != from_hf(fields):
+    raise ValueError(f'no config.json of the family {config.family} describes {config}')
+  return fields
 
 
 class _Rope(NamedTuple):
@@ -177,7 +184,7 @@ def _rope_fields(f: dict, name: str, theta: float) -> _Rope | None:
   """Removes the field `name` from `f`; None if it is absent or empty. `theta`: the default."""
   fields = f.pop(name, {})
   if not isinstance(fields, dict):
-    raise InputError(f'{name} = {_short(fields)} is not a set of fields; '
+    raise InputError(f'{name} = {short(fields)} is not a set of fields; '
                      f'write {{"rope_type": ..}}')
   if not fields:
     return None
@@ -186,7 +193,7 @@ def _rope_fields(f: dict, name: str, theta: float) -> _Rope | None:
   kind = scaling.pop('rope_type', kind)
   if scaling.get('rope_theta') is None:
     scaling['rope_theta'] = theta
-  return _Rope(name, _number(scaling, 'rope_theta', where=f'{name}.'), kind, scaling)
+  return _Rope(name, number(scaling, 'rope_theta', where=f'{name}.'), kind, scaling)
 
 
 def _rope(f: dict):
@@ -196,7 +203,7 @@ def _rope(f: dict):
   10,000 (`RotaryEmbeddingConfigMixin` in modeling_rope_utils.py). transformers silently prefers the
   nested value, and `rope_scaling` to `rope_parameters`; here values that differ are an InputError.
   """
-  theta = _number(f, 'rope_theta') if 'rope_theta' in f else None
+  theta = number(f, 'rope_theta') if 'rope_theta' in f else None
   default = 10_000.0 if theta is None else theta
   read = [rope for name in ('rope_scaling', 'rope_parameters')
           if (rope := _rope_fields(f, name, default))]
@@ -207,54 +214,24 @@ def _rope(f: dict):
       raise InputError(f'{name} = {value} and {other} = {another} differ; keep the one that the '
                        f'model was trained with')
   if len(read) == 2 and read[0][1:] != read[1][1:]:
-    raise InputError(f'rope_scaling = {_short(read[0][2:])} and rope_parameters = '
-                     f'{_short(read[1][2:])} differ; keep the one that the model was trained with')
+    raise InputError(f'rope_scaling = {short(read[0][2:])} and rope_parameters = '
+                     f'{short(read[1][2:])} differ; keep the one that the model was trained with')
   name, theta, kind, scaling = read[0] if read else _Rope('', default, 'default', {})
   if kind == 'default' and not scaling:
     return None, theta
   if kind != 'llama3':
-    raise InputError(f'{name} of type {_short(kind)} with {_short(sorted(scaling))} is not '
+    raise InputError(f'{name} of type {short(kind)} with {short(sorted(scaling))} is not '
                      f'supported, only llama3 is; use a model without RoPE scaling, or with llama3')
   where = f'{name}.'
   result = RopeScaling(
-      factor=_number(scaling, 'factor', low=1.0, where=where),
-      low_freq_factor=_number(scaling, 'low_freq_factor', where=where),
-      high_freq_factor=_number(scaling, 'high_freq_factor', where=where),
-      original_context=_size(scaling, 'original_max_position_embeddings', where=where))
+      factor=number(scaling, 'factor', low=1.0, where=where),
+      low_freq_factor=number(scaling, 'low_freq_factor', where=where),
+      high_freq_factor=number(scaling, 'high_freq_factor', where=where),
+      original_context=size(scaling, 'original_max_position_embeddings', where=where))
   if result.low_freq_factor >= result.high_freq_factor:
     raise InputError(f'{where}low_freq_factor = {result.low_freq_factor} must be less than '
                      f'high_freq_factor = {result.high_freq_factor}')
   if scaling:
-    raise InputError(f'{name} field {_short(sorted(scaling)[0])} is not supported; remove it if '
+    raise InputError(f'{name} field {short(sorted(scaling)[0])} is not supported; remove it if '
                      f'the weights do not need it')
   return result, theta
-
-
-def _take(f: dict, name: str, allowed, must: str, *default, where: str = ''):
-  """Removes a field from `f` -> its value, or the default; InputError if missing or not allowed."""
-  if name not in f and not default:
-    raise InputError(f'{where}{name} is missing; it must be {must}')
-  value = f.pop(name, *default)
-  if not allowed(value):
-    raise InputError(f'{where}{name} = {_short(value)} must be {must}')
-  return value
-
-
-def _size(f, name, *default, most=_SIZE, where='') -> int:
-  return _take(f, name, lambda x: type(x) is int and 1 <= x <= most,
-               f'an integer from 1 to {most}', *default, where=where)
-
-
-def _number(f, name, *default, low=_NUMBER[0], high=_NUMBER[1], where='') -> float:
-  return float(_take(f, name, lambda x: type(x) in (int, float) and low <= x <= high,
-                     f'a number from {low:g} to {high:g}', *default, where=where))
-
-
-def _flag(f, name) -> bool:
-  return _take(f, name, *_FLAG, False)
-
-
-def _short(value) -> str:
-  """The value's repr for an error message, shortened to one short line."""
-  found = repr(value)
-  return found if len(found) <= 60 else f'{found[:40]}...{found[-10:]}'

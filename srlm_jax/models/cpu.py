@@ -31,9 +31,9 @@ def supports(config: Config) -> bool:
   return config.dtype == 'float32' and config.H in WIDTHS and _register()
 
 
-def decode(q, cache: Cache, layer, length, prefix: Prefix):
-  """As `attention.decode`, for a cache of one layer."""
-  del layer  # the cache and the prefix have one layer
+def decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None):
+  """As `attention.decode`, for a cache of one layer; without a window."""
+  del layer, window  # the cache and the prefix have one layer
   call = jax.ffi.ffi_call('srlm_cpu_decode', jax.ShapeDtypeStruct(q.shape, jnp.float32))
   return call(q, cache.k, cache.v, length, prefix.k[0], prefix.v[0], prefix.length)
 

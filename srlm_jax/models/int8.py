@@ -37,6 +37,11 @@ def inputs(dims: str) -> int:
   return 1 if dims[0] == 'D' else len(dims) - 1
 
 
+def output_shape(w) -> tuple:
+  """A stacked weight [L, D, outputs], an array or an Int8 -> [L, outputs]."""
+  return w.scale.shape if isinstance(w, Int8) else (w.shape[0], *w.shape[2:])
+
+
 def product(equation: str, x, w, dtype=None):
   """The einsum of x and a weight (an array or an Int8), whose output dimensions come last.
 

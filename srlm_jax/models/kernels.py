@@ -26,8 +26,10 @@ MASKED = -1e30  # finite, so that a fully masked row is not NaN
 def choose(platform: str, config: Config) -> attention.Kernels:
   """The sampling kernels of a platform: cpu, tpu or gpu.
 
-  Plain XLA where the kernels do not support the model's head width or dtype.
+  Plain XLA where the kernels do not support the model's head width, dtype or window.
   """
+  if config.window is not None:
+    return attention.CPU if platform == 'cpu' else attention.XLA
   if platform == 'cpu':
     if not cpu.supports(config):
       return attention.CPU
@@ -75,7 +77,7 @@ def tpu_formats(params):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def tpu_prefill(q, k, v, layer, prefix: Prefix, *, interpret=False):
+def tpu_prefill(q, k, v, layer, prefix: Prefix, *, window: int | None, interpret=False):
   """As `attention.prefill`, by splash attention; ValueError unless T and W are multiples of 128."""
   T, G, W = q.shape[1], q.shape[3], prefix.k.shape[2]
   if T % 128 or W % 128:
@@ -101,7 +103,8 @@ def tpu_prefill(q, k, v, layer, prefix: Prefix, *, interpret=False):
   return jnp.einsum('BKGTH->BTKGH', out)
 
 
-def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, interpret=False):
+def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None,
+               interpret=False):
   """As `attention.decode`, in Pallas; reads the layer of the stacked cache in place.
 
   S, W and H are multiples of 128. A row of length 0 is idle, and its output is some finite number.
@@ -287,7 +290,7 @@ def tpu_append_kernel(layer_ref, position_ref, k_ref, v_ref, _, __, cache_k_ref,
   each(functools.partial(end, out=True))
 
 
-def gpu_prefill(q, k, v, layer, prefix: Prefix):
+def gpu_prefill(q, k, v, layer, prefix: Prefix, *, window: int | None):
   """As `attention.prefill`, by cuDNN: float16 or bfloat16, H a multiple of 8 and at most 128."""
   B, T, K, G, H = q.shape
   W = prefix.k.shape[2]
@@ -303,7 +306,8 @@ def gpu_prefill(q, k, v, layer, prefix: Prefix):
   return out.reshape(q.shape)
 
 
-def gpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, interpret=False):
+def gpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None,
+               interpret=False):
   """As `attention.decode`, in Triton; H is a power of two, at least 16."""
   B, K, G, H = q.shape
   L, S = cache.k.shape[0], cache.k.shape[3]

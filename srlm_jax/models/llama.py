@@ -1,4 +1,4 @@
-"""Llama in Flax.
+"""Llama in Flax, and what other families change in it, by the fields of `config.Config`.
 
   B batch           D model width         F feed-forward width
   T query position  K key/value heads     V vocabulary
@@ -6,7 +6,6 @@
   N targets         L layer               M pairs
   A prefill rows    W shared prefix       R rank of an adapter
 """
-import functools
 import math
 
 import flax.linen as nn
@@ -41,14 +40,16 @@ class Module(nn.Module):
 
 
 class RMSNorm(Module):
-  """Root mean square normalization over D, in float32."""
+  """Root mean square normalization over the last dimensions together, in float32."""
+  dims: str = 'D'
 
   @nn.compact
   def __call__(self, x):
-    """x [..., D] -> [..., D]."""
+    """x [..., dims] -> the same shape."""
+    axes = tuple(range(-len(self.dims), 0))
     y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y**2, -1, keepdims=True) + self.config.norm_eps)
-    return y.astype(x.dtype) * self.weight('scale', 'D', nn.initializers.ones)
+    y *= jax.lax.rsqrt(jnp.mean(y**2, axes, keepdims=True) + self.config.norm_eps)
+    return y.astype(x.dtype) * self.weight('scale', self.dims, nn.initializers.ones)
 
 
 class Attention(Module):
@@ -65,25 +66,26 @@ class Attention(Module):
     c = self.config
     if self.kernels.fused:
       heads = self.projection('BTD,DKCH->BTKCH', x, 'qkv')
-      qk, v = attention.rope(heads[..., :-1, :], *rotation), heads[..., -1, :]
-      q, k = qk[..., :-1, :], qk[..., -1, :]
+      q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
     else:
-      q = attention.rope(self.projection('BTD,DKGH->BTKGH', x, 'q'), *rotation)
-      k = attention.rope(self.projection('BTD,DKH->BTKH', x, 'k'), *rotation)
+      q = self.projection('BTD,DKGH->BTKGH', x, 'q')
+      k = self.projection('BTD,DKH->BTKH', x, 'k')
       v = self.projection('BTD,DKH->BTKH', x, 'v')
-    out, cache = view.attend(self.kernels, q, k, v, cache, prefix, layer)
-    out = self.dense('BTKGH,KGHD->BTD', out, 'wo')
-    if c.attention_bias:
-      out += self.weight('bo', 'D', nn.initializers.zeros)
-    return out, cache
+    if c.qk_norm:
+      dims = ('H', 'H') if c.qk_norm == 'head' else ('KGH', 'KH')
+      q, k = (RMSNorm(c, one, name=f'{name}_norm')(x)
+              for name, one, x in zip('qk', dims, (q, k), strict=True))
+    q, k = (attention.rope(x, *rotation) for x in (q, k))
+    out, cache = view.attend(self.kernels, q, k, v, cache, prefix, layer, window=c.window)
+    return self.projection('BTKGH,KGHD->BTD', out, 'o'), cache
 
   def projection(self, equation: str, x, name: str):
-    """x [B, T, D] times the weight w`name`, plus the bias b`name` if the model has one."""
+    """x times the weight w`name`, plus the bias b`name` if one of its parts has one."""
     out = self.dense(equation, x, f'w{name}')
-    if not self.config.attention_bias:
+    if not set(name) & set(self.config.biases):
       return out
-    return out + self.weight(f'b{name}', equation.partition('BT')[2].partition('BT')[2],
-                             nn.initializers.zeros)
+    dims = equation.rpartition('BT')[2]
+    return out + self.weight(f'b{name}', dims, nn.initializers.zeros)
 
 
 class MLP(Module):
@@ -106,17 +108,24 @@ class Block(Module):
     """carry = (x [B, T, D], cache, layer []) -> the same after this layer, None."""
     # Without all of these constraints, XLA makes all-reduces of what the residual stream splits.
     x, cache, layer = carry
-    whole = functools.partial(constrain, dims='BTD')
     drop = nn.Dropout(self.config.dropout, deterministic=not self.has_rng('dropout'))
     x = constrain_residual(x)
-    y = whole(RMSNorm(self.config, name='attention_norm')(x))
     y, cache = Attention(self.config, self.kernels, name='attention')(
-        y, rotation, cache, prefix, layer, view)
-    x = constrain_residual(x + drop(constrain_residual(y)))
-    y = whole(RMSNorm(self.config, name='mlp_norm')(x))
-    y = MLP(self.config, name='mlp')(y)
-    x = constrain_residual(x + drop(constrain_residual(y)))
+        self.before(x, 'attention_norm'), rotation, cache, prefix, layer, view)
+    x = constrain_residual(x + drop(self.after(y, 'attention_norm')))
+    y = MLP(self.config, name='mlp')(self.before(x, 'mlp_norm'))
+    x = constrain_residual(x + drop(self.after(y, 'mlp_norm')))
     return (x, cache, layer + 1), None
+
+  def before(self, x, norm: str):
+    """The residual stream [B, T, D] -> what attention or MLP reads."""
+    is_here = self.config.norms == 'pre'
+    return constrain(RMSNorm(self.config, name=norm)(x) if is_here else x, 'BTD')
+
+  def after(self, y, norm: str):
+    """The output [B, T, D] of attention or MLP -> what is added to the residual stream."""
+    y = constrain_residual(y)
+    return RMSNorm(self.config, name=norm)(y) if self.config.norms == 'post' else y
 
 
 def recomputed(remat: str):
@@ -226,12 +235,14 @@ def unroll(params):
 def fuse(params):
   """Stacked parameters -> the same with one weight for q, k and v, for kernels that are `fused`."""
   weights = dict(params['layers']['attention'])
-  for new, names in (('wqkv_DKCH', ('wq_DKGH', 'wk_DKH', 'wv_DKH')),
-                     ('bqkv_KCH', ('bq_KGH', 'bk_KH', 'bv_KH'))):
-    if names[0] in weights:
-      weights[new] = _join(*(weights.pop(name) for name in names))
-  C = jax.tree.leaves(weights['wqkv_DKCH'])[0].shape[-2]
-  weights = lora.fuse(weights, C)
+  q, k, v = (weights.pop(name) for name in ('wq_DKGH', 'wk_DKH', 'wv_DKH'))
+  weights['wqkv_DKCH'] = _join(q, k, v)
+  names = 'bq_KGH', 'bk_KH', 'bv_KH'
+  if {*names} & {*weights}:  # some of the three may have none
+    weights['bqkv_KCH'] = _join(*(
+        weights.pop(name) if name in weights else jnp.zeros(int8.output_shape(w), jnp.float32)
+        for name, w in zip(names, (q, k, v), strict=True)))
+  weights = lora.fuse(weights, jax.tree.leaves(weights['wqkv_DKCH'])[0].shape[-2])
   return params | {'layers': params['layers'] | {'attention': weights}}
 
 
@@ -263,5 +274,6 @@ def param_count(config: Config) -> int:
   c = config
   kv, heads = c.K * c.H, c.K * c.G * c.H
   block = 2 * c.D * heads + 2 * c.D * kv + 3 * c.D * c.F + 2 * c.D
-  bias = (heads + 2 * kv + c.D) if c.attention_bias else 0
-  return c.layers * (block + bias) + c.D + c.V * c.D * (1 if c.tied else 2)
+  block += sum(dict(q=heads, k=kv, v=kv, o=c.D)[name] for name in c.biases)
+  block += {'': 0, 'head': 2 * c.H, 'all': heads + kv}[c.qk_norm]
+  return c.layers * block + c.D + c.V * c.D * (1 if c.tied else 2)

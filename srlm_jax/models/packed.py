@@ -2,6 +2,8 @@
 
 `attention.packed` does the same in plain XLA.
 """
+import functools
+
 import flax
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -22,9 +24,9 @@ BLOCK = 512  # queries and keys per block of splash attention
 class Causal:
   """Each row is one example, from position 0; plain XLA on every platform."""
 
-  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer, *, window: int | None):
     """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H]; there is no cache."""
-    return attention.causal(q, k, v), cache
+    return attention.causal(q, k, v, window=window), cache
 
 
 @flax.struct.dataclass
@@ -32,15 +34,16 @@ class Packed:
   """Rows hold several examples."""
   segments: Segments
 
-  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer):
+  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer, *, window: int | None):
     """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H]; there is no cache."""
+    window = attention.below(q.shape[1], window)
     local = jax.shard_map(
-        kernels.packed, out_specs=spec('BTKGH'), check_vma=False,
+        functools.partial(kernels.packed, window=window), out_specs=spec('BTKGH'), check_vma=False,
         in_specs=(spec('BTKGH'), spec('BTKH'), spec('BTKH'), spec('BT')))
     return local(q, k, v, self.segments), cache
 
 
-def tpu_packed(q, k, v, segments: Segments, *, interpret=False):
+def tpu_packed(q, k, v, segments: Segments, *, window: int | None, interpret=False):
   """As `attention.packed`, by splash attention; ValueError unless T is a multiple of 128.
 
   Splash attention allows one segment per key, so rows of pairs pass every key twice.
@@ -68,9 +71,9 @@ def tpu_packed(q, k, v, segments: Segments, *, interpret=False):
   return jnp.einsum('BKGTH->BTKGH', out)
 
 
-def gpu_packed(q, k, v, segments: Segments):
+def gpu_packed(q, k, v, segments: Segments, *, window: int | None):
   """As `attention.packed`, by cuDNN: float16 or bfloat16, H a multiple of 8 and at most 128."""
   B, T, K, G, H = q.shape
   out = jax.nn.dot_product_attention(q.reshape(B, T, K * G, H), k, v,
-                                     mask=segments.mask()[:, None], implementation='cudnn')
+                                     mask=segments.mask(window)[:, None], implementation='cudnn')
   return out.reshape(q.shape)

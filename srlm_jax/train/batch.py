@@ -30,7 +30,7 @@ class Batch:
 
   def segments(self) -> Segments:
     """What a token attends to."""
-    return Segments(self.segment_ids)
+    return Segments(self.segment_ids, self.positions)
 
   def weight(self):
     """-> [], the number of targets; the loss is their mean."""
@@ -46,7 +46,7 @@ class PairBatch(Batch):
 
   def segments(self) -> PairSegments:
     """What a token attends to."""
-    return PairSegments(self.segment_ids, self.second_segment)
+    return PairSegments(self.segment_ids, self.positions, self.second_segment)
 
   def weight(self):
     """-> [], the number of pairs; the loss is their mean."""
