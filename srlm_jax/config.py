@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from srlm_jax import closest, InputError
 
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
-CHATS = ('plain', 'llama2', 'tokenizer')  # forms of prompt and response: data/templates.py
+CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # forms of prompt and response: data/templates.py
 FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 # Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO

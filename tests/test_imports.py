@@ -13,9 +13,11 @@ ORDER = '''
   storage config ablations pods torus sharding hosts preemption compiler schema records lock peers
   environment model_files catalog stage metrics cli
   data / models
-  reward / checkpoint
+  reward
+  report
+  checkpoint
   sample
-  eval / sandbox / report / train
+  eval / sandbox / train
   selection loop study plan
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
@@ -107,7 +109,7 @@ def test_every_module_has_a_test_file():
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
-      arrays='distribute', fields='config_fields')
+      arrays='distribute', card='export', fields='config_fields')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

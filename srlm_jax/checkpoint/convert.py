@@ -1,13 +1,15 @@
 """Converts Llamas between Hugging Face folders and checkpoint folders, bit for bit.
 
   python -m srlm_jax.checkpoint.convert --from_hf=DIR --out=DIR
-  python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_hf=DIR [--step=N]
+  python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_hf=DIR [--step=N] [--chat=FORMAT]
 
+`export.py` and `docs/export.md` say what else is written with --to_hf.
 Every tensor keeps its dtype. A tensor with NaN or infinity is an InputError. Our arrays are stacked
 over layers, but the conversion holds one tensor at a time: peak memory stays below 2 x the largest
 Hugging Face tensor + 1 GiB.
 """
 import collections
+import hashlib
 import itertools
 import json
 import math
@@ -22,9 +24,10 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from srlm_jax import cli, hosts, InputError, lock, model_files, records, storage
-from srlm_jax.checkpoint import arrays, hashes, hf, store
+from srlm_jax.checkpoint import arrays, export, hashes, hf, store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
+from srlm_jax.report import card
 
 CHUNKS_AT_ONCE = 4     # chunks per write, so that several cores compress
 WRITE_BYTES = 2**26    # bytes per write into a .safetensors file
@@ -97,11 +100,13 @@ def check_source(source, folder):
                      f'to convert again')
 
 
-def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES) -> 'Summary':
+def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTES, chat: str = '',
+          **published: str) -> 'Summary':
   """Converts a step of a checkpoint folder to a new Hugging Face folder `out`, in the stored dtype.
 
-  The default step is that of `model_files.latest`. `shard_bytes` limits the size of a file. Raises
-  InputError if `out` is not empty or the checkpoint is damaged.
+  The default step is that of `model_files.latest`, and the default chat format that of the run.
+  `shard_bytes` limits the size of a file. `published`: base_model and license of the model card.
+  Raises InputError if `out` is not empty, the checkpoint is damaged, or `export.plan` does.
   """
   config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
@@ -109,26 +114,33 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})
   dtypes = {name: array.dtype.numpy_dtype for name, array in stored.items()}
   files = hf.shards(config, dtypes, shard_bytes)
-  summary = Summary()
+  dtype = str(dtypes['embed_VD'])
+  small, summary, sums = export.plan(folder, config.V, dtype, chat), Summary(), {}
   with storage.making_folder(out) as target, _progress(files) as progress:
     if len(files) > 1:
       (target / hf.INDEX).write_text(hf.index(files, dtypes))
     for file, part in files.items():
       with (target / file).open('wb') as f:
-        f.write(hf.header(part, dtypes))
+        sum_ = sums[file] = hashlib.sha256()
+        _write(f, np.frombuffer(hf.header(part, dtypes), np.uint8), sum_)
         for leaf, layer in part:
           tensor, array = np.empty(leaf.hf_shape, dtypes[leaf.name]), stored[leaf.name]
           _read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
           hf.finite(params, leaf.tensors[layer], tensor)
-          _write(f, tensor)
+          _write(f, tensor, sum_)
           for offset, _, rows in _rows(leaf, layer, tensor):
             summary.add(leaf, offset, rows)
           progress.update()
     if model_files.recorded_hash(folder, step) != summary.hashes().stored:
       raise InputError(f'{params} does not match its recorded hash; the checkpoint is damaged, '
                        f'restore it from a copy')
-    model_files.copy(folder, target)
-    _write_dtype(target / 'config.json', str(dtypes['embed_VD']))
+    sums |= {name: hashlib.sha256(data) for name, data in small.files.items()}
+    about = card.Export(epath.Path(folder), step, summary.parameters, dtype, summary.hashes(),
+                        {name: found.hexdigest() for name, found in sums.items()}, small.chat,
+                        small.compared, small.differences, **published)
+    for name, data in ((card.NAME, card.text(about).encode()), *reversed(small.files.items())):
+      (target / name).parent.mkdir(exist_ok=True)
+      (target / name).write_bytes(data)  # config.json last
   return summary
 
 
@@ -195,10 +207,13 @@ class Summary:
       leaves[name] = (cast, shape, self._sums[name, cast])
     return hashes.combine(leaves)
 
+  @property
+  def parameters(self) -> int:
+    return sum(math.prod(shape) for _, shape in self._leaves.values())
+
   def __str__(self):
-    count = sum(math.prod(shape) for _, shape in self._leaves.values())
     size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._leaves.values())
-    return f'{count:,} parameters, {size:,} bytes, hash {self.hashes().stored}'
+    return f'{self.parameters:,} parameters, {size:,} bytes, hash {self.hashes().stored}'
 
 
 class LazyArray:
@@ -274,18 +289,14 @@ def _read_into(target, array):
     target[index] = array[index].read().result()
 
 
-def _write(file, tensor):
-  """Writes the bytes of a tensor; a file in a bucket keeps in memory what one call writes."""
+def _write(file, tensor, sha256):
+  """Writes and hashes the bytes of a tensor; a file in a bucket keeps in memory what a call writes.
+  """
   data = tensor.reshape(-1).view(np.uint8)
   for start in range(0, data.size, WRITE_BYTES):
-    file.write(data[start:start + WRITE_BYTES].data)
-
-
-def _write_dtype(path, dtype: str):
-  """Sets the dtype in config.json to that of the tensors; training stores float32."""
-  fields = json.loads(path.read_text())
-  if {fields.get('dtype'), fields.get('torch_dtype')} != {dtype}:
-    path.write_text(json.dumps(fields | dict(dtype=dtype, torch_dtype=dtype), indent=2) + '\n')
+    part = data[start:start + WRITE_BYTES].data
+    file.write(part)
+    sha256.update(part)
 
 
 def _progress(parts: dict):
@@ -300,6 +311,11 @@ def define_flags():
   flags.DEFINE_string('to_hf', None, 'Hugging Face folder to write; with --checkpoint.')
   flags.DEFINE_integer('step', None,
                        'Step of --checkpoint; by default the selected step, or else the last.')
+  flags.DEFINE_string('chat', '', 'Chat format of the chat template, with --to_hf; by default that '
+                      'of the run. tokenizer: that of the model.')
+  flags.DEFINE_string('base_model', '', 'Name on the Hub of the model that the run started from, '
+                      'for the model card.')
+  flags.DEFINE_string('license', '', 'Identifier of the license, for the model card.')
 
 
 def main(argv):
@@ -313,7 +329,8 @@ def main(argv):
     if f.from_hf:
       summary = from_hf(f.from_hf, f.out)
     else:
-      summary = to_hf(f.checkpoint, f.to_hf, f.step)
+      summary = to_hf(f.checkpoint, f.to_hf, f.step, chat=f.chat, base_model=f.base_model,
+                      license=f.license)
   hosts.log(f'{f.out or f.to_hf}: {summary}')
 
 

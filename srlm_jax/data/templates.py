@@ -49,6 +49,18 @@ def _encode(text: str, tokenizer) -> list[int]:
   return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
+def source(kind: str) -> str:
+  """The Jinja template of a chat format of the package: plain, llama2 or chatml.
+
+  It takes what transformers passes: messages, add_generation_prompt, bos_token, eos_token. An
+  exported model can therefore have it as its own template.
+  """
+  if kind not in CHATS or kind == 'tokenizer':
+    raise InputError(f'there is no chat template {kind!r} in the package; choose one of '
+                     f'{", ".join(name for name in CHATS if name != "tokenizer")}')
+  return (epath.resource_path('srlm_jax') / 'data' / f'chat_{kind}.jinja').read_text()
+
+
 def load_author(name: str) -> str:
   """The template that asks a model for new prompts. Its slot {shots} takes a numbered list.
 
