@@ -3,6 +3,7 @@
 Converted models (step 0, parameters only) and trained models have the same layout.
 `checkpoint.store` reads and writes the arrays in `params` and `train`.
 """
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 
@@ -133,6 +134,14 @@ def base_folder(folder, adapter: Adapter):
   if '://' in adapter.base:
     return epath.Path(adapter.base)
   return _workdir(folder) / adapter.base  # an absolute path replaces what is before it
+
+
+def bases(folder) -> Iterator[tuple[str, epath.Path]]:
+  """Yields (`base` in lora.json, folder) of the models of the same workdir below an adapter."""
+  while adapter := read_adapter(folder):
+    folder = base_folder(folder, adapter)
+    if not adapter.base.startswith('/') and '://' not in adapter.base:
+      yield adapter.base, folder
 
 
 def _workdir(folder):

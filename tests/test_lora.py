@@ -3,27 +3,33 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 
-from conftest import full_logits, init, make_mesh
+from conftest import config_flags, full_logits, init, main, make_mesh, run_main
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import draw, draw_batch, keys
+from test_step import draw_batch, keys
 
 from srlm_jax import config as configs, InputError, model_files, sharding
-from srlm_jax.checkpoint import hashes, store
-from srlm_jax.models import attention, int8, llama, lora, vocab
+from srlm_jax.checkpoint import convert, hashes, peft, store
+from srlm_jax.models import attention, int8, llama, lora
 from srlm_jax.models.config import PRESETS
 from srlm_jax.train import batch as batches, state as train_state, step as train_step
 
 TINY = PRESETS['tiny-test']
+WIDE = dataclasses.replace(TINY, K=8)  # a key/value head for each of eight devices
 RANK, ALPHA = 4, 8.0
+LORA = dict(lora_rank=RANK, lora_alpha=ALPHA)
+# Einsums of the update of each weight from its A and B, written without models/lora.py.
+UPDATES = dict(wq='LDR,LRKGH->LDKGH', wk='LDR,LRKH->LDKH', wv='LDR,LRKH->LDKH',
+               wo='LKGHR,LRD->LKGHD', gate='LDR,LRF->LDF', up='LDR,LRF->LDF', down='LFR,LRD->LFD')
 
 
 def flat(tree):
-  return traverse_util.flatten_dict(tree, sep='.')
+  return {name.rpartition('.')[2]: x for name, x in traverse_util.flatten_dict(tree, sep='.').items()}
 
 
 def adapter(config=TINY, rank=RANK, targets=configs.LORA_TARGETS, seed=5):
@@ -33,20 +39,19 @@ def adapter(config=TINY, rank=RANK, targets=configs.LORA_TARGETS, seed=5):
                       lora.shapes(config, rank, targets))
 
 
-def by_hand(params, adapters):
-  """Parameters plus alpha / rank A B of every adapter, with numpy and without our names' tables."""
-  out = {name: np.asarray(x, np.float64) for name, x in flat(params).items()}
-  for a_name, a in ((n, x) for tree in adapters for n, x in flat(tree).items() if '_a_' in n):
-    b = next(x for tree in adapters for n, x in flat(tree).items()
-             if '_b_' in n and n.split('_b_')[0] == a_name.split('_a_')[0] and
-             any(y is a for y in flat(tree).values()))
-    for name in out:
-      if name.rpartition('_')[0] == a_name.split('_a_')[0]:
-        for layer in range(len(a)):
-          update = np.tensordot(np.asarray(a[layer], np.float64), np.asarray(b[layer], np.float64), 1)
-          out[name][layer] += ALPHA / RANK * update
-  return traverse_util.unflatten_dict({n: jnp.asarray(x, jnp.float32) for n, x in out.items()},
-                                      sep='.')
+def updates(adapter) -> dict:
+  """{weight: alpha / rank A B}."""
+  arrays = {name.rpartition('_')[0]: x for name, x in flat(adapter).items()}
+  return {name: ALPHA / RANK * jnp.einsum(equation, arrays[f'{name}_a'], arrays[f'{name}_b'])
+          for name, equation in UPDATES.items() if f'{name}_a' in arrays}
+
+
+def added(params, *adapters):
+  """The parameters with the updates of the adapters in their weights."""
+  def one(path, w):
+    name = path[-1].key.rpartition('_')[0]
+    return w + sum(updates(adapter).get(name, 0) for adapter in adapters)
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def tokens(config=TINY):
@@ -56,15 +61,214 @@ def tokens(config=TINY):
 @pytest.mark.parametrize('targets', [configs.LORA_TARGETS, ('k_proj', 'o_proj')])
 def test_merged_unmerged_and_fused_adapters_of_two_rounds_are_the_same_model(mesh, targets):
   params, first, second = init(TINY), adapter(targets=targets), adapter(targets=targets, seed=6)
-  wanted = full_logits(llama.Llama(TINY), by_hand(params, [first, second]), tokens())
+  wanted = full_logits(llama.Llama(TINY), added(params, first, second), tokens())
   assert np.abs(wanted - full_logits(llama.Llama(TINY), params, tokens())).max() > 0.1
   joined = lora.join(lora.join(params, first, ALPHA / RANK), second, ALPHA / RANK)
+
   def close(model, params):
     np.testing.assert_allclose(full_logits(model, params, tokens()), wanted, atol=2e-5)
   close(llama.Llama(TINY), joined)
   close(llama.Llama(TINY, attention.CPU), llama.unroll(joined))
   fused = dataclasses.replace(attention.XLA, fused=True)
   close(llama.Llama(TINY, fused), llama.fuse(joined))
+  quantized = llama.fuse(int8.quantize(joined))
+  assert np.isfinite(full_logits(llama.Llama(TINY, fused), quantized, tokens())).all()
   merged = lora.merge(jax.tree.map(jnp.copy, joined))
   assert flat(merged).keys() == flat(params).keys()
   close(llama.Llama(TINY), merged)
+
+
+def test_a_merged_bfloat16_weight_is_rounded_once_and_an_unmerged_one_keeps_small_updates(mesh):
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(TINY))
+  small = jax.tree.map(lambda x: x * 0.02, adapter())
+  joined = lora.join(params, small, ALPHA / RANK)
+  exact = added(jax.tree.map(lambda x: x.astype(jnp.float32), params), small)
+  merged = lora.merge(jax.tree.map(jnp.copy, joined))
+  lost = []
+  for name, update in updates(small).items():
+    before, found, wanted = (next(x for n, x in flat(tree).items() if n.startswith(f'{name}_'))
+                             for tree in (params, merged, exact))
+    np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
+    lost.append(float((found == before).mean()))
+    assert np.abs(update).min() > 0
+  assert max(lost) > 0.3  # of the values did not change at all
+  assert all(x.dtype == jnp.float32 for name, x in flat(joined).items() if '_a_' in name)
+
+
+def gradients(loss, shape=(1, 1, 1), unrolled=False, **changes):
+  """The gradient of a random adapter and the metrics, and the gradient of all merged weights."""
+  config, mesh = keys(loss, **LORA, **changes), make_mesh(*shape)
+  kernels = attention.CPU if unrolled else attention.XLA
+  with jax.set_mesh(mesh):
+    params, own = (jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
+                   for tree in (init(WIDE), adapter(WIDE)))
+    batch = sharding.put_batch(draw_batch(loss), mesh)
+    model = llama.Llama(WIDE, kernels)
+    found = jax.jit(lambda own, params, batch: train_step.gradient(
+        model, config, own, params, batch, jax.random.key(0)))(own, params, batch)
+  return jax.tree.map(np.asarray, found)
+
+
+@functools.cache
+def projected(loss):
+  """The gradient of a random adapter, from that of all weights, by the chain rule."""
+  config = keys(loss)
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params, own = init(WIDE), adapter(WIDE)
+    full, metrics = jax.jit(lambda p, r: train_step.gradient(
+        llama.Llama(WIDE), config, p, r, draw_batch(loss), jax.random.key(0)))(
+            added(params, own), params)
+  full = {name.rpartition('_')[0]: x for name, x in flat(full).items()}
+  arrays, found = flat(own), {}
+  for name, equation in UPDATES.items():
+    dims_a, dims_b, dims_w = equation.replace('->', ',').split(',')
+    a, b = (next(n for n in arrays if n.startswith(f'{name}_{kind}_')) for kind in 'ab')
+    scale = ALPHA / RANK
+    found[a] = scale * jnp.einsum(f'{dims_w},{dims_b}->{dims_a}', full[name], arrays[b])
+    found[b] = scale * jnp.einsum(f'{dims_a},{dims_w}->{dims_b}', arrays[a], full[name])
+  return found, metrics
+
+
+@pytest.mark.parametrize('loss, shape, unrolled, changes', [
+    ('dpo', (1, 1, 1), False, {}), ('dpo', (1, 1, 1), True, {}), ('sft', (1, 1, 1), True, {}),
+    ('dpo', (2, 2, 2), False, {}), ('dpo', (1, 1, 8), False, dict(accumulate=2))])
+def test_the_gradient_of_an_adapter_is_the_projection_of_the_gradient_of_all_weights(
+    loss, shape, unrolled, changes):
+  wanted, metrics = projected(loss)
+  grad, found = gradients(loss, shape, unrolled, **changes)
+  assert flat(grad).keys() == wanted.keys()
+  for name, x in flat(grad).items():
+    np.testing.assert_allclose(x, wanted[name], atol=1e-5, rtol=1e-4, err_msg=name)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('dtype, remat', [('float32', 'none'), ('bfloat16', 'dots')])
+def test_training_begins_at_ln_2_and_changes_only_the_adapter(dtype, remat):
+  config = keys('dpo', **LORA, lora_targets=('q_proj', 'down_proj'))
+  shape, mesh = dataclasses.replace(TINY, dtype=dtype), make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    frozen = jax.tree.map(lambda x: x.astype(dtype), init(TINY))
+    before = jax.tree.map(np.asarray, frozen)
+    tx = train_state.optimizer(config, 10)
+    abstract = train_state.abstract(shape, config, tx, mesh)
+    created = jax.jit(lambda key: train_state.TrainState.create(
+        lora.init(abstract.params, key), tx),
+        out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
+    state = created(jax.random.key(0))
+    step = train_step.make(llama.Llama(shape, remat=remat), tx, config, state)
+    batch, history = sharding.put_batch(draw_batch('dpo'), mesh), []
+    for _ in range(3):
+      old = state
+      state, metrics = step(state, frozen, batch, jax.random.key(0))
+      history.append({k: float(v) for k, v in metrics.items()})
+    assert step._cache_size() == 1, 'compiled more than once'
+  assert all(x.is_deleted() for x in jax.tree.leaves(old.params)), 'state was not donated'
+  assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)
+  assert history[0]['margin'] == 0 and history[0]['accuracy'] == 0
+  assert history[2]['loss'] < history[0]['loss'] and history[2]['margin'] > 0
+  jax.tree.map(np.testing.assert_array_equal, frozen, before)
+  trained = {'wq_a_DR', 'wq_b_RKGH', 'down_a_FR', 'down_b_RD'}
+  assert flat(state.params).keys() == trained
+  of_state = {getattr(path[-1], 'key', '') for path, x in
+              jax.tree_util.tree_leaves_with_path(state.opt_state) if x.ndim}
+  assert of_state == trained
+  sizes = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+  assert sizes == 2 * sum(x.size for x in jax.tree.leaves(state.params))
+
+
+def test_swapping_chosen_and_rejected_flips_the_margin():
+  batch = draw_batch('dpo')
+  pairs = batch.response_ids
+  swapped = batch.replace(response_ids=np.where(pairs >= 0, pairs ^ 1, -1))
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    run = jax.jit(lambda batch: train_step.sums(
+        llama.Llama(TINY), keys('dpo', **LORA), adapter(), init(TINY), batch, None)[1])
+    one, other = run(batch), run(swapped)
+  assert abs(one['margin']) > 0.01
+  assert one['margin'] == pytest.approx(-other['margin'], rel=1e-4)
+
+
+def test_cached_reference_logps_give_the_same_gradient():
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params, own, batch, model = init(TINY), adapter(), draw_batch('dpo'), llama.Llama(TINY)
+    logps = jax.jit(lambda p: train_step.pair_logps(
+        train_step.token_logps(model, p, batch, None), batch))(params)
+    cached = batches.CachedPairBatch(**vars(batch), reference_logps=np.asarray(logps))
+    wanted, found = (jax.jit(lambda p, batch=batch: train_step.gradient(
+        model, keys('dpo', **LORA), p, params, batch, jax.random.key(0)))(own)
+                     for batch in (batch, cached))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), wanted, found)
+
+
+@pytest.fixture
+def chain(tmp_path, tokenizer_folder, mesh):
+  """A workdir with a model, and adapters of two rounds for it."""
+  def save(name, arrays, *adapter):
+    folder = tmp_path / name / 'model'
+    store.write_model_files(TINY, tokenizer_folder, folder, *adapter)
+    saver = store.manager(folder, keep=1)
+    store.save(saver, 3, arrays)
+    saver.close()
+    return folder
+  m1 = save('m1', init(TINY))
+  first, second = adapter(), adapter(seed=6, targets=('q_proj', 'up_proj'))
+  m2 = save('m2', first, model_files.adapter(RANK, ALPHA, configs.LORA_TARGETS, m1,
+                                             tmp_path / 'm2' / 'model'))
+  m3 = save('m3', second, model_files.adapter(RANK, ALPHA, ('q_proj', 'up_proj'), m2,
+                                              tmp_path / 'm3' / 'model'))
+  return m1, m2, m3, added(init(TINY), first), added(init(TINY), first, second)
+
+
+def test_a_checkpoint_restores_with_the_adapters_of_all_rounds(chain, tmp_path):
+  m1, m2, m3, two, three = chain
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+      for folder, wanted in ((m2, two), (m3, three)):
+        found, name = store.restore_params(folder, mesh, 'float32')
+        assert name == model_files.recorded_hash(folder)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+      apart, _ = store.restore_params(m3, mesh, 'bfloat16', merge=False)
+      assert flat(apart)['wq_a_DR'].shape[-1] == 2 * RANK
+      assert flat(apart)['wo_a_KGHR'].shape[-1] == RANK
+      assert flat(apart)['embed_VD'].dtype == jnp.bfloat16
+  # moved as a whole
+  shutil.copytree(tmp_path, tmp_path.parent / f'{tmp_path.name}-moved')
+  moved = tmp_path.parent / f'{tmp_path.name}-moved' / 'm3' / 'model'
+  assert model_files.base_folder(moved, model_files.read_adapter(moved)) != m2
+  store.restore_params(moved, mesh, 'float32')
+  size = sum(p.stat().st_size for p in (m3 / 'steps').rglob('*') if p.is_file())
+  whole = sum(p.stat().st_size for p in (m1 / 'steps').rglob('*') if p.is_file())
+  assert size < whole / 2
+
+
+def test_the_hash_covers_the_scale_and_a_changed_base_is_refused(chain, mesh):
+  m1, m2, m3, *_ = chain
+  names = {model_files.recorded_hash(folder) for folder in (m1, m2, m3)}
+  one = model_files.read_adapter(m2)
+  own = store.read_adapter(m2)
+  names |= {hashes.hash_params(own, more=dataclasses.replace(one, **change).identity)
+            for change in ({}, dict(alpha=9.0), dict(params='0' * 16))}
+  assert len(names) == 5  # of m2 twice
+  text = (m2 / 'lora.json').read_text()
+  (m2 / 'lora.json').write_text(text.replace('8.0', '9.0'))
+  with pytest.raises(InputError, match='lora.json changed after the model was made'):
+    store.restore_params(m3, mesh, 'float32')
+  (m2 / 'lora.json').write_text(text)
+  saver = store.manager(m1, keep=1)
+  shutil.rmtree(m1 / 'steps' / '3')
+  with pytest.raises(InputError, match='which does not exist; restore that model'):
+    model_files.recorded_hash(m3)
+  store.save(saver, 3, init(TINY, seed=9))
+  saver.close()
+  with pytest.raises(InputError, match='is a LoRA adapter for step 3 of .*m1/model with the '):
+    store.restore_params(m3, mesh, 'float32')
+
+
+def test_an_export_has_the_adapters_in_its_weights(chain, mesh, tmp_path):
+  *_, m3, _, three = chain
+  convert.to_hf(m3, tmp_path / 'hf')
+  assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['dtype'] == 'float32'
+  found = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, three)

@@ -10,6 +10,7 @@ from etils import epath
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from srlm_jax import hosts, InputError, model_files, sharding, storage
@@ -111,6 +112,22 @@ def restore_adapter(folder, mesh, step: int | None = None):
   """Restores a LoRA adapter alone onto `mesh`, in float32. Every host reads all of it."""
   tree = read_adapter(folder, step)
   return jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
+
+
+def read_adapters(folder, step: int) -> tuple:
+  """-> the folder and step of the model below all LoRA adapters, and {path: array} of these.
+
+  The adapters of several rounds are joined, see `lora.join`; none: {}.
+  """
+  adapter = model_files.read_adapter(folder)
+  if adapter is None:
+    return folder, step, {}
+  own = read_adapter(folder, step)
+  root, root_step, older = read_adapters(model_files.base_folder(folder, adapter), adapter.step)
+  joined = lora.join(traverse_util.unflatten_dict(older, sep='.'), own,
+                     adapter.alpha / adapter.rank)
+  flat = traverse_util.flatten_dict(joined, sep='.')
+  return root, root_step, {name: np.asarray(x) for name, x in flat.items()}
 
 
 def read_adapter(folder, step: int | None = None) -> dict:
