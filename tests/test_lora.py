@@ -5,19 +5,21 @@ import json
 import math
 import shutil
 
-from conftest import config_flags, full_logits, init, main, make_mesh, run_main
+from conftest import full_logits, init, main, make_mesh
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from test_reference import pairs
 from test_step import draw_batch, keys
 
-from srlm_jax import config as configs, InputError, model_files, sharding
+from srlm_jax import config as configs, InputError, model_files, records, sharding, stage
 from srlm_jax.checkpoint import convert, hashes, peft, store
 from srlm_jax.models import attention, int8, llama, lora
 from srlm_jax.models.config import PRESETS
-from srlm_jax.train import batch as batches, state as train_state, step as train_step
+from srlm_jax.train import batch as batches, run as train, state as train_state, step as train_step
 
 TINY = PRESETS['tiny-test']
 WIDE = dataclasses.replace(TINY, K=8)  # a key/value head for each of eight devices
@@ -29,7 +31,8 @@ UPDATES = dict(wq='LDR,LRKGH->LDKGH', wk='LDR,LRKH->LDKH', wv='LDR,LRKH->LDKH',
 
 
 def flat(tree):
-  return {name.rpartition('.')[2]: x for name, x in traverse_util.flatten_dict(tree, sep='.').items()}
+  found = traverse_util.flatten_dict(tree, sep='.')
+  return {name.rpartition('.')[2]: x for name, x in found.items()}
 
 
 def adapter(config=TINY, rank=RANK, targets=configs.LORA_TARGETS, seed=5):
@@ -271,3 +274,126 @@ def test_an_export_has_the_adapters_in_its_weights(chain, mesh, tmp_path):
   assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['dtype'] == 'float32'
   found = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, three)
+
+
+TARGETS = ('q_proj', 'up_proj')
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer_folder):
+  """A function that trains one model of a small run with adapters -> its folder."""
+  def start(workdir, name, **keys):
+    config = configs.get(name, 'tiny').copy_and_resolve_references().unlock()
+    config.model = ''
+    config.train.update(dict(batch=4, epochs=1, max_length=64, log_every=1, save_every=2, keep=99,
+                             **LORA) | keys)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    if not (workdir / 'm1').exists():
+      with jax.set_mesh(make_mesh(1, 1, 1)):
+        store.write_model_files(TINY, tokenizer_folder, workdir / 'm1' / 'model')
+        saver = store.manager(workdir / 'm1' / 'model', 1)
+        store.save(saver, 0, init(TINY))
+        saver.close()
+    records.write(workdir / name / 'pairs' / 'pairs.jsonl', pairs())
+    train.run(config, workdir)
+    return workdir / name / 'model'
+  return start
+
+
+def first():
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    return init(TINY)
+
+
+def restored(folder):
+  mesh = make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    return store.restore_params(folder, mesh, 'float32')[0]
+
+
+def test_a_run_trains_an_adapter_on_an_adapter_and_resumes_byte_identically(run, tmp_path):
+  m2 = run(tmp_path, 'm2')
+  m3 = run(tmp_path, 'm3', lora_rank=2, lora_targets=TARGETS)
+  step = json.loads((m3 / 'metrics.jsonl').read_text().splitlines()[0])
+  assert step['loss'] == pytest.approx(math.log(2), abs=1e-6)
+  one, two = (json.loads((folder / 'done.json').read_text()) for folder in (m2, m3))
+  manifest = json.loads((m3 / 'manifest.json').read_text())
+  assert manifest['params'] == one['params'] and 'init/lora.json' in manifest['model_files']
+  config = manifest['config']
+  assert config['train.lora_rank'] == 2 and config['train.lora_targets'] == [*TARGETS]
+  wanted = added(added(first(), store.read_adapter(m2)),
+                 jax.tree.map(lambda x: x * 2 ** 0.5, store.read_adapter(m3)))  # alpha 8, rank 2
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restored(m3), wanted)
+
+  hashes = model_files.read_hashes(m3)
+  (m3 / 'done.json').unlink()
+  for step in model_files.steps(m3)[1:]:
+    shutil.rmtree(m3 / 'steps' / str(step))
+  with pytest.raises(InputError, match=r'config.train.lora_alpha \(8.0, now 4.0\)'):
+    run(tmp_path, 'm3', lora_rank=2, lora_targets=TARGETS, lora_alpha=4.0)
+  run(tmp_path, 'm3', lora_rank=2, lora_targets=TARGETS)
+  assert model_files.read_hashes(m3) == hashes
+  assert json.loads((m3 / 'done.json').read_text())['params'] == two['params']
+  stage.finished_model(tmp_path, 'm3')
+
+
+@pytest.mark.slow
+def test_cached_references_and_full_training_from_an_adapter(run, tmp_path):
+  plain, cached = run(tmp_path / 'a', 'm2'), run(tmp_path / 'b', 'm2', reference='cached')
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), restored(plain),
+               restored(cached))
+  full = run(tmp_path / 'a', 'm3', lora_rank=0)
+  assert not (full / 'lora.json').exists()
+  step = json.loads((full / 'metrics.jsonl').read_text().splitlines()[0])
+  assert step['loss'] == pytest.approx(math.log(2), abs=1e-6)
+  assert flat(restored(full)).keys() == flat(first()).keys()
+
+
+def test_mistakes_are_refused(chain, tmp_path):
+  config = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()
+  config.train.lora_targets = ('q_proj', 'lm_head')
+  with pytest.raises(InputError, match="lora_targets names 'lm_head'; it may name q_proj, k_proj"):
+    configs.check(config)
+  config = configs.get('m0', 'tiny').copy_and_resolve_references().unlock()
+  config.train.lora_rank = 8
+  with pytest.raises(InputError, match='lora_rank is 8, and config.train.init names no model'):
+    configs.check(config)
+  with pytest.raises(InputError, match='m1/model has no LoRA adapter; export it as a whole'):
+    peft.to_peft(chain[0], tmp_path / 'peft')
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(use_dora=True), 'use_dora = True is not supported; supported are LoRA adapters'),
+    (dict(bias='all'), "bias = 'all' is not"), (dict(modules_to_save=['lm_head']), 'modules_to_sa'),
+    (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'), (dict(peft_type='IA3'), 'peft_type = .IA3'),
+    (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa'"), (dict(r=0), 'r = 0 is not'),
+    (dict(r=3), r'tensor .*q_proj.lora_A.weight has shape \[4, 32\], and .* requires \[3, 32\]'),
+    (dict(a_new_field=1), 'a_new_field = 1 is not supported; supported are .* of q_proj, k_proj')])
+def test_what_peft_can_and_we_cannot_is_refused(chain, tmp_path, change, message):
+  m1, m2, *_ = chain
+  peft.to_peft(m2, tmp_path / 'peft')
+  path = tmp_path / 'peft' / 'adapter_config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(InputError, match=message) as error:
+    peft.from_peft(tmp_path / 'peft', m1, tmp_path / 'out')
+  assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
+def test_an_adapter_of_another_base_is_refused(chain, tmp_path):
+  m1, m2, m3, *_ = chain
+  peft.to_peft(m2, tmp_path / 'peft')
+  with pytest.raises(InputError, match='adapts the parameters .*, and .*m3/model has .*; name the'):
+    peft.from_peft(tmp_path / 'peft', m3, tmp_path / 'out')
+  printed = main('checkpoint.convert', f'--from_peft={tmp_path}/peft', f'--base={m1}',
+                 f'--out={tmp_path}/m4/model')
+  assert '4,096 parameters' in printed
+  assert model_files.read_adapter(tmp_path / 'm4' / 'model').base == 'm1/model'
+  jax.tree.map(np.testing.assert_array_equal, store.read_adapter(tmp_path / 'm4' / 'model'),
+               store.read_adapter(m2))
+  assert model_files.recorded_hash(tmp_path / 'm4' / 'model') == model_files.recorded_hash(m2)
+  file = tmp_path / 'peft' / peft.TENSORS
+  tensors = safetensors.numpy.load_file(file)
+  name = 'base_model.model.lm_head.lora_A.weight'
+  safetensors.numpy.save_file(tensors | {name: np.zeros((4, 32), np.float32)}, file)
+  with pytest.raises(InputError, match=f'tensor {name} is not supported; supported are'):
+    peft.from_peft(tmp_path / 'peft', m1, tmp_path / 'out')
