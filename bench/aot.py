@@ -97,7 +97,8 @@ class Training:
     data, fsdp, tensor = self.mesh
     devices = sizing.Devices(platform(self), data * fsdp * tensor, int(gib * GIB),
                              topology.get('num_slices', 1))
-    work = sizing.Work(self.rows * data * fsdp, self.width, self.reference == 'step')
+    has_reference = self.reference == 'step'
+    work = sizing.Work(self.rows * data * fsdp, self.width, has_reference)
     c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
     return c
 
@@ -145,7 +146,8 @@ TRAINING = (
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
     Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
     Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'),
-    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'))
+    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'),
+    Training('70b', 'dpo', 'v5p-8', (1, 4, 1), 'step', rows=4, lora=16))
 # Two of them with other meshes, at equal numbers of examples per step.
 MESHES = tuple(
     Training('70b', loss, pod, (1, fsdp, tensor), reference, rows=examples // fsdp)
@@ -191,7 +193,8 @@ GPU_TRAINING = (
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached', moments='bfloat16'),
     Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'cached', rows=4, moments='bfloat16'),
     Training('70b', 'dpo', '8 x h200', (1, 8, 1), 'step', moments='bfloat16'),
-    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'))
+    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h100', (1, 4, 2), 'step', rows=4, lora=16))
 GPU_TOO_LARGE = (
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step'),
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached'),

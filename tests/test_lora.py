@@ -25,6 +25,7 @@ TINY = PRESETS['tiny-test']
 WIDE = dataclasses.replace(TINY, K=8)  # a key/value head for each of eight devices
 RANK, ALPHA = 4, 8.0
 LORA = dict(lora_rank=RANK, lora_alpha=ALPHA)
+TARGETS = ('q_proj', 'up_proj')
 # Einsums of the update of each weight from its A and B, written without models/lora.py.
 UPDATES = dict(wq='LDR,LRKGH->LDKGH', wk='LDR,LRKH->LDKH', wv='LDR,LRKH->LDKH',
                wo='LKGHR,LRD->LKGHD', gate='LDR,LRF->LDF', up='LDR,LRF->LDF', down='LFR,LRD->LFD')
@@ -61,7 +62,8 @@ def tokens(config=TINY):
   return jnp.asarray(np.random.default_rng(1).integers(0, config.V, (2, 24)))
 
 
-@pytest.mark.parametrize('targets', [configs.LORA_TARGETS, ('k_proj', 'o_proj')])
+@pytest.mark.parametrize('targets', [
+    configs.LORA_TARGETS, pytest.param(('k_proj', 'o_proj'), marks=pytest.mark.slow)])
 def test_merged_unmerged_and_fused_adapters_of_two_rounds_are_the_same_model(mesh, targets):
   params, first, second = init(TINY), adapter(targets=targets), adapter(targets=targets, seed=6)
   wanted = full_logits(llama.Llama(TINY), added(params, first, second), tokens())
@@ -133,8 +135,10 @@ def projected(loss):
 
 
 @pytest.mark.parametrize('loss, shape, unrolled, changes', [
-    ('dpo', (1, 1, 1), False, {}), ('dpo', (1, 1, 1), True, {}), ('sft', (1, 1, 1), True, {}),
-    ('dpo', (2, 2, 2), False, {}), ('dpo', (1, 1, 8), False, dict(accumulate=2))])
+    ('dpo', (1, 1, 1), True, {}),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('dpo', (1, 1, 1), False, {}), ('sft', (1, 1, 1), True, {}), ('dpo', (2, 2, 2), False, {}),
+        ('dpo', (1, 1, 8), False, dict(accumulate=2))))])
 def test_the_gradient_of_an_adapter_is_the_projection_of_the_gradient_of_all_weights(
     loss, shape, unrolled, changes):
   wanted, metrics = projected(loss)
@@ -146,7 +150,8 @@ def test_the_gradient_of_an_adapter_is_the_projection_of_the_gradient_of_all_wei
     np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('dtype, remat', [('float32', 'none'), ('bfloat16', 'dots')])
+@pytest.mark.parametrize('dtype, remat', [
+    ('float32', 'none'), pytest.param('bfloat16', 'dots', marks=pytest.mark.slow)])
 def test_training_begins_at_ln_2_and_changes_only_the_adapter(dtype, remat):
   config = keys('dpo', **LORA, lora_targets=('q_proj', 'down_proj'))
   shape, mesh = dataclasses.replace(TINY, dtype=dtype), make_mesh(1, 1, 1)
@@ -192,6 +197,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin():
   assert float(one['margin']) == pytest.approx(-float(other['margin']), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_cached_reference_logps_give_the_same_gradient():
   with jax.set_mesh(make_mesh(1, 1, 1)):
     params, own, batch, model = init(TINY), adapter(), draw_batch('dpo'), llama.Llama(TINY)
@@ -204,30 +210,31 @@ def test_cached_reference_logps_give_the_same_gradient():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), wanted, found)
 
 
-@pytest.fixture
-def chain(tmp_path, mesh):
-  """A workdir with a model, and adapters of two rounds for it."""
-  def save(name, arrays, *adapter):
-    folder = tmp_path / name / 'model'
-    store.write_model_files(TINY, tmp_path, folder, *adapter)
+@pytest.fixture(scope='module')
+def chain(tmp_path_factory):
+  """A workdir with a model, and adapters of two rounds for it; their parameters."""
+  workdir = tmp_path_factory.mktemp('chain')
+
+  def save(name, arrays, targets=(), base=None):
+    folder = workdir / name / 'model'
+    own = [model_files.adapter(RANK, ALPHA, targets, base, folder)] if base else []
+    store.write_model_files(TINY, workdir, folder, *own)
     saver = store.manager(folder, keep=1)
     store.save(saver, 3, arrays)
     saver.close()
     return folder
-  m1 = save('m1', init(TINY))
-  first, second = adapter(), adapter(seed=6, targets=('q_proj', 'up_proj'))
-  m2 = save('m2', first, model_files.adapter(RANK, ALPHA, configs.LORA_TARGETS, m1,
-                                             tmp_path / 'm2' / 'model'))
-  m3 = save('m3', second, model_files.adapter(RANK, ALPHA, ('q_proj', 'up_proj'), m2,
-                                              tmp_path / 'm3' / 'model'))
-  return m1, m2, m3, added(init(TINY), first), added(init(TINY), first, second)
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    root, first, second = init(TINY), adapter(), adapter(seed=6, targets=TARGETS)
+    m1 = save('m1', root)
+    m2 = save('m2', first, configs.LORA_TARGETS, m1)
+    m3 = save('m3', second, TARGETS, m2)
+    return m1, m2, m3, added(root, first), added(root, first, second)
 
 
 def test_a_checkpoint_restores_with_the_adapters_of_all_rounds(chain, tmp_path):
   m1, m2, m3, two, three = chain
   # moved as a whole
-  shutil.copytree(tmp_path, tmp_path.parent / f'{tmp_path.name}-moved')
-  moved = tmp_path.parent / f'{tmp_path.name}-moved' / 'm3' / 'model'
+  moved = shutil.copytree(m1.parent.parent, tmp_path / 'moved') / 'm3' / 'model'
   assert model_files.base_folder(moved, model_files.read_adapter(moved)) != m2
   for shape in ((1, 1, 1), (2, 2, 2)):
     mesh = make_mesh(*shape)
@@ -245,8 +252,9 @@ def test_a_checkpoint_restores_with_the_adapters_of_all_rounds(chain, tmp_path):
   assert size < whole / 2
 
 
-def test_the_hash_covers_the_scale_and_a_changed_base_is_refused(chain, mesh):
-  m1, m2, m3, *_ = chain
+def test_the_hash_covers_the_scale_and_a_changed_base_is_refused(chain, mesh, tmp_path):
+  copy = shutil.copytree(chain[0].parent.parent, tmp_path / 'copy')
+  m1, m2, m3 = (copy / name / 'model' for name in ('m1', 'm2', 'm3'))
   names = {model_files.recorded_hash(folder) for folder in (m1, m2, m3)}
   one = model_files.read_adapter(m2)
   own = store.read_adapter(m2)
@@ -274,9 +282,6 @@ def test_an_export_has_the_adapters_in_its_weights(chain, mesh, tmp_path):
   assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['dtype'] == 'float32'
   found = convert.load_hf(tmp_path / 'hf', mesh, 'float32')
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, three)
-
-
-TARGETS = ('q_proj', 'up_proj')
 
 
 @pytest.fixture
@@ -311,6 +316,7 @@ def restored(folder):
     return store.restore_params(folder, mesh, 'float32')[0]
 
 
+@pytest.mark.slow
 def test_a_run_trains_an_adapter_on_an_adapter_and_resumes_byte_identically(run, tmp_path):
   m2 = run(tmp_path, 'm2')
   m3 = run(tmp_path, 'm3', lora_rank=2, lora_targets=TARGETS)
@@ -387,7 +393,7 @@ def test_an_adapter_of_another_base_is_refused(chain, tmp_path):
   printed = main('checkpoint.convert', f'--from_peft={tmp_path}/peft', f'--base={m1}',
                  f'--out={tmp_path}/m4/model')
   assert '4,096 parameters' in printed
-  assert model_files.read_adapter(tmp_path / 'm4' / 'model').base == 'm1/model'
+  assert model_files.read_adapter(tmp_path / 'm4' / 'model').base == str(m1)
   jax.tree.map(np.testing.assert_array_equal, store.read_adapter(tmp_path / 'm4' / 'model'),
                store.read_adapter(m2))
   assert model_files.recorded_hash(tmp_path / 'm4' / 'model') == model_files.recorded_hash(m2)

@@ -287,7 +287,7 @@ def planned(row):
     values = {f'mesh.{axis}': size for axis, size in values.items()}
     values |= {'train.pack': False, 'train.batch': p.rows * p.mesh[0] * p.mesh[1],
                'train.moments': p.moments, 'train.remat': p.config.remat, 'train.accumulate': 1,
-               'train.reference': p.reference or 'step'}
+               'train.reference': p.reference or 'step', 'train.lora_rank': p.lora}
   else:
     values = {f'sample_mesh.{axis}': size for axis, size in values.items()}
     values['sample.slots'] = aot.SLOTS
