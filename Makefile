@@ -41,7 +41,7 @@ AOT_GPU := -e '.[test,aot-gpu]'
 	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
 .venv-parity/.torch: .venv-parity/.installed
-	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5'
+	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5' 'peft>=0.17,<0.22'
 	touch $@
 
 .venv/.lint: requirements/lint.txt
@@ -75,7 +75,7 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
 	.venv-parity/bin/python -m pytest -q -n 2 $(addprefix tests/test_,parity.py golden.py families.py \
-	  family_parity.py lm_eval.py)
+	  family_parity.py lm_eval.py peft.py)
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py

@@ -67,12 +67,14 @@ class Training:
   remat: str = ''  # empty: what training chooses
   rows: int = 1    # per shard of (data, fsdp)
   moments: str = 'float32'
+  lora: int = 0    # rank of the adapters; 0: trains all parameters
 
   @property
   def name(self):
     reference = f', reference {self.reference}' if self.reference else ''
     moments = ', bf16 moments' if self.moments == 'bfloat16' else ''
-    return f'{self.size} {self.loss}{reference}{moments}'
+    adapters = f', LoRA {self.lora}' if self.lora else ''
+    return f'{self.size} {self.loss}{reference}{moments}{adapters}'
 
   @property
   def width(self):
@@ -87,12 +89,14 @@ class Training:
     c = config.train
     c.reference = self.reference or 'step'
     c.moments = self.moments
+    c.lora_rank = self.lora
     c.remat, c.accumulate = self.remat or c.remat, 1
     topology, gib = PODS[self.pod]
     data, fsdp, tensor = self.mesh
     devices = sizing.Devices(platform(self), data * fsdp * tensor, int(gib * GIB),
                              topology.get('num_slices', 1))
-    work = sizing.Work(self.rows * data * fsdp, self.width, self.reference == 'step')
+    has_reference = self.reference == 'step'
+    work = sizing.Work(self.rows * data * fsdp, self.width, has_reference)
     c.remat = sizing.training(config, self._shape(c), devices, work)['train.remat']
     return c
 
@@ -147,7 +151,8 @@ TRAINING = (
     Training('70b', 'dpo', 'v4-256', (1, 16, 8), 'cached'),
     Training('70b', 'sft', 'v6e-256', (1, 32, 8)),
     Training('70b', 'dpo', '2 x v5p-128', (2, 8, 8), 'step'),
-    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'))
+    Training('70b', 'dpo', 'v5p-256', (1, 16, 8), 'step', moments='bfloat16'),
+    Training('70b', 'dpo', 'v5p-8', (1, 4, 1), 'step', rows=4, lora=16))
 # The steps of M2 that docs/recipes.md plans, where packing makes fewer rows than examples.
 RECIPES = tuple(Training(name, 'dpo', 'v5p-8', (1, 2, 2), 'step', rows=3)
                 for name in ('llama3.1-8b', 'qwen3-8b'))
@@ -196,7 +201,8 @@ GPU_TRAINING = (
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached', moments='bfloat16'),
     Training('70b', 'dpo', '8 x h200', (1, 4, 2), 'cached', rows=4, moments='bfloat16'),
     Training('70b', 'dpo', '8 x h200', (1, 8, 1), 'step', moments='bfloat16'),
-    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'))
+    Training('70b', 'sft', '8 x h200', (1, 4, 2), rows=4, moments='bfloat16'),
+    Training('70b', 'dpo', '8 x h100', (1, 4, 2), 'step', rows=4, lora=16))
 GPU_TOO_LARGE = (
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'step'),
     Training('70b', 'dpo', '16 x h100', (1, 16, 1), 'cached'),
@@ -336,13 +342,13 @@ def _lower_training(program: Training, mesh):
   def abstract(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, 'B'))
   tx = train_state.optimizer(c, 100)
-  state = train_state.abstract(config, tx, mesh)
-  reference_params = {}
-  if program.reference == 'step':
-    reference_params = store.abstract_on(mesh, state.params, c.dtype)
+  state = train_state.abstract(config, c, tx, mesh)
+  frozen = {}
+  if program.reference == 'step' or program.lora:
+    frozen = store.abstract_on(mesh, llama.abstract_params(config), c.dtype)
   model = llama.Llama(config, kernels.for_training(platform(program), config, c.remat), c.remat)
   step = train_step.make(model, tx, c, state)
-  return step.lower(state, reference_params, jax.tree.map(abstract, host_batch),
+  return step.lower(state, frozen, jax.tree.map(abstract, host_batch),
                     jax.eval_shape(jax.random.key, 0))
 
 

@@ -98,7 +98,7 @@ class Ours:
     choice = kernels.for_training(platform, plan.config, remat)
     self.kernels = choice.name
     tx = train_state.optimizer(c, 100)
-    out = jax.tree.map(lambda x: x.sharding, train_state.abstract(plan.config, tx, mesh))
+    out = jax.tree.map(lambda x: x.sharding, train_state.abstract(plan.config, c, tx, mesh))
     self.state = jax.jit(lambda p: train_state.TrainState.create(p, tx), out_shardings=out)(params)
     self.reference_params = {}
     if loss == 'dpo':

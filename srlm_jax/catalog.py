@@ -65,6 +65,8 @@ class Spec:
              if key not in READ_IF or READ_IF[key](config)}
     if 'train.data' in found:  # a flag gives one string with commas
       found['train.data'] = configs.training_data(config)
+    if 'train.lora_targets' in found:
+      found['train.lora_targets'] = configs.lora_targets(config.train)
     return found
 
   def folder(self, workdir, config):
@@ -181,7 +183,8 @@ def _trains_on(*names: str) -> Callable[[ConfigDict], bool]:
 _trains_on_own = _trains_on('pairs', 'positives')  # what the sampler wrote and judged
 _SEEDS = ('data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.test_prompts',
           'data.valid_prompts')
-_SAMPLE = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8')
+_SAMPLE = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8',
+           'sample.lora_merge')
 _SAMPLE_UNRECORDED = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
 _RESPOND = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respond.top_k',
             'respond.max_tokens', *_SAMPLE)
@@ -265,7 +268,7 @@ STAGES = (
          keys=('eft.targets', 'eft.quorum', 'judge.template'),
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c)),
     Spec('reference', 'train', ('logps.jsonl',), reads_training_data=True, runs=('init',),
-         on='reference', keys=('chat', 'model', 'train.dtype'),
+         on='reference', keys=('chat', 'model', 'train.dtype', 'train.lora_rank'),
          unrecorded=('mesh.data', 'mesh.fsdp', 'mesh.tensor'),
          needed=lambda c: _trains_on_pairs(c) and c.train.reference == 'cached'),
     Spec('model', 'train', ('metrics.jsonl', 'rows.json'), reads_training_data=True,
@@ -274,7 +277,8 @@ STAGES = (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
-             'dtype', 'moments', 'save_every', 'select'))),
+             'dtype', 'moments', 'lora_rank', 'lora_alpha', 'lora_targets', 'save_every',
+             'select'))),
          unrecorded=('train.keep', 'train.log_every', 'train.remat', 'mesh.data', 'mesh.fsdp',
                      'mesh.tensor', 'data.source')),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
@@ -347,6 +351,8 @@ READ_IF = {
     'eft.quorum': lambda c: c.eft.targets == 'baseline',
     'train.save_every': lambda c: bool(c.train.select),
     'judge.show_thinking': lambda c: c.judge.show_thinking,
+    'train.lora_alpha': lambda c: c.train.lora_rank > 0,
+    'train.lora_targets': lambda c: c.train.lora_rank > 0,
     **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',
                      'train.length_normalize'), _trains_on_pairs),
 }

@@ -24,6 +24,8 @@ MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
 PAIR_LOSSES = ('dpo',)  # values of train.loss that train on pairs and have a reference
 LOSSES = ('sft', *PAIR_LOSSES)
+# Names in train.lora_targets: the linear layers of a block, as Hugging Face and PEFT name them.
+LORA_TARGETS = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 REMAT = ('none', 'dots', 'full')  # values of train.remat, from the most memory to the least
 # Keys that may be open: models/sizing.py then chooses a value for the model and the devices.
 OPEN = ('mesh.data', 'mesh.fsdp', 'mesh.tensor', 'train.accumulate', 'train.remat',
@@ -164,6 +166,7 @@ PAPER = 'PAPER 3.1'
 META = 'Meta-Rewarding, arXiv 2407.19594'
 INSTRUCT = 'Self-Instruct, arXiv 2212.10560'
 TULU = 'Tulu 3, arXiv 2411.15124'
+LORA = 'LoRA, arXiv 2106.09685'
 OURS = 'not in the paper'
 
 # key: Setting(default, allowed values, meaning with unit, source)
@@ -231,6 +234,13 @@ _SECTIONS = {
         # models/llama.py; less recomputation takes more memory: docs/scale.md
         remat=Setting('auto', one_of('auto', *REMAT), 'what the backward pass recomputes; auto: '
                       'chosen; full was True, none was False', OURS),
+        # models/lora.py; the adapters take the place of the parameters in what is trained and saved
+        lora_rank=Setting(0, Values(int, least=0, most=2**14),
+                          'rank of LoRA adapters; 0: trains all parameters', OURS),
+        lora_alpha=Setting(32.0, Values(float, least=TINY, most=10**6),
+                           'the product of an adapter is multiplied by lora_alpha / lora_rank',
+                           LORA),
+        lora_targets=Setting(LORA_TARGETS, Values(tuple), 'the adapted layers: LORA_TARGETS', OURS),
         save_every=Setting(200, COUNT, 'steps', PAPER),
         keep=Setting(2, COUNT, 'checkpoints kept', OURS),
         # srlm_jax/selection.py; '': the last
@@ -258,6 +268,8 @@ _SECTIONS = {
                       'of weights and activations', OURS),
         # half the memory after loading, slower on a CPU; bench/int8.py prints what changes
         int8=Setting(False, SWITCH, '8-bit weights', OURS),
+        # False is slower, and keeps what the rounding of a merged bfloat16 weight would remove
+        lora_merge=Setting(True, SWITCH, 'adds LoRA adapters to the weights', OURS),
     ),
     'prompts': dict(  # self-instruction creation, PAPER 2.2 and 3.1
         # PAPER: Llama-2-Chat-70B, fixed
@@ -430,6 +442,11 @@ def training_data(c: ConfigDict) -> list[str]:
   return ','.join(c.train.data).split(',')
 
 
+def lora_targets(t: ConfigDict) -> list[str]:
+  """The names in `lora_targets` of the section `train`. A flag gives them as one string."""
+  return ','.join(t.lora_targets).split(',')
+
+
 def ranked_split(c: ConfigDict) -> str:
   """The split of the ranked replies on which a judge is measured: eval, or tune for tuning."""
   return 'tune' if c.eval.split == 'valid' and c.data.ranked_tune else 'eval'
@@ -491,12 +508,16 @@ def _check_training(t: ConfigDict, names: list[str]):
   if t.select not in ('', 'agreement') and not _names_checkpoint(t.select):
     raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a '
                      'command with {checkpoint} in it')
-  for i, name in enumerate(names):
-    if name not in TRAINING_DATA:
-      raise InputError(f'config.train.data names {show(name)}; it may name '
-                       f'{", ".join(TRAINING_DATA)}')
-    if name in names[:i]:
-      raise InputError(f'config.train.data names {show(name)} twice; name each file once')
+  if t.lora_rank and not t.init:
+    raise InputError(f'config.train.lora_rank is {t.lora_rank}, and config.train.init names no '
+                     'model for the adapters; name one, or set config.train.lora_rank=0')
+  for key, given, known in (('data', names, TRAINING_DATA),
+                            ('lora_targets', lora_targets(t), LORA_TARGETS)):
+    for i, name in enumerate(given):
+      if name not in known:
+        raise InputError(f'config.train.{key} names {show(name)}; it may name {", ".join(known)}')
+      if name in given[:i]:
+        raise InputError(f'config.train.{key} names {show(name)} twice; name each of them once')
 
 
 def flat(c: ConfigDict, section: str = '') -> Iterator[tuple[str, object]]:

@@ -3,6 +3,7 @@
 Converted models (step 0, parameters only) and trained models have the same layout.
 `checkpoint.store` reads and writes the arrays in `params` and `train`.
 """
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 
@@ -15,6 +16,7 @@ TOKENIZER = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
              'added_tokens.json', 'tokenizer.*.json', 'additional_chat_templates/*.jinja')
 SELECTED = 'selected.json'  # the step that checkpoint selection chose
 SOURCE = 'source.json'      # hashes of the Hugging Face folder that a model was converted from
+LORA = 'lora.json'          # of a model whose steps hold a LoRA adapter, see `Adapter`
 HASH_FORMAT = 3  # of steps/N/hash; 1 missed changes that cancel out, 2 did not cover the files
 
 
@@ -38,6 +40,22 @@ class StepHashes:
     if self.train is not None:
       fields['train'] = self.train
     return fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+  """lora.json: the LoRA adapter in the steps of a model folder, and the model that it changes."""
+  rank: int
+  alpha: float
+  targets: tuple[str, ...]  # names of config.LORA_TARGETS
+  base: str    # the folder of that model: a path, or relative to the workdir of this folder
+  step: int    # its step
+  params: str  # the recorded hash of its parameters
+
+  @property
+  def identity(self) -> str:
+    """What the adapted model depends on besides the adapter's arrays; its hash covers this."""
+    return f'lora {self.rank} {self.alpha} {" ".join(self.targets)} on {self.params}'
 
 
 def steps(folder) -> list[int]:
@@ -87,9 +105,9 @@ def names(folder) -> list[str]:
 
 
 def hashes(folder) -> dict[str, str]:
-  """{name: hash} of config.json, the tokenizer files and source.json in a model folder."""
+  """{name: hash} of config.json, the tokenizer files, source.json and lora.json of a model."""
   folder = epath.Path(folder)
-  found = [*names(folder), *([SOURCE] if (folder / SOURCE).exists() else [])]
+  found = [*names(folder), *(name for name in (SOURCE, LORA) if (folder / name).exists())]
   return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in found}
 
 
@@ -104,6 +122,41 @@ def has_chat_template(folder) -> bool:
     return True
   fields = records.read_json(path, 'download it again') if path.exists() else {}
   return isinstance(fields, dict) and bool(fields.get('chat_template'))
+def adapter(rank: int, alpha: float, targets, base, folder) -> Adapter:
+  """The description of a new adapter in `folder` for the latest step of the model `base`."""
+  base, workdir = storage.absolute(base), _workdir(folder)
+  step = latest(base)
+  return Adapter(rank=rank, alpha=float(alpha), targets=tuple(targets), step=step,
+                 params=recorded_hash(base, step),
+                 base=str(base.relative_to(workdir) if base.is_relative_to(workdir) else base))
+
+
+def read_adapter(folder) -> Adapter | None:
+  """Reads lora.json; None for a model without adapter."""
+  path = epath.Path(folder) / LORA
+  if not path.exists():
+    return None
+  return records.parse(path.read_bytes(), str(path), Adapter,
+                       f'restore it, or delete {folder} and train that model again')
+
+
+def base_folder(folder, adapter: Adapter):
+  """The folder of the model that the adapter in `folder` changes."""
+  if '://' in adapter.base:
+    return epath.Path(adapter.base)
+  return _workdir(folder) / adapter.base  # an absolute path replaces what is before it
+
+
+def bases(folder) -> Iterator[tuple[str, epath.Path]]:
+  """Yields (`base` in lora.json, folder) of the models of the same workdir below an adapter."""
+  while adapter := read_adapter(folder):
+    folder = base_folder(folder, adapter)
+    if not adapter.base.startswith('/') and '://' not in adapter.base:
+      yield adapter.base, folder
+
+
+def _workdir(folder):
+  return storage.absolute(folder).parent.parent
 
 
 def read_source(folder) -> dict[str, list[str]]:
@@ -131,8 +184,8 @@ def copy(source, folder):
 def read_hashes(folder, step: int | None = None) -> StepHashes:
   """The hashes saved with a step, by default with the step that `latest` returns.
 
-  Raises InputError if they are missing or damaged, or if config.json or a tokenizer file changed
-  after the step was saved.
+  Raises InputError if they are missing or damaged, if config.json or a tokenizer file changed after
+  the step was saved, or if the model that an adapter changes is not the one that it was made for.
   """
   step = latest(folder) if step is None else step
   found = _parse_hashes(epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata')
@@ -141,7 +194,19 @@ def read_hashes(folder, step: int | None = None) -> StepHashes:
     raise InputError(f'{folder}: {", ".join(changed)} changed after the model was made; restore '
                      f'the original files, or delete {folder} and convert or train that model '
                      f'again')
+  if adapter := read_adapter(folder):
+    _check_base(folder, adapter)
   return found
+
+
+def _check_base(folder, adapter: Adapter):
+  base = base_folder(folder, adapter)
+  begin = f'{folder} is a LoRA adapter for step {adapter.step} of {base} with the parameters '
+  if adapter.step not in steps(base):
+    raise InputError(f'{begin}{adapter.params}, which does not exist; restore that model')
+  if (now := recorded_hash(base, adapter.step)) != adapter.params:
+    raise InputError(f'{begin}{adapter.params}, and it has {now}; restore that model, or delete '
+                     f'{folder} and train it again')
 
 
 def _parse_hashes(path) -> StepHashes:

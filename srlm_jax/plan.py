@@ -165,7 +165,7 @@ def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
   saved = planner.saved
   return Plan(config, pod, params, planner.group, stages, [*_reads(config, stages, params)],
               saved if c.select else min(c.keep, saved),
-              params * (4 + 2 * jnp.dtype(c.moments).itemsize))
+              sizing.trained(c, planner.shape) * (4 + 2 * jnp.dtype(c.moments).itemsize))
 
 
 def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
@@ -175,13 +175,15 @@ def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
 
 def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, float]]:
   """Yields what is read. Consecutive stages that sample from the same model read it once."""
-  size = functools.partial(_model_bytes, params=params)
+  size = functools.partial(_model_bytes, params=params, lora_rank=config.train.lora_rank)
   loaded = ''
   for stage in stages:
     if stage.name in ('model', 'reference'):
       if stage.name == 'model':
         yield f'{stage.models[0]} to train', size(stage.models[0])
-      if stage.name == 'reference' or objectives.find(config.train).needs_reference_params:
+      c = config.train
+      in_step = objectives.find(c).needs_reference_params and not c.lora_rank
+      if stage.name == 'reference' or in_step:
         yield f'{stage.models[0]} as the reference', size(stage.models[0])
       loaded = ''
       continue
@@ -191,9 +193,12 @@ def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, fl
       loaded = model
 
 
-def _model_bytes(model: str, params: float) -> float:
-  """Models that the run trains are stored in float32; published ones have 16 bits."""
-  return params * (4 if model in configs.MODELS[1:] else 2)
+def _model_bytes(model: str, params: float, lora_rank: int) -> float:
+  """Models that the run trains are stored in float32; published ones have 16 bits.
+
+  With LoRA, what is read is the published one, and adapters, which are not counted.
+  """
+  return params * (4 if model in configs.MODELS[1:] and not lora_rank else 2)
 
 
 class Planner:
@@ -266,7 +271,7 @@ class Planner:
     rows, width = _up(work.rows, mesh.parts * accumulate), _up(work.width, multiple)
     tokens = rows // (mesh.parts * accumulate) * width
     parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat, c.moments,
-                                  self.pod.platform)
+                                  self.pod.platform, sizing.adapter(c, shape))
     return Program('model', 'step', mesh, rows, width, parts, accumulate, remat)
 
   def _batch(self) -> Tokens:
@@ -282,7 +287,7 @@ class Planner:
     step = costs.training_step(
         dataclasses.replace(self.shape, dtype=c.dtype), self.pod, p.mesh, p.rows, p.width,
         self._batch(), c.loss in configs.PAIR_LOSSES, objectives.find(c).needs_reference_params,
-        p.accumulate, p.remat, c.moments)
+        p.accumulate, p.remat, c.moments, sizing.adapter(c, self.shape))
     return step * self.steps
 
   def _reference(self, models: list[str]) -> Stage:

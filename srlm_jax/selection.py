@@ -107,12 +107,18 @@ def select(folder, step: int):
 def make_workdir(workdir, folder, name: str, step: int):
   """Makes `folder` a workdir with the seed data and one step of the model -> `folder`.
 
-  The seed data and the step are symbolic links, so nothing large is copied.
+  The seed data, the step and the models below an adapter are symbolic links, so nothing large is
+  copied.
   """
   source, model = stage.model_folder(workdir, name), folder / name / 'model'
   if hosts.is_first_host():
     (model / 'steps').mkdir(parents=True, exist_ok=True)
     model_files.copy(source, model)
+    if (source / model_files.LORA).exists():
+      (source / model_files.LORA).copy(model / model_files.LORA, overwrite=True)
+    for base, there in model_files.bases(source):
+      (folder / base).parent.mkdir(parents=True, exist_ok=True)
+      storage.link(there, folder / base)
     storage.link(stage.seeds(workdir).parent, folder / 'data')
     storage.link(source / 'steps' / str(step), model / 'steps' / str(step),
                  without='train')

@@ -28,6 +28,7 @@ AXES = {
     'H': (),                # head width
     'F': ('tensor',),       # feed-forward width
     'V': ('tensor',),       # vocabulary
+    'R': (),                # rank of an adapter
 }
 
 

@@ -27,7 +27,7 @@ def test_the_70b_dpo_step_compiles_and_its_arguments_are_sharded_evenly():
   packed = Packing(examples, 16, 1, 0, 640, parts=4)
   with jax.set_mesh(mesh):
     tx = train_state.optimizer(c, 100)
-    state = train_state.abstract(config, tx, mesh)
+    state = train_state.abstract(config, c, tx, mesh)
     reference = store.abstract_on(mesh, state.params, c.dtype)
     batch = jax.tree.map(lambda x: shape(mesh, 'BT', *x.shape, dtype=x.dtype),
                          batches.pack_pairs(packed.rows(0), packed.shape))

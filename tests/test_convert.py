@@ -274,7 +274,8 @@ def test_the_program_converts_and_reports_errors_in_one_line(tmp_path):
   assert done.returncode == 0 and f'hash {name}' in done.stdout
   wrong = run(f'--from_hf={tmp_path}/hf', f'--to_hf={tmp_path}/back')
   assert wrong.returncode == 1 and wrong.stderr.splitlines() == [
-      'error: give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR']
+      'error: give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR, or --from_peft=DIR '
+      '--base=DIR --out=DIR, or --checkpoint=DIR --to_peft=DIR']
 
 
 SLOW = """

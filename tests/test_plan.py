@@ -104,7 +104,8 @@ def test_bytes_of_the_state_are_those_of_real_arrays(sizes, moments):
   shape, mesh = dataclasses.replace(PRESETS['sandbox'], dtype='bfloat16'), make_mesh(*sizes)
   config = catalog.replace(configs.get('m2', 'tiny'), {'train.moments': moments})
   with jax.set_mesh(mesh):
-    abstract = train_state.abstract(shape, train_state.optimizer(config.train, 10), mesh)
+    abstract = train_state.abstract(shape, config.train,
+                                    train_state.optimizer(config.train, 10), mesh)
   state = zeros(abstract)
   reference = jax.tree.map(lambda x: x.astype(shape.dtype), state.params)
   parts = sizing.training_parts(shape, Mesh(*sizes), 256, True, 1, 'dots', moments, 'tpu')
@@ -287,7 +288,7 @@ def planned(row):
     values = {f'mesh.{axis}': size for axis, size in values.items()}
     values |= {'train.pack': False, 'train.batch': p.rows * p.mesh[0] * p.mesh[1],
                'train.moments': p.moments, 'train.remat': p.config.remat, 'train.accumulate': 1,
-               'train.reference': p.reference or 'step'}
+               'train.reference': p.reference or 'step', 'train.lora_rank': p.lora}
   else:
     values = {f'sample_mesh.{axis}': size for axis, size in values.items()}
     values['sample.slots'] = aot.SLOTS

@@ -70,7 +70,8 @@ def test_the_programs_compiled_for_a_pod_have_the_mesh_that_is_chosen_there(prog
   if isinstance(program, aot.Training):
     rows = max(16, program.rows * count // program.mesh[2])  # at least the batch of the paper
     width = 2048 if program.loss == 'sft' else 3072
-    found = train(program.size, devices, rows, width, program.reference == 'step')
+    found = train(program.size, devices, rows, width, program.reference == 'step',
+                  **{'train.lora_rank': program.lora})
   else:
     found = sample(program.size, devices)
   assert found[:3] == program.mesh
@@ -86,7 +87,8 @@ def test_the_programs_compiled_for_gpus_have_the_mesh_that_is_chosen_there(progr
   count, memory = math.prod(program.mesh), int(aot.PODS[program.pod][1] * GIB)
   devices = Devices('gpu', count, memory, hosts=count // 8)
   if isinstance(program, aot.Training):
-    found = train(program.size, devices, 16, program.width, program.reference == 'step')
+    found = train(program.size, devices, 16, program.width, program.reference == 'step',
+                  **{'train.lora_rank': program.lora})
   else:
     found = sample(program.size, devices)
   assert found[:3] == program.mesh
@@ -286,7 +288,8 @@ def formula(program: aot.Training | aot.Sampler) -> float:
   if isinstance(program, aot.Training):
     return sizing.training_bytes(
         program.model, mesh, program.rows * program.width, program.reference == 'step', 1,
-        program.config.remat, program.moments, aot.platform(program)) / GIB
+        program.config.remat, program.moments, aot.platform(program),
+        sizing.adapter(program.config, program.model)) / GIB
   c = configs.get('m2', program.size).sample
   c.size, c.int8 = aot.SIZE, program.bits == 8
   return sum(sizing.sampler_parts(

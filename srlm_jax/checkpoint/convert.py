@@ -2,6 +2,8 @@
 
   python -m srlm_jax.checkpoint.convert --from_hf=DIR --out=DIR
   python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_hf=DIR [--step=N] [--chat=FORMAT]
+  python -m srlm_jax.checkpoint.convert --from_peft=DIR --base=CHECKPOINT --out=DIR
+  python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_peft=DIR [--step=N]
 
 `export.py` and `docs/export.md` say what else is written with --to_hf.
 Every tensor keeps its dtype. A tensor with NaN or infinity is an InputError. Our arrays are stacked
@@ -24,9 +26,9 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from srlm_jax import cli, hosts, InputError, lock, model_files, records, storage
-from srlm_jax.checkpoint import arrays, export, hashes, hf, store
+from srlm_jax.checkpoint import arrays, export, hashes, hf, peft, store
 from srlm_jax.data import tokenizer as tokenizers
-from srlm_jax.models import config as model_config, llama
+from srlm_jax.models import config as model_config, llama, lora
 from srlm_jax.report import card
 
 CHUNKS_AT_ONCE = 4     # chunks per write, so that several cores compress
@@ -104,19 +106,23 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
           **published: str) -> 'Summary':
   """Converts a step of a checkpoint folder to a new Hugging Face folder `out`, in the stored dtype.
 
-  The default step is that of `model_files.latest`, and the default chat format that of the run.
+  A LoRA adapter is added to the weights that it changes, and all tensors are then float32. The
+  default step is that of `model_files.latest`, and the default chat format that of the run.
   `shard_bytes` limits the size of a file. `published`: base_model and license of the model card.
   Raises InputError if `out` is not empty, the checkpoint is damaged, or `export.plan` does.
   """
   config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
-  params = storage.absolute(folder) / 'steps' / str(step) / 'params'
+  root, root_step, adapters = store.read_adapters(folder, step)
+  params = storage.absolute(root) / 'steps' / str(root_step) / 'params'
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})
-  dtypes = {name: array.dtype.numpy_dtype for name, array in stored.items()}
+  dtypes = {name: np.dtype('float32') if adapters else array.dtype.numpy_dtype
+            for name, array in stored.items()}
   files = hf.shards(config, dtypes, shard_bytes)
   dtype = str(dtypes['embed_VD'])
   model_files.read_hashes(folder, step)  # before a changed tokenizer is read
   small, summary, sums = export.plan(folder, config.V, dtype, chat), Summary(), {}
+  read = Summary() if adapters else summary  # of what is stored
   with storage.making_folder(out) as target, _progress(files) as progress:
     if len(files) > 1:
       (target / hf.INDEX).write_text(hf.index(files, dtypes))
@@ -125,14 +131,17 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
         sum_ = sums[file] = hashlib.sha256()
         _write(f, np.frombuffer(hf.header(part, dtypes), np.uint8), sum_)
         for leaf, layer in part:
-          tensor, array = np.empty(leaf.hf_shape, dtypes[leaf.name]), stored[leaf.name]
+          array = stored[leaf.name]
+          tensor = np.empty(leaf.hf_shape, array.dtype.numpy_dtype)
           _read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
+          if adapters:
+            read.add_tensor(leaf, layer, tensor)
+            tensor = _adapted(leaf, layer, tensor, adapters)
           hf.finite(params, leaf.tensors[layer], tensor)
           _write(f, tensor, sum_)
-          for offset, _, rows in _rows(leaf, layer, tensor):
-            summary.add(leaf, offset, rows)
+          summary.add_tensor(leaf, layer, tensor)
           progress.update()
-    if model_files.recorded_hash(folder, step) != summary.hashes().stored:
+    if model_files.recorded_hash(root, root_step) != read.hashes().stored:
       raise InputError(f'{params} does not match its recorded hash; the checkpoint is damaged, '
                        f'restore it from a copy')
     sums |= {name: hashlib.sha256(data) for name, data in small.files.items()}
@@ -143,6 +152,16 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
       (target / name).parent.mkdir(exist_ok=True)
       (target / name).write_bytes(data)  # config.json last
   return summary
+
+
+def _adapted(leaf: hf.Leaf, layer: int, tensor, adapters: dict):
+  """A Hugging Face tensor in float32, with the product of its adapters, if it has any."""
+  tensor = tensor.astype(np.float32)
+  if leaf.stacked and {*lora.paths(leaf.name)} <= adapters.keys():
+    a, b = (adapters[name][layer] for name in lora.paths(leaf.name))
+    ours = leaf.ours(tensor)
+    ours += np.tensordot(a, b, 1)
+  return tensor
 
 
 def load_hf(folder, mesh, dtype: str):
@@ -196,6 +215,11 @@ class Summary:
       for dtype in {str(flat.dtype), 'float32', 'bfloat16'}:
         cast = part.astype(dtype, copy=False)
         self._sums[leaf.name, dtype] += hashes.hash_sums(cast, offset + start, np)
+
+  def add_tensor(self, leaf: hf.Leaf, layer: int, tensor):
+    """Adds a whole Hugging Face tensor."""
+    for offset, _, rows in _rows(leaf, layer, tensor):
+      self.add(leaf, offset, rows)
 
   def hashes(self) -> model_files.ParamHashes:
     return model_files.ParamHashes(
@@ -307,9 +331,12 @@ def _progress(parts: dict):
 
 def define_flags():
   flags.DEFINE_string('from_hf', None, 'Hugging Face folder to read.')
-  flags.DEFINE_string('out', None, 'Checkpoint folder to write; with --from_hf.')
+  flags.DEFINE_string('out', None, 'Checkpoint folder to write; with --from_hf or --from_peft.')
+  flags.DEFINE_string('from_peft', None, 'PEFT folder with a LoRA adapter to read.')
+  flags.DEFINE_string('base', None, 'Checkpoint folder that the adapter changes; with --from_peft.')
   flags.DEFINE_string('checkpoint', None, 'Checkpoint folder to read.')
   flags.DEFINE_string('to_hf', None, 'Hugging Face folder to write; with --checkpoint.')
+  flags.DEFINE_string('to_peft', None, 'PEFT folder to write the LoRA adapter of --checkpoint to.')
   flags.DEFINE_integer('step', None,
                        'Step of --checkpoint; by default the selected step, or else the last.')
   flags.DEFINE_string('chat', '', 'Chat format of the chat template, with --to_hf; by default that '
@@ -322,17 +349,25 @@ def define_flags():
 def main(argv):
   cli.refuse_arguments(argv)
   f = flags.FLAGS
-  names = ('from_hf', 'out', 'checkpoint', 'to_hf')
-  given = {name: f[name].value for name in names if f[name].value}
-  if set(given) not in ({'from_hf', 'out'}, {'checkpoint', 'to_hf'}):
-    raise InputError('give --from_hf=DIR --out=DIR, or --checkpoint=DIR --to_hf=DIR')
-  with lock.held_output(f.out or f.to_hf, '--out' if f.out else '--to_hf'):
+  uses = (('from_hf', 'out'), ('checkpoint', 'to_hf'), ('from_peft', 'base', 'out'),
+          ('checkpoint', 'to_peft'))
+  given = {name for use in uses for name in use if f[name].value}
+  use = next((use for use in uses if {*use} == given), None)
+  if use is None:
+    raise InputError('give ' + ', or '.join(
+        ' '.join(f'--{name}=DIR' for name in use) for use in uses))
+  written = f[use[-1]].value
+  with lock.held_output(written, f'--{use[-1]}'):
     if f.from_hf:
       summary = from_hf(f.from_hf, f.out)
+    elif f.from_peft:
+      summary = peft.from_peft(f.from_peft, f.base, f.out)
+    elif f.to_peft:
+      summary = peft.to_peft(f.checkpoint, f.to_peft, f.step, f.base_model)
     else:
       summary = to_hf(f.checkpoint, f.to_hf, f.step, chat=f.chat, base_model=f.base_model,
                       license=f.license)
-  hosts.log(f'{f.out or f.to_hf}: {summary}')
+  hosts.log(f'{written}: {summary}')
 
 
 if __name__ == '__main__':

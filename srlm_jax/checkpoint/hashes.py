@@ -9,28 +9,29 @@ import numpy as np
 from srlm_jax import model_files
 
 
-def hash_all_dtypes(params) -> model_files.ParamHashes:
+def hash_all_dtypes(params, more: str = '') -> model_files.ParamHashes:
   """The hashes of the parameters as stored, and cast to each dtype that they may be restored in."""
-  return model_files.ParamHashes(stored=hash_params(params),
-                                 float32=hash_params(params, 'float32'),
-                                 bfloat16=hash_params(params, 'bfloat16'))
+  return model_files.ParamHashes(stored=hash_params(params, more=more),
+                                 float32=hash_params(params, 'float32', more),
+                                 bfloat16=hash_params(params, 'bfloat16', more))
 
 
-def hash_params(params, dtype: str | None = None) -> str:
+def hash_params(params, dtype: str | None = None, more: str = '') -> str:
   """The hash of a pytree of arrays, cast to `dtype`, as 16 hexadecimal digits.
 
-  It covers the path, dtype, shape and values of every array, but not the sharding.
+  It covers the path, dtype, shape and values of every array, but not the sharding. Of a LoRA
+  adapter it also covers `more`, its `model_files.Adapter.identity`.
   """
   sums = [np.asarray(s) for s in _sums(jax.tree.leaves(params), dtype)]
   leaves = jax.tree_util.tree_leaves_with_path(params)
   return combine({
       jax.tree_util.keystr(path, simple=True, separator='.'): (dtype or str(x.dtype), x.shape, s)
-      for (path, x), s in zip(leaves, sums, strict=True)})
+      for (path, x), s in zip(leaves, sums, strict=True)}, more)
 
 
-def combine(leaves: dict) -> str:
+def combine(leaves: dict, more: str = '') -> str:
   """{name: (dtype, shape, sums [2])} -> 16 hexadecimal digits."""
-  text = '\n'.join(f'{name} {dtype} {tuple(shape)} {int(s[0])} {int(s[1])}'
+  text = more + '\n'.join(f'{name} {dtype} {tuple(shape)} {int(s[0])} {int(s[1])}'
                    for name, (dtype, shape, s) in sorted(leaves.items()))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -170,7 +170,7 @@ def _read_tensors(folder, ignored) -> tuple[epath.Path, dict[str, Tensor]]:
   no file contains: the Hub's converter to safetensors leaves the names of tied tensors in it.
   """
   if (folder / SINGLE).exists():
-    return folder / SINGLE, _read_header(folder / SINGLE)
+    return folder / SINGLE, read_header(folder / SINGLE)[0]
   path = folder / INDEX
   if not path.exists():
     raise InputError(f'{folder} contains neither {SINGLE} nor {INDEX}; '
@@ -179,7 +179,7 @@ def _read_tensors(folder, ignored) -> tuple[epath.Path, dict[str, Tensor]]:
   for file in sorted(set(files.values())):
     if not (folder / file).exists():
       raise InputError(f'{path} lists {file}, which does not exist; download it too')
-    for name, tensor in _read_header(folder / file).items():
+    for name, tensor in read_header(folder / file)[0].items():
       if name in tensors:
         raise InputError(f'{tensor.file}: tensor {name} is also in {tensors[name].file}; '
                          f'keep one of them')
@@ -206,8 +206,8 @@ def _read_index(path) -> dict[str, str]:
   return files
 
 
-def _read_header(file) -> dict[str, Tensor]:
-  """The tensors of a .safetensors file by name; InputError if the file is damaged.
+def read_header(file) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """The tensors of a .safetensors file by name, and its metadata; InputError if it is damaged.
 
   The safetensors library checks the header: at most 100 MB, known dtypes, and ranges that agree
   with shape x dtype and cover the data without overlap or gap. It accepts duplicate names, so
@@ -224,9 +224,9 @@ def _read_header(file) -> dict[str, Tensor]:
   except (safetensors.SafetensorError, ValueError, RecursionError) as error:
     raise InputError(
         f'{file} is not a complete safetensors file ({error}); download it again') from error
-  fields.pop('__metadata__', None)
+  metadata = fields.pop('__metadata__', None) or {}
   return {name: Tensor(file, DTYPES.get(t['dtype'], t['dtype']), tuple(t['shape']),
-                       start + t['data_offsets'][0]) for name, t in fields.items()}
+                       start + t['data_offsets'][0]) for name, t in fields.items()}, metadata
 
 
 def _unique(pairs) -> dict:

@@ -10,11 +10,12 @@ from etils import epath
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from srlm_jax import hosts, InputError, model_files, sharding, storage
 from srlm_jax.checkpoint import arrays, distribute, hashes
-from srlm_jax.models import config as model_config, llama
+from srlm_jax.models import config as model_config, llama, lora
 
 CHUNK_BYTES = 2**24  # bytes per chunk of a stored array, before compression
 
@@ -49,12 +50,13 @@ def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda
 def save(saver: ocp.CheckpointManager, step: int, params, train=None):
   """Starts an asynchronous save of the parameters, of `train` and of their hashes.
 
-  `train` is what only training needs: optimizer state and step. The hashes also cover config.json
-  and the tokenizer files, so `write_model_files` must run first.
+  `train` is what only training needs: optimizer state and step. The hashes also cover config.json,
+  the tokenizer files and lora.json, so `write_model_files` must run first.
   """
+  folder = epath.Path(saver.directory).parent
   recorded = model_files.StepHashes(
-      params=hashes.hash_all_dtypes(params),
-      files=model_files.hashes(epath.Path(saver.directory).parent),
+      params=hashes.hash_all_dtypes(params, identity(folder)),
+      files=model_files.hashes(folder),
       train=None if train is None else hashes.hash_params(train))
   items = dict(params=ocp.args.PyTreeSave(params, save_args=_save_args(params)))
   if train is not None:
@@ -63,8 +65,19 @@ def save(saver: ocp.CheckpointManager, step: int, params, train=None):
   saver.save(step, args=ocp.args.Composite(**items))
 
 
-def restore_params(folder, mesh, dtype: str, step: int | None = None, once: bool = False):
+def identity(folder) -> str:
+  """What the hash of a model's parameters covers besides them: '' without an adapter."""
+  adapter = model_files.read_adapter(folder)
+  return adapter.identity if adapter else ''
+
+
+def restore_params(folder, mesh, dtype: str, step: int | None = None, once: bool = False,
+                   merge: bool = True):
   """Restores only the parameters onto `mesh`, in `dtype` -> (params, hash of the stored ones).
+
+  Of a LoRA adapter: those of the model that it changes, with the adapter. With `merge` the adapters
+  of all rounds are added in float32, and the sum is rounded once to `dtype`. Without, they lie
+  beside the weights in float32, see models/lora.py.
 
   In a run on several hosts all of them must call it, each with the mesh of its group of hosts. With
   `once` they read every byte once, see `distribute`; else each reads what its devices need, which
@@ -73,9 +86,14 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None, once: bool
   Raises InputError if the parameters, config.json or the tokenizer files differ from those that
   were saved.
   """
-  config = model_config.load(folder)
   step = model_files.latest(folder) if step is None else step
-  abstract = abstract_on(mesh, llama.abstract_params(config), dtype)
+  if adapter := model_files.read_adapter(folder):
+    recorded = model_files.recorded_hash(folder, step)  # also checks the model that it changes
+    base = model_files.base_folder(folder, adapter)
+    params, _ = restore_params(base, mesh, dtype, adapter.step, once, merge=False)
+    params = lora.join(params, restore_adapter(folder, mesh, step), adapter.alpha / adapter.rank)
+    return lora.merge(params) if merge else params, recorded
+  abstract = abstract_on(mesh, llama.abstract_params(model_config.load(folder)), dtype)
   path = storage.absolute(folder) / 'steps' / str(step)
   before = distribute.bytes_read()
   restore = _restore_once if once and jax.process_count() > 1 else _restore
@@ -86,9 +104,49 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None, once: bool
   recorded = model_files.read_hashes(folder, step).params
   # A hash covers the dtype, so it can only match the recorded hash of the restored dtype.
   if hashes.hash_params(params) not in dataclasses.astuple(recorded):
-    raise InputError(f'{path}/params does not match its recorded hash; the checkpoint is damaged, '
-                     f'restore it from a copy')
+    raise _unlike_hash(path / 'params')
   return params, recorded.stored
+
+
+def restore_adapter(folder, mesh, step: int | None = None):
+  """Restores a LoRA adapter alone onto `mesh`, in float32. Every host reads all of it."""
+  tree = read_adapter(folder, step)
+  return jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
+
+
+def read_adapters(folder, step: int) -> tuple:
+  """-> the folder and step of the model below all LoRA adapters, and {path: array} of these.
+
+  The adapters of several rounds are joined, see `lora.join`; none: {}.
+  """
+  adapter = model_files.read_adapter(folder)
+  if adapter is None:
+    return folder, step, {}
+  own = read_adapter(folder, step)
+  root, root_step, older = read_adapters(model_files.base_folder(folder, adapter), adapter.step)
+  joined = lora.join(traverse_util.unflatten_dict(older, sep='.'), own,
+                     adapter.alpha / adapter.rank)
+  flat = traverse_util.flatten_dict(joined, sep='.')
+  return root, root_step, {name: np.asarray(x) for name, x in flat.items()}
+
+
+def read_adapter(folder, step: int | None = None) -> dict:
+  """Reads a LoRA adapter as numpy arrays. Raises InputError if it is damaged."""
+  adapter = model_files.read_adapter(folder)
+  step = model_files.latest(folder) if step is None else step
+  path = storage.absolute(folder) / 'steps' / str(step) / 'params'
+  shapes = traverse_util.flatten_dict(
+      lora.shapes(model_config.load(folder), adapter.rank, adapter.targets), sep='.')
+  stored = arrays.open_all(path, {name: x.shape for name, x in shapes.items()})
+  tree = traverse_util.unflatten_dict({name: arrays.read(x) for name, x in stored.items()}, sep='.')
+  if hashes.hash_params(tree, more=adapter.identity) != model_files.recorded_hash(folder, step):
+    raise _unlike_hash(path)
+  return tree
+
+
+def _unlike_hash(path) -> InputError:
+  return InputError(f'{path} does not match its recorded hash; the checkpoint is damaged, restore '
+                    f'it from a copy')
 
 
 def restore_train(folder, step: int, abstract):
@@ -104,8 +162,9 @@ def restore_train(folder, step: int, abstract):
   return train
 
 
-def write_model_files(config: model_config.Config, source, folder):
-  """Copies config.json and the tokenizer files from `source` to `folder`.
+def write_model_files(config: model_config.Config, source, folder,
+                      adapter: model_files.Adapter | None = None):
+  """Copies config.json and the tokenizer files from `source` to `folder`; writes lora.json.
 
   Writes config.json from `config` if `source` has none: a model trained from random weights.
   """
@@ -113,6 +172,9 @@ def write_model_files(config: model_config.Config, source, folder):
   if not (epath.Path(source) / 'config.json').exists():
     text = json.dumps(model_config.to_hf(config), indent=1)
     (epath.Path(folder) / 'config.json').write_text(text + '\n')
+  if adapter:
+    text = json.dumps(dataclasses.asdict(adapter), indent=1)
+    (epath.Path(folder) / model_files.LORA).write_text(text + '\n')
 
 
 def abstract_on(mesh, tree, dtype: str):

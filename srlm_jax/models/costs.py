@@ -5,7 +5,9 @@ The *floor* is the time that the chips need at their published peak for what mus
 collectives and the shares of the peak below. These are calibrated on the middle estimates of
 docs/scale.md, which come from the TPU compiler: nothing was measured on a TPU.
 """
+from collections.abc import Mapping
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -80,10 +82,15 @@ def decode_bytes(c: Config, int8: bool, slots: float, length: float, prefix: flo
 
 def training_step(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, examples: Tokens,
                   is_pair: bool, has_reference: bool, accumulate: int, remat: str,
-                  moments: str) -> Seconds:
-  """-> the seconds of a step of `rows` rows of `width` tokens, which hold the `examples`."""
+                  moments: str, adapter: Mapping = sizing.NONE) -> Seconds:
+  """-> the seconds of a step of `rows` rows of `width` tokens, which hold the `examples`.
+
+  `adapter`: see `sizing.adapter`. Its own products, and those of attention's backward pass that
+  LoRA needs as well, are small; no compiled program calibrates a step with LoRA.
+  """
   chip, share = pod.chip, TRAINING[pod.kind]
-  passes = 3 + has_reference  # of a forward pass; the backward pass is two
+  # Of a forward pass; the backward pass is two, for the gradients of activations and of weights.
+  passes = 3 - bool(adapter) + has_reference
   floor = forward_flops(c, examples) * passes / (pod.chips * chip.flops)
   padded = Tokens(rows * width, 0, examples.targets)
   products = forward_flops(c, padded) * (passes + (remat == 'full'))
@@ -96,7 +103,8 @@ def training_step(c: Config, pod: Pod, mesh: Mesh, rows: int, width: int, exampl
   attention = 2 * work * heads * c.layers * rows * visited
   seconds = (products / share + attention) / (pod.chips * chip.flops)
   # The optimizer reads parameters, gradients and moments, and writes all but the gradients.
-  moved = (3 * 4 + 4 * jnp.dtype(moments).itemsize) * llama.param_count(c)
+  trained = sum(math.prod(x.shape) for x in adapter.values()) or llama.param_count(c)
+  moved = (3 * 4 + 4 * jnp.dtype(moments).itemsize) * trained
   seconds += moved / (mesh.fsdp * mesh.tensor) / (chip.bandwidth * BANDWIDTH)
   over_tensor, over_fsdp = SENT[has_reference]
   elements = over_tensor * rows * width / pod.chips * c.D * (mesh.tensor - 1)

@@ -4,7 +4,7 @@
   T query position  K key/value heads     V vocabulary
   S key position    G query heads per K   H head width
   N targets         L layer               M pairs
-  A prefill rows    W shared prefix
+  A prefill rows    W shared prefix       R rank of an adapter
 """
 import math
 
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from srlm_jax.models import attention, int8, packed, vocab
+from srlm_jax.models import attention, int8, lora, packed, vocab
 from srlm_jax.models.config import Config
 from srlm_jax.sharding import constrain, constrain_residual
 
@@ -29,9 +29,14 @@ class Module(nn.Module):
     return w if isinstance(w, int8.Int8) else w.astype(self.config.dtype)
 
   def dense(self, equation: str, x, name: str):
-    """x times a parameter, whose dimensions are the equation's second term."""
+    """x times a parameter, whose dimensions are the equation's second term, and its adapter."""
     dims = equation.partition(',')[2].partition('->')[0]
-    return int8.product(equation, x, self.weight(name, dims))
+    out = int8.product(equation, x, self.weight(name, dims))
+    adapter = lora.names(name, dims)
+    if not self.has_variable('params', adapter[0]):
+      return out
+    a, b = (self.get_variable('params', n).astype(self.config.dtype) for n in adapter)
+    return out + lora.product(equation, x, a, b)
 
 
 class RMSNorm(Module):
@@ -237,6 +242,7 @@ def fuse(params):
     weights['bqkv_KCH'] = _join(*(
         weights.pop(name) if name in weights else jnp.zeros(int8.output_shape(w), jnp.float32)
         for name, w in zip(names, (q, k, v), strict=True)))
+  weights = lora.fuse(weights, jax.tree.leaves(weights['wqkv_DKCH'])[0].shape[-2])
   return params | {'layers': params['layers'] | {'attention': weights}}
 
 

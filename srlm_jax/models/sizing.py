@@ -3,15 +3,17 @@
 The keys that may be open are those of `config.OPEN`; a value that the config gives is kept. Memory
 is estimated from the shape of the model, in bytes of one device.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import math
+import types
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 
-from srlm_jax import config as configs, hosts, InputError
-from srlm_jax.models import llama
+from srlm_jax import config as configs, hosts, InputError, sharding
+from srlm_jax.models import llama, lora
 from srlm_jax.models.config import Config
 
 # Share of a device's memory that a program may take. On a CPU, other programs run beside it.
@@ -35,6 +37,8 @@ TABLES = 3     # gathered embeddings or heads
 STREAMS = 4.5  # whole residual streams of the current layer, on every chip of a tensor group
 HIDDEN = 13    # activations of its heads and its feed-forward layer, and their gradients
 UNUSED = dict(cpu=3.5, gpu=1.5, tpu=3.5)  # bytes per parameter: space between buffers
+ADAPTER = dict(cpu=24, gpu=20, tpu=24)  # the same of a LoRA adapter, whole on every device
+NONE = types.MappingProxyType({})
 MOST_ABOVE = 1.15  # memory by formula / by the compiler, at most: tests/test_sizing.py
 WEIGHTS = 0.25  # share of a device's memory that a sampler's weights take, where the mesh allows it
 LEAST_SLOTS = 16  # per copy of the weights, for which a group of hosts must have memory
@@ -118,7 +122,7 @@ def training(config, shape: Config, devices: Devices, work: Work) -> dict[str, i
     accumulate, remat = step
     tokens = math.ceil(rows / accumulate) * work.width
     return training_bytes(shape, mesh, tokens, work.has_reference, accumulate, remat, c.moments,
-                          devices.platform)
+                          devices.platform, adapter(c, shape))
   steps = list(_steps(c, rows, work, mesh, devices.platform))
   accumulate, remat = next((step for step in steps if needed(step) < devices.usable),
                            min(steps, key=needed))
@@ -138,24 +142,29 @@ def _steps(c, rows: int, work: Work, mesh: Mesh, platform: str) -> Iterator[tupl
 
 
 def training_bytes(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str, moments: str, platform: str) -> float:
+                   remat: str, moments: str, platform: str, adapter: Mapping = NONE) -> float:
   """-> bytes of one device that a training step takes: the sum of `training_parts`."""
   return sum(training_parts(shape, mesh, tokens, has_reference, accumulate, remat, moments,
-                            platform).values())
+                            platform, adapter).values())
 
 
 def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, accumulate: int,
-                   remat: str, moments: str, platform: str) -> dict[str, float]:
+                   remat: str, moments: str, platform: str,
+                   adapter: Mapping = NONE) -> dict[str, float]:
   """-> {what: bytes of one device} of a training step, with `tokens` per shard and micro-batch.
 
-  Parameters and gradients are float32, Adam's moments have the dtype `moments`.
+  Parameters and gradients are float32, Adam's moments have the dtype `moments`. `adapter`: of
+  LoRA, see `adapter`; gradients and moments are then those of the adapter alone, and the parameters
+  in the dtype of activations are the reference too.
   Never below and at most 15 % above what the compilers for TPU and GPU need for the programs of
   docs/scale.md. The TPU compiler's list of buffers has the parts below; the factors in capitals are
   fitted. Only the TPU compiler keeps a copy of all parameters in the dtype of activations.
   """
   c, item = shape, jnp.dtype(shape.dtype).itemsize
   heads, kv = c.K * c.G * c.H, c.K * c.H
-  params = llama.param_count(c) / (mesh.fsdp * mesh.tensor)
+  params, frozen = llama.param_count(c) / (mesh.fsdp * mesh.tensor), 0
+  if adapter:
+    params, frozen = sum(_share(name, x, mesh) for name, x in adapter.items()), params
   kept = c.D  # elements per token and layer: the input of a layer
   if remat != 'full':  # the results of the products, but for the one that is added to the stream
     kept += heads + 2 * kv + 2 * c.F + c.D
@@ -163,16 +172,39 @@ def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
     kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D + 2 * bool(c.qk_norm) * (heads + kv)
   current = STREAMS * c.D + HIDDEN * (c.F + heads) / mesh.tensor
   return dict(
-      parameters=4 * params,
+      parameters=4 * params + item * frozen,
       optimizer=2 * jnp.dtype(moments).itemsize * params,  # the two moments of Adam
-      reference=item * params * has_reference,
+      reference=item * params * (has_reference and not adapter),
       gradients=(4 + 4 * (accumulate > 1)) * params,  # of a micro-batch, and their sum
       # That copy; the current layers, gathered over fsdp; the embedding, the head and their
       # gradients, gathered too.
       copies=item * (params * (platform != 'gpu') + (
           LAYERS * layer_params(c) + TABLES * c.D * c.V) / mesh.tensor),
       activations=tokens * item * (c.layers * kept / mesh.tensor + current),
-      unused=UNUSED[platform] * params)
+      unused=UNUSED[platform] * params + ADAPTER[platform] * _size(adapter))
+
+
+def adapter(c, shape: Config) -> Mapping:
+  """-> {path: shape} of the LoRA adapter that is trained, empty without; `c`: section `train`."""
+  if not c.lora_rank:
+    return NONE
+  return traverse_util.flatten_dict(
+      lora.shapes(shape, c.lora_rank, configs.lora_targets(c)), sep='.')
+
+
+def trained(c, shape: Config) -> int:
+  """-> the number of parameters that are trained: all, or those of the LoRA adapter."""
+  return _size(adapter(c, shape)) or llama.param_count(shape)
+
+
+def _size(arrays: Mapping) -> int:
+  return sum(math.prod(x.shape) for x in arrays.values())
+
+
+def _share(name: str, x, mesh: Mesh) -> float:
+  """-> the elements of an array that are on one device."""
+  axes = sharding.spec(name.rpartition('_')[2])
+  return math.prod(x.shape) / math.prod(getattr(mesh, a) for a in axes if a)
 
 
 def work(c, mean: float, longest: int, has_reference: bool,

@@ -285,7 +285,7 @@ def load(config, folder, stage: str, chat: str = 'none',
   if chat != 'none' and (end := templates.end_of_turn(chat, tokenizer)) not in ends:
     ends.append(end)
   for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
-  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8
+  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8, c.lora_merge
   if _kept and _kept.made_of == made_of:
     _kept.engine.begin(ends, config.seed, stage, **for_stage)
     return _kept.engine, tokenizer
@@ -293,7 +293,7 @@ def load(config, folder, stage: str, chat: str = 'none',
     _kept.drop()  # before the memory of the next one is taken
     _kept.restores += 1
   with jax.set_mesh(mesh):
-    params, _ = store.restore_params(folder, mesh, c.dtype, once=True)
+    params, _ = store.restore_params(folder, mesh, c.dtype, once=True, merge=c.lora_merge)
     params = int8.quantize(params) if c.int8 else params
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
   if _kept:

@@ -35,7 +35,8 @@ def cached(config, workdir, source, model, packed: Packing, mesh) -> dict[str, l
   s = stage.Stage(catalog.find('train', 'reference'), config, workdir, f'{config.chat} {tokens}')
   path = s.folder / FILE
   if not s.done:
-    params, _ = store.restore_params(source, mesh, config.train.dtype)
+    c = config.train
+    params, _ = store.restore_params(source, mesh, c.dtype, merge=not c.lora_rank)
     s.begin(config)  # after all that can be refused
     with preemption.deferred():
       _compute(s, path, params, model, packed, mesh)

@@ -11,6 +11,7 @@ import optax
 from srlm_jax import (
   base,
   catalog,
+  config as configs,
   environment,
   hosts,
   InputError,
@@ -23,7 +24,7 @@ from srlm_jax import (
 )
 from srlm_jax.checkpoint import hashes, store
 from srlm_jax.data import examples as training, packing, tokenizer as tokenizers
-from srlm_jax.models import config as model_config, kernels, llama, sizing
+from srlm_jax.models import config as model_config, kernels, llama, lora, sizing
 from srlm_jax.train import objectives, reference, state as train_state, step as train_step
 from srlm_jax.train.alarms import Alarms
 from srlm_jax.train.state import TrainState
@@ -47,12 +48,12 @@ def run(config, workdir):
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):
     setup = _prepare(config, workdir, s, source, shape, data, mesh)
-    state, reference_params = _restore(config, s, setup, mesh)
+    state, frozen = _restore(config, s, setup, mesh)
     s.begin(config)  # after everything that can raise InputError
     environment.keep_freed_memory()
     saver = _open(config, s, setup, state)
     with preemption.deferred():
-      state = _loop(config, s, setup, state, reference_params, saver, mesh)
+      state = _loop(config, s, setup, state, frozen, saver, mesh)
     _finish(s, setup, state)
 
 
@@ -101,7 +102,7 @@ def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -
   kept = model_files.steps(s.folder)
   packed = _pack(config, data, mesh, choice.width_multiple, c.epochs, _begun_rows(s.folder))
   tx = train_state.optimizer(c, len(packed))
-  abstract = train_state.abstract(shape, tx, mesh)
+  abstract = train_state.abstract(shape, c, tx, mesh)
   make_batch = objective.pack
   if objective.needs_reference_logps:
     once = _pack(config, data, mesh, choice.width_multiple, epochs=1)
@@ -112,14 +113,16 @@ def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -
 
 
 def _restore(config, s, setup: Setup, mesh) -> tuple[TrainState, dict]:
-  """-> the state to continue from, and the parameters of the reference, {} if not needed."""
+  """-> the state to continue from, and the parameters that are not trained, {} if there are none.
+  """
   if setup.kept:
     state = _resume(s.folder, setup.kept[-1], setup.abstract, mesh)
   else:
     state = _start(config, setup, mesh)
-  if not objectives.find(config.train).needs_reference_params:
+  c = config.train
+  if not (c.lora_rank or objectives.find(c).needs_reference_params):
     return state, {}
-  return state, store.restore_params(setup.source, mesh, config.train.dtype)[0]
+  return state, store.restore_params(setup.source, mesh, c.dtype, merge=not c.lora_rank)[0]
 
 
 def _open(config, s, setup: Setup, state: TrainState):
@@ -139,12 +142,14 @@ def _open(config, s, setup: Setup, state: TrainState):
   if setup.kept:
     hosts.log(f'{s.title}: continues after step {int(state.step)}')
   elif hosts.is_first_host():
-    store.write_model_files(setup.model.config, setup.source, s.folder)
+    adapter = model_files.adapter(c.lora_rank, c.lora_alpha, configs.lora_targets(c), setup.source,
+                                  s.folder) if c.lora_rank else None
+    store.write_model_files(setup.model.config, setup.source, s.folder, adapter)
     stage.write_json(s.folder / ROWS, dict(shape=(rows, width)))
   return saver
 
 
-def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> TrainState:
+def _loop(config, s, setup: Setup, state, frozen, saver, mesh) -> TrainState:
   """Runs the remaining steps; writes metrics, progress and checkpoints.
 
   Raises Stopped, after saving, if a host was asked to stop.
@@ -156,7 +161,7 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
   steps, unchecked, stop, agreement = len(packed), {}, False, preemption.Agreement()
   for i in range(int(state.step), steps):
     batch = setup.make_batch(packed.rows(i), packed.shape)
-    state, unchecked[i] = setup.step(state, reference_params, sharding.put_batch(batch, mesh), key)
+    state, unchecked[i] = setup.step(state, frozen, sharding.put_batch(batch, mesh), key)
     clock.add(int((batch.segment_ids > 0).sum()))
     save = (i + 1) % c.save_every == 0 or i + 1 == steps
     stop = agreement.reached() and i + 1 < steps
@@ -194,9 +199,10 @@ def _loop(config, s, setup: Setup, state, reference_params, saver, mesh) -> Trai
 def _finish(s, setup: Setup, state: TrainState):
   """Marks the stage done, with a summary of the run."""
   data, packed = setup.data, setup.packed
+  params = hashes.hash_params(state.params, more=store.identity(s.folder))
   s.finish(schema.TrainingSummary(
-      steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4),
-      params=hashes.hash_params(state.params), examples=len(data.examples),
+      steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4), params=params,
+      examples=len(data.examples),
       padding_free=round(packed.padding_free, 3), dropped=data.dropped))
 
 
@@ -208,12 +214,15 @@ def _some(rows: list[list[str]], most: int = 20) -> str:
 
 def refuse_too_large(config, shape):
   """InputError, before anything is allocated, if the devices cannot hold the training state."""
-  count = llama.param_count(shape)
-  with_reference = objectives.find(config.train).needs_reference_params
-  needed = train_state.bytes_needed(count, config.train.moments, with_reference)
+  c, count = config.train, llama.param_count(shape)
+  is_frozen = bool(c.lora_rank) or objectives.find(c).needs_reference_params
+  needed = train_state.bytes_needed(sizing.trained(c, shape), c.moments,
+                                    count if is_frozen else 0)
   available = hosts.memory()
   if needed > available:
-    parts = 'parameters, gradients, reference' if with_reference else 'parameters, gradients'
+    parts = 'parameters, gradients'
+    if is_frozen:
+      parts += ', LoRA adapters' if c.lora_rank else ', reference'
     raise InputError(
         f'training {config.name} at size {config.size} ({count:,} parameters) needs {needed:,} '
         f'bytes for {parts} and AdamW moments, and the {jax.device_count()} available devices have '
@@ -251,8 +260,12 @@ def _existing(config, source, workdir):
 
 
 def _start(config, setup: Setup, mesh) -> TrainState:
-  """Step 0: the parameters of the init model, or random ones."""
-  if config.train.init:
+  """Step 0: the parameters of the init model, or random ones; with LoRA a new adapter."""
+  if config.train.lora_rank:
+    out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
+    init = jax.jit(functools.partial(lora.init, setup.abstract.params), out_shardings=out)
+    params = init(jax.random.key(config.seed))
+  elif config.train.init:
     params, _ = store.restore_params(setup.source, mesh, 'float32')
   else:
     out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
@@ -265,7 +278,10 @@ def _start(config, setup: Setup, mesh) -> TrainState:
 
 def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
   """Restores the state after `step` onto the mesh."""
-  params, _ = store.restore_params(folder, mesh, 'float32', step)
+  if model_files.read_adapter(folder):
+    params = store.restore_adapter(folder, mesh, step)
+  else:
+    params, _ = store.restore_params(folder, mesh, 'float32', step)
   rest = store.restore_train(folder, step, dict(opt_state=abstract.opt_state, step=abstract.step))
   return TrainState(step=rest['step'], params=params, opt_state=rest['opt_state'])
 

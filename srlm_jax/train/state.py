@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from srlm_jax import sharding
-from srlm_jax.models import llama
+from srlm_jax import config as configs, sharding
+from srlm_jax.models import llama, lora
 from srlm_jax.train import moments
 
 
@@ -13,7 +13,7 @@ from srlm_jax.train import moments
 class TrainState:
   """What training carries from step to step, and a checkpoint stores."""
   step: jax.Array  # [] steps taken
-  params: dict     # float32
+  params: dict     # float32; with LoRA the adapter alone
   opt_state: optax.OptState
 
   @classmethod
@@ -22,9 +22,14 @@ class TrainState:
     return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
 
 
-def abstract(config, tx, mesh) -> TrainState:
-  """The shapes and shardings of a model's state on `mesh`, which must be set; without memory."""
-  state = jax.eval_shape(lambda p: TrainState.create(p, tx), llama.abstract_params(config))
+def abstract(shape, config, tx, mesh) -> TrainState:
+  """The shapes and shardings of a model's state on `mesh`, which must be set; without memory.
+
+  `shape`: the model's config; `config`: the `train` section.
+  """
+  params = (lora.shapes(shape, config.lora_rank, configs.lora_targets(config))
+            if config.lora_rank else llama.abstract_params(shape))
+  state = jax.eval_shape(lambda p: TrainState.create(p, tx), params)
   def one(x, place):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
   return jax.tree.map(one, state, sharding.shardings(state, mesh))
@@ -50,9 +55,9 @@ def optimizer(config, steps: int) -> optax.GradientTransformation:
                   optax.scale_by_learning_rate(schedule(config, steps))))
 
 
-def bytes_needed(params: int, moments: str, reference: bool) -> int:
-  """Bytes of parameters and gradients in float32, two moments, and a reference in bfloat16."""
-  return params * (8 + 2 * jnp.dtype(moments).itemsize + 2 * reference)
+def bytes_needed(trained: int, moments: str, frozen: int) -> int:
+  """Bytes of parameters and gradients in float32, two moments, and frozen ones in bfloat16."""
+  return trained * (8 + 2 * jnp.dtype(moments).itemsize) + 2 * frozen
 
 
 def _is_matrix(path, _):

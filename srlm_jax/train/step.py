@@ -5,23 +5,24 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from srlm_jax import compiler, sharding
-from srlm_jax.models import llama, packed
+from srlm_jax.models import llama, lora, packed
 from srlm_jax.train import objectives
 from srlm_jax.train.batch import Batch, CachedPairBatch, PairBatch
 from srlm_jax.train.state import TrainState
 
 
 def make(model, tx, config, state: TrainState):
-  """-> step(state, reference_params, batch, key) -> (state, metrics), compiled once.
+  """-> step(state, frozen, batch, key) -> (state, metrics), compiled once.
 
   `config`: the `train` section. `state` (arrays, or shapes with shardings) gives the sharding of
-  the result; the step donates its state. `reference_params`: those of DPO's reference in the dtype
-  of activations, or {} for a batch that does not need them. Metrics are means over the batch.
+  the result; the step donates its state. `frozen`: parameters that are not trained, in the dtype of
+  activations: with LoRA the model that training starts from, else DPO's reference, or {} for a
+  batch that does not need it. Metrics are means over the batch.
   """
-  def step(state: TrainState, reference_params, batch: Batch, key):
+  def step(state: TrainState, frozen, batch: Batch, key):
     with jax.named_scope('loss'):
       step_key = jax.random.fold_in(key, state.step)
-      grad, metrics = gradient(model, config, state.params, reference_params, batch, step_key)
+      grad, metrics = gradient(model, config, state.params, frozen, batch, step_key)
     with jax.named_scope('update'):
       updates, opt_state = tx.update(grad, state.opt_state, state.params, key=step_key)
       params = optax.apply_updates(state.params, updates)
@@ -33,7 +34,7 @@ def make(model, tx, config, state: TrainState):
                  compiler_options=compiler.options(state.step.sharding.mesh))
 
 
-def gradient(model, config, params, reference_params, batch: Batch, key):
+def gradient(model, config, params, frozen, batch: Batch, key):
   """-> the gradient and the metrics of a batch.
 
   Every target or pair has the same weight, however micro-batches divide the batch.
@@ -41,7 +42,7 @@ def gradient(model, config, params, reference_params, batch: Batch, key):
   weight = batch.weight()
 
   def mean(params, batch, key):
-    loss, metrics = sums(model, config, params, reference_params, batch, key)
+    loss, metrics = sums(model, config, params, frozen, batch, key)
     return loss / weight, jax.tree.map(lambda m: m / weight, dict(metrics, loss=loss))
 
   def one(batch, key):
@@ -64,9 +65,14 @@ def _split(x, parts: int):
   return jax.lax.with_sharding_constraint(x, place)
 
 
-def sums(model, config, params, reference_params, batch: Batch, key):
-  """-> the sum of losses over the targets or pairs of a batch, and the sums of metrics of pairs."""
+def sums(model, config, params, frozen, batch: Batch, key):
+  """-> the sum of losses over the targets or pairs of a batch, and the sums of metrics of pairs.
+
+  The reference is the frozen model; with LoRA, that is the policy without this adapter.
+  """
   loss_fn = objectives.find(config).loss
+  if config.lora_rank:
+    params = lora.join(frozen, params, config.lora_alpha / config.lora_rank)
   policy = token_logps(model, params, batch, key)
   if not isinstance(batch, PairBatch):
     return loss_fn(policy), {}
@@ -74,7 +80,7 @@ def sums(model, config, params, reference_params, batch: Batch, key):
   if isinstance(batch, CachedPairBatch):
     reference = batch.reference_logps
   else:
-    reference = pair_logps(token_logps(model, reference_params, batch, None), batch)
+    reference = pair_logps(token_logps(model, frozen, batch, None), batch)
     reference = jax.lax.stop_gradient(reference)
   lengths = pair_logps(jnp.ones_like(batch.target_positions, jnp.float32), batch)
   loss, metrics = loss_fn(config, policy, reference, jnp.maximum(lengths, 1), batch.soft_labels)
