@@ -1,9 +1,9 @@
 """The sampling engine: continuous batching with a shared prefix.
 
 `slots` rows decode together, a few tokens per call. Between calls, the slots of finished rows go to
-waiting samples, of a stream (`Engine.generate`) or of a caller who adds them (`Engine.open`). A request (one prompt, n samples) is prefilled once, and its K/V are copied to n
-slots. The common prefix of a stream's first requests (the judge's rubric) is prefilled once, and
-every row reads it.
+waiting samples, of a stream (`Engine.generate`) or of a caller who adds them (`Engine.open`). A
+request (one prompt, n samples) is prefilled once, and its K/V are copied to n slots. The common
+prefix of a stream's first requests (the judge's rubric) is prefilled once, and every row reads it.
 """
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -26,7 +26,7 @@ from srlm_jax import (
   preemption,
   sharding,
 )
-from srlm_jax.checkpoint import store
+from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
 from srlm_jax.sample import programs
@@ -163,30 +163,31 @@ class Engine:
     return Slots(schedule, rows, cache, prefix_ids, prefix, sampling, per_row)
 
   def open(self) -> Slots:
-    """-> all slots, for requests that come one by one: `put`, `advance`, `remove`."""
+    """-> all slots, for requests that come one by one: `put` adds one, `advance` decodes.
+
+    The schedule's `stop` and `remove` end samples and requests between two calls.
+    """
     schedule = Schedule((), self.slots, self.size, 0, {}, 0, self._share, self._refill)
     return self._slots(schedule, programs.Rows.empty(self.slots), (), None)
 
   def put(self, slots: Slots, request: Request) -> list[Result]:
-    """Adds a request with its own `sampling` -> its results, which `advance` extends.
-
-    Raises InputError if prompt and max_tokens do not fit into a row.
-    """
-    if len(request.ids) > self.max_prompt_tokens(request.sampling):
-      raise InputError(f'the prompt has {len(request.ids)} tokens and max_tokens is '
-                       f'{request.sampling.max_tokens}; together they exceed the {self.size} '
-                       f'tokens of a row; shorten the prompt or lower max_tokens')
+    """Adds a request with its own `sampling` -> its results, which `advance` extends."""
+    self.check_fits(len(request.ids), request.sampling.max_tokens)
     return slots.schedule.put(request)
 
-  def remove(self, slots: Slots, results: list[Result]):
-    """Forgets a request, finished or not; its slots are free."""
-    slots.schedule.remove(results)
-    idle = np.ones(slots.rows.slot_count, bool)
-    idle[list(slots.schedule.running)] = False
-    slots.rows.live[idle] = False
+  def check_fits(self, prompt_tokens: int, max_tokens: int):
+    """Raises InputError if a prompt and its response do not fit into a row."""
+    if prompt_tokens + max_tokens > self.size:
+      raise InputError(f'the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}; '
+                       f'together they exceed the {self.size} tokens of a row; shorten the prompt '
+                       f'or lower max_tokens')
 
   def advance(self, slots: Slots):
     """Gives free slots to waiting samples, and decodes `steps` tokens of all running ones."""
+    if slots.per_row:  # the caller may have stopped some
+      idle = np.ones(slots.rows.slot_count, bool)
+      idle[list(slots.schedule.running)] = False
+      slots.rows.live[idle] = False
     self._enter(slots.schedule.admit(), slots)
     if slots.schedule.running:
       self._decode(slots)
@@ -249,7 +250,8 @@ class Engine:
         raise InputError(f'{self.title}: log-probs of {entry.request.id} are not finite; the '
                          f'model\'s parameters are damaged, train or convert it again')
       finish = '' if after.live[slot] else 'eos' if after.ended[slot] else 'length'
-      likely = _by_id(*(x[slot, :new, :entry.request.top] for x in top)) if top else ()
+      most = entry.request.top
+      likely = _by_id(*(x[slot, :new, :most] for x in top)) if most else ()
       schedule.add(slot, ids[slot, :new].tolist(), token_logps[slot, :new].tolist(), finish, likely)
       self.work.generated += new
     slots.rows = after
@@ -356,8 +358,9 @@ def choose(config, folders: Sequence):
 def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
   """Restores a checkpoint onto every group of hosts in the sampling dtype -> engine and tokenizer.
 
-  All hosts must call it. `stop`: a text whose last token ends a row, like eos. In a block of
-  `kept`, the engine of the stage before is used again if it has the same parameters.
+  `folder` may also be a Hugging Face model. All hosts must call it. `stop`: a text whose last token
+  ends a row, like eos. In a block of `kept`, the engine of the stage before is used again if it has
+  the same parameters.
   """
   config = choose(config, [folder])
   c, mesh = config.sample, group_mesh(config)
@@ -366,7 +369,8 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
   tokenizer = tokenizers.load(folder, shape.V)
   ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
   for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
-  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8
+  is_ours = model_files.exists(folder)
+  made_of = model_files.recorded_hash(folder) if is_ours else str(folder), shape, mesh, c.int8
   if _kept and _kept.made_of == made_of:
     _kept.engine.begin(ends, config.seed, stage, **for_stage)
     return _kept.engine, tokenizer
@@ -374,7 +378,10 @@ def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers
     _kept.drop()  # before the memory of the next one is taken
     _kept.restores += 1
   with jax.set_mesh(mesh):
-    params, _ = store.restore_params(folder, mesh, c.dtype, once=True)
+    if is_ours:
+      params, _ = store.restore_params(folder, mesh, c.dtype, once=True)
+    else:
+      params = convert.load_hf(folder, mesh, c.dtype)
     params = int8.quantize(params) if c.int8 else params
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
   if _kept:

@@ -41,7 +41,8 @@ class Result:
   """The generated tokens of one sample."""
   ids: list[int]  # with the eos, if one was generated
   token_logps: list[float]  # under the model itself: before temperature, top-k and top-p
-  finish: str = ''  # eos; length: max_tokens reached; too_long: prompt too long, not sampled
+  # eos; length: max_tokens reached; too_long: prompt too long, not sampled; stopped: by the caller
+  finish: str = ''
   # Per token: {id: log-prob} of the most likely ones.
   top: list[dict[int, float]] = dataclasses.field(default_factory=list)
 
@@ -89,6 +90,12 @@ class Schedule:
     self._enter(request)
     return self._entries[-1].results
 
+  def stop(self, result: Result):
+    """Ends a running sample, whose slot is then free."""
+    for slot, (_, running) in list(self.running.items()):
+      if running is result:
+        self.add(slot, [], [], 'stopped')
+
   def remove(self, results: list[Result]):
     """Forgets a request, finished or not, and frees its slots; `results`: from `put`."""
     for slot, (entry, _) in list(self.running.items()):
@@ -126,10 +133,6 @@ class Schedule:
     """Frees a slot."""
     del self.running[slot]
     self._free.append(slot)
-
-  def name(self, slot: int) -> str:
-    """The id of the request that runs in a slot."""
-    return self.running[slot][0].request.id
 
   def leave(self) -> Iterator[tuple[Request, list[Result]]]:
     """Yields and removes the finished requests that have no unfinished one before them."""
