@@ -12,6 +12,8 @@ class Detokenizer:
 
   The parts together are `decode` of all ids without the text of those before. Some tokenizers drop
   the leading space of a text, so no token is decoded alone: with it, some tokens before it are.
+  Only of bytes that are not UTF-8 the parts may differ, where a tokenizer replaces all bytes of a
+  row: some of them were sent as characters.
   """
 
   def __init__(self, tokenizer, before: Sequence[int]):
