@@ -23,6 +23,7 @@ import pytest
 from test_tokenizer import byte_fallback, byte_level, metaspace, save
 import uvicorn
 
+from srlm_jax import conversation
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
@@ -107,7 +108,7 @@ class Served:
     assert sorted(schedule._free) == list(range(self.engine.slots)) and not schedule._entries
 
   def ids(self, prompt: str) -> list[int]:
-    return [self.parts.tokenizer.bos_id, *self.parts.tokenizer.encode(prompt)]
+    return [*self.parts.tokenizer.start, *self.parts.tokenizer.encode(prompt)]
 
 
 @pytest.fixture(scope='module')
@@ -301,7 +302,9 @@ def test_bad_fields_are_refused_with_one_sentence(served, change, message):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(messages=[]), 'messages'), (dict(messages=[dict(role='tool', content='x')]), 'role'),
+    (dict(messages=[]), 'messages'),
+    (dict(messages=[dict(role='assistant', content='x')]), 'the role assistant, not user'),
+    (dict(messages=[dict(role='user', content=' ')]), 'no text'), (dict(messages=[dict(role='tool', content='x')]), 'role'),
     (dict(messages=[dict(role='user', content=[dict(type='image_url', image_url='x')])]),
      'only texts are supported'),
     (dict(top_logprobs=2), 'top_logprobs needs'), (dict(tools=[dict(type='function')]), "'tools'"),
@@ -346,6 +349,17 @@ def test_models_and_health(served):
   assert [model.id for model in served.client.models.list()] == [MODEL]
   assert served.client.models.retrieve(MODEL).id == MODEL
   assert served.raw('GET', '/health') == (200, dict(status='ok', samples=0))
+
+
+def test_a_chat_may_have_several_turns(served):
+  said = [dict(role='user', content='Name two nice fruits.'),
+          dict(role='assistant', content='Fig and peach.'), dict(role='user', content='Why?')]
+  made = served.client.chat.completions.create(**GREEDY, messages=said, logprobs=True)
+  messages = [conversation.Message(**message) for message in said]
+  ids = templates.encode_prompt('plain', messages, served.parts.tokenizer)
+  assert made.usage.prompt_tokens == len(ids)
+  same = served.client.completions.create(**GREEDY, prompt=ids)
+  assert same.choices[0].text == made.choices[0].message.content
 
 
 def test_names_of_special_tokens_in_a_user_s_text_are_text(served):

@@ -28,7 +28,7 @@ def test_chat_formats():
 def test_the_ids_of_prompt_and_response_are_the_ids_of_the_whole_text(stories, kind, response):
   tokenizer = tokenizers.load(stories)
   before, after = templates.encode_pair(kind, 'Tell me a story.', response, tokenizer)
-  whole = templates.chat(kind, 'Tell me a story.', tokenizer) + ' ' + response.strip()
+  whole = templates.chat(kind, 'Tell me a story.', None) + ' ' + response.strip()
   assert before + after == [tokenizer.bos_id, *tokenizer.encode(whole)]
   assert before == templates.encode_prompt(kind, 'Tell me a story.', tokenizer)
   assert tokenizer.decode(after).strip() == response.strip()

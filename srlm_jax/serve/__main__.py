@@ -14,8 +14,9 @@ from absl import flags
 from etils import epath
 import jax
 
-from srlm_jax import cli, config as configs, InputError, model_files, records
+from srlm_jax import cli, config as configs, InputError, model_files, stage
 from srlm_jax.config import CHATS
+from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
 try:
@@ -36,7 +37,7 @@ def define_flags():
                       f'itself needs a token in the environment: {KEY}.')
   flags.DEFINE_integer('port', 8000, 'Port to serve on; 0: any that is free.', lower_bound=0,
                        upper_bound=65535)
-  flags.DEFINE_enum('chat', '', ('', *CHATS),
+  flags.DEFINE_enum('chat', '', ('', 'none', *CHATS),
                     'Chat format; default: that with which the model was trained here, or else the '
                     'template of its tokenizer.')
   flags.DEFINE_integer('slots', -1, 'Samples that decode together; -1: chosen.', lower_bound=-1)
@@ -65,9 +66,9 @@ def main(argv):
   if jax.process_count() > 1:
     raise InputError('the server runs on one host; start it in one process')
   listener = listen(f.host, f.port)
-  engine, tokenizer = engines.load(config(f), f.model, 'serve')
-  chat = f.chat or chat_of(f.model, tokenizer)
-  thread = worker.Worker(engine, f.queue, [tokenizer.bos_id] * 2)
+  chat = f.chat or chat_of(f.model)
+  engine, tokenizer = engines.load(config(f), f.model, 'serve', chat)
+  thread = worker.Worker(engine, f.queue, tokenizer.eos_ids[:1] * 2)
   started = time.time()
   thread.start()
   service = app.Service(thread, tokenizer, text.Names(tokenizer), f.name or f.model.rstrip('/'),
@@ -76,7 +77,7 @@ def main(argv):
   address = f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
   def on_start():
-    print(f'serve: {service.model} on {address}, chat format {chat or "none"}, {engine.slots} '
+    print(f'serve: {service.model} on {address}, chat format {chat}, {engine.slots} '
           f'slots of {engine.size} tokens, kernels {engine.kernels}', flush=True)
 
   for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it has ended
@@ -100,17 +101,12 @@ def config(f):
   return found
 
 
-def chat_of(folder: str, tokenizer) -> str:
-  """The chat format of a model: that of its training here, or its tokenizer's; '': none."""
+def chat_of(folder: str) -> str:
+  """The chat format of a model: that of its training here, or its tokenizer's; or none."""
   manifest = epath.Path(folder) / 'manifest.json'
   if manifest.exists() and model_files.exists(folder):
-    found = records.read_json(manifest, 'give --chat')
-    return found['config']['chat']
-  try:
-    tokenizer.chat('a')
-  except InputError:
-    return ''
-  return 'tokenizer'
+    return stage.read_manifest(manifest)['config']['chat']
+  return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
 
 def is_local(host: str) -> bool:

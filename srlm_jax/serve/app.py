@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from srlm_jax import InputError
+from srlm_jax import conversation, InputError
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 from srlm_jax.serve import api, text
@@ -48,7 +48,7 @@ class Service:
   tokenizer: tokenizers.Tokenizer
   names: text.Names
   model: str    # its name
-  chat: str     # chat format; '': none
+  chat: str     # chat format, or none
   key: str      # token that a request must have; '': none
   started: int  # seconds since 1970
 
@@ -150,7 +150,11 @@ def _max_tokens(asked: api.Asked, prompt_tokens: int, engine: engines.Engine) ->
 def _completion_prompt(prompt: str | list[int], tokenizer, echo: bool) -> Prompt:
   """A prompt with its token ids; InputError for ids that do not exist."""
   if isinstance(prompt, str):
-    return Prompt(prompt, [tokenizer.bos_id, *tokenizer.encode(prompt)])
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
+    if not ids:
+      raise InputError('the prompt is empty, and this model has no token that begins a text; write '
+                       'a prompt')
+    return Prompt(prompt, ids)
   if bad := [i for i in prompt if not 0 <= i < tokenizer.size]:
     raise InputError(f'the prompt has the token id {bad[0]}; ids are from 0 to '
                      f'{tokenizer.size - 1}')
@@ -158,12 +162,15 @@ def _completion_prompt(prompt: str | list[int], tokenizer, echo: bool) -> Prompt
 
 
 def _chat_ids(messages: Sequence[api.Message], chat: str, tokenizer) -> list[int]:
-  """Token ids of a conversation in a chat format."""
-  if not chat:
+  """Token ids of a conversation in a chat format; InputError if it is none."""
+  if chat == 'none':
     raise InputError('this server has no chat format; start it with --chat, or use /v1/completions')
-  if [message.role for message in messages] != ['user']:
-    raise InputError('only one message, of the user, is supported')
-  return templates.encode_prompt(chat, messages[0].text, tokenizer)
+  said = [conversation.Message(message.role, message.text) for message in messages]
+  try:
+    conversation.check(said)
+  except ValueError as error:
+    raise InputError(str(error)) from error
+  return templates.encode_prompt(chat, said, tokenizer)
 
 
 class Held(StreamingResponse):

@@ -63,10 +63,10 @@ class _Running:
 class Worker:
   """The engine, and the samples that it holds. All methods are for the event loop."""
 
-  def __init__(self, engine: engines.Engine, most_waiting: int, bos: Sequence[int]):
-    """`most_waiting`: samples beyond the slots; `bos`: a prompt to compile the programs with."""
+  def __init__(self, engine: engines.Engine, most_waiting: int, prompt: Sequence[int]):
+    """`most_waiting`: samples beyond the slots; `prompt`: ids to compile the programs with."""
     self.engine, self.most_waiting = engine, most_waiting
-    self._bos = bos
+    self._prompt = prompt
     self._orders = queue.SimpleQueue()
     self._held = 0  # samples that run or wait
     self._running: dict[int, tuple[Job, _Running]] = {}  # by id of the job; of the thread
@@ -149,7 +149,7 @@ class Worker:
   def _compile(self):
     """Compiles the programs that decode, with and without likely tokens."""
     for top in (0, 1):
-      request = Request('compile', self._bos, top=top, sampling=Sampling(0.0, 1.0, 1))
+      request = Request('compile', self._prompt, top=top, sampling=Sampling(0.0, 1.0, 1))
       results = self.engine.put(self._slots, request)
       self.engine.advance(self._slots)
       self._slots.schedule.remove(results)
