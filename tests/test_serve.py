@@ -304,7 +304,8 @@ def test_bad_fields_are_refused_with_one_sentence(served, change, message):
 @pytest.mark.parametrize('change, message', [
     (dict(messages=[]), 'messages'),
     (dict(messages=[dict(role='assistant', content='x')]), 'the role assistant, not user'),
-    (dict(messages=[dict(role='user', content=' ')]), 'no text'), (dict(messages=[dict(role='tool', content='x')]), 'role'),
+    (dict(messages=[dict(role='user', content=' ')]), 'no text'),
+    (dict(messages=[dict(role='tool', content='x')]), 'role'),
     (dict(messages=[dict(role='user', content=[dict(type='image_url', image_url='x')])]),
      'only texts are supported'),
     (dict(top_logprobs=2), 'top_logprobs needs'), (dict(tools=[dict(type='function')]), "'tools'"),
