@@ -100,10 +100,11 @@ def test_samples_do_not_depend_on_slots_order_steps_sharing_or_refill():
 
 def test_requests_that_come_one_by_one_get_the_samples_of_a_stream():
   """Also after other samples were stopped and other requests removed."""
-  own = [Sampling(0.0, 1.0, 12), Sampling(0.8, 0.9, 12, 40), Sampling(1.0, 1.0, 7)]
-  asked = [dataclasses.replace(r, sampling=own[i % 3], top=i % 4) for i, r in enumerate(MIXED)]
-  wanted = {r.id: next(make(slots=8)[0].generate([r], r.sampling))[1] for r in asked}
-  engine, _ = make(slots=8)
+  own = [GREEDY, WARM]
+  asked = [dataclasses.replace(r, sampling=own[i % 2], top=3 * (i > 0))
+           for i, r in enumerate([MIXED[1], MIXED[0], MIXED[5], MIXED[2]])]
+  engine, _ = make(slots=4, share=False)
+  wanted = {r.id: results for i in (0, 1) for r, results in engine.generate(asked[i::2], own[i])}
   slots, found = engine.open(), {}
   for i, request in enumerate(asked):
     found[request.id] = engine.put(slots, request)
@@ -127,13 +128,12 @@ def test_requests_that_come_one_by_one_get_the_samples_of_a_stream():
     engine.put(slots, Request('long', [1] * 120, sampling=own[0]))
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
-def test_the_log_probs_of_prompts_are_those_of_the_full_forward_pass(shape, monkeypatch):
-  """In parts of the positions, and with the most likely tokens."""
+def test_the_log_probs_of_prompts_are_those_of_the_full_forward_pass(monkeypatch):
+  """In parts of the positions, on a mesh, and with the most likely tokens."""
   monkeypatch.setattr(programs, 'LOGITS', 16)
   programs.prompt_logps.clear_cache()
-  engine, params = make(shape)
-  prompts = [[5], [1, 2, 3], list(range(1, 40)), [60, 60, 2, 9]]
+  engine, params = make((2, 2, 2))[0], make()[1]
+  prompts = [list(range(1, 40)), [60, 60, 2, 9] * 9]
   found = engine.prompt_logps(prompts, 3)
   programs.prompt_logps.clear_cache()
   with jax.set_mesh(make_mesh(1, 1, 1)):

@@ -437,7 +437,7 @@ def test_flags_that_cannot_work_are_refused(tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     said = main('serve', model, f'--port={taken.getsockname()[1]}', code=1)
   assert 'cannot be used' in said and 'choose other ones' in said
-  assert 'holds no config.json' in main('serve', f'--model={tmp_path}/none', '--port=0', code=1)
+  assert 'copy the tokenizer of the model there' in main('serve', f'--model={tmp_path}/none', '--port=0', code=1)
 
 
 @contextlib.contextmanager
@@ -455,6 +455,21 @@ def program(*flags):
     process.wait()
 
 
+def test_a_server_that_ends_finishes_what_it_has_and_takes_nothing_new(parts):
+  served = Served(parts)
+  served.engine.gate.clear()
+  stream = served.client.completions.create(**GREEDY, prompt=PROMPT, n=12, stream=True)
+  served._server.should_exit = True
+  with pytest.raises(OSError):
+    while True:
+      served.raw('GET', '/health')
+  served.engine.gate.set()
+  assert sum(bool(part.choices[0].finish_reason) for part in stream) == 12
+  served.close()
+  assert not served._thread.is_alive() and not served.worker._thread.is_alive()
+
+
+@pytest.mark.slow
 def test_sigterm_finishes_running_requests_and_exits_with_0():
   with program('--slots=1', '--steps=1', '--chat=plain') as (process, url):
     client = openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0)
@@ -489,9 +504,9 @@ def test_requests_that_take_longer_than_the_grace_period_are_cut(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def codecs(tmp_path_factory, stories):
+def codecs(tmp_path_factory):
   """Tokenizers that join pieces in different ways."""
-  found = [tokenizers.load(sandbox.M0), tokenizers.load(stories)]
+  found = [tokenizers.load(sandbox.M0)]
   for kind in (byte_level, byte_fallback, metaspace):
     folder = tmp_path_factory.mktemp('codec')
     save(folder, kind())
@@ -515,15 +530,16 @@ def test_text_in_parts_is_the_text_of_all_ids(codecs, data, said, before):
   found = [detokenizer.add(i) for i in ids]
   whole = codec.decode([*first, *ids])[len(codec.decode(first)):]
   assert ''.join([*found, detokenizer.end()]) == whole or (
-      '\ufffd' in whole and codecs.index(codec) > 2)
+      '\ufffd' in whole and codecs.index(codec) > 1)
 
 
 def test_half_a_character_is_never_sent(codecs):
-  for codec in codecs[1:4]:
+  for codec in codecs[1:3]:
     detokenizer = text.Detokenizer(codec, [codec.bos_id])
-    found = [detokenizer.add(i) for i in codec.encode('a 😀é😀 z')]
+    said = 'a 😀é😀 z ' + '😀漢\x80' * 30
+    found = [detokenizer.add(i) for i in codec.encode(said)]
     assert not any('\ufffd' in part for part in found) and '' in found
-    assert ''.join(found).strip() == 'a 😀é😀 z'
+    assert ''.join(found).strip() == said
 
 
 def first_stop(said: str, stops: list[str]) -> str:

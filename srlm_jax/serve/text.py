@@ -21,25 +21,28 @@ class Detokenizer:
     self._anchor()
 
   def _anchor(self):
-    """Forgets all ids but a few of the last, which have a text."""
+    """Forgets all ids but a few of the last, which have a text of whole characters."""
     count = 4
-    while True:
-      window = self._ids[-count:]
-      self._text = self._tokenizer.decode(window)
-      if self._text.strip(' ' + REPLACED) or count >= len(self._ids):
+    while count < len(self._ids):
+      text = self._tokenizer.decode(self._ids[-count:])
+      if text.strip(' ') and REPLACED not in text:
+        self._ids = self._ids[-count:]
         break
       count *= 2
-    self._ids = window
+    self._text = self._tokenizer.decode(self._ids)  # that has been returned, or is of those before
+    self._most = max(WINDOW, 2 * len(self._ids))
 
   def add(self, i: int) -> str:
     """-> the text that a token adds, without a character that is not complete yet."""
     self._ids.append(i)
     text = self._tokenizer.decode(self._ids)
     parts = len(text) - len(text.rstrip(REPLACED))
+    if parts and not text.startswith(self._text):
+      return ''  # some tokenizers replace whole characters too, before one that is not complete
     whole = text[:len(text) - min(parts, MOST_PARTS)]
     new = whole[len(self._text):]
     self._text += new
-    if not parts and len(self._ids) > WINDOW:
+    if not parts and len(self._ids) > self._most:
       self._anchor()
     return new
 
