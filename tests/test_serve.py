@@ -437,7 +437,8 @@ def test_flags_that_cannot_work_are_refused(tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     said = main('serve', model, f'--port={taken.getsockname()[1]}', code=1)
   assert 'cannot be used' in said and 'choose other ones' in said
-  assert 'copy the tokenizer of the model there' in main('serve', f'--model={tmp_path}/none', '--port=0', code=1)
+  said = main('serve', f'--model={tmp_path}/none', '--port=0', code=1)
+  assert 'copy the tokenizer of the model there' in said
 
 
 @contextlib.contextmanager

@@ -64,8 +64,7 @@ def draw(logits, keys, sampling: Sampling):
     probs = jnp.where(_largest(probs, sampling.top_k), probs, 0)
   if sampling.top_p == 1:
     return _from_all(probs, keys)
-  limit = sampling.top_p * probs.sum(-1)
-  return _from_top_p(probs, keys, limit, jnp.zeros(len(probs), bool))
+  return _from_top_p(probs, keys, sampling.top_p * probs.sum(-1))
 
 
 def draw_per_row(logits, keys, sampling: PerRow):
@@ -95,7 +94,7 @@ def _from_all(probs, keys):
   return invert(probs, jax.vmap(jax.random.uniform)(keys))
 
 
-def _from_top_p(probs, keys, limit, is_done):
+def _from_top_p(probs, keys, limit, is_done=False):
   """Draws from the top-p sets of probs [B, V], whose masses are `limit` [B] -> tokens [B].
 
   Rows of `is_done` [B] need no token.
@@ -110,7 +109,7 @@ def _from_top_p(probs, keys, limit, is_done):
     return (t + 1, jnp.where(found[:, None], floor, prob), jnp.where(accepted, token, new), found)
 
   B = len(probs)
-  start = (0, jnp.full((B, 1), -1.0), jnp.zeros(B, jnp.int32), is_done)
+  start = (0, jnp.full((B, 1), -1.0), jnp.zeros(B, jnp.int32), jnp.full(B, is_done))
   return jax.lax.while_loop(lambda state: ~state[3].all(), attempt, start)[2]
 
 
