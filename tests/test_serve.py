@@ -286,6 +286,7 @@ BAD = [
     (dict(prompt=[5, 9999999]), 'token id 9999999; ids are from 0 to'),
     (dict(prompt=[]), 'prompt must be'), (dict(prompt=[[]]), 'prompt must be'),
     (dict(prompt=[1, 'a']), 'prompt must be'), (dict(prompt=['a'] * 2000), 'at most 1024'),
+    (dict(prompt=['a'] * 60, n=4), 'asks for 240 samples, and the server holds at most 208'),
     (dict(stop=['']), 'stop'), (dict(stop=list('abcde')), 'stop'),
     (dict(logprobs=6), 'logprobs'), (dict(presence_penalty=0.5), "'presence_penalty' is not "
      'supported; supported: echo, logprobs, .*temperature'),
@@ -424,7 +425,8 @@ def test_a_token_is_required_where_there_is_one(parts):
     for method, path in (('POST', '/v1/completions'), ('GET', '/v1/models')):
       status, answer = served.raw(method, path, b'{}', **header)
       assert status == 401 and 'lacks the token' in answer['error']['message']
-  assert served.raw('POST', '/v1/completions', b'{}')[0] == 401
+  for header in (dict(), dict(Authorization='sesame')):
+    assert served.raw('POST', '/v1/completions', b'{}', **header)[0] == 401
   assert served.raw('GET', '/health')[0] == 200
   served.close()
 

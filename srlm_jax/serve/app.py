@@ -243,8 +243,8 @@ class Api:
                               api.ChatFormat)
 
   def _authorize(self, request: Request):
-    given = request.headers.get('authorization', '').removeprefix('Bearer ')
-    if not hmac.compare_digest(given.encode(), self.service.key.encode()) and self.service.key:
+    given, wanted = request.headers.get('authorization', ''), f'Bearer {self.service.key}'
+    if self.service.key and not hmac.compare_digest(given.encode(), wanted.encode()):
       raise Unauthorized('the request lacks the token of this server; send it as '
                          '"Authorization: Bearer TOKEN"')
 
