@@ -100,8 +100,8 @@ class Worker:
     count = sum(job.request.n for job in jobs)
     most = self.engine.slots + self.most_waiting
     if count > most:
-      raise InputError(f'the request asks for {count} samples, and the server holds at most {most}; '
-                       f'send fewer prompts at once, or lower n')
+      raise InputError(f'the request asks for {count} samples, and the server holds at most '
+                       f'{most}; send fewer prompts at once, or lower n')
     if self._held + count > most:
       raise Busy(f'the server holds {self._held} samples, and at most {most}; this request has '
                  f'{count}; try again later')
