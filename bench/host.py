@@ -62,7 +62,7 @@ class Calls:
     """`text`: the tokens that every row generates, over and over."""
     self._text, self._ended = text, None
     self.seconds, self.reading, self.writing = [], [0.0], [0.0]
-    static = ('model', 'sampling', 'steps')
+    static = ('model', 'sampling', 'steps', 'top')
     self._decode = jax.jit(self._advance, static_argnames=static, donate_argnames='cache',
                            keep_unused=True)
     self._prefill = jax.jit(lambda model, params, cache, prefix, tokens, view: cache,
@@ -83,14 +83,15 @@ class Calls:
     """Like `programs.prefill`."""
     return self._prefill
 
-  def _advance(self, model, params, cache, prefix, rows, key, eos, *, sampling, steps):
+  def _advance(self, model, params, cache, prefix, rows, key, eos, per_row, *, sampling, steps,
+               top):
     new = jnp.where(rows.live, jnp.minimum(rows.limit - rows.count, steps), 0)
     text = jnp.asarray(self._text)
     ids = text[(rows.count[:, None] + jnp.arange(steps)) % len(text)]
     count = rows.count + new
     after = rows.replace(length=rows.length + new, count=count,
                          live=rows.live & (count < rows.limit))
-    return cache, after, ids, jnp.zeros(ids.shape), jnp.full((), steps, jnp.int32)
+    return cache, after, (ids, jnp.zeros(ids.shape)), jnp.full((), steps, jnp.int32)
 
   def timed(self, kind: list[float], function, *args):
     """Calls a function, and adds its seconds to the last entry of `kind`."""

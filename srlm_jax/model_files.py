@@ -122,6 +122,8 @@ def has_chat_template(folder) -> bool:
     return True
   fields = records.read_json(path, 'download it again') if path.exists() else {}
   return isinstance(fields, dict) and bool(fields.get('chat_template'))
+
+
 def adapter(rank: int, alpha: float, targets, base, folder) -> Adapter:
   """The description of a new adapter in `folder` for the latest step of the model `base`."""
   base, workdir = storage.absolute(base), _workdir(folder)

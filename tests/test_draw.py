@@ -89,6 +89,22 @@ def test_tokens_that_tie_with_the_last_one_of_the_top_p_set_are_in_it():
   assert drawn[1:3].min() > 300 and not drawn[3:].any()
 
 
+def test_rows_with_their_own_sampling_draw_as_rows_that_share_it():
+  """Of every kind beside each other: bit for bit where the compiler divides alike."""
+  logits = np.random.default_rng(0).normal(size=(80, 500)).astype(np.float32) * 2
+  kinds = [Sampling(0.7, 0.9, 1), Sampling(1.3, 1.0, 1, 7), Sampling(1.0, 1.0, 1)]
+  per_row = draw.PerRow.empty(80)
+  for i, sampling in enumerate([*kinds, Sampling(0.0, 0.5, 1, 3)]):
+    per_row.set(slice(i, None, 4), sampling)
+  found = np.asarray(jax.jit(draw.draw_per_row)(logits, keys(80), per_row))
+  run = jax.jit(draw.draw, static_argnums=2)
+  for i, sampling in enumerate(kinds):
+    own = slice(i, None, 4)
+    wanted = run(logits[own], keys(80)[own], sampling)
+    assert found[own].tolist() == wanted.tolist()
+  assert found[3::4].tolist() == logits[3::4].argmax(-1).tolist()
+
+
 def test_a_tiny_top_p_ends_and_gives_the_most_likely_token():
   logits = np.random.default_rng(0).normal(size=(64, 5_000)).astype(np.float32)
   drawn = draw.draw(logits, keys(64), Sampling(5.0, 1e-30, 1))

@@ -98,6 +98,57 @@ def test_samples_do_not_depend_on_slots_order_steps_sharing_or_refill():
     assert found == {key: wanted[key] for key in found} and len(found) == sum(r.n for r in requests)
 
 
+def test_requests_that_come_one_by_one_get_the_samples_of_a_stream():
+  """Also after other samples were stopped and other requests removed."""
+  own = [GREEDY, WARM]
+  asked = [dataclasses.replace(r, sampling=own[i % 2], top=3 * (i > 0))
+           for i, r in enumerate([MIXED[1], MIXED[0], MIXED[5], MIXED[2]])]
+  engine, _ = make(slots=4, share=False)
+  wanted = {r.id: results for i in (0, 1) for r, results in engine.generate(asked[i::2], own[i])}
+  slots, found = engine.open(), {}
+  for i, request in enumerate(asked):
+    found[request.id] = engine.put(slots, request)
+    lost = engine.put(slots, dataclasses.replace(request, id=f'lost {i}'))
+    engine.advance(slots)
+    if lost[0].ids and not lost[0].finish:
+      slots.schedule.stop(lost[0])
+    engine.advance(slots)
+    slots.schedule.remove(lost)
+  while slots.schedule.running or slots.schedule._waiting:
+    engine.advance(slots)
+  for request in asked:
+    assert [r.ids for r in found[request.id]] == [r.ids for r in wanted[request.id]]
+    for result in found[request.id]:
+      assert len(result.top) == (len(result.ids) if request.top else 0)
+      assert all(len(top) == request.top for top in result.top)
+      if request.sampling.temperature == 0:
+        for top, i, logp in zip(result.top, result.ids, result.token_logps, strict=False):
+          assert max(top, key=top.get) == i and top[i] == logp
+  with pytest.raises(InputError, match='the prompt has 120 tokens and max_tokens is 12; together'):
+    engine.put(slots, Request('long', [1] * 120, sampling=own[0]))
+
+
+def test_the_log_probs_of_prompts_are_those_of_the_full_forward_pass(monkeypatch):
+  """In parts of the positions, on a mesh, and with the most likely tokens."""
+  monkeypatch.setattr(programs, 'LOGITS', 16)
+  programs.prompt_logps.clear_cache()
+  engine, params = make((2, 2, 2))[0], make()[1]
+  prompts = [list(range(1, 40)), [60, 60, 2, 9] * 9]
+  found = engine.prompt_logps(prompts, 3)
+  programs.prompt_logps.clear_cache()
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    for ids, (logps, top) in zip(prompts, found, strict=True):
+      logits = full_logits(llama.Llama(TINY), params, jnp.asarray([ids + [0] * (48 - len(ids))]))
+      wanted = np.asarray(jax.nn.log_softmax(logits[0]))
+      assert len(logps) == len(top) == len(ids) - 1
+      for t in range(len(ids) - 1):
+        assert logps[t] == pytest.approx(wanted[t, ids[t + 1]], abs=1e-4)
+        best = np.argsort(-wanted[t])[:3]
+        assert list(top[t]) == best.tolist()
+        np.testing.assert_allclose(list(top[t].values()), wanted[t, best], atol=1e-4)
+        assert ids[t + 1] not in top[t] or top[t][ids[t + 1]] == logps[t]
+
+
 @pytest.fixture(scope='module')
 def m0(tmp_path_factory):
   """The sandbox's M0 as a checkpoint, and 100 judge prompts of 4 samples."""

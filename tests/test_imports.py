@@ -20,7 +20,7 @@ ORDER = '''
   checkpoint
   sample
   eval / sandbox / train
-  selection loop study plan
+  selection loop study plan serve
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
 LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests'}
@@ -111,6 +111,7 @@ def test_every_module_has_a_test_file():
       judge='loop', metrics='loop', schema='records', implicit='strategies', catalog='stage',
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
+      text='serve', worker='serve', api='serve', app='serve',
       model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
       arrays='distribute', card='loop', fields='config_fields', conversation='templates',
       rendering='templates')

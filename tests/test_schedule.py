@@ -100,6 +100,27 @@ def test_every_request_is_returned_once_in_order_and_at_most_max_held_are_held(
   assert all(x.finish == 'eos' and x.ids == [7] for _, results in returned for x in results)
 
 
+def test_requests_that_are_added_can_be_stopped_and_removed_at_any_time():
+  schedule = Schedule((), 3, **OPTIONS)
+  assert schedule.admit() == []
+  first, second, third = (schedule.put(request) for request in make_requests(2, 1, 2))
+  assert [part.request.id for part in schedule.admit()] == ['r0', 'r1']
+  schedule.stop(first[1])
+  assert (first[1].finish, first[0].finish, len(schedule.running)) == ('stopped', '', 2)
+  assert schedule.admit() == []  # both samples of r2 wait for slots
+  schedule.remove(second)
+  assert second[0].finish == ''
+  third_part, = schedule.admit()
+  finish(schedule, third_part.slots[0])
+  schedule.remove(third)  # one of its samples has finished
+  finish(schedule, first_slot := next(iter(schedule.running)))
+  assert first[0].ids == [7] and first_slot == 0
+  schedule.remove(first)
+  waiting = schedule.put(make_requests(1)[0])
+  schedule.remove(waiting)
+  assert schedule.done() and schedule.admit() == [] and len(schedule._free) == 3
+
+
 def test_an_invalid_request_is_rejected_by_its_id():
   for bad in (dict(ids=[]), dict(n=0), dict(n=-1), dict(lengths=[1, 2]), dict(lengths=[0])):
     with pytest.raises(InputError, match='request r '):

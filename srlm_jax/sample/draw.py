@@ -1,8 +1,10 @@
 """Samples the next token of every row: temperature, top-k, top-p, then one draw."""
 import dataclasses
 
+import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from srlm_jax import InputError
 
@@ -28,6 +30,25 @@ class Sampling:
       raise InputError(f'max_tokens is {self.max_tokens}; it must be at least 1')
 
 
+@flax.struct.dataclass
+class PerRow:
+  """The values of `Sampling` for rows that differ in them."""
+  temperature: jax.Array  # [B]
+  top_p: jax.Array        # [B]
+  top_k: jax.Array        # [B]
+
+  @classmethod
+  def empty(cls, row_count: int):
+    """Greedy rows as numpy arrays, which `set` writes to."""
+    return cls(np.zeros(row_count, np.float32), np.ones(row_count, np.float32),
+               np.zeros(row_count, np.int32))
+
+  def set(self, rows, sampling: Sampling):
+    """Gives some rows the values of `sampling`."""
+    for field in dataclasses.fields(self):
+      getattr(self, field.name)[rows] = getattr(sampling, field.name)
+
+
 def draw(logits, keys, sampling: Sampling):
   """logits [B, V] float32, keys [B], the PRNG key of each row -> tokens [B] int32.
 
@@ -38,15 +59,46 @@ def draw(logits, keys, sampling: Sampling):
   """
   if sampling.temperature == 0:
     return _argmax(logits)
-  # The maximum becomes 0 first, so that a very low temperature does not overflow.
-  scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
-  probs = jax.nn.softmax(scaled, -1)
+  probs = _probs(logits, sampling.temperature)
   if 0 < sampling.top_k < probs.shape[-1]:
     probs = jnp.where(_largest(probs, sampling.top_k), probs, 0)
   if sampling.top_p == 1:
-    return invert(probs, jax.vmap(jax.random.uniform)(keys))
-  limit = sampling.top_p * probs.sum(-1)
+    return _from_all(probs, keys)
+  return _from_top_p(probs, keys, sampling.top_p * probs.sum(-1))
 
+
+def draw_per_row(logits, keys, sampling: PerRow):
+  """As `draw`, where every row has its own values; but for rounding, the tokens are the same."""
+  is_greedy = sampling.temperature == 0
+
+  def sample():
+    probs = _probs(logits, jnp.where(is_greedy, 1, sampling.temperature)[:, None])
+    count = jnp.where(sampling.top_k > 0, sampling.top_k, probs.shape[-1])[:, None]
+    probs = jax.lax.cond((sampling.top_k > 0).any(),
+                         lambda: jnp.where(_largest(probs, count), probs, 0), lambda: probs)
+    is_whole = is_greedy | (sampling.top_p == 1)
+    limit = sampling.top_p * probs.sum(-1)
+    return jnp.where(is_whole, _from_all(probs, keys), _from_top_p(probs, keys, limit, is_whole))
+  token = _argmax(logits)
+  return jnp.where(is_greedy, token, jax.lax.cond(is_greedy.all(), lambda: token, sample))
+
+
+def _probs(logits, temperature):
+  """The probabilities [B, V]; the maximum becomes 0 first, so that a very low temperature does not
+  overflow."""
+  return jax.nn.softmax((logits - logits.max(-1, keepdims=True)) / temperature, -1)
+
+
+def _from_all(probs, keys):
+  """Draws from the whole of probs [B, V] -> tokens [B]."""
+  return invert(probs, jax.vmap(jax.random.uniform)(keys))
+
+
+def _from_top_p(probs, keys, limit, is_done=False):
+  """Draws from the top-p sets of probs [B, V], whose masses are `limit` [B] -> tokens [B].
+
+  Rows of `is_done` [B] need no token.
+  """
   def attempt(state):
     t, floor, token, accepted = state
     uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
@@ -57,7 +109,7 @@ def draw(logits, keys, sampling: Sampling):
     return (t + 1, jnp.where(found[:, None], floor, prob), jnp.where(accepted, token, new), found)
 
   B = len(probs)
-  start = (0, jnp.full((B, 1), -1.0), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+  start = (0, jnp.full((B, 1), -1.0), jnp.zeros(B, jnp.int32), jnp.full(B, is_done))
   return jax.lax.while_loop(lambda state: ~state[3].all(), attempt, start)[2]
 
 
@@ -97,8 +149,10 @@ def _first_above(mass, sums, threshold):
   return jnp.where(above.any(-1), above.argmax(-1), last)
 
 
-def _largest(probs, count: int):
+def _largest(probs, count):
   """probs [B, V] -> mask [B, V] of the `count` largest entries, with all that tie with the last.
+
+  `count`: one number, or [B, 1].
 
   Finds the cutoff bit by bit instead of sorting: the order of floats that are not negative is the
   order of their bit patterns.

@@ -1,9 +1,9 @@
 """The sampling engine: continuous batching with a shared prefix.
 
 `slots` rows decode together, a few tokens per call. Between calls, the slots of finished rows go to
-waiting samples. A request (one prompt, n samples) is prefilled once, and its K/V are copied to n
-slots. The common prefix of a stream's first requests (the judge's rubric) is prefilled once, and
-every row reads it.
+waiting samples, of a stream (`Engine.generate`) or of a caller who adds them (`Engine.open`). A
+request (one prompt, n samples) is prefilled once, and its K/V are copied to n slots. The common
+prefix of a stream's first requests (the judge's rubric) is prefilled once, and every row reads it.
 """
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,18 @@ from srlm_jax import (
   preemption,
   sharding,
 )
-from srlm_jax.checkpoint import store
+from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
 from srlm_jax.sample import programs
-from srlm_jax.sample.draw import Sampling
+from srlm_jax.sample.draw import PerRow, Sampling
 from srlm_jax.sample.schedule import Request, Result, Schedule
 
 PREFIX_REQUESTS = 64  # first requests of a stream, whose common prefix is shared
 MIN_PREFIX = 16       # tokens; a shorter prefix does not pay for its part of the attention
 LOGPS_ROWS = 16       # rows that `Engine.logps` computes together; all their logits are in memory
+PROMPT_ROWS = 4       # the same for `Engine.prompt_logps`, which computes their logits in parts
+MOST_TOP = 20         # most likely tokens whose log-probs a request may ask for
 HELD_PER_SLOT = 16    # requests per slot whose results may wait for an earlier request
 
 
@@ -50,6 +53,18 @@ class Work:
   def slot_utilization(self) -> float:
     """Slot utilization: generated tokens per slot and decode step."""
     return self.generated / max(self.slot_steps, 1)
+
+
+@dataclasses.dataclass
+class Slots:
+  """Rows that decode together, and the requests that they belong to."""
+  schedule: Schedule
+  rows: programs.Rows
+  cache: Any
+  prefix_ids: tuple[int, ...]
+  prefix: Any                # the K/V of prefix_ids
+  sampling: Sampling | None  # of all requests; None: each has its own
+  per_row: PerRow | None     # then, that of each row
 
 
 class Engine:
@@ -125,42 +140,79 @@ class Engine:
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
                         kept, HELD_PER_SLOT * self.slots, self._share, self._refill)
-    prefix = self._prefix(ids)
-    cache, self._cache = self._cache, None
-    if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.slot_count:
-      cache = None  # frees the old cache before the new one is allocated
-      cache = self._empty(rows.slot_count, self.size)
+    slots = self._slots(schedule, rows, ids, sampling)
     while not schedule.done():
       self.stop_if_requested()
-      cache = self._enter(schedule.admit(), rows, cache, prefix, ids, sampling)
-      if schedule.running:
-        cache, rows = self._decode(schedule, rows, cache, prefix, sampling)
+      self.advance(slots)
       for request, results in schedule.leave():
         if results and results[0].finish == 'too_long' and self._is_first_host:
           print(f'{self.title}: the prompt of {request.id} has {len(request.ids)} tokens, more '
                 f'than the {max_prompt_tokens} that fit: skipped', flush=True)
         yield request, results
-    self._cache = cache
+    self._cache = slots.cache
 
-  def _enter(self, parts, rows, cache, prefix, prefix_ids, sampling):
+  def _slots(self, schedule: Schedule, rows, prefix_ids: tuple[int, ...],
+             sampling: Sampling | None) -> Slots:
+    """Idle slots, with the cache of the last call if it has their number."""
+    prefix = self._prefix(prefix_ids)
+    cache, self._cache = self._cache, None
+    if cache is None or jax.tree.leaves(cache)[0].shape[1] != rows.slot_count:
+      cache = None  # frees the old cache before the new one is allocated
+      cache = self._empty(rows.slot_count, self.size)
+    per_row = PerRow.empty(rows.slot_count) if sampling is None else None
+    return Slots(schedule, rows, cache, prefix_ids, prefix, sampling, per_row)
+
+  def open(self) -> Slots:
+    """-> all slots, for requests that come one by one: `put` adds one, `advance` decodes.
+
+    The schedule's `stop` and `remove` end samples and requests between two calls.
+    """
+    schedule = Schedule((), self.slots, self.size, 0, {}, 0, self._share, self._refill)
+    return self._slots(schedule, programs.Rows.empty(self.slots), (), None)
+
+  def put(self, slots: Slots, request: Request) -> list[Result]:
+    """Adds a request with its own `sampling` -> its results, which `advance` extends."""
+    self.check_fits(len(request.ids), request.sampling.max_tokens)
+    return slots.schedule.put(request)
+
+  def check_fits(self, prompt_tokens: int, max_tokens: int):
+    """Raises InputError if a prompt and its response do not fit into a row."""
+    if prompt_tokens + max_tokens > self.size:
+      raise InputError(f'the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}; '
+                       f'together they exceed the {self.size} tokens of a row; shorten the prompt '
+                       f'or lower max_tokens')
+
+  def advance(self, slots: Slots):
+    """Gives free slots to waiting samples, and decodes `steps` tokens of all running ones."""
+    if slots.per_row:  # the caller may have stopped some
+      idle = np.ones(slots.rows.slot_count, bool)
+      idle[list(slots.schedule.running)] = False
+      slots.rows.live[idle] = False
+    self._enter(slots.schedule.admit(), slots)
+    if slots.schedule.running:
+      self._decode(slots)
+
+  def _enter(self, parts, slots: Slots):
     """Prefills the prompts of `parts` without their last tokens, and starts their slots."""
     groups = defaultdict(list)  # by width
     for part in parts:
-      ids = part.request.ids
-      prefix_length = len(common([ids[:-1], prefix_ids]))
+      ids, sampling = part.request.ids, part.request.sampling or slots.sampling
+      prefix_length = len(common([ids[:-1], slots.prefix_ids]))
       own = ids[prefix_length:-1]
       fold_data = [_fold_data(f'{part.request.id}/{number}') for number in part.numbers]
       lengths = part.request.lengths or [sampling.max_tokens] * part.request.n
       limits = [min(lengths[number], sampling.max_tokens) for number in part.numbers]
-      rows.begin(part.slots, ids[-1], prefix_length, len(own), limits, fold_data)
+      slots.rows.begin(part.slots, ids[-1], prefix_length, len(own), limits, fold_data)
+      if slots.per_row:
+        slots.per_row.set(part.slots, sampling)
       self.work.unshared_prompt_tokens += len(part.slots) * len(ids)
       if len(own):
         groups[self._width(len(own))].append((own, prefix_length, part.slots))
     for width, group in sorted(groups.items()):
       prompts = self._parts * max(self._kernels.prefill_tokens // width // self._parts, 1)
       for i in range(0, len(group), prompts):
-        cache = self._prefill(group[i:i + prompts], prompts, width, cache, prefix)
-    return cache
+        slots.cache = self._prefill(group[i:i + prompts], prompts, width, slots.cache,
+                                    slots.prefix)
 
   def _prefill(self, group, prompts: int, width: int, cache, prefix):
     """Prefills at most `prompts` prompts of at most `width` tokens: (ids, prefix length, slots)."""
@@ -178,24 +230,31 @@ class Engine:
       view = caches.Prefill(prefix_lengths, *pairs, np.int32(len(copies)))
       return programs.prefill(self._mesh)(self._model, self._params, cache, prefix, tokens, view)
 
-  def _decode(self, schedule: Schedule, rows, cache, prefix, sampling: Sampling):
+  def _decode(self, slots: Slots):
     """Decodes `steps` tokens, and passes them to the schedule."""
-    static = dataclasses.replace(sampling, max_tokens=1)  # one compilation for all lengths
+    schedule, rows, static = slots.schedule, slots.rows, slots.sampling
+    if static:
+      static = dataclasses.replace(static, max_tokens=1)  # one compilation for all lengths
+    is_asked = any(entry.request.top for entry, _ in schedule.running.values())
     with jax.set_mesh(self._mesh):
-      placed = sharding.put_batch(rows, self._mesh)
-      cache, *made = programs.decode(self._model, self._params, cache, prefix, placed, self._key,
-                                     self._eos, steps=self._steps, sampling=static)
-    after, ids, token_logps, steps = jax.tree.map(np.array, jax.device_get(made))
+      placed, per_row = sharding.put_batch((rows, slots.per_row), self._mesh)
+      slots.cache, *made = programs.decode(
+          self._model, self._params, slots.cache, slots.prefix, placed, self._key, self._eos,
+          per_row, sampling=static, steps=self._steps,
+          top=min(MOST_TOP, self._model.config.V) if is_asked else 0)
+    after, (ids, token_logps, *top), steps = jax.tree.map(np.array, jax.device_get(made))
     self.work.slot_steps += rows.slot_count * int(steps)
-    for slot in list(schedule.running):
+    for slot, (entry, _) in list(schedule.running.items()):
       new = int(after.count[slot] - rows.count[slot])
       if not np.isfinite(token_logps[slot, :new]).all():
-        raise InputError(f'{self.title}: log-probs of {schedule.name(slot)} are not finite; the '
+        raise InputError(f'{self.title}: log-probs of {entry.request.id} are not finite; the '
                          f'model\'s parameters are damaged, train or convert it again')
       finish = '' if after.live[slot] else 'eos' if after.ended[slot] else 'length'
-      schedule.add(slot, ids[slot, :new].tolist(), token_logps[slot, :new].tolist(), finish)
+      most = entry.request.top
+      likely = _by_id(*(x[slot, :new, :most] for x in top)) if most else ()
+      schedule.add(slot, ids[slot, :new].tolist(), token_logps[slot, :new].tolist(), finish, likely)
       self.work.generated += new
-    return cache, after
+    slots.rows = after
 
   def _prefix(self, ids: tuple[int, ...]):
     """The K/V of a prefix that all rows read."""
@@ -258,6 +317,34 @@ class Engine:
           sums[i] = logp
     return sums
 
+  def prompt_logps(self, prompts: Sequence[Sequence[int]], top: int) -> list[
+      tuple[list[float], list[dict[int, float]]]]:
+    """Prompts -> of each: the log-probs of its tokens but the first, and {id: log-prob} of the
+    `top` most likely tokens in the place of each."""
+    indices, found = defaultdict(list), [None] * len(prompts)
+    for i, ids in enumerate(prompts):
+      indices[min(bucket(len(ids)), self.context)].append(i)
+    batch = _up(PROMPT_ROWS, self._parts)
+    for width, group in indices.items():
+      for some in (group[i:i + batch] for i in range(0, len(group), batch)):
+        tokens = np.zeros((batch, width), np.int32)
+        for row, i in enumerate(some):
+          tokens[row, :len(prompts[i])] = prompts[i]
+        with jax.set_mesh(self._mesh):
+          made = programs.prompt_logps(self._model, self._params,
+                                       sharding.put_batch(tokens, self._mesh),
+                                       top=min(MOST_TOP, self._model.config.V))
+        logps, ids, likely = map(np.asarray, made)
+        for row, i in enumerate(some):
+          part = np.s_[row, 1:len(prompts[i])]
+          found[i] = logps[part].tolist(), _by_id(ids[part][:, :top], likely[part][:, :top])
+    return found
+
+
+def _by_id(ids, logps) -> list[dict[int, float]]:
+  """ids [T, top], logps [T, top] -> {id: log-prob} of each token."""
+  return [dict(zip(*pair, strict=True)) for pair in zip(ids.tolist(), logps.tolist(), strict=True)]
+
 
 def choose(config, folders: Sequence):
   """-> a config whose open keys for sampling have values: for these hosts and the largest model."""
@@ -272,9 +359,9 @@ def load(config, folder, stage: str, chat: str = 'none',
          stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
   """Restores a checkpoint onto every group of hosts in the sampling dtype -> engine and tokenizer.
 
-  All hosts must call it. Rows end with eos, with the end of a turn in the chat format `chat`, and
-  with the last token of the text `stop`. In a block of `kept`, the engine of the stage before is
-  used again if it has the same parameters.
+  `folder` may also be a Hugging Face model. All hosts must call it. Rows end with eos, with the end
+  of a turn in the chat format `chat`, and with the last token of the text `stop`. In a block of
+  `kept`, the engine of the stage before is used again if it has the same parameters.
   """
   config = choose(config, [folder])
   c, mesh = config.sample, group_mesh(config)
@@ -285,7 +372,9 @@ def load(config, folder, stage: str, chat: str = 'none',
   if chat != 'none' and (end := templates.end_of_turn(chat, tokenizer)) not in ends:
     ends.append(end)
   for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
-  made_of = model_files.recorded_hash(folder), shape, mesh, c.int8, c.lora_merge
+  is_ours = model_files.exists(folder)
+  made_of = (model_files.recorded_hash(folder) if is_ours else str(folder), shape, mesh, c.int8,
+             c.lora_merge)
   if _kept and _kept.made_of == made_of:
     _kept.engine.begin(ends, config.seed, stage, **for_stage)
     return _kept.engine, tokenizer
@@ -293,7 +382,10 @@ def load(config, folder, stage: str, chat: str = 'none',
     _kept.drop()  # before the memory of the next one is taken
     _kept.restores += 1
   with jax.set_mesh(mesh):
-    params, _ = store.restore_params(folder, mesh, c.dtype, once=True, merge=c.lora_merge)
+    if is_ours:
+      params, _ = store.restore_params(folder, mesh, c.dtype, once=True, merge=c.lora_merge)
+    else:
+      params = convert.load_hf(folder, mesh, c.dtype)
     params = int8.quantize(params) if c.int8 else params
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
   if _kept:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax import compiler
-from srlm_jax.models import cache as caches, vocab
+from srlm_jax.models import cache as caches, packed, vocab
 from srlm_jax.sample import draw
 from srlm_jax.sharding import AXES
 
+LOGITS = 128  # positions of a row whose logits `prompt_logps` computes together
 
 @flax.struct.dataclass
 class Rows:
@@ -66,40 +67,94 @@ def _prefill(model, params, cache, prefix, tokens, view: caches.Prefill):
   return cache
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'steps'), donate_argnames='cache')
-def decode(model, params, cache, prefix, rows: Rows, key, eos, *, sampling: draw.Sampling,
-           steps: int):
+@functools.partial(jax.jit, static_argnames=('model', 'sampling', 'steps', 'top'),
+                   donate_argnames='cache')
+def decode(model, params, cache, prefix, rows: Rows, key, eos,
+           per_row: draw.PerRow | None = None, *, sampling: draw.Sampling | None, steps: int,
+           top: int = 0):
   """Generates up to `steps` tokens for every live row.
 
-  -> the cache, the rows, token ids [B, steps], their log-probs [B, steps], and the number of
-  columns that were written. Log-probs are those of the model, before temperature and truncation.
+  `sampling`: of all rows; None: `per_row` has that of each. -> the cache, the rows, what was
+  generated, and the number of columns that were written. Generated are token ids [B, steps] and
+  their log-probs [B, steps]; with `top`, also the ids and log-probs of the `top` most likely tokens
+  [B, steps, top]. Log-probs are those of the model, before temperature and truncation.
   """
   keys = jax.vmap(lambda data: jax.random.fold_in(key, data))(rows.fold_data)
   # Sampling needs the whole vocabulary of a row on one chip.
   whole = jax.sharding.PartitionSpec(AXES['B'], None)
 
   def body(carry):
-    cache, rows, ids, token_logps, t = carry
+    cache, rows, made, t = carry
     view = caches.Decode(rows.prefix_length, rows.length, rows.live)
     positions = (rows.prefix_length + rows.length)[:, None]
     hidden, cache = model.apply({'params': params}, rows.token[:, None], positions, cache, prefix,
                                 view, method='hidden_and_cache')
     logits = model.apply({'params': params}, hidden, method='logits')
-    token = draw.draw(jax.lax.with_sharding_constraint(logits[:, 0], whole),
-                      jax.vmap(jax.random.fold_in)(keys, rows.count), sampling)
-    logp = vocab.token_logps(logits, token[:, None])[:, 0]
+    last, row_keys = (jax.lax.with_sharding_constraint(logits[:, 0], whole),
+                      jax.vmap(jax.random.fold_in)(keys, rows.count))
+    if sampling is None:
+      token = draw.draw_per_row(last, row_keys, per_row)
+    else:
+      token = draw.draw(last, row_keys, sampling)
+    new = token, vocab.token_logps(logits, token[:, None])[:, 0]
+    if top:
+      new = *new, *most_likely(logits[:, 0], *new, top)
     ended = rows.live & jnp.isin(token, eos)
     count = rows.count + rows.live
     rows = rows.replace(
         token=jnp.where(rows.live, token, rows.token), length=rows.length + rows.live, count=count,
         live=rows.live & ~ended & (count < rows.limit), ended=rows.ended | ended)
-    return cache, rows, ids.at[:, t].set(token), token_logps.at[:, t].set(logp), t + 1
+    return cache, rows, jax.tree.map(lambda all, x: all.at[:, t].set(x), made, new), t + 1
 
   shape = rows.slot_count, steps
-  start = cache, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((), jnp.int32)
-  cache, *made = jax.lax.while_loop(
-      lambda carry: carry[1].live.any() & (carry[4] < steps), body, start)
-  return cache, *_on_all_chips(made)
+  made = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+  if top:
+    made = *made, jnp.zeros((*shape, top), jnp.int32), jnp.zeros((*shape, top))
+  start = cache, rows, made, jnp.zeros((), jnp.int32)
+  cache, *found = jax.lax.while_loop(
+      lambda carry: carry[1].live.any() & (carry[3] < steps), body, start)
+  return cache, *_on_all_chips(found)
+
+
+def most_likely(logits, tokens, token_logps, count: int):
+  """logits [.., V] -> the ids [.., count] of the most likely tokens, and their log-probs.
+
+  `tokens` and `token_logps` [..]: a token of each row and its log-prob, which is not rounded twice.
+  """
+  largest, ids = jax.lax.top_k(logits, count)
+  logps = largest - jax.nn.logsumexp(logits, -1, keepdims=True)
+  return ids, jnp.where(ids == tokens[..., None], token_logps[..., None], logps)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'top'))
+def prompt_logps(model, params, tokens, *, top: int):
+  """tokens [B, T] -> the log-prob of each token given those before it [B, T], and the ids and
+  log-probs of the `top` most likely tokens in its place [B, T, top].
+
+  Column 0 means nothing. The logits of LOGITS positions are in memory at the same time.
+  """
+  B, T = tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+  hidden = model.apply({'params': params}, tokens, positions, packed.Causal(), method='hidden')
+  size = min(T, LOGITS)
+  parts = -(-T // size)
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, parts * size - T), *[(0, 0)] * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(B, parts, size, *x.shape[2:]), 1, 0)
+
+  def one(part):
+    hidden, targets = part
+    logits = model.apply({'params': params}, hidden, method='logits')
+    logps = vocab.token_logps(logits, targets)
+    return logps, *most_likely(logits, targets, logps, top)
+
+  def join(x):
+    x = jnp.moveaxis(x, 0, 1)
+    return jnp.roll(x.reshape(B, parts * size, *x.shape[3:])[:, :T], 1, 1)
+  # Column t of the logits predicts token t + 1.
+  found = jax.lax.map(one, (cut(hidden), cut(jnp.roll(tokens, -1, 1))))
+  return _on_all_chips(jax.tree.map(join, found))
 
 
 @functools.partial(jax.jit, static_argnames='model')

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from srlm_jax import InputError
+from srlm_jax.sample.draw import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Request:
   n: int = 1
   data: Any = None    # the caller's data; not used here
   lengths: Sequence[int] | None = None  # per sample, the maximum of generated tokens, if lower
+  sampling: Sampling | None = None  # its own, where requests come one by one
+  top: int = 0        # return the log-probs of this many most likely tokens; 0: none
 
   def __post_init__(self):
     if not len(self.ids):
@@ -38,7 +41,10 @@ class Result:
   """The generated tokens of one sample."""
   ids: list[int]  # with the eos, if one was generated
   token_logps: list[float]  # under the model itself: before temperature, top-k and top-p
-  finish: str = ''  # eos; length: max_tokens reached; too_long: prompt too long, not sampled
+  # eos; length: max_tokens reached; too_long: prompt too long, not sampled; stopped: by the caller
+  finish: str = ''
+  # Per token: {id: log-prob} of the most likely ones.
+  top: list[dict[int, float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -78,6 +84,26 @@ class Schedule:
     self._waiting = deque()  # (entry, part) without slots
     self.running: dict[int, tuple[_Entry, Result]] = {}  # by slot
 
+  def put(self, request: Request) -> list[Result]:
+    """Adds a request behind those that wait -> its results, which grow until each has a `finish`.
+    """
+    self._enter(request)
+    return self._entries[-1].results
+
+  def stop(self, result: Result):
+    """Ends a running sample, whose slot is then free."""
+    for slot, (_, running) in list(self.running.items()):
+      if running is result:
+        self.add(slot, [], [], 'stopped')
+
+  def remove(self, results: list[Result]):
+    """Forgets a request, finished or not, and frees its slots; `results`: from `put`."""
+    for slot, (entry, _) in list(self.running.items()):
+      if entry.results is results:
+        self._leave(slot)
+    self._waiting = deque(pair for pair in self._waiting if pair[0].results is not results)
+    self._entries = deque(entry for entry in self._entries if entry.results is not results)
+
   def admit(self) -> list[Part]:
     """Assigns free slots -> the parts that start now."""
     parts = []
@@ -92,20 +118,21 @@ class Schedule:
       parts.append(part)
     return parts
 
-  def add(self, slot: int, ids: list[int], token_logps: list[float], finish: str):
+  def add(self, slot: int, ids: list[int], token_logps: list[float], finish: str, top=()):
     """Adds generated tokens to a slot's result; `finish` (eos or length) frees the slot."""
     entry, result = self.running[slot]
     result.ids += ids
     result.token_logps += token_logps
+    result.top += top
     if finish:
       result.finish = finish
       entry.unfinished -= 1
-      del self.running[slot]
-      self._free.append(slot)
+      self._leave(slot)
 
-  def name(self, slot: int) -> str:
-    """The id of the request that runs in a slot."""
-    return self.running[slot][0].request.id
+  def _leave(self, slot: int):
+    """Frees a slot."""
+    del self.running[slot]
+    self._free.append(slot)
 
   def leave(self) -> Iterator[tuple[Request, list[Result]]]:
     """Yields and removes the finished requests that have no unfinished one before them."""
