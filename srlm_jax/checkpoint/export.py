@@ -58,7 +58,7 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   chat = _chat(folder, chat)
   files = {name: (folder / name).read_bytes() for name in model_files.names(folder)}
   config = _parse(folder, files, CONFIG)
-  if {config.get('dtype'), config.get('torch_dtype')} != {dtype}:  # training stores float32
+  if {config.get('dtype'), config.get('torch_dtype')} - {None} != {dtype}:  # trained in float32
     _change(files, CONFIG, config | dict(dtype=dtype, torch_dtype=dtype))
   if not chat and not files.keys() & {BACKEND, 'tokenizer.model'}:
     return Export(files, chat)
@@ -67,6 +67,16 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   for name in (CONFIG, GENERATION):
     before = _parse(folder, files, name)
     _change(files, name, before | _ids(before, ours.start, ends, bool(chat)))
+  files, theirs = _tokenizer(folder, files, ours, chat)
+  for prompt in PROMPTS if chat else ():
+    _check_prompt(folder, chat, prompt, ours, theirs)
+  texts = _texts(theirs)
+  return Export(files, chat, len(texts), tuple(
+      text for text in texts if theirs.encode(text, add_special_tokens=False) != ours.encode(text)))
+
+
+def _tokenizer(folder, files: dict[str, bytes], ours: tokenizers.Tokenizer, chat: str):
+  """-> the files with the tokenizer and chat template of the export, and the tokenizer."""
   before = settings = _parse(folder, files, SETTINGS)
   if BACKEND not in files and (chat or not settings):
     files[BACKEND], settings = _from_sentencepiece(files['tokenizer.model'], ours, settings)
@@ -80,12 +90,7 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   if chat and theirs('')['input_ids'] != ours.start:
     _change(files, SETTINGS, settings | dict(add_bos_token=bool(ours.start)))
     theirs = _load(files)
-  texts = _texts(theirs)
-  differences = tuple(text for text in texts
-                      if theirs.encode(text, add_special_tokens=False) != ours.encode(text))
-  for prompt in PROMPTS if chat else ():
-    _check_prompt(folder, chat, prompt, ours, theirs)
-  return Export(files, chat, len(texts), differences)
+  return files, theirs
 
 
 def _chat(folder, chat: str) -> str:
