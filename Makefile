@@ -73,7 +73,7 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 # several GB; a CPU build is enough.
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
-	.venv-parity/bin/python -m pytest -q tests/test_parity.py tests/test_golden.py tests/test_peft.py
+	.venv-parity/bin/python -m pytest -q -n 2 tests/test_parity.py tests/test_golden.py tests/test_families.py tests/test_family_parity.py tests/test_peft.py
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py

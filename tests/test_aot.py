@@ -1,4 +1,5 @@
-"""The sampler's 70B programs, compiled ahead of time with the TPU compiler, without hardware.
+"""Programs compiled ahead of time with the TPU compiler, without hardware: the sampler's of 70B,
+and those of a 7B model with a sliding window.
 
 `make aot` runs these tests.
 """
@@ -8,6 +9,8 @@ import re
 import aot
 from conftest import gathered
 import pytest
+
+from srlm_jax.models.config import PRESETS
 
 pytestmark = pytest.mark.aot
 
@@ -30,6 +33,48 @@ def compiled(program: aot.Sampler):
         f'{cache / aot.GIB:.2f}; temporaries {memory.temp_size_in_bytes / aot.GIB:.3f} GiB, '
         f'{memory.temp_size_in_bytes / cache:.2%} of the cache')
   return found, memory.temp_size_in_bytes / cache
+
+
+@pytest.fixture
+def mistral(monkeypatch):
+  """The 7B programs are Mistral's, and their rows are longer than its window of 4,096 tokens."""
+  monkeypatch.setitem(PRESETS, 'llama2-7b', PRESETS['mistral-7b-v0.1'])
+  monkeypatch.setattr(aot, 'SIZE', 8192)
+
+
+class LongRows(aot.Training):
+  """Pairs whose responses both end at position 8,191."""
+  width = 3 * 4096
+
+  @property
+  def config(self):
+    config = super().config
+    config.max_length = 8192
+    return config
+
+
+def fits(program, found):
+  """Prints the memory of a program, and asserts that a chip has it."""
+  used, gib = aot.total_bytes(found) / aot.GIB, aot.PODS[program.pod][1]
+  print(f'\n{program.model.family} {program.name}, {program.pod}: {used:.1f} of {gib} GiB per chip')
+  return used < gib
+
+
+@pytest.mark.parametrize('kind, width, kernel', [
+    ('decode', 0, 'tpu_decode'), ('prefill', 8192, 'splash')])
+def test_the_sampler_of_a_windowed_model_is_in_place(kind, width, kernel, mistral):
+  program = aot.Sampler(kind, 'v5p-8', 16, width, '7b', (1, 1, 4))
+  found, fraction = compiled(program)
+  assert fraction < 0.05 and kernel in found.as_text() and fits(program, found)
+
+
+def test_dpo_of_a_windowed_model_fits_and_uses_splash_attention(mistral):
+  program = LongRows('7b', 'dpo', 'v5p-8', (1, 4, 1), 'step')
+  found = aot.compile(program)
+  assert fits(program, found)
+  # forward, recomputed forward and backward
+  assert all(name in found.as_text() for name in (
+      'splash_mqa_fwd', 'splash_mqa_dkv', 'splash_mqa_dq'))
 
 
 @programs('decode')

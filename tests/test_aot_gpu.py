@@ -36,10 +36,12 @@ groups = aot.make_mesh(step).devices.reshape(8, 2)
 assert all(a.process_index == b.process_index for a, b in groups)
 replicated = aot.Training('70b', 'dpo', '8 x h100', (8, 1, 1), 'cached')
 out = []
-for program in [*sampling, step, replicated]:
-  found, kernel = scale_gpu.measure(program)
-  out.append(dict(found, kernel=dataclasses.asdict(kernel) if kernel else None,
-                  problems=scale_gpu.problems(program, found, fits=True)))
+for programs, window in ([*sampling, step, replicated], None), ([*sampling, step], 1000):
+  PRESETS['llama2-70b'] = dataclasses.replace(PRESETS['llama2-70b'], window=window)
+  for program in programs:
+    found, kernel = scale_gpu.measure(program)
+    out.append(dict(found, kernel=dataclasses.asdict(kernel) if kernel else None,
+                    problems=scale_gpu.problems(program, found, fits=True)))
 print(json.dumps(out))
 '''
 
@@ -122,14 +124,16 @@ def test_programs_of_two_layers_compile_for_gpus():
   ran = subprocess.run([python, '-c', PROGRAM], capture_output=True, text=True,
                        env=dict(PYTHONPATH=f'{ROOT}:{ROOT / "bench"}', PATH='/usr/bin:/bin'))
   assert ran.returncode == 0, ran.stderr
-  decode, prefill, step, replicated = json.loads(ran.stdout.splitlines()[-1])
-  # one call per layer, because the sampler unrolls them; a prefill needs no output of the last one
-  assert decode['attention'] == {'Triton': 2} and decode['kernel']['spilled'] == 0
-  assert 0 < decode['kernel']['registers'] < 256 and decode['kernel']['size'] > 1000
-  assert prefill['attention'] == {'cuDNN': 1} and prefill['kernel'] is None
-  # in the loops over the layers: forward, recomputed forward, backward
-  assert step['attention'] == {'cuDNN': 3} and step['kinds']['reduce-scatter'] > 0
-  assert [found['problems'] for found in (decode, prefill, step)] == [[], [], []]
+  found = json.loads(ran.stdout.splitlines()[-1])
+  replicated = found[3]
+  for decode, prefill, step in found[:3], found[4:]:  # without a window, and with one
+    # one call per layer, because the sampler unrolls them; a prefill needs no output of the last
+    assert decode['attention'] == {'Triton': 2} and decode['kernel']['spilled'] == 0
+    assert 0 < decode['kernel']['registers'] < 256 and decode['kernel']['size'] > 1000
+    assert prefill['attention'] == {'cuDNN': 1} and prefill['kernel'] is None
+    # in the loops over the layers: forward, recomputed forward, backward
+    assert step['attention'] == {'cuDNN': 3} and step['kinds']['reduce-scatter'] > 0
+    assert [x['problems'] for x in (decode, prefill, step)] == [[], [], []]
   # the gradients of replicated weights are all-reduced whole
   assert len(replicated['problems']) == 4
   assert all('all-reduce of' in sentence for sentence in replicated['problems'])

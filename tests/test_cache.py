@@ -51,9 +51,10 @@ def prefilled(model, params, tokens, slots, size=64):
 @pytest.mark.parametrize('shape', MESHES)
 @pytest.mark.parametrize('unrolled', [False, True])
 @pytest.mark.parametrize('config', [
-    TINY, dataclasses.replace(TINY, tied=True, biases='qkvo')])
+    TINY, dataclasses.replace(TINY, tied=True, biases='qkvo', qk_norm='all', norms='post',
+                              window=4)])
 def test_cached_decoding_equals_the_full_forward_pass_for_ragged_rows(shape, unrolled, config):
-  """Rows with and without the shared prefix, in permuted slots."""
+  """Rows with and without the shared prefix, in permuted slots; the prefix exceeds a window."""
   if config is not TINY and shape != (1, 1, 1):
     return
   rows, mesh = len(LENGTHS), make_mesh(*shape)

@@ -41,7 +41,7 @@ WRONG = dict(
     initializer_range=[*BAD_NUMBER, -1, 1e300], pretraining_tp=BAD_INTEGER,
     _name_or_path=BAD_TEXT, name_or_path=BAD_TEXT, transformers_version=BAD_TEXT,
     use_cache=BAD_FLAG, output_attentions=BAD_FLAG, output_hidden_states=BAD_FLAG,
-    return_dict=BAD_FLAG,
+    return_dict=BAD_FLAG, _attn_implementation_autoset=BAD_FLAG,
     rope_scaling=['llama3', '', 0, 3, True, False, [], [LLAMA3['rope_scaling']], NAN],
     rope_parameters=['llama3', '', 0, 3, True, False, [], [LLAMA3['rope_scaling']], NAN])
 WRONG_SCALING = dict(
@@ -138,7 +138,7 @@ IGNORED = dict(  # values on the Hub of fields that we do not use
     initializer_range=(0.02, 0, 0.0417), pretraining_tp=(1, 2), use_cache=(True, False),
     output_attentions=(False,), output_hidden_states=(False,), return_dict=(True,),
     transformers_version=('4.31.0.dev0',), _name_or_path=('', 'meta-llama/Llama-2-7b-hf'),
-    name_or_path=('',))
+    name_or_path=('',), _attn_implementation_autoset=(True, False))
 REAL = dict(  # complete config.json files from the Hub
     llama2=dict(
         _name_or_path='meta-llama/Llama-2-7b-hf', architectures=['LlamaForCausalLM'],

@@ -18,6 +18,7 @@ from srlm_jax import InputError, model_files
 from srlm_jax.checkpoint import convert, hashes, hf, store
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config
+from srlm_jax.models.families import FAMILIES
 
 GROUPED = Config(D=32, F=48, K=2, G=3, H=8, V=64, layers=3, context=32, biases='qkvo')
 TIED = Config(D=32, F=48, K=4, G=1, H=8, V=64, layers=2, context=32, tied=True)
@@ -361,8 +362,11 @@ def peaks(tmp_path, config):
   return found, max(2 * int(np.prod(leaf.hf_shape)) for leaf in hf.leaves(config))
 
 
-def test_peak_memory_does_not_grow_with_the_model(tmp_path):
-  config = Config(D=512, F=1024, K=1, G=1, H=64, V=512, layers=32, context=32)
+@pytest.mark.parametrize('family', [
+    'llama', *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != 'llama')])
+def test_peak_memory_does_not_grow_with_the_model(tmp_path, family):
+  config = Config(D=512, F=1024, K=1, G=1, H=64, V=512, layers=32, context=32, family=family,
+                  **FAMILIES[family].constants)
   size = 2 * llama.param_count(config)
   found, largest = peaks(tmp_path, config)
   for start, end in found:

@@ -34,7 +34,7 @@ def draw(responses, T=256):
   return PairSegments(segment_ids, positions, second)
 
 
-def run(f, segments, K=2, G=2, H=128, dtype=jnp.float32):
+def run(f, segments, K=2, G=2, H=128, dtype=jnp.float32, window=None):
   """The output without padding, and the gradients of a weighted sum of it."""
   rng = np.random.default_rng(1)
   B, T = segments.segment_ids.shape
@@ -42,7 +42,7 @@ def run(f, segments, K=2, G=2, H=128, dtype=jnp.float32):
       (B, T, K, G, H), (B, T, K, H), (B, T, K, H), (B, T, K, G, H)))
   real = (segments.segment_ids > 0)[..., None, None, None]
   def total(q, k, v):
-    out = f(q, k, v, segments, window=None) * real
+    out = f(q, k, v, segments, window=window) * real
     return (out * weight).sum(), out
   (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
   return out, *grads

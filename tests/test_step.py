@@ -95,6 +95,18 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(loss, shape):
                gradient(loss, (1, 1, 1)), gradient(loss, shape))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [*MESHES[1:], (1, 1, 8)])
+@pytest.mark.parametrize('changes', [
+    dict(qk_norm='all', norms='post', window=5), dict(qk_norm='head', biases='qkv', window=3)],
+    ids=['all', 'head'])
+def test_gradients_of_other_families_are_the_same_on_every_mesh(changes, shape):
+  """With norms over heads that the chips of a tensor group split."""
+  config = dataclasses.replace(WIDE, **changes)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+               gradient('dpo', (1, 1, 1), config), gradient('dpo', shape, config))
+
+
 @pytest.mark.parametrize('shape', [(2, 2, 2), (1, 1, 8)])
 def test_dropout_draws_the_same_mask_on_every_mesh(shape):
   """Also where chips split the positions of the residual stream."""

@@ -1,4 +1,4 @@
-"""Converts Llamas between Hugging Face folders and checkpoint folders, bit for bit.
+"""Converts models between Hugging Face folders and checkpoint folders, bit for bit.
 
   python -m srlm_jax.checkpoint.convert --from_hf=DIR --out=DIR
   python -m srlm_jax.checkpoint.convert --checkpoint=DIR --to_hf=DIR [--step=N] [--chat=FORMAT]

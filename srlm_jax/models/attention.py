@@ -147,10 +147,10 @@ def decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None
            row_block: int | None):
   """One token per row: q [B, K, G, H], layer [], length [B] -> [B, K, G, H].
 
-  Row b attends to its prefix and to the first length[b] keys of the cache, both of `layer`; with a
-  window, to the last keys of these. The prefix is one matrix product for all rows. The cache is
-  read block by block, `row_block` rows at a time (None: all), up to the longest of these rows, and
-  from the first key in a window: the rest of the cache is not read, and no layer is copied.
+  Row b attends to its prefix and to the first length[b] keys of the cache, both of `layer`, as far
+  as they are among the last `window` ones. The prefix is read once for all rows. The cache is read
+  block by block, `row_block` rows at a time (None: all), from the first to the last key that these
+  rows see: the unused end of the cache is not read, and no layer is copied.
   """
   B, (K, S, H) = q.shape[0], cache.k.shape[2:]
   block, size = math.gcd(S, BLOCK), math.gcd(B, row_block or B)
@@ -161,34 +161,55 @@ def decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None
       a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
-  scores = product('BKGH,KWH->BKGW', q, prefix.k[layer]) * H ** -0.5
-  # The first key of the cache that a row attends to; below 0, that of the prefix as well.
-  first_key = jnp.full_like(length, -prefix.k.shape[2]) if window is None else length - window
-  place = jnp.arange(prefix.k.shape[2])
-  mask = (place < prefix.length[:, None]) & (place >= (prefix.length + first_key)[:, None])
-  mask = mask[:, None, None]
-  softmax = _Softmax.empty(q.shape).add(
-      jnp.where(mask, scores, -jnp.inf), lambda w: product('BKGW,KWH->BKGH', w, prefix.v[layer]))
+  def add(softmax, q, keys, values, dims, mask):
+    scores = product(f'BKGH,{dims}->BKGS', q, keys) * H ** -0.5
+    return softmax.add(jnp.where(mask[:, None, None], scores, -jnp.inf),
+                       lambda weights: product(f'BKGS,{dims}->BKGH', weights, values))
+
+  softmax, W = _Softmax.empty(q.shape), prefix.k.shape[2]
+  if window is None or not W:
+    softmax = add(softmax, q, prefix.k[layer], prefix.v[layer], 'KSH',
+                  jnp.arange(W) < prefix.length[:, None])
+  else:
+    width, first_visible = min(W, BLOCK), prefix.length + length - window
+
+    def read_shared(i, softmax):
+      start = jnp.minimum(i * width, W - width)  # the last block may overlap the one before
+      keys, values = (jax.lax.dynamic_slice(x, (layer, 0, start, 0), (1, K, width, H))[0]
+                      for x in (prefix.k, prefix.v))
+      key = start + jnp.arange(width)
+      is_new = (i * width <= key) & (key < prefix.length[:, None])
+      return add(softmax, q, keys, values, 'KSH', is_new & (first_visible[:, None] <= key))
+    softmax = jax.lax.fori_loop(first_block(prefix, length, window, width), -(-W // width),
+                                read_shared, softmax)
 
   def rows(first):
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=size)
-    some_q, some_length, some_first = take(q), take(length), take(first_key)
+    some_q, some_length = take(q), take(length)
 
     def read(i, softmax):
       start, shape = (layer, first, 0, i * block, 0), (1, size, K, block, H)
       keys, values = (jax.lax.dynamic_slice(x, start, shape)[0] for x in (cache.k, cache.v))
-      place = i * block + jnp.arange(block)
-      mask = ((place < some_length[:, None]) & (place >= some_first[:, None]))[:, None, None]
-      scores = jnp.where(mask, product('BKGH,BKSH->BKGS', some_q, keys) * H ** -0.5, -jnp.inf)
-      return softmax.add(scores, lambda w: product('BKGS,BKSH->BKGH', w, values))
-    blocks = -(-some_length.max() // block)
-    start = jnp.where(some_length > 0, some_first, S).min()  # idle rows attend to nothing
-    return jax.lax.fori_loop(jnp.maximum(start, 0) // block, blocks, read,
-                             jax.tree.map(take, softmax)).mean()
+      key = i * block + jnp.arange(block)
+      mask = key < some_length[:, None]
+      if window is not None:
+        mask &= some_length[:, None] - window <= key
+      return add(softmax, some_q, keys, values, 'BKSH', mask)
+    start, end = 0, -(-some_length.max() // block)
+    if window is not None:  # idle rows see nothing
+      start = jnp.where(some_length > 0, jnp.maximum(some_length - window, 0) // block, end).min()
+    return jax.lax.fori_loop(start, end, read, jax.tree.map(take, softmax)).mean()
 
   if size == B:
     return rows(0).astype(q.dtype)
   return jax.lax.map(rows, jnp.arange(0, B, size)).reshape(q.shape).astype(q.dtype)
+
+
+def first_block(prefix: Prefix, length, window: int, block: int):
+  """length [B] -> []: the first block of the prefix that any row sees; their number if none."""
+  first = jnp.maximum(prefix.length + length - window, 0)
+  sees = (length > 0) & (first < prefix.length)
+  return jnp.where(sees, first // block, -(-prefix.k.shape[2] // block)).min()
 
 
 @jax.tree_util.register_dataclass

@@ -60,15 +60,64 @@ class Config:
     return self.G + 2
 
 
-PRESETS = {
-    'llama2-7b': Config(D=4096, F=11008, K=32, G=1, H=128, V=32000, layers=32, context=4096),
-    'llama2-13b': Config(D=5120, F=13824, K=40, G=1, H=128, V=32000, layers=40, context=4096),
-    'llama2-70b': Config(D=8192, F=28672, K=8, G=8, H=128, V=32000, layers=80, context=4096),
+def _llama3(*sizes, factor: float = 8.0, tied: bool = False) -> Config:
+  """Llama 3.1 to 3.3."""
+  return Config(*sizes, context=131072, rope_theta=5e5, tied=tied,
+                rope_scaling=RopeScaling(factor, 1.0, 4.0, 8192))
+
+
+def _mistral(V: int, **more) -> Config:
+  return Config(4096, 14336, 8, 4, 128, V, 32, context=32768, family='mistral', **more)
+
+
+def _qwen2(*sizes, context: int = 131072, **more) -> Config:
+  return Config(*sizes, context=context, rope_theta=1e6, biases='qkv', family='qwen2', **more)
+
+
+def _qwen3(*sizes, tied: bool = False) -> Config:
+  return Config(*sizes, context=40960, rope_theta=1e6, norm_eps=1e-6, tied=tied, qk_norm='head',
+                family='qwen3')
+
+
+def _olmo2(*sizes) -> Config:
+  return Config(*sizes, context=4096, rope_theta=5e5, norm_eps=1e-6, qk_norm='all', norms='post',
+                family='olmo2')
+
+
+PRESETS = {  # D, F, K, G, H, V, layers of the published base models
+    'llama2-7b': Config(4096, 11008, 32, 1, 128, 32000, 32, context=4096),
+    'llama2-13b': Config(5120, 13824, 40, 1, 128, 32000, 40, context=4096),
+    'llama2-70b': Config(8192, 28672, 8, 8, 128, 32000, 80, context=4096),
+    'llama3.1-8b': _llama3(4096, 14336, 8, 4, 128, 128256, 32),
+    'llama3.1-70b': _llama3(8192, 28672, 8, 8, 128, 128256, 80),
+    'llama3.2-1b': _llama3(2048, 8192, 8, 4, 64, 128256, 16, factor=32.0, tied=True),
+    'llama3.2-3b': _llama3(3072, 8192, 8, 3, 128, 128256, 28, factor=32.0, tied=True),
+    'llama3.3-70b': _llama3(8192, 28672, 8, 8, 128, 128256, 80),
+    'mistral-7b-v0.1': _mistral(32000, window=4096),
+    'mistral-7b-v0.3': _mistral(32768, rope_theta=1e6),
+    'qwen2.5-0.5b': _qwen2(896, 4864, 2, 7, 64, 151936, 24, context=32768, norm_eps=1e-6,
+                           tied=True),
+    'qwen2.5-1.5b': _qwen2(1536, 8960, 2, 6, 128, 151936, 28, norm_eps=1e-6, tied=True),
+    'qwen2.5-3b': _qwen2(2048, 11008, 2, 8, 128, 151936, 36, context=32768, norm_eps=1e-6,
+                         tied=True),
+    'qwen2.5-7b': _qwen2(3584, 18944, 4, 7, 128, 152064, 28, norm_eps=1e-6),
+    'qwen2.5-14b': _qwen2(5120, 13824, 8, 5, 128, 152064, 48),
+    'qwen2.5-32b': _qwen2(5120, 27648, 8, 5, 128, 152064, 64),
+    'qwen2.5-72b': _qwen2(8192, 29568, 8, 8, 128, 152064, 80),
+    'qwen3-0.6b': _qwen3(1024, 3072, 8, 2, 128, 151936, 28, tied=True),
+    'qwen3-1.7b': _qwen3(2048, 6144, 8, 2, 128, 151936, 28, tied=True),
+    'qwen3-4b': _qwen3(2560, 9728, 8, 4, 128, 151936, 36, tied=True),
+    'qwen3-8b': _qwen3(4096, 12288, 8, 4, 128, 151936, 36),
+    'qwen3-14b': _qwen3(5120, 17408, 8, 5, 128, 151936, 40),
+    'qwen3-32b': _qwen3(5120, 25600, 8, 8, 128, 151936, 64),
+    'olmo2-1b': _olmo2(2048, 8192, 16, 1, 128, 100352, 16),
+    'olmo2-7b': _olmo2(4096, 11008, 32, 1, 128, 100352, 32),
+    'olmo2-13b': _olmo2(5120, 13824, 40, 1, 128, 100352, 40),
+    'olmo2-32b': _olmo2(5120, 27648, 8, 5, 128, 100352, 64),
     # D, depth and context of tinyllamas-260k, whose weights are published
-    'stories-260k': Config(D=64, F=172, K=4, G=2, H=8, V=512, layers=5, context=512, tied=True),
-    'sandbox': Config(D=128, F=384, K=2, G=2, H=32, V=1024, layers=4, context=256,
-                      rope_theta=1000.0, tied=True),
-    'tiny-test': Config(D=32, F=64, K=2, G=2, H=8, V=64, layers=2, context=128),
+    'stories-260k': Config(64, 172, 4, 2, 8, 512, 5, context=512, tied=True),
+    'sandbox': Config(128, 384, 2, 2, 32, 1024, 4, context=256, rope_theta=1000.0, tied=True),
+    'tiny-test': Config(32, 64, 2, 2, 8, 64, 2, context=128),
 }
 
 # Fields of config.json that do not change what the model computes.
@@ -76,7 +125,8 @@ _IGNORED = dict(
     _name_or_path=TEXT, name_or_path=TEXT, transformers_version=TEXT, architectures=TEXTS,
     dtype=DTYPE, torch_dtype=DTYPE, bos_token_id=ID, unk_token_id=ID, pad_token_id=ID_OR_NONE,
     eos_token_id=IDS, initializer_range=SPREAD, pretraining_tp=COUNT, use_cache=FLAG,
-    output_attentions=FLAG, output_hidden_states=FLAG, return_dict=FLAG)
+    output_attentions=FLAG, output_hidden_states=FLAG, return_dict=FLAG,
+    _attn_implementation_autoset=FLAG)
 # Fields in which null means the default, as in transformers.
 _NULLABLE = ('num_key_value_heads', 'head_dim', 'rope_theta', 'rope_scaling', 'rope_parameters',
              *_IGNORED)

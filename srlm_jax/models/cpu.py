@@ -16,6 +16,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from srlm_jax.models.attention import Cache, Prefix
 from srlm_jax.models.config import Config
@@ -32,10 +33,12 @@ def supports(config: Config) -> bool:
 
 
 def decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | None):
-  """As `attention.decode`, for a cache of one layer; without a window."""
-  del layer, window  # the cache and the prefix have one layer
+  """As `attention.decode`, for a cache of one layer."""
+  del layer  # the cache and the prefix have one layer
   call = jax.ffi.ffi_call('srlm_cpu_decode', jax.ShapeDtypeStruct(q.shape, jnp.float32))
-  return call(q, cache.k, cache.v, length, prefix.k[0], prefix.v[0], prefix.length)
+  most = np.iinfo(np.int32).max if window is None else window
+  return call(q, cache.k, cache.v, length, prefix.k[0], prefix.v[0], prefix.length,
+              window=np.int64(most))
 
 
 def append(cache: Cache, k, v, layer, position) -> Cache:

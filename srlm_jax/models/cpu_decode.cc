@@ -151,6 +151,7 @@ struct Arrays {
   const int32_t *length, *prefix_length;         // [B]
   float* out;                                    // [B, K, G, H]
   int64_t B, K, G, S, W;
+  int64_t window;  // a query sees this many positions, the last of which is its own
 };
 
 // One task: the rows from kRows * (task / K), and the key/value head task % K.
@@ -166,9 +167,10 @@ void Attend(const Arrays& a, int64_t task) {
     queries[i].value = a.out + at;
     std::fill(queries[i].value, queries[i].value + H, 0.0f);
   }
-  // Adds one block of keys to the G queries of a row.
-  auto add = [&](int64_t row, const float* k, const float* v, int64_t start, int64_t length) {
-    const int64_t count = std::min(kBlock, length - start);
+  // Adds the visible keys of one block, those before `length`, to the G queries of a row.
+  auto add = [&](int64_t row, const float* k, const float* v, int64_t start, int64_t end,
+                 int64_t length) {
+    const int64_t count = std::min(end, length) - start;
     for (int64_t g = 0; g < a.G && count > 0; ++g) {
       queries[(row - first) * a.G + g].Add<H>(k + start * H, v + start * H, count, scale);
     }
@@ -176,14 +178,16 @@ void Attend(const Arrays& a, int64_t task) {
   for (int64_t start = 0; start < a.W; start += kBlock) {
     for (int64_t row = first; row < last; ++row) {
       if (!a.length[row]) continue;  // an idle row
-      add(row, a.prefix_k + head * a.W * H, a.prefix_v + head * a.W * H, start,
-          std::min<int64_t>(a.prefix_length[row], a.W));
+      const int64_t visible = int64_t{a.prefix_length[row]} + a.length[row] - a.window;
+      add(row, a.prefix_k + head * a.W * H, a.prefix_v + head * a.W * H, std::max(start, visible),
+          start + kBlock, std::min<int64_t>(a.prefix_length[row], a.W));
     }
   }
   for (int64_t row = first; row < last; ++row) {
     const int64_t own = (row * a.K + head) * a.S * H;
-    for (int64_t start = 0; start < a.length[row]; start += kBlock) {
-      add(row, a.k + own, a.v + own, start, std::min<int64_t>(a.length[row], a.S));
+    const int64_t visible = std::max<int64_t>(a.length[row] - a.window, 0);
+    for (int64_t start = visible; start < a.length[row]; start += kBlock) {
+      add(row, a.k + own, a.v + own, start, start + kBlock, std::min<int64_t>(a.length[row], a.S));
     }
   }
   for (Query& query : queries) {
@@ -213,7 +217,8 @@ struct Tasks {
 ffi::Error Decode(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k,
                   ffi::Buffer<ffi::F32> v, ffi::Buffer<ffi::S32> length,
                   ffi::Buffer<ffi::F32> prefix_k, ffi::Buffer<ffi::F32> prefix_v,
-                  ffi::Buffer<ffi::S32> prefix_length, ffi::ResultBuffer<ffi::F32> out) {
+                  ffi::Buffer<ffi::S32> prefix_length, int64_t window,
+                  ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = q.dimensions();
   void (*attend)(const Arrays&, int64_t) = shape[3] == 16    ? Attend<16>
                                            : shape[3] == 32  ? Attend<32>
@@ -225,7 +230,8 @@ ffi::Error Decode(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi
   auto tasks = std::make_shared<Tasks>();
   tasks->arrays = {q.typed_data(), k.typed_data(), v.typed_data(), prefix_k.typed_data(),
                    prefix_v.typed_data(), length.typed_data(), prefix_length.typed_data(),
-                   out->typed_data(), shape[0], shape[1], shape[2], k.dimensions()[3], prefix_k.dimensions()[1]};
+                   out->typed_data(), shape[0], shape[1], shape[2], k.dimensions()[3],
+                   prefix_k.dimensions()[1], window};
   tasks->attend = attend;
   tasks->count = (shape[0] + kRows - 1) / kRows * shape[1];
   const int64_t helpers = std::min(pool.num_threads(), tasks->count) - 1;
@@ -279,4 +285,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::F32>>()   // prefix k [K, W, H]
         .Arg<ffi::Buffer<ffi::F32>>()   // prefix v [K, W, H]
         .Arg<ffi::Buffer<ffi::S32>>()   // prefix length [B]
+        .Attr<int64_t>("window")
         .Ret<ffi::Buffer<ffi::F32>>()); // [B, K, G, H]

@@ -26,10 +26,8 @@ MASKED = -1e30  # finite, so that a fully masked row is not NaN
 def choose(platform: str, config: Config) -> attention.Kernels:
   """The sampling kernels of a platform: cpu, tpu or gpu.
 
-  Plain XLA where the kernels do not support the model's head width, dtype or window.
+  Plain XLA where the kernels do not support the model's head width or dtype.
   """
-  if config.window is not None:
-    return attention.CPU if platform == 'cpu' else attention.XLA
   if platform == 'cpu':
     if not cpu.supports(config):
       return attention.CPU
@@ -78,7 +76,11 @@ def tpu_formats(params):
 
 
 def tpu_prefill(q, k, v, layer, prefix: Prefix, *, window: int | None, interpret=False):
-  """As `attention.prefill`, by splash attention; ValueError unless T and W are multiples of 128."""
+  """As `attention.prefill`, by splash attention; ValueError unless T and W are multiples of 128.
+
+  A window counts positions, and a row may use less than the whole prefix: its part of the prefix
+  is moved next to its own keys, so that keys are as far apart in the row as in position.
+  """
   T, G, W = q.shape[1], q.shape[3], prefix.k.shape[2]
   if T % 128 or W % 128:
     raise ValueError(f'splash attention needs multiples of 128; the rows have {T} tokens and the '
@@ -86,17 +88,24 @@ def tpu_prefill(q, k, v, layer, prefix: Prefix, *, window: int | None, interpret
   block = min(512, W + T)
   # The causal mask hides the keys that pad the last block; fully visible blocks need no mask.
   width = pl.cdiv(W + T, block) * block
-  mask = splash_attention_mask.CausalMask((T, width), offset=W)
+  if window is None:
+    mask = splash_attention_mask.CausalMask((T, width), offset=W)
+  else:
+    mask = splash_attention_mask.LocalMask((T, width), (window - 1, 0), offset=W)
   sizes = splash_attention_kernel.BlockSizes(block_q=attention.divisor(T, 512), block_kv=block)
   kernel = splash_attention_kernel.make_splash_mqa_single_device(
       splash_attention_mask.MultiHeadMask([mask] * G), interpret=interpret, block_sizes=sizes)
   scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5  # splash does not scale
   q = jnp.einsum('BTKGH->BKGTH', scaled).astype(q.dtype)
   # The transpose of the heads copies the keys anyway; prepending the prefix therefore adds no copy.
-  k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), prefix_kv[layer], width)
+  moved = None if window is None else prefix.length
+  k, v = (with_prefix(jnp.einsum('BTKH->BKTH', own), prefix_kv[layer], width, moved)
           for own, prefix_kv in ((k, prefix.k), (v, prefix.v)))
-  key = jnp.arange(width)
-  visible = (key >= W) | (key < prefix.length[:, None])  # [B, width]; the causal mask does the rest
+  key = jnp.arange(width)  # visible [B, width]; the mask above does the rest
+  if window is None:
+    visible = (key >= W) | (key < prefix.length[:, None])
+  else:
+    visible = key >= W - prefix.length[:, None]
   segments = splash_attention_kernel.SegmentIds(
       q=jnp.ones(q.shape[:1] + (T,), jnp.int32), kv=visible.astype(jnp.int32))
   out = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, k, v, segments)
@@ -118,7 +127,14 @@ def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | 
   most = max(128, 256 * 1024 // (K * H * itemsize))
   block, prefix_block = attention.divisor(S, most), attention.divisor(W, most) if W else 0
   prefix_steps = W // prefix_block if W else 0
-  steps = jnp.maximum(pl.cdiv(jnp.max(length), block), 1)  # a batch of short rows ends early
+  # A batch of short rows, or of a short window, ends early.
+  if window is None:
+    place, steps, shared_steps = layer.reshape(1), pl.cdiv(jnp.max(length), block), prefix_steps
+  else:
+    start = attention.first_block(prefix, length, window, prefix_block) if W else jnp.int32(0)
+    place, shared_steps = jnp.stack([layer, start]), prefix_steps - start
+    steps = jnp.max(pl.cdiv(length, block) - visible_block(0, length, window, block))
+  steps = jnp.maximum(steps, 1)
   # Rows of a group: their state fits into VMEM, and there are groups for both cores of v4 and v5p.
   rows = max(n for n in range(1, max(B // 2, 1) + 1)
              if B % n == 0 and (n == 1 or n * K * G <= 1024))
@@ -126,42 +142,54 @@ def tpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | 
   def group(g, r, j, *_):
     return g, 0, 0, 0
 
-  def keys(g, r, j, layer, length, _):
+  def keys(g, r, j, place, length, _):
     b = g * rows + jnp.maximum(r - 1, 0)
     last = jnp.maximum(pl.cdiv(length[b], block) - 1, 0)
+    first, here = (visible_block(i, length[b], window, block) for i in (0, j))
     # An unchanged block is not fetched again.
-    return layer[0], b, 0, jnp.where(r == 0, 0, jnp.minimum(j, last)), 0
+    return place[0], b, 0, jnp.where(r == 0, first, jnp.minimum(here, last)), 0
 
-  def prefix_keys(g, r, j, layer, *_):
-    return layer[0], 0, jnp.where(r == 0, jnp.minimum(j, prefix_steps - 1), prefix_steps - 1), 0
+  def prefix_keys(g, r, j, place, *_):
+    here = j if window is None else j + place[1]
+    return place[0], 0, jnp.where(r == 0, jnp.minimum(here, prefix_steps - 1), prefix_steps - 1), 0
 
   heads = pl.BlockSpec((rows, K, G, H), group)
   own = pl.BlockSpec((None, None, K, block, H), keys)
   shared = pl.BlockSpec((None, K, prefix_block, H), prefix_keys)
   state = [pltpu.VMEM((rows, K, G, width), jnp.float32) for width in (1, 1, H)]
+  bounds = [pltpu.VMEM((rows, G, 1), jnp.int32)] * (1 if window is None else 2)
   return pl.pallas_call(
-      functools.partial(tpu_decode_kernel, block=block, prefix_steps=prefix_steps),
+      functools.partial(tpu_decode_kernel, block=block, prefix_steps=prefix_steps, window=window),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=3,
-          grid=(B // rows, 1 + rows, jnp.maximum(steps, prefix_steps)),
+          grid=(B // rows, 1 + rows, jnp.maximum(steps, shared_steps)),
           in_specs=[heads, own, own] + [shared, shared] * bool(W),
           out_specs=heads,
-          scratch_shapes=[*state, pltpu.VMEM((rows, G, 1), jnp.int32)]),
+          scratch_shapes=[*state, *bounds]),
       out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary', 'arbitrary')),
       interpret=interpret, name='tpu_decode',
-  )(layer.reshape(1), length, prefix.length, q, cache.k, cache.v,
+  )(place, length, prefix.length, q, cache.k, cache.v,
     *((prefix.k, prefix.v) if W else ()))
 
 
-def tpu_decode_kernel(layer_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_ref, *refs,
-                      block: int, prefix_steps: int):
+def visible_block(j, length, window: int | None, block: int):
+  """The j-th of the blocks of keys that the last of `length` tokens sees."""
+  return j if window is None else j + jnp.maximum(length - window, 0) // block
+
+
+def tpu_decode_kernel(place_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_ref, *refs,
+                      block: int, prefix_steps: int, window: int | None):
   """The online softmax of a group of rows, q [rows, K, G, H].
 
   First over the prefix, k and v [K, W, H] block by block, with one product for all rows; then row
-  by row over the row's own keys, k and v [K, block, H].
+  by row over the row's own keys, k and v [K, block, H]. `place_ref`: the layer and, with a window,
+  the first block of the prefix that any row sees.
   """
+  start_ref = None
+  if window is not None:
+    *refs, start_ref = refs
   *shared, out_ref, max_ref, sum_ref, acc_ref, limit_ref = refs
   rows, K, G, H = q_ref.shape
   r, j = pl.program_id(1), pl.program_id(2)
@@ -175,29 +203,41 @@ def tpu_decode_kernel(layer_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_
 
     def limit(i, _):
       limit_ref[i] = jnp.full((G, 1), prefix_length_ref[first + i])
+      if window is not None:
+        start = prefix_length_ref[first + i] + length_ref[first + i] - window
+        start_ref[i] = jnp.full((G, 1), start)
     jax.lax.fori_loop(0, rows, limit, None)
 
   def add_prefix(prefix_k_ref, prefix_v_ref):
+    here = j if window is None else j + place_ref[1]
     for head in range(K):
       k, v = prefix_k_ref[head], prefix_v_ref[head]  # [W, H]
       # In float32, because its tiles have 8 rows: with 8 query heads this moves no data.
       q = q_ref[:, head].astype(jnp.float32).reshape(rows * G, H).astype(q_ref.dtype)
-      limit = limit_ref[...].reshape(rows * G, 1) - j * k.shape[0]
+      limit, start = (ref if ref is None else ref[...].reshape(rows * G, 1) - here * k.shape[0]
+                      for ref in (limit_ref, start_ref))
       state = [ref.at[:, head] for ref in (max_ref, sum_ref, acc_ref)]
       flat = [ref[...].reshape(rows * G, -1) for ref in state]
-      for ref, new in zip(state, softmax_step(q, k, v, limit, *flat), strict=True):
+      for ref, new in zip(state, softmax_step(q, k, v, start, limit, *flat), strict=True):
         ref[...] = new.reshape(ref.shape)
 
   if shared:
-    pl.when((r == 0) & (j < prefix_steps))(functools.partial(add_prefix, *shared))
+    steps = prefix_steps if window is None else prefix_steps - place_ref[1]
+    pl.when((r == 0) & (j < steps))(functools.partial(add_prefix, *shared))
 
-  @pl.when((r > 0) & (j * block < length_ref[first + jnp.maximum(r - 1, 0)]))
+  length = length_ref[first + jnp.maximum(r - 1, 0)]
+  here = visible_block(j, length, window, block)
+
+  @pl.when((r > 0) & (here * block < length))
   def _():
     row = r - 1
+    limit, start = length_ref[first + row] - here * block, None
+    if window is not None:
+      start = limit - window
     for head in range(K):
       state = [ref.at[row, head] for ref in (max_ref, sum_ref, acc_ref)]
-      new = softmax_step(q_ref[row, head], k_ref[head], v_ref[head],
-                         length_ref[first + row] - j * block, *(ref[...] for ref in state))
+      new = softmax_step(q_ref[row, head], k_ref[head], v_ref[head], start, limit,
+                         *(ref[...] for ref in state))
       for ref, value in zip(state, new, strict=True):
         ref[...] = value
 
@@ -207,15 +247,16 @@ def tpu_decode_kernel(layer_ref, length_ref, prefix_length_ref, q_ref, k_ref, v_
     out_ref[...] = (acc_ref[...] / jnp.maximum(sum_ref[...], 1e-30)).astype(out_ref.dtype)
 
 
-def softmax_step(q, k, v, limit, top, total, acc):
-  """Adds keys to an online softmax; `limit`: how many of them a query sees.
+def softmax_step(q, k, v, start, limit, top, total, acc):
+  """Adds keys to an online softmax; a query sees those from `start` (None: 0) to `limit`.
 
-  q [N, H], k and v [S, H], limit [] or [N, 1], top and total [N, 1], acc [N, H].
+  q [N, H], k and v [S, H], start and limit [] or [N, 1], top and total [N, 1], acc [N, H].
   """
   scores = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
   scores *= q.shape[-1] ** -0.5
   key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-  scores = jnp.where(key < limit, scores, MASKED)
+  visible = key < limit if start is None else (start <= key) & (key < limit)
+  scores = jnp.where(visible, scores, MASKED)
   above = jnp.maximum(top, scores.max(-1, keepdims=True))
   probs, decay = jnp.exp(scores - above), jnp.exp(top - above)
   new = jnp.dot(probs.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -301,6 +342,9 @@ def gpu_prefill(q, k, v, layer, prefix: Prefix, *, window: int | None):
   key = jnp.arange(W + T)
   causal = key - W <= jnp.arange(T)[:, None]
   mask = jnp.where(key < W, key < prefix.length[:, None, None], causal)  # [B, T, W + T]
+  if window is not None:
+    start = jnp.arange(T)[:, None] - window + 1  # the first visible key, if it is the row's own
+    mask &= key >= jnp.where(key < W, prefix.length[:, None, None] + start, W + start)
   out = jax.nn.dot_product_attention(q.reshape(B, T, K * G, H), k, v, mask=mask[:, None],
                                      implementation='cudnn')
   return out.reshape(q.shape)
@@ -316,7 +360,7 @@ def gpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | 
   padded = jnp.pad(q, ((0, 0), (0, 0), (0, width - G), (0, 0)))
   keys = pl.BlockSpec((L, None, None, split, H), lambda b, h, j: (0, b, h, j, 0))
   out, lse = pl.pallas_call(
-      functools.partial(gpu_decode_kernel, block=64),
+      functools.partial(gpu_decode_kernel, block=64, window=window),
       grid=(B, K, S // split),
       in_specs=[pl.BlockSpec((1,), lambda b, h, j: (0,)), pl.BlockSpec((1,), lambda b, h, j: (b,)),
                 pl.BlockSpec((None, None, width, H), lambda b, h, j: (b, h, 0, 0)), keys, keys],
@@ -327,47 +371,57 @@ def gpu_decode(q, cache: Cache, layer, length, prefix: Prefix, *, window: int | 
       compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
       interpret=interpret, name='gpu_decode',
   )(layer.reshape(1), length, padded, cache.k, cache.v)
-  return add_prefix(q, out[..., :G, :], lse[..., :G], layer, prefix)
+  start = None if window is None else prefix.length + length - window
+  return add_prefix(q, out[..., :G, :], lse[..., :G], layer, prefix, start)
 
 
-def gpu_decode_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, block: int):
+def gpu_decode_kernel(layer_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, block: int,
+                      window: int | None):
   """The softmax over one split of the keys of one head: q [G, H], k and v [L, split, H]."""
   layer, q, split = layer_ref[0], q_ref[...], k_ref.shape[1]
-  here = jnp.clip(length_ref[0] - pl.program_id(2) * split, 0, split)  # visible keys of this split
+  own = length_ref[0] - pl.program_id(2) * split
+  # The visible keys of this split: from `start` to `here`.
+  here = jnp.clip(own, 0, split)
+  start = 0 if window is None else jnp.clip(own - window, 0, split)
 
   def add(i, carry):
     top, total, acc = carry
     k, v = (ref[layer, pl.ds(i * block, block), :] for ref in (k_ref, v_ref))
     scores = triton.dot(q, k.T) * q.shape[-1] ** -0.5  # [G, block]
-    scores = jnp.where((i * block + jnp.arange(block) < here)[None], scores, MASKED)
+    key = i * block + jnp.arange(block)
+    visible = key < here if window is None else (start <= key) & (key < here)
+    scores = jnp.where(visible[None], scores, MASKED)
     above = jnp.maximum(top, scores.max(-1))
     probs, decay = jnp.exp(scores - above[:, None]), jnp.exp(top - above)
     total = decay * total + probs.sum(-1)
     return above, total, decay[:, None] * acc + triton.dot(probs.astype(v.dtype), v)
 
   rows, blocks = q.shape[:1], pl.cdiv(here, block)
-  start = (jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32),
+  empty = (jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32),
            jnp.zeros(q.shape, jnp.float32))
-  top, total, acc = jax.lax.fori_loop(0, blocks, add, start)
-  total = jnp.maximum(total, 1e-30)  # the sum of a split beyond the row's length is 0
+  top, total, acc = jax.lax.fori_loop(start // block, blocks, add, empty)
+  total = jnp.maximum(total, 1e-30)  # the sum of a split without visible keys is 0
   out_ref[...] = acc / total[:, None]
   lse_ref[...] = top + jnp.log(total)
 
 
-def add_prefix(q, out, lse, layer, prefix: Prefix):
+def add_prefix(q, out, lse, layer, prefix: Prefix, start):
   """Merges attention over the prefix into q [B, K, G, H]'s partial results -> [B, K, G, H].
 
   Partial results over disjoint sets of keys are stacked along the first dimension:
   out [parts, B, K, G, H] and the log of the softmax's denominator, lse [parts, B, K, G].
   The prefix is one XLA matrix product over all rows: it is read once, not once per row, and the
-  product has B * G rows instead of G.
+  product has B * G rows instead of G. Row b sees its tokens from start[b] (None: 0).
   """
   W = prefix.k.shape[2]
   if W:
     k, v = prefix.k[layer], prefix.v[layer]
     scores = jnp.einsum('BKGH,KWH->BKGW', q, k, preferred_element_type=jnp.float32)
     scores *= q.shape[-1] ** -0.5
-    scores = jnp.where(jnp.arange(W) < prefix.length[:, None, None, None], scores, MASKED)
+    visible = jnp.arange(W) < prefix.length[:, None, None, None]
+    if start is not None:
+      visible &= jnp.arange(W) >= start[:, None, None, None]
+    scores = jnp.where(visible, scores, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     part = jnp.einsum('BKGW,KWH->BKGH', probs, v, preferred_element_type=jnp.float32)
     out = jnp.concatenate([out, part[None]])
@@ -381,9 +435,16 @@ def merge(out, lse):
   return jnp.sum(weight[..., None] * out, axis=0)
 
 
-def with_prefix(own, prefix_kv, width: int):
-  """own [B, K, T, H], prefix_kv [K, W, H] -> [B, K, width, H]: prefix, own, and zeros."""
-  prefix_kv = jnp.broadcast_to(prefix_kv.astype(own.dtype), own.shape[:1] + prefix_kv.shape)
+def with_prefix(own, prefix_kv, width: int, length=None):
+  """own [B, K, T, H], prefix_kv [K, W, H] -> [B, K, width, H]: prefix, own, and zeros.
+
+  With `length` [B], the first length[b] tokens of the prefix are the last ones before row b's own.
+  """
+  prefix_kv = prefix_kv.astype(own.dtype)
+  if length is None or not prefix_kv.shape[1]:
+    prefix_kv = jnp.broadcast_to(prefix_kv, own.shape[:1] + prefix_kv.shape)
+  else:
+    prefix_kv = jax.vmap(lambda tokens: jnp.roll(prefix_kv, -tokens, axis=1))(length)
   keys = jnp.concatenate([prefix_kv, own], axis=2)
   return jnp.pad(keys, ((0, 0), (0, 0), (0, width - keys.shape[2]), (0, 0)))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax.models import attention
-from srlm_jax.models.attention import Kernels, Segments
+from srlm_jax.models.attention import Kernels, PairSegments, Segments
 from srlm_jax.sharding import spec
 
 BLOCK = 512  # queries and keys per block of splash attention
@@ -53,9 +53,20 @@ def tpu_packed(q, k, v, segments: Segments, *, window: int | None, interpret=Fal
     raise ValueError(f'splash attention needs a multiple of 128; the rows have {T} tokens')
   key_segments = segments.key_segments()
   copies = key_segments.shape[1] // T
-  # Causal in each copy. Most blocks of the second copy are fully masked, but that depends on the
-  # segments, so the static mask cannot skip them.
-  mask = splash_attention_mask.NumpyMask(np.tile(np.tri(T, dtype=bool), copies))
+  k, v = (jnp.einsum('BTKH->BKTH', x) for x in (k, v))
+  visible = np.tri(T, dtype=bool)  # in each copy
+  if window is None:
+    k, v = (jnp.tile(x, (1, 1, copies, 1)) for x in (k, v))
+  else:
+    visible &= ~np.tri(T, k=-window, dtype=bool)
+    if copies > 1:
+      source, second = beside_rejected(segments)
+      key_segments = jnp.concatenate([segments.segment_ids, second], 1)
+      k, v = (jnp.concatenate([x, jnp.take_along_axis(x, source[:, None, :, None], 2)], 2)
+              for x in (k, v))
+  # Most blocks of the second copy are fully masked, but that depends on the segments, so the static
+  # mask cannot skip them.
+  mask = splash_attention_mask.NumpyMask(np.tile(visible, copies))
   block = attention.divisor(T, BLOCK)
   sizes = dict.fromkeys(
       ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv',
@@ -65,10 +76,26 @@ def tpu_packed(q, k, v, segments: Segments, *, window: int | None, interpret=Fal
       block_sizes=splash_attention_kernel.BlockSizes(**sizes))
   scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5  # splash does not scale
   q = jnp.einsum('BTKGH->BKGTH', scaled).astype(q.dtype)
-  k, v = (jnp.tile(jnp.einsum('BTKH->BKTH', x), (1, 1, copies, 1)) for x in (k, v))
   ids = splash_attention_kernel.SegmentIds(q=segments.segment_ids, kv=key_segments)
   out = jax.vmap(jax.vmap(kernel, (0, 0, 0, None)))(q, k, v, ids)
   return jnp.einsum('BKGTH->BTKGH', out)
+
+
+def beside_rejected(segments: PairSegments):
+  """The keys of rows of pairs, with every prompt directly before the rejected response.
+
+  In the rows, chosen stands between them, so that their distance is larger than in position.
+  -> source [B, T], where the key at each place comes from, and its segment [B, T]; -1: none.
+  """
+  ids, positions, T = segments.segment_ids, segments.positions, segments.segment_ids.shape[1]
+  place = jnp.broadcast_to(jnp.arange(T), ids.shape)
+  before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
+  starts = (ids != before) & (positions > 0)  # of rejected; the prompt starts a pair at position 0
+  # Where position 0 is, counted back from the next rejected response.
+  zero = jax.lax.cummin(jnp.where(starts, place - positions, T), axis=1, reverse=True)
+  is_prompt = place >= zero
+  source = jnp.where(is_prompt, place - positions + place - zero, 0)
+  return source, jnp.where(is_prompt, jnp.take_along_axis(segments.second_segment, source, 1), -1)
 
 
 def gpu_packed(q, k, v, segments: Segments, *, window: int | None):

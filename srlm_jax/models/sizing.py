@@ -169,7 +169,7 @@ def training_parts(shape: Config, mesh: Mesh, tokens: int, has_reference: bool, 
   if remat != 'full':  # the results of the products, but for the one that is added to the stream
     kept += heads + 2 * kv + 2 * c.F + c.D
   if remat == 'none':  # those of norms, RoPE, attention, SwiGLU and dropout
-    kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D
+    kept += 4 * heads + 2 * kv + 6 * c.F + 16 * c.D + 2 * bool(c.qk_norm) * (heads + kv)
   current = STREAMS * c.D + HIDDEN * (c.F + heads) / mesh.tensor
   return dict(
       parameters=4 * params + item * frozen,
