@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full aot-gpu bench-peers check-device lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full aot-gpu bench-peers check-vllm check-device \
+  lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -40,7 +41,7 @@ AOT_GPU := -e '.[test,aot-gpu]'
 	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
 .venv-parity/.torch: .venv-parity/.installed
-	.venv-parity/bin/$(PIP) install $(TORCH) 'peft>=0.17,<0.22'
+	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5' 'peft>=0.17,<0.22'
 	touch $@
 
 .venv/.lint: requirements/lint.txt
@@ -58,7 +59,7 @@ sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the 
 	rm -rf runs/m0/hf
 	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
 	mkdir -p $(M0)
-	cp runs/m0/hf/* runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
+	cp $(addprefix runs/m0/hf/,config.json model.safetensors tokenizer.model) runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
 	@echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
 
 # The longest files start first, so that no process is left with one of them at the end.
@@ -73,7 +74,8 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 # several GB; a CPU build is enough.
 TORCH ?= torch
 test-parity: .venv-parity/.torch  ## compares logits and log-probs with transformers on torch
-	.venv-parity/bin/python -m pytest -q -n 2 tests/test_parity.py tests/test_golden.py tests/test_families.py tests/test_family_parity.py tests/test_peft.py
+	.venv-parity/bin/python -m pytest -q -n 2 $(addprefix tests/test_,parity.py golden.py families.py \
+	  family_parity.py lm_eval.py peft.py)
 
 aot: .venv-aot/.installed  ## compiles the 70B programs for TPUs, without hardware; under 30 minutes
 	.venv-aot/bin/python -m pytest -q -s -m aot tests/test_aot.py tests/test_torus.py
@@ -112,6 +114,9 @@ bench-peers: .venv/.installed $(PEERS:%=.venv-%/.installed)  ## compares the eng
 	$(BIN)/python bench/sample.py --peer=vllm
 	$(BIN)/python bench/train.py --peer=trl
 	$(BIN)/python bench/train.py --peer=tunix
+
+check-vllm: .venv/.installed .venv-vllm/.installed  ## exports M0 and compares its greedy strings in vLLM
+	$(BIN)/python bench/check_export.py
 
 check-device: .venv/.installed  ## checks kernels, steps, memory and time on this machine's devices
 	$(BIN)/python bench/check_device.py

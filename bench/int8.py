@@ -43,7 +43,7 @@ def main(_):
   if f.prompts:
     texts = [r.prompt for r in itertools.islice(records.read(f.prompts, schema.Prompt), ROWS)]
   room = config.context - f.tokens
-  prompts = [[tokenizer.bos_id, *tokenizer.encode(text)][:room] for text in texts]
+  prompts = [[*tokenizer.start, *tokenizer.encode(text)][:room] for text in texts]
   tokens, generated = generate(config, params, mesh, prompts, f.tokens)
   with jax.set_mesh(mesh):
     (logps, greedy), (logps8, greedy8) = (

@@ -32,6 +32,7 @@ SAMPLERS = dict(transformers=_program('torch', 'transformers'),
                 continuous=_program('torch', 'continuous'),
                 ctranslate2=_program('ctranslate2', 'ctranslate2'), vllm=_program('vllm', 'vllm'))
 TRAINERS = dict(trl=_program('torch', 'trl'), tunix=_program('tunix', 'tunix'))
+READERS = dict(export=_program('vllm', 'export'))
 LOG_LINES = 20  # of a peer that ended, in the error message
 
 
@@ -39,7 +40,7 @@ class Peer:
   """A peer, stopped while it has no task. A context manager: its processes end with the block."""
 
   def __init__(self, name: str, **settings):
-    python, script = (SAMPLERS | TRAINERS)[name]
+    python, script = (SAMPLERS | TRAINERS | READERS)[name]
     if not python.exists():
       raise SystemExit(f'there is no {python}; run `make {python.parents[1].name}/.installed`')
     self.name = name

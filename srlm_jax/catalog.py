@@ -191,6 +191,7 @@ _RESPOND = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respon
 _GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *_SAMPLE)
 _JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k',
           'judge.max_tokens', *_SAMPLE)
+_SHOWN = ('judge.show_thinking',)
 
 ALWAYS = ('name', 'size')  # which config it is; every stage may read them
 STAGES = (
@@ -212,7 +213,7 @@ STAGES = (
          runs=('sampler',), on='prompts', samples='respond.n', keys=_RESPOND,
          unrecorded=_SAMPLE_UNRECORDED, needed=_trains_on_own),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
-         runs=('sampler',), on='responses', samples='judge.n', keys=('judge.n', *_JUDGE),
+         runs=('sampler',), on='responses', samples='judge.n', keys=('judge.n', *_SHOWN, *_JUDGE),
          unrecorded=('judge.by', *_SAMPLE_UNRECORDED),
          needed=lambda c: _trains_on_own(c) and c.judge.by == 'model'),
     Spec('judge', 'sandbox.control', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
@@ -224,7 +225,8 @@ STAGES = (
          needed=lambda c: c.name == 'm1' and _trains_on('eft')(c) and c.eft.targets == 'baseline'),
     Spec('judge_again', 'sample.judge', ('judgements-*.jsonl',),
          reads=('respond/responses-*.jsonl',), runs=('older',), on='again', samples='judge.n',
-         keys=('judge.n', *_JUDGE), unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('consistency')),
+         keys=('judge.n', *_SHOWN, *_JUDGE), unrecorded=_SAMPLE_UNRECORDED,
+         needed=_strategy('consistency')),
     Spec('respond_older', 'sample.respond', ('responses-*.jsonl',),
          reads=('prompts/prompts.jsonl',), runs=('older',), on='older', samples='respond.n',
          keys=_RESPOND,
@@ -232,7 +234,8 @@ STAGES = (
     Spec('judge_older', 'sample.judge', ('judgements-*.jsonl',),
          reads=('respond_older/responses-*.jsonl',), runs=('sampler',), on='older',
          samples='judge.n',
-         keys=('judge.n', *_JUDGE), unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('temporal')),
+         keys=('judge.n', *_SHOWN, *_JUDGE), unrecorded=_SAMPLE_UNRECORDED,
+         needed=_strategy('temporal')),
     Spec('implicit', 'sample.implicit', ('logp-*.jsonl', 'older_logp-*.jsonl', 'rewards-*.jsonl'),
          reads=('respond/responses-*.jsonl',), runs=('sampler', 'older'), keys=('chat', *_SAMPLE),
          unrecorded=_SAMPLE_UNRECORDED, needed=_strategy('implicit_reward')),
@@ -248,7 +251,7 @@ STAGES = (
          reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl', 'pairs/pairs.jsonl'),
          runs=('sampler',), keys=(*(f'meta_judge.{key}' for key in (
              'template', 'temperature', 'top_p', 'top_k', 'max_tokens', 'responses', 'share',
-             'score_share')), 'judge.template', 'judge.quorum', 'chat', *_SAMPLE),
+             'score_share')), 'judge.template', *_SHOWN, 'judge.quorum', 'chat', *_SAMPLE),
          unrecorded=('judge.n', *_SAMPLE_UNRECORDED), needed=_trains_on('judge_pairs')),
     Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
          reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl',
@@ -347,6 +350,7 @@ READ_IF = {
     'data.ranked_tune': lambda c: _in_sandbox(c) or c.eval.split == 'valid',
     'eft.quorum': lambda c: c.eft.targets == 'baseline',
     'train.save_every': lambda c: bool(c.train.select),
+    'judge.show_thinking': lambda c: c.judge.show_thinking,
     'train.lora_alpha': lambda c: c.train.lora_rank > 0,
     'train.lora_targets': lambda c: c.train.lora_rank > 0,
     **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from srlm_jax import closest, InputError
 
 SIZES = ('tiny', 'stories', '7b', '13b', '70b')
-CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # forms of prompt and response: data/templates.py
+CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # chat formats: data/templates.py
 FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
 # Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO
@@ -307,6 +307,9 @@ _SECTIONS = {
         top_p=Setting(0.9, MASS, 'probability', OURS),
         top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
         max_tokens=Setting(256, COUNT, 'tokens: up to 100 words of reasons, then the score', OURS),
+        show_thinking=Setting(False, SWITCH,
+                              'shows the judge the thinking of responses, not only the answers',
+                              OURS),
     ),
     'eft': dict(
         # baseline: judgements of the SFT baseline; ranks: human ranks as scores

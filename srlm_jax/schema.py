@@ -3,10 +3,17 @@
 `records.read(path, schema.Pair)` yields checked objects. A field with a default may be absent from
 a line, and is left out of a line if it has its default. Other fields of a line are ignored.
 
+`messages` is the conversation of a record with several turns (`conversation`); its prompt is then
+their text. `token_ids` are the sampled tokens of a response with thinking, eos included; its text
+alone could not reproduce them.
+
 The second part has the summaries in done.json that other modules read.
 """
 import dataclasses
 from typing import Literal
+
+from srlm_jax import conversation
+from srlm_jax.conversation import Messages
 
 _record = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -16,20 +23,30 @@ Finish = Literal['eos', 'length', 'too_long']
 EOS, CUT, TOO_LONG = 'eos', 'length', 'too_long'
 
 
+class _Prompted:
+  """Checks the messages of a record that has a prompt and may have messages."""
+  __slots__ = ()
+
+  def __post_init__(self):
+    conversation.check_record(self.prompt, self.messages)
+
+
 @_record
-class Prompt:
+class Prompt(_Prompted):
   """prompts.jsonl: a generated prompt."""
   id: str
   prompt: str
   author: str = ''  # the model that wrote it
+  messages: Messages = ()
 
 
 @_record
-class HeldOutPrompt:
+class HeldOutPrompt(_Prompted):
   """heldout.jsonl: a prompt for evaluation."""
   id: str
   prompt: str
   split: Literal['test', 'valid']
+  messages: Messages = ()
 
 
 @_record
@@ -50,13 +67,14 @@ class Reply:
 
 
 @_record
-class RankedPrompt:
+class RankedPrompt(_Prompted):
   """ranked.jsonl: a prompt with replies that people ranked."""
   id: str
   prompt: str
   split: Literal['train', 'tune', 'eval']
   replies: tuple[Reply, ...]
   source: str = ''
+  messages: Messages = ()
 
 
 @_record
@@ -67,16 +85,19 @@ class Document:
 
 
 @_record
-class Response:
+class Response(_Prompted):
   """responses-*.jsonl: a sampled response to a prompt."""
   id: str
   prompt_id: str
   index: int  # its position among the responses to the prompt
   prompt: str
-  response: str
+  response: str  # without thinking; empty if the thinking did not end
   finish: Finish
-  n_tokens: int
+  n_tokens: int  # with those of the thinking
   logp: float  # sum over the tokens
+  thinking: str = ''
+  token_ids: tuple[int, ...] = ()
+  messages: Messages = ()
 
 
 @_record
@@ -96,6 +117,8 @@ class Judgement:
   score: float | None  # None: the text states no valid score
   reason: str          # why there is no score; '' if there is one
   finish: Finish
+  thinking: str = ''
+  token_ids: tuple[int, ...] = ()
 
 
 @_record
@@ -136,7 +159,7 @@ class ImplicitReward:
 
 
 @_record
-class Preference:
+class Preference(_Prompted):
   """What DPO trains on. `soft_label` is the probability that chosen is better."""
   id: str
   prompt: str
@@ -145,6 +168,9 @@ class Preference:
   chosen_finish: Finish
   rejected_finish: Finish
   soft_label: float = 1.0
+  chosen_token_ids: tuple[int, ...] = ()
+  rejected_token_ids: tuple[int, ...] = ()
+  messages: Messages = ()
 
 
 @_record
@@ -171,7 +197,7 @@ class JudgePair(Preference):
 
 
 @_record
-class Demonstration:
+class Demonstration(_Prompted):
   """ift.jsonl, and what SFT trains on: a prompt with its response.
 
   A response by a person is complete, so `finish` is eos by default.
@@ -181,6 +207,8 @@ class Demonstration:
   response: str
   finish: Finish = EOS
   source: str = ''
+  token_ids: tuple[int, ...] = ()
+  messages: Messages = ()
 
 
 @_record
@@ -191,16 +219,19 @@ class EftExample:
   response: str
   score: float
   finish: Finish = EOS
+  token_ids: tuple[int, ...] = ()
 
 
 @_record
-class Positive:
+class Positive(_Prompted):
   """positives.jsonl: a response that scored high enough for SFT."""
   id: str
   prompt: str
   response: str
   score: float
   finish: Finish
+  token_ids: tuple[int, ...] = ()
+  messages: Messages = ()
 
 
 @_record

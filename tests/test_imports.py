@@ -10,8 +10,8 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  storage config ablations pods torus sharding hosts preemption compiler schema records lock peers
-  environment model_files catalog stage metrics cli
+  storage config ablations pods torus sharding hosts preemption compiler conversation schema records
+  lock peers environment model_files catalog stage metrics cli
   data / models
   reward
   report
@@ -24,8 +24,9 @@ ORDER = '''
 LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'schema', 'records', 'lock', 'data.oasst',
-               'data.ranked', 'data.similar',
+WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'records',
+               'lock', 'data.oasst', 'data.rendering', 'data.thinking', 'data.ranked',
+               'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
                'data.packing', 'reward.judges',
                'reward.scores', 'reward.strategies')
@@ -109,7 +110,8 @@ def test_every_module_has_a_test_file():
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
       model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
-      arrays='distribute', card='export', fields='config_fields')
+      arrays='distribute', card='loop', fields='config_fields', conversation='templates',
+      rendering='templates')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

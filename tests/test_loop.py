@@ -1,4 +1,5 @@
 """End-to-end tests: the programs run as separate processes, as a user runs them, at tiny sizes."""
+import hashlib
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import time
 from conftest import CHANGES, config_flags, DATA, main, on, OTHERS, ROOT
 import numpy as np
 import pytest
+import yaml
 
 from srlm_jax import (
   ablations,
@@ -29,6 +31,8 @@ from srlm_jax import (
   sharding,
   stage as stages,
 )
+from srlm_jax.checkpoint import convert
+from srlm_jax.report import card
 from srlm_jax.reward import pairs, strategies
 from srlm_jax.sandbox import data as sandbox
 
@@ -58,6 +62,55 @@ def test_the_loop_trains_every_model_and_prints_their_table(demo):
   assert (workdir / 'report.html').stat().st_size > 10_000
   hashes = [model_files.recorded_hash(workdir / m / 'model') for m in ('m0', *rows)]
   assert len(set(hashes)) == 5, 'two models have equal parameters'
+
+
+def test_the_card_of_an_export_has_the_numbers_and_the_command_of_the_run(demo, tmp_path):
+  workdir, _ = demo
+  convert.to_hf(workdir / 'm2' / 'model', tmp_path / 'hf', license='apache-2.0')
+  text = (tmp_path / 'hf' / card.NAME).read_text()
+  _, header, body = text.split('---\n', 2)
+  assert yaml.safe_load(header) == dict(
+      library_name='transformers', pipeline_tag='text-generation', license='apache-2.0',
+      tags=['srlm_jax', 'dpo', 'sft'])
+  lines = [line.strip('| ').split(' | ') for line in body.splitlines() if line.startswith('|')]
+  cells = {line[0]: line[1:] for line in lines}
+  m2 = json.loads((workdir / 'results.json').read_text())['models'][-2]
+  assert m2['model'] == 'm2' and float(cells['oracle 0-5'][0]) == round(m2['oracle 0-5'], 2)
+  assert cells['parameters, as stored'] == [f'`{model_files.recorded_hash(workdir / "m2/model")}`']
+  for path in (tmp_path / 'hf').iterdir():
+    if path.name != card.NAME:
+      found = hashlib.sha256(path.read_bytes()).hexdigest()
+      assert cells[f'`{path.name}`, SHA-256'] == [f'`{found}`'], path
+  pairs = len((workdir / 'm2' / 'pairs' / 'pairs.jsonl').read_text().splitlines())
+  row = next(line for line in lines if '`m2/pairs/pairs.jsonl`' in line)
+  assert row[:4] == ['m2', f'm1, `{model_files.recorded_hash(workdir / "m1/model")}`', 'dpo',
+                     str(pairs)] and row[6] == str(pairs)
+  assert str(workdir) not in text  # no path of this machine
+
+  # The command leads to the config keys of every stage.
+  command, _ = re.search(r'```sh\n(.*?)\n(python .*?)\n```', body, re.DOTALL).groups()
+  flags = shlex.split(command.replace('\\\n', ''))
+  assert flags[:6] == ['python', '-m', 'srlm_jax.loop', '--size=tiny', '--workdir=RUN', '--last=m2']
+  changes = [flag.removeprefix('--set=') for flag in flags[6:]]
+  for name in ('sft', 'm1', 'm2'):
+    config = loop.load_config(name, 'tiny', '', '', changes)
+    for path in workdir.glob(f'{name}/*/manifest.json'):
+      for key, value in json.loads(path.read_text())['config'].items():
+        assert json.loads(json.dumps(catalog.look_up(config, key))) == value, (path, key)
+
+
+def test_the_card_of_another_step_has_no_numbers_of_the_last_one(demo, tmp_path):
+  folder = demo[0] / 'm2' / 'model'
+  first, *_, last = model_files.steps(folder)
+  assert first < last
+  convert.to_hf(folder, tmp_path / 'hf', step=first)
+  text = (tmp_path / 'hf' / card.NAME).read_text()
+  assert f'step {first} of {last}' in text and '## Results' not in text
+  unfinished = tmp_path / 'run' / 'm2' / 'model'
+  shutil.copytree(folder, unfinished)
+  (unfinished / 'done.json').unlink()
+  convert.to_hf(unfinished, tmp_path / 'unfinished')
+  assert f': step {last}, ' in (tmp_path / 'unfinished' / card.NAME).read_text()
 
 
 def test_every_stage_used_the_parameters_of_the_right_model(demo):

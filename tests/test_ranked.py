@@ -11,7 +11,7 @@ from conftest import run_main
 import pytest
 from test_seeds import check, raw, record, run, write
 
-from srlm_jax import InputError, records
+from srlm_jax import conversation, InputError, records, schema
 from srlm_jax.data import ranked
 
 
@@ -157,3 +157,44 @@ def test_the_jq_command_of_the_docstring_makes_the_format(tmp_path):
   fruit, why = read(tmp_path / 'x.jsonl')
   assert fruit.prompt == 'Name a fruit.' and why.replies == []
   assert [(reply.text, reply.rank) for reply in fruit.replies] == [('Pear.', 0), ('No.', 1)]
+
+
+def test_conversations_of_several_turns_go_into_every_set(tmp_path):
+  def talk(i, system=()):
+    said = [*system, ('user', f'First {i}?'), ('assistant', f' Answer {i}.\n[user] no'),
+            ('user', f'Then {i}?')]
+    fields = scored(f'{i}', 1, 2, 2.5)
+    del fields['prompt']
+    return fields | {'messages': [dict(role=role, content=text) for role, text in said]}
+  rows = [talk(i) for i in range(20)] + [talk(i, [('system', 'Be brief.')]) for i in range(20, 30)]
+  out = run(write(tmp_path / 'x.jsonl', rows), tmp_path / 'run')
+  assert check(out)['kept']['ift']
+  for name, kind in (('ift.jsonl', schema.Demonstration), ('heldout.jsonl', schema.HeldOutPrompt),
+                     ('ranked.jsonl', schema.RankedPrompt)):
+    found = list(records.read(tmp_path / 'run' / 'data' / 'seeds' / name, kind))
+    assert found
+    for r in found:
+      assert conversation.text(r.messages) == r.prompt and '[ user] no' in r.prompt
+      assert r.messages[-2].content.startswith(' Answer') and len(r.messages) in (3, 4)
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(messages='a'), 'Expected `?array'), (dict(messages=[]), 'the last message must be of'),
+    (dict(messages=[dict(role='user')]), 'missing required field'),
+    (dict(messages=[dict(role='tool', content='a')]), 'Invalid enum value'),
+    (dict(messages=[dict(role='assistant', content='a')]), 'message 1 has the role assistant, not'),
+    (dict(messages=[dict(role='user', content='a')], prompt='a'), 'it has a prompt and messages')])
+def test_messages_that_are_no_conversation_are_an_error(tmp_path, fields, message):
+  row = scored('a', 1, 2)
+  del row['prompt']
+  with pytest.raises(InputError, match=f'x.jsonl:1: .*{message}') as error:
+    read(write(tmp_path / 'x.jsonl', [row | fields]))
+  assert '\n' not in str(error.value)
+
+
+def test_a_conversation_of_one_message_is_a_prompt(tmp_path):
+  row = scored('a', 1, 2)
+  text = row.pop('prompt')
+  (turn,) = read(write(tmp_path / 'x.jsonl', [
+      row | dict(messages=[dict(role='user', content=text)])]))
+  assert (turn.prompt, turn.messages) == (text, ())

@@ -219,7 +219,8 @@ def test_the_copy_keeps_every_field_over_several_shards(tmp_path, monkeypatch):
   back = [turns[i] for i in (9, *range(9))]
   assert back == [*files.turns()][9:] + [*files.turns()][:9] and len(turns) == 10
   assert dataclasses.asdict(back[1]) == {
-      'id': '0', 'turn': 0, 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'replies': [
+      'id': '0', 'turn': 0, 'prompt': 'Ünï\x00çødé 🙂\n\n', 'dropped': '', 'messages': (),
+      'replies': [
           {'id': '0-0', 'text': 'Ünï\x00çødé 🙂\n\n', 'rank': 0, 'dropped': ''},
           {'id': '0-1', 'text': 'Reply 1 to 0', 'rank': 1, 'dropped': ''}]}
 

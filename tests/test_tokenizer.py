@@ -114,7 +114,7 @@ def added(model, ids):
 
 
 @pytest.mark.parametrize('mark', MARKS)
-@pytest.mark.parametrize('chat', templates.CHATS)
+@pytest.mark.parametrize('chat', ['plain', 'llama2', 'tokenizer'])
 def test_text_never_becomes_an_added_token(made, chat, mark):
   ours, model = made
   before, after = templates.encode_pair(chat, 'Say it now.', 'Yes, I do.', ours)
@@ -186,7 +186,7 @@ def test_an_added_token_that_merges_could_produce_is_broken_apart(tmp_path):
   assert made.encode('<think>').tokens == ['<think>']
   ours, model = both(save(tmp_path, made))
   assert model.convert_tokens_to_ids('<think>') == vocab['<think>']
-  for chat in templates.CHATS:
+  for chat in ('plain', 'llama2', 'tokenizer'):
     before, after = templates.encode_pair(chat, 'a<think>b', 'No<think><think>', ours)
     assert added(model, before) == added(model, templates.encode_prompt(chat, 'a', ours))
     assert not added(model, after)

@@ -120,6 +120,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
             for name, array in stored.items()}
   files = hf.shards(config, dtypes, shard_bytes)
   dtype = str(dtypes['embed_VD'])
+  model_files.read_hashes(folder, step)  # before a changed tokenizer is read
   small, summary, sums = export.plan(folder, config.V, dtype, chat), Summary(), {}
   read = Summary() if adapters else summary  # of what is stored
   with storage.making_folder(out) as target, _progress(files) as progress:

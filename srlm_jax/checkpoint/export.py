@@ -28,12 +28,13 @@ CLASS = 'PreTrainedTokenizerFast'
 KEPT = ('pad_token', 'padding_side', 'model_max_length', 'chat_template')
 RANDOM_TEXTS = 500
 TEXTS = (
-    '', ' ', '  ', '\n', '\t', 'a', ' a', 'a ', '  a  b  ', '\na', 'a\n\n b\n', ' \n a', 'a\tb\r\nc',
-    'User: Name a fruit.\nAssistant: A fig, 12 pears (0.5 kg) & "plums"!', '[INST] Hi [/INST] Ho.',
-    ''.join(map(chr, range(32, 127))), '1234567890 3.14159 1e-5', 'aaaaaaaaaaaaaaaa', '========',
-    'def f(x):\n  return x ** 2  # square\n', '▁', '▁▁a ▁b', 'é e\u0301 ü ß ﬁ ½ ①', 'Ω ∑ → ≤ “ ” – … €',
-    'Привет, мир', '漢字かな交じり文', 'हिन्दी', 'שלום', 'مرحبا', '😀 👩‍👩‍👧 🇩🇪', 'a\u00a0b\u200bc\ufeff',
-    'x\x00y\x7f', '\ufffd')
+    '', ' ', '  ', '\n', '\t', 'a', ' a', 'a ', '  a  b  ', '\na', 'a\n\n b\n', ' \n a',
+    'a\tb\r\nc', 'User: Name a fruit.\nAssistant: A fig, 12 pears (0.5 kg) & "plums"!',
+    '[INST] Hi [/INST] Ho.', ''.join(map(chr, range(32, 127))), '1234567890 3.14159 1e-5',
+    'aaaaaaaaaaaaaaaa', '========', 'def f(x):\n  return x ** 2  # square\n', '▁', '▁▁a ▁b',
+    'é e\u0301 ü ß ﬁ ½ ①', 'Ω ∑ → ≤ “ ” – … €', 'Привет, мир', '漢字かな交じり文', 'हिन्दी', 'שלום',
+    'مرحبا', '\U0001f600 \U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea',
+    'a\u00a0b\u200bc\ufeff', 'x\x00y\x7f', '\ufffd')
 PROMPTS = ('a', 'Name two nice fruits.', 'Was ist größer: 漢字 oder 2?', 'One.\n\nTwo:  3')
 
 
@@ -57,17 +58,27 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   chat = _chat(folder, chat)
   files = {name: (folder / name).read_bytes() for name in model_files.names(folder)}
   config = _parse(folder, files, CONFIG)
-  if {config.get('dtype'), config.get('torch_dtype')} != {dtype}:  # training stores float32
+  if {config.get('dtype'), config.get('torch_dtype')} - {None} != {dtype}:  # trained in float32
     _change(files, CONFIG, config | dict(dtype=dtype, torch_dtype=dtype))
   if not chat and not files.keys() & {BACKEND, 'tokenizer.model'}:
     return Export(files, chat)
   ours = tokenizers.load(folder, vocab)
+  ends = {*ours.eos_ids, *([templates.end_of_turn(chat, ours)] if chat else ())}
   for name in (CONFIG, GENERATION):
     before = _parse(folder, files, name)
-    _change(files, name, before | _ids(before, ours, bool(chat)))
+    _change(files, name, before | _ids(before, ours.start, ends, bool(chat)))
+  files, theirs = _tokenizer(folder, files, ours, chat)
+  for prompt in PROMPTS if chat else ():
+    _check_prompt(folder, chat, prompt, ours, theirs)
+  texts = _texts(theirs)
+  return Export(files, chat, len(texts), tuple(
+      text for text in texts if theirs.encode(text, add_special_tokens=False) != ours.encode(text)))
+
+
+def _tokenizer(folder, files: dict[str, bytes], ours: tokenizers.Tokenizer, chat: str):
+  """-> the files with the tokenizer and chat template of the export, and the tokenizer."""
   before = settings = _parse(folder, files, SETTINGS)
-  made = BACKEND not in files and (bool(chat) or not settings)
-  if made:
+  if BACKEND not in files and (chat or not settings):
     files[BACKEND], settings = _from_sentencepiece(files['tokenizer.model'], ours, settings)
   if chat and chat != 'tokenizer':
     settings = settings | dict(chat_template=templates.source(chat))
@@ -76,19 +87,10 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   if settings != before:
     _change(files, SETTINGS, settings)
   theirs = _load(files)
-  if chat and theirs('a')['input_ids'][:1] != [ours.bos_id]:
-    _change(files, SETTINGS, settings | dict(add_bos_token=True))
+  if chat and theirs('')['input_ids'] != ours.start:
+    _change(files, SETTINGS, settings | dict(add_bos_token=bool(ours.start)))
     theirs = _load(files)
-  texts = _texts(theirs)
-  differences = tuple(text for text in texts
-                      if theirs.encode(text, add_special_tokens=False) != ours.encode(text))
-  if made and differences:
-    raise InputError(f'{folder / "tokenizer.model"} cannot be converted to a {BACKEND}, because '
-                     f'transformers gives {differences[0]!r} other ids; add the {BACKEND} of the '
-                     f'model to {folder}')
-  for prompt in PROMPTS if chat else ():
-    _check_prompt(folder, chat, prompt, ours, theirs)
-  return Export(files, chat, len(texts), differences)
+  return files, theirs
 
 
 def _chat(folder, chat: str) -> str:
@@ -117,13 +119,16 @@ def _change(files: dict[str, bytes], name: str, fields: dict):
     files[name] = (json.dumps(fields, indent=2, ensure_ascii=False) + '\n').encode()
 
 
-def _ids(fields: dict, ours: tokenizers.Tokenizer, run: bool) -> dict:
-  """bos_token_id and eos_token_id where `fields` lacks them or, in a run, has other eos ids."""
+def _ids(fields: dict, start: list[int], ends: set[int], run: bool) -> dict:
+  """bos_token_id and eos_token_id where `fields` lacks them or, in a run, has other eos ids.
+
+  `start`: the bos id, if there is one; `ends`: the eos ids.
+  """
   eos, changed = fields.get('eos_token_id'), {}
-  if fields.get('bos_token_id') is None:
-    changed['bos_token_id'] = ours.bos_id
-  if eos is None or run and {*(eos if isinstance(eos, list) else [eos])} != {*ours.eos_ids}:
-    changed['eos_token_id'] = ours.eos_ids[0] if len(ours.eos_ids) == 1 else list(ours.eos_ids)
+  if start and fields.get('bos_token_id') is None:
+    changed['bos_token_id'] = start[0]
+  if eos is None or run and {*(eos if isinstance(eos, list) else [eos])} != ends:
+    changed['eos_token_id'] = min(ends) if len(ends) == 1 else sorted(ends)
   return changed
 
 
@@ -134,32 +139,31 @@ def _from_sentencepiece(model: bytes, ours: tokenizers.Tokenizer, before: dict) 
   with tempfile.TemporaryDirectory() as local:  # alone, because settings would change the result
     pathlib.Path(local, 'tokenizer.model').write_bytes(model)
     made = transformers.PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)
-  made.add_bos_token = True
-  bos, eos = made.convert_ids_to_tokens([ours.bos_id, ours.eos_ids[0]])
+  made.add_bos_token = bool(ours.start)
   kept = {key: before[key] for key in KEPT if key in before}
-  return (made.backend_tokenizer.to_str(pretty=True) + '\n').encode(), kept | dict(
-      tokenizer_class=CLASS, bos_token=bos, eos_token=eos, unk_token=made.unk_token,
-      add_bos_token=True, add_eos_token=False, clean_up_tokenization_spaces=False)
+  return (made.backend_tokenizer.to_str(pretty=True) + '\n').encode(), kept | ours.special | dict(
+      tokenizer_class=CLASS, unk_token=made.unk_token, add_bos_token=bool(ours.start),
+      add_eos_token=False, clean_up_tokenization_spaces=False)
 
 
 def _load(files: dict[str, bytes]):
   """The tokenizer of the export, as other programs load it."""
-  import transformers
   with tempfile.TemporaryDirectory() as local:
     for name, data in files.items():
       path = pathlib.Path(local, name)
       path.parent.mkdir(exist_ok=True)
       path.write_bytes(data)
-    return transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
+    return tokenizers.load_transformers(local)
 
 
 def _check_prompt(folder, chat: str, prompt: str, ours: tokenizers.Tokenizer, theirs):
   """Raises InputError if a prompt in the chat format has other ids in transformers."""
+  wanted = templates.encode_prompt(chat, prompt, ours)
   found = theirs.apply_chat_template([dict(role='user', content=prompt)], tokenize=True,
                                      add_generation_prompt=True, return_dict=False)
-  if found != templates.encode_prompt(chat, prompt, ours):
-    raise InputError(f'{folder}: transformers gives {prompt!r} in the chat format {chat} other ids; '
-                     f'give another --chat, or correct the chat template')
+  if found != wanted:
+    raise InputError(f'{folder}: in the chat format {chat}, {prompt!r} has other ids in '
+                     f'transformers; add the tokenizer.json of the model, or give another --chat')
 
 
 def _texts(tokenizer) -> Sequence[str]:

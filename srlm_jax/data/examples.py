@@ -2,7 +2,7 @@
 from collections.abc import Iterable
 import dataclasses
 
-from srlm_jax import InputError, schema
+from srlm_jax import conversation, InputError, schema
 from srlm_jax.data import templates
 
 
@@ -41,7 +41,8 @@ def sft(records: Iterable[schema.Demonstration | schema.EftExample | schema.Posi
   """
   kept = _Kept()
   for record in records:
-    encoded = _encode(record.prompt, record.response, record.finish, tokenizer, chat, max_length)
+    encoded = _encode(record, record.response, record.finish, record.token_ids, tokenizer, chat,
+                      max_length)
     kept.add(record.id, [encoded])
   return kept.examples('no example is left to train on')
 
@@ -53,7 +54,7 @@ def corpus(documents: Iterable[schema.Document], tokenizer, max_length: int) -> 
   """
   stream = []
   for document in documents:
-    stream += [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_ids[0]]
+    stream += [*tokenizer.start, *tokenizer.encode(document.text), tokenizer.eos_ids[0]]
   count = len(stream) // max_length
   if not count:
     raise InputError(f'the corpus has {len(stream)} tokens, fewer than one row of {max_length}; '
@@ -71,26 +72,22 @@ def dpo(pairs: Iterable[schema.Preference], tokenizer, chat: str, max_length: in
     if not 0 <= pair.soft_label <= 1:
       raise InputError(f'pair {pair.id}: soft_label is {pair.soft_label}; it must be a number from '
                        f'0 to 1')
-    encoded = [_encode(pair.prompt, response, finish, tokenizer, chat, max_length)
-               for response, finish in ((pair.chosen, pair.chosen_finish),
-                                        (pair.rejected, pair.rejected_finish))]
+    encoded = [_encode(pair, *response, tokenizer, chat, max_length) for response in (
+        (pair.chosen, pair.chosen_finish, pair.chosen_token_ids),
+        (pair.rejected, pair.rejected_finish, pair.rejected_token_ids))]
     kept.add(pair.id, encoded, pair.soft_label)
   return kept.examples('no pair is left to train on')
 
 
-def _encode(prompt, response, finish, tokenizer, chat, max_length):
+def _encode(record, response, finish, token_ids, tokenizer, chat, max_length):
   """-> (prompt, response) as tokens, or the reason to drop the record."""
-  if not response.strip():
-    return 'empty response'
-  encoded = templates.encode_pair(chat, prompt, response, tokenizer)
-  if encoded is None:
-    return 'token crosses the prompt/response boundary'
-  prompt_ids, response_ids = encoded
-  if finish == schema.EOS:
-    response_ids = [*response_ids, tokenizer.eos_ids[0]]
-  if len(prompt_ids) + len(response_ids) > max_length:
+  encoded = templates.encode_response(
+      chat, conversation.of(record), response, finish, token_ids, tokenizer)
+  if isinstance(encoded, str):
+    return encoded
+  if sum(map(len, encoded)) > max_length:
     return f'longer than {max_length} tokens'
-  return prompt_ids, response_ids
+  return encoded
 
 
 class _Kept:

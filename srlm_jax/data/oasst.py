@@ -2,24 +2,19 @@
 
 Reads both published formats: one tree per line, or one message per line in any order. Keeps
 English messages of trees that are ready for export. Keeps model-written (synthetic) messages on
-request. The prompt of a first turn is its message. The prompt of a later turn is the conversation
-up to it as text (`render`). A later turn is dropped if any message before it is dropped.
+request. The prompt of a first turn is its message. A later turn has the messages up to it, and its
+prompt is their text. A later turn is dropped if any message before it is dropped.
 """
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
-import re
 import sqlite3
 from types import NoneType
 
-from srlm_jax import InputError
+from srlm_jax import conversation, InputError
 from srlm_jax.data.turns import Message, Turn
 
 NAME = 'oasst1'
-# No chat format and no judge template contains [user] or [assistant], so a rendered conversation
-# passes through them unchanged.
-_SPEAKERS = ('user', 'assistant')
-_MARK = re.compile(r'^([^\S\n]*)\[(?=(?:user|assistant)\])', re.MULTILINE | re.IGNORECASE)
 
 # (place, message) -> (place, reply) of each reply; place: file:line, for errors.
 _Replies = Callable[[str, dict], list[tuple[str, dict]]]
@@ -49,40 +44,6 @@ def turns(rows: Iterable[tuple[str, dict]], synthetic: bool) -> Iterator[tuple[s
       for place, prompt in [(where, raw)] if is_prompt else table.replies(where, raw):
         yield from _walk(place, prompt, 'after a missing message', table.replies, synthetic,
                          before=('', ''))
-
-
-def render(messages: Sequence[str]) -> str:
-  """A conversation as a prompt: a single message as it is, several each below a speaker's line.
-
-  `quoted` ensures that no message contains such a line.
-
-  >>> render(['Name a fruit.', 'Pear.', 'Why?'])
-  '[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?'
-  """
-  if len(messages) == 1:
-    return messages[0]
-  return '\n\n'.join(
-      f'[{_SPEAKERS[i % 2]}]\n{quoted(text).strip()}' for i, text in enumerate(messages))
-
-
-def user_messages(prompt: str) -> list[str]:
-  """The user's messages in a rendered conversation; any other prompt is one message.
-
-  >>> user_messages(render(['Name a fruit.', 'Pear.', 'Why?']))
-  ['Name a fruit.', 'Why?']
-  """
-  if not prompt.startswith('[user]\n'):
-    return [prompt]
-  return re.split(r'(?:\A|\n\n)\[(?:user|assistant)\]\n', prompt)[1::2]
-
-
-def quoted(text: str) -> str:
-  """Adds a space to a speaker mark at the start of a line, so that it is no longer a mark.
-
-  >>> quoted('Pear.\\n[user] Why?')
-  'Pear.\\n[ user] Why?'
-  """
-  return _MARK.sub(r'\1[ ', re.sub('\r\n?|[\x85\u2028\u2029]', '\n', text))
 
 
 class _MessageTable:
@@ -145,8 +106,10 @@ def _walk(where: str, root: dict, flaw: str, replies: _Replies, synthetic: bool,
       answers.append(answer)
     ranks = [answer.rank for answer in answers if not answer.dropped]
     repeated = 'ranks repeat' if len(set(ranks)) < len(ranks) else ''
-    yield where, Turn(prompt.id, len(before) // 2, render(said),
-                      flaw or prompt.dropped or repeated, answers)
+    messages = conversation.in_turns(said)
+    text = conversation.text(messages) if messages else prompt.text
+    yield where, Turn(prompt.id, len(before) // 2, text, flaw or prompt.dropped or repeated,
+                      answers, messages)
 
 
 def _nested_replies(where: str, raw: dict) -> list[tuple[str, dict]]:

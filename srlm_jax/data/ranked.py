@@ -2,6 +2,10 @@ r"""Ranked replies in a simple format as seed data: JSONL (or .jsonl.gz), one pr
 
   {"prompt": "Name a fruit.", "replies": [{"text": "Pear.", "rank": 0}, {"text": "No.", "rank": 1}]}
 
+A prompt of several turns has `messages` instead, a list of `{"role": .., "content": ..}` with the
+roles user, assistant, user, .., user, and perhaps a system message first. The replies answer the
+last message.
+
 `rank` is 0 for the best reply. Equal replies share a rank, and the next rank counts all replies
 before it: 0, 1, 1, 3. Instead of `rank`, every reply may have a `score`; higher is better. Records
 and replies may have an `id`, a string. This converts UltraFeedback to the format, without the
@@ -17,7 +21,9 @@ import json
 import math
 import re
 
-from srlm_jax import InputError, records, schema
+import msgspec
+
+from srlm_jax import conversation, InputError, records, schema
 from srlm_jax.data.turns import Message, Turn
 
 NAME = 'ranked'
@@ -30,7 +36,9 @@ def turns(rows: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, Turn]]:
   Raises InputError for a record in another format. Drops nothing.
   """
   for where, record in rows:
-    prompt = _text(record, 'prompt', where, 'give every record a prompt')
+    messages = _messages(record, where)
+    prompt = conversation.text(messages) if messages else _text(
+        record, 'prompt', where, 'give every record a prompt or messages')
     replies = record.get('replies')
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
       raise InputError(f'{where}: "replies" is {_show(replies)}; '
@@ -40,8 +48,25 @@ def turns(rows: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, Turn]]:
     # The default id covers all texts, because a source may repeat a prompt with other replies.
     name = _id(record, where) or records.digest(prompt, *texts)
     names = [_id(reply, where) or records.digest(name, str(i)) for i, reply in enumerate(replies)]
-    messages = map(Message, names, texts, _ranks(replies, where))
-    yield where, Turn(name, 0, prompt, '', list(messages))
+    answers = list(map(Message, names, texts, _ranks(replies, where)))
+    yield where, Turn(name, 0, prompt, '', answers, messages if len(messages) > 1 else ())
+
+
+def _messages(record: dict, where: str) -> conversation.Messages:
+  """The checked messages of a record; none if it has a prompt."""
+  if 'messages' not in record:
+    return ()
+  if 'prompt' in record:
+    raise InputError(f'{where}: it has a prompt and messages; leave one of them out')
+  try:
+    messages = msgspec.convert(record['messages'], conversation.Messages)
+    conversation.check(messages)
+  except ValueError as error:
+    raise InputError(f'{where}: "messages" is not a conversation ({error}); give a list of '
+                     f'{{"role": .., "content": ..}}') from error
+  for message in messages:
+    _text(dict(content=message.content), 'content', where, 'leave the record out')
+  return messages
 
 
 def competition(values: list) -> list[int]:

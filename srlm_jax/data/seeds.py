@@ -20,7 +20,7 @@ from etils import epath
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage, storage
+from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, stage, storage
 from srlm_jax.data import oasst, ranked, splits
 from srlm_jax.data.splits import SeedPrompt
 from srlm_jax.data.turns import Message, Turn
@@ -127,7 +127,7 @@ class Files(tfds.core.BuilderConfig):
 
 class SeedTurns(tfds.core.ShardBasedBuilder, skip_registration=True):  # not loadable by name
   """The turns in the order of the files. TFDS's builder that shuffles takes 1 GB of memory."""
-  VERSION = tfds.core.Version('2.0.0')  # increase it when a reader yields or drops other turns
+  VERSION = tfds.core.Version('3.0.0')  # increase it when a reader yields or drops other turns
   url_infos = {}  # nothing to download; TFDS 4.9.10 otherwise imports an optional package
 
   def _info(self):
@@ -135,7 +135,8 @@ class SeedTurns(tfds.core.ShardBasedBuilder, skip_registration=True):  # not loa
     reply = {'id': text, 'text': text, 'rank': np.int64, 'dropped': text}
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
         {'id': text, 'turn': np.int64, 'prompt': text, 'dropped': text,
-         'replies': tfds.features.Sequence(reply)}))
+         'replies': tfds.features.Sequence(reply),
+         'messages': tfds.features.Sequence({'role': text, 'content': text})}))
 
   def _shard_iterators_per_split(self, dl_manager):
     size = sum(1 for _ in self.builder_config.turns())  # reads and checks all before it writes
@@ -159,10 +160,9 @@ class Turns:
 
   def __getitem__(self, index: int) -> Turn:
     fields = _plain(self._source[index])
-    columns = fields.pop('replies')  # TFDS stores a sequence of dictionaries field by field
-    replies = [Message(**dict(zip(columns, values, strict=True)))
-               for values in zip(*columns.values(), strict=True)]
-    return Turn(**fields, replies=replies)
+    replies = [Message(**row) for row in _rows(fields.pop('replies'))]
+    messages = tuple(conversation.Message(**row) for row in _rows(fields.pop('messages')))
+    return Turn(**fields, replies=replies, messages=messages)
 
 
 @dataclasses.dataclass
@@ -227,14 +227,16 @@ def files(turns: Turns, sets: dict[str, list[SeedPrompt]], source: str) -> dict[
   return {
       'ift.jsonl': (
           schema.Demonstration(id=turn.id, prompt=turn.prompt, response=best_first(turn)[0].text,
-                               source=source)
+                               source=source, messages=turn.messages)
           for turn, _ in rows(['ift'])),
       'heldout.jsonl': (
-          schema.HeldOutPrompt(id=turn.id, prompt=turn.prompt, split=split)
+          schema.HeldOutPrompt(id=turn.id, prompt=turn.prompt, split=split,
+                               messages=turn.messages)
           for turn, split in rows(splits.HELD_OUT_SETS)),
       'ranked.jsonl': (
           schema.RankedPrompt(id=turn.id, prompt=turn.prompt, split=split,
-                              replies=best_first(turn), source=source)
+                              replies=best_first(turn), source=source,
+                              messages=turn.messages)
           for turn, split in rows(splits.RANKED_SETS))}
 
 
@@ -282,7 +284,8 @@ def _flaw(turn: Turn) -> str:
 
 def _prompt(turn: Turn, index: int, seed: int) -> SeedPrompt:
   ranks, later = _ranks(turn), turn.turn > 0
-  messages = oasst.user_messages(turn.prompt) if later else [oasst.quoted(turn.prompt)]
+  said = [m.content for m in turn.messages if m.role == 'user'] or [turn.prompt]
+  messages = [conversation.quoted(text).strip() for text in said]
   return SeedPrompt(
       later=later, order=records.digest(str(seed), turn.id), id=turn.id, index=index,
       text=_digest(turn.prompt), messages=tuple(map(_digest, messages)), replies=len(ranks),
@@ -295,6 +298,11 @@ def _ranks(turn: Turn) -> list[int]:
 
 def _digest(text: str) -> str:
   return records.digest(normalize(text))
+
+
+def _rows(columns: dict[str, list]) -> list[dict]:
+  """A sequence of dictionaries, which TFDS stores field by field."""
+  return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _plain(value):

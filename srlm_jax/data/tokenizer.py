@@ -1,27 +1,58 @@
 """Converts text to token ids and back with the tokenizer of a model. Does not use the network."""
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 import itertools
 import json
 import re
 import reprlib
 import secrets
+import types
 
 from etils import epath
 
 from srlm_jax import InputError, model_files, storage
+from srlm_jax.conversation import Message
+from srlm_jax.data import rendering
 
+# The names of the tokens that open and close a model's thinking, in the families that have them.
+THINKING = (('<think>', '</think>'), ('[THINK]', '[/THINK]'))
 _LETTER, _SIGN = '\ua66e', '\u2e0e'  # characters that no added token contains
+_NUMBER = 0x20000  # the first of 42,719 rare letters, which number the messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A chat template. `name` is for errors."""
+  source: str
+  name: str
 
 
 class Tokenizer:
   """The interface of sentencepiece (`tokenizer.model`) and transformers (`tokenizer.json`) models.
 
-  `size`: number of ids. `bos_id` starts every sequence. Any of `eos_ids` ends a sequence; training
-  uses the first.
+  `size`: number of ids. `bos_id` starts every sequence; None: there is none. Any of `eos_ids` ends
+  a sequence. `added`: {id: name} of the tokens that text must not become. `special`: the variables
+  of a chat template (bos_token, ..). `template`: the tokenizer's own chat template. `thinking`: the
+  ids that open and close a model's thinking, None without them.
   """
 
-  def __init__(self, size: int, bos_id: int, eos_ids: Sequence[int]):
+  def __init__(self, size: int, bos_id: int | None, eos_ids: Sequence[int],
+               added: Mapping[int, str] = types.MappingProxyType({}),
+               special: Mapping[str, str] = types.MappingProxyType({}),
+               template: Template | None = None):
     self.size, self.bos_id, self.eos_ids = size, bos_id, tuple(eos_ids)
+    self.added, self.special, self.template = added, special, template
+    ids = {name: i for i, name in added.items()}
+    self.thinking = next(((ids[start], ids[end]) for start, end in THINKING
+                          if start in ids and end in ids), None)
+    self._secret = secrets.token_hex(16)
+    self._secret_names = {i: f'<{self._secret}:{i}>' for i in added}
+    self._secret_pattern = re.compile(f'<{self._secret}:(\\d+)>')
+
+  @property
+  def start(self) -> list[int]:
+    """What every sequence begins with: bos, or nothing."""
+    return [] if self.bos_id is None else [self.bos_id]
 
   def encode(self, text: str) -> list[int]:
     """Token ids of the text, without bos. Only `chat` can put added tokens into a text."""
@@ -30,18 +61,58 @@ class Tokenizer:
   def decode(self, ids: Sequence[int]) -> str:
     """Text of the token ids, without special tokens. An id that does not exist becomes U+FFFD.
 
-    Added tokens that are not special (`<think>`) become their text. `encode` reads that text as
-    plain text, so responses that contain it are trained on and judged as plain text.
+    Added tokens that are not special (`<tool_call>`) become their text. `encode` reads that text as
+    plain text.
     """
     raise NotImplementedError
 
-  def chat(self, prompt: str) -> str:
-    """The prompt in the tokenizer's chat template, up to the response. Encode it with `encode`.
+  def chat(self, messages: Sequence[Message], template: Template, prompt: bool = True) -> str:
+    """The messages in a chat template, up to the next response if `prompt`. For `encode`.
 
     The added tokens of the template, including bos, appear under secret names that only this
-    tokenizer can encode. Raises InputError if there is no template or it alters the prompt.
+    tokenizer can encode; the messages never become added tokens. A template may trim a message.
+    Raises InputError if it leaves a message out, or reads or changes what a user or the system
+    says. What an assistant says is inserted as it is, even if the template would read it.
     """
-    raise InputError('this tokenizer has no chat template; set config.chat to plain or llama2')
+    def rendered(some):
+      return rendering.render(template.source, some, self.special, prompt, template.name)
+    masks = [_mask(message.content, i) for i, message in enumerate(messages)]
+    masked = [Message(m.role, m.content.replace(m.content.strip(), mask))
+              for m, mask in zip(messages, masks, strict=True)]
+    text = rendered(masked)
+    for message, mask in zip(messages, masks, strict=True):
+      if mask not in text:
+        raise InputError(f'{template.name} leaves out the {message.role}\'s message '
+                         f'{message.content[:60]!r}; {rendering.ADVICE}')
+    # With what users and the system say in place of its mask, the template must render the same.
+    asked = [hidden if message.role == 'assistant' else message
+             for message, hidden in zip(messages, masked, strict=True)]
+    said = {mask: message.content.strip() for message, mask in zip(messages, masks, strict=True)}
+    by_others = {mask: message.content.strip()
+                 for message, mask in zip(messages, masks, strict=True)
+                 if message.role != 'assistant'}
+    if rendered(asked) != _unmask(text, by_others):
+      raise InputError(f'{template.name} changes or interprets the messages '
+                       f'{messages[-1].content[:60]!r}; use a template that inserts them '
+                       f'unchanged, or set config.chat to plain, llama2 or chatml')
+    for i, start, end in reversed(self._added_in(text)):
+      whole = text[start:end]  # includes the spaces that the added token absorbs
+      renamed = whole.replace(whole.strip() or whole, self._secret_names[i])
+      text = text[:start] + renamed + text[end:]
+    return _unmask(text, said)
+
+  def first_added(self, text: str) -> int | None:
+    """The first added token in a text from `chat`."""
+    found = self._secret_pattern.search(text)
+    return int(found[1]) if found else None
+
+  def name_of(self, i: int) -> str:
+    """The secret name of an added token, for `encode`."""
+    return self._secret_names[i]
+
+  def _added_in(self, text: str) -> list[tuple[int, int, int]]:
+    """(id, start, end) of the added tokens in a text."""
+    raise NotImplementedError
 
 
 def load(folder, vocab: int | None = None) -> Tokenizer:
@@ -63,6 +134,21 @@ def load(folder, vocab: int | None = None) -> Tokenizer:
   return tokenizer
 
 
+def load_transformers(folder: str):
+  """The tokenizer that transformers loads from a folder on a disk, without remote code.
+
+  It chooses the class by two fields of config.json, and would refuse a model for the other fields.
+  """
+  import transformers
+  path, config = epath.Path(folder) / 'config.json', None
+  fields = json.loads(path.read_text()) if path.exists() else {}
+  if 'model_type' in fields:
+    config = transformers.AutoConfig.for_model(
+        fields['model_type'], tokenizer_class=fields.get('tokenizer_class'))
+  return transformers.AutoTokenizer.from_pretrained(
+      folder, config=config, local_files_only=True, trust_remote_code=False)
+
+
 class _SentencePiece(Tokenizer):
 
   def __init__(self, folder):
@@ -73,23 +159,33 @@ class _SentencePiece(Tokenizer):
       self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except RuntimeError as error:
       raise InputError(f'{path} is not a SentencePiece model; download it again') from error
-    if self._model.bos_id() < 0 or self._model.eos_id() < 0:
-      raise InputError(f'{path} has no bos or no eos piece; train it with both')
+    if self._model.eos_id() < 0:
+      raise InputError(f'{path} has no eos piece; train it with one')
     proto = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto())
     if marks := [p.piece for p in proto.pieces
                  if p.type == p.USER_DEFINED and re.search(r'[<\[|].*[>\]|]', p.piece)]:
       raise InputError(f'{path} encodes {", ".join(marks[:3])} in any text as one control piece, '
                        f'so a prompt or response could forge it; '
                        f'add the tokenizer.json of the model to the folder')
-    super().__init__(self._model.vocab_size(), self._model.bos_id(),
-                     _eos_ids(folder, self._model.eos_id(), self._model.vocab_size()))
+    size, bos, eos = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
+    added = {i: self._model.id_to_piece(i) for i in range(size) if self._model.is_control(i)}
+    special = dict(bos_token=added[bos]) if bos >= 0 else {}
+    super().__init__(size, bos if bos >= 0 else None, _eos_ids(folder, eos, size), added,
+                     special | dict(eos_token=added[eos]))
 
   def encode(self, text):  # sentencepiece never produces control pieces from text
-    return self._model.encode(text)
+    texts = self._secret_pattern.split(text)  # with ids of control pieces between them
+    return [i for even, part in enumerate(texts) if part
+            for i in ([int(part)] if even % 2 else self._model.encode(part))]
 
   def decode(self, ids):
     return ''.join(self._model.decode(group) if known else '\ufffd' * len(group)
                    for known, group in _runs(ids, self.size))
+
+  def _added_in(self, text):
+    ids = {name: i for i, name in self.added.items()}
+    names = '|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))
+    return [(ids[m[0]], *m.span()) for m in re.finditer(names, text)]
 
 
 class _Transformers(Tokenizer):
@@ -101,27 +197,26 @@ class _Transformers(Tokenizer):
   """
 
   def __init__(self, folder):
-    import transformers
     try:
       with storage.local_folder(folder, model_files.names(folder)) as local:
-        self._model = transformers.AutoTokenizer.from_pretrained(
-            local, local_files_only=True, trust_remote_code=False)
+        self._model = load_transformers(local)
       backend = json.loads(self._model.backend_tokenizer.to_str())
     except Exception as error:  # the tokenizers library raises no narrower class
       raise InputError(f'transformers cannot load {folder / "tokenizer.json"} without remote code '
                        f'({error}); download it again or use another tokenizer') from error
-    if self._model.bos_token_id is None or self._model.eos_token_id is None:
-      raise InputError(f'the tokenizer in {folder} has no bos or no eos token; add them to '
+    if self._model.eos_token_id is None:
+      raise InputError(f'the tokenizer in {folder} has no eos token; add one to '
                        f'tokenizer_config.json')
-    super().__init__(len(self._model), self._model.bos_token_id,
-                     _eos_ids(folder, self._model.eos_token_id, len(self._model)))
-    self._folder = folder
     # Added tokens of spaces only (GPT-NeoX, Gemma) control nothing, so text may contain them.
-    self._added = {t['id']: t['content'] for t in backend['added_tokens']
-                   if t['special'] or t['content'].replace('▁', ' ').strip()}
-    secret = secrets.token_hex(16)
-    self._secret_names = {i: f'<{secret}:{i}>' for i in self._added}
-    self._separator = f'<{secret}>'
+    added = {t['id']: t['content'] for t in backend['added_tokens']
+             if t['special'] or t['content'].replace('▁', ' ').strip()}
+    template = None
+    if self._model.chat_template:
+      template = Template(self._model.get_chat_template(), f'the chat template in {folder}')
+    super().__init__(len(self._model), self._model.bos_token_id,
+                     _eos_ids(folder, self._model.eos_token_id, len(self._model)), added,
+                     self._model.special_tokens_map, template)
+    self._folder, self._separator = folder, f'<{self._secret}>'
     self._copy, self._ids = _renamed(backend, self._secret_names, self._separator,
                                      folder / 'tokenizer.json')
 
@@ -134,7 +229,7 @@ class _Transformers(Tokenizer):
         return [self._ids.get(i, i) for i in found.ids if i != self._ids[self._separator]]
       # These vocabulary pieces are also added tokens: break each of them apart and encode again.
       for i, start, end in reversed(forged):
-        part, name = text[start:end], self._added[i]
+        part, name = text[start:end], self.added[i]
         name = name if name in part else part
         if len(name) < 2:
           raise InputError(f'the character {name!r} is an added token of {self._folder}, and its '
@@ -148,33 +243,15 @@ class _Transformers(Tokenizer):
         self._model.decode(group, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if known else '\ufffd' * len(group) for known, group in _runs(ids, self.size))
 
-  def chat(self, prompt):
-    if not self._model.chat_template:
-      return super().chat(prompt)
-    # Added tokens in the masked rendering come from the template, never from the prompt. Each
-    # character must equal the plain rendering (template) or its mask (prompt).
-    text, masked = self._render(prompt), self._render(_masked(prompt))
-    if len(text) != len(masked) or any(
-        a not in (b, c) for a, b, c in zip(masked, text, _masked(text), strict=True)):
-      raise InputError(f'the chat template in {self._folder} changes or interprets the prompt '
-                       f'{prompt[:60]!r}; use a template that inserts the prompt unchanged, or '
-                       f'set config.chat to plain or llama2')
-    found = self._model(masked, add_special_tokens=False, return_offsets_mapping=True)
-    spans = zip(found['input_ids'], found['offset_mapping'], strict=True)
-    for i, (start, end) in reversed(list(spans)):
-      if self._is_added(i, masked[start:end]):
-        whole = text[start:end]  # includes the spaces that the added token absorbs
-        renamed = whole.replace(whole.strip() or whole, self._secret_names[i])
-        text = text[:start] + renamed + text[end:]
-    return text
-
-  def _render(self, prompt):
-    return self._model.apply_chat_template([{'role': 'user', 'content': prompt}], tokenize=False,
-                                           add_generation_prompt=True)
+  def _added_in(self, text):
+    found = self._model(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [(i, start, end)
+            for i, (start, end) in zip(found['input_ids'], found['offset_mapping'], strict=True)
+            if self._is_added(i, text[start:end])]
 
   def _is_added(self, i: int, text: str) -> bool:
     """Whether the id is an added token. The unk id counts only if `text` contains its name."""
-    return i in self._added and (i != self._model.unk_token_id or self._added[i] in text)
+    return i in self.added and (i != self._model.unk_token_id or self.added[i] in text)
 
 
 def _renamed(backend: dict, names: dict[int, str], separator: str, path):
@@ -197,15 +274,21 @@ def _renamed(backend: dict, names: dict[int, str], separator: str, path):
       separator: new[-1]}
 
 
-def _masked(text: str) -> str:
-  """Replaces each letter or digit by a rare letter and other characters by a rare sign.
+def _mask(text: str, number: int) -> str:
+  """A text that is unique for the number, and begins and ends like the text without outer spaces.
 
-  White space stays.
-
-  >>> _masked('a <b>') == '\ua66e \u2e0e\ua66e\u2e0e'
+  >>> _mask(' a <b>', 0) == '\ua66e\U00020000\u2e0e'
   True
   """
-  return ''.join(c if c.isspace() else _LETTER if c.isalnum() or c == '_' else _SIGN for c in text)
+  if not (text := text.strip()):
+    return ''
+  first, last = (_LETTER if c.isalnum() or c == '_' else _SIGN for c in (text[0], text[-1]))
+  return first + chr(_NUMBER + number) + last
+
+
+def _unmask(text: str, said: Mapping[str, str]) -> str:
+  """Replaces each mask by the text that `said` has for it."""
+  return re.sub('.[\U00020000-\U0002a6df].', lambda m: said.get(m[0], m[0]), text)
 
 
 def _runs(ids, size: int):

@@ -1,10 +1,12 @@
 """The unit of seed data: one user turn of a conversation and the replies to it."""
 import dataclasses
 
+from srlm_jax import conversation
+
 
 @dataclasses.dataclass
 class Message:
-  """A message of a conversation. `dropped` is the reason to drop it, or ''."""
+  """A reply to a prompt. `dropped` is the reason to drop it, or ''."""
   id: str
   text: str
   rank: int  # 0 is best; negative if there is none
@@ -19,3 +21,4 @@ class Turn:
   prompt: str
   dropped: str
   replies: list[Message]
+  messages: conversation.Messages = ()  # with several turns; `prompt` is their text

@@ -32,7 +32,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class _Trained:
-  """A model of the run: manifest.json and done.json of its training."""
+  """A model of the run: manifest.json and done.json, {} before its end, of its training."""
   name: str
   workdir: epath.Path
   manifest: dict
@@ -55,7 +55,8 @@ def text(export: Export) -> str:
 def _lineage(folder) -> Iterator[_Trained]:
   """The model in `folder`, if it was trained here, and the models of the run it started from."""
   while (folder / 'manifest.json').exists():
-    manifest, done = stage.read_manifest(folder / 'manifest.json'), stage.finished(folder)
+    manifest = stage.read_manifest(folder / 'manifest.json')
+    done = stage.finished(folder) if (folder / 'done.json').exists() else {}
     yield _Trained(manifest['stage'].partition('/')[0], folder.parent.parent, manifest, done)
     before = manifest['config'].get('train.init')
     if before not in configs.MODELS:
@@ -85,8 +86,9 @@ def _introduction(export: Export, lineage: list[_Trained]) -> str:
       'starts from another model' if started else 'was trained from random weights')
   versions = model.manifest.get('environments', [{}])[-1].get('versions', {})
   by = ' '.join(filter(None, ['srlm_jax', versions.get('srlm_jax')]))
+  step = f'step {export.step}' + (f' of {model.done["steps"]}' if model.done else '')
   return (f'`{model.name}` of a run of {by} (self-rewarding language models, Yuan et al. 2024, '
-          f'arXiv:2401.10020): step {export.step} of {model.done["steps"]}, {size}. It {source}.')
+          f'arXiv:2401.10020): {step}, {size}. It {source}.')
 
 
 def _use(export: Export) -> str:
@@ -105,39 +107,41 @@ inputs = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
 ```""")
   other = len(export.differences)
-  found.append(f'On {export.compared} texts, {other or "none"} of the tokenizer\'s ids in '
-               f'transformers differ from those in srlm_jax'
-               f'{f", such as on {export.differences[0]!r}" if other else ""}. Text that spells an '
-               f'added token is that token in transformers, and plain text in srlm_jax.')
+  found.append(f'Of {export.compared} texts, {other or "none"} have other ids in transformers than '
+               f'in srlm_jax{f", such as {export.differences[0]!r}" if other else ""}. Text that '
+               f'spells an added token is that token in transformers, and plain text in srlm_jax.')
   return '\n\n'.join(found)
 
 
 def _numbers(export: Export) -> str:
   """The numbers of this model in the run's report, if they are of these parameters."""
   name, workdir = export.folder.parent.name, export.folder.parent.parent
+  params = model_files.recorded_hash(export.folder, export.step)
   for spec in catalog.STAGES:
     path = workdir / name / spec.name / 'manifest.json'
     if spec.runs == ('self',) and path.exists():
-      if stage.read_manifest(path)['params'] != export.hashes.stored:
+      if stage.read_manifest(path)['params'] != params:
         return ''
   rows = [row for row in results.of_models(workdir) if row['model'] == name]
   cells = [cell for table in results.tables(rows) for cell in zip(*table, strict=True)]
   shown = [(heading, value) for heading, value in cells if heading != 'model']
   if not shown:
     return ''
-  return '## Results\n\nFrom the report of the run; 95 % intervals in brackets.\n\n' + _table([('measure', 'value'), *shown])
+  return ('## Results\n\nFrom the report of the run; 95 % intervals in brackets.\n\n' +
+          _table([('measure', 'value'), *shown]))
 
 
 def _training(lineage: list[_Trained]) -> str:
   """Each model of the lineage with the data that it was trained on."""
   if not lineage:
     return ''
-  rows = [('model', 'starts from, parameters', 'loss', 'examples', 'steps', 'file', 'records', 'hash')]
+  rows = [('model', 'starts from, parameters', 'loss', 'examples', 'steps', 'file',
+           'records', 'hash')]
   for model in lineage:
     started = f'{model.config["train.init"]}, `{model.manifest["params"]}`' if (
         model.manifest['params']) else '-'
-    about = (model.name, started, model.config['train.loss'], f'{model.done["examples"]:,}',
-             f'{model.done["steps"]:,}')
+    about = (model.name, started, model.config['train.loss'],
+             *(f'{model.done[key]:,}' if model.done else '-' for key in ('examples', 'steps')))
     for file, value in model.manifest['inputs'].items():
       rows.append((*about, f'`{file}`', _count(model, file, value), f'`{value}`'))
   return '## Training data\n\n' + _table(rows)
@@ -186,7 +190,7 @@ def changes(workdir, size: str) -> list[str]:
                  for path in sorted((workdir / owner).glob('*/manifest.json'))):
       recorded |= stage.read_manifest(path)['config']
     for key, value in recorded.items():
-      if key in default and key not in configs.OPEN and _text(value) != _text(default[key]):
+      if key in default and _text(value) != _text(default[key]):
         found.setdefault(f'{key}={_text(value)}', []).append(name)
   return [f'{",".join(names)}:{change}' for change, names in found.items()]
 

@@ -97,7 +97,7 @@ def from_baseline(
     if min(orders, default=0) < 0:
       dropped |= {_reply_id(r, reply): 'targets contradict the human ranks' for reply, _ in targets}
     else:
-      examples += [_example(r, reply, target.text, target.score, judge)
+      examples += [_example(r, reply, target.text, target.score, judge, target.token_ids)
                    for reply, target in targets]
   return examples, dropped
 
@@ -167,9 +167,10 @@ def table(found: schema.EftSummary) -> str:
 
 
 def _example(ranked: schema.RankedPrompt, reply: schema.Reply, text: str, score: float,
-             judge: judges.Judge) -> schema.EftExample:
+             judge: judges.Judge, token_ids: tuple[int, ...] = ()) -> schema.EftExample:
   prompt = judge.render(prompt=ranked.prompt, response=reply.text)
-  return schema.EftExample(id=_reply_id(ranked, reply), prompt=prompt, response=text, score=score)
+  return schema.EftExample(id=_reply_id(ranked, reply), prompt=prompt, response=text, score=score,
+                           token_ids=token_ids)
 
 
 def _reply_id(ranked: schema.RankedPrompt, reply: schema.Reply) -> str:

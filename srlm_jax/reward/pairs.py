@@ -7,6 +7,7 @@ import dataclasses
 import statistics
 
 from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
+from srlm_jax.conversation import Messages
 from srlm_jax.reward import scores as scoring, strategies
 
 
@@ -16,6 +17,7 @@ class ScoredPrompt:
   id: str
   text: str
   candidates: list[strategies.Candidate]
+  messages: Messages = ()
 
 
 def run(config, workdir):
@@ -70,10 +72,10 @@ def load(s: stage.Stage, config) -> tuple[list[ScoredPrompt], list[schema.Judgem
   prompts = {}
   for r, older in responses:
     score = scores.get(r.id, scoring.Score(None, None, []))
-    prompt = prompts.setdefault(r.prompt_id, ScoredPrompt(r.prompt_id, r.prompt, []))
+    prompt = prompts.setdefault(r.prompt_id, ScoredPrompt(r.prompt_id, r.prompt, [], r.messages))
     prompt.candidates.append(strategies.Candidate(
         r.id, r.response, r.finish, score.mean, score.spread, again.get(r.id), implicit.get(r.id),
-        older))
+        older, r.token_ids))
   return list(prompts.values()), judgements
 
 
@@ -104,7 +106,9 @@ def _pair(prompt: ScoredPrompt, config) -> list[schema.Pair] | str:
       id=prompt.id, prompt=prompt.text, chosen=chosen.response, rejected=rejected.response,
       chosen_finish=chosen.finish, rejected_finish=rejected.finish, chosen_id=chosen.id,
       rejected_id=rejected.id, chosen_score=chosen.score, rejected_score=rejected.score,
-      chosen_spread=chosen.spread, rejected_spread=rejected.spread)]
+      chosen_spread=chosen.spread, rejected_spread=rejected.spread,
+      chosen_token_ids=chosen.token_ids, rejected_token_ids=rejected.token_ids,
+      messages=prompt.messages)]
 
 
 def _positives(prompt: ScoredPrompt, config) -> list[schema.Positive] | str:
@@ -112,7 +116,8 @@ def _positives(prompt: ScoredPrompt, config) -> list[schema.Positive] | str:
   if isinstance(found, str):
     return found
   return [schema.Positive(id=c.id, prompt=prompt.text, response=c.response, score=c.score,
-                          finish=c.finish) for c in found]
+                          finish=c.finish, token_ids=c.token_ids, messages=prompt.messages)
+          for c in found]
 
 
 def summary(

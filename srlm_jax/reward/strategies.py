@@ -3,7 +3,7 @@
 `pairs.strategy` names the strategy. Each strategy maps the scored candidates of one prompt to
 (chosen, rejected), or to the reason why the prompt gives no pair. All of them follow these rules:
 
-- A candidate must have text and a score.
+- A candidate must have text and a score. A response whose thinking did not end has no text.
 - A response that was cut at the length limit may be rejected. It may be chosen only if
   `pairs.unfinished_chosen` is set.
 - The chosen response has the higher score, and the two texts differ.
@@ -29,6 +29,7 @@ class Candidate:
   again: float | None = None     # consistency: mean of the older model's judgements
   implicit: float | None = None  # implicit_reward: log p under the sampler - under the older model
   older: bool = False            # temporal: the older model wrote it
+  token_ids: tuple[int, ...] = ()  # as in schema.Response
 
   @property
   def valid(self) -> bool:

@@ -26,7 +26,7 @@ from srlm_jax import (
   sharding,
 )
 from srlm_jax.checkpoint import store
-from srlm_jax.data import tokenizer as tokenizers
+from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
 from srlm_jax.sample import programs
 from srlm_jax.sample.draw import Sampling
@@ -268,18 +268,22 @@ def choose(config, folders: Sequence):
   return catalog.replace(config, found)
 
 
-def load(config, folder, stage: str, stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
+def load(config, folder, stage: str, chat: str = 'none',
+         stop: str = '') -> tuple[Engine, tokenizers.Tokenizer]:
   """Restores a checkpoint onto every group of hosts in the sampling dtype -> engine and tokenizer.
 
-  All hosts must call it. `stop`: a text whose last token ends a row, like eos. In a block of
-  `kept`, the engine of the stage before is used again if it has the same parameters.
+  All hosts must call it. Rows end with eos, with the end of a turn in the chat format `chat`, and
+  with the last token of the text `stop`. In a block of `kept`, the engine of the stage before is
+  used again if it has the same parameters.
   """
   config = choose(config, [folder])
   c, mesh = config.sample, group_mesh(config)
   refuse_too_large(config, folder)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
-  ends = (*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ()))
+  ends = [*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ())]
+  if chat != 'none' and (end := templates.end_of_turn(chat, tokenizer)) not in ends:
+    ends.append(end)
   for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
   made_of = model_files.recorded_hash(folder), shape, mesh, c.int8, c.lora_merge
   if _kept and _kept.made_of == made_of:

@@ -68,7 +68,7 @@ def generate(folder: str, prompt: str, chat: str, sampling: engines.Sampling, se
   config = dataclasses.replace(model_config.load(folder), dtype=dtype)
   tokenizer = tokenizers.load(folder, config.V)
   if chat == 'none':
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
   else:
     ids = templates.encode_prompt(chat, prompt, tokenizer)
   size = len(ids) + sampling.max_tokens

@@ -5,7 +5,7 @@ eq. 5). beta is omitted because it scales all candidates alike.
 """
 import tqdm
 
-from srlm_jax import catalog, cli, hosts, records, schema, stage
+from srlm_jax import catalog, cli, conversation, hosts, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines, shards
 
@@ -27,7 +27,7 @@ def run(config, workdir):
   responses = responses[slice(*group.share(len(responses)))]
   for folder in s.models:
     engines.refuse_too_large(config, folder)
-    templates.encode_prompt(config.chat, '', tokenizers.load(folder))  # may be refused
+    templates.encode_prompt(config.chat, 'a', tokenizers.load(folder))  # may be refused
   s.begin(config)
   logps, older_logps = (
       _logps(s, config, folder, responses, name)
@@ -80,16 +80,9 @@ def _encode(
 
   Also None if the tokenizer merges a piece of the response with its prompt.
   """
-  if not response.response.strip():
-    return None
-  pair = templates.encode_pair(chat, response.prompt, response.response, tokenizer)
-  if pair is None:
-    return None
-  prompt_ids, response_ids = pair
-  if response.finish == schema.EOS:
-    response_ids = response_ids + [tokenizer.eos_ids[0]]
-  fits = len(prompt_ids) + len(response_ids) <= context
-  return (prompt_ids, response_ids) if fits else None
+  pair = templates.encode_response(chat, conversation.of(response), response.response,
+                                   response.finish, response.token_ids, tokenizer)
+  return None if isinstance(pair, str) or sum(map(len, pair)) > context else pair
 
 
 if __name__ == '__main__':

@@ -3,10 +3,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 import dataclasses
 
-from srlm_jax import catalog, cli, config as configs, InputError, records, schema, stage
+from srlm_jax import (
+  catalog,
+  cli,
+  config as configs,
+  conversation,
+  InputError,
+  records,
+  schema,
+  stage,
+)
 from srlm_jax.data import ranked as ranking, templates
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, shards
+
+OF_RESPONSES = ('responses', 'again', 'older')  # values of --on that judge sampled responses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +26,7 @@ class Item:
   id: str
   prompt_id: str
   prompt: str
-  response: str
+  response: str  # as the judge sees it
 
 
 def run(config, workdir, on: str = ''):
@@ -56,14 +67,22 @@ def run(config, workdir, on: str = ''):
     _check_rubric(c, len(prompt(Item('', '', '', ''), tokenizer)),
                   engine.max_prompt_tokens(sampling))
 
-  def record(item, j, text, result):
-    score, reason = judges.read(judge, text, result.finish)
+  def record(item, j, said, result):
+    score, reason = judges.read(judge, said.text, result.finish)
     return schema.Judgement(
-        id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, index=j, text=text,
-        score=score, reason=reason, finish=result.finish)
+        id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, index=j, text=said.text,
+        score=score, reason=reason, finish=result.finish, thinking=said.thinking,
+        token_ids=said.token_ids)
   judgements = shards.write(s, 'judgements', sampling, _items(s, config, on), total, prompt, record,
                             spec.count(config), check)
   s.finish(summary(judge, judgements))
+
+
+def seen(response: schema.Response, config) -> str:
+  """What a judge sees of a sampled response; `config`: the section `judge`."""
+  if config.show_thinking:
+    return conversation.with_thinking(response.thinking, response.response)
+  return response.response
 
 
 def _check_rubric(c, rubric: int, most: int):
@@ -83,11 +102,12 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
                              highest=judge.highest, unparsed=dict(sorted(reasons.items())))
 
 
-def _items(s: stage.Stage, config, on: str) -> Iterator[Item | schema.Response]:
+def _items(s: stage.Stage, config, on: str) -> Iterator[Item]:
   """Yields what to judge."""
-  if on in ('responses', 'again', 'older'):
+  if on in OF_RESPONSES:
     source, = s.spec.reads
-    yield from s.read(source)
+    for r in s.read(source):
+      yield Item(r.id, r.prompt_id, r.prompt, seen(r, config.judge))
     return
   for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
     for reply in r.replies:

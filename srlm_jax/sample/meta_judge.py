@@ -18,7 +18,7 @@ from scipy import optimize
 from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.data import templates
 from srlm_jax.reward import judges, scores as scoring
-from srlm_jax.sample import engine as engines, shards
+from srlm_jax.sample import engine as engines, judge as judging, shards
 
 SLOTS = ('request', 'first', 'second')
 # Precision of a normal prior on Elo scores. It keeps them finite if a judgement always wins or
@@ -59,7 +59,7 @@ def run(config, workdir):
   if config.judge.n < 2:
     raise InputError(f'config.judge.n is {config.judge.n}, but comparing judgements needs at least '
                      f'two per response; set it to 2 or more')
-  asked = {r.id: judge.render(prompt=r.prompt, response=r.response)
+  asked = {r.id: judge.render(prompt=r.prompt, response=judging.seen(r, config.judge))
            for r in s.read('respond/responses-*.jsonl')}
   judgements = s.read('judge/judgements-*.jsonl')
   pair_count = sum(1 for _ in s.read('pairs/pairs.jsonl'))
@@ -99,11 +99,11 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
                        second=item.second.text)
     return templates.encode_prompt(config.chat, text, tokenizer)
 
-  def record(item, _, text, result):
-    winner, reason = judges.read(meta, text, result.finish)
+  def record(item, _, said, result):
+    winner, reason = judges.read(meta, said.text, result.finish)
     return schema.Comparison(
         id=item.id, response_id=item.first.response_id, first=item.first.id,
-        second=item.second.id, text=text, winner=winner, reason=reason, finish=result.finish)
+        second=item.second.id, text=said.text, winner=winner, reason=reason, finish=result.finish)
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
   return list(shards.write(
       s, 'comparisons', sampling, items, len(items), prompt, record))
@@ -230,7 +230,8 @@ def _pair(prompt: str, best: Rated, worst: Rated) -> schema.JudgePair:
       id=f'{chosen.response_id}/judge', prompt=prompt, chosen=chosen.text, rejected=rejected.text,
       chosen_finish=chosen.finish, rejected_finish=rejected.finish, chosen_id=chosen.id,
       rejected_id=rejected.id, chosen_score=chosen.score, rejected_score=rejected.score,
-      chosen_elo=best.elo, rejected_elo=worst.elo)
+      chosen_elo=best.elo, rejected_elo=worst.elo, chosen_token_ids=chosen.token_ids,
+      rejected_token_ids=worst.judgement.token_ids)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ from srlm_jax import (
   catalog,
   cli,
   config as configs,
+  conversation,
   hosts,
   InputError,
   preemption,
@@ -23,7 +24,7 @@ from srlm_jax import (
   schema,
   stage,
 )
-from srlm_jax.data import oasst, similar, templates
+from srlm_jax.data import similar, templates, thinking
 from srlm_jax.sample import engine as engines
 
 # Self-Instruct rejects prompts with these whole words: text alone cannot answer them.
@@ -71,7 +72,7 @@ def run(config, workdir):
 @dataclasses.dataclass(frozen=True)
 class Seeds:
   """The prompts of the seed data."""
-  ift: list[str]       # of the examples for instruction fine-tuning, from which shots are drawn
+  ift: list[str]       # of the examples for instruction fine-tuning; of several turns, the first
   ranked: list[str]    # of the ranked training data
   held_out: list[str]  # of the held-out data and the other splits of the ranked data
 
@@ -80,9 +81,9 @@ def read_seeds(s: stage.Stage) -> Seeds:
   """Reads the seed data; `s`: this stage."""
   ranked = list(s.read('seeds/ranked.jsonl'))
   return Seeds(
-      ift=[r.prompt for r in s.read('seeds/ift.jsonl')],
+      ift=[conversation.user_messages(r.prompt)[0] for r in s.read('seeds/ift.jsonl')],
       ranked=user_prompts(r.prompt for r in ranked if r.split == 'train'),
-      held_out=([r.prompt for r in s.read('seeds/heldout.jsonl')] +
+      held_out=(user_prompts(r.prompt for r in s.read('seeds/heldout.jsonl')) +
                 user_prompts(r.prompt for r in ranked if r.split != 'train')))
 
 
@@ -143,7 +144,8 @@ def user_prompts(prompts) -> list[str]:
   ...               'Name a tree.'])
   ['Name a fruit.', 'Name a tree.']
   """
-  return [message for prompt in prompts for i, message in enumerate(oasst.user_messages(prompt))
+  return [message for prompt in prompts
+          for i, message in enumerate(conversation.user_messages(prompt))
           if i == 0 or len(message.split()) >= similar.HeldOut.MIN_WORDS]
 
 
@@ -218,7 +220,7 @@ class Author:
     c = config.prompts
     self._chat, self._template, self.group = c.chat, template, engines.group(config)
     self._sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
-    self._engine, self._tokenizer = engines.load(config, folder, title, stop='\n')
+    self._engine, self._tokenizer = engines.load(config, folder, title, self._chat, stop='\n')
     self._engine.max_prompt_tokens(self._sampling)
     encode_request(self._chat, self._template, shots, self._tokenizer)
 
@@ -226,8 +228,8 @@ class Author:
     """{attempt: shots} -> (generated text, finish) of each."""
     requests = [engines.Request(str(attempt), encode_request(
         self._chat, self._template, some, self._tokenizer)) for attempt, some in shots.items()]
-    return [(self._tokenizer.decode(result.ids), result.finish)
-            for _, (result,) in self._engine.generate(requests, self._sampling)]
+    return [(thinking.read(self._tokenizer, request.ids, result.ids).text, result.finish)
+            for request, (result,) in self._engine.generate(requests, self._sampling)]
 
 
 def encode_request(chat: str, template: str, shots: list[str], tokenizer) -> list[int]:
@@ -239,7 +241,7 @@ def encode_request(chat: str, template: str, shots: list[str], tokenizer) -> lis
   listed, number = numbered_list(shots), f'{len(shots) + 1}.'
   if chat == 'none':
     text = template.replace('{shots}', f'{listed}\n{number}')
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
+    return [*tokenizer.start, *tokenizer.encode(text)]
   pair = templates.encode_pair(chat, template.replace('{shots}', listed), number, tokenizer)
   if pair is None:
     raise InputError(f'the tokenizer merges the end of config.prompts.template with "{number}" '

@@ -1,7 +1,7 @@
 """Samples responses: N candidates per new prompt, or one response per held-out prompt."""
 from collections import Counter
 
-from srlm_jax import catalog, cli, InputError, schema, stage
+from srlm_jax import catalog, cli, conversation, InputError, schema, stage
 from srlm_jax.data import templates
 from srlm_jax.sample import engine as engines, shards
 
@@ -34,12 +34,14 @@ def run(config, workdir, on: str = 'prompts'):
                      f'again, with a config that gives more of them')
 
   def prompt(item, tokenizer):
-    return templates.encode_prompt(config.chat, item.prompt, tokenizer)
+    return templates.encode_prompt(config.chat, conversation.of(item), tokenizer)
 
-  def record(item, i, text, result):
+  def record(item, i, said, result):
     return schema.Response(
-        id=f'{item.id}/{prefix}{i}', prompt_id=item.id, index=i, prompt=item.prompt, response=text,
-        finish=result.finish, n_tokens=len(result.ids), logp=round(sum(result.token_logps), 4))
+        id=f'{item.id}/{prefix}{i}', prompt_id=item.id, index=i, prompt=item.prompt,
+        response=said.text, finish=result.finish, n_tokens=len(result.ids),
+        logp=round(sum(result.token_logps), 4), thinking=said.thinking, token_ids=said.token_ids,
+        messages=item.messages)
   responses = shards.write(s, 'responses', _sampling(config, on), items(), total, prompt, record, n)
   finishes = Counter(r.finish for r in responses)
   s.finish(responses=finishes.total(), finished=finishes[schema.EOS],

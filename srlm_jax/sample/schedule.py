@@ -18,7 +18,7 @@ class Request:
   the same on every host and after a restart. Raises InputError if a field is out of range.
   """
   id: str
-  ids: Sequence[int]  # token ids of the prompt, bos first
+  ids: Sequence[int]  # token ids of the prompt, with bos if the tokenizer has one
   n: int = 1
   data: Any = None    # the caller's data; not used here
   lengths: Sequence[int] | None = None  # per sample, the maximum of generated tokens, if lower

@@ -9,7 +9,7 @@ import jax
 import tqdm
 
 from srlm_jax import catalog, hosts, InputError, preemption, records, stage
-from srlm_jax.data import tokenizer as tokenizers
+from srlm_jax.data import thinking, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
 Item = TypeVar('Item')
@@ -60,7 +60,7 @@ def completed(s: stage.Stage, stem: str, group: hosts.Group) -> Iterator[Shard]:
 
 def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable[Item],
           count: int, prompt: Callable[[Item, tokenizers.Tokenizer], list[int]],
-          record: Callable[[Item, int, str, engines.Result], records.Record], n: int = 1,
+          record: Callable[[Item, int, thinking.Said, engines.Result], records.Record], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
           ) -> Iterator[records.Record]:
   """Begins the stage, samples n texts for each item and writes their records.
@@ -68,13 +68,13 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
   stem: records go to STEM-*.jsonl
   items: objects with an id, one per prompt; `count` of them. The groups of hosts divide them.
   prompt: (item, tokenizer) -> token ids of the prompt
-  record: (item, index of the sample, text, result) -> record
+  record: (item, index of the sample, what it says, result) -> record
   check: (engine, tokenizer); may raise InputError before anything is written
 
   Yields the records of all groups in the order of the items. Resumes a killed run.
   """
   config = engines.choose(s.config, s.models)
-  engine, tokenizer = engines.load(config, s.models[0], s.title)
+  engine, tokenizer = engines.load(config, s.models[0], s.title, config.chat)
   engine.max_prompt_tokens(sampling)  # raises InputError if the context is too short
   if check:
     check(engine, tokenizer)
@@ -86,7 +86,7 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
   s.begin(config)
 
   def sample_record(request, i, result):
-    return record(request.data, i, tokenizer.decode(result.ids).strip(), result)
+    return record(request.data, i, thinking.read(tokenizer, request.ids, result.ids), result)
   with completed(s, stem, group) as out:
     run(engine, itertools.chain(first, requests), n * len(range(*share)), sampling, out,
         sample_record)

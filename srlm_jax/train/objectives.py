@@ -61,7 +61,8 @@ def _responses(files) -> Iterator[schema.Demonstration | schema.EftExample | sch
     if issubclass(catalog.KINDS[file.name], schema.Preference):
       for pair in records.read(file, schema.Preference):
         yield schema.Demonstration(id=pair.id, prompt=pair.prompt, response=pair.chosen,
-                                   finish=pair.chosen_finish)
+                                   finish=pair.chosen_finish, messages=pair.messages,
+                                   token_ids=pair.chosen_token_ids)
     else:
       yield from records.read(file, catalog.KINDS[file.name])
 

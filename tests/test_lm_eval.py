@@ -1,0 +1,240 @@
+"""Exports in transformers and lm-evaluation-harness, as anybody would use them: `make test-parity`.
+
+Both read only the exported folder. Ours are the log-probs of the full forward pass and the greedy
+responses of the engine, from the checkpoint.
+"""
+import dataclasses
+import glob
+import json
+import os
+import subprocess
+import sys
+
+from conftest import full_logits, make_mesh
+import jax
+import numpy as np
+import pytest
+from test_export import byte_level
+
+from srlm_jax.checkpoint import convert, store
+from srlm_jax.conversation import Message
+from srlm_jax.data import templates, tokenizer as tokenizers
+from srlm_jax.models import config as model_config, llama
+from srlm_jax.sample import engine as engines
+from srlm_jax.sandbox import world
+from srlm_jax.sandbox.data import M0
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('lm_eval')
+transformers = pytest.importorskip('transformers')
+
+COUNT, MAX_TOKENS = 100, 32
+ATOL = 1e-4  # nats, of a whole response
+SAME = 99    # of COUNT greedy strings: rounding may decide between two tokens
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{{text}}}}}"
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+GENERATE = f"""
+output_type: generate_until
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{until: [], max_gen_toks: {MAX_TOKENS}, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+  """A model here: its checkpoint, its export, and the greedy responses to COUNT prompts."""
+  checkpoint: str
+  export: str
+  config: model_config.Config
+  params: dict
+  tokenizer: tokenizers.Tokenizer
+  prompts: list[str]
+  results: list
+
+  @property
+  def texts(self) -> list[str]:
+    return [self.tokenizer.decode(r.ids).strip() for r in self.results]
+
+  def logps(self, pairs) -> list[float]:
+    """(prompt ids, response ids) -> the log-likelihood of each response."""
+    tokens = np.zeros((len(pairs), max(len(a) + len(b) for a, b in pairs)), np.int32)
+    for row, (before, after) in zip(tokens, pairs, strict=True):
+      row[:len(before) + len(after)] = [*before, *after]
+    with jax.set_mesh(make_mesh(1, 1, 1)):
+      table = np.asarray(jax.nn.log_softmax(
+          full_logits(llama.Llama(self.config), self.params, tokens)))
+    return [sum(float(table[i, len(before) + j - 1, token]) for j, token in enumerate(after))
+            for i, (before, after) in enumerate(pairs)]
+
+
+@pytest.fixture(scope='module', params=['m0', 'stories'])
+def ours(request, tmp_path_factory):
+  source = M0 if request.param == 'm0' else request.getfixturevalue('stories')
+  folder, mesh = tmp_path_factory.mktemp(request.param), make_mesh(1, 1, 1)
+  convert.from_hf(source, folder / 'ours')
+  convert.to_hf(folder / 'ours', folder / 'hf', chat='plain', shard_bytes=500_000)
+  assert len(list((folder / 'hf').glob('*.safetensors'))) > 1
+  return measured(folder, mesh, COUNT)
+
+
+def measured(folder, mesh, count: int, chat: str = 'plain') -> Ours:
+  """Samples the greedy responses of the checkpoint in `folder`/ours."""
+  config = model_config.load(folder / 'ours')
+  tokenizer = tokenizers.load(folder / 'ours', config.V)
+  rng = np.random.default_rng(0)
+  prompts = [world.instruction(rng) for _ in range(count)]
+  with jax.set_mesh(mesh):
+    params, _ = store.restore_params(folder / 'ours', mesh, 'float32')
+    ends = {*tokenizer.eos_ids, templates.end_of_turn(chat, tokenizer)}
+    engine = engines.Engine(llama.Llama(config), params, mesh, sorted(ends), 0, 'test',
+                            slots=20, size=config.context, steps=8)
+    requests = [engines.Request(str(i), templates.encode_prompt(chat, prompt, tokenizer))
+                for i, prompt in enumerate(prompts)]
+    sampling = engines.Sampling(0.0, 1.0, MAX_TOKENS)
+    results = [found for _, (found,) in engine.generate(requests, sampling)]
+  return Ours(str(folder / 'ours'), str(folder / 'hf'), config, params, tokenizer, prompts, results)
+
+
+def without_eos(ours: Ours, ids) -> list[int]:
+  return [i for i in ids if i not in ours.tokenizer.eos_ids]
+
+
+def documents(ours: Ours) -> list[dict]:
+  """Each prompt, with our greedy response to it and to the next prompt as choices."""
+  texts = [ours.tokenizer.decode(without_eos(ours, r.ids)).strip() or '.' for r in ours.results]
+  return [dict(prompt=prompt, formatted=templates.chat('plain', prompt, None),
+               choices=[texts[i], texts[(i + 1) % COUNT]])
+          for i, prompt in enumerate(ours.prompts)]
+
+
+def lm_eval(ours: Ours, folder, tasks: dict[str, str], *flags) -> dict[str, list]:
+  """Runs `lm_eval --model hf` on tasks, {name: YAML} -> {name: responses by document}."""
+  (folder / 'docs.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in documents(ours)))
+  for name, text in tasks.items():
+    (folder / f'{name}.yaml').write_text(text.format(name=name, folder=folder))
+  offline = dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', HF_HOME=str(folder / 'home'))
+  done = subprocess.run(
+      [sys.executable, '-m', 'lm_eval', '--model', 'hf', '--model_args',
+       f'pretrained={ours.export}', '--tasks', ','.join(tasks), '--include_path', str(folder),
+       '--output_path', str(folder / 'out'), '--log_samples', '--device', 'cpu',
+       '--batch_size', '10', *flags], capture_output=True, text=True, env=os.environ | offline)
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = {}
+  for name in tasks:
+    path, = glob.glob(f'{folder}/out/*/samples_{name}_*.jsonl')
+    with open(path) as file:
+      rows = sorted(map(json.loads, file), key=lambda row: row['doc_id'])
+    found[name] = [row['resps'] for row in rows]
+  return found
+
+
+def yaml(text: str, kind: str) -> str:
+  """A task on the field `text` of the documents, for str.format."""
+  return TASK.replace('{text}', text) + kind.replace('{', '{{').replace('}', '}}')
+
+
+def same(found, wanted) -> int:
+  return sum(a.strip() == b.strip() for a, b in zip(found, wanted, strict=True))
+
+
+def test_lm_eval_gives_our_log_likelihoods_and_greedy_strings(ours, tmp_path):
+  found = lm_eval(ours, tmp_path, dict(choice=yaml('formatted', CHOICE),
+                                       greedy=yaml('formatted', GENERATE)))
+  pairs = [templates.encode_pair('plain', d['prompt'], text, ours.tokenizer)
+           for d in documents(ours) for text in d['choices']]
+  theirs = [float(logp) for row in found['choice'] for (logp, _), in row]
+  worst = np.abs(np.subtract(theirs, ours.logps(pairs))).max()
+  strings = same((text for (text,), in found['greedy']), ours.texts)
+  # The engine's own log-probs, of the responses whose text has their ids again.
+  of_engine = [(theirs[2 * i], sum(result.token_logps[:len(pairs[2 * i][1])]))
+               for i, result in enumerate(ours.results)
+               if without_eos(ours, result.ids) == pairs[2 * i][1]]
+  engine = max(abs(a - b) for a, b in of_engine)
+  print(f'lm_eval: {len(theirs)} log-likelihoods differ by at most {worst:.1e}, {len(of_engine)} '
+        f'of the engine by {engine:.1e}; {strings} of {COUNT} greedy strings are equal')
+  assert worst < ATOL and engine < ATOL and len(of_engine) > COUNT / 2 and strings >= SAME
+
+
+def test_lm_eval_with_the_chat_template_gives_our_greedy_strings(ours, tmp_path):
+  found = lm_eval(ours, tmp_path, dict(greedy=yaml('prompt', GENERATE)), '--apply_chat_template')
+  assert same((text for (text,), in found['greedy']), ours.texts) >= SAME
+
+
+def test_transformers_gives_our_ids_and_greedy_strings(ours):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(ours.export)
+  model = transformers.AutoModelForCausalLM.from_pretrained(ours.export).eval()
+  texts = []
+  for prompt, result in zip(ours.prompts, ours.results, strict=True):
+    messages = [dict(role='user', content=prompt)]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,
+                                           return_tensors='pt')
+    ids = inputs['input_ids'][0].tolist()
+    assert ids == templates.encode_prompt('plain', prompt, ours.tokenizer)
+    assert tokenizer(templates.chat('plain', prompt, None))['input_ids'] == ids
+    text = ours.tokenizer.decode(without_eos(ours, result.ids)).strip() or '.'
+    before, after = templates.encode_pair('plain', prompt, text, ours.tokenizer)
+    messages.append(dict(role='assistant', content=text))
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert whole == [*before, *after, ours.tokenizer.eos_ids[0]]
+    messages.append(dict(role='user', content='And then?'))
+    wanted = templates.encode_prompt('plain', [Message(**m) for m in messages], ours.tokenizer)
+    assert wanted == tokenizer.apply_chat_template(messages, return_dict=False,
+                                                   add_generation_prompt=True)
+    with torch.no_grad():
+      out = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+    texts.append(tokenizer.decode(out[0, len(ids):], skip_special_tokens=True))
+  strings = same(texts, ours.texts)
+  print(f'transformers: {strings} of {COUNT} greedy strings are equal')
+  assert strings >= SAME
+
+
+SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=32, vocab_size=270, max_position_embeddings=256,
+             initializer_range=0.3)
+FAMILIES = dict(llama=('Llama', {}), mistral=('Mistral', dict(sliding_window=7)),
+                qwen2=('Qwen2', {}), qwen3=('Qwen3', {}), olmo2=('Olmo2', {}))
+
+
+@pytest.mark.parametrize('chat', ['tokenizer', 'plain'])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_exports_of_every_family_give_our_ids_and_greedy_tokens(tmp_path, name, chat):
+  """Random models of transformers with a byte-level tokenizer; qwen2 and qwen3 have no bos.
+
+  The class that transformers takes for qwen2 adds a token of its own, so V leaves room.
+  """
+  kind, changes = FAMILIES[name]
+  torch.manual_seed(0)
+  model = getattr(transformers, f'{kind}ForCausalLM')(
+      getattr(transformers, f'{kind}Config')(**SMALL | changes))
+  model.save_pretrained(str(tmp_path / 'source'))
+  fields = json.loads((tmp_path / 'source' / 'config.json').read_text())
+  byte_level(tmp_path / 'source', **dict(bos_token=None) if 'qwen' in name else {})
+  (tmp_path / 'source' / 'config.json').write_text(json.dumps(fields))
+  convert.from_hf(tmp_path / 'source', tmp_path / 'ours')
+  convert.to_hf(tmp_path / 'ours', tmp_path / 'hf', chat=chat)
+  ours = measured(tmp_path, make_mesh(1, 1, 1), 12, chat)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(ours.export)
+  found = transformers.AutoModelForCausalLM.from_pretrained(ours.export).eval()
+  for key, tensor in model.state_dict().items():
+    assert torch.equal(found.state_dict()[key], tensor), key
+  for prompt, result in zip(ours.prompts, ours.results, strict=True):
+    inputs = tokenizer.apply_chat_template(
+        [dict(role='user', content=prompt)], add_generation_prompt=True, return_dict=True,
+        return_tensors='pt')
+    ids = inputs['input_ids'][0].tolist()
+    assert ids == templates.encode_prompt(chat, prompt, ours.tokenizer)
+    with torch.no_grad():
+      out = found.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
+    assert out[0, len(ids):].tolist() == result.ids
