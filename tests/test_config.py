@@ -183,8 +183,8 @@ def test_every_key_has_a_unit_and_a_source(key):
   found = configs.SETTINGS[key]
   assert type(found.default) is found.values.kind
   assert len(found.unit) > 3 and '. ' not in found.unit
-  assert found.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT, configs.LORA,
-                         configs.OURS)
+  assert found.source in ('PAPER 2.2', 'PAPER 3.1', 'PAPER 3.3', configs.META, configs.INSTRUCT,
+                          configs.LORA, configs.OURS)
 
 
 @pytest.mark.parametrize('name, size', itertools.product(configs.MODELS, configs.SIZES))
