@@ -75,7 +75,8 @@ def test_the_engine_samples_with_int8_weights(mesh):
 @pytest.mark.parametrize('bits', [16, 8])
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize('changes', [
-    dict(), dict(biases='qkvo', qk_norm='all'), dict(biases='k', qk_norm='head', norms='post')])
+    dict(), dict(biases='k', qk_norm='all', norms='post'),
+    pytest.param(dict(biases='qkvo', qk_norm='head'), marks=pytest.mark.slow)])
 def test_one_weight_for_q_k_and_v_changes_no_logit(shape, changes, bits):
   """And every chip keeps the part that it had."""
   config = dataclasses.replace(TINY, G=3, **changes)
