@@ -610,7 +610,7 @@ def show_cheaper(plans: list[Plan], lengths: dict[str, float]) -> str:
 def _total(plans: list[Plan]) -> str:
   """A sentence on the storage of the whole loop."""
   config = plans[0].config
-  m0 = _model_bytes('m0', llama.param_count(PRESETS[config.model]))
+  m0 = _model_bytes('m0', llama.param_count(PRESETS[config.model]), config.train.lora_rank)
   return (f'Storage of the whole loop: {_gb(m0 + sum(plan.stored for plan in plans))}, M0 with '
           f'{_gb(m0)} included.')
 
