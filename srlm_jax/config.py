@@ -2,9 +2,9 @@
 
 `get(name, size)` is the config of one model of the paper's table at one size. At the size auto, the
 keys of `FROM_M0` are open, and `suited` has their values. `check` refuses what the table does not
-allow. Below the table, one function per model and per size sets the values that
-differ from the defaults. PAPER is Yuan et al. 2024, arXiv 2401.10020. Lengths are in tokens,
-learning rates are those of AdamW.
+allow. Below the table, one function per model and per size sets the values that differ from the
+defaults. PAPER is Yuan et al. 2024, arXiv 2401.10020. Lengths are in tokens, learning rates are
+those of AdamW.
 """
 from collections.abc import Iterator
 import dataclasses
@@ -413,6 +413,7 @@ LARGE = 50 * 10**9
 # its commands in allenai/open-instruct, docs/tulu3.md
 LEARNING_RATES = {False: {False: 5e-6, True: 5e-7},   # TULU
                   True: {False: 5.5e-6, True: 1e-6}}  # PAPER 3.1
+LORA_FACTOR = 5  # the learning rate of LoRA / that of full training: docs/sandbox.md
 DECAY = {False: 5, True: 10}  # the learning rate at the start / at the end: PAPER 3.1, as above
 CHAT = 'llama2'  # of an M0 without a chat template: that of the published sizes
 
@@ -428,6 +429,7 @@ def suited(c: ConfigDict, base: Base) -> dict[str, int | float | str]:
   rate = c.train.learning_rate
   if is_open(rate):
     rate = LEARNING_RATES[base.params >= LARGE][is_pair]
+    rate = float(f'{rate * LORA_FACTOR:.4g}') if c.train.lora_rank else rate
   found = {'chat': 'tokenizer' if base.has_chat_template else CHAT,
            'train.max_length': min(max(2048, 2 * most), base.context),
            'train.learning_rate': rate,
@@ -508,9 +510,6 @@ def _check_training(t: ConfigDict, names: list[str]):
   if t.select not in ('', 'agreement') and not _names_checkpoint(t.select):
     raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a '
                      'command with {checkpoint} in it')
-  if t.lora_rank and not t.init:
-    raise InputError(f'config.train.lora_rank is {t.lora_rank}, and config.train.init names no '
-                     'model for the adapters; name one, or set config.train.lora_rank=0')
   for key, given, known in (('data', names, TRAINING_DATA),
                             ('lora_targets', lora_targets(t), LORA_TARGETS)):
     for i, name in enumerate(given):

@@ -175,7 +175,7 @@ def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
 
 def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, float]]:
   """Yields what is read. Consecutive stages that sample from the same model read it once."""
-  size = functools.partial(_model_bytes, params=params, lora_rank=config.train.lora_rank)
+  size = functools.partial(_model_bytes, params=params)
   loaded = ''
   for stage in stages:
     if stage.name in ('model', 'reference'):
@@ -193,12 +193,12 @@ def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, fl
       loaded = model
 
 
-def _model_bytes(model: str, params: float, lora_rank: int) -> float:
+def _model_bytes(model: str, params: float) -> float:
   """Models that the run trains are stored in float32; published ones have 16 bits.
 
-  With LoRA, what is read is the published one, and adapters, which are not counted.
+  LoRA reads less: the model below its adapters.
   """
-  return params * (4 if model in configs.MODELS[1:] and not lora_rank else 2)
+  return params * (4 if model in configs.MODELS[1:] else 2)
 
 
 class Planner:

@@ -399,3 +399,15 @@ def test_flags_of_the_loop_are_refused_with_a_config():
   assert done.returncode and not done.stdout
   assert '--size and --set cannot be combined with --config: name the size' in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+def test_a_plan_with_lora_has_the_model_once_and_saves_the_adapter_alone():
+  found = make('m2', '8xh100', '70b', **{'train.lora_rank': 16})
+  (step,) = next(stage for stage in found.stages if stage.name == 'model').programs
+  count = llama.param_count(PRESETS['llama2-70b'])
+  assert step.parts['reference'] == 0 and not found.tight
+  assert step.parts['parameters'] == pytest.approx(2 * count / 8, rel=0.05)
+  assert found.checkpoint_bytes < 0.02 * 2 * count
+  assert sum(name.startswith('m1 ') for name, _ in found.reads) == 2  # to sample and to train
+  total = plan.report([found.config], found.pod, plan.LENGTHS, is_loop=True)
+  assert 'Storage of the whole loop' in ' '.join(total)
