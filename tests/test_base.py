@@ -31,6 +31,14 @@ def test_every_open_value_is_chosen_for_m0(folder):
       'train.learning_rate': 5e-7, 'train.learning_rate_end': 5e-8}
 
 
+def test_lora_gets_larger_learning_rates_than_full_training(folder):
+  changes = ['train.lora_rank=16']  # also for m0, which this loop does not train
+  for name in configs.MODELS:
+    full, found = fit(name, folder).train, fit(name, folder, changes).train
+    assert found.learning_rate == pytest.approx(5 * full.learning_rate)
+    assert found.learning_rate_end == pytest.approx(5 * full.learning_rate_end)
+
+
 def test_without_a_chat_template_the_format_is_that_of_the_published_sizes(tmp_path):
   assert fit(m0=hf_folders.llama3(tmp_path / 'Llama', has_template=False)).chat == 'llama2'
 

@@ -375,8 +375,8 @@ def test_mistakes_are_refused(chain, tmp_path):
     configs.check(config)
   config = configs.get('m0', 'tiny').copy_and_resolve_references().unlock()
   config.train.lora_rank = 8
-  with pytest.raises(InputError, match='lora_rank is 8, and config.train.init names no model'):
-    configs.check(config)
+  with pytest.raises(InputError, match='lora_rank is 8, and m0 starts from no model'):
+    train.run(config, tmp_path)
   with pytest.raises(InputError, match='m1/model has no LoRA adapter; export it as a whole'):
     peft.to_peft(chain[0], tmp_path / 'peft')
 

@@ -35,6 +35,10 @@ ROWS = 'rows.json'  # in the model's folder: the number and the width of the row
 def run(config, workdir):
   """Reads the init model and this model's data; writes MODEL/model: checkpoints, metrics.jsonl."""
   config, workdir = catalog.find('train').view(config), epath.Path(workdir)
+  if config.train.lora_rank and not config.train.init:
+    raise InputError(f'config.train.lora_rank is {config.train.lora_rank}, and {config.name} '
+                     f'starts from no model that adapters could change; set '
+                     f'config.train.lora_rank=0')
   source = _source(config, workdir)
   shape = _model_config(config, source, workdir)
   refuse_too_large(config, shape)
