@@ -1,4 +1,4 @@
-"""Families of models: config.json files from the Hub, golden values, and adding a family.
+"""Families of models: config.json files as on the Hub, golden values, and adding a family.
 
 test_family_parity.py compares with transformers itself, and recomputes the golden values.
 """
@@ -48,7 +48,8 @@ QWEN = dict(
     model_type='qwen2', hidden_size=64, intermediate_size=96, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, vocab_size=80)
 
-# Complete config.json files from the Hub.
+# config.json files with the fields of those on the Hub. Llama and Qwen are copied from public
+# repositories; Mistral and OLMo 2 are written after them.
 REAL = {
     'llama3.2-3b': """{"architectures": ["LlamaForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 128,
