@@ -123,7 +123,7 @@ def test_a_candidate_links_the_models_below_its_adapter_but_not_those_of_another
   below = [candidate / 'm2' / 'model']
   while adapter := model_files.read_adapter(below[-1]):
     below.append(model_files.base_folder(below[-1], adapter))
-  assert [os.path.realpath(path) for path in below[1:]] == [str(path) for path in (this, other, sft)]
+  assert [os.path.realpath(path) for path in below[1:]] == [*map(str, (this, other, sft))]
   assert not (candidate / 'sft').exists()
 
 
