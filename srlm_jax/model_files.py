@@ -9,7 +9,7 @@ import hashlib
 
 from etils import epath
 
-from srlm_jax import InputError, records, storage
+from srlm_jax import config as configs, InputError, records, storage
 
 TOKENIZER = ('tokenizer.model', 'tokenizer.json', 'tokenizer_config.json',
              'special_tokens_map.json', 'generation_config.json', 'chat_template.jinja',
@@ -48,7 +48,7 @@ class Adapter:
   rank: int
   alpha: float
   targets: tuple[str, ...]  # names of config.LORA_TARGETS
-  base: str    # the folder of that model: a path, or relative to the workdir of this folder
+  base: str    # the folder of that model: absolute, or NAME/model in the workdir of this folder
   step: int    # its step
   params: str  # the recorded hash of its parameters
 
@@ -80,6 +80,16 @@ def latest(folder) -> int:
   step = chosen.get('step') if isinstance(chosen, dict) else None
   if step not in found:
     raise InputError(f'{selected} names the step {step}, and there is {found}; {advice}')
+  return step
+
+
+def find_step(folder, step: int | None = None) -> int:
+  """-> `step`, by default that of `latest`. Raises InputError if the folder does not have it."""
+  if step is None:
+    return latest(folder)
+  if step not in (found := steps(folder)):
+    have = f'has the steps {", ".join(map(str, found))}' if found else 'has none'
+    raise InputError(f'{folder} {have}, not step {step}; name one that exists')
   return step
 
 
@@ -126,11 +136,12 @@ def has_chat_template(folder) -> bool:
 
 def adapter(rank: int, alpha: float, targets, base, folder) -> Adapter:
   """The description of a new adapter in `folder` for the latest step of the model `base`."""
-  base, workdir = storage.absolute(base), _workdir(folder)
+  base = storage.absolute(base)
   step = latest(base)
+  inside = _is_of_workdir(folder) and _is_of_workdir(base) and _workdir(folder) == _workdir(base)
   return Adapter(rank=rank, alpha=float(alpha), targets=tuple(targets), step=step,
                  params=recorded_hash(base, step),
-                 base=str(base.relative_to(workdir) if base.is_relative_to(workdir) else base))
+                 base=str(base.relative_to(_workdir(base)) if inside else base))
 
 
 def read_adapter(folder) -> Adapter | None:
@@ -150,11 +161,21 @@ def base_folder(folder, adapter: Adapter):
 
 
 def bases(folder) -> Iterator[tuple[str, epath.Path]]:
-  """Yields (`base` in lora.json, folder) of the models of the same workdir below an adapter."""
+  """Yields (`base` in lora.json, folder) of the models of the same workdir below an adapter.
+
+  Ends before the first of another workdir, whose `base` in lora.json is relative to that one.
+  """
   while adapter := read_adapter(folder):
+    if adapter.base.startswith('/') or '://' in adapter.base:
+      return
     folder = base_folder(folder, adapter)
-    if not adapter.base.startswith('/') and '://' not in adapter.base:
-      yield adapter.base, folder
+    yield adapter.base, folder
+
+
+def _is_of_workdir(folder) -> bool:
+  """Whether the folder is WORKDIR/NAME/model of a model of a run."""
+  folder = storage.absolute(folder)
+  return folder.name == 'model' and folder.parent.name in configs.MODELS
 
 
 def _workdir(folder):
@@ -189,7 +210,7 @@ def read_hashes(folder, step: int | None = None) -> StepHashes:
   Raises InputError if they are missing or damaged, if config.json or a tokenizer file changed after
   the step was saved, or if the model that an adapter changes is not the one that it was made for.
   """
-  step = latest(folder) if step is None else step
+  step = find_step(folder, step)
   found = _parse_hashes(epath.Path(folder) / 'steps' / str(step) / 'hash' / 'metadata')
   before, now = found.files, hashes(folder)
   if changed := sorted(n for n in {*before, *now} if before.get(n) != now.get(n)):

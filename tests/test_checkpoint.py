@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from srlm_jax import InputError, model_files, sharding
-from srlm_jax.checkpoint import hashes, store
+from srlm_jax.checkpoint import convert, hashes, store
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import PRESETS
 
@@ -45,11 +45,12 @@ def test_restoring_in_bf16_returns_the_hash_of_the_stored_parameters(saved, mesh
 
 def test_a_changed_value_changes_the_hash(saved, mesh):
   folder, params = saved
-  other = jax.tree.map(lambda x: x, params)
+  x, other = params['embed_VD'], jax.tree.map(lambda x: x, params)
   other['embed_VD'] = params['embed_VD'].at[3, 5].add(1e-7)
   assert hashes.hash_params(other) != hashes.hash_params(params)
   swapped = dict(params, embed_VD=params['embed_VD'][::-1])
   assert hashes.hash_params(swapped) != hashes.hash_params(params)
+  assert hashes.hash_params({'bc': x}, more='a') != hashes.hash_params({'c': x}, more='ab')
   path = folder / 'steps' / '7' / 'hash' / 'metadata'
   path.write_text(path.read_text().replace(hashes.hash_params(params), '0' * 16))
   with pytest.raises(InputError, match='damaged'):
@@ -130,6 +131,11 @@ def test_a_missing_checkpoint_and_one_of_another_model_are_named(saved, mesh, tm
   with pytest.raises(InputError, match='no checkpoint in'):
     model_files.latest(tmp_path_factory.mktemp('empty'))
   folder, _ = saved
+  for read in (lambda: store.restore_params(folder, mesh, 'float32', 9),
+               lambda: model_files.recorded_hash(folder, 9),
+               lambda: convert.to_hf(folder, folder / 'hf', 9)):
+    with pytest.raises(InputError, match='has the steps 7, not step 9; name one that exists'):
+      read()
   (folder / 'config.json').write_text(json.dumps(model_config.to_hf(PRESETS['stories-260k'])))
   record_files(folder)
   with pytest.raises(InputError, match='checkpoint of another model'):

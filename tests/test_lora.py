@@ -265,6 +265,18 @@ def test_a_checkpoint_restores_with_the_adapters_of_all_rounds(chain, tmp_path):
   assert size < whole / 2
 
 
+def test_a_merged_bfloat16_model_is_rounded_before_and_after_the_sum(chain, mesh):
+  _, m2, *_ = chain
+  merged = flat(store.restore_params(m2, mesh, 'bfloat16')[0])['up_DF']
+  params = init(TINY)
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+  twice, once = (flat(added(tree, adapter()))['up_DF'].astype(jnp.bfloat16)
+                 for tree in (rounded, params))
+  assert (merged == twice).mean() > 0.99  # float32 sums may differ in the last place
+  assert 0.5 < (merged == once).mean() < 0.95
+  np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (merged, once)), rtol=0, atol=0.01)
+
+
 def test_the_hash_covers_the_scale_and_a_changed_base_is_refused(chain, mesh, tmp_path):
   copy = shutil.copytree(chain[0].parent.parent, tmp_path / 'copy')
   m1, m2, m3 = (copy / name / 'model' for name in ('m1', 'm2', 'm3'))
@@ -278,7 +290,16 @@ def test_the_hash_covers_the_scale_and_a_changed_base_is_refused(chain, mesh, tm
   (m2 / 'lora.json').write_text(text.replace('8.0', '9.0'))
   with pytest.raises(InputError, match='lora.json changed after the model was made'):
     store.restore_params(m3, mesh, 'float32')
+  for change in (text.replace('q_proj', 'foo'), text.replace('"rank": 4', '"rank": 5')):
+    assert change != text
+    (m2 / 'lora.json').write_text(change)
+    for write in (convert.to_hf, peft.to_peft):
+      with pytest.raises(InputError, match='lora.json changed after the model was made'):
+        write(m2, tmp_path / 'out')
   (m2 / 'lora.json').write_text(text)
+  for read in (store.read_adapter, model_files.recorded_hash):
+    with pytest.raises(InputError, match='m2/model has the steps 3, not step 9; name one'):
+      read(m2, 9)
   saver = store.manager(m1, keep=1)
   shutil.rmtree(m1 / 'steps' / '3')
   with pytest.raises(InputError, match='which does not exist; restore that model'):
@@ -387,6 +408,10 @@ def test_mistakes_are_refused(chain, tmp_path):
     (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'), (dict(peft_type='IA3'), 'peft_type = .IA3'),
     (dict(init_lora_weights='pissa'), "init_lora_weights = 'pissa'"), (dict(r=0), 'r = 0 is not'),
     (dict(r=3), r'tensor .*q_proj.lora_A.weight has shape \[4, 32\], and .* requires \[3, 32\]'),
+    (dict(use_rslora='false'), "use_rslora = 'false' is not"),
+    (dict(exclude_modules=['q_proj']), 'exclude_modules'),
+    (dict(target_modules=['model.layers.0.self_attn.q_proj', 'up_proj']),
+     'target_modules is .*up_proj.*, and adapter_model.safetensors has tensors of q_proj, k_proj'),
     (dict(a_new_field=1), 'a_new_field = 1 is not supported; supported are .* of q_proj, k_proj')])
 def test_what_peft_can_and_we_cannot_is_refused(chain, tmp_path, change, message):
   m1, m2, *_ = chain
@@ -396,6 +421,18 @@ def test_what_peft_can_and_we_cannot_is_refused(chain, tmp_path, change, message
   with pytest.raises(InputError, match=message) as error:
     peft.from_peft(tmp_path / 'peft', m1, tmp_path / 'out')
   assert '\n' not in str(error.value) and not (tmp_path / 'out').exists()
+
+
+def test_only_models_of_one_run_name_their_base_relative_to_it(chain, tmp_path):
+  m1, m2, m3, *_ = chain
+  workdir = m2.parent.parent
+  for folder, base in ((m3, 'm2/model'), (workdir / 'm3' / 'other', str(m2)),
+                       (workdir / 'adapters' / 'model', str(m2)), (workdir / 'adapter', str(m2)),
+                       (tmp_path / 'm3' / 'model', str(m2))):
+    assert model_files.adapter(RANK, ALPHA, TARGETS, m2, folder).base == base
+  copy = shutil.copytree(m1, workdir / 'copy')
+  assert model_files.adapter(RANK, ALPHA, TARGETS, copy, m3).base == str(copy)
+  shutil.rmtree(copy)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Selection keeps the best checkpoint of a training run and deletes the others."""
 import dataclasses
 import json
+import os
 import shlex
 import sys
 
@@ -106,6 +107,24 @@ def test_a_model_without_comparable_scores_is_an_error(trained, monkeypatch):
   with pytest.raises(InputError, match='no prompt has two replies with scores to compare'):
     selection.run(config('agreement'), workdir)
   assert model_files.steps(folder) == [1, 2, 3, 4]
+
+
+def test_a_candidate_links_the_models_below_its_adapter_but_not_those_of_another_run(
+    trained, tokenizer_folder):
+  """Here: m2 on m1 of this run, on m1 of another run, on sft of that run."""
+  workdir, folder, _ = trained
+  this, other = workdir / 'm1' / 'model', workdir / 'other' / 'm1' / 'model'
+  for model, base in ((folder, 'm1/model'), (this, str(other)), (other, 'sft/model')):
+    store.write_model_files(TINY, tokenizer_folder, model, model_files.Adapter(
+        rank=4, alpha=8.0, targets=('q_proj',), base=base, step=0, params=''))
+  sft = workdir / 'other' / 'sft' / 'model'
+  store.write_model_files(TINY, tokenizer_folder, sft)
+  candidate = selection.make_workdir(workdir, workdir / 'candidate', 'm2', 4)
+  below = [candidate / 'm2' / 'model']
+  while adapter := model_files.read_adapter(below[-1]):
+    below.append(model_files.base_folder(below[-1], adapter))
+  assert [os.path.realpath(path) for path in below[1:]] == [*map(str, (this, other, sft))]
+  assert not (candidate / 'sft').exists()
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   Raises InputError if `out` is not empty, the checkpoint is damaged, or `export.plan` does.
   """
   config = model_config.load(folder)
-  step = model_files.latest(folder) if step is None else step
+  step = model_files.find_step(folder, step)
   root, root_step, adapters = store.read_adapters(folder, step)
   params = storage.absolute(root) / 'steps' / str(root_step) / 'params'
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})

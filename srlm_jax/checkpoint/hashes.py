@@ -31,8 +31,9 @@ def hash_params(params, dtype: str | None = None, more: str = '') -> str:
 
 def combine(leaves: dict, more: str = '') -> str:
   """{name: (dtype, shape, sums [2])} -> 16 hexadecimal digits."""
-  text = more + '\n'.join(f'{name} {dtype} {tuple(shape)} {int(s[0])} {int(s[1])}'
-                   for name, (dtype, shape, s) in sorted(leaves.items()))
+  lines = [f'{name} {dtype} {tuple(shape)} {int(s[0])} {int(s[1])}'
+           for name, (dtype, shape, s) in sorted(leaves.items())]
+  text = '\n'.join([more, *lines] if more else lines)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

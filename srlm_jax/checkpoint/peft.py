@@ -16,14 +16,15 @@ PREFIX, A, B = 'base_model.model.', '.lora_A.weight', '.lora_B.weight'
 BASE = 'srlm_jax.base_params'  # in the file's metadata: the hash of the model that is adapted
 # Fields that do not change what an adapter computes. All others must have an empty value.
 IGNORED = ('peft_type', 'task_type', 'auto_mapping', 'peft_version', 'base_model_name_or_path',
-           'revision', 'inference_mode', 'target_modules', 'exclude_modules', 'lora_dropout',
-           'megatron_core', 'qalora_group_size', 'r', 'lora_alpha', 'use_rslora',
-           'init_lora_weights', 'runtime_config', 'eva_config', 'ensure_weight_tying')
+           'revision', 'inference_mode', 'target_modules', 'lora_dropout', 'megatron_core',
+           'qalora_group_size', 'r', 'lora_alpha', 'use_rslora', 'init_lora_weights',
+           'runtime_config', 'eva_config', 'ensure_weight_tying')
 EMPTY = (None, False, '', 'none', [], {})
 # Ways to begin that leave the weights of the model as they are.
 INITIAL = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 SUPPORTED = ('supported are LoRA adapters (also with use_rslora) of one rank, without bias, of '
              f'{", ".join(configs.LORA_TARGETS)} in every layer')
+ADVICE = 'give a folder that save_pretrained of PEFT wrote'
 
 
 def to_peft(folder, out, step: int | None = None, base_model: str = '') -> str:
@@ -32,7 +33,7 @@ def to_peft(folder, out, step: int | None = None, base_model: str = '') -> str:
   With adapters of earlier rounds it is all of them, joined, for the model below. `base_model`: the
   name of that model for PEFT. Raises InputError for a model without adapter.
   """
-  step = model_files.latest(folder) if step is None else step
+  step = model_files.find_step(folder, step)
   adapter = model_files.read_adapter(folder)
   if adapter is None:
     raise InputError(f'{folder} has no LoRA adapter; export it as a whole: --to_hf=DIR')
@@ -95,6 +96,10 @@ def from_peft(source, base, out) -> str:
   if tensors or not targets:
     found = f'tensor {min(tensors)}' if tensors else 'no adapter'
     raise InputError(f'{source / TENSORS}: {found} is not supported; {SUPPORTED}')
+  named = fields.get('target_modules')
+  if isinstance(named, list) and {str(name).rpartition('.')[2] for name in named} != {*targets}:
+    raise InputError(f'{source / CONFIG}: target_modules is {configs.show(named)}, and {TENSORS} '
+                     f'has tensors of {", ".join(targets)}; {ADVICE}')
   adapter = model_files.adapter(rank, alpha, targets, base, out)
   with storage.making_folder(out) as made:
     store.write_model_files(config, base, made, adapter)
@@ -145,10 +150,9 @@ def _take(tensors: dict, source, name: str, shape: tuple, base):
 
 def _read_fields(path) -> dict:
   """Reads adapter_config.json; InputError for what would change what an adapter computes."""
-  advice = 'give a folder that save_pretrained of PEFT wrote'
-  fields = records.read_json(path, advice)
+  fields = records.read_json(path, ADVICE)
   if not isinstance(fields, dict) or 'peft_type' not in fields:
-    raise InputError(f'{path} is not a configuration of PEFT; {advice}')
+    raise InputError(f'{path} is not a configuration of PEFT; {ADVICE}')
 
   def refuse(name):
     raise InputError(f'{path}: {name} = {configs.show(fields.get(name))} is not supported; '
@@ -157,6 +161,8 @@ def _read_fields(path) -> dict:
     refuse('peft_type')
   if fields.get('init_lora_weights', True) not in INITIAL:
     refuse('init_lora_weights')
+  if type(fields.get('use_rslora', False)) is not bool:
+    refuse('use_rslora')
   for name, least in (('r', 1), ('lora_alpha', 0)):
     value = fields.get(name)
     if type(value) not in (int, float) or not least <= value < 2**24 or name == 'r' and (

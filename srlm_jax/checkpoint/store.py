@@ -76,17 +76,18 @@ def restore_params(folder, mesh, dtype: str, step: int | None = None, once: bool
   """Restores only the parameters onto `mesh`, in `dtype` -> (params, hash of the stored ones).
 
   Of a LoRA adapter: those of the model that it changes, with the adapter. With `merge` the adapters
-  of all rounds are added in float32, and the sum is rounded once to `dtype`. Without, they lie
-  beside the weights in float32, see models/lora.py.
+  of all rounds are added to the weights in float32. The weights are rounded to `dtype` before, as
+  in training, and the sum is rounded again. Without, the adapters lie beside the weights in
+  float32, see models/lora.py.
 
   In a run on several hosts all of them must call it, each with the mesh of its group of hosts. With
   `once` they read every byte once, see `distribute`; else each reads what its devices need, which
   only a mesh of all hosts allows. Prints how many bytes were read.
 
-  Raises InputError if the parameters, config.json or the tokenizer files differ from those that
-  were saved.
+  Raises InputError if there is no such step, or if the parameters, config.json or the tokenizer
+  files differ from those that were saved.
   """
-  step = model_files.latest(folder) if step is None else step
+  step = model_files.find_step(folder, step)
   if adapter := model_files.read_adapter(folder):
     recorded = model_files.recorded_hash(folder, step)  # also checks the model that it changes
     base = model_files.base_folder(folder, adapter)
@@ -131,15 +132,16 @@ def read_adapters(folder, step: int) -> tuple:
 
 
 def read_adapter(folder, step: int | None = None) -> dict:
-  """Reads a LoRA adapter as numpy arrays. Raises InputError if it is damaged."""
+  """Reads a LoRA adapter as numpy arrays. Raises InputError if it is missing or damaged."""
+  step = model_files.find_step(folder, step)
+  recorded = model_files.recorded_hash(folder, step)  # before a changed lora.json is used
   adapter = model_files.read_adapter(folder)
-  step = model_files.latest(folder) if step is None else step
   path = storage.absolute(folder) / 'steps' / str(step) / 'params'
   shapes = traverse_util.flatten_dict(
       lora.shapes(model_config.load(folder), adapter.rank, adapter.targets), sep='.')
   stored = arrays.open_all(path, {name: x.shape for name, x in shapes.items()})
   tree = traverse_util.unflatten_dict({name: arrays.read(x) for name, x in stored.items()}, sep='.')
-  if hashes.hash_params(tree, more=adapter.identity) != model_files.recorded_hash(folder, step):
+  if hashes.hash_params(tree, more=adapter.identity) != recorded:
     raise _unlike_hash(path)
   return tree
 
