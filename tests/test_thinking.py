@@ -95,6 +95,7 @@ def test_text_never_opens_or_closes_thinking(tokenizer, text):
     count = [i in tokenizer.thinking for i in before].count(True)
     assert count == [i in tokenizer.thinking for i in plain].count(True)
     assert thinking.read(tokenizer, before, after).text == f'No{text}'
+    assert text in tokenizer.decode(before)  # this template leaves nothing out
     assert not {*tokenizer.encode(text)} & {*tokenizer.thinking}
 
 
