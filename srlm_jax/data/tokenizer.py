@@ -232,12 +232,9 @@ class _Transformers(Tokenizer):
     # Added tokens of spaces only (GPT-NeoX, Gemma) control nothing, so text may contain them.
     added = {t['id']: t['content'] for t in backend['added_tokens']
              if t['special'] or t['content'].replace('▁', ' ').strip()}
-    template = None
-    if self._model.chat_template:
-      template = Template(self._model.get_chat_template(), f'the chat template in {folder}')
     super().__init__(len(self._model), self._model.bos_token_id,
                      _eos_ids(folder, self._model.eos_token_id, len(self._model)), added,
-                     self._model.special_tokens_map, template)
+                     self._model.special_tokens_map, _default_template(self._model, folder))
     self._folder, self._separator = folder, f'<{self._secret}>'
     self._copy, self._ids = _renamed(backend, self._secret_names, self._separator,
                                      folder / 'tokenizer.json')
@@ -274,6 +271,15 @@ class _Transformers(Tokenizer):
   def _is_added(self, i: int, text: str) -> bool:
     """Whether the id is an added token. The unk id counts only if `text` contains its name."""
     return i in self.added and (i != self._model.unk_token_id or self.added[i] in text)
+
+
+def _default_template(model, folder) -> Template | None:
+  """The chat template of a tokenizer; of several, the one named default. None without one."""
+  found = model.chat_template
+  source = found.get('default') if isinstance(found, dict) else found
+  if not source or not isinstance(source, str):
+    return None
+  return Template(source, f'the chat template in {folder}')
 
 
 def _renamed(backend: dict, names: dict[int, str], separator: str, path):
