@@ -83,16 +83,14 @@ def text(messages: Sequence[Message]) -> str:
   return '\n\n'.join(f'[{m.role}]\n{quoted(m.content).strip()}' for m in messages)
 
 
-def user_messages(prompt: str) -> list[str]:
-  """The user's messages in the text of a conversation; any other prompt is one message.
+def user_messages(record) -> list[str]:
+  """What the user says in the conversation of a record: at least one message."""
+  return [m.content for m in of(record) if m.role == 'user']
 
-  >>> user_messages(text(in_turns(['Name a fruit.', 'Pear.', 'Why?'])))
-  ['Name a fruit.', 'Why?']
-  """
-  if not prompt.startswith(('[user]\n', '[system]\n')):
-    return [prompt]
-  parts = re.split(r'(?:\A|\n\n)\[(system|user|assistant)\]\n', prompt)[1:]
-  return [said for role, said in zip(parts[::2], parts[1::2], strict=True) if role == 'user']
+
+def shown(record) -> str:
+  """The prompt of a record as a judge sees it: no single message looks like a conversation."""
+  return record.prompt if record.messages else quoted(record.prompt)
 
 
 def quoted(text: str, mark: re.Pattern = _MARK) -> str:
@@ -105,11 +103,12 @@ def quoted(text: str, mark: re.Pattern = _MARK) -> str:
 
 
 def with_thinking(thinking: str, response: str) -> str:
-  """A response as a judge sees it with `judge.show_thinking`; without thinking, as it is.
+  """A response as a judge sees it with `judge.show_thinking`. It contains no mark of its own.
 
   >>> with_thinking('It is sweet.', 'Pear.')
   '[thinking]\\nIt is sweet.\\n\\n[answer]\\nPear.'
   """
+  response = quoted(response, _PART)
   if not thinking:
     return response
-  return f'[thinking]\n{quoted(thinking, _PART)}\n\n[answer]\n{quoted(response, _PART)}'
+  return f'[thinking]\n{quoted(thinking, _PART)}\n\n[answer]\n{response}'

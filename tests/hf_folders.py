@@ -11,17 +11,13 @@ from safetensors.numpy import save_file
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, Regex, trainers
 
+TESTS = pathlib.Path(__file__).parent
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+"
          r'[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+')  # pre-tokenization: digits by 3 or one by one
 LLAMA3_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
     '<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}')
-QWEN3_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    '{% if add_generation_prompt %}<|im_start|>assistant\n'
-    '{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n'
-    '{% endif %}{% endif %}')
 
 
 def llama3(folder, has_template: bool = True, **fields) -> pathlib.Path:
@@ -69,7 +65,7 @@ def qwen3(folder, **fields) -> pathlib.Path:
       tie_word_embeddings=True, torch_dtype='bfloat16', transformers_version='4.51.0',
       use_cache=True, use_sliding_window=False, vocab_size=tokenizer.get_vocab_size() + 7) | fields
   names = dict(bos_token=None, eos_token=special[2], pad_token=special[0], add_bos_token=False,
-               chat_template=QWEN3_TEMPLATE)
+               chat_template=(TESTS / 'chat_templates' / 'qwen3.jinja').read_text())
   return _write(folder, config, tokenizer, names, dict(
       bos_token_id=pad, do_sample=True, eos_token_id=[end, pad], pad_token_id=pad, top_k=20))
 
@@ -81,7 +77,7 @@ def _tokenizer(digits: str, size: int) -> tokenizers.Tokenizer:
       pre_tokenizers.Split(Regex(WORDS % digits), 'isolated'),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
   made.decoder = decoders.ByteLevel()
-  text = (pathlib.Path(__file__).parent.parent / 'docs' / 'data.md').read_text()
+  text = (TESTS.parent / 'docs' / 'data.md').read_text()
   made.train_from_iterator(text.split('\n\n'), trainers.BpeTrainer(
       vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
   return made

@@ -76,6 +76,9 @@ def test_every_turn_is_a_sequence_of_a_sentencepiece_model(stories, kind):
 
 @pytest.mark.parametrize('template, message', [
     ('{% if %}', 'is not valid Jinja .line 1: .*; correct the template, or set config.chat to'),
+    ('{{ ' + '(' * 2000 + '1' + ')' * 2000 + ' }}', 'cannot be compiled .maximum recursion depth'),
+    ('{% for i in [1] %}' * 40 + '{% endfor %}' * 40, 'cannot be compiled .too many statically'),
+    ('{{ 1' + '0' * 6000 + ' }}', 'cannot be compiled .Exceeds the limit'),
     ("{{ raise_exception('only one turn') }}", 'refuses the conversation .only one turn'),
     ("{{ ''.__class__.__mro__ }}", 'tries what the sandbox forbids .*unsafe'),
     ("{{ messages.append(1) }}", 'tries what the sandbox forbids'),

@@ -249,6 +249,20 @@ def test_a_template_that_interprets_a_prompt_is_an_error(tmp_path, template):
     templates.encode_prompt('tokenizer', 'a "<think> b', ours)
 
 
+@pytest.mark.parametrize('template, found', [
+    ([dict(name='default', template='{{ 1 }}'), dict(name='b', template='{{ 2 }}')], '{{ 1 }}'),
+    ([dict(name='b', template='{{ 2 }}')], None), ([dict(name='default', template=5)], None),
+    (5, None), ('', None), (None, None)])
+def test_a_tokenizer_without_a_default_template_needs_another_chat_format(
+    tmp_path, template, found):
+  ours = tokenizers.load(save(tmp_path, byte_level(), template=template))
+  assert (ours.template and ours.template.source) == found
+  assert templates.encode_prompt('plain', 'Hi', ours)
+  if not found:
+    with pytest.raises(InputError, match='no chat template .a text, or .*set config.chat to'):
+      templates.encode_prompt('tokenizer', 'Hi', ours)
+
+
 def test_code_in_a_tokenizer_folder_never_runs(tmp_path, monkeypatch):
   folder = save(tmp_path, byte_level(), auto_map=dict(AutoTokenizer=['mine.Mine', None]))
   (folder / 'mine.py').write_text('raise SystemExit("code of the folder ran")')

@@ -53,6 +53,8 @@ def _compile(source: str, where: str) -> jinja2.Template:
   except jinja2.TemplateSyntaxError as error:
     raise InputError(f'{where} is not valid Jinja (line {error.lineno}: {_line(error)}); '
                      f'{ADVICE}') from error
+  except (RecursionError, SyntaxError, TypeError, ValueError, MemoryError) as error:
+    raise InputError(f'{where} cannot be compiled ({_line(error)}); {ADVICE}') from error
 
 
 @functools.cache

@@ -114,8 +114,8 @@ def _chat(kind: str, said: Messages, tokenizer, prompt: bool = True) -> str:
   if kind == 'tokenizer':
     template = tokenizer.template
     if template is None:
-      raise InputError('this tokenizer has no chat template; set config.chat to plain, llama2 or '
-                       'chatml')
+      raise InputError('this tokenizer has no chat template (a text, or a list with one that is '
+                       'named default); set config.chat to plain, llama2 or chatml')
   else:
     template = Template(source(kind), f'the chat template {kind}')
   if tokenizer is None:

@@ -45,6 +45,7 @@ class Tokenizer:
     ids = {name: i for i, name in added.items()}
     self.thinking = next(((ids[start], ids[end]) for start, end in THINKING
                           if start in ids and end in ids), None)
+    self._end = self.thinking and added[self.thinking[1]]  # the name that closes thinking
     self._secret = secrets.token_hex(16)
     self._secret_names = {i: f'<{self._secret}:{i}>' for i in added}
     self._secret_pattern = re.compile(f'<{self._secret}:(\\d+)>')
@@ -72,13 +73,17 @@ class Tokenizer:
     The added tokens of the template, including bos, appear under secret names that only this
     tokenizer can encode; the messages never become added tokens. A template may trim a message.
     Raises InputError if it leaves a message out, or reads or changes what a user or the system
-    says. What an assistant says is inserted as it is, even if the template would read it.
+    says. What an assistant says is inserted as it is, even if the template would read it, but
+    without its thinking if the template leaves that out.
     """
     def rendered(some):
       return rendering.render(template.source, some, self.special, prompt, template.name)
+    starts = self._hidden_thinking(messages, rendered)
+    messages = [Message(m.role, m.content.rpartition(self._end)[2]) if start else m
+                for m, start in zip(messages, starts, strict=True)]
     masks = [_mask(message.content, i) for i, message in enumerate(messages)]
-    masked = [Message(m.role, m.content.replace(m.content.strip(), mask))
-              for m, mask in zip(messages, masks, strict=True)]
+    masked = [Message(m.role, start + m.content.replace(m.content.strip(), mask))
+              for m, start, mask in zip(messages, starts, masks, strict=True)]
     text = rendered(masked)
     for message, mask in zip(messages, masks, strict=True):
       if mask not in text:
@@ -100,6 +105,23 @@ class Tokenizer:
       renamed = whole.replace(whole.strip() or whole, self._secret_names[i])
       text = text[:start] + renamed + text[end:]
     return _unmask(text, said)
+
+  def _hidden_thinking(self, messages: Sequence[Message], rendered) -> list[str]:
+    """For each message, what the template gets in place of the thinking that it leaves out.
+
+    '' for a message without thinking, and for all of them if the template repeats any thinking,
+    which is then text. `rendered`: messages -> text.
+    """
+    masks = [_mask('a', len(messages) + i)
+             if message.role == 'assistant' and self._end and self._end in message.content else ''
+             for i, message in enumerate(messages)]
+    starts = [mask and mask + self._end for mask in masks]
+    if any(masks):
+      text = rendered([Message(m.role, start + m.content.rpartition(self._end)[2]) if start else m
+                       for m, start in zip(messages, starts, strict=True)])
+      if any(mask and mask in text for mask in masks):
+        return [''] * len(masks)
+    return starts
 
   def first_added(self, text: str) -> int | None:
     """The first added token in a text from `chat`."""
@@ -210,12 +232,9 @@ class _Transformers(Tokenizer):
     # Added tokens of spaces only (GPT-NeoX, Gemma) control nothing, so text may contain them.
     added = {t['id']: t['content'] for t in backend['added_tokens']
              if t['special'] or t['content'].replace('▁', ' ').strip()}
-    template = None
-    if self._model.chat_template:
-      template = Template(self._model.get_chat_template(), f'the chat template in {folder}')
     super().__init__(len(self._model), self._model.bos_token_id,
                      _eos_ids(folder, self._model.eos_token_id, len(self._model)), added,
-                     self._model.special_tokens_map, template)
+                     self._model.special_tokens_map, _default_template(self._model, folder))
     self._folder, self._separator = folder, f'<{self._secret}>'
     self._copy, self._ids = _renamed(backend, self._secret_names, self._separator,
                                      folder / 'tokenizer.json')
@@ -252,6 +271,15 @@ class _Transformers(Tokenizer):
   def _is_added(self, i: int, text: str) -> bool:
     """Whether the id is an added token. The unk id counts only if `text` contains its name."""
     return i in self.added and (i != self._model.unk_token_id or self.added[i] in text)
+
+
+def _default_template(model, folder) -> Template | None:
+  """The chat template of a tokenizer; of several, the one named default. None without one."""
+  found = model.chat_template
+  source = found.get('default') if isinstance(found, dict) else found
+  if not source or not isinstance(source, str):
+    return None
+  return Template(source, f'the chat template in {folder}')
 
 
 def _renamed(backend: dict, names: dict[int, str], separator: str, path):

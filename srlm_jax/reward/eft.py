@@ -15,7 +15,7 @@ is downsampled to the count of the runner-up.
 """
 from collections import Counter
 
-from srlm_jax import catalog, cli, hosts, records, schema, stage
+from srlm_jax import catalog, cli, conversation, hosts, records, schema, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
@@ -168,7 +168,7 @@ def table(found: schema.EftSummary) -> str:
 
 def _example(ranked: schema.RankedPrompt, reply: schema.Reply, text: str, score: float,
              judge: judges.Judge, token_ids: tuple[int, ...] = ()) -> schema.EftExample:
-  prompt = judge.render(prompt=ranked.prompt, response=reply.text)
+  prompt = judge.render(prompt=conversation.shown(ranked), response=reply.text)
   return schema.EftExample(id=_reply_id(ranked, reply), prompt=prompt, response=text, score=score,
                            token_ids=token_ids)
 

@@ -25,8 +25,8 @@ class Item:
   """A response to judge. `id`: of a sampled response, or of a ranked reply (`records.join`)."""
   id: str
   prompt_id: str
-  prompt: str
-  response: str  # as the judge sees it
+  prompt: str    # as the judge sees it, as is the response
+  response: str
 
 
 def run(config, workdir, on: str = ''):
@@ -107,11 +107,11 @@ def _items(s: stage.Stage, config, on: str) -> Iterator[Item]:
   if on in OF_RESPONSES:
     source, = s.spec.reads
     for r in s.read(source):
-      yield Item(r.id, r.prompt_id, r.prompt, seen(r, config.judge))
+      yield Item(r.id, r.prompt_id, conversation.shown(r), seen(r, config.judge))
     return
   for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
     for reply in r.replies:
-      yield Item(records.join(r.id, reply.id), r.id, r.prompt, reply.text)
+      yield Item(records.join(r.id, reply.id), r.id, conversation.shown(r), reply.text)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ import math
 import numpy as np
 from scipy import optimize
 
-from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
+from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, stage
 from srlm_jax.data import templates
 from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, judge as judging, shards
@@ -59,7 +59,7 @@ def run(config, workdir):
   if config.judge.n < 2:
     raise InputError(f'config.judge.n is {config.judge.n}, but comparing judgements needs at least '
                      f'two per response; set it to 2 or more')
-  asked = {r.id: judge.render(prompt=r.prompt, response=judging.seen(r, config.judge))
+  asked = {r.id: judge.render(prompt=conversation.shown(r), response=judging.seen(r, config.judge))
            for r in s.read('respond/responses-*.jsonl')}
   judgements = s.read('judge/judgements-*.jsonl')
   pair_count = sum(1 for _ in s.read('pairs/pairs.jsonl'))

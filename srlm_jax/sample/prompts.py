@@ -81,10 +81,10 @@ def read_seeds(s: stage.Stage) -> Seeds:
   """Reads the seed data; `s`: this stage."""
   ranked = list(s.read('seeds/ranked.jsonl'))
   return Seeds(
-      ift=[conversation.user_messages(r.prompt)[0] for r in s.read('seeds/ift.jsonl')],
-      ranked=user_prompts(r.prompt for r in ranked if r.split == 'train'),
-      held_out=(user_prompts(r.prompt for r in s.read('seeds/heldout.jsonl')) +
-                user_prompts(r.prompt for r in ranked if r.split != 'train')))
+      ift=[conversation.user_messages(r)[0] for r in s.read('seeds/ift.jsonl')],
+      ranked=user_prompts(r for r in ranked if r.split == 'train'),
+      held_out=(user_prompts(s.read('seeds/heldout.jsonl')) +
+                user_prompts(r for r in ranked if r.split != 'train')))
 
 
 def short_prompts(prompts: list[str], config, path) -> list[str]:
@@ -134,18 +134,14 @@ def evaluation_prompts(path) -> list[str]:
   return prompts
 
 
-def user_prompts(prompts) -> list[str]:
-  """The user messages of prompts, some of which are whole conversations (OASST1).
+def user_prompts(seeds) -> list[str]:
+  """The user messages of records of seed data, some of which are conversations (OASST1).
 
   Keeps every first message. Keeps a later one if it has at least `similar.HeldOut.MIN_WORDS` words:
   shorter ones ("Tell me more.") mean nothing without the conversation.
-
-  >>> user_prompts(['[user]\\nName a fruit.\\n\\n[assistant]\\nPear.\\n\\n[user]\\nWhy?',
-  ...               'Name a tree.'])
-  ['Name a fruit.', 'Name a tree.']
   """
-  return [message for prompt in prompts
-          for i, message in enumerate(conversation.user_messages(prompt))
+  return [message for record in seeds
+          for i, message in enumerate(conversation.user_messages(record))
           if i == 0 or len(message.split()) >= similar.HeldOut.MIN_WORDS]
 
 
