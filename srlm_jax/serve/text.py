@@ -65,7 +65,7 @@ class Stops:
     if ends:
       _, start = min(ends)
       return self._held[:start], True
-    kept = max((n for stop in self._stops for n in range(1, len(stop))
+    kept = max((n for stop in self._stops for n in range(1, min(len(stop), len(self._held) + 1))
                 if self._held.endswith(stop[:n])), default=0)
     cut = len(self._held) - kept
     sent, self._held = self._held[:cut], self._held[cut:]
