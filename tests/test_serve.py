@@ -21,6 +21,7 @@ import numpy as np
 import openai
 import pytest
 from starlette.requests import Request as HttpRequest
+import test_thinking
 from test_tokenizer import byte_fallback, byte_level, metaspace, save
 import uvicorn
 
@@ -384,7 +385,7 @@ def test_a_message_of_an_answer_can_be_sent_back(served):
   after = dict(role='user', content='Why?')
   plain = [said[0] | dict(role='system'), said[1],
            dict(role='assistant', content=reply.content), after]
-  filled = reply.model_dump() | dict(tool_calls=[], annotations=[])
+  filled = reply.model_dump() | dict(tool_calls=[], annotations=[], reasoning_content='hm')
   found = [create(**GREEDY, messages=messages)
            for messages in ([*said, reply, after], [*said, filled, after], plain)]
   assert len({made.choices[0].message.content for made in found}) == 1
@@ -659,3 +660,30 @@ def test_tokens_with_the_same_text_keep_their_log_probs():
   found = api.CompletionFormat('x', 0, MODEL, names)._logprobs([token])
   assert found['top_logprobs'] == [
       {'token_id:1': -1.0, 'b': -3.0, 'token_id:4': -4.0, 'token_id:5': -5.0, 'a': -2.0}]
+
+
+@pytest.mark.parametrize('prompt, parts, said, thought', [
+    (['Why?'], ['yes ', '<end>'], 'yes ', ''),
+    (['Why?'], ['<think>', '\nhm', '</think>', '\n\nSo.', '<end>'], 'So.', 'hm'),
+    (['Why?', '<think>', '\n'], ['hm', '</think>', '\n\nSo.STOP', 'no'], 'So.', 'hm'),
+    (['Why?', '<think>'], ['hm', '<end>'], '', 'hm'),
+    (['<think>', '</think>', 'Why?'], ['a', '<think>', 'hm', '</think>', 'b'], 'ab', 'hm')])
+@pytest.mark.parametrize('stops', [['STOP'], ['STOP', '>x', 'k>x']])
+@pytest.mark.parametrize('count', [1, 3, 50])
+def test_thinking_is_told_from_the_text_of_a_chat(
+    tmp_path, prompt, parts, said, thought, stops, count):
+  """In parts of any size, also where the beginning of a stop string cuts a mark."""
+  tokenizer = test_thinking.save(tmp_path)
+  ids = test_thinking.ids(tokenizer, *parts)
+  answer = text.Answer(tokenizer, test_thinking.ids(tokenizer, *prompt), stops, 0, True)
+  whole = text.Delta()
+  for start in range(0, len(ids), count):
+    part = ids[start:start + count]
+    made = answer.add(part, [-1.0] * len(part), [], 'stop' * (start + count >= len(ids)))
+    whole.text, whole.thinking = whole.text + made.text, whole.thinking + made.thinking
+    if made.finish:
+      break
+  assert (whole.text, whole.thinking, made.finish) == (said, thought, 'stop')
+  form = api.ChatFormat('x', 0, MODEL, {})
+  for added in (form.choice(0, whole, False)['message'], form.delta(0, whole, False)['delta']):
+    assert added.get('reasoning_content', '') == thought and added.get('content', '') == said

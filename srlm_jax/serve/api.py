@@ -73,9 +73,11 @@ class Completion(Asked):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
+  """A message of a chat; its thinking is ignored."""
   role: str
   content: str | list[dict] = ''
   name: str = ''
+  reasoning_content: str = ''
 
   @property
   def speaker(self) -> Literal['system', 'user', 'assistant']:
@@ -160,11 +162,11 @@ class Format:
 
   def choice(self, index: int, made: Delta, has_logps: bool) -> dict:
     """One sample."""
-    return self._choice(index, made, has_logps, **self._said(made.text))
+    return self._choice(index, made, has_logps, **self._said(made))
 
   def delta(self, index: int, made: Delta, has_logps: bool) -> dict:
     """What a stream adds to a sample."""
-    return self._choice(index, made, has_logps, **self._added(made.text))
+    return self._choice(index, made, has_logps, **self._added(made))
 
   def first(self, index: int) -> dict | None:
     """What a stream begins with."""
@@ -178,8 +180,8 @@ class Format:
 class CompletionFormat(Format):
   prefix, whole, part = 'cmpl', 'text_completion', 'text_completion'
 
-  def _said(self, text: str) -> dict:
-    return dict(text=text)
+  def _said(self, made: Delta) -> dict:
+    return dict(text=made.text)
 
   _added = _said
 
@@ -206,11 +208,11 @@ class ChatFormat(Format):
   def first(self, index: int) -> dict:
     return self._choice(index, Delta(), False, delta=dict(role='assistant', content=''))
 
-  def _said(self, text: str) -> dict:
-    return dict(message=dict(role='assistant', content=text, refusal=None))
+  def _said(self, made: Delta) -> dict:
+    return dict(message=dict(role='assistant', content=made.text, refusal=None) | _thinking(made))
 
-  def _added(self, text: str) -> dict:
-    return dict(delta=dict(content=text) if text else {})
+  def _added(self, made: Delta) -> dict:
+    return dict(delta=(dict(content=made.text) if made.text else {}) | _thinking(made))
 
   def _logprobs(self, tokens: Sequence[Token]) -> dict:
     def entry(i, logp):
@@ -221,6 +223,11 @@ class ChatFormat(Format):
         entry(token.id, token.logp) | dict(
             top_logprobs=[entry(*pair) for pair in token.top.items()])
         for token in tokens], refusal=None)
+
+
+def _thinking(made: Delta) -> dict:
+  """The field of a message that has thinking; not in OpenAI's API, but in that of other servers."""
+  return dict(reasoning_content=made.thinking) if made.thinking else {}
 
 
 TYPES = {401: 'authentication_error', 404: 'not_found_error', 413: 'invalid_request_error',

@@ -83,7 +83,8 @@ class Call:
       self.jobs.append(Job(request, prompt_top, limit > 0, self._teller(i)))
       self.echoes.append(prompt.text if asked.echo else '')
       for _ in range(asked.n):
-        answer = text.Answer(service.tokenizer, prompt.ids, asked.stops, len(self.echoes[i]))
+        answer = text.Answer(service.tokenizer, prompt.ids, asked.stops, len(self.echoes[i]),
+                             isinstance(asked, api.Chat))
         self.answers.append(answer)
 
   @property
@@ -117,7 +118,7 @@ class Call:
           unfinished -= 1
           if not news.finish:
             self._service.worker.stop_sample(self.jobs[i], news.number)
-        if delta.text or delta.tokens or delta.finish:
+        if delta.text or delta.thinking or delta.tokens or delta.finish:
           yield i * n + news.number, delta
 
   def _end_without_sampling(self, index: int) -> str:
@@ -293,6 +294,7 @@ async def _collect(call: Call, form: api.Format) -> dict:
   whole = [text.Delta() for _ in call.answers]
   async for index, delta in call.deltas():
     whole[index].text += delta.text
+    whole[index].thinking += delta.thinking
     whole[index].tokens += delta.tokens
     whole[index].finish = delta.finish
   choices = [form.choice(i, made, call.asked.top is not None) for i, made in enumerate(whole)]
