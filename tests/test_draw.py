@@ -105,10 +105,15 @@ def test_rows_with_their_own_sampling_draw_as_rows_that_share_it():
   assert found[3::4].tolist() == logits[3::4].argmax(-1).tolist()
 
 
-def test_a_tiny_top_p_ends_and_gives_the_most_likely_token():
+@pytest.mark.parametrize('top_p', [1e-30, 1e-40, 1e-60])
+def test_a_tiny_top_p_ends_and_gives_the_most_likely_token(top_p):
+  """Also one that is 0 in float32, or that the device flushes to 0."""
   logits = np.random.default_rng(0).normal(size=(64, 5_000)).astype(np.float32)
-  drawn = draw.draw(logits, keys(64), Sampling(5.0, 1e-30, 1))
-  assert drawn.tolist() == logits.argmax(-1).tolist()
+  per_row = draw.PerRow.empty(64)
+  per_row.set(slice(None), Sampling(5.0, top_p, 1))
+  for drawn in (jax.jit(draw.draw, static_argnums=2)(logits, keys(64), Sampling(5.0, top_p, 1)),
+                jax.jit(draw.draw_per_row)(logits, keys(64), per_row)):
+    assert drawn.tolist() == logits.argmax(-1).tolist()
 
 
 def test_nan_ends():

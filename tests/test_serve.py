@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
+from starlette.requests import Request as HttpRequest
+import test_thinking
 from test_tokenizer import byte_fallback, byte_level, metaspace, save
 import uvicorn
 
@@ -30,7 +32,7 @@ from srlm_jax.models import config as model_config, llama
 from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Request, Sampling
 from srlm_jax.sandbox import data as sandbox, world
-from srlm_jax.serve import app, text, worker
+from srlm_jax.serve import api, app, text, worker
 
 MODEL, PROMPT = 'm0', 'User: Name two nice fruits.\nAssistant:'
 GREEDY = dict(model=MODEL, temperature=0, max_tokens=24)
@@ -287,10 +289,12 @@ BAD = [
     (dict(prompt=[]), 'prompt must be'), (dict(prompt=[[]]), 'prompt must be'),
     (dict(prompt=[1, 'a']), 'prompt must be'), (dict(prompt=['a'] * 2000), 'at most 1024'),
     (dict(prompt=['a'] * 60, n=4), 'asks for 240 samples, and the server holds at most 208'),
-    (dict(stop=['']), 'stop'), (dict(stop=list('abcde')), 'stop'),
+    (dict(stop=['a'] * 33), 'stop'), (dict(stop='a' * 1001), 'stop'),
+    (dict(stop=['a' * 1001]), 'stop'),
     (dict(logprobs=6), 'logprobs'), (dict(presence_penalty=0.5), "'presence_penalty' is not "
      'supported; supported: echo, logprobs, .*temperature'),
     (dict(extra_body=dict(temprature=1)), 'did you mean "temperature"'),
+    (dict(extra_body=dict(best_of=2)), 'best_of'), (dict(extra_body=dict(store=True)), 'store'),
     (dict(seed=2**70), 'seed'), (dict(stream_options=dict(x=1)), 'stream_options')]
 
 
@@ -306,7 +310,10 @@ def test_bad_fields_are_refused_with_one_sentence(served, change, message):
     (dict(messages=[]), 'messages'),
     (dict(messages=[dict(role='assistant', content='x')]), 'the role assistant, not user'),
     (dict(messages=[dict(role='user', content=' ')]), 'no text'),
-    (dict(messages=[dict(role='tool', content='x')]), 'role'),
+    (dict(messages=[dict(role='tool', content='x')]), 'roles: system, developer, user, assistant'),
+    (dict(messages=[dict(role='user', content=None)]), 'message 1 has no text'),
+    (dict(messages=[dict(role='user', content='a b ' * 400)], max_tokens=None),
+     r'the prompt has \d+ tokens, and a row of this server has 128 for prompt and response'),
     (dict(messages=[dict(role='user', content=[dict(type='image_url', image_url='x')])]),
      'only texts are supported'),
     (dict(top_logprobs=2), 'top_logprobs needs'), (dict(tools=[dict(type='function')]), "'tools'"),
@@ -320,18 +327,22 @@ def test_bad_fields_of_a_chat_are_refused(served, change, message):
 def test_neutral_values_of_unsupported_fields_are_ignored(served):
   made = served.client.completions.create(
       **GREEDY, prompt=PROMPT, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, best_of=1,
-      user='me', suffix=None)
+      user='me', suffix=None, stop=[''])
   assert made == served.client.completions.create(**GREEDY, prompt=PROMPT).copy(
       update=dict(id=made.id, created=made.created))
   parts = [dict(type='text', text='Name two nice '), dict(type='text', text='fruits.')]
   chat = served.client.chat.completions.create(
-      model=MODEL, temperature=0, messages=[dict(role='user', content=parts)], tools=[])
+      model=MODEL, temperature=0, messages=[dict(role='user', content=parts)], tools=[],
+      metadata=dict(a='b'), store=False, parallel_tool_calls=False, service_tier='auto')
   assert chat.choices[0].message.content == made.choices[0].text
+  two = served.client.completions.create(**GREEDY, prompt=PROMPT, n=2, best_of=2, stop='')
+  assert [choice.text for choice in two.choices] == [made.choices[0].text] * 2
 
 
 @pytest.mark.parametrize('method, path, body, status, message', [
     ('POST', '/v1/completions', b'{"model":', 400, 'is not JSON'),
     ('POST', '/v1/completions', b'\xff\xfe', 400, 'is not JSON'),
+    ('POST', '/v1/completions', b'{"model": "m0", "prompt": "\xff"}', 400, 'is not JSON'),
     ('POST', '/v1/completions', b'', 400, 'is not JSON'),
     ('POST', '/v1/completions', b'[1]', 400, 'no JSON object'),
     ('POST', '/v1/completions', b'[' * 100_000, 400, 'is not JSON'),
@@ -350,7 +361,8 @@ def test_bad_requests_have_a_status_and_one_sentence(served, method, path, body,
 def test_models_and_health(served):
   assert [model.id for model in served.client.models.list()] == [MODEL]
   assert served.client.models.retrieve(MODEL).id == MODEL
-  assert served.raw('GET', '/health') == (200, dict(status='ok', samples=0))
+  assert served.raw('GET', '/health') == (
+      200, dict(status='ok', samples=0, call_seconds=0))
 
 
 def test_a_chat_may_have_several_turns(served):
@@ -362,6 +374,24 @@ def test_a_chat_may_have_several_turns(served):
   assert made.usage.prompt_tokens == len(ids)
   same = served.client.completions.create(**GREEDY, prompt=ids)
   assert same.choices[0].text == made.choices[0].message.content
+
+
+def test_a_message_of_an_answer_can_be_sent_back(served):
+  """The object of the client, with the fields that it adds; and a message of a developer."""
+  said = [dict(role='developer', content='Be brief.'),
+          dict(role='user', content='Name two nice fruits.')]
+  create = served.client.chat.completions.create
+  reply = create(**GREEDY, messages=said).choices[0].message
+  after = dict(role='user', content='Why?')
+  plain = [said[0] | dict(role='system'), said[1],
+           dict(role='assistant', content=reply.content), after]
+  filled = reply.model_dump() | dict(tool_calls=[], annotations=[], reasoning_content='hm')
+  found = [create(**GREEDY, messages=messages)
+           for messages in ([*said, reply, after], [*said, filled, after], plain)]
+  assert len({made.choices[0].message.content for made in found}) == 1
+  assert len({made.usage.prompt_tokens for made in found}) == 1
+  with pytest.raises(openai.BadRequestError, match='tool_calls'):
+    create(**GREEDY, messages=[*said, filled | dict(tool_calls=[dict(id='a')]), after])
 
 
 def test_names_of_special_tokens_in_a_user_s_text_are_text(served):
@@ -378,7 +408,9 @@ def test_more_samples_than_may_wait_are_refused(served, monkeypatch):
   served.engine.gate.clear()
   stream = served.client.completions.create(**GREEDY, prompt=PROMPT, n=8, stream=True)
   for how in (dict(), dict(stream=True)):
-    with pytest.raises(openai.RateLimitError, match='holds 8 samples, and at most 8'):
+    with monkeypatch.context() as patch, pytest.raises(
+        openai.RateLimitError, match='holds 8 samples, and at most 8'):
+      patch.delattr(text, 'Answer')  # none is made
       served.client.completions.create(**GREEDY, prompt=PROMPT, **how)
   served.engine.gate.set()
   assert list(stream)[-1].choices[0].finish_reason == 'stop'
@@ -431,6 +463,29 @@ def test_a_token_is_required_where_there_is_one(parts):
   served.close()
 
 
+def test_a_token_may_have_any_characters(served):
+  service = app.Service(served.worker, served.parts.tokenizer, None, MODEL, 'plain', 'ö', 0)
+
+  def authorize(token: bytes):
+    headers = [(b'authorization', b'Bearer ' + token)]
+    app.Api(service)._authorize(HttpRequest(dict(type='http', headers=headers)))
+  authorize('ö'.encode())
+  with pytest.raises(app.Unauthorized):
+    authorize('ö'.encode('latin-1'))
+
+
+def test_health_says_for_how_long_a_call_has_run(served):
+  served.engine.gate.clear()
+  stream = served.client.completions.create(**GREEDY, prompt=PROMPT, stream=True)
+  while served.worker._call_began is None:
+    time.sleep(0.01)
+  served.worker._call_began -= 600
+  assert served.raw('GET', '/health')[1]['call_seconds'] >= 600
+  served.engine.gate.set()
+  list(stream)
+  served.idle()
+
+
 def test_flags_that_cannot_work_are_refused(tmp_path):
   model = f'--model={sandbox.M0}'
   said = main('serve', model, '--host=0.0.0.0', code=1,
@@ -444,11 +499,13 @@ def test_flags_that_cannot_work_are_refused(tmp_path):
 
 
 @contextlib.contextmanager
-def program(*flags):
-  """A server in a process of its own -> the process and its URL."""
+def program(*flags, before='pass'):
+  """A server in a process of its own, which first runs `before` -> the process and its URL."""
+  code = (f'import runpy; {before}; '
+          f'runpy.run_module("srlm_jax.serve", run_name="__main__", alter_sys=True)')
   environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='')
   process = subprocess.Popen(
-      [sys.executable, '-m', 'srlm_jax.serve', f'--model={sandbox.M0}', '--name=m0', '--port=0',
+      [sys.executable, '-c', code, f'--model={sandbox.M0}', '--name=m0', '--port=0',
        *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
   try:
     line = process.stdout.readline()
@@ -501,6 +558,21 @@ def test_requests_that_take_longer_than_the_grace_period_are_cut(tmp_path):
       list(stream)
       raise AssertionError('the stream ended as if it were whole')
     assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_a_call_that_never_ends_does_not_keep_the_process():
+  before = ('import time; from srlm_jax.serve import worker; worker.LAST_CALL = 1; '
+            'worker.Worker._read_prompts = lambda self: time.sleep(self._held * 1000)')
+  with program('--slots=1', '--grace=1', before=before) as (process, url):
+    client = openai.OpenAI(base_url=f'{url}/v1', api_key='none', max_retries=0)
+    stream = client.completions.create(model=MODEL, prompt=PROMPT, stream=True)
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError):
+      list(stream)
+      raise AssertionError('the stream ended as if it were whole')
+    assert process.wait(20) == 1
+    assert 'the engine does not end its call' in process.stdout.read()
 
 
 # Text.
@@ -568,3 +640,50 @@ def test_stop_strings_are_found_in_any_parts_and_nothing_of_them_is_sent(said, d
   else:
     sent += found.end()
   assert sent == wanted
+
+
+def test_a_long_stop_string_costs_what_is_held_back():
+  """No prefix is compared that is longer than the text."""
+  class Counted(str):
+    slices = 0
+
+    def __getitem__(self, index):
+      Counted.slices += 1
+      return str.__getitem__(self, index)
+  found = text.Stops([Counted('ab' * 500)])
+  assert found.add('cab') == ('c', False) and Counted.slices == 3
+
+
+def test_tokens_with_the_same_text_keep_their_log_probs():
+  names = {1: 'a', 2: 'a', 3: 'b', 4: 'a', 5: 'b'}
+  token = text.Token(2, -2.0, {1: -1.0, 3: -3.0, 4: -4.0, 5: -5.0}, 0)
+  found = api.CompletionFormat('x', 0, MODEL, names)._logprobs([token])
+  assert found['top_logprobs'] == [
+      {'token_id:1': -1.0, 'b': -3.0, 'token_id:4': -4.0, 'token_id:5': -5.0, 'a': -2.0}]
+
+
+@pytest.mark.parametrize('prompt, parts, said, thought', [
+    (['Why?'], ['yes ', '<end>'], 'yes ', ''),
+    (['Why?'], ['<think>', '\nhm', '</think>', '\n\nSo.', '<end>'], 'So.', 'hm'),
+    (['Why?', '<think>', '\n'], ['hm', '</think>', '\n\nSo.STOP', 'no'], 'So.', 'hm'),
+    (['Why?', '<think>'], ['hm', '<end>'], '', 'hm'),
+    (['<think>', '</think>', 'Why?'], ['a', '<think>', 'hm', '</think>', 'b'], 'ab', 'hm')])
+@pytest.mark.parametrize('stops', [['STOP'], ['STOP', '>x', 'k>x']])
+@pytest.mark.parametrize('count', [1, 3, 50])
+def test_thinking_is_told_from_the_text_of_a_chat(
+    tmp_path, prompt, parts, said, thought, stops, count):
+  """In parts of any size, also where the beginning of a stop string cuts a mark."""
+  tokenizer = test_thinking.save(tmp_path)
+  ids = test_thinking.ids(tokenizer, *parts)
+  answer = text.Answer(tokenizer, test_thinking.ids(tokenizer, *prompt), stops, 0, True)
+  whole = text.Delta()
+  for start in range(0, len(ids), count):
+    part = ids[start:start + count]
+    made = answer.add(part, [-1.0] * len(part), [], 'stop' * (start + count >= len(ids)))
+    whole.text, whole.thinking = whole.text + made.text, whole.thinking + made.thinking
+    if made.finish:
+      break
+  assert (whole.text, whole.thinking, made.finish) == (said, thought, 'stop')
+  form = api.ChatFormat('x', 0, MODEL, {})
+  for added in (form.choice(0, whole, False)['message'], form.delta(0, whole, False)['delta']):
+    assert added.get('reasoning_content', '') == thought and added.get('content', '') == said

@@ -105,7 +105,9 @@ def _from_top_p(probs, keys, limit, is_done=False):
     new = invert(jnp.where(probs > floor, probs, 0), uniform)
     prob = jnp.take_along_axis(probs, new[:, None], 1)
     above = jnp.where(probs > prob, probs, 0).sum(-1)
-    found = accepted | ~(above >= limit)  # so that NaN ends the loop
+    # The most likely token is in every set, also if the limit is so small that it became 0. With
+    # ~(..), NaN ends the loop.
+    found = accepted | (above <= 0) | ~(above >= limit)
     return (t + 1, jnp.where(found[:, None], floor, prob), jnp.where(accepted, token, new), found)
 
   B = len(probs)

@@ -85,6 +85,9 @@ def main(argv):
   uvicorn.Server(uvicorn.Config(
       app.Api(service).app(on_start, thread.stop), log_level='warning', access_log=False,
       timeout_graceful_shutdown=f.grace)).run(sockets=[listener])
+  if thread.is_alive:  # no exit handler may wait for the engine
+    print('serve: the engine does not end its call; the process ends without it', flush=True)
+    os._exit(1)
   print(f'serve: ended, {engine.work.generated:,} tokens generated', flush=True)
 
 

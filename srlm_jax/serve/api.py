@@ -12,10 +12,14 @@ MOST_SAMPLES = 128  # of one prompt
 COMPLETION_TOKENS = 16  # max_tokens of a completion that does not say it, as in OpenAI's API
 # Fields that are not supported, and the values with which they ask for nothing.
 NEUTRAL = dict(
-    presence_penalty=(0,), frequency_penalty=(0,), logit_bias=({},), best_of=(1,), suffix=('',),
-    tools=([],), tool_choice=('none',), response_format=({'type': 'text'},))
+    presence_penalty=(0,), frequency_penalty=(0,), logit_bias=({},), suffix=('',), tools=([],),
+    tool_choice=('none', 'auto'), parallel_tool_calls=(False, True), functions=([],),
+    function_call=('none', 'auto'), response_format=({'type': 'text'},), modalities=(['text'],),
+    store=(False,), service_tier=('auto', 'default'))
+NEUTRAL_IN_MESSAGES = dict(refusal=('',), tool_calls=([],), annotations=([],))
+ROLES = dict(system='system', developer='system', user='user', assistant='assistant')
 
-Stop = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=4)]
+Stop = Annotated[str, Meta(max_length=1000)]
 Ids = Annotated[list[int], Meta(min_length=1)]
 
 
@@ -24,21 +28,23 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Asked(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-  """The fields of both kinds of requests; `user` is ignored."""
+  """The fields of both kinds of requests; `user` and `metadata` are ignored."""
   model: str
   temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
   top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
   top_k: Annotated[int, Meta(ge=0, le=10**9)] = 0  # 0: all
   n: Annotated[int, Meta(ge=1, le=MOST_SAMPLES)] = 1
   seed: Annotated[int, Meta(ge=-2**63, le=2**63 - 1)] | None = None
-  stop: str | Stop = []
+  stop: Stop | Annotated[list[Stop], Meta(max_length=32)] = []
   stream: bool = False
   stream_options: StreamOptions = StreamOptions()
   user: str = ''
+  metadata: dict = {}
 
   @property
   def stops(self) -> list[str]:
-    return [self.stop] * bool(self.stop) if isinstance(self.stop, str) else self.stop
+    """The stop strings; an empty one asks for nothing."""
+    return [x for x in ([self.stop] if isinstance(self.stop, str) else self.stop) if x]
 
 
 class Completion(Asked):
@@ -67,9 +73,18 @@ class Completion(Asked):
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True):
-  role: Literal['system', 'user', 'assistant']
-  content: str | list[dict]
+  """A message of a chat; its thinking is ignored."""
+  role: str
+  content: str | list[dict] = ''
   name: str = ''
+  reasoning_content: str = ''
+
+  @property
+  def speaker(self) -> Literal['system', 'user', 'assistant']:
+    """The role in a conversation; InputError if there is no such role."""
+    if self.role not in ROLES:
+      raise InputError(f'the role {self.role[:60]!r} is not supported; roles: {", ".join(ROLES)}')
+    return ROLES[self.role]
 
   @property
   def text(self) -> str:
@@ -101,24 +116,35 @@ class Chat(Asked):
 def read(body: bytes, kind: type[Asked]) -> Asked:
   """The JSON of a request -> what it asks for; InputError if it is not understood.
 
-  A field that is null counts as absent.
+  A field that is null counts as absent, also in a message.
   """
   try:
     fields = msgspec.json.decode(body)
-  except (msgspec.DecodeError, RecursionError) as error:
+  except (msgspec.DecodeError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
     raise InputError(f'the request is not JSON ({error}); send a JSON object') from error
   if not isinstance(fields, dict):
     raise InputError('the request is no JSON object; send one')
   fields = {name: x for name, x in fields.items() if x is not None}
+  if isinstance(fields.get('messages'), list):
+    fields['messages'] = [_asking(message) for message in fields['messages']]
   known = sorted(field.name for field in msgspec.structs.fields(kind))
+  neutral = NEUTRAL | dict(best_of=(fields.get('n', 1),))
   for name in sorted(fields.keys() - known):
-    if fields.pop(name) not in NEUTRAL.get(name, ()):
+    if fields.pop(name) not in neutral.get(name, ()):
       raise InputError(f'{name[:60]!r} is not supported{closest(name, known)}; supported: '
                        f'{", ".join(known)}')
   try:
     return msgspec.convert(fields, kind)
   except (msgspec.ValidationError, RecursionError) as error:
     raise InputError(f'the request is invalid: {error}') from error
+
+
+def _asking(message: Any) -> Any:
+  """A message of a request without the fields that ask for nothing."""
+  if not isinstance(message, dict):
+    return message
+  return {name: x for name, x in message.items()
+          if x is not None and x not in NEUTRAL_IN_MESSAGES.get(name, ())}
 
 
 def usage(prompt: int, completion: int) -> dict:
@@ -136,11 +162,11 @@ class Format:
 
   def choice(self, index: int, made: Delta, has_logps: bool) -> dict:
     """One sample."""
-    return self._choice(index, made, has_logps, **self._said(made.text))
+    return self._choice(index, made, has_logps, **self._said(made))
 
   def delta(self, index: int, made: Delta, has_logps: bool) -> dict:
     """What a stream adds to a sample."""
-    return self._choice(index, made, has_logps, **self._added(made.text))
+    return self._choice(index, made, has_logps, **self._added(made))
 
   def first(self, index: int) -> dict | None:
     """What a stream begins with."""
@@ -154,8 +180,8 @@ class Format:
 class CompletionFormat(Format):
   prefix, whole, part = 'cmpl', 'text_completion', 'text_completion'
 
-  def _said(self, text: str) -> dict:
-    return dict(text=text)
+  def _said(self, made: Delta) -> dict:
+    return dict(text=made.text)
 
   _added = _said
 
@@ -163,8 +189,13 @@ class CompletionFormat(Format):
     def top(token):
       if token.logp is None:
         return None
-      # The token itself is always in it, as in OpenAI's API.
-      return {self._names[i]: logp for i, logp in (token.top | {token.id: token.logp}).items()}
+      own, found = self._names[token.id], {}
+      # The token itself is always in it, as in OpenAI's API. Other tokens may have the same text.
+      for i, logp in (token.top | {token.id: token.logp}).items():
+        name = self._names[i]
+        is_taken = i != token.id and (name == own or name in found)
+        found[f'token_id:{i}' if is_taken else name] = logp
+      return found
     return dict(tokens=[self._names[token.id] for token in tokens],
                 token_logprobs=[token.logp for token in tokens],
                 top_logprobs=[top(token) for token in tokens],
@@ -177,11 +208,11 @@ class ChatFormat(Format):
   def first(self, index: int) -> dict:
     return self._choice(index, Delta(), False, delta=dict(role='assistant', content=''))
 
-  def _said(self, text: str) -> dict:
-    return dict(message=dict(role='assistant', content=text, refusal=None))
+  def _said(self, made: Delta) -> dict:
+    return dict(message=dict(role='assistant', content=made.text, refusal=None) | _thinking(made))
 
-  def _added(self, text: str) -> dict:
-    return dict(delta=dict(content=text) if text else {})
+  def _added(self, made: Delta) -> dict:
+    return dict(delta=(dict(content=made.text) if made.text else {}) | _thinking(made))
 
   def _logprobs(self, tokens: Sequence[Token]) -> dict:
     def entry(i, logp):
@@ -192,6 +223,11 @@ class ChatFormat(Format):
         entry(token.id, token.logp) | dict(
             top_logprobs=[entry(*pair) for pair in token.top.items()])
         for token in tokens], refusal=None)
+
+
+def _thinking(made: Delta) -> dict:
+  """The field of a message that has thinking; not in OpenAI's API, but in that of other servers."""
+  return dict(reasoning_content=made.thinking) if made.thinking else {}
 
 
 TYPES = {401: 'authentication_error', 404: 'not_found_error', 413: 'invalid_request_error',

@@ -64,7 +64,8 @@ class Call:
   """One request for samples: its prompts, its jobs, and the answers that grow."""
 
   def __init__(self, service: Service, asked: api.Asked, prompts: Sequence[Prompt]):
-    """Raises InputError if a prompt does not fit or has ids that do not exist."""
+    """Raises InputError if a prompt does not fit, Busy if the queue is full."""
+    service.worker.check_room(len(prompts) * asked.n)
     self.asked, self._service = asked, service
     self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     name, engine = uuid.uuid4().hex, service.worker.engine
@@ -82,7 +83,8 @@ class Call:
       self.jobs.append(Job(request, prompt_top, limit > 0, self._teller(i)))
       self.echoes.append(prompt.text if asked.echo else '')
       for _ in range(asked.n):
-        answer = text.Answer(service.tokenizer, prompt.ids, asked.stops, len(self.echoes[i]))
+        answer = text.Answer(service.tokenizer, prompt.ids, asked.stops, len(self.echoes[i]),
+                             isinstance(asked, api.Chat))
         self.answers.append(answer)
 
   @property
@@ -116,7 +118,7 @@ class Call:
           unfinished -= 1
           if not news.finish:
             self._service.worker.stop_sample(self.jobs[i], news.number)
-        if delta.text or delta.tokens or delta.finish:
+        if delta.text or delta.thinking or delta.tokens or delta.finish:
           yield i * n + news.number, delta
 
   def _end_without_sampling(self, index: int) -> str:
@@ -144,7 +146,12 @@ def _max_tokens(asked: api.Asked, prompt_tokens: int, engine: engines.Engine) ->
     return asked.max_tokens
   if asked.max_tokens and asked.max_completion_tokens:
     raise InputError('the request has max_tokens and max_completion_tokens; give one of them')
-  return asked.max_tokens or asked.max_completion_tokens or max(engine.size - prompt_tokens, 1)
+  if found := asked.max_tokens or asked.max_completion_tokens:
+    return found
+  if prompt_tokens >= engine.size:
+    raise InputError(f'the prompt has {prompt_tokens} tokens, and a row of this server has '
+                     f'{engine.size} for prompt and response; shorten the prompt')
+  return engine.size - prompt_tokens
 
 
 def _completion_prompt(prompt: str | list[int], tokenizer, echo: bool) -> Prompt:
@@ -165,7 +172,7 @@ def _chat_ids(messages: Sequence[api.Message], chat: str, tokenizer) -> list[int
   """Token ids of a conversation in a chat format; InputError if it is none."""
   if chat == 'none':
     raise InputError('this server has no chat format; start it with --chat, or use /v1/completions')
-  said = [conversation.Message(message.role, message.text) for message in messages]
+  said = [conversation.Message(message.speaker, message.text) for message in messages]
   try:
     conversation.check(said)
   except ValueError as error:
@@ -209,9 +216,10 @@ class Api:
 
   async def health(self, _):
     """Whether the engine runs; needs no token."""
-    error, held = self.service.worker.error, self.service.worker.held
-    return _json(dict(status='error', message=error) if error else
-                 dict(status='ok', samples=held), 500 if error else 200)
+    worker = self.service.worker
+    if worker.error:
+      return _json(dict(status='error', message=worker.error), 500)
+    return _json(dict(status='ok', samples=worker.held, call_seconds=worker.call_seconds))
 
   async def models(self, request: Request):
     """The one model."""
@@ -243,8 +251,9 @@ class Api:
                               api.ChatFormat)
 
   def _authorize(self, request: Request):
-    given, wanted = request.headers.get('authorization', ''), f'Bearer {self.service.key}'
-    if self.service.key and not hmac.compare_digest(given.encode(), wanted.encode()):
+    given = request.headers.get('authorization', '').encode('latin-1')  # the bytes that came
+    wanted = f'Bearer {self.service.key}'.encode(errors='surrogateescape')
+    if self.service.key and not hmac.compare_digest(given, wanted):
       raise Unauthorized('the request lacks the token of this server; send it as '
                          '"Authorization: Bearer TOKEN"')
 
@@ -285,6 +294,7 @@ async def _collect(call: Call, form: api.Format) -> dict:
   whole = [text.Delta() for _ in call.answers]
   async for index, delta in call.deltas():
     whole[index].text += delta.text
+    whole[index].thinking += delta.thinking
     whole[index].tokens += delta.tokens
     whole[index].finish = delta.finish
   choices = [form.choice(i, made, call.asked.top is not None) for i, made in enumerate(whole)]

@@ -2,6 +2,8 @@
 from collections.abc import Sequence
 import dataclasses
 
+from srlm_jax.data import thinking
+
 WINDOW = 32    # tokens that are decoded again with each new one
 REPLACED = '\ufffd'  # what a tokenizer makes of bytes that are not a character
 MOST_PARTS = 3  # bytes of a character that lacks its last one
@@ -65,7 +67,7 @@ class Stops:
     if ends:
       _, start = min(ends)
       return self._held[:start], True
-    kept = max((n for stop in self._stops for n in range(1, len(stop))
+    kept = max((n for stop in self._stops for n in range(1, min(len(stop), len(self._held) + 1))
                 if self._held.endswith(stop[:n])), default=0)
     cut = len(self._held) - kept
     sent, self._held = self._held[:cut], self._held[cut:]
@@ -91,6 +93,7 @@ class Delta:
   text: str = ''
   tokens: list[Token] = dataclasses.field(default_factory=list)
   finish: str = ''  # stop, length
+  thinking: str = ''  # if it is told from the text
 
 
 class Answer:
@@ -99,20 +102,35 @@ class Answer:
   `count`: its tokens so far; with a stop string, up to the one that completes it.
   """
 
-  def __init__(self, tokenizer, prompt_ids: Sequence[int], stops: Sequence[str], offset: int):
-    """`offset`: characters before the text."""
+  def __init__(self, tokenizer, prompt_ids: Sequence[int], stops: Sequence[str], offset: int,
+               tells_thinking: bool = False):
+    """`offset`: characters before the text; `tells_thinking`: whether thinking is no text."""
     self._detokenizer, self._stops = Detokenizer(tokenizer, prompt_ids), Stops(stops)
     self._made = self._sent = offset  # characters
     self._tokens: list[Token] = []    # whose text is not sent yet
     self.count, self.finish = 0, ''
+    self._thinking = tokenizer.thinking if tells_thinking else None
+    self._thinks = self._thinking is not None and thinking.is_open(tokenizer, prompt_ids)
+    self._marks: list[tuple[int, int, bool]] = []  # (start, end, whether it opens), not sent yet
+    self._is_after_mark = self._thinks
 
   def add(self, ids: Sequence[int], logps: Sequence[float], top: Sequence[dict[int, float]],
           finish: str) -> Delta:
     """Adds generated tokens -> what can be sent. `finish`: that of the engine, '' before it."""
+    start = self._sent
+    delta = self._added(ids, logps, top, finish)
+    if self._thinking:
+      self._tell_thinking(delta, start)
+    return delta
+
+  def _added(self, ids, logps, top, finish) -> Delta:
+    """`add`, with thinking as text."""
     delta = Delta()
     for i, (token, logp) in enumerate(zip(ids, logps, strict=True)):
       self.count += 1
       new = self._detokenizer.add(token)
+      if self._thinking and token in self._thinking:
+        self._marks.append((self._made, self._made + len(new), token == self._thinking[0]))
       self._tokens.append(Token(token, logp, top[i] if top else {}, self._made))
       if self._add(delta, new):
         return delta
@@ -135,6 +153,29 @@ class Answer:
     if is_stopped:
       self.finish = delta.finish = 'stop'
     return is_stopped
+
+  def _tell_thinking(self, delta: Delta, start: int):
+    """Splits the text of a delta, which has `start` characters before it, at the marks."""
+    text, delta.text, at = delta.text, '', 0
+    while self._marks and self._marks[0][0] - start <= len(text):
+      first, last, opens = self._marks[0]
+      self._say(delta, text[at:max(first - start, at)])
+      at = min(last - start, len(text))
+      if last - start > len(text):
+        break  # the rest of the mark comes later, or a stop string is in it
+      self._thinks, self._is_after_mark = opens, True
+      self._marks.pop(0)
+    self._say(delta, text[at:])
+
+  def _say(self, delta: Delta, text: str):
+    """Adds text to the thinking or the text of a delta, without the spaces after a mark."""
+    if self._is_after_mark:
+      text = text.lstrip()
+      self._is_after_mark = not text
+    if self._thinks:
+      delta.thinking += text
+    else:
+      delta.text += text
 
 
 class Names:

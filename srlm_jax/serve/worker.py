@@ -16,6 +16,7 @@ from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Request, Result, Sampling
 
 REPORT = 60.0  # seconds between two lines about the load
+LAST_CALL = 60.0  # seconds that a call may take after the server has ended
 
 
 @dataclasses.dataclass
@@ -69,6 +70,7 @@ class Worker:
     self._prompt = prompt
     self._orders = queue.SimpleQueue()
     self._held = 0  # samples that run or wait
+    self._call_began: float | None = None  # when the current call began; None: there is none
     self._running: dict[int, tuple[Job, _Running]] = {}  # by id of the job; of the thread
     self._prompts: list[Job] = []    # whose log-probs are wanted; of the thread
     self._ready = threading.Event()
@@ -89,15 +91,23 @@ class Worker:
       raise InputError(self.error)
 
   def stop(self):
-    """Ends the thread after its current call."""
+    """Ends the thread after its current call, or gives up if that takes too long."""
     self._orders.put(None)
-    self._thread.join()
+    self._thread.join(LAST_CALL)
 
-  @contextlib.contextmanager
-  def holding(self, jobs: Sequence[Job]):
-    """Inside the block, the engine works on the jobs. Raises Busy, Failed or InputError."""
-    self._loop = asyncio.get_running_loop()
-    count = sum(job.request.n for job in jobs)
+  @property
+  def is_alive(self) -> bool:
+    """Whether the thread still runs."""
+    return self._thread.is_alive()
+
+  @property
+  def call_seconds(self) -> int:
+    """Seconds for which the engine's current call has run; 0 if it has nothing to do."""
+    began = self._call_began
+    return 0 if began is None else int(time.monotonic() - began)
+
+  def check_room(self, count: int):
+    """Raises Busy or InputError if there is no room for so many more samples."""
     most = self.engine.slots + self.most_waiting
     if count > most:
       raise InputError(f'the request asks for {count} samples, and the server holds at most '
@@ -105,6 +115,13 @@ class Worker:
     if self._held + count > most:
       raise Busy(f'the server holds {self._held} samples, and at most {most}; this request has '
                  f'{count}; try again later')
+
+  @contextlib.contextmanager
+  def holding(self, jobs: Sequence[Job]):
+    """Inside the block, the engine works on the jobs. Raises Busy, Failed or InputError."""
+    self._loop = asyncio.get_running_loop()
+    count = sum(job.request.n for job in jobs)
+    self.check_room(count)
     self._held += count
     for job in jobs:
       self._orders.put((self._begin, job))
@@ -130,8 +147,10 @@ class Worker:
       self._ready.set()
       reported = time.monotonic()
       while self._obey():
+        self._call_began = time.monotonic()
         self._read_prompts()
         self.engine.advance(self._slots)
+        self._call_began = None
         self._tell_all()
         if time.monotonic() - reported > REPORT:
           reported = time.monotonic()
