@@ -255,7 +255,7 @@ def test_export_refuses_a_mismatched_config_a_missing_step_and_a_wrong_hash(tmp_
     with pytest.raises(InputError, match=message):
       convert.to_hf(tmp_path / 'ours', tmp_path / 'back')
   (tmp_path / 'ours' / 'config.json').write_text(json.dumps(fields))
-  with pytest.raises(InputError, match='steps/9/params does not exist'):
+  with pytest.raises(InputError, match='has the steps 0, not step 9'):
     convert.to_hf(tmp_path / 'ours', tmp_path / 'back', step=9)
   path = tmp_path / 'ours' / 'steps' / '0' / 'hash' / 'metadata'
   path.write_text(json.dumps(json.loads(path.read_text()) | dict(stored='0' * 16)))
