@@ -62,10 +62,8 @@ sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the 
 	cp $(addprefix runs/m0/hf/,config.json model.safetensors tokenizer.model) runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
 	@echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
 
-# The longest files start first, so that no process is left with one of them at the end.
-LONGEST := $(addprefix tests/test_,loop.py engine.py step.py reference.py)
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -m 'not slow and not aot' -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests srlm_jax
+	$(BIN)/python -m pytest -q -m 'not slow and not aot' -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.installed  ## the tests that are too slow for every change
 	$(BIN)/python -m pytest -q -m slow

@@ -33,6 +33,12 @@ hypothesis.settings.load_profile('same')
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(os.environ.get('SRLM_TEST_DATA', ROOT.parent / 'shared' / 'data'))
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+LONGEST = [f'test_{name}' for name in ('loop', 'engine', 'step', 'reference', 'compile', 'convert')]
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files start first, so that no process is left with one of them at the end."""
+  items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
 
 
 def make_mesh(data, fsdp, tensor):

@@ -10,13 +10,15 @@ from hypothesis import given, strategies as st
 import pytest
 import samples
 
-from srlm_jax import InputError, records, schema
+from srlm_jax import conversation, InputError, records, schema
 
 KINDS = [kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind)]
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 TYPES = {str: st.text(), int: st.integers(-2**53, 2**53), float: FLOATS,
          float | None: st.none() | FLOATS,
-         dict[str, int]: st.dictionaries(st.text(), st.integers(0, 2**53))}
+         dict[str, int]: st.dictionaries(st.text(), st.integers(0, 2**53)),
+         tuple[int, ...]: st.lists(st.integers(0, 2**31)).map(tuple),
+         conversation.Messages: st.sampled_from(((), conversation.in_turns(['a', ' b', 'c'])))}
 
 
 def any_record(kind):
@@ -32,7 +34,13 @@ def any_record(kind):
   return st.fixed_dictionaries(
       {name: value for name, value in fields.items() if name in required},
       optional={name: value for name, value in fields.items() if name not in required}
-  ).map(lambda values: kind(**values))
+  ).map(lambda values: kind(**values | _prompt(values)))
+
+
+def _prompt(values) -> dict:
+  """The prompt that a record with messages must have."""
+  messages = values.get('messages')
+  return dict(prompt=conversation.text(messages)) if messages else {}
 
 
 def prompts(*names):

@@ -138,7 +138,8 @@ def _from_sentencepiece(model: bytes, ours: tokenizers.Tokenizer, before: dict) 
   import transformers
   with tempfile.TemporaryDirectory() as local:  # alone, because settings would change the result
     pathlib.Path(local, 'tokenizer.model').write_bytes(model)
-    made = transformers.PreTrainedTokenizerFast.from_pretrained(local, local_files_only=True)
+    made = transformers.PreTrainedTokenizerFast.from_pretrained(
+        local, local_files_only=True, trust_remote_code=False)
   made.add_bos_token = bool(ours.start)
   kept = {key: before[key] for key in KEPT if key in before}
   return (made.backend_tokenizer.to_str(pretty=True) + '\n').encode(), kept | ours.special | dict(
