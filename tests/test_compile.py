@@ -87,6 +87,7 @@ def test_70b_decode_compiles_with_a_sharded_cache_and_gathers_no_weights():
   assert max(gathered(compiled), default=0) <= 64 * config.V  # logits, to sample from
 
 
+@pytest.mark.slow
 def test_more_remat_and_logits_in_parts_take_less_memory(monkeypatch):
   config = dataclasses.replace(PRESETS['tiny-test'], layers=4, V=8192, context=512)
   packed = Packing([Example(f'e{i}', [1] * 16, ([2] * 496,)) for i in range(4)], 4, 1, 0)
