@@ -31,8 +31,8 @@ def greedy(checkpoint, chat: str, prompts: list[str]) -> tuple[list[list[int]], 
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   with jax.set_mesh(mesh):
     params, _ = store.restore_params(checkpoint, mesh, 'float32')
-    ends = {*tokenizer.eos_ids, templates.end_of_turn(chat, tokenizer)}
-    engine = engines.Engine(llama.Llama(config), params, mesh, sorted(ends), 0, 'check',
+    ends = templates.end_ids(chat, tokenizer)
+    engine = engines.Engine(llama.Llama(config), params, mesh, ends, 0, 'check',
                             slots=16, size=max(map(len, ids)) + MAX_TOKENS, steps=8)
     requests = [engines.Request(str(i), x) for i, x in enumerate(ids)]
     made = engine.generate(requests, engines.Sampling(0.0, 1.0, MAX_TOKENS))

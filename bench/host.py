@@ -18,7 +18,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import sys
@@ -34,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import roofline
+import timing
 import workloads
 
 import srlm_jax
@@ -186,10 +186,7 @@ def main():
     x = found[f'{name}_ms']
     print(f'{title:26} {x["median"]:7.1f} {x["p90"]:7.1f} {x["most"]:7.1f}')
   print('limit: ' + ', '.join(f'{x:.1f} ms ({bits})' for bits, x in limits.items()))
-  line = json.dumps(found)
-  if f.json:
-    pathlib.Path(f.json).write_text(line + '\n')
-  print(line)
+  timing.report(found, f.json)
   sys.exit(found['all_ms']['median'] > min(limits.values()))
 
 

@@ -24,9 +24,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 import tempfile
 import time
 
@@ -299,10 +297,7 @@ def main():
             f'{utilization["refill"]:.2f} ({utilization["static"]:.2f} without refill), '
             f'{r["ratio"]:.2f}x as fast')
   found['minutes'] = (time.perf_counter() - began) / 60
-  line = json.dumps(found)
-  if f.json:
-    pathlib.Path(f.json).write_text(line + '\n')
-  print(line)
+  timing.report(found, f.json)
 
 
 if __name__ == '__main__':

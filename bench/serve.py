@@ -16,9 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import multiprocessing
-import pathlib
 import socket
 import statistics
 import threading
@@ -28,6 +26,7 @@ import jax
 import numpy as np
 import openai
 import roofline
+import timing
 import uvicorn
 import workloads
 
@@ -150,10 +149,7 @@ def main():
     print(f'{count:8} {row["requests"]:9} {row["engine_per_second"]:9,.0f} '
           f'{row["server_per_second"]:9,.0f} {row["ratio"]:6.2f} {first:6.2f}', flush=True)
     found['rows'].append(row)
-  line = json.dumps(found)
-  if f.json:
-    pathlib.Path(f.json).write_text(line + '\n')
-  print(line)
+  timing.report(found, f.json)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,19 @@
 """Times of the sides of a benchmark. Needs only the standard library, because peers use it too."""
 from collections.abc import Callable
+import json
 import os
 import pathlib
 import statistics
 import time
 from typing import NamedTuple
+
+
+def report(found: dict, path: str | None):
+  """Prints what a benchmark found as a line of JSON, and writes it to a file if there is a path."""
+  line = json.dumps(found)
+  if path:
+    pathlib.Path(path).write_text(line + '\n')
+  print(line)
 
 
 class Cost(NamedTuple):

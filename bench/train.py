@@ -20,9 +20,7 @@ Runs alternate; numbers are medians of the rounds. The output is a table and a l
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
-import pathlib
 import tempfile
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # a peer shares the GPU's memory
@@ -296,10 +294,7 @@ def main():
       found = out['logits'] = logits(plan, params, mesh)
       print(f'temporaries: {found["parts"]:.2f} GiB with logits in parts, '
             f'{found["at_once"]:.2f} GiB with all logits at once')
-  line = json.dumps(out)
-  if f.json:
-    pathlib.Path(f.json).write_text(line + '\n')
-  print(line)
+  timing.report(out, f.json)
 
 
 if __name__ == '__main__':

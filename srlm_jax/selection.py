@@ -64,7 +64,7 @@ def _trained_folder(workdir, config):
   folder = stage.model_folder(workdir, config.name)
   if not (folder / 'done.json').exists():
     raise InputError(f'{folder} is not finished; run python -m srlm_jax.train first')
-  if (trained := stage.selects_by(folder)) != by:
+  if (trained := stage.trained_with(folder, 'train.select')) != by:
     raise InputError(f'{folder} was trained with config.train.select = {trained!r}, not {by!r}; '
                      f'use the value of the training, or train the model again with this one')
   return folder

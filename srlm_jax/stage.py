@@ -206,7 +206,7 @@ def finished_model(workdir, name: str):
   folder = model_folder(workdir, name)
   require_finished(folder)
   selected = (folder / model_files.SELECTED).exists()
-  if selects_by(folder) and not selected:
+  if trained_with(folder, 'train.select') and not selected:
     raise InputError(f'{folder} was trained with train.select, and no checkpoint is selected yet; '
                      f'run python -m srlm_jax.selection with the config of {name}')
   if (folder / 'done.json').exists() and not selected:
@@ -217,10 +217,10 @@ def finished_model(workdir, name: str):
   return folder
 
 
-def selects_by(folder) -> str:
-  """The train.select that the model in `folder` was trained with; '' if it was not trained here."""
-  path = folder / 'manifest.json'
-  return read_manifest(path)['config'].get('train.select', '') if path.exists() else ''
+def trained_with(folder, key: str) -> str:
+  """The value of a config key for the training of the model in `folder`; '' if there is none."""
+  path = epath.Path(folder) / 'manifest.json'
+  return read_manifest(path)['config'].get(key, '') if path.exists() else ''
 
 
 def read_manifest(path) -> dict:

@@ -164,6 +164,13 @@ def _adapted(leaf: hf.Leaf, layer: int, tensor, adapters: dict):
   return tensor
 
 
+def load(folder, mesh, dtype: str, once: bool = False, merge: bool = True):
+  """The parameters of a checkpoint (`store.restore_params`) or of a Hugging Face folder."""
+  if model_files.exists(folder):
+    return store.restore_params(folder, mesh, dtype, once=once, merge=merge)[0]
+  return load_hf(folder, mesh, dtype)
+
+
 def load_hf(folder, mesh, dtype: str):
   """Loads a Hugging Face folder -> parameters on `mesh` in `dtype`.
 

@@ -63,7 +63,7 @@ def plan(folder, vocab: int, dtype: str, chat: str = '') -> Export:
   if not chat and not files.keys() & {BACKEND, 'tokenizer.model'}:
     return Export(files, chat)
   ours = tokenizers.load(folder, vocab)
-  ends = {*ours.eos_ids, *([templates.end_of_turn(chat, ours)] if chat else ())}
+  ends = {*templates.end_ids(chat or 'none', ours)}
   for name in (CONFIG, GENERATION):
     before = _parse(folder, files, name)
     _change(files, name, before | _ids(before, ours.start, ends, bool(chat)))
@@ -95,8 +95,7 @@ def _tokenizer(folder, files: dict[str, bytes], ours: tokenizers.Tokenizer, chat
 
 def _chat(folder, chat: str) -> str:
   """The chat format of an export: as given, or that of the run, or '' for a conversion."""
-  if not chat and (folder / 'manifest.json').exists():
-    chat = stage.read_manifest(folder / 'manifest.json')['config'].get('chat', '')
+  chat = chat or stage.trained_with(folder, 'chat')
   if chat and chat not in CHATS:
     raise InputError(f'--chat={chat}{closest(chat, CHATS)}: it is one of {", ".join(CHATS)}')
   return chat

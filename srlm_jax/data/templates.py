@@ -85,6 +85,14 @@ def end_of_turn(kind: str, tokenizer) -> int:
   return _answer_form(kind, tokenizer)[1]
 
 
+def end_ids(kind: str, tokenizer) -> list[int]:
+  """All ids that end a response: eos and, in a chat format, what ends a turn; 'none': no format."""
+  found = list(tokenizer.eos_ids)
+  if kind != 'none' and (end := end_of_turn(kind, tokenizer)) not in found:
+    found.append(end)
+  return found
+
+
 @functools.lru_cache(maxsize=16)
 def _answer_form(kind: str, tokenizer) -> tuple[str, int]:
   """(the text between the prompt and a response without thinking, the id that ends it).

@@ -93,8 +93,7 @@ class Tokenizer:
     asked = [hidden if message.role == 'assistant' else message
              for message, hidden in zip(messages, masked, strict=True)]
     said = {mask: message.content.strip() for message, mask in zip(messages, masks, strict=True)}
-    by_others = {mask: message.content.strip()
-                 for message, mask in zip(messages, masks, strict=True)
+    by_others = {mask: said[mask] for message, mask in zip(messages, masks, strict=True)
                  if message.role != 'assistant'}
     if rendered(asked) != _unmask(text, by_others):
       raise InputError(f'{template.name} changes or interprets the messages '

@@ -26,7 +26,7 @@ from srlm_jax import (
   preemption,
   sharding,
 )
-from srlm_jax.checkpoint import convert, store
+from srlm_jax.checkpoint import convert
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
 from srlm_jax.sample import programs
@@ -298,47 +298,52 @@ class Engine:
 
   def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
     """(prompt ids, response ids) -> the sum of log-probs of each response; batch-invariant."""
-    # Row indices by padded width, which depends only on the row.
-    indices = defaultdict(list)
-    for i, (before, after) in enumerate(rows):
-      indices[min(bucket(len(before) + len(after)), self.context)].append(i)
-    batch, sums = _up(LOGPS_ROWS, self._parts), [0.0] * len(rows)
-    for width, group in indices.items():
-      for some in (group[i:i + batch] for i in range(0, len(group), batch)):
-        tokens, mask = np.zeros((2, batch, width), np.int32)
-        for row, i in enumerate(some):
-          before, after = rows[i]
-          end = len(before) + len(after)
-          tokens[row, :end], mask[row, len(before):end] = [*before, *after], 1
-        with jax.set_mesh(self._mesh):
-          found = programs.response_logps(self._model, self._params,
-                                          *sharding.put_batch((tokens, mask), self._mesh))
-        for i, logp in zip(some, np.asarray(found).tolist(), strict=False):  # the rest is padding
-          sums[i] = logp
+    sums = [0.0] * len(rows)
+    whole = [[*before, *after] for before, after in rows]
+    for some, tokens in self._batches(whole, LOGPS_ROWS):
+      mask = np.zeros_like(tokens)
+      for row, i in enumerate(some):
+        mask[row, len(rows[i][0]):len(whole[i])] = 1
+      with jax.set_mesh(self._mesh):
+        found = programs.response_logps(self._model, self._params,
+                                        *sharding.put_batch((tokens, mask), self._mesh))
+      for i, logp in zip(some, np.asarray(found).tolist(), strict=False):  # the rest is padding
+        sums[i] = logp
     return sums
 
   def prompt_logps(self, prompts: Sequence[Sequence[int]], top: int) -> list[
       tuple[list[float], list[dict[int, float]]]]:
     """Prompts -> of each: the log-probs of its tokens but the first, and {id: log-prob} of the
     `top` most likely tokens in the place of each."""
-    indices, found = defaultdict(list), [None] * len(prompts)
-    for i, ids in enumerate(prompts):
-      indices[min(bucket(len(ids)), self.context)].append(i)
-    batch = _up(PROMPT_ROWS, self._parts)
-    for width, group in indices.items():
-      for some in (group[i:i + batch] for i in range(0, len(group), batch)):
-        tokens = np.zeros((batch, width), np.int32)
-        for row, i in enumerate(some):
-          tokens[row, :len(prompts[i])] = prompts[i]
-        with jax.set_mesh(self._mesh):
-          made = programs.prompt_logps(self._model, self._params,
-                                       sharding.put_batch(tokens, self._mesh),
-                                       top=min(MOST_TOP, self._model.config.V))
-        logps, ids, likely = map(np.asarray, made)
-        for row, i in enumerate(some):
-          part = np.s_[row, 1:len(prompts[i])]
-          found[i] = logps[part].tolist(), _by_id(ids[part][:, :top], likely[part][:, :top])
+    found = [None] * len(prompts)
+    for some, tokens in self._batches(prompts, PROMPT_ROWS):
+      with jax.set_mesh(self._mesh):
+        made = programs.prompt_logps(self._model, self._params,
+                                     sharding.put_batch(tokens, self._mesh),
+                                     top=min(MOST_TOP, self._model.config.V))
+      logps, ids, likely = map(np.asarray, made)
+      for row, i in enumerate(some):
+        part = np.s_[row, 1:len(prompts[i])]
+        found[i] = logps[part].tolist(), _by_id(ids[part][:, :top], likely[part][:, :top])
     return found
+
+  def _batches(self, rows: Sequence[Sequence[int]], most: int) -> Iterator[
+      tuple[list[int], np.ndarray]]:
+    """Yields (indices of rows, their ids padded with zeros), about `most` rows at a time.
+
+    Rows of a batch have the same padded width, which depends only on the row. There may be more
+    rows of zeros at the end.
+    """
+    indices = defaultdict(list)  # by width
+    for i, ids in enumerate(rows):
+      indices[min(bucket(len(ids)), self.context)].append(i)
+    size = _up(most, self._parts)
+    for width, group in indices.items():
+      for some in (group[i:i + size] for i in range(0, len(group), size)):
+        tokens = np.zeros((size, width), np.int32)
+        for row, i in enumerate(some):
+          tokens[row, :len(rows[i])] = rows[i]
+        yield some, tokens
 
 
 def _by_id(ids, logps) -> list[dict[int, float]]:
@@ -368,13 +373,10 @@ def load(config, folder, stage: str, chat: str = 'none',
   refuse_too_large(config, folder)
   shape = dataclasses.replace(model_config.load(folder), dtype=c.dtype)
   tokenizer = tokenizers.load(folder, shape.V)
-  ends = [*tokenizer.eos_ids, *(tokenizer.encode(stop)[-1:] if stop else ())]
-  if chat != 'none' and (end := templates.end_of_turn(chat, tokenizer)) not in ends:
-    ends.append(end)
+  ends = [*templates.end_ids(chat, tokenizer), *(tokenizer.encode(stop)[-1:] if stop else ())]
   for_stage = dict(slots=c.slots, size=c.size, steps=c.steps)
-  is_ours = model_files.exists(folder)
-  made_of = (model_files.recorded_hash(folder) if is_ours else str(folder), shape, mesh, c.int8,
-             c.lora_merge)
+  identity = model_files.recorded_hash(folder) if model_files.exists(folder) else str(folder)
+  made_of = identity, shape, mesh, c.int8, c.lora_merge
   if _kept and _kept.made_of == made_of:
     _kept.engine.begin(ends, config.seed, stage, **for_stage)
     return _kept.engine, tokenizer
@@ -382,10 +384,7 @@ def load(config, folder, stage: str, chat: str = 'none',
     _kept.drop()  # before the memory of the next one is taken
     _kept.restores += 1
   with jax.set_mesh(mesh):
-    if is_ours:
-      params, _ = store.restore_params(folder, mesh, c.dtype, once=True, merge=c.lora_merge)
-    else:
-      params = convert.load_hf(folder, mesh, c.dtype)
+    params = convert.load(folder, mesh, c.dtype, once=True, merge=c.lora_merge)
     params = int8.quantize(params) if c.int8 else params
   engine = Engine(llama.Llama(shape), params, mesh, ends, config.seed, stage, **for_stage)
   if _kept:

@@ -8,8 +8,8 @@ import json
 from absl import flags
 import jax
 
-from srlm_jax import cli, InputError, model_files, sharding
-from srlm_jax.checkpoint import convert, store
+from srlm_jax import cli, InputError, sharding
+from srlm_jax.checkpoint import convert
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.sample import engine as engines
@@ -77,10 +77,7 @@ def generate(folder: str, prompt: str, chat: str, sampling: engines.Sampling, se
                      f'{sampling.max_tokens}; together they exceed the model\'s context of '
                      f'{config.context}; shorten the prompt or lower --max_tokens')
   with jax.set_mesh(mesh):
-    if model_files.exists(folder):
-      params, _ = store.restore_params(folder, mesh, dtype)
-    else:
-      params = convert.load_hf(folder, mesh, dtype)
+    params = convert.load(folder, mesh, dtype)
   engine = engines.Engine(llama.Llama(config), params, mesh, tokenizer.eos_ids, seed, 'generate',
                           slots=1, size=size, steps=STEPS)
   (_, (result,)), = engine.generate([engines.Request(prompt, ids)], sampling)

@@ -14,6 +14,7 @@ from srlm_jax.sharding import AXES
 
 LOGITS = 128  # positions of a row whose logits `prompt_logps` computes together
 
+
 @flax.struct.dataclass
 class Rows:
   """The state of every slot of the cache."""

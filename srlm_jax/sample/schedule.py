@@ -100,7 +100,7 @@ class Schedule:
     """Forgets a request, finished or not, and frees its slots; `results`: from `put`."""
     for slot, (entry, _) in list(self.running.items()):
       if entry.results is results:
-        self._leave(slot)
+        self._free_slot(slot)
     self._waiting = deque(pair for pair in self._waiting if pair[0].results is not results)
     self._entries = deque(entry for entry in self._entries if entry.results is not results)
 
@@ -127,9 +127,9 @@ class Schedule:
     if finish:
       result.finish = finish
       entry.unfinished -= 1
-      self._leave(slot)
+      self._free_slot(slot)
 
-  def _leave(self, slot: int):
+  def _free_slot(self, slot: int):
     """Frees a slot."""
     del self.running[slot]
     self._free.append(slot)

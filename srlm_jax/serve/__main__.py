@@ -11,10 +11,9 @@ import sys
 import time
 
 from absl import flags
-from etils import epath
 import jax
 
-from srlm_jax import cli, config as configs, InputError, model_files, stage
+from srlm_jax import cli, config as configs, InputError, stage
 from srlm_jax.config import CHATS
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
@@ -106,9 +105,8 @@ def config(f):
 
 def chat_of(folder: str) -> str:
   """The chat format of a model: that of its training here, or its tokenizer's; or none."""
-  manifest = epath.Path(folder) / 'manifest.json'
-  if manifest.exists() and model_files.exists(folder):
-    return stage.read_manifest(manifest)['config']['chat']
+  if chat := stage.trained_with(folder, 'chat'):
+    return chat
   return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
 
