@@ -3,7 +3,7 @@
   python bench/serve.py            # 1, 16 and 64 clients; about 4 minutes on 2 cores
   python bench/serve.py --quick    # every path on tiny inputs
 
-A random Llama (58M parameters on a CPU, 1.1B on a GPU) that never ends a text answers prompts of
+A random Llama (26M parameters on a CPU, 1.1B on a GPU) that never ends a text answers prompts of
 100 token ids with 48 tokens each. The clients are in a process of their own: each sends one request
 after the other, as a stream, with OpenAI's client. The server has 64 slots. The engine without it
 gets the same requests at once, with as many slots as there are clients. Runs alternate, and numbers
