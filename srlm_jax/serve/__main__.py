@@ -13,7 +13,7 @@ import time
 from absl import flags
 import jax
 
-from srlm_jax import cli, config as configs, InputError, stage
+from srlm_jax import cli, config as configs, InputError, model_files, stage
 from srlm_jax.config import CHATS
 from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
@@ -105,7 +105,7 @@ def config(f):
 
 def chat_of(folder: str) -> str:
   """The chat format of a model: that of its training here, or its tokenizer's; or none."""
-  if chat := stage.trained_with(folder, 'chat'):
+  if model_files.exists(folder) and (chat := stage.trained_with(folder, 'chat')):
     return chat
   return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
