@@ -112,8 +112,8 @@ def test_a_response_cannot_break_out_of_its_slot(attack):
 
 
 @pytest.mark.parametrize(
-    'loop', ['\n', ' ', '*', 'winner', 'winner ', 'winner\n', 'Winner: A\n', '>', '[', '[[A', '[[A]]',
-             'Winner: [', '] '])
+    'loop', ['\n', ' ', '*', 'winner', 'winner ', 'winner\n', 'Winner: A\n', '>', '[', '[[A',
+             '[[A]]', 'Winner: [', '] '])
 def test_verdicts_are_parsed_in_linear_time(loop):
   def seconds(n):
     start = time.process_time()

@@ -170,7 +170,7 @@ class Client:
           ready.extend((name, key) for name in waiting.pop(key))
           yield from given()
       yield from given()
-    cost = '' if self.cost is None else f', {self.cost:.2f} dollars'
+    cost = '' if self.cost is None else f', {self.cost:.4f} dollars'
     hosts.log(f'{self.title}: {len(self._used) - before} answers of {self.name} in '
               f'{self._cache.path}, {new} of them new ({self.sent} requests with retries); '
               f'{self._tokens[0]:,} tokens of requests, {self._tokens[1]:,} of answers{cost}')
@@ -230,7 +230,7 @@ class Remote(Client):
     # Another key in the environment (OPENAI_API_KEY) would be sent if none were given here.
     self._api = openai.OpenAI(base_url=c.url, api_key=self._secret or 'none', timeout=c.timeout,
                               max_retries=0)
-    self._stopping = threading.Event()
+    self._stopping, self._lock = threading.Event(), threading.Lock()
     self._pace = _Pace(c.per_minute, self._stopping)
 
   def _identity(self):
@@ -271,7 +271,8 @@ class Remote(Client):
       self._pace.wait()
       if self._stopping.is_set():
         raise _Stopping
-      self.sent += 1
+      with self._lock:
+        self.sent += 1
       try:
         self._cache.put(self._one_attempt(key, request))
         return key

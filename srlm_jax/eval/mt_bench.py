@@ -301,21 +301,26 @@ def main(argv):
     raise InputError('--answers and --judge belong together: the answers are graded by the judge; '
                      'give both, or only --judgments')
   if f.answers:
-    judge_answers(f, judge, dict(list(questions.items())[:f.limit or None]))
+    judge_answers(f.answers, judge, dict(list(questions.items())[:f.limit or None]), f.judgments,
+                  f.judge_prompts, f.references)
   result = scores(read_judgments(f.judgments, questions), questions)
   records.write(f.out, [{name: dataclasses.asdict(row) for name, row in result.items()}])
   print(f'{text_table(result)}\n{f.out}: {len(result)} models')
 
 
-def judge_answers(f, judge, questions: dict[int, Question]):
-  """Grades the models of --answers, and writes --judgments, in which other models stay."""
-  prompts = read_prompts(f.judge_prompts) if f.judge_prompts else {}
-  references = {a.question_id: a.choices[0].turns for a in records.read(f.references, Answer)
-                if a.choices} if f.references else {}
-  models = {epath.Path(path).stem: read_answers(path, questions) for path in f.answers}
+def judge_answers(files, judge, questions: dict[int, Question], path, judge_prompts='',
+                  references=''):
+  """Grades the models of FastChat's answer files and writes `path`, in which other models stay.
+
+  judge: the section `endpoint`. judge_prompts, references: FastChat's files, or ''.
+  """
+  prompts = read_prompts(judge_prompts) if judge_prompts else {}
+  right = {a.question_id: a.choices[0].turns for a in records.read(references, Answer)
+           if a.choices} if references else {}
+  models = {epath.Path(file).stem: read_answers(file, questions) for file in files}
   asked = [grading for model, answers in models.items()
-           for grading in gradings(model, answers, questions, references, prompts)]
-  path = epath.Path(f.judgments)
+           for grading in gradings(model, answers, questions, right, prompts)]
+  path = epath.Path(path)
   before = [line for _, line in records.read_any(path)] if path.exists() else []
   with endpoint.open(judge, path.parent, title='MT-Bench') as client:
     made = grade(client, asked)

@@ -37,7 +37,6 @@ KEY = 'SRLM_API_KEY'  # environment variable with the key that requests must the
 TEMPLATES = ('sandbox', 'sandbox_choice', 'additive', 'multiple_choice', 'word_categories', 'short',
              'short_choice')
 UNKNOWN = 'This is not an instruction of the sandbox.'
-HANG = 3600    # seconds for which a connection hangs, if the client does not close it
 RETRY_AFTER = 1  # seconds
 _PART = r'<{0}>\n(?P<{0}>.*)\n</{0}>'  # of eval/head_to_head.py and eval/mt_bench.py
 _PAIR = re.compile(r'\s+'.join(map(_PART.format, ('prompt', 'answer_a', 'answer_b'))), re.DOTALL)
@@ -132,8 +131,11 @@ class Api:
       status = next(self._failures)
       if status is None:
         self._write(number, asked, 'hangs')
-        await asyncio.sleep(HANG)
-      return self._refuse(number, asked, status or 503, 'this failure is deliberate')
+        with contextlib.suppress(asyncio.CancelledError):  # the server ends
+          while not await request.is_disconnected():
+            await asyncio.sleep(0.1)
+        return Response(status_code=503)
+      return self._refuse(number, asked, status, 'this failure is deliberate')
     text = answer(asked)
     if text is None:
       return self._refuse(number, asked, 400, 'the oracle of the sandbox knows no such request')
