@@ -100,11 +100,12 @@ def test_one_failure_in_five_and_all_answers_arrive(tmp_path, quick):
       cost, sent = client.cost, client.sent
     seen = log()
     outcomes = Counter(line['outcome'] for line in seen)
-    assert outcomes['answered'] == 40 and {*outcomes} == {'answered', '429', '500', 'hangs'}
+    # An answer that comes after the time-out, on a slow machine, is asked for again.
+    assert outcomes['answered'] >= 40 and {*outcomes} == {'answered', '429', '500', 'hangs'}
     assert sent == len(seen)
     kept = list(records.read(tmp_path / 'out' / endpoint.FILE, schema.JudgeAnswer))
-    assert cost == pytest.approx(sum(2e-6 * a.prompt_tokens + 1e-5 * a.answer_tokens
-                                     for a in kept)) > 0
+    paid = sum(2e-6 * a.prompt_tokens + 1e-5 * a.answer_tokens for a in kept)
+    assert cost == pytest.approx(paid) and cost > 0
     for line in seen:  # Retry-After is obeyed
       if line['outcome'] == '429':
         later = min(x['time'] for x in seen
