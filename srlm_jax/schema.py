@@ -7,8 +7,8 @@ a line, and is left out of a line if it has its default. Other fields of a line 
 their text. `token_ids` are the sampled tokens of a response with thinking, eos included; its text
 alone could not reproduce them.
 
-The second part has the summaries in done.json that other modules read. The third has the results of
-evaluations, which programs of `eval` write as JSON and the report reads.
+The second part has the summaries in done.json that other modules read; the third, the results of
+evaluations in WORKDIR/eval.
 """
 import dataclasses
 from typing import Literal
@@ -343,6 +343,28 @@ class TrainingSummary:
 
 
 # Results of evaluations. A field that a later version adds has a default.
+
+
+@_record
+class AlpacaEval:
+  """eval/alpaca_MODEL.json: the answers of a model against AlpacaEval's baseline.
+
+  Rates and standard errors are in percent, None where they are unknown.
+  """
+  generator: str               # the model
+  win_rate: float | None
+  standard_error: float | None
+  wins: int
+  draws: int
+  losses: int
+  count: int                   # annotations with a preference
+  missing: int                 # without one: the judge's reply could not be parsed
+  characters: float            # mean length of the model's answers
+  discrete_win_rate: float | None = None  # every preference counts as a win, a draw or a loss
+  length_controlled: float | None = None  # None: not computed
+  length_controlled_standard_error: float | None = None
+
+
 @_record
 class HeadToHead:
   """head_to_head.json: model a against model b on the same prompts.
