@@ -104,7 +104,11 @@ def test_requests_that_come_one_by_one_get_the_samples_of_a_stream():
   asked = [dataclasses.replace(r, sampling=own[i % 2], top=3 * (i > 0))
            for i, r in enumerate([MIXED[1], MIXED[0], MIXED[5], MIXED[2]])]
   engine, _ = make(slots=4, share=False)
-  wanted = {r.id: results for i in (0, 1) for r, results in engine.generate(asked[i::2], own[i])}
+  alike = [dataclasses.replace(request, sampling=None) for request in asked]
+  wanted = {r.id: results for i in (0, 1) for r, results in engine.generate(alike[i::2], own[i])}
+  # Nor do they differ in a stream of requests that are sampled differently.
+  for request, results in engine.generate(asked, WARM):
+    assert [r.ids for r in results] == [r.ids for r in wanted[request.id]]
   slots, found = engine.open(), {}
   for i, request in enumerate(asked):
     found[request.id] = engine.put(slots, request)

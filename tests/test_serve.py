@@ -32,7 +32,7 @@ from srlm_jax.models import config as model_config, llama
 from srlm_jax.sample import engine as engines
 from srlm_jax.sample.engine import Request, Sampling
 from srlm_jax.sandbox import data as sandbox, world
-from srlm_jax.serve import __main__ as server, api, app, text, worker
+from srlm_jax.serve import api, app, text, worker
 
 MODEL, PROMPT = 'm0', 'User: Name two nice fruits.\nAssistant:'
 GREEDY = dict(model=MODEL, temperature=0, max_tokens=24)
@@ -518,7 +518,7 @@ def program(*flags, before='pass'):
 def test_a_hugging_face_folder_has_the_chat_format_of_its_tokenizer():
   """A file named manifest.json in it is of no training here: the package's M0 has an old one."""
   assert (sandbox.M0 / 'manifest.json').exists()
-  assert server.chat_of(sandbox.M0) == 'none'
+  assert engines.chat_of(sandbox.M0) == 'none'
 
 
 def test_a_server_that_ends_finishes_what_it_has_and_takes_nothing_new(parts):

@@ -1,0 +1,418 @@
+"""The judge behind an API: real servers, of the sandbox's oracle and one that breaks."""
+from collections import Counter
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+
+from conftest import config_flags, main, run_main, server
+import numpy as np
+import pytest
+import samples
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+import uvicorn
+
+from srlm_jax import config as configs, InputError, loop, preemption, records, schema
+from srlm_jax.conversation import Message
+from srlm_jax.eval import endpoint, head_to_head, mt_bench
+from srlm_jax.reward import judges
+from srlm_jax.sandbox import endpoint as oracle, world
+
+SECRET = 'sk-marker-3141592653589793'
+
+
+@contextlib.contextmanager
+def serving(app):
+  """A server of the application in a thread -> its URL."""
+  http = uvicorn.Server(uvicorn.Config(app, port=0, log_level='critical',
+                                       timeout_graceful_shutdown=0))
+  thread = threading.Thread(target=http.run, daemon=True)
+  thread.start()
+  while not http.started:
+    assert thread.is_alive()
+    time.sleep(0.01)
+  try:
+    yield f'http://127.0.0.1:{http.servers[0].sockets[0].getsockname()[1]}/v1'
+  finally:
+    http.should_exit = True
+    thread.join()
+
+
+@contextlib.contextmanager
+def sandbox(tmp_path, fail=0, key=''):
+  """The oracle -> its URL, and a function that reads its log."""
+  path = tmp_path / 'server.log'
+  with serving(oracle.Api(fail, str(path), key).app()) as url:
+    yield url, lambda: [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def section(url, **changes):
+  c = configs.get('m2', 'tiny').endpoint.unlock()
+  c.url, c.model = url, 'oracle'
+  c.update(changes)
+  return c
+
+
+def asked(count):
+  """Requests of the judge template, in the sandbox."""
+  judge, rng = judges.load('sandbox'), np.random.default_rng(0)
+  for i in range(count):
+    text = judge.render(prompt=world.instruction(rng), response=f'Sure, pear {i}.')
+    yield endpoint.Request(f'q{i}', (Message('user', text),))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Pauses between attempts are short."""
+  monkeypatch.setattr(endpoint, 'LONGEST_PAUSE', 0.05)
+  monkeypatch.setattr(oracle, 'RETRY_AFTER', 0.2)
+
+
+def test_every_template_gets_the_grade_in_its_own_format():
+  prompt, responses = 'Name two nice fruits.', ('Sure, pear and fig.', 'pear and fig.', 'dog')
+  for name in oracle.TEMPLATES:
+    judge = judges.load(name)
+    for response in responses:
+      score, _ = judge.parse(oracle.answer(judge.render(prompt=prompt, response=response)))
+      wanted = judge.nearest(sum(world.grade(prompt, response)) / 5 * judge.highest)
+      assert score == wanted, name
+  for first, second, verdict in [(0, 1, 'A'), (2, 1, 'B'), (1, 1, 'tie')]:
+    text = head_to_head.render(prompt, responses[first], responses[second])
+    assert head_to_head.parse(oracle.answer(text)) == verdict
+  assert mt_bench.rating(oracle.answer(mt_bench.render((prompt,), responses[:1], ()))) == 10
+  both = mt_bench.render(('What do cows eat?', prompt), responses[:2], ('grass', 'pear and fig'))
+  assert mt_bench.rating(oracle.answer(both)) == 6
+  assert oracle.answer('Hello.') is None
+  assert judge.parse(oracle.answer(judge.render(prompt='Why?', response='x')))[0] is None
+
+
+def test_one_failure_in_five_and_all_answers_arrive(tmp_path, quick):
+  wanted = {r.id: oracle.answer(r.messages[0].content) for r in asked(40)}
+  with sandbox(tmp_path, fail=5) as (url, log):
+    c = section(url, timeout=0.5, price_in=2.0, price_out=10.0)
+    with endpoint.open(c, tmp_path / 'out') as client:
+      assert dict(client.ask(asked(40))) == wanted
+      cost, sent = client.cost, client.sent
+    seen = log()
+    outcomes = Counter(line['outcome'] for line in seen)
+    # An answer that comes after the time-out, on a slow machine, is asked for again.
+    assert outcomes['answered'] >= 40 and {*outcomes} == {'answered', '429', '500', 'hangs'}
+    assert sent == len(seen)
+    kept = list(records.read(tmp_path / 'out' / endpoint.FILE, schema.JudgeAnswer))
+    paid = sum(2e-6 * a.prompt_tokens + 1e-5 * a.answer_tokens for a in kept)
+    assert cost == pytest.approx(paid) and cost > 0
+    for line in seen:  # Retry-After is obeyed
+      if line['outcome'] == '429':
+        later = min(x['time'] for x in seen
+                    if x['request'] == line['request'] and x['number'] > line['number'])
+        assert later - line['time'] >= 0.2
+    # The same requests again: all from the file, at the same cost.
+    with endpoint.open(section(url), tmp_path / 'out') as client:
+      assert dict(client.ask(asked(40))) == wanted and client.sent == 0
+      assert client.cost is None  # without prices
+    # A line that a kill cut off is asked again, and so is another sample, temperature or model.
+    path = tmp_path / 'out' / endpoint.FILE
+    path.write_bytes(path.read_bytes()[:-5])
+    with endpoint.open(section(url), tmp_path / 'out') as client:
+      assert dict(client.ask(asked(40))) == wanted and client.sent == 1
+      one = next(asked(1))
+      assert dict(client.ask([endpoint.Request('x', one.messages, 1)])) == dict(x=wanted['q0'])
+      assert client.sent == 2
+    for changes in (dict(temperature=1.0), dict(model='other'), dict(max_tokens=7)):
+      with endpoint.open(section(url, **changes), tmp_path / 'out') as client:
+        assert dict(client.ask([one])) == dict(q0=wanted['q0']) and client.sent == 1
+
+
+def test_equal_requests_are_sent_once(tmp_path):
+  one = next(asked(1)).messages
+  with sandbox(tmp_path) as (url, log), endpoint.open(section(url), tmp_path / 'out') as client:
+    found = dict(client.ask(endpoint.Request(str(i), one) for i in range(20)))
+    assert len(found) == 20 and len({*found.values()}) == 1 and len(log()) == 1
+
+
+def test_the_rate_limit_is_honoured(tmp_path):
+  with sandbox(tmp_path) as (url, log):
+    with endpoint.open(section(url, per_minute=1200), tmp_path / 'out') as client:
+      assert len(dict(client.ask(asked(16)))) == 16
+    times = sorted(line['time'] for line in log())
+  # 20 per second: a request may be some milliseconds late, so windows are compared, not gaps.
+  assert times[-1] - times[0] >= 15 / 20 - 0.05
+  assert all(times[i + 8] - times[i] >= 8 / 20 - 0.05 for i in range(8))
+
+
+def breaking(reply, calls):
+  """A server whose answer to request number i is `reply(i, request)`."""
+  async def chat(request):
+    calls.append(await request.json())
+    return reply(len(calls), request)
+  return Starlette(routes=[Route('/v1/chat/completions', chat, methods=['POST'])])
+
+
+def completion(content, **fields):
+  return JSONResponse(dict(id='x', object='chat.completion', created=0, model='m', choices=[
+      dict(index=0, finish_reason='stop', message=dict(role='assistant', content=content)) | fields
+  ]))
+
+
+def ask_one(reply, folder, **changes):
+  calls = []
+  with serving(breaking(reply, calls)) as url:
+    with endpoint.open(section(url, **changes), folder) as client:
+      return [answer for _, answer in client.answers(asked(1))], calls
+
+
+@pytest.mark.parametrize('status', [400, 401, 403, 404, 422])
+def test_a_refused_request_fails_at_once_with_one_sentence(tmp_path, monkeypatch, status, capfd):
+  monkeypatch.setenv('JUDGE_KEY', SECRET)
+
+  def refuse(_, request):  # some servers repeat the key
+    message = f'No,\n{request.headers["authorization"]}'
+    return JSONResponse(dict(error=dict(message=message)), status)
+  with serving(breaking(refuse, calls := [])) as url:
+    with endpoint.open(section(url, key_env='JUDGE_KEY', concurrency=1), tmp_path) as client:
+      with pytest.raises(InputError, match=f'answered {status}: No, Bearer .key.') as error:
+        list(client.ask(asked(5)))
+  assert len(calls) == 1
+  assert '\n' not in str(error.value) and SECRET not in repr(error.getrepr(style='long'))
+  assert SECRET not in ''.join(capfd.readouterr())
+
+
+def test_strange_answers(tmp_path, quick):
+  def strange(i, _):
+    return {1: JSONResponse(dict(error='no choices')), 2: Response('<html>'),
+            3: Response('{', media_type='application/json'), 4: JSONResponse([1]),
+            5: JSONResponse({}, 503)}.get(i) or Response(
+                completion('Score: 4 half').body.replace(b'half', b'\\ud83d'),
+                media_type='application/json')
+  (answer,), calls = ask_one(strange, tmp_path)
+  assert (answer.text, answer.finish, len(calls)) == ('Score: 4 ?', 'eos', 6)
+  assert calls[0]['max_tokens'] == 1024 and calls[0]['temperature'] == 0
+  (answer,), calls = ask_one(lambda *_: completion(None, finish_reason='length'), tmp_path,
+                             model='b', temperature=-1)
+  assert (answer.text, answer.finish) == ('', 'length') and 'temperature' not in calls[0]
+  with pytest.raises(InputError, match=r'answered 500: .* \(3 attempts\); the answers so far are'):
+    ask_one(lambda *_: JSONResponse({}, 500), tmp_path, model='c', attempts=3)
+  with pytest.raises(InputError, match='gave no answer: Connection error. .2 attempts'):
+    with endpoint.open(section('http://127.0.0.1:9/v1', attempts=2), tmp_path / 'd') as client:
+      list(client.ask(asked(3)))
+
+
+def test_sigterm_keeps_the_answers(tmp_path, monkeypatch):
+  with sandbox(tmp_path) as (url, log):
+    with endpoint.open(section(url, concurrency=2, per_minute=6000), tmp_path / 'out') as client:
+      with pytest.raises(preemption.Stopped):
+        for i, _ in enumerate(client.ask(asked(50))):
+          if i == 5:
+            monkeypatch.setattr(preemption, 'requested', lambda: True)
+    kept = sum(1 for _ in records.read(tmp_path / 'out' / endpoint.FILE, schema.JudgeAnswer))
+    assert kept == len(log()) < 20
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(url=''), 'no judge is configured'), (dict(model=''), 'its model is not named'),
+    (dict(key_env='NO_SUCH_VARIABLE'), 'NO_SUCH_VARIABLE, which should have'),
+    (dict(key_env=SECRET), 'is not shown'),
+    (dict(url=f'http://me:{SECRET}@x/v1'), 'without a user'),
+    (dict(url=f'http://x/v1?key={SECRET}'), 'without a user'),
+    (dict(url='no/such/folder'), 'neither a folder nor'),
+    (dict(url='.', temperature=-1), 'give a temperature')])
+def test_a_bad_section_is_refused(tmp_path, changes, message):
+  with pytest.raises(InputError, match=message) as error:
+    endpoint.open(section(**(dict(url='http://x/v1') | changes)), tmp_path)
+  assert SECRET not in str(error.value)
+
+
+def answers(folder, count, worse=False):
+  rng = np.random.default_rng(0)
+  rows = []
+  for i in range(count):
+    prompt = world.instruction(rng, 'test')
+    right = world.listing(world.require(prompt).right[:world.require(prompt).count])
+    response = right if worse and i % 3 else f'Sure, {right}.'
+    rows.append(samples.response(f'p{i}/0', prompt=prompt, response=response))
+  records.write(folder / 'answers' / records.shard_name('responses', 0, 1), rows)
+  graded = [schema.GradedResponse(
+      **{name: getattr(r, name) for name in schema.Response.__dataclass_fields__},
+      score=float(sum(world.grade(r.prompt, r.response)))) for r in rows]
+  records.write(folder / 'oracle' / 'graded.jsonl', graded)
+
+
+def test_head_to_head_survives_sigkill_and_shows_the_key_nowhere(tmp_path):
+  answers(tmp_path / 'a', 60)
+  answers(tmp_path / 'b', 60, worse=True)
+  set_key = f'import os; os.environ["JUDGE_KEY"] = {SECRET!r}; os.environ["OPENAI_LOG"] = "debug"'
+
+  def judged(*flags):
+    return run_main('eval.head_to_head', f'--a={tmp_path / "a" / "answers"}',
+                    f'--b={tmp_path / "b" / "answers"}', f'--out={tmp_path / "out"}', *flags,
+                    before=set_key)
+  with sandbox(tmp_path, key=SECRET) as (url, log):
+    flags = f'--judge={url}', '--judge_model=oracle', '--judge_key_env=JUDGE_KEY'
+    cache, said = tmp_path / 'out' / endpoint.FILE, []
+    thread = threading.Thread(
+        target=lambda: said.append(judged(*flags, '--judge_per_minute=2400')))
+    thread.start()
+    while not cache.exists() or cache.read_bytes().count(b'\n') < 40:
+      assert thread.is_alive()
+      time.sleep(0.01)
+    os.kill(server().pid, signal.SIGKILL)
+    thread.join()
+    assert said[0][0] == -signal.SIGKILL
+    saved, before = cache.read_bytes().count(b'\n'), len(log())
+    assert 40 <= saved < 110 and before - saved <= 8  # those under way at the kill
+    said.append(judged(*flags))
+    assert said[1][0] == 0, said[1]
+    # Every request that had been answered and saved was sent once.
+    counts = Counter(line['request'] for line in log())
+    assert sum(counts.values()) - len(counts) == before - saved
+    with pytest.raises(InputError, match='answered 401: the request lacks the key; name the'):
+      ask_one(lambda *_: JSONResponse(dict(error=dict(message='the request lacks the key')), 401),
+              tmp_path / 'refused')
+  a, b = (head_to_head.read_graded(tmp_path / x / 'oracle') for x in 'ab')
+  graded = head_to_head.compare_scores(*({k: r.score for k, r in x.items()} for x in (a, b)))
+  found = json.loads((tmp_path / 'out' / 'head_to_head.json').read_text())
+  assert found == found | graded and found['wins'] == 40
+  assert found['judge'] == 'oracle' and found['first_wins'] == found['second_wins'] == 40
+  for path in tmp_path.rglob('*'):
+    assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+  assert SECRET not in str(said)
+
+
+def test_mt_bench_graded_by_the_oracle(tmp_path):
+  prompts = ['Name two nice fruits.', 'What do cows eat?']
+  questions = [dict(question_id=1, category='math', turns=prompts),
+               dict(question_id=2, category='stem', turns=prompts)]
+  records.write(tmp_path / 'question.jsonl', questions)
+  for model, texts in dict(m1=['pear', 'nuts'], m2=['Sure, pear and fig.', 'grass']).items():
+    records.write(tmp_path / 'model_answer' / f'{model}.jsonl', [
+        dict(question_id=i, answer_id='x', model_id=model, tstamp=0.0,
+             choices=[dict(index=0, turns=texts)]) for i in (1, 2)])
+  path, out = tmp_path / 'judge' / 'oracle_single.jsonl', tmp_path / 'mt_bench.json'
+  asked_of = {q['question_id']: mt_bench.Question(**q) for q in questions}
+
+  def grade(model, c, judge_prompts='', references=''):
+    answers = tmp_path / 'model_answer' / f'{model}.jsonl'
+    mt_bench.judge_answers([answers], c, asked_of, path, judge_prompts, references)
+    return mt_bench.scores(mt_bench.read_judgments(path, asked_of), asked_of)
+  with sandbox(tmp_path) as (url, log):
+    grade('m1', section(url))
+    main('eval.mt_bench', f'--questions={tmp_path / "question.jsonl"}', f'--judgments={path}',
+         f'--out={out}', f'--answers={tmp_path / "model_answer" / "m2.jsonl"}', f'--judge={url}',
+         '--judge_model=oracle')  # the lines of m1 stay
+    found = json.loads(out.read_text())
+    assert {name: (row['turn_1'], row['turn_2'], row['scored'], row['judge'])
+            for name, row in found.items()} == dict(m1=(4, 4, 4, 'oracle'), m2=(10, 6, 4, 'oracle'))
+    # FastChat's prompts are filled as FastChat does.
+    templates = {name: dict(
+        name=name, type='single', system_prompt='Be fair.', output_format='[[rating]]',
+        prompt_template=('{ref_answer_1}\n' if 'math' in name else '') + (
+            '<question_2>\n{question_2}\n</question_2>\n<answer_2>\n{answer_2}\n</answer_2>'
+            if 'turn' in name else '<question>\n{question}\n</question>\n<answer>\n{answer}\n'
+            '</answer>')) for name in mt_bench.FASTCHAT.values()}
+    file = tmp_path / 'judge_prompts.jsonl'
+    records.write(file, templates.values())
+    with pytest.raises(InputError, match='question 1 .math. is graded beside a reference'):
+      grade('m2', section(url), file)
+    reference = tmp_path / 'model_answer' / 'm2.jsonl'
+    assert dataclasses.asdict(grade('m2', section(url), file, reference)['m2']) == found['m2']
+  lines = [line for _, line in records.read_any(path) if line['model'] == 'm2']
+  assert {(x['question_id'], x['turn'], x['judge'][1]) for x in lines} == {
+      (1, 1, 'single-math-v1'), (1, 2, 'single-math-v1-multi-turn'), (2, 1, 'single-v1'),
+      (2, 2, 'single-v1-multi-turn')}
+  assert lines[0]['user_prompt'].startswith('Sure, pear and fig.\n<question>')
+  longer = {1: dataclasses.replace(asked_of[1], turns=('a', 'b', 'c'))}
+  with pytest.raises(InputError, match='answers 2 of the 3 turns'):
+    mt_bench.read_answers(reference, longer)
+
+
+def test_the_judge_of_a_run_is_checked():
+  for changes, message in [
+      ((), 'endpoint.url is empty'), (('endpoint.url=http://x/v1',), 'endpoint.model is empty'),
+      (('endpoint.url=folder',), "'folder'; it is empty, m0"),
+      (('endpoint.url=m1', f'endpoint.key_env={SECRET}'), 'is not shown')]:
+    with pytest.raises(InputError, match=message) as error:
+      loop.load_config('m2', 'tiny', '', '', ['judge.by=endpoint', *changes])
+    assert SECRET not in str(error.value)
+
+
+def test_a_run_is_judged_by_the_endpoint(tmp_path):
+  rows = [samples.response(f'p{i}/{j}', prompt='Name two nice fruits.', response=text)
+          for i in range(3) for j, text in enumerate(('Sure, pear and fig.', 'pear', 'dog'))]
+  records.write(tmp_path / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', rows)
+  config = configs.get('m2', 'tiny')
+  config.judge.by = 'endpoint'
+  with sandbox(tmp_path, fail=7) as (url, log):
+    config.endpoint.url, config.endpoint.model = url, 'oracle'
+    config.endpoint.timeout = 0.3
+    endpoint.run(config, tmp_path)
+    sent = len(log())
+    config.endpoint.url = 'http://127.0.0.1:9/v1'  # done: neither the URL nor a request matters
+    endpoint.run(config, tmp_path)
+    assert len(log()) == sent
+  folder = tmp_path / 'm2' / 'judge'
+  made = list(records.read_shards(folder, 'judgements', schema.Judgement))
+  assert [j.id for j in made] == [f'{r.id}/{j}' for r in rows for j in range(3)]
+  assert [j.score for j in made] == [5.0] * 3 + [2.0] * 3 + [0.0] * 3 + ([5.0] * 3 + [2.0] * 3 +
+                                                                        [0.0] * 3) * 2
+  manifest = (folder / 'manifest.json').read_text()
+  assert json.loads(manifest)['config']['endpoint.model'] == 'oracle' and url not in manifest
+  config.endpoint.model = 'another'
+  with pytest.raises(InputError, match='another config.endpoint.model .oracle, now another'):
+    endpoint.run(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_loop_judged_by_the_endpoint_equals_that_of_the_oracle(tmp_path):
+  changes = [f'--set={x[9:]}' if x.startswith('--config.') else x for x in config_flags('m2')]
+  run = tmp_path / 'endpoint'
+
+  def looped(folder, *flags):
+    return main('loop', '--size=tiny', '--last=m2', f'--workdir={folder}', *changes, *flags)
+  with sandbox(tmp_path, fail=25) as (url, _):
+    looped(run, '--set=m2:judge.by=endpoint', f'--set=endpoint.url={url}',
+           '--set=endpoint.model=oracle', '--set=endpoint.timeout=2')
+  looped(tmp_path / 'oracle', '--set=m2:judge.by=oracle')
+  for name in ('pairs/scores.jsonl', 'pairs/pairs.jsonl', 'oracle/graded.jsonl'):
+    assert (run / 'm2' / name).read_bytes() == (tmp_path / 'oracle' / 'm2' / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_judge_in_a_folder_equals_the_sampler_that_judges_itself(demo, tmp_path):
+  workdir, _ = demo
+  (tmp_path / 'm2').mkdir()
+  for name in ('data', 'm1'):
+    (tmp_path / name).symlink_to(workdir / name)
+  (tmp_path / 'm2' / 'respond').symlink_to(workdir / 'm2' / 'respond')
+  wanted = list(records.read_shards(workdir / 'm2' / 'judge', 'judgements', schema.Judgement))
+  main('eval.endpoint', '--config=iter2:tiny', f'--workdir={tmp_path}', *config_flags('m2'),
+       '--config.judge.by=endpoint', '--config.endpoint.url=m1')
+  assert list(records.read_shards(tmp_path / 'm2' / 'judge', 'judgements', schema.Judgement)
+              ) == wanted
+  # Greedy judgements of the stage, and of a client.
+  flags = '--config.judge.temperature=0.0', '--config.judge.n=1', '--config.judge.quorum=1'
+  greedy = tmp_path / 'greedy'
+  greedy.mkdir()
+  for name in ('data', 'm1'):
+    (greedy / name).symlink_to(workdir / name)
+  (greedy / 'm2').mkdir()
+  (greedy / 'm2' / 'respond').symlink_to(workdir / 'm2' / 'respond')
+  main('sample.judge', '--config=iter2:tiny', f'--workdir={greedy}', *config_flags('m2'), *flags)
+  made = list(records.read_shards(greedy / 'm2' / 'judge', 'judgements', schema.Judgement))
+  by_id = {r.id: r for r in records.read_shards(workdir / 'm2' / 'respond', 'responses',
+                                                schema.Response)}
+  judge = judges.load('sandbox')
+  requests = [endpoint.Request(j.id, (Message('user', judge.render(
+      prompt=by_id[j.response_id].prompt, response=by_id[j.response_id].response)),))
+              for j in made]
+  c = section(str(workdir / 'm1' / 'model'), max_tokens=80)
+  with endpoint.open(c, tmp_path / 'out') as client:
+    assert dict(client.ask(requests)) == {j.id: j.text for j in made}
+    sent = client.sent
+  assert 0 < sent <= len(requests)
+  with endpoint.open(c, tmp_path / 'out') as client:  # without loading the model
+    assert dict(client.ask(requests)) == {j.id: j.text for j in made} and client.sent == 0
