@@ -196,6 +196,7 @@ _SAMPLE_UNRECORDED = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 's
 _RESPOND = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respond.top_k',
             'respond.max_tokens', *_SAMPLE)
 _GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *_SAMPLE)
+_ANSWER = ('eval.temperature', 'eval.top_p', 'eval.top_k')
 _JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k',
           'judge.max_tokens', *_SAMPLE)
 _SHOWN = ('judge.show_thinking',)
@@ -315,7 +316,7 @@ STAGES = (
          keys=('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')),
     Spec('answers', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
          runs=('self',), on='heldout',
-         keys=('eval.temperature', 'eval.top_p', 'eval.top_k', *_GREEDY),
+         keys=(*_ANSWER, *_GREEDY),
          unrecorded=_SAMPLE_UNRECORDED),
     Spec('answers_greedy', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
          runs=('self',), on='greedy', keys=_GREEDY, unrecorded=_SAMPLE_UNRECORDED,
@@ -334,6 +335,7 @@ KINDS = {
     'prompts.jsonl': schema.Prompt,
     'attempts.jsonl': schema.Attempt,
     'responses-*.jsonl': schema.Response,
+    'responses_2-*.jsonl': schema.Response,
     'judgements-*.jsonl': schema.Judgement,
     'endpoint.jsonl': schema.JudgeAnswer,
     'logp-*.jsonl': schema.Logp,
@@ -389,6 +391,16 @@ def find(program: str, on: str = '') -> Spec:
   if on not in specs:
     raise InputError(f'--on={on}{closest(on, specs)}: it is one of {", ".join(specs)}')
   return specs[on]
+
+
+def answers_to(file: str) -> Spec:
+  """The stage that answers the prompts of a user's file, of which `file` is the name.
+
+  Its manifest has the hash of that file (`more_inputs` of `stage.Stage`). No loop runs it.
+  """
+  return Spec(f'answers_to_{file}', 'sample.respond', ('responses-*.jsonl',), runs=('self',),
+              keys=('chat', 'respond.max_tokens', *_ANSWER, *_SAMPLE),
+              unrecorded=_SAMPLE_UNRECORDED, needed=lambda c: False)
 
 
 def needs(name: str, config: ConfigDict) -> bool:

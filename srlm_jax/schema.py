@@ -373,3 +373,23 @@ class HeadToHead:
   characters_b: float | None = None
   judge: str = ''               # name of the judge; '' for graded answers
   cost: float | None = None     # dollars; None: unknown
+
+
+@_record
+class AlpacaEval:
+  """eval/alpaca_MODEL.json: the answers of a model against AlpacaEval's baseline.
+
+  Rates and standard errors are in percent, None where they are unknown.
+  """
+  generator: str               # the model
+  win_rate: float | None
+  standard_error: float | None
+  wins: int
+  draws: int
+  losses: int
+  count: int                   # annotations with a preference
+  missing: int                 # without one: the judge's reply could not be parsed
+  characters: float            # mean length of the model's answers
+  discrete_win_rate: float | None = None  # every preference counts as a win, a draw or a loss
+  length_controlled: float | None = None  # None: not computed
+  length_controlled_standard_error: float | None = None

@@ -127,7 +127,8 @@ class Engine:
     """Yields every request with its n results, in order.
 
     The caller already has the first `done` samples of the stream, and those of `kept` by the id of
-    their request; a request with no other samples comes without results.
+    their request; a request with no other samples comes without results. If the requests have their
+    own `sampling`, all of them have; `sampling` is then only their limit of max_tokens.
     """
     max_prompt_tokens = self.max_prompt_tokens(sampling)
     stream = iter(requests)
@@ -141,7 +142,7 @@ class Engine:
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
                         kept, HELD_PER_SLOT * self.slots, self._share, self._refill)
-    slots = self._slots(schedule, rows, ids, sampling)
+    slots = self._slots(schedule, rows, ids, None if first[0].sampling else sampling)
     while not schedule.done():
       self.stop_if_requested()
       self.advance(slots)
