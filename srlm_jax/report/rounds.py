@@ -1,6 +1,7 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
 from collections import Counter
 import dataclasses
+import functools
 
 from etils import epath
 
@@ -66,6 +67,7 @@ class Data:
     found = [stage.config.judge_quorum for stage in self.stages.values()]
     return next((quorum for quorum in found if quorum), None)
 
+  @functools.cached_property
   def scores(self) -> dict[str, scoring.Score]:
     """{response id: its score}; {} if the quorum is not known."""
     return scoring.by_response(self.judgements, self.quorum) if self.quorum else {}
@@ -145,7 +147,7 @@ def funnel(data: Data) -> list[Yield]:
     count = len(data.judgements)
     made += [Yield(label='judgements', count=count),
              Yield(label='parsed', count=count - unparsed.total(), lost=dict(unparsed))]
-  if data.responses and (scored := data.scores()):
+  if data.responses and (scored := data.scores):
     good = sum(score.mean is not None for score in scored.values())
     made.append(Yield(label='scored candidates', count=good, lost=_positive({
         f'fewer than {data.quorum} scores': len(scored) - good})))
@@ -210,7 +212,7 @@ def _judge_mean(data: Data) -> Value | None:
   """The mean over the candidates that have a score."""
   writers = {r.id: r.prompt_id for r in data.responses}
   groups = {}
-  for name, score in data.scores().items():
+  for name, score in data.scores.items():
     if score.mean is not None:
       groups.setdefault(writers.get(name, name), []).append(score.mean)
   return estimates.mean(groups.values())
