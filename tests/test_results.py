@@ -310,11 +310,11 @@ def test_doubts_of_a_step():
   assert judged_by(dataclasses.replace(file, inconsistent=40, left_out=30)) == (
       'worse', 'head_to_head', ['inconsistent', 'left_out'])
   assert judged_by(dataclasses.replace(file, inconsistent=36, left_out=13))[2] == []
-  for file in (dataclasses.replace(file, characters_a=7.0, characters_b=5.0),
+  for seen in (dataclasses.replace(file, characters_a=7.0, characters_b=5.0),
                head_to_head('m1', 'm2', 100, 10, 10, characters_a=5.0, characters_b=7.0)):
-    assert judged_by(file, lengths=([7] * 120, [5] * 120))[2] == ['longer']
-    assert judged_by(file, lengths=([7] * 120, [6] * 120))[2] == ['other_answers']
-    assert judged_by(file, lengths=([7] * 119, [5] * 119))[2] == ['longer', 'other_answers']
+    assert judged_by(seen, lengths=([7] * 120, [5] * 120))[2] == ['longer']
+    assert judged_by(seen, lengths=([7] * 120, [6] * 120))[2] == ['other_answers']
+    assert judged_by(seen, lengths=([7] * 119, [5] * 119))[2] == ['longer', 'other_answers']
   one = verdict(evaluated('m1', [1.0]), evaluated('m2', [2.0]))['m2', 'm1', 'answers']
   assert one.verdict == 'not measured' and 'has no interval' in one.sentence
 
@@ -600,9 +600,13 @@ def test_the_seeds_of_a_study_are_one(tmp_path):
       model(workdir, 'sft', base + rng.integers(0, 2, 40))
       model(workdir, 'm1', base + rng.integers(0, 3, 40))
   model(tmp_path / 'loop-4', 'sft', base)  # not finished: it has no m1
+  stage.write_json(tmp_path / 'blind.json', dict(changes=['m2:judge.by=random']))
   found = contents.read([tmp_path])
   assert not found.runs and not found.refused
   loop, blind = found.arms
+  assert (loop.changes, blind.changes) == ((), ('m2:judge.by=random',))
+  with pytest.raises(InputError, match='is the folder of a study; give it alone'):
+    contents.read([tmp_path / 'loop-0', tmp_path])
   assert (loop.name, loop.seeds, blind.seeds) == ('loop', (0, 1, 2, 3, 4), (0, 1, 2))
   loops = [tmp_path / f'loop-{seed}' for seed in range(4)]
   blinds = [tmp_path / f'blind-{seed}' for seed in range(3)]
