@@ -90,10 +90,8 @@ def of_models(workdir) -> list[dict]:
   A row also has `model` and the intervals (`Column.interval`) that exist.
   """
   rows, previous, baseline = [], {}, {}
-  for model in MODELS:
+  for model in trained(workdir):
     folder = epath.Path(workdir) / model
-    if not _is_trained(folder):
-      continue
     grades = graded(folder)
     paired = compare(grades, previous, baseline)
     previous = grades
@@ -107,6 +105,11 @@ def of_models(workdir) -> list[dict]:
             and (interval := found[column.file].intervals.get(column.key))}
     rows.append(row)
   return rows
+
+
+def trained(workdir) -> list[str]:
+  """The models of a workdir that are trained."""
+  return [model for model in MODELS if _is_trained(epath.Path(workdir) / model)]
 
 
 def graded(folder) -> dict[str, float]:
@@ -192,9 +195,16 @@ def lines(path, kind: type[records.Record]) -> list[records.Record]:
 
   Ignores a last line without a newline, which a killed stage may leave.
   """
-  return [records.parse(line, f'{path}:{number}', kind)
+  name = str(path)  # slow for paths of etils
+  return [records.parse(line, f'{name}:{number}', kind)
           for number, line in enumerate((_bytes(path) or b'').split(b'\n')[:-1], 1)
           if line.strip()]
+
+
+def shards(folder, stem: str, kind: type[records.Record]) -> list[records.Record]:
+  """The records of all shards STEM-*-of-*.jsonl of a stage, finished or not; [] without any."""
+  paths = sorted(folder.glob(f'{stem}-*-of-*.jsonl'))
+  return [r for path in paths for r in lines(path, kind)]
 
 
 def read(path, kind: type[records.Record]) -> records.Record | None:
