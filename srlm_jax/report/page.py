@@ -1,83 +1,22 @@
-"""The results of a run as one HTML page of tables, plots and samples.
+"""The results of a run as one HTML page of tables, charts and samples.
 
 `python -m srlm_jax.report --workdir=runs/demo` makes the page again from the files of the run.
 """
+import base64
 from collections import Counter
-from collections.abc import Callable
-import dataclasses
-from typing import Any
+import hashlib
 
 from etils import epath
 import jinja2
+import markupsafe
 
 from srlm_jax import catalog, InputError, records, schema
 from srlm_jax.config import MODELS
-from srlm_jax.report import plots, results, summaries
-from srlm_jax.reward import health, scores as scoring
+from srlm_jax.report import charts, results, run as runs, samples, summaries
+from srlm_jax.reward import health
 
-PROMPTS_SHOWN = 3  # held-out prompts with the responses of all models
-JUDGEMENTS_SHOWN, PAIRS_SHOWN = 2, 2  # per iteration
-_DATA_STAGES = ('prompts', 'respond', 'judge', 'pairs')  # they make an iteration's training data
-_MAX_BARS = 11  # a judge's scale with more values is plotted without the unused ones
-# What is added to the heading of a text, by the reason why it ends.
-_FINISHES = {schema.EOS: '', schema.CUT: ', cut', schema.TOO_LONG: ', not sampled: prompt too long'}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metrics:
-  """metrics.jsonl: what is plotted of a training step."""
-  step: int
-  loss: float | None = None
-  margin: float | None = None
-  accuracy: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Oracle:
-  """oracle.json: what is plotted of it."""
-  score: float
-  standard_error: float
-
-
-@dataclasses.dataclass
-class Iteration:
-  """The data that a model was trained on: records, and summaries of stages, if they finished."""
-  model: str
-  prompts: schema.PromptsSummary | None = None
-  responses: list[schema.Response] = dataclasses.field(default_factory=list)
-  judgements: list[schema.Judgement] = dataclasses.field(default_factory=list)
-  judge: schema.JudgeSummary | None = None
-  quorum: int | None = None
-  samples: list[tuple[schema.Judgement, schema.Response | None]] = dataclasses.field(
-      default_factory=list)
-  pairs: list[schema.Pair] = dataclasses.field(default_factory=list)
-  pairs_summary: schema.PairsSummary | None = None
-
-
-@dataclasses.dataclass
-class Run:
-  """The contents of the page. Dictionaries by model contain only the models with such a file."""
-  workdir: str = ''
-  size: str = ''
-  stopped: str = ''  # why the loop stopped early, or ''
-  rows: list[dict] = dataclasses.field(default_factory=list)  # see results.of_models
-  stages: dict[tuple[str, str], summaries.Started] = dataclasses.field(default_factory=dict)
-  iterations: list[Iteration] = dataclasses.field(default_factory=list)
-  curves: dict[str, list[Metrics]] = dataclasses.field(default_factory=dict)
-  judged_eval: dict[str, list[schema.Judgement]] = dataclasses.field(default_factory=dict)
-  answers: dict[str, dict[str, schema.Response]] = dataclasses.field(
-      default_factory=dict)  # by prompt id
-  oracle: dict[str, Oracle] = dataclasses.field(default_factory=dict)
-  graded: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # by prompt id
-  eft: dict[str, schema.EftSummary] = dataclasses.field(default_factory=dict)
-
-  def summary(self, owner: str, name: str):
-    """The summary of a stage; None if it has not finished."""
-    return self.stages[owner, name].summary if (owner, name) in self.stages else None
-
-  @property
-  def total_seconds(self) -> float:
-    return sum(stage.seconds or 0 for stage in self.stages.values())
+# What is said of a text by the reason why it ends, if not by itself.
+_FINISHES = {schema.CUT: 'cut', schema.TOO_LONG: 'not sampled: prompt too long'}
 
 
 def remake(workdir):
@@ -100,7 +39,7 @@ def write(workdir, rows: list[dict], stopped: str):
   `rows`: see `results.of_models`; `stopped`: why the loop stopped early, or ''.
   """
   path = epath.Path(workdir) / 'report.html'
-  html = render(collect(workdir, rows, stopped))
+  html = render(runs.collect(workdir, rows, stopped))
   html = html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
   with records.replacing(path) as file:
     file.write(html)
@@ -116,48 +55,37 @@ def counts(dropped: dict[str, int]) -> str:
   return ', '.join(f'{n} {reason}' for reason, n in dropped.items()) or 'nothing dropped'
 
 
-def collect(workdir, rows: list[dict], stopped: str) -> Run:
-  """Reads the contents of the page from the files that exist."""
-  workdir = epath.Path(workdir)
-  folders = {(owner, name): workdir / owner / name
-             for owner in ('data', *MODELS) for name in catalog.NAMES}
-  stages = {key: stage for key, folder in folders.items() if (stage := summaries.started(folder))}
-
-  def by_model(read: Callable[[epath.Path], Any]) -> dict:
-    return {model: found for model in MODELS if (found := read(workdir / model))}
-
-  return Run(
-      workdir=workdir.name, stopped=stopped, rows=rows, stages=stages,
-      size=summaries.run_results(workdir).size,
-      iterations=[_iteration(workdir / model, stages) for model in MODELS
-                  if any((model, name) in stages for name in _DATA_STAGES)],
-      curves=by_model(lambda folder: results.lines(
-          folder / 'model' / 'metrics.jsonl', Metrics)),
-      judged_eval=by_model(lambda folder: _shards(
-          folder / 'judge_eval', 'judgements', schema.Judgement)),
-      answers=by_model(lambda folder: {r.prompt_id: r for r in _shards(
-          folder / 'answers', 'responses', schema.Response)}),
-      oracle=by_model(lambda folder: results.read(folder / 'oracle' / 'oracle.json', Oracle)),
-      graded=by_model(results.graded),
-      eft=by_model(lambda folder: summaries.summary(folder / 'eft')))
-
-
-def render(run: Run) -> str:
+def render(run: runs.Run) -> str:
   """Run -> HTML. All texts of models are escaped."""
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True,
-                                   undefined=jinja2.StrictUndefined)
-  environment.filters['text'] = _text
-  source = (epath.resource_path('srlm_jax') / 'report' / 'page.html').read_text()
-  yields_by_model = {iteration.model: yields(iteration) for iteration in run.iterations}
-  labels = list(dict.fromkeys(label for found in yields_by_model.values() for label in found))
-  return environment.from_string(source).render(
-      run=run, head=head(run), warnings=warnings(run), tables=results.tables(run.rows),
-      labels=labels, yields=yields_by_model, training_plots=training_plots(run),
-      score_plots=score_plots(run), answer_plots=answer_plots(run), stage_names=catalog.NAMES,
-      prompts_shown=PROMPTS_SHOWN, pairs_shown=PAIRS_SHOWN, finishes=_FINISHES)
+  folder = epath.resource_path('srlm_jax') / 'report'
+  style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
+  environment = jinja2.Environment(
+      loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()), autoescape=True,
+      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+  environment.filters |= dict(number=_number, counts=counts)
+  shown = [sample for i in run.iterations for sample in i.samples]
+  shown += samples.held_out(run.answers, run.graded)
+  return environment.get_template('page.html').render(
+      run=run, policy=_policy(style, script), style=markupsafe.Markup(style),
+      script=markupsafe.Markup(script), head=head(run), warnings=warnings(run),
+      tables=results.tables(run.rows), lengths=charts.lengths(run), scores=charts.scores(run),
+      training={model: charts.training(lines) for model, lines in run.curves.items()},
+      funnels=[chart for i in run.iterations if (chart := charts.funnel(i))],
+      yields=yields_table(run), eft_table=eft_table, seconds=charts.seconds(run),
+      seconds_table=seconds_table(run), samples=shown, rule=samples.RULE,
+      sample_models=list(dict.fromkeys(name for sample in shown for name in sample.models)),
+      finishes=_FINISHES)
 
 
-def head(run: Run) -> list[str]:
+def _policy(style: str, script: str) -> str:
+  """The Content-Security-Policy that allows this style sheet and this script, and nothing else."""
+  def hash_of(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+  return (f"default-src 'none'; style-src {hash_of(style)}; script-src {hash_of(script)}; "
+          f"base-uri 'none'; form-action 'none'")
+
+
+def head(run: runs.Run) -> list[str]:
   """Sentences on the run: size, models, why it stopped, unfinished stages and the judge."""
   made = [row['model'] for row in run.rows]
   missing = [model for model in MODELS if model not in (*made, 'm4')]  # m4 is optional
@@ -178,7 +106,7 @@ def head(run: Run) -> list[str]:
   return sentences
 
 
-def warnings(run: Run) -> list[str]:
+def warnings(run: runs.Run) -> list[str]:
   """A sentence for each statistic that indicates a known failure."""
   judged = {f'{i.model}/judge': i.judgements for i in run.iterations}
   judged |= {f'{model}/judge_eval': found for model, found in run.judged_eval.items()}
@@ -202,7 +130,15 @@ def warnings(run: Run) -> list[str]:
   return found
 
 
-def yields(iteration: Iteration) -> dict[str, str]:
+def yields_table(run: runs.Run) -> list[list[str]]:
+  """What each step of the iterations made or dropped: a row per count, a column per model."""
+  found = {i.model: yields(i) for i in run.iterations}
+  labels = dict.fromkeys(label for column in found.values() for label in column)
+  rows = [[label, *(column.get(label, '') for column in found.values())] for label in labels]
+  return [['', *found], *rows] if rows else []
+
+
+def yields(iteration: runs.Iteration) -> dict[str, str]:
   """Label -> the number of records that each step of an iteration made or dropped, as text."""
   prompts, judgements, pairs = iteration.prompts, iteration.judgements, iteration.pairs_summary
   found = {}
@@ -224,87 +160,35 @@ def yields(iteration: Iteration) -> dict[str, str]:
               'prompts without a pair': pairs.dropped,
               'chosen minus rejected: score': pairs.margin,
               'chosen minus rejected: characters': pairs.chosen_minus_rejected_characters}
-  return {label: _text(value) for label, value in found.items()}
+  return {label: _number(value) for label, value in found.items()}
 
 
-def training_plots(run: Run) -> list[tuple[str, str]]:
-  """(image, description) of each training curve; images are data URIs."""
-  made = []
-  for model, lines in run.curves.items():
-    for name, level in (('loss', None), ('margin', 0), ('accuracy', 0.5)):
-      if points := [(line.step + 1, value) for line in lines
-                    if (value := getattr(line, name)) is not None]:
-        (first, a), (last, b) = points[0], points[-1]
-        made.append((plots.curve(f'{model}: {name}', points, level),
-                     f'{name} of {model}: {a:.4g} at step {first}, {b:.4g} at step {last}'))
-  return made
+def eft_table(made: schema.EftSummary) -> list[list[str]]:
+  """The EFT examples of each score, before and after downsampling."""
+  return [['score', *made.scores_before],
+          ['before', *map(_number, made.scores_before.values())],
+          ['kept', *(_number(made.scores.get(score, 0)) for score in made.scores_before)]]
 
 
-def score_plots(run: Run) -> list[tuple[str, str]]:
-  """(image, description) of the judge's scores in each iteration."""
-  made = []
-  for i in run.iterations:
-    bars = scoring.histogram(j.score for j in i.judgements if j.score is not None)
-    if not bars:
-      continue
-    if i.judge:
-      scale = range(round(i.judge.lowest), round(i.judge.highest) + 1)
-      if 0 < len(scale) <= _MAX_BARS:
-        bars = {str(value): bars.get(str(value), 0) for value in scale}
-    made.append((plots.bars(f'{i.model}: scores', bars), f'scores for {i.model}: {bars}'))
-  return made
+def seconds_table(run: runs.Run) -> list[list[str]]:
+  """A row per stage, a column per model."""
+  owners = list(dict.fromkeys(owner for owner, _ in run.stages))
+  def cell(owner: str, name: str) -> str:
+    if (owner, name) not in run.stages:
+      return ''
+    seconds = run.stages[owner, name].seconds
+    return 'unfinished' if seconds is None else _number(seconds)
+  return [['', *owners], *([name, *(cell(owner, name) for owner in owners)]
+                           for name in catalog.NAMES if name in {n for _, n in run.stages})]
 
 
-def answer_plots(run: Run) -> list[tuple[str, str]]:
-  """(image, description) of the oracle scores and the lengths of the held-out responses."""
-  made = []
-  if scores := {model: round(found.score, 3) for model, found in run.oracle.items()}:
-    errors = [found.standard_error for found in run.oracle.values()]
-    made.append((plots.bars('oracle score, 0 to 5', scores, '%.2f', errors),
-                 f'oracle score: {scores}'))
-  if lengths := {model: round(sum(len(r.response) for r in by_id.values()) / len(by_id), 1)
-                 for model, by_id in run.answers.items()}:
-    made.append((plots.bars('characters per answer', lengths, '%.0f'), f'characters: {lengths}'))
-  return made
-
-
-def _iteration(folder, stages: dict[tuple[str, str], summaries.Started]) -> Iteration:
-  """Reads the data that one model was trained on."""
-  own = {name: stage for (owner, name), stage in stages.items() if owner == folder.name}
-  quorums = [quorum for stage in own.values() if (quorum := stage.config.judge_quorum)]
-  judgements = _shards(folder / 'judge', 'judgements', schema.Judgement)
-  responses = {r.id: r for r in _shards(folder / 'respond', 'responses', schema.Response)}
-  # One sample of each kind: every judgement index, with a score and without.
-  kinds = {(j.index, j.score is None): j for j in reversed(judgements)}
-  samples = [kinds[kind] for kind in sorted(kinds)][:JUDGEMENTS_SHOWN]
-  return Iteration(
-      model=folder.name, prompts=_prompts(folder, own['prompts']) if 'prompts' in own else None,
-      responses=list(responses.values()), judgements=judgements,
-      judge=own['judge'].summary if 'judge' in own else None,
-      quorum=quorums[0] if quorums else None,
-      samples=[(j, responses.get(j.response_id)) for j in samples],
-      pairs=results.lines(folder / 'pairs' / 'pairs.jsonl', schema.Pair),
-      pairs_summary=summaries.summary(folder / 'pairs'))
-
-
-def _prompts(folder, stage: summaries.Started) -> schema.PromptsSummary:
-  """The summary of the prompts stage; counted from its attempts if the stage has not finished."""
-  if stage.summary:
-    return stage.summary
-  attempts = results.lines(folder / 'prompts' / 'attempts.jsonl', schema.Attempt)
-  reasons = Counter(attempt.reason for attempt in attempts)
-  return schema.PromptsSummary(
-      wanted=stage.config.prompts_count, attempts=reasons.total(), prompts=reasons.pop('', 0),
-      near_held_out=0, shortened=0, dropped=reasons)
-
-
-def _last(run: Run, key: str):
+def _last(run: runs.Run, key: str):
   """The value of a config key in the last stage that records it; None if no stage does."""
   values = [getattr(stage.config, key) for stage in run.stages.values()]
   return next((value for value in reversed(values) if value), None)
 
 
-def _judge_sentence(run: Run, template: str) -> str:
+def _judge_sentence(run: runs.Run, template: str) -> str:
   sentence = f'Judge: template {template}'
   made = [found for owner, name in run.stages
           if name == 'judge' and (found := run.summary(owner, name))]
@@ -316,16 +200,10 @@ def _judge_sentence(run: Run, template: str) -> str:
   return sentence + '.'
 
 
-def _text(value) -> str:
+def _number(value) -> str:
   """A number with thousands separators; counts by reason as one line each."""
   if isinstance(value, dict):
     return '\n'.join(f'{n:,} {reason}' for reason, n in value.items()) or 'none'
   if value is None:
     return '-'
   return value if isinstance(value, str) else f'{value:,}'
-
-
-def _shards(folder, stem: str, kind: type[records.Record]) -> list[records.Record]:
-  """The records of all shards; [] if there are none."""
-  paths = sorted(folder.glob(f'{stem}-*-of-*.jsonl'))
-  return [r for path in paths for r in results.lines(path, kind)]
