@@ -1,17 +1,16 @@
-"""The charts of the page, from the contents of a run."""
-from collections import Counter
-from collections.abc import Iterator
+"""The charts of the page, from the contents of the report."""
+from collections.abc import Sequence
 import itertools
-import statistics
 
 from srlm_jax import schema
 from srlm_jax.config import MODELS
-from srlm_jax.report import plots, run as runs
+from srlm_jax.report import contents, plots, rounds
+from srlm_jax.report.estimates import Value
+from srlm_jax.report.measures import Lengths, Measure, MEASURES
 from srlm_jax.report.plots import Chart, Point, Row
-from srlm_jax.reward import health, scores as scoring
 
-_MAX_BARS = 11  # a judge's scale with more values is drawn without the unused ones
-# Curves of training: title, fields of `runs.Metrics` with their names, level of a dashed rule.
+_MAX_BARS = 11  # a scale with more values is drawn without the unused ones
+# Curves of training: title, fields of `contents.Metrics` with their names, level of a dashed rule.
 _CURVES = (
     ('loss', {'loss': 'loss'}, None),
     ('reward', {'chosen_reward': 'chosen', 'rejected_reward': 'rejected'}, 0),
@@ -26,7 +25,63 @@ def style(model: str) -> str:
   return f's{(MODELS.index(model) - 1) % plots.SERIES}' if model in MODELS else 's5'
 
 
-def training(lines: list[runs.Metrics]) -> list[Chart]:
+def differences(run: contents.Run) -> list[Chart]:
+  """The differences that decide, a chart per measure."""
+  found = {}
+  for step in run.steps:
+    for difference in step.differences[:1]:
+      found.setdefault(difference.measure, {})[
+          f'{step.model} - {step.against}'] = difference.change
+  return [plots.intervals(_difference_title(key), {
+      name: _point(0, value) for name, value in changes.items()}, MEASURES[key].digits)
+          for key, changes in found.items()]
+
+
+def _difference_title(key: str) -> str:
+  if key == 'head_to_head':
+    return 'win rate, head to head, minus one half'
+  return f'difference in {MEASURES[key].title}'
+
+
+def win_tie_loss(run: contents.Run) -> list[Chart]:
+  """A chart per judge of answers: shares of prompts won, tied and lost."""
+  by_judge = {}
+  for found in run.wins:
+    by_judge.setdefault(found.by, []).append(found)
+  return [plots.rows(f'win, tie and loss, by {by}', [
+      Row(f'{w.a} / {w.b}', [w.wins / w.count, w.ties / w.count, w.losses / w.count],
+          ' / '.join(f'{100 * n / w.count:.0f}' for n in (w.wins, w.ties, w.losses)) + ' %')
+      for w in found if w.count], series=('win', 'tie', 'loss'), styles=('win', 'tie', 'loss'),
+      whole=1) for by, found in by_judge.items()]
+
+
+def by_round(run: contents.Run) -> list[Chart]:
+  """Measures by model: the answers; the judge against people and the oracle; its mean score."""
+  made = [_by_model(run, 'held-out answers, score of the oracle', {'oracle': 'oracle'}),
+          _by_model(run, 'the judge against people and the oracle', {
+              'pairwise_all': 'people: pairs ordered alike',
+              'oracle_pairwise': 'oracle: pairs ordered alike', 'parsed': 'parse rate'})]
+  means = {'judge': [_point(x, r.judge_mean) for x, r in enumerate(run.rounds) if r.judge_mean],
+           'oracle': [_point(x, r.oracle_mean) for x, r in enumerate(run.rounds) if r.oracle_mean]}
+  if all(means.values()):
+    made.append(plots.lines('mean score of the candidates, by judge and oracle', means,
+                            names=[r.model for r in run.rounds]))
+  return [chart for chart in made if chart]
+
+
+def _by_model(run: contents.Run, title: str, keys: dict[str, str]) -> Chart | None:
+  models = [model for model in run.models if any(key in run.values.get(model, {}) for key in keys)]
+  series = {name: points for key, name in keys.items() if (points := [
+      _point(x, value) for x, model in enumerate(models)
+      if (value := run.values[model].get(key))])}
+  return plots.lines(title, series, names=models) if series else None
+
+
+def _point(x: float, value: Value) -> Point:
+  return Point(x, value.value, value.low, value.high)
+
+
+def training(lines: Sequence[contents.Metrics]) -> list[Chart]:
   """The curves of one model: loss; with pairs also rewards, log-probs, margin and accuracy."""
   made = []
   for title, fields, level in _CURVES:
@@ -38,79 +93,63 @@ def training(lines: list[runs.Metrics]) -> list[Chart]:
   return made
 
 
-def scores(run: runs.Run) -> list[Chart]:
-  """The judge's scores in the data of each model, then on the ranked replies by each model."""
-  scales = [i.judge for i in run.iterations if i.judge]
-  judged = {f'scores in the data of {i.model}': i.judgements for i in run.iterations}
-  judged |= {f'scores of ranked replies, by {model}': rows
-             for model, rows in run.judged_eval.items()}
-  return [plots.bars(title, _on_scale(bars, scales), style(title.split()[-1]))
-          for title, rows in judged.items()
-          if (bars := scoring.histogram(j.score for j in rows if j.score is not None))]
-
-
-def _on_scale(bars: dict[str, int], scales: list[schema.JudgeSummary]) -> dict[str, int]:
-  """Adds the unused scores of the judge's scale, if it has few values."""
-  for judge in scales[:1]:
-    scale = range(round(judge.lowest), round(judge.highest) + 1)
-    if 0 < len(scale) <= _MAX_BARS:
-      return {str(value): bars.get(str(value), 0) for value in scale}
-  return bars
-
-
-def funnel(iteration: runs.Iteration) -> Chart | None:
-  """What is left after each step of making a model's data; a bar is a share of its first step."""
-  made = [Row(name, [count / max(steps[0][1], 1)],
-              f'{count:,}' + (f' = {count / steps[0][1]:.1%}' if i and steps[0][1] else ''))
-          for steps in _steps(iteration) for i, (name, count) in enumerate(steps)]
-  return plots.rows(f'from attempts to pairs, {iteration.model}', made, whole=1,
-                    styles=(style(iteration.model),)) if made else None
-
-
-def _steps(i: runs.Iteration) -> Iterator[list[tuple[str, int]]]:
-  """Counts of the same kind, each a part of the one before."""
-  if i.prompts:
-    yield [('attempts', i.prompts.attempts), ('prompts', i.prompts.prompts)]
-  if i.responses:
-    finish = Counter(r.finish for r in i.responses)
-    yield [('responses', finish.total()), ('finished', finish[schema.EOS])]
-  if i.judgements:
-    parsed = len(i.judgements) - health.unparsed(i.judgements).total()
-    yield [('judgements', len(i.judgements)), ('with a score', parsed)]
-  if i.pairs_summary:
-    kept = ('positives', i.pairs_summary.positives) if i.pairs_summary.positives else (
-        'pairs', i.pairs_summary.pairs)
-    yield [('prompts judged', i.pairs_summary.prompts), kept]
-
-
-def lengths(run: runs.Run) -> list[Chart]:
-  """Mean length of the held-out answers, and of chosen and rejected responses, in characters."""
+def scores(run: contents.Run) -> list[Chart]:
+  """Histograms: the judge's and the oracle's scores of each round, the oracle's of the answers."""
   made = []
-  if answers := [(model, statistics.fmean(len(r.response) for r in by_id.values()))
-                 for model, by_id in run.answers.items()]:
-    made.append(plots.rows('characters per held-out answer',
-                           [Row(model, [mean], f'{mean:,.1f}') for model, mean in answers]))
-  pairs = [row for i in run.iterations if i.pairs for row in (
-      _mean_row(f'{i.model} chosen', [len(p.chosen) for p in i.pairs]),
-      _mean_row(f'{i.model} rejected', [len(p.rejected) for p in i.pairs]))]
-  if pairs:
-    made.append(plots.rows('characters per response of a pair', pairs))
+  for r in run.rounds:
+    bars = {name: _on_scale(counts, r.scale) for name, counts in (
+        ('judge', r.judge_scores), ('oracle', r.oracle_scores)) if counts}
+    if bars:
+      made.append(plots.bars(f'scores in the data of {r.model}', bars))
+  if answers := {model: _on_scale(counts, (0, 5)) for model, counts in run.oracle_scores.items()
+                 if counts}:
+    made.append(plots.bars('scores of the held-out answers, by the oracle', answers,
+                           {model: style(model) for model in answers}))
   return made
 
 
-def _mean_row(label: str, values: list[int]) -> Row:
-  return Row(label, [statistics.fmean(values)], f'{statistics.fmean(values):,.1f}')
+def _on_scale(bars: dict[str, int], scale: tuple[float, float] | None) -> dict[str, float]:
+  """Counts -> shares, with the unused scores of a scale with few values."""
+  if scale and 0 < (size := round(scale[1]) - round(scale[0]) + 1) <= _MAX_BARS:
+    bars = {str(value): bars.get(str(value), 0)
+            for value in range(round(scale[0]), round(scale[0]) + size)}
+  total = sum(bars.values())
+  return {name: count / total for name, count in bars.items()}
 
 
-def seconds(run: runs.Run) -> Chart | None:
+def funnel(found: rounds.Round) -> Chart | None:
+  """What is left after each step of making a model's data."""
+  if not found.funnel:
+    return None
+  return plots.rows(f'data of {found.model}', [
+      Row(step.label, [step.count], f'{step.count:,}') for step in found.funnel],
+      styles=(style(found.model),))
+
+
+def lengths(run: contents.Run) -> list[Chart]:
+  """Quantiles of the lengths of the answers, and of the responses of each round."""
+  pairs = {name: found for r in run.rounds for name, found in (
+      (f'{r.model} all', r.characters), (f'{r.model} chosen', r.chosen),
+      (f'{r.model} rejected', r.rejected)) if found}
+  return [_boxes(title, found) for title, found in (
+      ('held-out answers, characters', run.characters), ('held-out answers, tokens', run.tokens),
+      ('responses of the training data, characters', pairs)) if found]
+
+
+def _boxes(title: str, found: dict[str, Lengths]) -> Chart:
+  return plots.boxes(title, {
+      name: (x.low, x.quarter, x.median, x.three_quarters, x.high) for name, x in found.items()})
+
+
+def seconds(run: contents.Run) -> Chart | None:
   """Seconds per stage, a colour per model; stages below 1 % of the total are left out."""
-  taken = {key: stage.seconds for key, stage in run.stages.items() if stage.seconds}
-  owners = list(dict.fromkeys(owner for owner, _ in taken))
+  owners = list(dict.fromkeys(cost.owner for cost in run.costs))
+  taken = {(cost.owner, cost.stage): cost.seconds or 0 for cost in run.costs}
   total = sum(taken.values())
   found = []
-  for name in dict.fromkeys(name for _, name in taken):
+  for name in dict.fromkeys(cost.stage for cost in run.costs):
     values = [taken.get((owner, name), 0) for owner in owners]
-    if sum(values) >= total / 100:
+    if sum(values) > total / 100:
       found.append(Row(name, values, f'{sum(values):,.1f} s'))
   found.sort(key=lambda row: -sum(row.values))
   return plots.rows('seconds per stage', found, series=owners,
@@ -119,10 +158,22 @@ def seconds(run: runs.Run) -> Chart | None:
 
 def map_of(found: schema.Distributions) -> Chart | None:
   """Prompts of all sets on the first two principal components."""
+  if not found.points:
+    return None
   titles = {s.name: s.title or s.name for s in found.sets}
-  points = sorted(found.points, key=lambda p: [*titles].index(p.set) if p.set in titles else -1)
+  points = sorted(found.points, key=lambda p: [*titles, p.set].index(p.set))
   series = {titles.get(name, name): [Point(p.x, p.y) for p in group]
             for name, group in itertools.groupby(points, lambda p: p.set)}
   shares = [f' ({share:.0%} of the variance)' for share in found.explained_variance] + ['', '']
   return plots.scatter('map of the prompts', series, (
-      f'first component{shares[0]}', f'second component{shares[1]}')) if series else None
+      f'first component{shares[0]}', f'second component{shares[1]}'))
+
+
+def of_runs(runs: Sequence[contents.Run], key: str) -> Chart | None:
+  """A measure by model, a line per run."""
+  measure: Measure = MEASURES[key]
+  names = [m for m in MODELS if any(key in run.values.get(m, {}) for run in runs)]
+  series = {run.name: points for run in runs if (points := [
+      _point(x, value) for x, m in enumerate(names) if (value := run.values.get(m, {}).get(key))])}
+  return plots.lines(f'{measure.title}, by {measure.source}', series, names=names
+                     ) if series else None

@@ -78,18 +78,44 @@ def lines(title: str, series: dict[str, Sequence[Point]], *, names: Sequence[str
   return _chart(title, svg, legend)
 
 
-def bars(title: str, values: dict[str, float], style: str = 's0') -> Chart:
-  """Vertical bars of {name: count} with the count above each bar."""
-  svg = _drawing(_HEIGHT, f'{title}: ' + _pairs(values))
-  y_ticks = ticks(0, max([*values.values(), 1]))
-  x = _Scale(-0.5, len(values) - 0.5, _LEFT, _WIDTH - _RIGHT)
-  y = _Scale(0, y_ticks[-1], _HEIGHT - _BOTTOM, _TOP + 12)
-  _axes(svg, x, y, list(enumerate(values)), y_ticks)
-  width = 0.76 * (x(1) - x(0))
-  for i, value in enumerate(values.values()):
-    _add(svg, 'rect', style, x=round(x(i) - width / 2, 2), y=y(value), width=round(width, 2),
-         height=round(y.start - y(value), 2))
-    _text(svg, _short(value), x(i), y(value) - 4, 'middle', 'value')
+def bars(title: str, series: dict[str, dict[str, float]],
+         styles: dict[str, str] | None = None) -> Chart:
+  """Vertical bars of shares, {series: {name: share}}, side by side for each name."""
+  names = list(dict.fromkeys(name for values in series.values() for name in values))
+  shares = {key: {name: values.get(name, 0) for name in names} for key, values in series.items()}
+  svg = _drawing(_HEIGHT, f'{title}: ' + '; '.join(
+      f'{key} ' + ', '.join(f'{name}: {share:.1%}' for name, share in values.items())
+      for key, values in shares.items()))
+  y_ticks = ticks(0, max(share for values in shares.values() for share in values.values()))
+  x = _Scale(-0.5, len(names) - 0.5, _LEFT, _WIDTH - _RIGHT)
+  y = _Scale(0, y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
+  _axes(svg, x, y, list(enumerate(names)), y_ticks, '{:.0%}')
+  styles = styles or {key: f's{i % SERIES}' for i, key in enumerate(series)}
+  width = 0.8 * (x(1) - x(0)) / len(shares)
+  for i, (key, values) in enumerate(shares.items()):
+    for at, share in enumerate(values.values()):
+      left = x(at) + (i - len(shares) / 2) * width
+      _add(svg, 'rect', styles[key], x=left, y=y(share), width=width - 1, height=y.start - y(share))
+  return _chart(title, svg, tuple((styles[key], key) for key in series) if len(series) > 1 else ())
+
+
+def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]) -> Chart:
+  """A row per name: whiskers from the 5 % to the 95 % quantile, a box of the middle half, a median."""
+  x_ticks = ticks(0, max(high for *_, high in found.values()))
+  end = _ROW * len(found) + 4
+  svg = _drawing(end + 18, f'{title}, quantiles 5, 25, 50, 75 and 95 %: ' + '; '.join(
+      f'{name} ' + ', '.join(f'{value:.4g}' for value in values)
+      for name, values in found.items()))
+  x = _Scale(0, x_ticks[-1], _LABELS, _WIDTH - _RIGHT - 12)
+  for value in x_ticks:
+    _add(svg, 'line', 'grid', x1=x(value), x2=x(value), y1=0, y2=end)
+    _text(svg, _short(value), x(value), end + 12, 'middle')
+  for i, (name, (low, quarter, median, three_quarters, high)) in enumerate(found.items()):
+    top, middle = _ROW * i + 5, _ROW * i + 13
+    _text(svg, name, _LABELS - 6, middle + 4, 'end', 'value')
+    _add(svg, 'line', 's0 whisker', x1=x(low), x2=x(high), y1=middle, y2=middle)
+    _add(svg, 'rect', 's0', x=x(quarter), y=top, width=x(three_quarters) - x(quarter), height=16)
+    _add(svg, 'line', 'median', x1=x(median), x2=x(median), y1=top, y2=top + 16)
   return _chart(title, svg)
 
 
@@ -194,11 +220,11 @@ def _text(svg, words: str, x: float, y: float, anchor: str, style: str = 'tick')
   element.text = words
 
 
-def _axes(svg, x: _Scale, y: _Scale, x_ticks, y_ticks: Sequence[float]):
+def _axes(svg, x: _Scale, y: _Scale, x_ticks, y_ticks: Sequence[float], form: str = ''):
   """Horizontal grid lines with their values, and the names under the x axis."""
   for value in y_ticks:
     _add(svg, 'line', 'grid', x1=x.start, x2=x.end, y1=y(value), y2=y(value))
-    _text(svg, _short(value), x.start - 6, y(value) + 4, 'end')
+    _text(svg, form.format(value) if form else _short(value), x.start - 6, y(value) + 4, 'end')
   for value, name in x_ticks:
     _text(svg, name, x(value), y.start + 16, 'middle')
 
@@ -234,10 +260,6 @@ def _describe(series: dict[str, Sequence[Point]], names: Sequence[str]) -> str:
     found.append(f'{name} ' + ', '.join(
         f'{point.y:.4g} at {at}' for point, at in zip(shown, where, strict=True)))
   return '; '.join(found)
-
-
-def _pairs(values: dict[str, float]) -> str:
-  return ', '.join(f'{name}: {_short(value)}' for name, value in values.items())
 
 
 def _with_interval(point: Point, digits: int) -> str:

@@ -197,6 +197,12 @@ def lines(path, kind: type[records.Record]) -> list[records.Record]:
           if line.strip()]
 
 
+def shards(folder, stem: str, kind: type[records.Record]) -> list[records.Record]:
+  """The records of all shards STEM-*-of-*.jsonl of a stage, finished or not; [] without any."""
+  paths = sorted(folder.glob(f'{stem}-*-of-*.jsonl'))
+  return [r for path in paths for r in lines(path, kind)]
+
+
 def read(path, kind: type[records.Record]) -> records.Record | None:
   """The JSON object of a file; None if there is no file. Raises InputError if it is damaged."""
   data = _bytes(path)

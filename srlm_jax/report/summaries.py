@@ -20,6 +20,9 @@ class Config(msgspec.Struct, rename=lambda name: name.replace('_', '.')):
   judge_template: str = ''
   judge_n: int | None = None
   judge_quorum: int | None = None
+  judge_by: str = ''           # '' if the writer of the responses judges them
+  eval_quorum: int | None = None
+  seed: int | None = None
   prompts_count: int | None = None
 
 

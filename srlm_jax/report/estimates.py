@@ -1,0 +1,74 @@
+"""Means with their 95 % intervals.
+
+Values of one prompt are not independent, so prompts are what is counted: the standard error of a
+mean is that over prompts, and the interval is Student's t interval with prompts - 1 degrees of
+freedom. For one value per prompt this is the usual standard error. Means over seeds have the same
+interval, with seeds in the place of prompts.
+"""
+from collections.abc import Iterable
+import dataclasses
+import math
+
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Value:
+  """A number, its 95 % interval and what it was measured on. None: not known, or undefined."""
+  value: float
+  low: float | None = None
+  high: float | None = None
+  count: int | None = None
+  of: str = 'prompts'  # what `count` counts: prompts, pairs, replies, judgements, questions, ..
+
+  @property
+  def sign(self) -> int:
+    """1 if the interval is above 0, -1 if it is below, 0 if it includes 0 or is not known."""
+    if self.low is None or self.high is None:
+      return 0
+    return int(self.low > 0) - int(self.high < 0)
+
+
+def mean(groups: Iterable[Iterable[float]], of: str = 'prompts') -> Value | None:
+  """The values of each prompt -> their mean over all values; None without any value.
+
+  The standard error is sqrt(P / (P - 1) * sum_p (sum of residuals of prompt p)^2) / N for N values
+  of P prompts (the cluster-robust variance of Liang and Zeger 1986 with its usual correction).
+
+  >>> mean([[1.0], [2.0], [4.0]]).value
+  2.3333333333333335
+  """
+  groups = [list(group) for group in groups]
+  groups = [group for group in groups if group]
+  if not groups:
+    return None
+  number = sum(map(len, groups))
+  value = math.fsum(x for group in groups for x in group) / number
+  count = len(groups)
+  if count < 2:
+    return Value(value=value, count=count, of=of)
+  squares = math.fsum(math.fsum(x - value for x in group) ** 2 for group in groups)
+  error = math.sqrt(count / (count - 1) * squares) / number
+  return around(value, error, count, of)
+
+
+def around(value: float, error: float, count: int, of: str = 'prompts') -> Value:
+  """A mean of `count` independent values with its standard error -> with Student's interval."""
+  if count < 2:
+    return Value(value=value, count=count, of=of)
+  width = float(stats.t.ppf(0.975, count - 1)) * error
+  return Value(value=value, low=value - width, high=value + width, count=count, of=of)
+
+
+def apart(a: Value, b: Value) -> Value | None:
+  """a - b for values of independent samples, from their intervals; None if either has none.
+
+  The variances add up: the half widths of the intervals add as squares. If both were measured on
+  the same prompts, the true interval is narrower.
+  """
+  if None in (a.low, a.high, b.low, b.high):
+    return None
+  width = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+  value, counts = a.value - b.value, [x.count for x in (a, b) if x.count is not None]
+  return Value(value=value, low=value - width, high=value + width,
+               count=min(counts, default=None), of=a.of)

@@ -1,0 +1,116 @@
+"""Results of other programs and judges in WORKDIR/eval: what the report finds there."""
+import dataclasses
+
+from etils import epath
+
+from srlm_jax import records
+from srlm_jax.report import results
+from srlm_jax.report.estimates import Value
+
+_NORMAL = 1.959963984540054  # half a 95 % interval, in standard errors
+_file = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+@_file
+class HeadToHead:
+  a: str
+  b: str
+  count: int
+  wins: int
+  ties: int
+  losses: int
+  win_rate: float | None = None
+  win_rate_low: float | None = None
+  win_rate_high: float | None = None
+  p_value: float | None = None
+  first_wins: int | None = None
+  second_wins: int | None = None
+  inconsistent: int | None = None
+  left_out: int | None = None
+  unparsed: int | None = None
+  missing: int | None = None
+  characters_a: float | None = None
+  characters_b: float | None = None
+  judge: str = ''
+  cost: float | None = None
+
+
+@_file
+class AlpacaEval:
+  generator: str
+  win_rate: float | None
+  standard_error: float | None
+  wins: int
+  draws: int
+  losses: int
+  count: int
+  missing: int
+  characters: float
+  length_controlled: float | None = None
+  length_controlled_standard_error: float | None = None
+  discrete_win_rate: float | None = None
+
+
+@_file
+class MtBench:
+  overall: float | None
+  math_code_reasoning: float | None
+  other: float | None
+  turn_1: float | None = None
+  turn_2: float | None = None
+  scored: int | None = None
+  no_score: int | None = None
+  absent: int | None = None
+
+
+@_file
+class Harness:
+  scores: dict[str, dict[str, float]]
+  standard_errors: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class External:
+  """The files of WORKDIR/eval, {path there: contents}; empty where there is none."""
+  head_to_head: dict[str, HeadToHead] = dataclasses.field(default_factory=dict)
+  alpaca: dict[str, AlpacaEval] = dataclasses.field(default_factory=dict)
+  mt_bench: dict[str, dict[str, MtBench]] = dataclasses.field(default_factory=dict)
+  harness: dict[str, Harness] = dataclasses.field(default_factory=dict)
+
+  def of_model(self, model: str) -> dict[str, Value]:
+    """{key of measures.MEASURES: value} of the benchmarks that judge one model alone."""
+    made = {}
+    for found in self.alpaca.values():
+      if found.generator == model:
+        made['alpaca'] = _percent(found.win_rate, found.standard_error, found.count)
+        made['alpaca_controlled'] = _percent(
+            found.length_controlled, found.length_controlled_standard_error, found.count)
+    for by_model in self.mt_bench.values():
+      if (found := by_model.get(model)) and found.overall is not None:
+        made['mt_bench'] = Value(value=found.overall, count=found.scored, of='scored turns')
+    return {key: value for key, value in made.items() if value}
+
+
+def read(workdir) -> External:
+  """The results in WORKDIR/eval. Raises InputError, with the path, for a damaged file."""
+  folder = epath.Path(workdir) / 'eval'
+
+  def found(pattern: str, kind: type[records.Record]) -> dict:
+    return {str(path.relative_to(folder)): results.read(path, kind)
+            for path in sorted(folder.glob(pattern))} if folder.exists() else {}
+
+  return External(
+      head_to_head=found('*/head_to_head.json', HeadToHead),
+      alpaca=found('alpaca*.json', AlpacaEval),
+      mt_bench=found('mt_bench*.json', dict[str, MtBench]),
+      harness=found('harness*.json', Harness))
+
+
+def _percent(value: float | None, error: float | None, count: int) -> Value | None:
+  """A percentage of questions with its standard error -> its value and normal interval."""
+  if value is None:
+    return None
+  if error is None:
+    return Value(value=value, count=count, of='instructions')
+  return Value(value=value, low=value - _NORMAL * error, high=value + _NORMAL * error, count=count,
+               of='instructions')

@@ -1,0 +1,200 @@
+"""The measures of a model: what each one is, and its values with intervals and counts."""
+from collections.abc import Iterable
+import dataclasses
+import functools
+import statistics
+from typing import Literal
+
+from etils import epath
+
+from srlm_jax import records, schema
+from srlm_jax.report import estimates, external, results, summaries
+from srlm_jax.report.estimates import Value
+from srlm_jax.reward import scores as scoring
+
+Source = Literal['oracle', 'people', 'outside judge', 'benchmark', 'own judge', 'count']
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """What a number is. `source` is who measures: `own judge` alone never shows an improvement."""
+  title: str
+  unit: str               # '0 to 5', 'share', 'percent', 'correlation', 'characters', 'tokens', ..
+  source: Source
+  about: Literal['answers', 'judge']
+  better: Literal[1, 0, -1]  # 1: higher is better; 0: says nothing about quality
+  digits: int
+
+
+MEASURES = dict(
+    oracle=Measure('oracle score', '0 to 5', 'oracle', 'answers', 1, 2),
+    greedy=Measure('oracle score, greedy answers', '0 to 5', 'oracle', 'answers', 1, 2),
+    head_to_head=Measure('win rate, head to head', 'share', 'outside judge', 'answers', 1, 3),
+    alpaca_controlled=Measure('AlpacaEval 2, length-controlled win rate', 'percent',
+                              'outside judge', 'answers', 1, 2),
+    alpaca=Measure('AlpacaEval 2, win rate', 'percent', 'outside judge', 'answers', 1, 2),
+    mt_bench=Measure('MT-Bench', '1 to 10', 'outside judge', 'answers', 1, 2),
+    characters=Measure('length of an answer', 'characters', 'count', 'answers', 0, 1),
+    tokens=Measure('length of an answer', 'tokens', 'count', 'answers', 0, 1),
+    finished=Measure('answers that end', 'share', 'count', 'answers', 0, 3),
+    pairwise=Measure('pairs ordered as people did', 'share', 'people', 'judge', 1, 3),
+    pairwise_all=Measure('the same, unscored pairs as errors', 'share', 'people', 'judge', 1, 3),
+    five_best=Measure('replies scored highest that people ranked first', 'share', 'people',
+                      'judge', 1, 3),
+    exact_match=Measure('prompts ordered exactly as people did', 'share', 'people', 'judge', 1, 3),
+    spearman=Measure('Spearman correlation with people', 'correlation', 'people', 'judge', 1, 3),
+    kendall_tau=Measure('Kendall tau with people', 'correlation', 'people', 'judge', 1, 3),
+    ties=Measure('pairs with equal scores', 'share', 'own judge', 'judge', 0, 3),
+    parsed=Measure('judgements with a score', 'share', 'count', 'judge', 0, 3),
+    oracle_pairwise=Measure('pairs ordered as the oracle does', 'share', 'oracle', 'judge', 1, 3),
+    oracle_exact=Measure('scores equal to the oracle\'s', 'share', 'oracle', 'judge', 1, 3),
+    ceiling=Measure('pairs that the oracle orders as people did', 'share', 'oracle', 'judge', 0,
+                    3))
+# Keys of agreement.json -> the key of its count there, and what that counts.
+_AGREEMENT = dict(
+    pairwise=('pairwise_accuracy', 'pairs', 'pairs'),
+    pairwise_all=('pairwise_accuracy_all', 'pairs_all', 'pairs'),
+    ties=('ties', 'pairs', 'pairs'), five_best=('five_best', 'fives', 'replies'),
+    exact_match=('exact_match', 'prompts', 'prompts'),
+    spearman=('spearman', 'prompts', 'prompts'),
+    kendall_tau=('kendall_tau', 'prompts', 'prompts'))
+_ORACLE = dict(
+    oracle_pairwise=('judge_pairwise', 'judge_pairs', 'pairs'),
+    oracle_exact=('judge_exact', 'judge_replies', 'replies'),
+    ceiling=('ceiling', 'ceiling_pairs', 'pairs'))
+
+
+def _kind(keys: dict, *more: str) -> type:
+  """A dataclass of the numbers of a JSON file, all of which may be absent, and their intervals."""
+  names = dict.fromkeys([*more, *(key for row in keys.values() for key in row[:2])])
+  return dataclasses.make_dataclass('Numbers', [
+      *((name, float | None, None) for name in names),
+      ('intervals', dict[str, tuple[float, float] | None], dataclasses.field(
+          default_factory=dict))])
+
+
+_AGREEMENT_FILE = _kind(_AGREEMENT, 'parse_rate')
+_ORACLE_FILE = _kind(_ORACLE, 'score', 'standard_error', 'prompts', 'greedy',
+                     'greedy_standard_error', 'characters', 'finished')
+
+
+@dataclasses.dataclass
+class Evaluated:
+  """The records of a model's evaluation; empty where the run does not have them."""
+  model: str
+  folder: epath.Path
+  answers: dict[str, schema.Response]       # to the held-out prompts, by prompt id
+  graded: dict[str, float]                  # oracle scores of these answers, by prompt id
+  judgements: list[schema.Judgement]        # of the ranked replies
+  quorum: int | None                        # judgements that a score needs; None: not known
+
+  @functools.cached_property
+  def scores(self) -> dict[str, float]:
+    """{response id: mean score} of the ranked replies that have one."""
+    if self.quorum is None:
+      return {}
+    return {name: score.mean
+            for name, score in scoring.by_response(self.judgements, self.quorum).items()
+            if score.mean is not None}
+
+
+def read(workdir, model: str) -> Evaluated:
+  """The evaluation of a model, as far as it exists."""
+  folder = epath.Path(workdir) / model
+  started = summaries.started(folder / 'agreement')
+  return Evaluated(
+      model=model, folder=folder, graded=results.graded(folder),
+      answers={r.prompt_id: r for r in results.shards(
+          folder / 'answers', 'responses', schema.Response)},
+      judgements=results.shards(folder / 'judge_eval', 'judgements', schema.Judgement),
+      quorum=started.config.eval_quorum if started else None)
+
+
+def of_model(found: Evaluated, outside: external.External) -> dict[str, Value]:
+  """{key of MEASURES: value} of the measures that exist."""
+  made = _of_files(found)
+  answers = found.answers.values()
+  made |= dict(
+      oracle=estimates.mean([x] for x in found.graded.values()) or made.get('oracle'),
+      characters=estimates.mean([len(r.response)] for r in answers) or made.get('characters'),
+      tokens=estimates.mean([r.n_tokens] for r in answers),
+      finished=estimates.mean([r.finish == schema.EOS] for r in answers),
+      parsed=estimates.mean(by_prompt(found.judgements, lambda j: j.score is not None))
+      or made.get('parsed'))
+  made |= outside.of_model(found.model)
+  return {key: value for key in MEASURES if (value := made.get(key)) is not None}
+
+
+def by_prompt(rows: Iterable, value) -> list[list[float]]:
+  """The values of records, grouped by their prompt id."""
+  groups = {}
+  for row in rows:
+    groups.setdefault(row.prompt_id, []).append(float(value(row)))
+  return list(groups.values())
+
+
+def _of_files(found: Evaluated) -> dict[str, Value | None]:
+  """The measures in agreement.json and oracle.json."""
+  made = {}
+  if file := results.read(found.folder / 'agreement' / 'agreement.json', _AGREEMENT_FILE):
+    made |= _named(file, _AGREEMENT)
+    if file.parse_rate is not None:
+      made['parsed'] = Value(value=file.parse_rate, of='judgements')
+  if file := results.read(found.folder / 'oracle' / 'oracle.json', _ORACLE_FILE):
+    made |= _named(file, _ORACLE)
+    count = None if file.prompts is None else int(file.prompts)
+    made |= dict(oracle=_with_error(file.score, file.standard_error, count),
+                 greedy=_with_error(file.greedy, file.greedy_standard_error, count),
+                 characters=_with_error(file.characters, None, count))
+  return made
+
+
+def _with_error(value, error, count) -> Value | None:
+  if value is None:
+    return None
+  return Value(value=value, count=count) if error is None or count is None else (
+      estimates.around(value, error, count))
+
+
+def _named(file, keys: dict[str, tuple[str, str, str]]) -> dict[str, Value | None]:
+  """The numbers of a file that has intervals and counts."""
+  made = {}
+  for key, (name, counted, of) in keys.items():
+    value, count = getattr(file, name), getattr(file, counted)
+    low, high = file.intervals.get(name) or (None, None)
+    made[key] = None if value is None else Value(
+        value=value, low=low, high=high, count=None if count is None else int(count), of=of)
+  return made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lengths:
+  """The lengths of texts: number of texts, mean, and quantiles."""
+  count: int
+  mean: float
+  low: float     # 5 % of the texts are shorter
+  quarter: float
+  median: float
+  three_quarters: float
+  high: float    # 95 % of the texts are shorter
+  most: float
+
+
+def lengths(values: Iterable[int]) -> Lengths | None:
+  """Lengths in characters or tokens -> their mean and quantiles; None without any.
+
+  A quantile is the value with linear interpolation between neighbours (numpy's default).
+
+  >>> lengths([1, 2, 3, 4, 5]).quarter
+  2.0
+  """
+  values = sorted(values)
+  if not values:
+    return None
+  def quantile(share: float) -> float:
+    at = share * (len(values) - 1)
+    below = values[int(at)]
+    return below + (at - int(at)) * (values[min(int(at) + 1, len(values) - 1)] - below)
+  return Lengths(count=len(values), mean=statistics.fmean(values), low=quantile(0.05),
+                 quarter=quantile(0.25), median=quantile(0.5), three_quarters=quantile(0.75),
+                 high=quantile(0.95), most=float(values[-1]))
