@@ -7,7 +7,8 @@ a line, and is left out of a line if it has its default. Other fields of a line 
 their text. `token_ids` are the sampled tokens of a response with thinking, eos included; its text
 alone could not reproduce them.
 
-The second part has the summaries in done.json that other modules read.
+The second part has the summaries in done.json that other modules read. The third has the results of
+evaluations in WORKDIR/eval, which the report reads; all their fields have defaults.
 """
 import dataclasses
 from typing import Literal
@@ -328,3 +329,99 @@ class TrainingSummary:
   examples: int
   padding_free: float          # fraction of the tokens that are not padding
   dropped: dict[str, int]      # reason: examples
+
+
+# Results of evaluations.
+
+
+@_record
+class Spread:
+  """How values are spread. All are None without a value."""
+  mean: float | None = None
+  quantiles: tuple[float, ...] = ()  # at Distributions.quantiles
+
+
+@_record
+class Diversity:
+  """Distinct n-grams of a sample over all its n-grams, over random samples of the same size."""
+  n: int = 0
+  ngrams: int = 0         # of a sample; the same number for every set
+  mean: float = 0.0
+  deviation: float = 0.0  # standard deviation over the samples
+
+
+@_record
+class PromptSet:
+  """The prompts of one kind."""
+  name: str = ''                       # ift, eft, judge, heldout, or the model of a round: m2, m3
+  title: str = ''
+  count: int = 0
+  used: int = 0                        # of them in all figures but `words` and `word_shares`
+  cut: int = 0                         # of `used`, read by the model only in part
+  words: Spread = Spread()             # per prompt
+  word_shares: tuple[float, ...] = ()  # of the prompts, per bin of Distributions.word_bins
+  distinct: tuple[Diversity, ...] = ()
+
+
+@_record
+class MapPoint:
+  """A prompt on the map."""
+  set: str = ''   # PromptSet.name
+  id: str = ''
+  text: str = ''  # its beginning
+  x: float = 0.0  # coordinate on the first and second principal component
+  y: float = 0.0
+
+
+@_record
+class SetDistance:
+  """The energy distance of two sets of prompts, in the hidden states of a model.
+
+  `energy` is the energy coefficient: 0 for equal distributions, 1 for two different points. It is
+  an unbiased estimate over pairs of prompts up to its denominator, so it may be negative.
+  """
+  a: str = ''            # PromptSet.name
+  b: str = ''
+  energy: float = 0.0
+  low: float = 0.0       # 95 % interval, bootstrap over prompts
+  high: float = 0.0
+  p_value: float = 1.0   # permutation test of equal distributions
+
+
+@_record
+class Neighbour:
+  """A prompt and the seed prompt that is most similar to it by ROUGE-L; both are beginnings."""
+  text: str = ''
+  seed: str = ''
+  rouge_l: float = 0.0
+
+
+@_record
+class Nearest:
+  """How similar each prompt of a set is to the seed prompt that is nearest to it."""
+  set: str = ''                         # PromptSet.name
+  rouge_l: Spread = Spread()            # F, to the IFT prompts and those of the ranked training data
+  rouge_shares: tuple[float, ...] = ()  # of the prompts, per tenth of ROUGE-L from 0 to 1
+  cosine: Spread = Spread()             # of centered hidden states, to the used IFT prompts
+  nearest: tuple[Neighbour, ...] = ()   # examples
+  farthest: tuple[Neighbour, ...] = ()
+
+
+@_record
+class Distributions:
+  """eval/distributions.json: whether the new prompts of a run resemble its seed data."""
+  model: str = ''                             # whose hidden states these are
+  params: str = ''                            # hash of its parameters
+  dtype: str = ''
+  limit: int = 0                              # most prompts that are used of a set
+  inputs: dict[str, str] = dataclasses.field(default_factory=dict)  # {file: hash}
+  missing: tuple[str, ...] = ()               # a sentence for each set that the run does not have
+  findings: tuple[str, ...] = ()              # the distances as sentences
+  sets: tuple[PromptSet, ...] = ()
+  points: tuple[MapPoint, ...] = ()
+  explained_variance: tuple[float, ...] = ()  # shares of x and y
+  distances: tuple[SetDistance, ...] = ()
+  nearest: tuple[Nearest, ...] = ()
+  quantiles: tuple[float, ...] = ()
+  word_bins: tuple[int, ...] = ()             # the smallest number of words of each bin
+  version: int = 0                            # of the computation

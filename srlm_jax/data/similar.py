@@ -52,18 +52,40 @@ class Index:
     'Why is the sky blue?'
     """
     words = tokens(text)
-    places = [np.frombuffer(self._places[key], np.int_)
-              for key in _bag(words) if key in self._places]
-    if not places:
-      return None
-    common = np.bincount(np.concatenate(places), minlength=len(self.texts))  # shared words
-    lengths = np.frombuffer(self._lengths, np.int_)
+    common, lengths = self._common(words), np.frombuffer(self._lengths, np.int_)
     near = np.flatnonzero(2 * common > (limit - _TOLERANCE) * (len(words) + lengths))
     for i in near[np.argsort(-common[near], kind='stable')]:
       self.compared += 1
       if rouge_l(self._tokens[i], words) > limit:
         return self.texts[i]
     return None
+
+  def nearest(self, text: str) -> tuple[float, int] | None:
+    """The highest ROUGE-L F of a text with one of the index, and the position of that one.
+
+    Among equal ones, the first added. None if no text has a word in common with it.
+
+    >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).nearest('Why is the sea blue?')
+    (0.8, 1)
+    """
+    words = tokens(text)
+    common, lengths = self._common(words), np.frombuffer(self._lengths, np.int_)
+    bounds = 2 * common / np.maximum(len(words) + lengths, 1)
+    best = 0.0, 0
+    for i in np.argsort(-bounds, kind='stable').tolist():
+      if not common[i] or bounds[i] < best[0] - _TOLERANCE:
+        break
+      self.compared += 1
+      best = max(best, (rouge_l(self._tokens[i], words), -i))
+    return (best[0], -best[1]) if best[0] else None
+
+  def _common(self, words: list[str]) -> np.ndarray:
+    """Words -> [texts], the size of the overlap of their bag with that of each text."""
+    places = [np.frombuffer(self._places[key], np.int_)
+              for key in _bag(words) if key in self._places]
+    if not places:
+      return np.zeros(len(self.texts), int)
+    return np.bincount(np.concatenate(places), minlength=len(self.texts))
 
 
 class HeldOut:

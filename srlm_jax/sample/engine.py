@@ -37,6 +37,7 @@ PREFIX_REQUESTS = 64  # first requests of a stream, whose common prefix is share
 MIN_PREFIX = 16       # tokens; a shorter prefix does not pay for its part of the attention
 LOGPS_ROWS = 16       # rows that `Engine.logps` computes together; all their logits are in memory
 PROMPT_ROWS = 4       # the same for `Engine.prompt_logps`, which computes their logits in parts
+HIDDEN_ROWS = 16      # the same for `Engine.mean_hidden`, which computes no logits
 MOST_TOP = 20         # most likely tokens whose log-probs a request may ask for
 HELD_PER_SLOT = 16    # requests per slot whose results may wait for an earlier request
 
@@ -325,6 +326,20 @@ class Engine:
       for row, i in enumerate(some):
         part = np.s_[row, 1:len(prompts[i])]
         found[i] = logps[part].tolist(), _by_id(ids[part][:, :top], likely[part][:, :top])
+    return found
+
+  def mean_hidden(self, rows: Sequence[Sequence[int]], skip: int) -> np.ndarray:
+    """-> [rows, D], float32: of each row, the mean of the final hidden states (the input of the
+    head) over its tokens but the first `skip`; batch-invariant."""
+    found = np.zeros((len(rows), self._model.config.D), np.float32)
+    for some, tokens in self._batches(rows, HIDDEN_ROWS):
+      mask = np.zeros_like(tokens)
+      for row, i in enumerate(some):
+        mask[row, skip:len(rows[i])] = 1
+      with jax.set_mesh(self._mesh):
+        means = programs.mean_hidden(self._model, self._params,
+                                     *sharding.put_batch((tokens, mask), self._mesh))
+      found[some] = np.asarray(means)[:len(some)]  # the rest is padding
     return found
 
   def _batches(self, rows: Sequence[Sequence[int]], most: int) -> Iterator[

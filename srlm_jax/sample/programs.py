@@ -1,4 +1,4 @@
-"""The sampler's jitted programs: prefill, decode, and log-probs of given responses."""
+"""The sampler's jitted programs: prefill, decode, and log-probs and hidden states of given texts."""
 import dataclasses
 import functools
 
@@ -163,6 +163,18 @@ def response_logps(model, params, tokens, response_mask):
   """tokens [B, T], response_mask [B, T] -> [B], the sums of the responses' token log-probs."""
   logits = model.apply({'params': params}, tokens)
   return _on_all_chips((vocab.next_token_logps(logits, tokens) * response_mask).sum(-1))
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def mean_hidden(model, params, tokens, mask):
+  """tokens [B, T], mask [B, T] -> [B, D], the mean of the final hidden states where mask is 1.
+
+  float32; 0 for a row whose mask is 0.
+  """
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  hidden = model.apply({'params': params}, tokens, positions, packed.Causal(), method='hidden')
+  total = (hidden.astype(jnp.float32) * mask[..., None]).sum(1)
+  return _on_all_chips(total / jnp.maximum(mask.sum(1, keepdims=True), 1))
 
 
 def _on_all_chips(x):
