@@ -31,13 +31,15 @@ def render(found: contents.Contents) -> str:
       trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
   environment.filters |= dict(number=number, counts=counts, readable=readable)
   style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
-  html = environment.get_template('page.html').render(
-      contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
-      script=markupsafe.Markup(script), measures=MEASURES, charts=charts, finishes=_FINISHES,
+  environment.globals |= dict(
+      measures=MEASURES, charts=charts, finishes=_FINISHES,
       kinds=_KINDS, heading=heading, verdict=verdict, sections_of=sections_of, keys_of=keys_of,
       funnels=funnels, rounds_table=rounds_table, kept_of=kept_of, tasks_of=tasks_of,
       sample_models=sample_models, side_by_side=side_by_side, bins_of=bins_of, percents=percents,
       ngram_headings=ngram_headings)
+  html = environment.get_template('page.html').render(
+      contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
+      script=markupsafe.Markup(script))
   return html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
 
 
