@@ -25,7 +25,7 @@ from srlm_jax import InputError, storage
 Record = TypeVar('Record')  # a dataclass of `schema`
 
 # The field that says which request a record of a shard belongs to; of other shards it is `id`.
-_REQUEST = dict(responses='prompt_id', judgements='response_id')
+_REQUEST = dict(responses='prompt_id', responses_2='prompt_id', judgements='response_id')
 HASHED = ('.json', '.jsonl', '.model')  # the files of a stage that done.json lists
 
 

@@ -23,14 +23,15 @@ ORDER = '''
   selection loop study plan serve
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
-LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests'}
+LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests',
+        'openai', 'alpaca_eval'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'records',
                'lock', 'data.oasst', 'data.rendering', 'data.thinking', 'data.ranked',
                'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
-               'data.packing', 'reward.judges',
+               'data.packing', 'data.prompt_files', 'reward.judges',
                'reward.scores', 'reward.strategies')
 
 

@@ -1,5 +1,18 @@
 """Reasons to doubt a result, each computed from the files of the run."""
+from collections.abc import Iterator
 import dataclasses
+
+from srlm_jax.report import estimates
+from srlm_jax.report.differences import Difference
+from srlm_jax.report.estimates import Value
+from srlm_jax.report.measures import MEASURES
+from srlm_jax.report.rounds import Round
+from srlm_jax.reward import health
+
+FEW = 100           # prompts; fewer give a doubt
+LONGER = 1.2        # ratio of the mean lengths of answers
+INCONSISTENT = 0.3  # share of prompts on which the judge's verdict depends on the order
+LOST = 0.1          # share of prompts without two verdicts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -7,3 +20,91 @@ class Doubt:
   """`kind` names the rule, for tests and styles; `sentence` is for readers."""
   kind: str
   sentence: str
+
+
+def of_answers(deciding: Difference, all_of_step: list[Difference],
+               rounds: list[Round]) -> Iterator[Doubt]:
+  """Doubts on a difference between the answers of two models."""
+  yield from _of_number(deciding)
+  by_key = {d.measure: d for d in all_of_step}
+  for other in all_of_step:
+    if MEASURES[other.measure].better and other.change.sign * deciding.change.sign < 0:
+      yield Doubt(kind='disagree', sentence=f'The {MEASURES[other.measure].title} says the '
+                  f'opposite: {signed(other)}.')
+  if (length := by_key.get('characters')) and length.theirs:
+    if length.change.sign > 0 and length.ours > LONGER * length.theirs:
+      yield Doubt(kind='longer', sentence=f'The answers grew from {length.theirs:,.0f} to '
+                  f'{length.ours:,.0f} characters; judges tend to prefer long answers.')
+  yield from _of_own_judge(deciding, rounds)
+  if deciding.file:
+    yield from _of_verdicts(deciding)
+
+
+def of_judge(deciding: Difference, all_of_step: list[Difference],
+             parsed: dict[str, Value | None]) -> Iterator[Doubt]:
+  """Doubts on a difference between two judges; `parsed`: their parse rates, by model."""
+  yield from _of_number(deciding)
+  for model, rate in parsed.items():
+    if rate and rate.value < health.PARSED:
+      yield Doubt(kind='parse_rate', sentence=f'Only {rate.value:.0%} of the judgements of {model} '
+                  f'have a score; replies without one count as errors.')
+  both = {d.measure: d for d in all_of_step}.get('pairwise')
+  if deciding.change.sign and (not both or both.change.sign != deciding.change.sign):
+    what = (f'On the pairs that both models scored there is no such difference: {signed(both)}.'
+            if both else 'No pair has scores of both models.')
+    yield Doubt(kind='only_unscored', sentence=what)
+
+
+def signed(difference: Difference) -> str:
+  """The change with its interval and count.
+
+  >>> change = Value(value=0.5, low=0.25, high=0.75, count=400)
+  >>> signed(Difference(measure='oracle', model='m2', against='m1', change=change, ours=3.5,
+  ...                   theirs=3.0, paired=True))
+  '+0.50 [+0.25, +0.75] on 400 prompts'
+  """
+  change, digits = difference.change, MEASURES[difference.measure].digits
+  text = f'{change.value:+.{digits}f}'
+  if change.low is not None:
+    text += f' [{change.low:+.{digits}f}, {change.high:+.{digits}f}]'
+  return text if change.count is None else f'{text} on {change.count:,} {change.of}'
+
+
+def _of_number(deciding: Difference) -> Iterator[Doubt]:
+  change = deciding.change
+  if change.count is not None and change.count < FEW:
+    yield Doubt(kind='few_prompts', sentence=f'Only {change.count} {change.of} were compared, '
+                f'fewer than {FEW}.')
+  if change.low is None:
+    yield Doubt(kind='no_interval', sentence='The difference has no interval.')
+  elif not change.sign:
+    yield Doubt(kind='includes_zero', sentence=f'The interval includes 0: {signed(deciding)}.')
+  if not deciding.paired:
+    yield Doubt(kind='not_paired', sentence='Only the means of both models are known, so the '
+                'difference is not paired by prompt.')
+
+
+def _of_own_judge(deciding: Difference, rounds: list[Round]) -> Iterator[Doubt]:
+  """The judge's own mean rose from one round to the next, and the outside measure did not."""
+  own = {r.writer: r for r in rounds if r.judge_mean and r.writer and r.judge == r.writer}
+  ours, theirs = own.get(deciding.model), own.get(deciding.against)
+  if not ours or not theirs:
+    return
+  rise = estimates.apart(ours.judge_mean, theirs.judge_mean)
+  if rise and rise.sign > 0 and deciding.change.sign <= 0:
+    yield Doubt(kind='only_own_judge', sentence=f'The scores that the models give their own '
+                f'candidates rose from {theirs.judge_mean.value:.2f} to '
+                f'{ours.judge_mean.value:.2f}, and the {MEASURES[deciding.measure].title} did '
+                f'not: this looks like reward hacking.')
+
+
+def _of_verdicts(deciding: Difference) -> Iterator[Doubt]:
+  """The outside judge contradicts itself, or gave too few verdicts."""
+  file = deciding.file
+  if file.inconsistent and file.inconsistent > INCONSISTENT * file.count:
+    yield Doubt(kind='inconsistent', sentence=f'On {file.inconsistent:,} of {file.count:,} prompts '
+                f'the verdict depends on which answer the judge saw first.')
+  lost = file.left_out or 0
+  if lost > LOST * (lost + file.count):
+    yield Doubt(kind='left_out', sentence=f'{lost:,} of {lost + file.count:,} prompts are left '
+                f'out, because the judge gave no verdict on them.')

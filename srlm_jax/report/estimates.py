@@ -3,7 +3,7 @@
 Values of one prompt are not independent, so prompts are what is counted: the standard error of a
 mean is that over prompts, and the interval is Student's t interval with prompts - 1 degrees of
 freedom. For one value per prompt this is the usual standard error. Means over seeds have the same
-interval, with seeds in the place of prompts.
+interval, with seeds in the place of prompts. Shares have Wilson's interval.
 """
 from collections.abc import Iterable
 import dataclasses
@@ -52,11 +52,36 @@ def mean(groups: Iterable[Iterable[float]], of: str = 'prompts') -> Value | None
   return around(value, error, count, of)
 
 
+def share(groups: Iterable[Iterable[bool]], of: str = 'prompts') -> Value | None:
+  """The yes and no of each prompt -> the share of yes, with Wilson's interval.
+
+  The interval is that of as many independent values as give the standard error of `mean`, which
+  keeps it between 0 and 1; where all values are equal, of as many as there are prompts.
+
+  >>> share([[True], [True], [False], [True]]).value
+  0.75
+  """
+  found = mean(groups, of)
+  if found is None or found.low is None:
+    return found
+  p, error = found.value, (found.high - found.value) / _t(found.count)
+  values = p * (1 - p) / error ** 2 if error > 0 else found.count
+  return dataclasses.replace(found, **wilson(p, values))
+
+
+def wilson(p: float, count: float) -> dict[str, float]:
+  """The ends of Wilson's 95 % interval of a share p of `count` independent values."""
+  z = float(stats.norm.ppf(0.975))
+  middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+  width = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+  return dict(low=max(0.0, middle - width), high=min(1.0, middle + width))
+
+
 def around(value: float, error: float, count: int, of: str = 'prompts') -> Value:
   """A mean of `count` independent values with its standard error -> with Student's interval."""
   if count < 2:
     return Value(value=value, count=count, of=of)
-  width = float(stats.t.ppf(0.975, count - 1)) * error
+  width = _t(count) * error
   return Value(value=value, low=value - width, high=value + width, count=count, of=of)
 
 
@@ -72,3 +97,8 @@ def apart(a: Value, b: Value) -> Value | None:
   value, counts = a.value - b.value, [x.count for x in (a, b) if x.count is not None]
   return Value(value=value, low=value - width, high=value + width,
                count=min(counts, default=None), of=a.of)
+
+
+def _t(count: int) -> float:
+  """Half of Student's 95 % interval for `count` values, in standard errors."""
+  return float(stats.t.ppf(0.975, count - 1))

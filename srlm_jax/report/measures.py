@@ -38,7 +38,8 @@ MEASURES = dict(
     tokens=Measure('length of an answer', 'tokens', 'count', 'answers', 0, 1),
     finished=Measure('answers that end', 'share', 'count', 'answers', 0, 3),
     pairwise=Measure('pairs ordered as people did', 'share', 'people', 'judge', 1, 3),
-    pairwise_all=Measure('the same, unscored pairs as errors', 'share', 'people', 'judge', 1, 3),
+    pairwise_all=Measure('pairs ordered as people did, unscored ones as errors', 'share',
+                         'people', 'judge', 1, 3),
     five_best=Measure('replies scored highest that people ranked first', 'share', 'people',
                       'judge', 1, 3),
     exact_match=Measure('prompts ordered exactly as people did', 'share', 'people', 'judge', 1, 3),
@@ -118,8 +119,8 @@ def of_model(found: Evaluated, outside: external.External) -> dict[str, Value]:
       oracle=estimates.mean([x] for x in found.graded.values()) or made.get('oracle'),
       characters=estimates.mean([len(r.response)] for r in answers) or made.get('characters'),
       tokens=estimates.mean([r.n_tokens] for r in answers),
-      finished=estimates.mean([r.finish == schema.EOS] for r in answers),
-      parsed=estimates.mean(by_prompt(found.judgements, lambda j: j.score is not None))
+      finished=estimates.share([r.finish == schema.EOS] for r in answers),
+      parsed=estimates.share(by_prompt(found.judgements, lambda j: j.score is not None))
       or made.get('parsed'))
   made |= outside.of_model(found.model)
   return {key: value for key in MEASURES if (value := made.get(key)) is not None}

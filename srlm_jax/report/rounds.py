@@ -1,9 +1,17 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
+from collections import Counter
 import dataclasses
 
+from etils import epath
+
 from srlm_jax import schema
+from srlm_jax.config import MODELS
+from srlm_jax.report import estimates, measures, results, summaries
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths
+from srlm_jax.reward import health, scores as scoring
+
+STAGES = ('prompts', 'respond', 'judge', 'pairs')  # they make a round's training data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +31,7 @@ class Round:
   funnel: tuple[Yield, ...]       # prompts wanted, attempts, accepted, .. pairs
   scale: tuple[float, float] | None        # lowest and highest score of the judge
   judge_mean: Value | None        # mean score of a candidate, by its judge
-  oracle_mean: Value | None       # mean oracle score of a candidate (sandbox)
+  oracle_mean: Value | None       # mean oracle score of a judged candidate (sandbox)
   judge_scores: dict[str, int]    # histogram of the judgements' scores
   oracle_scores: dict[str, int]   # histogram of the candidates' oracle scores (sandbox)
   right: Value | None             # share of pairs whose chosen response the oracle prefers
@@ -35,3 +43,176 @@ class Round:
   rejected: Lengths | None
   pairs: schema.PairsSummary | None
   warnings: tuple[str, ...]       # of the health checks
+
+
+@dataclasses.dataclass
+class Data:
+  """The records of a round, as far as they exist, and the summaries of its finished stages."""
+  model: str
+  stages: dict[str, summaries.Started]
+  attempts: list[schema.Attempt]
+  responses: list[schema.Response]
+  judgements: list[schema.Judgement]
+  pairs: list[schema.Pair]
+  positives: list[schema.Positive]
+
+  def summary(self, stage: str):
+    """The summary of a stage; None if it has not finished."""
+    return self.stages[stage].summary if stage in self.stages else None
+
+  @property
+  def quorum(self) -> int | None:
+    """Judgements that a score needs; None if no stage that has started says it."""
+    found = [stage.config.judge_quorum for stage in self.stages.values()]
+    return next((quorum for quorum in found if quorum), None)
+
+  def scores(self) -> dict[str, scoring.Score]:
+    """{response id: its score}; {} if the quorum is not known."""
+    return scoring.by_response(self.judgements, self.quorum) if self.quorum else {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Audit:
+  """audit.json: what is shown of it."""
+  judged: int = 0
+  pairs: int = 0
+  right: float | None = None
+  wrong: float | None = None
+  oracle_mean: float | None = None
+  oracle_histogram: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def read(workdir, model: str, stages: dict[str, summaries.Started]) -> Data | None:
+  """The data that a model was trained on, from its folder; None without any of STAGES.
+
+  stages: those of the model that have started.
+  """
+  if not any(name in stages for name in STAGES):
+    return None
+  folder = epath.Path(workdir) / model
+  return Data(
+      model=model, stages=stages,
+      attempts=results.lines(folder / 'prompts' / 'attempts.jsonl', schema.Attempt),
+      responses=results.shards(folder / 'respond', 'responses', schema.Response),
+      judgements=results.shards(folder / 'judge', 'judgements', schema.Judgement),
+      pairs=results.lines(folder / 'pairs' / 'pairs.jsonl', schema.Pair),
+      positives=results.lines(folder / 'pairs' / 'positives.jsonl', schema.Positive))
+
+
+def of(data: Data, workdir, params: dict[str, str]) -> Round:
+  """The numbers of a round. params: {hash of parameters: model} of the run's models."""
+  judge, pairs = data.summary('judge'), data.summary('pairs')
+  audit = results.read(epath.Path(workdir) / data.model / 'audit' / 'audit.json', _Audit) or (
+      _Audit())
+  def known(stage: str) -> str:
+    return params.get(data.stages[stage].params, '') if stage in data.stages else ''
+  by = data.stages['judge'].config.judge_by if 'judge' in data.stages else ''
+  return Round(
+      model=data.model, writer=known('respond'),
+      judge=by if by not in ('', 'model') else known('judge'),
+      funnel=tuple(funnel(data)), scale=(judge.lowest, judge.highest) if judge else None,
+      judge_mean=_judge_mean(data), parsed=estimates.share(
+          measures.by_prompt(data.judgements, lambda j: j.score is not None)),
+      oracle_mean=None if audit.oracle_mean is None else Value(
+          value=audit.oracle_mean, count=audit.judged, of='candidates'),
+      judge_scores=histogram(data.judgements, judge), oracle_scores=audit.oracle_histogram,
+      right=_share(audit.right, audit.pairs), wrong=_share(audit.wrong, audit.pairs),
+      characters=measures.lengths(len(r.response) for r in data.responses),
+      tokens=measures.lengths(r.n_tokens for r in data.responses),
+      chosen=measures.lengths(len(p.chosen) for p in data.pairs),
+      rejected=measures.lengths(len(p.rejected) for p in data.pairs),
+      pairs=pairs, warnings=tuple(warnings(data)))
+
+
+def funnel(data: Data) -> list[Yield]:
+  """What each stage of a round made, from the wanted prompts to the pairs, or the EFT examples.
+
+  Stages that have not started are left out; an unfinished one is counted from its records.
+  """
+  made = []
+  if 'prompts' in data.stages:
+    made += _prompts(data)
+  if data.responses:
+    finish = Counter(r.finish for r in data.responses)
+    made += [Yield(label='responses', count=finish.total()),
+             Yield(label='finished', count=finish[schema.EOS], lost=_positive({
+                 'cut at the length limit': finish[schema.CUT],
+                 'prompt too long': finish[schema.TOO_LONG]}))]
+  if data.judgements:
+    unparsed = health.unparsed(data.judgements)
+    count = len(data.judgements)
+    made += [Yield(label='judgements', count=count),
+             Yield(label='parsed', count=count - unparsed.total(), lost=dict(unparsed))]
+  if data.responses and (scored := data.scores()):
+    good = sum(score.mean is not None for score in scored.values())
+    made.append(Yield(label='scored candidates', count=good, lost=_positive({
+        f'fewer than {data.quorum} scores': len(scored) - good})))
+  if pairs := data.summary('pairs'):
+    kind = 'positives' if pairs.positives else 'pairs'
+    made.append(Yield(label=kind, count=getattr(pairs, kind), lost=pairs.dropped))
+  if eft := data.summary('eft'):
+    made.append(Yield(label='EFT examples', count=eft.examples, lost=eft.dropped))
+  return made
+
+
+def _prompts(data: Data) -> list[Yield]:
+  """The wanted prompts, the attempts at them and the accepted ones."""
+  stage = data.stages['prompts']
+  if summary := stage.summary:
+    wanted, attempts, accepted = summary.wanted, summary.attempts, summary.prompts
+    dropped = summary.dropped
+  else:
+    dropped, wanted = Counter(a.reason for a in data.attempts), stage.config.prompts_count
+    attempts, accepted = dropped.total(), dropped.pop('', 0)
+  made = [] if wanted is None else [Yield(label='prompts wanted', count=wanted)]
+  return [*made, Yield(label='attempts', count=attempts),
+          Yield(label='accepted prompts', count=accepted, lost=dict(dropped))]
+
+
+def histogram(judgements: list[schema.Judgement], judge: schema.JudgeSummary | None):
+  """{whole score: count}, from the lowest to the highest score of the judge's scale if known."""
+  found = scoring.histogram(j.score for j in judgements if j.score is not None)
+  if not judge or not found or judge.highest - judge.lowest > 10:
+    return found
+  scale = range(round(judge.lowest), round(judge.highest) + 1)
+  return {str(score): found.get(str(score), 0) for score in scale}
+
+
+def warnings(data: Data) -> list[str]:
+  """A sentence for each statistic of the data that indicates a known failure."""
+  model, found = data.model, []
+  found += health.warn_judgements(f'{model}/judge', data.judgements)
+  found += health.warn_responses(f'{model}/respond', data.responses)
+  if data.responses and data.judgements and data.quorum:
+    found += health.warn_ties(f'{model}/judge', data.responses, data.judgements, data.quorum)
+  if (pairs := data.summary('pairs')) and not pairs.positives:
+    found += health.warn_pairs(f'{model}/pairs', data.pairs, pairs.prompts)
+  return found
+
+
+def names(workdir) -> dict[str, str]:
+  """{hash of parameters: model} of the run's models that were trained."""
+  folder = epath.Path(workdir)
+  made = {name: summaries.summary(folder / name / 'model') for name in MODELS}
+  return {summary.params: name for name, summary in made.items() if summary and summary.params}
+
+
+def _judge_mean(data: Data) -> Value | None:
+  """The mean over the candidates that have a score."""
+  writers = {r.id: r.prompt_id for r in data.responses}
+  groups = {}
+  for name, score in data.scores().items():
+    if score.mean is not None:
+      groups.setdefault(writers.get(name, name), []).append(score.mean)
+  return estimates.mean(groups.values())
+
+
+def _share(value: float | None, pairs: int) -> Value | None:
+  """A share of pairs, of which every prompt gives at most one, with its interval."""
+  if value is None or not pairs:
+    return None
+  return Value(value=value, count=pairs, of='pairs', **estimates.wilson(value, pairs))
+
+
+def _positive(counts: dict[str, int]) -> dict[str, int]:
+  return {reason: n for reason, n in counts.items() if n}

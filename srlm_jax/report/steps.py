@@ -1,40 +1,24 @@
-"""Did a model get better than another one of the run, and can the answer be believed?
+"""Did a model get better than an earlier one of the run, and can the answer be believed?
 
-The differences are paired by prompt where the records allow it. A verdict needs a measure from
-outside: the sandbox's oracle, an outside judge, or the ranks of people. The scores that the models
-give themselves decide nothing.
+A verdict needs a measure from outside: the sandbox's oracle, an outside judge, or the ranks of
+people. The scores that the models give themselves decide nothing.
 """
-from collections.abc import Iterable
 import dataclasses
 import itertools
 from typing import Literal
 
-from srlm_jax import records, schema
-from srlm_jax.report import doubts, estimates, external, measures
+from srlm_jax import schema
+from srlm_jax.report import differences, doubts, external
+from srlm_jax.report.differences import Difference
 from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.estimates import Value
-from srlm_jax.report.measures import MEASURES, Evaluated
+from srlm_jax.report.measures import Evaluated, MEASURES
+from srlm_jax.report.rounds import Round
 
 BETTER, WORSE, SAME, UNMEASURED = 'better', 'worse', 'no difference seen', 'not measured'
-Verdict = Literal['better', 'worse', 'no difference seen', 'not measured']
-# The measures that decide a verdict: the first one that exists.
+# The measures that decide a verdict: the first one that exists. All have an interval.
 DECIDING = dict(answers=('oracle', 'head_to_head', 'alpaca_controlled', 'alpaca'),
                 judge=('pairwise_all',))
-SHOWN = dict(answers=(*DECIDING['answers'], 'mt_bench', 'characters', 'tokens'),
-             judge=('pairwise_all', 'pairwise', 'oracle_pairwise', 'parsed'))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
-  """A measure of a model minus that of another one."""
-  measure: str           # key of measures.MEASURES
-  model: str
-  against: str
-  change: Value          # for head_to_head: the win rate minus one half
-  ours: float | None     # the two values on the same prompts
-  theirs: float | None
-  paired: bool           # by prompt; else the models are taken as measured on different prompts
-  judge: str = ''        # name of the outside judge, if the file has it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,26 +27,11 @@ class Step:
   model: str
   against: str
   about: Literal['answers', 'judge']
-  verdict: Verdict
+  verdict: Literal['better', 'worse', 'no difference seen', 'not measured']
   sentence: str                        # the verdict with its number, interval and count
   decided_by: str                      # key of measures.MEASURES; '' if not measured
   differences: tuple[Difference, ...]  # the deciding one first
   doubts: tuple[Doubt, ...]            # of this step alone; those of the run are in Run.doubts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WinTieLoss:
-  """On how many prompts the answer of a was better than, as good as, or worse than that of b."""
-  a: str
-  b: str
-  by: str               # 'oracle', or the name of the judge
-  count: int
-  wins: int
-  ties: int
-  losses: int
-  rate: Value           # win rate, 0 to 1: ties count half
-  source: str = ''      # file in WORKDIR/eval, for an outside judge
-  details: external.HeadToHead | None = None
 
 
 def pairs(models: list[str]) -> list[tuple[str, str]]:
@@ -76,3 +45,62 @@ def pairs(models: list[str]) -> list[tuple[str, str]]:
     later = models[models.index('sft') + 1:]
     steps += [(model, 'sft') for model in later if (model, 'sft') not in steps]
   return steps
+
+
+def of_run(found: list[Evaluated], ranked: list[schema.RankedPrompt], outside: external.External,
+           values: dict[str, dict[str, Value]], rounds: list[Round]) -> list[Step]:
+  """The steps between the models of a run, in order; about answers and about judging.
+
+  M0 is left out where nothing compares it: the run need not evaluate it.
+  """
+  by_model, steps = {e.model: e for e in found}, []
+  for model, against in pairs([e.model for e in found]):
+    made = differences.between(by_model[model], by_model[against], ranked, outside)
+    for about in DECIDING:
+      own = [d for d in made if MEASURES[d.measure].about == about]
+      if own or against != 'm0':
+        parsed = {name: values[name].get('parsed') for name in (model, against)}
+        steps.append(_step(model, against, about, own, parsed, rounds))
+  return steps
+
+
+def answer(steps: list[Step]) -> str:
+  """Did the run get better? One sentence on the answers of the last model."""
+  about = [step for step in steps if step.about == 'answers']
+  if not about:
+    return 'There are no two models to compare.'
+  last = next((step for step in reversed(about) if step.against == 'sft'), about[-1])
+  start = {BETTER: 'Yes', WORSE: 'No', SAME: 'Not that one can see', UNMEASURED: 'Not known'}
+  return f'{start[last.verdict]}: {last.sentence}'
+
+
+def _step(model: str, against: str, about: str, own: list[Difference],
+          parsed: dict[str, Value | None], rounds: list[Round]) -> Step:
+  keys = DECIDING[about]
+  able = sorted((d for d in own if d.measure in keys and d.change.low is not None),
+                key=lambda d: keys.index(d.measure))
+  if not able:
+    return Step(model=model, against=against, about=about, verdict=UNMEASURED, decided_by='',
+                sentence=_unmeasured(model, against, about), differences=tuple(own), doubts=())
+  deciding, change = able[0], able[0].change
+  verdict = {1: BETTER, -1: WORSE, 0: SAME}[change.sign]
+  made = (doubts.of_answers(deciding, own, rounds) if about == 'answers' else
+          doubts.of_judge(deciding, own, parsed))
+  return Step(model=model, against=against, about=about, verdict=verdict,
+              sentence=_sentence(deciding, verdict, about), decided_by=deciding.measure,
+              differences=(deciding, *(d for d in own if d is not deciding)), doubts=tuple(made))
+
+
+def _sentence(deciding: Difference, verdict: str, about: str) -> str:
+  verb = 'answers' if about == 'answers' else 'judges'
+  what = (f'{deciding.model} {verb} {verdict} than {deciding.against}' if verdict != SAME else
+          f'{deciding.model} {verb} neither better nor worse than {deciding.against}')
+  by = f', judged by {deciding.judge}' if deciding.judge else ''
+  return f'{what}: {MEASURES[deciding.measure].title}{by} {doubts.signed(deciding)}.'
+
+
+def _unmeasured(model: str, against: str, about: str) -> str:
+  if about == 'judge':
+    return f'No ranks of people compare {model} with {against} as judges.'
+  return (f'No outside measure compares the answers of {model} and {against}; the scores that '
+          f'models give themselves do not show an improvement.')

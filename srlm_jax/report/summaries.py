@@ -30,6 +30,7 @@ class Config(msgspec.Struct, rename=lambda name: name.replace('_', '.')):
 class _Manifest:
   config: Config
   format: int = 0
+  params: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Started:
   config: Config
   seconds: float | None = None  # None if the stage has not finished
   summary: Any = None           # of `schema`; None for a stage without such a summary
+  params: str = ''              # hash of the parameters of the model that it runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def started(folder) -> Started | None:
     raise InputError(f'{path}: written by another version of srlm_jax; '
                      f'make the page with that version')
   done = results.read(folder / 'done.json', results.Done)
-  return Started(manifest.config, done and done.seconds, summary(folder))
+  return Started(manifest.config, done and done.seconds, summary(folder), manifest.params)
 
 
 def summary(folder):

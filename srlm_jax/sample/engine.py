@@ -25,6 +25,7 @@ from srlm_jax import (
   model_files,
   preemption,
   sharding,
+  stage as stages,
 )
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import templates, tokenizer as tokenizers
@@ -127,7 +128,8 @@ class Engine:
     """Yields every request with its n results, in order.
 
     The caller already has the first `done` samples of the stream, and those of `kept` by the id of
-    their request; a request with no other samples comes without results.
+    their request; a request with no other samples comes without results. If the requests have their
+    own `sampling`, all of them have; `sampling` is then only their limit of max_tokens.
     """
     max_prompt_tokens = self.max_prompt_tokens(sampling)
     stream = iter(requests)
@@ -141,7 +143,7 @@ class Engine:
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
                         kept, HELD_PER_SLOT * self.slots, self._share, self._refill)
-    slots = self._slots(schedule, rows, ids, sampling)
+    slots = self._slots(schedule, rows, ids, None if first[0].sampling else sampling)
     while not schedule.done():
       self.stop_if_requested()
       self.advance(slots)
@@ -405,6 +407,13 @@ def load(config, folder, stage: str, chat: str = 'none',
   if _kept:
     _kept.engine, _kept.made_of = engine, made_of
   return engine, tokenizer
+
+
+def chat_of(folder: str) -> str:
+  """The chat format of a model: that of its training here, or its tokenizer's; or none."""
+  if chat := stages.trained_with(folder, 'chat'):
+    return chat
+  return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
 
 class Kept:

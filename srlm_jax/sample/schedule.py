@@ -23,7 +23,7 @@ class Request:
   n: int = 1
   data: Any = None    # the caller's data; not used here
   lengths: Sequence[int] | None = None  # per sample, the maximum of generated tokens, if lower
-  sampling: Sampling | None = None  # its own, where requests come one by one
+  sampling: Sampling | None = None  # its own, where requests differ in it
   top: int = 0        # return the log-probs of this many most likely tokens; 0: none
 
   def __post_init__(self):

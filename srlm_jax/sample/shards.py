@@ -62,7 +62,7 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
           count: int, prompt: Callable[[Item, tokenizers.Tokenizer], list[int]],
           record: Callable[[Item, int, thinking.Said, engines.Result], records.Record], n: int = 1,
           check: Callable[[engines.Engine, tokenizers.Tokenizer], None] | None = None,
-          ) -> Iterator[records.Record]:
+          own: Callable[[Item], engines.Sampling] | None = None) -> Iterator[records.Record]:
   """Begins the stage, samples n texts for each item and writes their records.
 
   stem: records go to STEM-*.jsonl
@@ -70,6 +70,7 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
   prompt: (item, tokenizer) -> token ids of the prompt
   record: (item, index of the sample, what it says, result) -> record
   check: (engine, tokenizer); may raise InputError before anything is written
+  own: item -> how it is sampled, if that differs between items; max_tokens as in `sampling`
 
   Yields the records of all groups in the order of the items. Resumes a killed run.
   """
@@ -80,7 +81,8 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
     check(engine, tokenizer)
   group = engines.group(config)
   share = group.share(count)
-  requests = (engines.Request(item.id, prompt(item, tokenizer), n, item)
+  requests = (engines.Request(item.id, prompt(item, tokenizer), n, item,
+                              sampling=own(item) if own else None)
               for item in itertools.islice(items, *share))
   first = list(itertools.islice(requests, 1))  # may be refused, for its chat format
   s.begin(config)
