@@ -1,6 +1,6 @@
 """Contents of a report that fill every section of the page, with hostile texts."""
 from srlm_jax import schema
-from srlm_jax.report import compare, contents, external, paper, rounds, samples, steps
+from srlm_jax.report import compare, contents, differences, external, paper, rounds, samples, steps
 from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths
@@ -26,7 +26,7 @@ def lengths(mean):
 
 
 def step(model, against, verdict, change, doubts=()):
-  difference = steps.Difference(measure='oracle', model=model, against=against, paired=True,
+  difference = differences.Difference(measure='oracle', model=model, against=against, paired=True,
                                 change=change, ours=3.0, theirs=3.0 - change.value)
   sentence = f'{model} against {against}: oracle score {change.value:+.2f}.'
   return steps.Step(model=model, against=against, about='answers', verdict=verdict,
@@ -63,7 +63,7 @@ def sampled(model):
       for name, text in HOSTILE.items())
   plain = samples.Candidate(id='p', text='Of course, ears.', thinking='', finish='eos', n_tokens=4,
                             score=4.5, spread=0.0, role='', judgements=(samples.Judged(
-                                text='Fine. Score: 4', score=4.5, reason='', finish='eos'),))
+                                text='Fine. Score: 4', score=4.5, reason='', finish='eos', thinking=''),))
   prompts += (samples.Prompt(id='plain', prompt='Where do I wear earrings?', paired=False,
                              candidates=(plain,)),)
   return samples.Samples(model=model, rule='The first ones.', prompts=prompts, total=600)
@@ -136,7 +136,7 @@ def run(name='demo'):
              step('m2', 'm1', 'better', value(0.4), ['Answers are 60 % longer.']),
              step('m3', 'm2', 'worse', value(-0.3)), step('m3', 'sft', 'better', value(1.22))),
       doubts=(Doubt(kind='seed', sentence='One seed: other training runs may differ.'),),
-      wins=tuple(steps.WinTieLoss(a=a, b=b, by='oracle', count=400, wins=200, ties=120, losses=80,
+      wins=tuple(differences.WinTieLoss(a=a, b=b, by='oracle', count=400, wins=200, ties=120, losses=80,
                                   rate=value(0.65)) for a, b in (('m2', 'm1'), ('m3', 'm2'))),
       rounds=(iteration('m2', 'm1'), iteration('m3', 'm2')), eft={'m1': eft},
       training={'m2': trained}, curves={'m2': curves, 'm3': curves},

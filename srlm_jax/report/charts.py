@@ -18,6 +18,10 @@ _CURVES = (
     ('reward margin', {'margin': 'margin'}, 0),
     ('accuracy', {'accuracy': 'accuracy'}, 0.5),
     ('gradient norm', {'grad_norm': 'gradient norm'}, None))
+# Steps of the funnel -> what they are a part of.
+_PART_OF = {'accepted prompts': 'attempts', 'finished': 'responses', 'parsed': 'judgements',
+            'scored candidates': 'responses', 'pairs': 'accepted prompts',
+            'positives': 'responses'}
 
 
 def style(model: str) -> str:
@@ -118,12 +122,15 @@ def _on_scale(bars: dict[str, int], scale: tuple[float, float] | None) -> dict[s
 
 
 def funnel(found: rounds.Round) -> Chart | None:
-  """What is left after each step of making a model's data."""
-  if not found.funnel:
-    return None
-  return plots.rows(f'data of {found.model}', [
-      Row(step.label, [step.count], f'{step.count:,}') for step in found.funnel],
-      styles=(style(found.model),))
+  """What is left after each step of making a model's data, as a share of what it is a part of."""
+  count = {step.label: step.count for step in found.funnel}
+  made = []
+  for step in found.funnel:
+    whole = count.get(_PART_OF.get(step.label, ''))
+    made.append(Row(step.label, [step.count / whole if whole else 1.0],
+                    f'{step.count:,}' + (f' = {step.count / whole:.1%}' if whole else '')))
+  return plots.rows(f'data of {found.model}', made, styles=(style(found.model),), whole=1
+                    ) if made else None
 
 
 def lengths(run: contents.Run) -> list[Chart]:

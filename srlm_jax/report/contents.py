@@ -2,7 +2,7 @@
 import dataclasses
 
 from srlm_jax import schema
-from srlm_jax.report import compare, external, paper, rounds, samples, steps
+from srlm_jax.report import compare, differences, external, paper, rounds, samples, steps
 from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths
@@ -47,7 +47,7 @@ class Run:
   answer: str                      # did it get better? one sentence
   steps: tuple[steps.Step, ...]
   doubts: tuple[Doubt, ...]        # reasons to doubt the whole run
-  wins: tuple[steps.WinTieLoss, ...]    # every pair of models that was compared
+  wins: tuple[differences.WinTieLoss, ...]    # every pair of models that was compared
   rounds: tuple[rounds.Round, ...]
   eft: dict[str, schema.EftSummary]
   training: dict[str, schema.TrainingSummary]

@@ -11,7 +11,7 @@ import jinja2
 import markupsafe
 
 from srlm_jax import schema
-from srlm_jax.report import charts, contents, external, plots, rounds, steps
+from srlm_jax.report import charts, contents, external, paper, plots, rounds, steps
 from srlm_jax.report.measures import Lengths, MEASURES
 
 # What is said of a text by the reason why it ends, if not by itself.
@@ -34,6 +34,7 @@ def render(found: contents.Contents) -> str:
   environment.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES,
       kinds=_KINDS, heading=heading, verdict=verdict, sections_of=sections_of, keys_of=keys_of,
+      papers_about=papers_about,
       funnels=funnels, rounds_table=rounds_table, kept_of=kept_of, tasks_of=tasks_of,
       sample_models=sample_models, side_by_side=side_by_side, bins_of=bins_of, percents=percents,
       ngram_headings=ngram_headings)
@@ -117,6 +118,12 @@ def keys_of(values: Iterable[dict], about: str = '') -> list[str]:
   values = list(values)
   return [key for key, measure in MEASURES.items()
           if about in ('', measure.about) and any(key in found for found in values)]
+
+
+def papers_about(found: contents.Contents, about: str) -> list[paper.Table]:
+  """The paper's tables about `answers` or `judge`; '': those about neither."""
+  return [table for table in found.paper
+          if about == next((MEASURES[key].about for key in table.measures if key in MEASURES), '')]
 
 
 def funnels(run: contents.Run) -> list[plots.Chart]:

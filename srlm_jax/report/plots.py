@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import markupsafe
 
 _WIDTH, _HEIGHT = 340, 210    # of a chart with two axes, in units of about a CSS pixel
+_MAP = 560, 420               # of a scatter plot
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 12, 8, 24  # margins around the plotted area
 _ROW, _LABELS, _VALUES = 26, 96, 96  # of a chart of rows: height of a row, widths beside the bars
 _FEW_POINTS = 30  # a line with fewer points has markers
@@ -100,7 +101,7 @@ def bars(title: str, series: dict[str, dict[str, float]],
 
 
 def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]) -> Chart:
-  """A row per name: whiskers from the 5 % to the 95 % quantile, a box of the middle half, a median."""
+  """A row per name: a line from the 5 % to the 95 % quantile, a box of the middle half, a median."""
   x_ticks = ticks(0, max(high for *_, high in found.values()))
   end = _ROW * len(found) + 4
   svg = _drawing(end + 18, f'{title}, quantiles 5, 25, 50, 75 and 95 %: ' + '; '.join(
@@ -168,14 +169,13 @@ def scatter(title: str, series: dict[str, Sequence[Point]], labels: tuple[str, s
   points = [point for dots in series.values() for point in dots]
   x_ticks = ticks(*_range([point.x for point in points]))
   y_ticks = ticks(*_range([point.y for point in points]))
-  height = 2 * _HEIGHT
-  svg = _drawing(height, f'{title}: ' + ', '.join(
-      f'{len(dots)} points of {name}' for name, dots in series.items()))
-  x = _Scale(x_ticks[0], x_ticks[-1], _LEFT, _WIDTH - _RIGHT)
-  y = _Scale(y_ticks[0], y_ticks[-1], height - _BOTTOM - 16, _TOP)
+  svg = _drawing(_MAP[1], f'{title}: ' + ', '.join(
+      f'{len(dots)} points of {name}' for name, dots in series.items()), _MAP[0])
+  x = _Scale(x_ticks[0], x_ticks[-1], _LEFT, _MAP[0] - _RIGHT)
+  y = _Scale(y_ticks[0], y_ticks[-1], _MAP[1] - _BOTTOM - 16, _TOP + 16)
   _axes(svg, x, y, [(value, _short(value)) for value in x_ticks], y_ticks)
-  _text(svg, labels[0], (x.start + x.end) / 2, height - 6, 'middle')
-  _text(svg, labels[1], x.start + 6, _TOP + 8, 'start')
+  _text(svg, labels[0], (x.start + x.end) / 2, _MAP[1] - 6, 'middle')
+  _text(svg, labels[1], 0, 10, 'start')
   for i, dots in enumerate(series.values()):
     for dot in dots:
       _add(svg, 'circle', f's{i % SERIES} dot', cx=x(dot.x), cy=y(dot.y), r=2.2)
@@ -199,9 +199,9 @@ def ticks(low: float, high: float) -> list[float]:
   return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _drawing(height: float, description: str) -> ElementTree.Element:
+def _drawing(height: float, description: str, width: float = _WIDTH) -> ElementTree.Element:
   return ElementTree.Element('svg', {
-      'viewBox': f'0 0 {_WIDTH} {height}', 'role': 'img', 'aria-label': description})
+      'viewBox': f'0 0 {width} {height}', 'role': 'img', 'aria-label': description})
 
 
 def _chart(title: str, svg: ElementTree.Element, legend=()) -> Chart:
