@@ -4,13 +4,17 @@ import itertools
 
 from srlm_jax import schema
 from srlm_jax.config import MODELS
-from srlm_jax.report import contents, plots, rounds
+from srlm_jax.report import plots
+from srlm_jax.report.compare import Arm
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths, Measure, MEASURES
 from srlm_jax.report.plots import Chart, Point, Row
+from srlm_jax.report.rounds import Round
+from srlm_jax.report.run import Metrics, Run
+from srlm_jax.report.steps import Step
 
 _MAX_BARS = 11  # a scale with more values is drawn without the unused ones
-# Curves of training: title, fields of `contents.Metrics` with their names, level of a dashed rule.
+# Curves of training: title, fields of `Metrics` with their names, level of a dashed rule.
 _CURVES = (
     ('loss', {'loss': 'loss'}, None),
     ('reward', {'chosen_reward': 'chosen', 'rejected_reward': 'rejected'}, 0),
@@ -29,13 +33,13 @@ def style(model: str) -> str:
   return f's{(MODELS.index(model) - 1) % plots.SERIES}' if model in MODELS else 's5'
 
 
-def differences(run: contents.Run) -> list[Chart]:
-  """The differences that decide, a chart per measure."""
+def differences(steps: Sequence[Step], about: str) -> list[Chart]:
+  """The differences that decide, of answers or of judges: a chart per measure."""
   found = {}
-  for step in run.steps:
-    for difference in step.differences[:1]:
-      found.setdefault(difference.measure, {})[
-          f'{step.model} - {step.against}'] = difference.change
+  for step in steps:
+    if step.about == about and step.decided_by:
+      found.setdefault(step.decided_by, {})[
+          f'{step.model} - {step.against}'] = step.differences[0].change
   return [plots.intervals(_difference_title(key), {
       name: _point(0, value) for name, value in changes.items()}, MEASURES[key].digits)
           for key, changes in found.items()]
@@ -47,7 +51,7 @@ def _difference_title(key: str) -> str:
   return f'difference in {MEASURES[key].title}'
 
 
-def win_tie_loss(run: contents.Run) -> list[Chart]:
+def win_tie_loss(run: Run) -> list[Chart]:
   """A chart per judge of answers: shares of prompts won, tied and lost."""
   by_judge = {}
   for found in run.wins:
@@ -59,7 +63,7 @@ def win_tie_loss(run: contents.Run) -> list[Chart]:
       whole=1) for by, found in by_judge.items()]
 
 
-def by_round(run: contents.Run) -> list[Chart]:
+def by_round(run: Run) -> list[Chart]:
   """Measures by model: the answers; the judge against people and the oracle; its mean score."""
   made = [_by_model(run, 'held-out answers, score of the oracle', {'oracle': 'oracle'}),
           _by_model(run, 'the judge against people and the oracle', {
@@ -73,7 +77,7 @@ def by_round(run: contents.Run) -> list[Chart]:
   return [chart for chart in made if chart]
 
 
-def _by_model(run: contents.Run, title: str, keys: dict[str, str]) -> Chart | None:
+def _by_model(run: Run, title: str, keys: dict[str, str]) -> Chart | None:
   models = [model for model in run.models if any(key in run.values.get(model, {}) for key in keys)]
   series = {name: points for key, name in keys.items() if (points := [
       _point(x, value) for x, model in enumerate(models)
@@ -85,7 +89,7 @@ def _point(x: float, value: Value) -> Point:
   return Point(x, value.value, value.low, value.high)
 
 
-def training(lines: Sequence[contents.Metrics]) -> list[Chart]:
+def training(lines: Sequence[Metrics]) -> list[Chart]:
   """The curves of one model: loss; with pairs also rewards, log-probs, margin and accuracy."""
   made = []
   for title, fields, level in _CURVES:
@@ -97,7 +101,7 @@ def training(lines: Sequence[contents.Metrics]) -> list[Chart]:
   return made
 
 
-def scores(run: contents.Run) -> list[Chart]:
+def scores(run: Run) -> list[Chart]:
   """Histograms: the judge's and the oracle's scores of each round, the oracle's of the answers."""
   made = []
   for r in run.rounds:
@@ -121,7 +125,7 @@ def _on_scale(bars: dict[str, int], scale: tuple[float, float] | None) -> dict[s
   return {name: count / total for name, count in bars.items()}
 
 
-def funnel(found: rounds.Round) -> Chart | None:
+def funnel(found: Round) -> Chart | None:
   """What is left after each step of making a model's data, as a share of what it is a part of."""
   count = {step.label: step.count for step in found.funnel}
   made = []
@@ -133,7 +137,7 @@ def funnel(found: rounds.Round) -> Chart | None:
                     ) if made else None
 
 
-def lengths(run: contents.Run) -> list[Chart]:
+def lengths(run: Run) -> list[Chart]:
   """Quantiles of the lengths of the answers, and of the responses of each round."""
   pairs = {name: found for r in run.rounds for name, found in (
       (f'{r.model} all', r.characters), (f'{r.model} chosen', r.chosen),
@@ -148,7 +152,7 @@ def _boxes(title: str, found: dict[str, Lengths]) -> Chart:
       name: (x.low, x.quarter, x.median, x.three_quarters, x.high) for name, x in found.items()})
 
 
-def seconds(run: contents.Run) -> Chart | None:
+def seconds(run: Run) -> Chart | None:
   """Seconds per stage, a colour per model; stages below 1 % of the total are left out."""
   owners = list(dict.fromkeys(cost.owner for cost in run.costs))
   taken = {(cost.owner, cost.stage): cost.seconds or 0 for cost in run.costs}
@@ -176,8 +180,8 @@ def map_of(found: schema.Distributions) -> Chart | None:
       f'first component{shares[0]}', f'second component{shares[1]}'))
 
 
-def of_runs(runs: Sequence[contents.Run], key: str) -> Chart | None:
-  """A measure by model, a line per run."""
+def of_runs(runs: Sequence[Run | Arm], key: str) -> Chart | None:
+  """A measure by model, a line per run or arm."""
   measure: Measure = MEASURES[key]
   names = [m for m in MODELS if any(key in run.values.get(m, {}) for run in runs)]
   series = {run.name: points for run in runs if (points := [

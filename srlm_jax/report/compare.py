@@ -1,7 +1,17 @@
 """Several runs: paired differences between them, and the seeds of a study as one."""
+from collections.abc import Iterable, Sequence
 import dataclasses
+import itertools
+import re
 
+from etils import epath
+
+from srlm_jax.report import differences, doubts, estimates, external, measures, results, steps
+from srlm_jax.report.differences import Difference
+from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.estimates import Value
+from srlm_jax.report.measures import Evaluated
+from srlm_jax.report.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,10 +28,145 @@ class Across:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arm:
-  """The runs of a study that differ in their seeds only."""
+  """The runs of a study that differ in their seeds only, as one. Intervals are over seeds."""
   name: str
   seeds: tuple[int, ...]
-  changes: tuple[str, ...]               # --set changes, if NAME.json has them
+  models: tuple[str, ...]                # that every run has
+  judges: frozenset[str]                 # who scored the candidates
   values: dict[str, dict[str, Value]]    # {model: {measure: mean over seeds}}
-  # {(model, against): {measure: mean over seeds of the paired difference}} within the runs
-  gains: dict[tuple[str, str], dict[str, Value]]
+  answer: str                            # did it get better? one sentence
+  steps: tuple[steps.Step, ...]
+  doubts: tuple[Doubt, ...]
+
+
+def between_runs(runs: Sequence[Run]) -> tuple[list[Across], list[str]]:
+  """Differences of each run from the first one, and why some are refused: one sentence each."""
+  made, refused = [], []
+  for run in runs[1:]:
+    for model in (model for model in run.evaluated if model in runs[0].evaluated):
+      pair = run.evaluated[model], runs[0].evaluated[model]
+      if why := _other_prompts(*pair):
+        refused.append(f'{run.name} and {runs[0].name}: {why}')
+        break
+      found = differences.between(*pair, run.ranked, external.External())
+      made += [Across(model=model, measure=d.measure, run=run.name, against=runs[0].name,
+                      change=d.change, ours=d.ours, theirs=d.theirs) for d in found]
+  return made, refused
+
+
+def _other_prompts(a: Evaluated, b: Evaluated) -> str:
+  """Why two evaluations cannot be paired by prompt; '' if they can."""
+  ours, theirs = ({name: r.prompt for name, r in x.answers.items()} for x in (a, b))
+  if ours != theirs:
+    same = len(ours.items() & theirs.items())
+    return (f'their answers of {a.model} are to other held-out prompts ({len(ours):,} and '
+            f'{len(theirs):,}, of which {same:,} are the same), so no difference is paired by '
+            f'prompt; make both from the same data')
+  judged, other = ({j.response_id for j in x.judgements} for x in (a, b))
+  if judged != other:
+    return (f'{a.model} judged other ranked replies ({len(judged):,} and {len(other):,}), so no '
+            f'difference is paired by prompt; make both from the same data')
+  return ''
+
+
+def study(folder) -> dict[str, dict[int, epath.Path]]:
+  """{name: {seed: run}} of a study's folder: its subfolders NAME-SEED with a model.
+
+  {} if the folder is a run itself, or has no such subfolder.
+  """
+  folder, found = epath.Path(folder), {}
+  if results.trained(folder) or not folder.exists():
+    return {}
+  for path in sorted(folder.iterdir()):
+    if (match := re.fullmatch(r'(.+)-(\d+)', path.name)) and results.trained(path):
+      found.setdefault(match[1], {})[int(match[2])] = path
+  return {name: dict(sorted(runs.items())) for name, runs in found.items()}
+
+
+def arms(found: dict[str, dict[int, Run]], has_control: bool) -> list[Arm]:
+  """{name: {seed: run}} -> each name's runs as one; the loop first."""
+  return [_arm(name, found[name], has_control) for name in _ordered(found)]
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+  return sorted(names, key=lambda name: (name != 'loop', name))
+
+
+def _arm(name: str, runs: dict[int, Run], has_control: bool) -> Arm:
+  first, *others = runs.values()
+  judges = frozenset(judge for run in runs.values() for judge in run.judges)
+  models = tuple(m for m in first.models if all(m in run.models for run in others))
+  values = {model: over_seeds([run.values[model] for run in runs.values()]) for model in models}
+  gains = {pair: _gains([run.differences.get(pair, ()) for run in runs.values()])
+           for pair in steps.pairs(models)}
+  made = tuple(steps.of_models(models, gains, values, []))
+  facts = doubts.Facts(
+      has_outside=any(step.decided_by for step in made if step.about == 'answers'), judges=judges,
+      has_control=has_control, seeds=len(runs), is_sandbox=first.is_sandbox,
+      stopped='; '.join(filter(None, (run.stopped for run in runs.values()))),
+      unfinished=tuple(f'{run.name}/{stage}' for run in runs.values() for stage in run.unfinished),
+      warnings=sum(len(run.warnings) for run in runs.values()))
+  return Arm(name=name, seeds=tuple(runs), models=models, judges=judges, values=values,
+             answer=steps.answer(made), steps=made, doubts=tuple(doubts.of_run(facts)))
+
+
+def over_seeds(rows: list[dict[str, Value]]) -> dict[str, Value]:
+  """{measure: value} of each seed -> the means over seeds of the measures that all have."""
+  return {key: estimates.mean(([row[key].value] for row in rows), 'seeds')
+          for key in measures.MEASURES if all(key in row for row in rows)}
+
+
+def _gains(rows: list[Sequence[Difference]]) -> list[Difference]:
+  """The differences of one pair of models in each run -> their means over seeds."""
+  made, by_key = [], [{(d.measure, d.judge): d for d in row} for row in rows]
+  for key, first in by_key[0].items():
+    if all(key in row for row in by_key):
+      change, ours, theirs = (
+          estimates.mean(([x] for x in column), 'seeds') for column in zip(*(
+              (row[key].change.value, row[key].ours, row[key].theirs) for row in by_key),
+              strict=True))
+      made.append(dataclasses.replace(first, change=change, ours=ours.value, theirs=theirs.value,
+                                      file=None))
+  return made
+
+
+def between_arms(found: dict[str, dict[int, Run]]) -> tuple[list[Across], list[str]]:
+  """Differences between every two arms, paired by seed, and why some are refused.
+
+  A seed of both arms counts if the runs answer the same held-out prompts.
+  """
+  made, refused = [], []
+  for against, name in itertools.combinations(_ordered(found), 2):
+    seeds = [seed for seed in found[name] if seed in found[against]]
+    pairs = [(found[name][seed], found[against][seed]) for seed in seeds]
+    if why := _refused(pairs):
+      refused.append(f'{name} and {against}: {why}')
+      continue
+    every = [run for pair in pairs for run in pair]
+    for model in every[0].models:
+      if all(model in run.models for run in every):
+        made += _over_seeds(name, against, model, pairs)
+  return made, refused
+
+
+def _over_seeds(name: str, against: str, model: str, pairs: list[tuple[Run, Run]]) -> list[Across]:
+  made = []
+  for key in measures.MEASURES:
+    values = [[run.values[model].get(key) for run in pair] for pair in pairs]
+    if all(value for pair in values for value in pair):
+      ours, theirs = zip(*([value.value for value in pair] for pair in values), strict=True)
+      change = estimates.mean(([x - y] for x, y in zip(ours, theirs, strict=True)), 'seeds')
+      made.append(Across(model=model, measure=key, run=name, against=against, change=change,
+                         ours=sum(ours) / len(ours), theirs=sum(theirs) / len(theirs)))
+  return made
+
+
+def _refused(pairs: list[tuple[Run, Run]]) -> str:
+  """Why two arms cannot be paired by seed; '' if they can."""
+  if not pairs:
+    return 'no seed has a run of both, so nothing is paired by seed'
+  for a, b in pairs:
+    for model in a.evaluated:
+      if model in b.evaluated and (why := _other_prompts(a.evaluated[model], b.evaluated[model])):
+        return why
+  return ''

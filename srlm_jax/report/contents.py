@@ -1,76 +1,81 @@
 """Everything that the report shows, as plain data: `read` makes it, `page` renders it."""
+from collections.abc import Sequence
 import dataclasses
 
-from srlm_jax import schema
-from srlm_jax.report import compare, differences, external, paper, rounds, samples, steps
-from srlm_jax.report.doubts import Doubt
-from srlm_jax.report.estimates import Value
-from srlm_jax.report.measures import Lengths
+from etils import epath
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Metrics:
-  """A line of metrics.jsonl: a logged training step, counted from 0. None: not written."""
-  step: int
-  loss: float | None = None
-  margin: float | None = None
-  accuracy: float | None = None
-  chosen_reward: float | None = None
-  rejected_reward: float | None = None
-  chosen_logp: float | None = None
-  rejected_logp: float | None = None
-  grad_norm: float | None = None
-  learning_rate: float | None = None
-  tokens_per_second: float | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageCost:
-  """A stage that has started."""
-  owner: str                 # data, or a model
-  stage: str
-  seconds: float | None      # None: not finished
-  tokens: int | None         # sampled, or trained on; None: not known
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-  """One workdir. Dictionaries by model have only the models with such data."""
-  name: str
-  size: str
-  model: str                       # preset of the model; '' if not known
-  seed: int | None
-  stopped: str                     # why the loop stopped early, or ''
-  models: tuple[str, ...]          # trained, in order
-  rows: list[dict]                 # see results.of_models: the tables of the loop
-  values: dict[str, dict[str, Value]]   # {model: {key of measures.MEASURES: value}}
-  answer: str                      # did it get better? one sentence
-  steps: tuple[steps.Step, ...]
-  doubts: tuple[Doubt, ...]        # reasons to doubt the whole run
-  wins: tuple[differences.WinTieLoss, ...]    # every pair of models that was compared
-  rounds: tuple[rounds.Round, ...]
-  eft: dict[str, schema.EftSummary]
-  training: dict[str, schema.TrainingSummary]
-  curves: dict[str, list[Metrics]]
-  characters: dict[str, Lengths]   # of the held-out answers, by model
-  tokens: dict[str, Lengths]
-  oracle_scores: dict[str, dict[str, int]]  # histogram of the held-out answers, by model
-  costs: tuple[StageCost, ...]
-  unfinished: tuple[str, ...]      # OWNER/STAGE that started and did not finish
-  missing: tuple[str, ...]         # what the report could show and the run does not have
-  external: external.External
-  samples: tuple[samples.Samples, ...]
-  held_out: samples.HeldOut
-  warnings: tuple[str, ...]        # sentences of the health checks
-  distributions: schema.Distributions | None = None
+from srlm_jax import InputError
+from srlm_jax.report import compare, paper, results, rounds, run as runs, summaries
+from srlm_jax.report.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contents:
-  """What the report shows: one run, several runs side by side, or the arms of a study."""
+  """What the report shows: one run, several runs side by side, or the arms of studies.
+
+  `runs` are in the order of the workdirs; a study gives `arms` and no runs.
+  """
   title: str
   runs: tuple[Run, ...]
   arms: tuple[compare.Arm, ...]            # a study's runs with several seeds, as one
-  across: tuple[compare.Across, ...]       # between two runs, or between two arms
+  across: tuple[compare.Across, ...]       # from the first run, or between two arms
   refused: tuple[str, ...]                 # why runs cannot be compared: one sentence each
-  paper: tuple[paper.Table, ...]  # see paper.tables
+  paper: tuple[paper.Table, ...]           # see paper.tables
+
+
+def read(workdirs: Sequence) -> Contents:
+  """Reads one or several workdirs of runs, or one folder of studies.
+
+  Raises InputError for a folder without a model, a folder that is given twice and a damaged file.
+  """
+  folders = [epath.Path(workdir) for workdir in workdirs]
+  if len(folders) == 1 and (found := compare.study(folders[0])):
+    return _study(folders[0].name, found)
+  named = _names(folders)
+  has_control = any(rounds.is_control(folder) for folder in folders)
+  made = [_run(folder, name, has_control) for name, folder in named.items()]
+  across, refused = compare.between_runs(made)
+  return Contents(title=', '.join(run.name for run in made), runs=tuple(made), arms=(),
+                  across=tuple(across), refused=tuple(refused), paper=paper.tables())
+
+
+def of_run(workdir, rows: list[dict], stopped: str) -> Contents:
+  """The contents of one run, whose rows (`results.of_models`) the loop has just made.
+
+  stopped: why the loop stopped early, or ''.
+  """
+  folder = epath.Path(workdir)
+  run = runs.read(folder, folder.name, rows, stopped, has_control=False)
+  return Contents(title=run.name, runs=(run,), arms=(), across=(), refused=(),
+                  paper=paper.tables())
+
+
+def _study(title: str, found: dict[str, dict[int, epath.Path]]) -> Contents:
+  folders = [folder for by_seed in found.values() for folder in by_seed.values()]
+  has_control = any(rounds.is_control(folder) for folder in folders)
+  made = {name: {seed: _run(folder, folder.name, has_control) for seed, folder in by_seed.items()}
+          for name, by_seed in found.items()}
+  across, refused = compare.between_arms(made)
+  arms = compare.arms(made, has_control)
+  return Contents(title=title, runs=(), arms=tuple(arms), across=tuple(across),
+                  refused=tuple(refused), paper=paper.tables())
+
+
+def _run(folder, name: str, has_control: bool) -> Run:
+  """Raises InputError if the folder has no model."""
+  rows, before = results.of_models(folder), summaries.run_results(folder)
+  if not rows:
+    raise InputError(f'{folder} contains no model; make one with the loop: '
+                     f'python -m srlm_jax.loop --help')
+  is_current = [row.model for row in before.models] == [row['model'] for row in rows]
+  return runs.read(folder, name, rows, before.stopped if is_current else '', has_control)
+
+
+def _names(folders: list[epath.Path]) -> dict[str, epath.Path]:
+  """Folders by their names; by their paths, if two have the same name."""
+  paths = [str(folder) for folder in folders]
+  for path in paths:
+    if paths.count(path) > 1:
+      raise InputError(f'--workdir={path} is given twice; give every run once')
+  names = [folder.name for folder in folders]
+  return dict(zip(names if len({*names}) == len(names) else paths, folders, strict=True))

@@ -20,7 +20,7 @@ class Difference:
   theirs: float | None
   paired: bool           # by prompt; else both are taken as measured on different prompts
   judge: str = ''        # name of the outside judge, if the file has it
-  file: external.HeadToHead | None = None
+  file: schema.HeadToHead | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class WinTieLoss:
   """On how many prompts the answer of a was better than, as good as, or worse than that of b."""
   a: str
   b: str
-  by: str               # 'oracle', or the name of the judge
+  by: str               # 'oracle', the name of the judge, or 'program' for a file of graded answers
   count: int
   wins: int
   ties: int
@@ -78,8 +78,9 @@ def wins(found: list[Evaluated], outside: external.External) -> list[WinTieLoss]
       made.append(_counted(a.model, b.model, [a.graded[p] - b.graded[p] for p in same]))
   for path, file in outside.head_to_head.items():
     if file.count:
+      a, b = map(external.model_name, (file.a, file.b))
       made.append(WinTieLoss(
-          a=file.a, b=file.b, by=file.judge or 'outside judge', count=file.count, wins=file.wins,
+          a=a, b=b, by=external.judged_by(file) or 'program', count=file.count, wins=file.wins,
           ties=file.ties, losses=file.losses, rate=_rate(file), source=path))
   return made
 
@@ -91,7 +92,7 @@ def _counted(a: str, b: str, margins: list[float]) -> WinTieLoss:
                     rate=estimates.mean([x] for x in outcomes))
 
 
-def _rate(file: external.HeadToHead) -> Value:
+def _rate(file: schema.HeadToHead) -> Value:
   return Value(value=(file.wins + file.ties / 2) / file.count, low=file.win_rate_low,
                high=file.win_rate_high, count=file.count)
 
@@ -102,15 +103,16 @@ def _head_to_head(a: Evaluated, b: Evaluated, outside: external.External) -> Ite
   Those of answers that a program graded are left out: the oracle's grades are in the run.
   """
   for file in outside.head_to_head.values():
-    if not file.count or not file.judge or {file.a, file.b} != {a.model, b.model}:
+    of, judge = [external.model_name(x) for x in (file.a, file.b)], external.judged_by(file)
+    if not file.count or not judge or of not in ([a.model, b.model], [b.model, a.model]):
       continue
-    rate, sign = _rate(file), 1 if file.a == a.model else -1
+    rate, sign = _rate(file), 1 if of[0] == a.model else -1
     ends = [None if x is None else sign * (x - 0.5) for x in (rate.low, rate.high)]
     low, high = ends[::sign]
     change = Value(value=sign * (rate.value - 0.5), low=low, high=high, count=file.count)
     yield Difference(measure='head_to_head', model=a.model, against=b.model, change=change,
                      ours=0.5 + change.value, theirs=0.5 - change.value, paired=True,
-                     judge=file.judge, file=file)
+                     judge=judge, file=file)
 
 
 def _apart(measure: str, a: Evaluated, b: Evaluated, outside: external.External):

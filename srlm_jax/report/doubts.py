@@ -9,7 +9,8 @@ from srlm_jax.report.measures import MEASURES
 from srlm_jax.report.rounds import Round
 from srlm_jax.reward import health
 
-FEW = 100           # prompts; fewer give a doubt
+FEW = 100           # prompts, or questions; fewer give a doubt
+FEW_SEEDS = 3
 LONGER = 1.2        # ratio of the mean lengths of answers
 INCONSISTENT = 0.3  # share of prompts on which the judge's verdict depends on the order
 LOST = 0.1          # share of prompts without two verdicts
@@ -20,6 +21,19 @@ class Doubt:
   """`kind` names the rule, for tests and styles; `sentence` is for readers."""
   kind: str
   sentence: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+  """What the doubts on a whole run depend on."""
+  has_outside: bool             # a measure from outside compares the answers of two models
+  judges: frozenset[str]        # who scored the candidates of the rounds
+  has_control: bool             # a run with a random judge is shown beside it
+  seeds: int
+  is_sandbox: bool
+  stopped: str = ''             # why the loop stopped early, or ''
+  unfinished: tuple[str, ...] = ()  # OWNER/STAGE
+  warnings: int = 0             # sentences of the health checks
 
 
 def of_answers(deciding: Difference, all_of_step: list[Difference],
@@ -70,11 +84,37 @@ def signed(difference: Difference) -> str:
   return text if change.count is None else f'{text} on {change.count:,} {change.of}'
 
 
+def of_run(run: Facts) -> Iterator[Doubt]:
+  """Doubts on all results of a run, or of an arm of a study."""
+  if not run.has_outside:
+    yield Doubt(kind='no_outside', sentence='Nothing outside of the models measures their answers; '
+                'compare them with srlm_jax.eval.head_to_head or AlpacaEval.')
+  if run.judges & {'random'}:
+    yield Doubt(kind='is_control', sentence='The scores of the candidates were drawn at random: '
+                'this is the control, and no gain may come from its judge.')
+  elif not run.has_control:
+    yield Doubt(kind='no_control', sentence='No run with a random judge (--ablation=random_judge) '
+                'is shown beside it, so what training gives without a judge is not known.')
+  if run.seeds == 1:
+    yield Doubt(kind='one_seed', sentence='One seed: another training may differ by more than the '
+                'intervals over prompts say; srlm_jax.study runs several.')
+  if run.is_sandbox:
+    yield Doubt(kind='sandbox', sentence='The task is the toy task of the sandbox, whose grades '
+                'are exact; nothing follows for other tasks and models.')
+  if run.stopped:
+    yield Doubt(kind='stopped', sentence=f'The run stopped early: {run.stopped}.')
+  if run.unfinished:
+    yield Doubt(kind='unfinished', sentence=f'Not finished: {", ".join(run.unfinished)}.')
+  if run.warnings:
+    yield Doubt(kind='warnings', sentence=f'{run.warnings} of the health checks give warnings.')
+
+
 def _of_number(deciding: Difference) -> Iterator[Doubt]:
   change = deciding.change
-  if change.count is not None and change.count < FEW:
-    yield Doubt(kind='few_prompts', sentence=f'Only {change.count} {change.of} were compared, '
-                f'fewer than {FEW}.')
+  few = FEW_SEEDS if change.of == 'seeds' else FEW
+  if change.count is not None and change.count < few:
+    yield Doubt(kind='few', sentence=f'Only {change.count} {change.of} were compared, fewer than '
+                f'{few}.')
   if change.low is None:
     yield Doubt(kind='no_interval', sentence='The difference has no interval.')
   elif not change.sign:

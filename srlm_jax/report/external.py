@@ -3,52 +3,13 @@ import dataclasses
 
 from etils import epath
 
-from srlm_jax import records
+from srlm_jax import records, schema
+from srlm_jax.config import MODELS
 from srlm_jax.report import results
 from srlm_jax.report.estimates import Value
 
 _NORMAL = 1.959963984540054  # half a 95 % interval, in standard errors
 _file = dataclasses.dataclass(frozen=True, kw_only=True)
-
-
-@_file
-class HeadToHead:
-  a: str
-  b: str
-  count: int
-  wins: int
-  ties: int
-  losses: int
-  win_rate: float | None = None
-  win_rate_low: float | None = None
-  win_rate_high: float | None = None
-  p_value: float | None = None
-  first_wins: int | None = None
-  second_wins: int | None = None
-  inconsistent: int | None = None
-  left_out: int | None = None
-  unparsed: int | None = None
-  missing: int | None = None
-  characters_a: float | None = None
-  characters_b: float | None = None
-  judge: str = ''
-  cost: float | None = None
-
-
-@_file
-class AlpacaEval:
-  generator: str
-  win_rate: float | None
-  standard_error: float | None
-  wins: int
-  draws: int
-  losses: int
-  count: int
-  missing: int
-  characters: float
-  length_controlled: float | None = None
-  length_controlled_standard_error: float | None = None
-  discrete_win_rate: float | None = None
 
 
 @_file
@@ -72,16 +33,17 @@ class Harness:
 @dataclasses.dataclass(frozen=True)
 class External:
   """The files of WORKDIR/eval, {path there: contents}; empty where there is none."""
-  head_to_head: dict[str, HeadToHead] = dataclasses.field(default_factory=dict)
-  alpaca: dict[str, AlpacaEval] = dataclasses.field(default_factory=dict)
+  head_to_head: dict[str, schema.HeadToHead] = dataclasses.field(default_factory=dict)
+  alpaca: dict[str, schema.AlpacaEval] = dataclasses.field(default_factory=dict)
   mt_bench: dict[str, dict[str, MtBench]] = dataclasses.field(default_factory=dict)
   harness: dict[str, Harness] = dataclasses.field(default_factory=dict)
+  distributions: dict[str, schema.Distributions] = dataclasses.field(default_factory=dict)
 
   def of_model(self, model: str) -> dict[str, Value]:
     """{key of measures.MEASURES: value} of the benchmarks that judge one model alone."""
     made = {}
     for found in self.alpaca.values():
-      if found.generator == model:
+      if model_name(found.generator) == model:
         made['alpaca'] = _percent(found.win_rate, found.standard_error, found.count)
         made['alpaca_controlled'] = _percent(
             found.length_controlled, found.length_controlled_standard_error, found.count)
@@ -100,10 +62,25 @@ def read(workdir) -> External:
             for path in sorted(folder.glob(pattern))} if folder.exists() else {}
 
   return External(
-      head_to_head=found('*/head_to_head.json', HeadToHead),
-      alpaca=found('alpaca*.json', AlpacaEval),
+      head_to_head=found('*/head_to_head.json', schema.HeadToHead),
+      alpaca=found('alpaca*.json', schema.AlpacaEval),
       mt_bench=found('mt_bench*.json', dict[str, MtBench]),
-      harness=found('harness*.json', Harness))
+      harness=found('harness*.json', Harness),
+      distributions=found('distributions.json', schema.Distributions))
+
+
+def model_name(text: str) -> str:
+  """The model of the run that a name or a folder of answers is about; the text, if it is another.
+
+  >>> model_name('runs/x/m2/answers'), model_name('m3'), model_name('gpt-4')
+  ('m2', 'm3', 'gpt-4')
+  """
+  return next((part for part in reversed(text.split('/')) if part in MODELS), text)
+
+
+def judged_by(file: schema.HeadToHead) -> str:
+  """The name of the judge of a comparison; '' if a program graded the answers."""
+  return file.judge or ('outside judge' if file.first_wins or file.second_wins else '')
 
 
 def _percent(value: float | None, error: float | None, count: int) -> Value | None:

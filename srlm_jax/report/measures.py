@@ -7,7 +7,7 @@ from typing import Literal
 
 from etils import epath
 
-from srlm_jax import records, schema
+from srlm_jax import schema
 from srlm_jax.report import estimates, external, results, summaries
 from srlm_jax.report.estimates import Value
 from srlm_jax.reward import scores as scoring

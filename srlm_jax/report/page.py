@@ -10,9 +10,12 @@ from etils import epath
 import jinja2
 import markupsafe
 
-from srlm_jax import schema
-from srlm_jax.report import charts, contents, external, paper, plots, rounds, steps
+from srlm_jax import InputError, records, schema
+from srlm_jax.report import charts, contents, external, paper, plots, steps
+from srlm_jax.report.contents import Contents
 from srlm_jax.report.measures import Lengths, MEASURES
+from srlm_jax.report.rounds import Round
+from srlm_jax.report.run import Run
 
 # What is said of a text by the reason why it ends, if not by itself.
 _FINISHES = {schema.CUT: 'cut', schema.TOO_LONG: 'not sampled: prompt too long'}
@@ -23,7 +26,36 @@ _COMPARED = ('oracle', 'head_to_head', 'alpaca_controlled', 'alpaca', 'mt_bench'
              'pairwise', 'oracle_pairwise', 'parsed', 'characters')  # drawn with a line per run
 
 
-def render(found: contents.Contents) -> str:
+def remake(workdirs: Iterable, out=None):
+  """Writes the report of runs, finished or not, from their files; returns its path.
+
+  workdirs: one run or several, or the folder of a study; out: by default report.html in the only
+  workdir. Raises InputError for a folder without a model, a damaged file, and several workdirs
+  without `out`.
+  """
+  workdirs = [*workdirs]
+  if not out and len(workdirs) > 1:
+    raise InputError('several workdirs need --out=FILE.html, the page to write')
+  return _write(out or epath.Path(workdirs[0]) / 'report.html', contents.read(workdirs))
+
+
+def write(workdir, rows: list[dict], stopped: str):
+  """Writes WORKDIR/report.html; returns its path.
+
+  `rows`: see `results.of_models`; `stopped`: why the loop stopped early, or ''.
+  """
+  return _write(epath.Path(workdir) / 'report.html', contents.of_run(workdir, rows, stopped))
+
+
+def _write(path, found: Contents):
+  path = epath.Path(path)
+  html = render(found)
+  with records.replacing(path) as file:
+    file.write(html)
+  return path
+
+
+def render(found: Contents) -> str:
   """The contents -> HTML. All texts are escaped."""
   folder = epath.resource_path('srlm_jax') / 'report'
   environment = jinja2.Environment(
@@ -33,7 +65,7 @@ def render(found: contents.Contents) -> str:
   style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
   environment.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES,
-      kinds=_KINDS, heading=heading, verdict=verdict, sections_of=sections_of, keys_of=keys_of,
+      kinds=_KINDS, verdict=verdict, sections_of=sections_of, keys_of=keys_of,
       papers_about=papers_about,
       funnels=funnels, rounds_table=rounds_table, kept_of=kept_of, tasks_of=tasks_of,
       sample_models=sample_models, side_by_side=side_by_side, bins_of=bins_of, percents=percents,
@@ -83,22 +115,14 @@ def readable(words: str) -> str:
   return words.translate({code: '\ufffd' for code in range(32) if chr(code) not in '\t\n\r'})
 
 
-def heading(run: contents.Run) -> str:
-  """What kind of run it is, in one line."""
-  parts = ['Self-rewarding training']
-  parts += [f'size {run.size}'] if run.size else []
-  parts += [f'model {run.model}'] if run.model else []
-  parts += [f'seed {run.seed}'] if run.seed is not None else []
-  return f'{", ".join(parts)}. Models: {", ".join(run.models)}.'
+def verdict(found: Iterable[steps.Step]) -> str:
+  """The class of the verdict that the answer is about."""
+  about = [step for step in found if step.about == 'answers']
+  last = next((step for step in reversed(about) if step.against == 'sft'), (*about, None)[-1])
+  return _KINDS[last.verdict] if last else 'unclear'
 
 
-def verdict(run: contents.Run) -> str:
-  """The class of the verdict on the answers of the last model."""
-  about = [step for step in run.steps if step.about == 'answers' and step.model == run.models[-1]]
-  return _KINDS[about[-1].verdict] if about else 'unclear'
-
-
-def sections_of(run: contents.Run) -> dict[str, str]:
+def sections_of(run: Run) -> dict[str, str]:
   """{id: title} of the sections that the run has data for."""
   outside = run.external
   there = dict(
@@ -108,7 +132,7 @@ def sections_of(run: contents.Run) -> dict[str, str]:
                                      outside.harness))),
       scores=('Scores and lengths', charts.scores(run) or charts.lengths(run)),
       training=('Training', run.curves), data=('Data', run.rounds or run.eft),
-      map=('Distributions', run.distributions), time=('Time', run.costs),
+      map=('Distributions', outside.distributions), time=('Time', run.costs),
       samples=('Samples', run.held_out.prompts or any(s.prompts for s in run.samples)))
   return {name: title for name, (title, is_there) in there.items() if is_there}
 
@@ -120,24 +144,24 @@ def keys_of(values: Iterable[dict], about: str = '') -> list[str]:
           if about in ('', measure.about) and any(key in found for found in values)]
 
 
-def papers_about(found: contents.Contents, about: str) -> list[paper.Table]:
+def papers_about(found: Contents, about: str) -> list[paper.Table]:
   """The paper's tables about `answers` or `judge`; '': those about neither."""
   return [table for table in found.paper
           if about == next((MEASURES[key].about for key in table.measures if key in MEASURES), '')]
 
 
-def funnels(run: contents.Run) -> list[plots.Chart]:
+def funnels(run: Run) -> list[plots.Chart]:
   return [chart for found in run.rounds if (chart := charts.funnel(found))]
 
 
-def rounds_table(run: contents.Run) -> dict[str, list[str]]:
+def rounds_table(run: Run) -> dict[str, list[str]]:
   """{name: a cell per round} of what the funnel and the pairs of the rounds say."""
   columns = [_of_round(found) for found in run.rounds]
   names = dict.fromkeys(name for column in columns for name in column)
   return {name: [column.get(name, '-') for column in columns] for name in names}
 
 
-def _of_round(found: rounds.Round) -> dict[str, str]:
+def _of_round(found: Round) -> dict[str, str]:
   cells = {'written by': found.writer, 'judged by': found.judge}
   for step in found.funnel:
     cells[step.label] = number(step.count)
@@ -175,7 +199,7 @@ def tasks_of(found: external.Harness) -> list[str]:
   return list(dict.fromkeys(task for scores in found.scores.values() for task in scores))
 
 
-def sample_models(run: contents.Run) -> dict[str, str]:
+def sample_models(run: Run) -> dict[str, str]:
   """{value: title} of the filter by model."""
   found = {f'data-of-{s.model}': f'data of {s.model}' for s in run.samples if s.prompts}
   models = dict.fromkeys(model for p in run.held_out.prompts for model in p.answers)
@@ -183,8 +207,8 @@ def sample_models(run: contents.Run) -> dict[str, str]:
       model: f'held out, answered by {model}' for model in models}
 
 
-def side_by_side(found: contents.Contents) -> list[plots.Chart]:
-  return [chart for key in _COMPARED if (chart := charts.of_runs(found.runs, key))]
+def side_by_side(found: Contents) -> list[plots.Chart]:
+  return [chart for key in _COMPARED if (chart := charts.of_runs((*found.arms, *found.runs), key))]
 
 
 def percents(shares: Iterable[float]) -> list[str]:

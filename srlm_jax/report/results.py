@@ -90,10 +90,8 @@ def of_models(workdir) -> list[dict]:
   A row also has `model` and the intervals (`Column.interval`) that exist.
   """
   rows, previous, baseline = [], {}, {}
-  for model in MODELS:
+  for model in trained(workdir):
     folder = epath.Path(workdir) / model
-    if not _is_trained(folder):
-      continue
     grades = graded(folder)
     paired = compare(grades, previous, baseline)
     previous = grades
@@ -107,6 +105,11 @@ def of_models(workdir) -> list[dict]:
             and (interval := found[column.file].intervals.get(column.key))}
     rows.append(row)
   return rows
+
+
+def trained(workdir) -> list[str]:
+  """The models of a workdir that are trained."""
+  return [model for model in MODELS if _is_trained(epath.Path(workdir) / model)]
 
 
 def graded(folder) -> dict[str, float]:

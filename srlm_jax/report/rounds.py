@@ -197,6 +197,13 @@ def names(workdir) -> dict[str, str]:
   return {summary.params: name for name, summary in made.items() if summary and summary.params}
 
 
+def is_control(workdir) -> bool:
+  """Whether the candidates of a run were scored at random."""
+  folder = epath.Path(workdir)
+  stages = [summaries.started(folder / model / 'judge') for model in MODELS]
+  return any(stage.config.judge_by == 'random' for stage in stages if stage)
+
+
 def _judge_mean(data: Data) -> Value | None:
   """The mean over the candidates that have a score."""
   writers = {r.id: r.prompt_id for r in data.responses}

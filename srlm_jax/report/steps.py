@@ -3,16 +3,16 @@
 A verdict needs a measure from outside: the sandbox's oracle, an outside judge, or the ranks of
 people. The scores that the models give themselves decide nothing.
 """
+from collections.abc import Sequence
 import dataclasses
 import itertools
 from typing import Literal
 
-from srlm_jax import schema
-from srlm_jax.report import differences, doubts, external
+from srlm_jax.report import doubts
 from srlm_jax.report.differences import Difference
 from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.estimates import Value
-from srlm_jax.report.measures import Evaluated, MEASURES
+from srlm_jax.report.measures import MEASURES
 from srlm_jax.report.rounds import Round
 
 BETTER, WORSE, SAME, UNMEASURED = 'better', 'worse', 'no difference seen', 'not measured'
@@ -34,7 +34,7 @@ class Step:
   doubts: tuple[Doubt, ...]            # of this step alone; those of the run are in Run.doubts
 
 
-def pairs(models: list[str]) -> list[tuple[str, str]]:
+def pairs(models: Sequence[str]) -> list[tuple[str, str]]:
   """(model, against): consecutive models, then each later one against the SFT baseline.
 
   >>> pairs(['sft', 'm1', 'm2'])
@@ -47,24 +47,24 @@ def pairs(models: list[str]) -> list[tuple[str, str]]:
   return steps
 
 
-def of_run(found: list[Evaluated], ranked: list[schema.RankedPrompt], outside: external.External,
-           values: dict[str, dict[str, Value]], rounds: list[Round]) -> list[Step]:
-  """The steps between the models of a run, in order; about answers and about judging.
+def of_models(models: Sequence[str], made: dict[tuple[str, str], list[Difference]],
+              values: dict[str, dict[str, Value]], rounds: list[Round]) -> list[Step]:
+  """The steps between models, in order; about answers and about judging.
 
-  M0 is left out where nothing compares it: the run need not evaluate it.
+  made: {(model, against): their differences} of `pairs`; values: see measures.of_model. M0 is left
+  out where nothing compares it: a run need not evaluate it.
   """
-  by_model, steps = {e.model: e for e in found}, []
-  for model, against in pairs([e.model for e in found]):
-    made = differences.between(by_model[model], by_model[against], ranked, outside)
+  steps = []
+  for model, against in pairs(models):
     for about in DECIDING:
-      own = [d for d in made if MEASURES[d.measure].about == about]
+      own = [d for d in made.get((model, against), ()) if MEASURES[d.measure].about == about]
       if own or against != 'm0':
-        parsed = {name: values[name].get('parsed') for name in (model, against)}
+        parsed = {name: values.get(name, {}).get('parsed') for name in (model, against)}
         steps.append(_step(model, against, about, own, parsed, rounds))
   return steps
 
 
-def answer(steps: list[Step]) -> str:
+def answer(steps: Sequence[Step]) -> str:
   """Did the run get better? One sentence on the answers of the last model."""
   about = [step for step in steps if step.about == 'answers']
   if not about:
