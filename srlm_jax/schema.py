@@ -486,3 +486,17 @@ class Distributions:
   quantiles: tuple[float, ...] = ()
   word_bins: tuple[int, ...] = ()             # the smallest number of words of each bin
   version: int = 0                            # of the computation
+
+
+@_record
+class MtBench:
+  """mt_bench.json holds one per model: mean scores, 1 to 10; None without scores."""
+  overall: float | None
+  math_code_reasoning: float | None
+  other: float | None
+  turn_1: float | None
+  turn_2: float | None
+  scored: int      # judgments with a score
+  no_score: int    # and without
+  absent: int      # question turns without a judgment
+  judge: str = ''  # the names of its judges, with commas

@@ -20,10 +20,9 @@ import statistics
 
 from absl import flags
 from etils import epath
-from scipy import stats
 
 from srlm_jax import ablations, cli, config as configs, hosts, InputError, loop, stage, storage
-from srlm_jax.report import results
+from srlm_jax.report import estimates, results
 from srlm_jax.reward import scores
 
 LOOP = 'loop'  # the name of the runs without a change
@@ -156,12 +155,9 @@ def over_seeds(values: list[float]) -> dict | None:
   """
   if not values:
     return None
-  mean, error, interval = statistics.fmean(values), None, None
-  if len(values) > 1:
-    error = scores.standard_error(values)
-    width = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    interval = [mean - width, mean + width]
-  return dict(mean=mean, over_seeds=error, interval=interval)
+  found, several = estimates.mean(([value] for value in values), 'seeds'), len(values) > 1
+  return dict(mean=found.value, over_seeds=scores.standard_error(values) if several else None,
+              interval=[found.low, found.high] if several else None)
 
 
 def text(rows: list[dict]) -> str:

@@ -3,9 +3,11 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 import re
+import statistics
 
 from etils import epath
 
+from srlm_jax.config import MODELS
 from srlm_jax.report import differences, doubts, estimates, external, measures, results, steps
 from srlm_jax.report.differences import Difference
 from srlm_jax.report.doubts import Doubt
@@ -31,7 +33,7 @@ class Arm:
   """The runs of a study that differ in their seeds only, as one. Intervals are over seeds."""
   name: str
   seeds: tuple[int, ...]
-  models: tuple[str, ...]                # that every run has
+  models: tuple[str, ...]                # that a run has
   judges: frozenset[str]                 # who scored the candidates
   values: dict[str, dict[str, Value]]    # {model: {measure: mean over seeds}}
   answer: str                            # did it get better? one sentence
@@ -56,16 +58,14 @@ def between_runs(runs: Sequence[Run]) -> tuple[list[Across], list[str]]:
 
 def _other_prompts(a: Evaluated, b: Evaluated) -> str:
   """Why two evaluations cannot be paired by prompt; '' if they can."""
-  ours, theirs = ({name: r.prompt for name, r in x.answers.items()} for x in (a, b))
-  if ours != theirs:
-    same = len(ours.items() & theirs.items())
-    return (f'their answers of {a.model} are to other held-out prompts ({len(ours):,} and '
-            f'{len(theirs):,}, of which {same:,} are the same), so no difference is paired by '
-            f'prompt; make both from the same data')
-  judged, other = ({j.response_id for j in x.judgements} for x in (a, b))
-  if judged != other:
-    return (f'{a.model} judged other ranked replies ({len(judged):,} and {len(other):,}), so no '
-            f'difference is paired by prompt; make both from the same data')
+  for what, ours, theirs in (
+      ('answered other held-out prompts',
+       *({(name, r.prompt) for name, r in x.answers.items()} for x in (a, b))),
+      ('judged other ranked replies', *({j.response_id for j in x.judgements} for x in (a, b)))):
+    if not (ours <= theirs or theirs <= ours):  # an unfinished run has a part of them
+      return (f'{a.model} {what} ({len(ours):,} and {len(theirs):,}, of which '
+              f'{len(ours & theirs):,} are the same), so no difference is paired by prompt; make '
+              f'both runs from the same data')
   return ''
 
 
@@ -93,10 +93,11 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def _arm(name: str, runs: dict[int, Run], has_control: bool) -> Arm:
-  first, *others = runs.values()
+  first = next(iter(runs.values()))
   judges = frozenset(judge for run in runs.values() for judge in run.judges)
-  models = tuple(m for m in first.models if all(m in run.models for run in others))
-  values = {model: over_seeds([run.values[model] for run in runs.values()]) for model in models}
+  models = tuple(m for m in MODELS if any(m in run.models for run in runs.values()))
+  values = {model: over_seeds([run.values.get(model, {}) for run in runs.values()])
+            for model in models}
   gains = {pair: _gains([run.differences.get(pair, ()) for run in runs.values()])
            for pair in steps.pairs(models)}
   made = tuple(steps.of_models(models, gains, values, []))
@@ -111,23 +112,21 @@ def _arm(name: str, runs: dict[int, Run], has_control: bool) -> Arm:
 
 
 def over_seeds(rows: list[dict[str, Value]]) -> dict[str, Value]:
-  """{measure: value} of each seed -> the means over seeds of the measures that all have."""
-  return {key: estimates.mean(([row[key].value] for row in rows), 'seeds')
-          for key in measures.MEASURES if all(key in row for row in rows)}
+  """{measure: value} of each seed -> {measure: its mean over the seeds that have it}."""
+  return {key: estimates.mean(([row[key].value] for row in rows if key in row), 'seeds')
+          for key in measures.MEASURES if any(key in row for row in rows)}
 
 
 def _gains(rows: list[Sequence[Difference]]) -> list[Difference]:
-  """The differences of one pair of models in each run -> their means over seeds."""
-  made, by_key = [], [{(d.measure, d.judge): d for d in row} for row in rows]
-  for key, first in by_key[0].items():
-    if all(key in row for row in by_key):
-      change, ours, theirs = (
-          estimates.mean(([x] for x in column), 'seeds') for column in zip(*(
-              (row[key].change.value, row[key].ours, row[key].theirs) for row in by_key),
-              strict=True))
-      made.append(dataclasses.replace(first, change=change, ours=ours.value, theirs=theirs.value,
-                                      file=None))
-  return made
+  """The differences of two models in each run -> their means over the seeds that have them."""
+  grouped = {}
+  for row in rows:
+    for d in row:
+      grouped.setdefault((d.measure, d.judge), []).append(d)
+  return [dataclasses.replace(
+      same[0], file=None, change=estimates.mean(([d.change.value] for d in same), 'seeds'),
+      **{side: statistics.fmean(getattr(d, side) for d in same) for side in ('ours', 'theirs')})
+      for same in grouped.values()]
 
 
 def between_arms(found: dict[str, dict[int, Run]]) -> tuple[list[Across], list[str]]:
@@ -142,22 +141,21 @@ def between_arms(found: dict[str, dict[int, Run]]) -> tuple[list[Across], list[s
     if why := _refused(pairs):
       refused.append(f'{name} and {against}: {why}')
       continue
-    every = [run for pair in pairs for run in pair]
-    for model in every[0].models:
-      if all(model in run.models for run in every):
-        made += _over_seeds(name, against, model, pairs)
+    for model in MODELS:
+      made += _over_seeds(name, against, model, pairs)
   return made, refused
 
 
 def _over_seeds(name: str, against: str, model: str, pairs: list[tuple[Run, Run]]) -> list[Across]:
   made = []
   for key in measures.MEASURES:
-    values = [[run.values[model].get(key) for run in pair] for pair in pairs]
-    if all(value for pair in values for value in pair):
-      ours, theirs = zip(*([value.value for value in pair] for pair in values), strict=True)
-      change = estimates.mean(([x - y] for x, y in zip(ours, theirs, strict=True)), 'seeds')
+    values = [[run.values.get(model, {}).get(key) for run in pair] for pair in pairs]
+    both = [(ours.value, theirs.value) for ours, theirs in values if ours and theirs]
+    if both:
+      change = estimates.mean(([ours - theirs] for ours, theirs in both), 'seeds')
+      ours, theirs = map(statistics.fmean, zip(*both, strict=True))
       made.append(Across(model=model, measure=key, run=name, against=against, change=change,
-                         ours=sum(ours) / len(ours), theirs=sum(theirs) / len(theirs)))
+                         ours=ours, theirs=theirs))
   return made
 
 

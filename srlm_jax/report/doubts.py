@@ -92,7 +92,7 @@ def of_run(run: Facts) -> Iterator[Doubt]:
   if run.judges & {'random'}:
     yield Doubt(kind='is_control', sentence='The scores of the candidates were drawn at random: '
                 'this is the control, and no gain may come from its judge.')
-  elif not run.has_control:
+  elif run.is_sandbox and not run.has_control:
     yield Doubt(kind='no_control', sentence='No run with a random judge (--ablation=random_judge) '
                 'is shown beside it, so what training gives without a judge is not known.')
   if run.seeds == 1:
@@ -118,7 +118,8 @@ def _of_number(deciding: Difference) -> Iterator[Doubt]:
   if change.low is None:
     yield Doubt(kind='no_interval', sentence='The difference has no interval.')
   elif not change.sign:
-    yield Doubt(kind='includes_zero', sentence=f'The interval includes 0: {signed(deciding)}.')
+    yield Doubt(kind='includes_zero', sentence=f'The interval includes 0, so the true '
+                f'difference may be in either direction: {signed(deciding)}.')
   if not deciding.paired:
     yield Doubt(kind='not_paired', sentence='Only the means of both models are known, so the '
                 'difference is not paired by prompt.')

@@ -13,18 +13,6 @@ _file = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
 @_file
-class MtBench:
-  overall: float | None
-  math_code_reasoning: float | None
-  other: float | None
-  turn_1: float | None = None
-  turn_2: float | None = None
-  scored: int | None = None
-  no_score: int | None = None
-  absent: int | None = None
-
-
-@_file
 class Harness:
   scores: dict[str, dict[str, float]]
   standard_errors: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
@@ -35,7 +23,7 @@ class External:
   """The files of WORKDIR/eval, {path there: contents}; empty where there is none."""
   head_to_head: dict[str, schema.HeadToHead] = dataclasses.field(default_factory=dict)
   alpaca: dict[str, schema.AlpacaEval] = dataclasses.field(default_factory=dict)
-  mt_bench: dict[str, dict[str, MtBench]] = dataclasses.field(default_factory=dict)
+  mt_bench: dict[str, dict[str, schema.MtBench]] = dataclasses.field(default_factory=dict)
   harness: dict[str, Harness] = dataclasses.field(default_factory=dict)
   distributions: dict[str, schema.Distributions] = dataclasses.field(default_factory=dict)
 
@@ -64,7 +52,7 @@ def read(workdir) -> External:
   return External(
       head_to_head=found('*/head_to_head.json', schema.HeadToHead),
       alpaca=found('alpaca*.json', schema.AlpacaEval),
-      mt_bench=found('mt_bench*.json', dict[str, MtBench]),
+      mt_bench=found('mt_bench*.json', dict[str, schema.MtBench]),
       harness=found('harness*.json', Harness),
       distributions=found('distributions.json', schema.Distributions))
 

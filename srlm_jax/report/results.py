@@ -195,7 +195,8 @@ def lines(path, kind: type[records.Record]) -> list[records.Record]:
 
   Ignores a last line without a newline, which a killed stage may leave.
   """
-  return [records.parse(line, f'{path}:{number}', kind)
+  name = str(path)  # slow for paths of etils
+  return [records.parse(line, f'{name}:{number}', kind)
           for number, line in enumerate((_bytes(path) or b'').split(b'\n')[:-1], 1)
           if line.strip()]
 

@@ -1,6 +1,7 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
 from collections import Counter
 import dataclasses
+import functools
 
 from etils import epath
 
@@ -31,7 +32,7 @@ class Round:
   funnel: tuple[Yield, ...]       # prompts wanted, attempts, accepted, .. pairs
   scale: tuple[float, float] | None        # lowest and highest score of the judge
   judge_mean: Value | None        # mean score of a candidate, by its judge
-  oracle_mean: Value | None       # mean oracle score of a judged candidate (sandbox)
+  oracle_mean: Value | None       # mean oracle score of the same candidates (sandbox)
   judge_scores: dict[str, int]    # histogram of the judgements' scores
   oracle_scores: dict[str, int]   # histogram of the candidates' oracle scores (sandbox)
   right: Value | None             # share of pairs whose chosen response the oracle prefers
@@ -66,6 +67,7 @@ class Data:
     found = [stage.config.judge_quorum for stage in self.stages.values()]
     return next((quorum for quorum in found if quorum), None)
 
+  @functools.cached_property
   def scores(self) -> dict[str, scoring.Score]:
     """{response id: its score}; {} if the quorum is not known."""
     return scoring.by_response(self.judgements, self.quorum) if self.quorum else {}
@@ -75,10 +77,13 @@ class Data:
 class _Audit:
   """audit.json: what is shown of it."""
   judged: int = 0
+  prompts: int | None = None
   pairs: int = 0
   right: float | None = None
   wrong: float | None = None
+  judge_mean: float | None = None
   oracle_mean: float | None = None
+  intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
   oracle_histogram: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -111,10 +116,9 @@ def of(data: Data, workdir, params: dict[str, str]) -> Round:
       model=data.model, writer=known('respond'),
       judge=by if by not in ('', 'model') else known('judge'),
       funnel=tuple(funnel(data)), scale=(judge.lowest, judge.highest) if judge else None,
-      judge_mean=_judge_mean(data), parsed=estimates.share(
+      judge_mean=_audited(audit, 'judge_mean') or _judge_mean(data), parsed=estimates.share(
           measures.by_prompt(data.judgements, lambda j: j.score is not None)),
-      oracle_mean=None if audit.oracle_mean is None else Value(
-          value=audit.oracle_mean, count=audit.judged, of='candidates'),
+      oracle_mean=_audited(audit, 'oracle_mean'),
       judge_scores=histogram(data.judgements, judge), oracle_scores=audit.oracle_histogram,
       right=_share(audit.right, audit.pairs), wrong=_share(audit.wrong, audit.pairs),
       characters=measures.lengths(len(r.response) for r in data.responses),
@@ -143,7 +147,7 @@ def funnel(data: Data) -> list[Yield]:
     count = len(data.judgements)
     made += [Yield(label='judgements', count=count),
              Yield(label='parsed', count=count - unparsed.total(), lost=dict(unparsed))]
-  if data.responses and (scored := data.scores()):
+  if data.responses and (scored := data.scores):
     good = sum(score.mean is not None for score in scored.values())
     made.append(Yield(label='scored candidates', count=good, lost=_positive({
         f'fewer than {data.quorum} scores': len(scored) - good})))
@@ -208,10 +212,20 @@ def _judge_mean(data: Data) -> Value | None:
   """The mean over the candidates that have a score."""
   writers = {r.id: r.prompt_id for r in data.responses}
   groups = {}
-  for name, score in data.scores().items():
+  for name, score in data.scores.items():
     if score.mean is not None:
       groups.setdefault(writers.get(name, name), []).append(score.mean)
   return estimates.mean(groups.values())
+
+
+def _audited(audit: _Audit, name: str) -> Value | None:
+  """A mean of the candidates that both the judge and the oracle scored."""
+  if (value := getattr(audit, name)) is None:
+    return None
+  low, high = audit.intervals.get(name) or (None, None)
+  if audit.prompts is None:
+    return Value(value=value, count=audit.judged, of='candidates')
+  return Value(value=value, low=low, high=high, count=audit.prompts)
 
 
 def _share(value: float | None, pairs: int) -> Value | None:

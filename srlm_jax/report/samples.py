@@ -87,7 +87,7 @@ def of_round(data: Data) -> Samples:
     judgements.setdefault(judgement.response_id, []).append(judgement)
   roles = {pair.chosen_id: 'chosen' for pair in data.pairs}
   roles |= {pair.rejected_id: 'rejected' for pair in data.pairs}
-  scores = data.scores()
+  scores = data.scores
 
   def candidate(response: schema.Response) -> Candidate:
     score = scores.get(response.id)

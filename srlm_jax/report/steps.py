@@ -81,7 +81,7 @@ def _step(model: str, against: str, about: str, own: list[Difference],
                 key=lambda d: keys.index(d.measure))
   if not able:
     return Step(model=model, against=against, about=about, verdict=UNMEASURED, decided_by='',
-                sentence=_unmeasured(model, against, about), differences=tuple(own), doubts=())
+                sentence=_unmeasured(model, against, about, own), differences=tuple(own), doubts=())
   deciding, change = able[0], able[0].change
   verdict = {1: BETTER, -1: WORSE, 0: SAME}[change.sign]
   made = (doubts.of_answers(deciding, own, rounds) if about == 'answers' else
@@ -99,7 +99,11 @@ def _sentence(deciding: Difference, verdict: str, about: str) -> str:
   return f'{what}: {MEASURES[deciding.measure].title}{by} {doubts.signed(deciding)}.'
 
 
-def _unmeasured(model: str, against: str, about: str) -> str:
+def _unmeasured(model: str, against: str, about: str, own: list[Difference]) -> str:
+  if without := [d for d in own if d.measure in DECIDING[about]]:
+    return (f'{model} and {against} differ by {doubts.signed(without[0])} in the '
+            f'{MEASURES[without[0].measure].title}; one number has no interval, so it decides '
+            f'nothing.')
   if about == 'judge':
     return f'No ranks of people compare {model} with {against} as judges.'
   return (f'No outside measure compares the answers of {model} and {against}; the scores that '

@@ -5,6 +5,7 @@ The oracle is the program that grades sandbox responses (`world.grade`).
 import statistics
 
 from srlm_jax import catalog, cli, hosts, schema, stage
+from srlm_jax.report import estimates
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
@@ -37,11 +38,16 @@ def measure(responses: list[schema.Response], judged: dict[str, float],
   alone rises over the iterations, that is reward hacking. within_half: share of judged candidates
   whose judge score is within half a point of the oracle's. characters: mean length of a candidate.
   Prompts that are not sandbox instructions count only in `candidates` and `characters`. A share or
-  a mean of nothing is None.
+  a mean of nothing is None. intervals: the 95 % intervals of both means, over the `prompts` that
+  have a judged candidate.
   """
   known = [r for r in responses if world.parse(r.prompt)]
   grades = {r.id: sum(world.grade(r.prompt, r.response)) for r in known}
-  both = [(judged[name], grade) for name, grade in grades.items() if name in judged]
+  by_prompt = {}
+  for r in known:
+    if r.id in judged:
+      by_prompt.setdefault(r.prompt_id, []).append((judged[r.id], grades[r.id]))
+  both = [pair for found in by_prompt.values() for pair in found]
   margins = [grades[p.chosen_id] - grades[p.rejected_id]
              for p in pairs if p.chosen_id in grades]
   return dict(
@@ -50,12 +56,22 @@ def measure(responses: list[schema.Response], judged: dict[str, float],
       wrong=_mean([m < 0 for m in margins]),
       judge_mean=_mean([j for j, _ in both]), oracle_mean=_mean([o for _, o in both]),
       within_half=_mean([abs(j - o) <= 0.5 for j, o in both]),
+      prompts=len(by_prompt), intervals=dict(
+          judge_mean=_interval([[j for j, _ in found] for found in by_prompt.values()]),
+          oracle_mean=_interval([[o for _, o in found] for found in by_prompt.values()])),
       characters=_mean([len(r.response) for r in responses], digits=2),
       oracle_histogram=scoring.histogram(list(grades.values())))
 
 
 def _mean(values: list[float], digits: int = 4) -> float | None:
   return round(statistics.fmean(values), digits) if values else None
+
+
+def _interval(groups: list[list[float]]) -> list[float] | None:
+  """The values of each prompt -> the 95 % interval of their mean; None for fewer than two prompts.
+  """
+  found = estimates.mean(groups)
+  return [round(found.low, 4), round(found.high, 4)] if found and found.low is not None else None
 
 
 if __name__ == '__main__':

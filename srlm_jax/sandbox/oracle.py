@@ -16,7 +16,8 @@ def run(config, workdir):
   """MODEL/answers, answers_greedy and judge_eval -> MODEL/oracle/oracle.json and graded.jsonl.
 
   oracle.json has the numbers of `of_answers` and `of_judge`, and `greedy`, the mean score of the
-  greedy responses. graded.jsonl has every sampled response with its score, 0 to 5.
+  greedy responses, with its standard error over prompts. graded.jsonl has every sampled response
+  with its score, 0 to 5.
   """
   spec = catalog.find('sandbox.oracle')
   config = spec.view(config)
@@ -30,7 +31,8 @@ def run(config, workdir):
   points = [world.grade(a.prompt, a.response) for a in answers]
   ranked = ranking.of_split(s, configs.ranked_split(config))
   result = of_answers(answers, points)
-  result['greedy'] = statistics.fmean(sum(world.grade(a.prompt, a.response)) for a in greedy)
+  best = [sum(world.grade(a.prompt, a.response)) for a in greedy]
+  result |= dict(greedy=statistics.fmean(best), greedy_standard_error=scoring.standard_error(best))
   result |= of_judge(ranked, {name: score.mean for name, score in judged.items()})
   s.begin()
   if hosts.is_first_host():

@@ -1,0 +1,636 @@
+"""The data of the report: every number against an independent computation on small runs."""
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import samples as make
+from scipy import stats
+
+from srlm_jax import InputError, records, schema, stage, study
+from srlm_jax.eval import agreement, alpaca
+from srlm_jax.report import (
+  compare,
+  contents,
+  differences,
+  doubts,
+  estimates,
+  external,
+  measures,
+  paper,
+  rounds,
+  run as runs,
+  samples,
+  steps,
+  summaries,
+)
+from srlm_jax.report.estimates import Value
+
+NOTHING = external.External()
+
+
+def write(folder, name: str, done: dict | None = None, params: str = '', **config):
+  """A stage with its manifest, and done.json if `done` is given; `__` in a key stands for a dot."""
+  folder = folder / name
+  folder.mkdir(parents=True)
+  keys = {key.replace('__', '.'): value for key, value in config.items()}
+  stage.write_json(folder / 'manifest.json', dict(
+      format=stage.FORMAT, stage=name, params=params, config=keys))
+  if done is not None:
+    stage.write_json(folder / 'done.json', dict(done, seconds=2.5))
+  return folder
+
+
+def model(workdir, name: str, grades=(), lengths=None, judged=None):
+  """A trained model whose answer to prompt hI has a length and an oracle score.
+
+  judged: {response id of a ranked reply: scores of its judgements}.
+  """
+  folder = write(workdir / name, 'model', dict(
+      steps=10, loss=0.5, params=f'hash of {name}', examples=8, padding_free=0.5, dropped={}),
+      seed=0, model='sandbox')
+  stage.write_json(folder / 'rows.json', dict(shape=[2, 30]))
+  records.write(folder / 'metrics.jsonl', [
+      dict(step=i, loss=0.5, grad_norm=1.0, chosen_reward=0.1 * i) for i in range(3)])
+  lengths = lengths or [5] * len(grades)
+  answers = [make.response(f'h{i}/0', prompt=f'prompt {i}', response='x' * n, n_tokens=n // 2)
+             for i, n in enumerate(lengths)]
+  if answers:
+    folder = write(workdir / name, 'answers', {})
+    records.write(folder / 'responses-00000-of-00001.jsonl', answers)
+    folder = write(workdir / name, 'oracle', {})
+    records.write(folder / 'graded.jsonl', [
+        schema.GradedResponse(**dataclasses.asdict(a), score=float(score))
+        for a, score in zip(answers, grades, strict=True)])
+  if judged is not None:
+    write(workdir / name, 'agreement', dict(pairwise_accuracy=None), eval__quorum=1)
+    folder = write(workdir / name, 'judge_eval', None)
+    records.write(folder / 'judgements-00000-of-00001.jsonl', [
+        make.judgement(reply, j, score) for reply, scores in judged.items()
+        for j, score in enumerate(scores)])
+
+
+def evaluated(name: str, grades=(), lengths=(), judged=None) -> measures.Evaluated:
+  judged = judged or {}
+  return measures.Evaluated(
+      model=name, folder=None, quorum=1, graded={f'h{i}': x for i, x in enumerate(grades)},
+      answers={f'h{i}': make.response(f'h{i}/0', response='x' * n)
+               for i, n in enumerate(lengths)},
+      judgements=[make.judgement(reply, j, score) for reply, scores in judged.items()
+                  for j, score in enumerate(scores)])
+
+
+def verdict(*models: measures.Evaluated, ranked=(), outside=NOTHING, rounds=(), parsed=None):
+  """The steps between models, by (model, against, about)."""
+  by_name = {e.model: e for e in models}
+  made = {pair: differences.between(*(by_name[m] for m in pair), ranked, outside)
+          for pair in steps.pairs(list(by_name))}
+  values = {m: dict(parsed=parsed[m]) if parsed else {} for m in by_name}
+  return {(s.model, s.against, s.about): s
+          for s in steps.of_models(list(by_name), made, values, rounds)}
+
+
+def kinds(found) -> list[str]:
+  return [doubt.kind for doubt in found]
+
+
+# Means and intervals
+
+
+def test_one_value_per_prompt_has_the_interval_of_the_t_test():
+  values = np.random.default_rng(0).normal(size=23).tolist()
+  found = estimates.mean([x] for x in values)
+  interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+  assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+  assert (found.value, found.count, found.of) == (pytest.approx(np.mean(values)), 23, 'prompts')
+  assert estimates.mean([[3.0], []]) == Value(value=3.0, count=1) and estimates.mean([[]]) is None
+
+
+def test_values_of_one_prompt_are_not_independent():
+  """Against a bootstrap over prompts; the usual standard error is less than half as large."""
+  rng = np.random.default_rng(1)
+  groups = [(rng.normal() + 0.1 * rng.normal(size=rng.integers(3, 9))).tolist()
+            for _ in range(200)]
+  found = estimates.mean(groups)
+  means = [np.mean(np.concatenate([groups[i] for i in rng.integers(0, 200, 200)]))
+           for _ in range(1000)]
+  error = (found.high - found.value) / stats.t.ppf(0.975, 199)
+  assert error == pytest.approx(np.std(means), rel=0.1)
+  assert error > 2 * stats.sem(np.concatenate(groups))
+
+
+def test_shares_have_wilsons_interval():
+  expected = stats.binomtest(7, 20).proportion_ci(method='wilson')
+  assert estimates.wilson(0.35, 20) == pytest.approx(dict(low=expected.low, high=expected.high))
+  found = estimates.share([i < 7] for i in range(20))  # the standard error is that of 19 values
+  assert dict(low=found.low, high=found.high) == pytest.approx(estimates.wilson(0.35, 19))
+  every = stats.binomtest(9, 9).proportion_ci(method='wilson')
+  found = estimates.share([True] for _ in range(9))
+  assert (found.value, found.low, found.high) == (1, pytest.approx(every.low), 1)
+
+
+def test_differences_of_independent_values_add_their_variances():
+  a, b = Value(value=5.0, low=2.0, high=8.0, count=9), Value(value=3.0, low=-1.0, high=7.0, count=4)
+  assert estimates.apart(a, b) == Value(value=2.0, low=-3.0, high=7.0, count=4)
+  assert estimates.apart(a, Value(value=1.0)) is None
+  assert [x.sign for x in (a, b, Value(value=2.0), Value(value=-1.0, low=-2.0, high=-0.1))] == [
+      1, 0, 0, -1]
+
+
+def test_lengths_have_the_quantiles_of_numpy():
+  values = np.random.default_rng(0).integers(0, 99, 37).tolist()
+  found = measures.lengths(values)
+  expected = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95, 1))
+  assert list(dataclasses.astuple(found)[2:]) == pytest.approx(list(expected))
+  assert (found.count, found.mean) == (37, pytest.approx(np.mean(values)))
+  assert measures.lengths([]) is None
+
+
+# Differences between models
+
+
+def test_oracle_scores_are_paired_by_prompt():
+  a, b = [4.0, 5.0, 2.0, 3.0, 5.0], [3.0, 5.0, 1.0, 1.0, 4.0]
+  found = differences.between(evaluated('m2', a), evaluated('m1', b), [], NOTHING)
+  interval = stats.ttest_rel(a, b).confidence_interval(0.95)
+  assert [d.measure for d in found] == ['oracle']
+  change = found[0].change
+  assert (change.low, change.high) == pytest.approx((interval.low, interval.high))
+  assert (change.value, change.count, change.of) == (1.0, 5, 'prompts')
+  assert (found[0].ours, found[0].theirs) == (3.8, 2.8)
+  only = differences.between(evaluated('m2', a[:3]), evaluated('m1', b), [], NOTHING)
+  assert only[0].change.count == 3
+  assert not differences.between(evaluated('m2', a), evaluated('m1'), [], NOTHING)
+
+
+def judged(rng, ranked, unscored: float) -> dict[str, list[float | None]]:
+  return {records.join(r.id, reply.id): [None if rng.random() < unscored else
+                                         float(rng.integers(0, 4)) for _ in range(2)]
+          for r in ranked for reply in r.replies}
+
+
+def test_judges_are_compared_on_the_pairs_of_the_same_replies():
+  """Against eval.agreement, which counts the pairs of one model in another way."""
+  rng = np.random.default_rng(2)
+  ranked = [make.ranked(f'r{i}', rng.integers(0, 3, 4).tolist(), 'eval') for i in range(30)]
+  ours, theirs = judged(rng, ranked, 0.1), judged(rng, ranked, 0.6)
+  a, b = evaluated('m2', judged=ours), evaluated('m1', judged=theirs)
+  found = {d.measure: d for d in differences.between(a, b, ranked, NOTHING)}
+  expected = []
+  for e in (a, b):
+    prompts = [[(reply.rank, e.scores.get(records.join(r.id, reply.id))) for reply in r.replies]
+               for r in ranked]
+    expected.append(agreement.agreement(prompts, 5.0)['pairwise_accuracy_all'])
+  every = found['pairwise_all']
+  assert [every.ours, every.theirs] == pytest.approx(expected)
+  assert every.change.value == pytest.approx(expected[0] - expected[1])
+  right, count = [0, 0], 0
+  for r in ranked:
+    for x, y in itertools.permutations(r.replies, 2):
+      names = [records.join(r.id, reply.id) for reply in (x, y)]
+      if x.rank < y.rank and all(name in e.scores for name in names for e in (a, b)):
+        count += 1
+        for i, e in enumerate((a, b)):
+          right[i] += e.scores[names[0]] > e.scores[names[1]]
+  both = found['pairwise']
+  assert [both.ours, both.theirs] == pytest.approx([n / count for n in right])
+  parsed = [np.mean([s is not None for scores in x.values() for s in scores])
+            for x in (ours, theirs)]
+  assert [found['parsed'].ours, found['parsed'].theirs] == pytest.approx(parsed)
+
+
+def test_win_tie_loss_of_every_two_models():
+  a, b, c = evaluated('sft', [1, 2, 3, 4]), evaluated('m1', [2, 2, 4, 1]), evaluated('m2', [5] * 4)
+  first, second, third = differences.wins([a, b, c], NOTHING)
+  assert (first.a, first.b, first.wins, first.ties, first.losses) == ('m1', 'sft', 2, 1, 1)
+  assert first.rate.value == 2.5 / 4 and (third.a, third.b, third.wins) == ('m2', 'm1', 4)
+  assert (second.a, second.b, second.by) == ('m2', 'sft', 'oracle')
+
+
+def head_to_head(a: str, b: str, wins: int, ties: int, losses: int, **fields):
+  count = wins + ties + losses
+  rate = (wins + ties / 2) / count
+  return schema.HeadToHead(**dict(
+      a=a, b=b, count=count, wins=wins, ties=ties, losses=losses, win_share=wins / count,
+      tie_share=ties / count, loss_share=losses / count, p_value=None, win_rate=rate,
+      win_rate_low=rate - 0.1, win_rate_high=rate + 0.125, judge='gpt') | fields)
+
+
+def test_an_outside_judge_counts_in_either_direction():
+  """The file may have the models in any order, as names or as folders of answers."""
+  models = evaluated('m1', lengths=[5] * 3), evaluated('m2', lengths=[5] * 3)
+  files = [head_to_head('runs/x/m2/answers', 'm1', 120, 40, 40),
+           head_to_head('m1', 'm2', 40, 40, 120)]
+  for file, low, high in zip(files, (0.1, 0.075), (0.325, 0.3), strict=True):
+    outside = external.External(head_to_head=dict(file=file))
+    step = verdict(*models, outside=outside)['m2', 'm1', 'answers']
+    change = step.differences[0].change
+    assert (step.verdict, step.decided_by) == ('better', 'head_to_head')
+    assert (change.value, change.low, change.high) == pytest.approx((0.2, low, high))
+    assert step.sentence == ('m2 answers better than m1: win rate, head to head, judged by gpt '
+                             f'+0.200 [+{low:.3f}, +{high:.3f}] on 200 prompts.')
+  graded = dataclasses.replace(files[0], judge='')
+  outside = external.External(head_to_head=dict(file=graded))
+  assert verdict(*models, outside=outside)['m2', 'm1', 'answers'].verdict == 'not measured'
+  assert differences.wins([*models], outside)[0].by == 'program'
+  nameless = external.External(head_to_head=dict(file=dataclasses.replace(graded, first_wins=9)))
+  assert verdict(*models, outside=nameless)['m2', 'm1', 'answers'].verdict == 'better'
+
+
+# Verdicts and doubts
+
+
+def test_verdicts_follow_the_interval():
+  rng = np.random.default_rng(0)
+  base = rng.integers(0, 5, 200).astype(float)
+  better, same = base + rng.integers(0, 2, 200), base + rng.choice((-1, 1), 200)
+  found = verdict(*(evaluated(m, x) for m, x in dict(
+      sft=base, m1=better, m2=base, m3=base + 3 * (same - base)).items()))
+  assert {key[:2]: step.verdict for key, step in found.items() if key[2] == 'answers'} == {
+      ('m1', 'sft'): 'better', ('m2', 'm1'): 'worse', ('m3', 'm2'): 'no difference seen',
+      ('m2', 'sft'): 'no difference seen', ('m3', 'sft'): 'no difference seen'}
+  assert steps.answer([*found.values()]).startswith(
+      'Not that one can see: m3 answers neither better nor worse than sft: oracle score')
+  assert kinds(found['m1', 'sft', 'answers'].doubts) == []
+  assert kinds(found['m3', 'm2', 'answers'].doubts) == ['includes_zero']
+  judge = found['m1', 'sft', 'judge']
+  assert (judge.verdict, judge.sentence) == (
+      'not measured', 'No ranks of people compare m1 with sft as judges.')
+
+
+def a_round(model, writer, mean, judge=None) -> rounds.Round:
+  value = Value(value=mean, low=mean - 0.1, high=mean + 0.1, count=50)
+  empty = {field.name: None for field in dataclasses.fields(rounds.Round)}
+  return rounds.Round(**empty | dict(model=model, writer=writer, judge=judge or writer,
+                                     judge_mean=value, warnings=()))
+
+
+def test_the_models_own_scores_decide_nothing():
+  models = evaluated('m1', lengths=[5] * 3), evaluated('m2', lengths=[5] * 3)
+  step = verdict(*models, rounds=[a_round('m2', 'm1', 2.0), a_round('m3', 'm2', 4.0)])[
+      'm2', 'm1', 'answers']
+  assert step.verdict == 'not measured' and 'scores that models give themselves' in step.sentence
+  assert steps.answer([step]).startswith('Not known: No outside measure')
+  facts = doubts.Facts(has_outside=False, judges=frozenset({'m1'}), has_control=False, seeds=1,
+                       is_sandbox=False)
+  assert kinds(doubts.of_run(facts)) == ['no_outside', 'one_seed']
+
+
+def test_a_judge_whose_scores_alone_rise_gives_a_doubt():
+  base = np.arange(120) % 5.0
+  models = evaluated('m1', base), evaluated('m2', base + np.resize((-1, 1), 120))
+  own = [a_round('m2', 'm1', 2.0), a_round('m3', 'm2', 4.0)]
+  def found(*made, of=models):
+    return kinds(verdict(*of, rounds=made)['m2', 'm1', 'answers'].doubts)
+  assert found(*own) == ['includes_zero', 'only_own_judge']
+  assert found(a_round('m2', 'm1', 3.9), own[1]) == ['includes_zero']  # within the intervals
+  assert found(own[0], a_round('m3', 'm2', 4.0, judge='oracle')) == ['includes_zero']
+  better = models[0], evaluated('m2', base + np.resize((0, 1), 120))
+  assert found(*own, of=better) == []
+
+
+def test_doubts_of_a_step():
+  base = np.arange(150) % 5.0
+  longer = verdict(evaluated('m1', base, [50, 60] * 75),
+                   evaluated('m2', base + np.resize((0, 1), 150), [70, 80] * 75))
+  step = longer['m2', 'm1', 'answers']
+  assert kinds(step.doubts) == ['longer'] and 'from 55 to 75' in step.doubts[0].sentence
+  few = verdict(evaluated('m1', [1.0] * 9), evaluated('m2', [2.0, 3.0] * 4 + [2.0]))
+  assert kinds(few['m2', 'm1', 'answers'].doubts) == ['few']
+  outside = external.External(head_to_head=dict(x=head_to_head(
+      'm2', 'm1', 10, 10, 100, inconsistent=40, left_out=30, count=120)))
+  both = verdict(evaluated('m1', base), evaluated('m2', base + np.resize((0, 1), 150)),
+                 outside=outside)['m2', 'm1', 'answers']
+  assert (both.verdict, both.decided_by, kinds(both.doubts)) == ('better', 'oracle', ['disagree'])
+  alone = verdict(evaluated('m1', lengths=[5]), evaluated('m2', lengths=[5]), outside=outside)
+  assert kinds(alone['m2', 'm1', 'answers'].doubts) == ['inconsistent', 'left_out']
+  one = verdict(evaluated('m1', [1.0]), evaluated('m2', [2.0]))['m2', 'm1', 'answers']
+  assert one.verdict == 'not measured' and 'has no interval' in one.sentence
+
+
+def test_alpaca_eval_is_not_paired():
+  def made(name, rate):
+    return schema.AlpacaEval(generator=name, win_rate=rate, standard_error=1.0, wins=1, draws=0,
+                             losses=1, count=805, missing=0, characters=9.0)
+  outside = external.External(alpaca=dict(a=made('m1', 10.0), b=made('m2', 15.0)))
+  step = verdict(evaluated('m1'), evaluated('m2'), outside=outside)['m2', 'm1', 'answers']
+  width = stats.norm.ppf(0.975) * math.sqrt(2)
+  assert (step.verdict, step.decided_by, kinds(step.doubts)) == ('better', 'alpaca', ['not_paired'])
+  assert step.differences[0].change.low == pytest.approx(5 - width)
+
+
+def test_a_judge_that_only_learned_the_format_is_doubted():
+  ranked = [make.ranked(f'r{i}', (0, 1), 'eval') for i in range(120)]
+  replies = [(f'r{i}/0', f'r{i}/1') for i in range(120)]
+  scored = {name: [5.0 - j] for pair in replies for j, name in enumerate(pair)}
+  silent = {name: scores if int(name[1:-2]) < 20 else [None] for name, scores in scored.items()}
+  found = verdict(evaluated('sft', judged=silent), evaluated('m1', judged=scored), ranked=ranked,
+                  parsed=dict(sft=Value(value=1 / 6), m1=Value(value=1.0)))['m1', 'sft', 'judge']
+  assert (found.verdict, kinds(found.doubts)) == ('better', ['parse_rate', 'only_unscored'])
+  assert found.differences[0].change.value == pytest.approx(100 / 120)
+
+
+def test_doubts_of_a_run():
+  facts = doubts.Facts(has_outside=True, judges=frozenset({'random'}), has_control=True, seeds=3,
+                       is_sandbox=True, stopped='no pairs', unfinished=('m3/judge',), warnings=2)
+  assert kinds(doubts.of_run(facts)) == ['is_control', 'sandbox', 'stopped', 'unfinished',
+                                         'warnings']
+  alone = dataclasses.replace(facts, judges=frozenset({'m1'}), has_control=False)
+  assert kinds(doubts.of_run(alone))[0] == 'no_control'
+
+
+# The data of a round, and samples
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  """The models sft, m1 and m2, and the data of m2 and m3. M3 is not trained, its data unfinished."""
+  workdir = tmp_path / 'run'
+  ranked = [make.ranked(f'r{i}', (0, 1), 'eval') for i in range(4)]
+  seeds = write(workdir / 'data', 'seeds', {}, seed=3)
+  records.write(seeds / 'ranked.jsonl', ranked)
+  judged = {f'r{i}/{n}': [float(4 - n), 3.0 - n] for i in range(4) for n in range(2)}
+  model(workdir, 'sft', [1, 2, 3, 4, 2], [10, 20, 30, 40, 50], {k: [None, 1.0] for k in judged})
+  model(workdir, 'm1', [2, 2, 3, 5, 3], judged=judged)
+  model(workdir, 'm2', [3, 3, 4, 5, 5], judged=judged)
+  data(workdir, 'm2', 'hash of m1')
+  data(workdir, 'm3', 'hash of m2', done=False)
+  stage.write_json(workdir / 'results.json', dict(size='tiny', models=[
+      dict(model=m) for m in ('sft', 'm1', 'm2')], stopped='too few pairs'))
+  return workdir
+
+
+def data(workdir, name: str, writer: str, done: bool = True):
+  """Three prompts with two candidates each, judged twice; of the last candidate one judgement."""
+  folder = workdir / name
+  prompts = schema.PromptsSummary(prompts=3, wanted=4, attempts=9, near_held_out=0, shortened=0,
+                                  dropped={'seen before': 6})
+  attempts = write(folder, 'prompts', dataclasses.asdict(prompts) if done else None,
+                   prompts__count=4)
+  records.write(attempts / 'attempts.jsonl', [
+      schema.Attempt(id=str(i), text='', finish='eos', reason='' if i < 3 else 'seen before')
+      for i in range(9)])
+  responses = [make.response(f'p{i}/{n}', prompt=f'prompt {i}', n_tokens=2 + n, finish=finish)
+               for i, n, finish in [(0, 0, 'eos'), (0, 1, 'eos'), (1, 0, 'length'), (1, 1, 'eos'),
+                                    (2, 0, 'eos'), (2, 1, 'too_long')]]
+  records.write(write(folder, 'respond', {}, writer) / 'responses-00000-of-00001.jsonl', responses)
+  scored = {'p0/0': (5, 4), 'p0/1': (1, 1), 'p1/0': (3, 3), 'p1/1': (3, 3), 'p2/0': (2, 2),
+            'p2/1': (None, 4)}
+  summary = schema.JudgeSummary(judgements=12, parsed=11, lowest=0.0, highest=5.0,
+                                unparsed={'no score': 1})
+  judge = write(folder, 'judge', dataclasses.asdict(summary), writer)
+  records.write(judge / 'judgements-00000-of-00001.jsonl', [
+      make.judgement(name, j, None if score is None else float(score), text=f'{name} {j}')
+      for name, scores in scored.items() for j, score in enumerate(scores)])
+  numbers = {field.name: None for field in dataclasses.fields(schema.PairsSummary)}
+  made = schema.PairsSummary(**numbers | dict(
+      strategy='max_min', pairs=1, positives=0, prompts=3, pairs_per_1000_prompts=333.3,
+      judgements=12, parsed=11, score_histogram={}, all_scores_equal=1,
+      dropped={'all scores equal': 1, 'one candidate': 1}))
+  folder = write(folder, 'pairs', dataclasses.asdict(made) if done else None, judge__quorum=2)
+  records.write(folder / 'pairs.jsonl', [
+      make.pair('p0', chosen='x' * 30, rejected='y' * 10)])
+
+
+def of_round(workdir, name: str) -> tuple[rounds.Data, rounds.Round]:
+  stages = {part.name: started for part in (workdir / name).iterdir()
+            if (started := summaries.started(part))}
+  found = rounds.read(workdir, name, stages)
+  return found, rounds.of(found, workdir, rounds.names(workdir))
+
+
+def test_a_round_by_hand(workdir):
+  found = of_round(workdir, 'm2')[1]
+  assert (found.writer, found.judge, found.scale) == ('m1', 'm1', (0.0, 5.0))
+  assert [(y.label, y.count, y.lost) for y in found.funnel] == [
+      ('prompts wanted', 4, {}), ('attempts', 9, {}), ('accepted prompts', 3, {'seen before': 6}),
+      ('responses', 6, {}),
+      ('finished', 4, {'cut at the length limit': 1, 'prompt too long': 1}),
+      ('judgements', 12, {}), ('parsed', 11, {'no score': 1}),
+      ('scored candidates', 5, {'fewer than 2 scores': 1}),
+      ('pairs', 1, {'all scores equal': 1, 'one candidate': 1})]
+  assert found.judge_scores == {'0': 0, '1': 2, '2': 2, '3': 4, '4': 2, '5': 1}
+  means = [[4.5, 1.0], [3.0, 3.0], [2.0]]
+  assert found.judge_mean == estimates.mean(means) and found.judge_mean.value == 2.7
+  assert (found.tokens.mean, found.tokens.count) == (2.5, 6)
+  assert (found.chosen.mean, found.rejected.mean) == (30, 10)
+  assert found.parsed.value == 11 / 12 and found.right is None and found.oracle_mean is None
+  assert any('chosen responses have 30 characters' in w for w in found.warnings)
+  unfinished = of_round(workdir, 'm3')[1]
+  assert [(y.label, y.count) for y in unfinished.funnel][:3] == [
+      ('prompts wanted', 4), ('attempts', 9), ('accepted prompts', 3)]
+  assert unfinished.funnel[-1].label == 'scored candidates' and unfinished.writer == 'm2'
+
+
+def test_the_audit_gives_the_means_of_the_same_candidates(workdir):
+  stage.write_json(write(workdir / 'm2', 'audit', {}) / 'audit.json', dict(
+      judged=5, prompts=3, pairs=40, right=0.75, wrong=0.125, judge_mean=2.7, oracle_mean=2.5,
+      intervals=dict(judge_mean=[2.0, 3.0], oracle_mean=None), oracle_histogram={'2': 5}))
+  found = of_round(workdir, 'm2')[1]
+  assert found.judge_mean == Value(value=2.7, low=2.0, high=3.0, count=3)
+  assert found.oracle_mean == Value(value=2.5, count=3) and found.oracle_scores == {'2': 5}
+  expected = stats.binomtest(30, 40).proportion_ci(method='wilson')
+  assert (found.right.low, found.right.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_samples_have_all_candidates_and_judgements_of_a_prompt(workdir):
+  found = samples.of_round(of_round(workdir, 'm2')[0])
+  assert (found.rule, found.total) == ('All 3 prompts.', 3)
+  by_id = {p.id: p for p in found.prompts}
+  first = by_id['p0']
+  assert [(c.id, c.role, c.score, c.spread) for c in first.candidates] == [
+      ('p0/0', 'chosen', 4.5, 0.5), ('p0/1', 'rejected', 1.0, 0.0)]
+  assert [(j.text, j.score) for j in first.candidates[0].judgements] == [
+      ('p0/0 0', 5.0), ('p0/0 1', 4.0)]
+  assert (first.paired, by_id['p1'].paired) == (True, False)
+  last = by_id['p2'].candidates[1]
+  assert (last.score, [j.score for j in last.judgements]) == (None, [None, 4.0])
+
+
+def test_samples_are_chosen_by_hash_and_bounded(workdir, monkeypatch):
+  found = of_round(workdir, 'm2')[0]
+  monkeypatch.setattr(samples, 'PROMPTS', 2)
+  made = samples.of_round(found)
+  first = sorted(('p0', 'p1', 'p2'), key=records.digest)[:2]
+  assert [p.id for p in made.prompts] == first and made.rule.startswith('2 of 3 prompts: those')
+  monkeypatch.setattr(samples, 'CHARACTERS', 10)
+  assert [p.id for p in samples.of_round(found).prompts] == first[:1]
+  long = dataclasses.replace(found.responses[0], response='x' * 7000)
+  made = samples.held_out(dict(m1={'h': long}, m2={'h': found.responses[1]}), dict(m1={'h': 4.0}))
+  answer = made.prompts[0].answers['m1']
+  assert answer.text == 'x' * 6000 + ' [.. 1,000 more characters]' and answer.oracle == 4.0
+  assert made.prompts[0].answers['m2'].oracle is None
+
+
+# Runs
+
+
+def read(workdir) -> runs.Run:
+  return contents.read([workdir]).runs[0]
+
+
+def test_a_run_by_hand(workdir):
+  found = read(workdir)
+  assert (found.models, found.size, found.seed) == (('sft', 'm1', 'm2'), 'tiny', 0)
+  assert found.answer == ('Yes: m2 answers better than sft: oracle score +1.60 '
+                          f'{interval([3, 3, 4, 5, 5], [1, 2, 3, 4, 2])} on 5 prompts.')
+  assert kinds(found.doubts) == ['no_control', 'one_seed', 'sandbox', 'stopped', 'unfinished',
+                                 'warnings']
+  assert found.unfinished == ('sft/judge_eval', 'm1/judge_eval', 'm2/judge_eval', 'm3/prompts',
+                              'm3/pairs')
+  assert 'model m3' in found.missing and 'AlpacaEval (eval/alpaca_MODEL.json)' in found.missing
+  assert found.characters['sft'].mean == 30 and found.tokens['sft'].mean == 15
+  assert found.oracle_scores['m2'] == {'3': 2, '4': 1, '5': 2}
+  assert [w.wins for w in found.wins] == [3, 5, 4]
+  costs = {(c.owner, c.stage): c for c in found.costs}
+  assert costs['m2', 'model'].tokens == 10 * 2 * 30 * 0.5  # steps, rows, width, not padding
+  assert costs['m2', 'respond'].tokens == 15 and costs['sft', 'answers'].tokens == 75
+  assert costs['m3', 'pairs'].seconds is None and costs['m2', 'pairs'].seconds == 2.5
+  assert [m.chosen_reward for m in found.curves['m1']] == [0.0, 0.1, 0.2]
+  assert found.values['sft']['parsed'].value == 0.5
+  judge = next(s for s in found.steps if (s.model, s.about) == ('m1', 'judge'))
+  assert (judge.differences[0].ours, judge.differences[0].theirs) == (1.0, 0.0)
+
+
+def interval(a, b) -> str:
+  found = stats.ttest_rel(a, b).confidence_interval(0.95)
+  return f'[{found.low:+.2f}, {found.high:+.2f}]'
+
+
+@pytest.mark.parametrize('missing', ['seeds', 'model/metrics.jsonl', 'answers', 'oracle', 'respond',
+                                     'judge', 'judge_eval', 'agreement', 'pairs', 'prompts',
+                                     'results.json', 'rows.json'])
+def test_a_partial_run_is_read_and_what_is_missing_is_named(workdir, missing):
+  for path in [*workdir.rglob(missing)]:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  found = read(workdir)
+  named = dict(answers='m2: answers to held-out prompts (m2/answers)',
+               agreement='m2: agreement with human ranks (m2/agreement)')
+  named['model/metrics.jsonl'] = 'm2: training curves (m2/model/metrics.jsonl)'
+  for file, sentence in named.items():
+    assert (sentence in found.missing) == (file == missing)
+
+
+def test_external_results_appear_when_their_files_are_in_the_run(workdir):
+  folder = workdir / 'eval'
+  annotations = [alpaca.Annotation(instruction=str(i), preference=p, generator_2='m2',
+                                   output_2='x') for i, p in enumerate((2.0, 1.2, 1.5))]
+  stage.write_json(folder / 'alpaca_m2.json', dataclasses.asdict(alpaca.win_rate(annotations)))
+  for a, b in (('m2', 'm1'), ('m2', 'sft')):
+    stage.write_json(folder / f'{a}_{b}' / 'head_to_head.json',
+                     dataclasses.asdict(head_to_head(a, b, 60, 30, 10)))
+  found = read(workdir)
+  rate = found.values['m2']['alpaca']
+  error = stats.sem([1.0, 0.2, 0.5]) * 100
+  assert rate.value == pytest.approx(170 / 3) and rate.count == 3
+  assert rate.high - rate.value == pytest.approx(stats.norm.ppf(0.975) * error)
+  assert [(w.a, w.b, w.wins, w.source) for w in found.wins if w.by == 'gpt'] == [
+      ('m2', 'm1', 60, 'm2_m1/head_to_head.json'), ('m2', 'sft', 60, 'm2_sft/head_to_head.json')]
+  assert not any('AlpacaEval' in m or 'head to head' in m for m in found.missing)
+  (folder / 'alpaca_m2.json').write_text('{"generator": "m2"}')
+  with pytest.raises(InputError, match='eval/alpaca_m2.json: .*missing required field'):
+    read(workdir)
+
+
+# Several runs
+
+
+def test_two_runs_are_paired_by_prompt(workdir, tmp_path):
+  other = tmp_path / 'other' / 'run'
+  shutil.copytree(workdir, other)
+  graded = other / 'm2' / 'oracle' / 'graded.jsonl'
+  lines = [dict(r, score=x) for (_, r), x in zip(
+      records.read_any(graded), (2.0, 3.0, 4.0, 4.0, 5.0), strict=True)]
+  records.write(graded, lines)
+  found = contents.read([workdir, other])
+  assert [run.name for run in found.runs] == [str(workdir), str(other)] and not found.refused
+  across = {(x.model, x.measure): x for x in found.across}
+  change = across['m2', 'oracle'].change
+  expected = stats.ttest_1samp([-1, 0, 0, -1, 0], 0).confidence_interval(0.95)
+  assert (change.value, change.low, change.high) == pytest.approx(
+      (-0.4, expected.low, expected.high))
+  assert across['m1', 'oracle'].change.value == 0 and across['m1', 'pairwise_all'].change.value == 0
+  with pytest.raises(InputError, match='is given twice'):
+    contents.read([workdir, workdir])
+  with pytest.raises(InputError, match='contains no model'):
+    contents.read([workdir, tmp_path / 'absent'])
+
+
+def test_runs_on_other_prompts_are_not_compared(workdir, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(workdir, other)
+  path = other / 'm1' / 'answers' / 'responses-00000-of-00001.jsonl'
+  path.write_text(path.read_text().replace('"prompt 0"', '"another prompt"'))
+  found = contents.read([workdir, other])
+  assert found.refused == ('other and run: m1 answered other held-out prompts (5 and 5, of which 4 '
+                           'are the same), so no difference is paired by prompt; make both runs '
+                           'from the same data',)
+  assert {x.model for x in found.across} == {'sft'}
+
+
+def test_a_control_beside_a_run_removes_that_doubt(workdir, tmp_path):
+  control = tmp_path / 'control'
+  shutil.copytree(workdir, control)
+  path = control / 'm2' / 'judge' / 'manifest.json'
+  manifest = json.loads(path.read_text())
+  stage.write_json(path, manifest | dict(params='', config={'judge.by': 'random'}))
+  first, second = contents.read([workdir, control]).runs
+  assert 'no_control' in kinds(read(workdir).doubts)
+  assert 'no_control' not in kinds(first.doubts) and 'is_control' in kinds(second.doubts)
+
+
+def test_the_seeds_of_a_study_are_one(tmp_path):
+  """Against study.table, which reads the runs in another way."""
+  rng = np.random.default_rng(0)
+  base = rng.integers(0, 4, 40)
+  for name in ('loop', 'blind'):
+    for seed in range(4 if name == 'loop' else 3):
+      workdir = tmp_path / f'{name}-{seed}'
+      model(workdir, 'sft', base + rng.integers(0, 2, 40))
+      model(workdir, 'm1', base + rng.integers(0, 3, 40))
+  model(tmp_path / 'loop-4', 'sft', base)  # not finished: it has no m1
+  found = contents.read([tmp_path])
+  assert not found.runs and not found.refused
+  loop, blind = found.arms
+  assert (loop.name, loop.seeds, blind.seeds) == ('loop', (0, 1, 2, 3, 4), (0, 1, 2))
+  loops = [tmp_path / f'loop-{seed}' for seed in range(4)]
+  blinds = [tmp_path / f'blind-{seed}' for seed in range(3)]
+  gain = {row['model']: row for row in study.table(loops, loops)}['m1']['gain']
+  step = next(s for s in loop.steps if s.about == 'answers')
+  change = step.differences[0].change
+  assert (change.value, change.low, change.high) == pytest.approx(
+      (gain['mean'], *gain['interval']))
+  assert (change.count, change.of) == (4, 'seeds') and step.sentence.endswith('on 4 seeds.')
+  against = {row['model']: row for row in study.table(blinds, loops[:3])}['m1']['against']
+  across = {(x.model, x.measure): x for x in found.across}['m1', 'oracle']
+  assert (across.run, across.against) == ('blind', 'loop')
+  assert (across.change.value, across.change.low, across.change.high) == pytest.approx(
+      (against['mean'], *against['interval']))
+  assert 'one_seed' not in kinds(loop.doubts) and 'no_control' in kinds(loop.doubts)
+  assert loop.values['m1']['oracle'].count == 4 and loop.values['sft']['oracle'].count == 5
+
+
+def test_a_folder_of_a_run_is_no_study(workdir):
+  assert compare.study(workdir) == {} and compare.study(workdir / 'absent') == {}
+  assert [*compare.study(workdir.parent)] == []  # `run` is not NAME-SEED
+
+
+# The paper
+
+
+def test_the_tables_of_the_paper_are_whole():
+  by_title = {table.title: table for table in paper.tables()}
+  shares = by_title['Head to head on 256 prompts, both orders']
+  assert shares.label == 'Llama-2-70B, judged by GPT-4'
+  for name, cells in shares.rows.items():
+    assert sum(cells) == pytest.approx(100, abs=0.2), name
+    counts = [round(share * 2.56) for share in cells]  # of 256 prompts
+    assert [round(100 * n / 256, 1) for n in counts] == pytest.approx(cells, abs=0.06), name
+  for table in paper.tables():
+    assert 'Llama-2-70B' in table.label
+    assert all(key in measures.MEASURES or key == 'harness' for key in table.measures)
+    assert all(len(cells) == len(table.columns) for cells in table.rows.values())
+  assert by_title['Agreement of the judge with human ranks'].rows['m3'][0] == 81.7
