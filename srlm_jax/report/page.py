@@ -13,6 +13,7 @@ import markupsafe
 from srlm_jax import InputError, records, schema
 from srlm_jax.report import charts, contents, external, paper, plots, steps
 from srlm_jax.report.contents import Contents
+from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.measures import Lengths, MEASURES
 from srlm_jax.report.rounds import Round
 from srlm_jax.report.run import Run
@@ -64,12 +65,9 @@ def render(found: Contents) -> str:
   environment.filters |= dict(number=number, counts=counts, readable=readable)
   style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
   environment.globals |= dict(
-      measures=MEASURES, charts=charts, finishes=_FINISHES,
-      kinds=_KINDS, verdict=verdict, sections_of=sections_of, keys_of=keys_of,
-      papers_about=papers_about,
-      funnels=funnels, rounds_table=rounds_table, kept_of=kept_of, tasks_of=tasks_of,
-      sample_models=sample_models, side_by_side=side_by_side, bins_of=bins_of, percents=percents,
-      ngram_headings=ngram_headings)
+      measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS, **{f.__name__: f for f in (
+          verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
+          kept_of, tasks_of, sample_models, side_by_side, bins_of, percents, ngram_headings)})
   html = environment.get_template('page.html').render(
       contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
       script=markupsafe.Markup(script))
@@ -115,11 +113,22 @@ def readable(words: str) -> str:
   return words.translate({code: '\ufffd' for code in range(32) if chr(code) not in '\t\n\r'})
 
 
+def deciding(found: Iterable[steps.Step]) -> steps.Step | None:
+  """The step that the answer is about: the answers of the last model, if possible against SFT."""
+  about = [step for step in found if step.about == 'answers']
+  return next((step for step in reversed(about) if step.against == 'sft'), (*about, None)[-1])
+
+
 def verdict(found: Iterable[steps.Step]) -> str:
   """The class of the verdict that the answer is about."""
-  about = [step for step in found if step.about == 'answers']
-  last = next((step for step in reversed(about) if step.against == 'sft'), (*about, None)[-1])
-  return _KINDS[last.verdict] if last else 'unclear'
+  step = deciding(found)
+  return _KINDS[step.verdict] if step else 'unclear'
+
+
+def doubts_of(found: Iterable[steps.Step]) -> tuple[Doubt, ...]:
+  """The doubts on the step that the answer is about."""
+  step = deciding(found)
+  return step.doubts if step else ()
 
 
 def sections_of(run: Run) -> dict[str, str]:
@@ -144,6 +153,11 @@ def keys_of(values: Iterable[dict], about: str = '') -> list[str]:
           if about in ('', measure.about) and any(key in found for found in values)]
 
 
+def models_of(values: dict[str, dict], keys: Iterable[str]) -> list[str]:
+  """The models that have a value for some of the keys."""
+  return [model for model, found in values.items() if any(key in found for key in keys)]
+
+
 def papers_about(found: Contents, about: str) -> list[paper.Table]:
   """The paper's tables about `answers` or `judge`; '': those about neither."""
   return [table for table in found.paper
@@ -157,7 +171,8 @@ def funnels(run: Run) -> list[plots.Chart]:
 def rounds_table(run: Run) -> dict[str, list[str]]:
   """{name: a cell per round} of what the funnel and the pairs of the rounds say."""
   columns = [_of_round(found) for found in run.rounds]
-  names = dict.fromkeys(name for column in columns for name in column)
+  names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True)
+                        for name in column)
   return {name: [column.get(name, '-') for column in columns] for name in names}
 
 
@@ -166,7 +181,7 @@ def _of_round(found: Round) -> dict[str, str]:
   for step in found.funnel:
     cells[step.label] = number(step.count)
     if step.lost:
-      cells[f'lost before: {step.label}'] = '\n'.join(
+      cells[f'{step.label}: lost before'] = '\n'.join(
           f'{n:,} {reason}' for reason, n in step.lost.items())
   for name, value in (('mean score by its judge', found.judge_mean),
                       ('mean score by the oracle', found.oracle_mean),

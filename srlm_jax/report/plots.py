@@ -9,7 +9,8 @@ import markupsafe
 _WIDTH, _HEIGHT = 340, 210    # of a chart with two axes, in units of about a CSS pixel
 _MAP = 560, 420               # of a scatter plot
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 12, 8, 24  # margins around the plotted area
-_ROW, _LABELS, _VALUES = 26, 96, 96  # of a chart of rows: height of a row, widths beside the bars
+_ROW, _LABELS, _VALUES = 26, 114, 104  # of a chart of rows: height of a row, widths beside the bars
+_NAMES = 72       # width of the names beside intervals
 _FEW_POINTS = 30  # a line with fewer points has markers
 SERIES = 6        # colours, as the classes s0, s1, .. of the style sheet
 
@@ -101,7 +102,7 @@ def bars(title: str, series: dict[str, dict[str, float]],
 
 
 def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]) -> Chart:
-  """A row per name: a line from the 5 % to the 95 % quantile, a box of the middle half, a median."""
+  """A row per name, from its quantiles 5, 25, 50, 75 and 95 %: a line, a box and its median."""
   x_ticks = ticks(0, max(high for *_, high in found.values()))
   end = _ROW * len(found) + 4
   svg = _drawing(end + 18, f'{title}, quantiles 5, 25, 50, 75 and 95 %: ' + '; '.join(
@@ -150,11 +151,11 @@ def intervals(title: str, found: dict[str, Point], digits: int = 2) -> Chart:
   rows_end = _ROW * len(found) + 4
   values = {name: _with_interval(point, digits) for name, point in found.items()}
   svg = _drawing(rows_end + 18, f'{title}: ' + '; '.join(f'{k} {v}' for k, v in values.items()))
-  x = _Scale(x_ticks[0], x_ticks[-1], _LABELS + 6, _WIDTH - 2 * _VALUES + 52)
+  x = _Scale(x_ticks[0], x_ticks[-1], _NAMES + 6, _WIDTH - 132)
   _add(svg, 'line', 'level', x1=x(0), x2=x(0), y1=0, y2=rows_end)
   for i, (name, point) in enumerate(found.items()):
     middle = _ROW * i + 4 + 9
-    _text(svg, name, _LABELS - 6, middle + 4, 'end', 'value')
+    _text(svg, name, _NAMES - 6, middle + 4, 'end', 'value')
     if point.low is not None:
       _add(svg, 'line', 'whisker', x1=x(point.low), x2=x(point.high), y1=middle, y2=middle)
     _add(svg, 'circle', 's0', cx=x(point.y), cy=middle, r=4)
