@@ -300,13 +300,21 @@ def test_doubts_of_a_step():
   assert kinds(step.doubts) == ['longer'] and 'from 55 to 75' in step.doubts[0].sentence
   few = verdict(evaluated('m1', [1.0] * 9), evaluated('m2', [2.0, 3.0] * 4 + [2.0]))
   assert kinds(few['m2', 'm1', 'answers'].doubts) == ['few']
-  outside = external.External(head_to_head=dict(x=head_to_head(
-      'm2', 'm1', 10, 10, 100, inconsistent=40, left_out=30, count=120)))
-  both = verdict(evaluated('m1', base), evaluated('m2', base + np.resize((0, 1), 150)),
-                 outside=outside)['m2', 'm1', 'answers']
-  assert (both.verdict, both.decided_by, kinds(both.doubts)) == ('better', 'oracle', ['disagree'])
-  alone = verdict(evaluated('m1', lengths=[5]), evaluated('m2', lengths=[5]), outside=outside)
-  assert kinds(alone['m2', 'm1', 'answers'].doubts) == ['inconsistent', 'left_out']
+  def judged_by(file, ours=(), theirs=(), lengths=((), ())):
+    models = evaluated('m1', theirs, lengths[1]), evaluated('m2', ours, lengths[0])
+    outside = external.External(head_to_head=dict(file=file))
+    step = verdict(*models, outside=outside)['m2', 'm1', 'answers']
+    return step.verdict, step.decided_by, kinds(step.doubts)
+  file = head_to_head('m2', 'm1', 10, 10, 100)
+  assert judged_by(file, base + np.resize((0, 1), 150), base) == ('better', 'oracle', ['disagree'])
+  assert judged_by(dataclasses.replace(file, inconsistent=40, left_out=30)) == (
+      'worse', 'head_to_head', ['inconsistent', 'left_out'])
+  assert judged_by(dataclasses.replace(file, inconsistent=36, left_out=13))[2] == []
+  for seen in (dataclasses.replace(file, characters_a=7.0, characters_b=5.0),
+               head_to_head('m1', 'm2', 100, 10, 10, characters_a=5.0, characters_b=7.0)):
+    assert judged_by(seen, lengths=([7] * 120, [5] * 120))[2] == ['longer']
+    assert judged_by(seen, lengths=([7] * 120, [6] * 120))[2] == ['other_answers']
+    assert judged_by(seen, lengths=([7] * 119, [5] * 119))[2] == ['longer', 'other_answers']
   one = verdict(evaluated('m1', [1.0]), evaluated('m2', [2.0]))['m2', 'm1', 'answers']
   assert one.verdict == 'not measured' and 'has no interval' in one.sentence
 
@@ -347,7 +355,7 @@ def test_doubts_of_a_run():
 
 @pytest.fixture
 def workdir(tmp_path):
-  """The models sft, m1 and m2, and the data of m2 and m3. M3 is not trained, its data unfinished."""
+  """The models sft, m1 and m2, and the data of m2 and m3; that of m3 is not finished."""
   workdir = tmp_path / 'run'
   ranked = [make.ranked(f'r{i}', (0, 1), 'eval') for i in range(4)]
   seeds = write(workdir / 'data', 'seeds', {}, seed=3)
@@ -592,9 +600,13 @@ def test_the_seeds_of_a_study_are_one(tmp_path):
       model(workdir, 'sft', base + rng.integers(0, 2, 40))
       model(workdir, 'm1', base + rng.integers(0, 3, 40))
   model(tmp_path / 'loop-4', 'sft', base)  # not finished: it has no m1
+  stage.write_json(tmp_path / 'blind.json', dict(changes=['m2:judge.by=random']))
   found = contents.read([tmp_path])
   assert not found.runs and not found.refused
   loop, blind = found.arms
+  assert (loop.changes, blind.changes) == ((), ('m2:judge.by=random',))
+  with pytest.raises(InputError, match='is the folder of a study; give it alone'):
+    contents.read([tmp_path / 'loop-0', tmp_path])
   assert (loop.name, loop.seeds, blind.seeds) == ('loop', (0, 1, 2, 3, 4), (0, 1, 2))
   loops = [tmp_path / f'loop-{seed}' for seed in range(4)]
   blinds = [tmp_path / f'blind-{seed}' for seed in range(3)]

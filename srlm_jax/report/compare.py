@@ -32,6 +32,7 @@ class Across:
 class Arm:
   """The runs of a study that differ in their seeds only, as one. Intervals are over seeds."""
   name: str
+  changes: tuple[str, ...]               # the --set flags of these runs
   seeds: tuple[int, ...]
   models: tuple[str, ...]                # that a run has
   judges: frozenset[str]                 # who scored the candidates
@@ -39,6 +40,12 @@ class Arm:
   answer: str                            # did it get better? one sentence
   steps: tuple[steps.Step, ...]
   doubts: tuple[Doubt, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Study:
+  """NAME.json of a study: what is shown of it."""
+  changes: tuple[str, ...] = ()
 
 
 def between_runs(runs: Sequence[Run]) -> tuple[list[Across], list[str]]:
@@ -83,16 +90,18 @@ def study(folder) -> dict[str, dict[int, epath.Path]]:
   return {name: dict(sorted(runs.items())) for name, runs in found.items()}
 
 
-def arms(found: dict[str, dict[int, Run]], has_control: bool) -> list[Arm]:
-  """{name: {seed: run}} -> each name's runs as one; the loop first."""
-  return [_arm(name, found[name], has_control) for name in _ordered(found)]
+def arms(folder, found: dict[str, dict[int, Run]], has_control: bool) -> list[Arm]:
+  """The {name: {seed: run}} of a study's folder -> each name's runs as one; the loop first."""
+  changes = {name: results.read(epath.Path(folder) / f'{name}.json', _Study) or _Study()
+             for name in found}
+  return [_arm(name, changes[name].changes, found[name], has_control) for name in _ordered(found)]
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
   return sorted(names, key=lambda name: (name != 'loop', name))
 
 
-def _arm(name: str, runs: dict[int, Run], has_control: bool) -> Arm:
+def _arm(name: str, changes: tuple[str, ...], runs: dict[int, Run], has_control: bool) -> Arm:
   first = next(iter(runs.values()))
   judges = frozenset(judge for run in runs.values() for judge in run.judges)
   models = tuple(m for m in MODELS if any(m in run.models for run in runs.values()))
@@ -107,8 +116,9 @@ def _arm(name: str, runs: dict[int, Run], has_control: bool) -> Arm:
       stopped='; '.join(filter(None, (run.stopped for run in runs.values()))),
       unfinished=tuple(f'{run.name}/{stage}' for run in runs.values() for stage in run.unfinished),
       warnings=sum(len(run.warnings) for run in runs.values()))
-  return Arm(name=name, seeds=tuple(runs), models=models, judges=judges, values=values,
-             answer=steps.answer(made), steps=made, doubts=tuple(doubts.of_run(facts)))
+  return Arm(name=name, changes=changes, seeds=tuple(runs), models=models, judges=judges,
+             values=values, answer=steps.answer(made), steps=made,
+             doubts=tuple(doubts.of_run(facts)))
 
 
 def over_seeds(rows: list[dict[str, Value]]) -> dict[str, Value]:

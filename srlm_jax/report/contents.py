@@ -30,7 +30,10 @@ def read(workdirs: Sequence) -> Contents:
   """
   folders = [epath.Path(workdir) for workdir in workdirs]
   if len(folders) == 1 and (found := compare.study(folders[0])):
-    return _study(folders[0].name, found)
+    return _study(folders[0], found)
+  for folder in folders:
+    if compare.study(folder):
+      raise InputError(f'--workdir={folder} is the folder of a study; give it alone')
   named = _names(folders)
   has_control = any(rounds.is_control(folder) for folder in folders)
   made = [_run(folder, name, has_control) for name, folder in named.items()]
@@ -50,14 +53,14 @@ def of_run(workdir, rows: list[dict], stopped: str) -> Contents:
                   paper=paper.tables())
 
 
-def _study(title: str, found: dict[str, dict[int, epath.Path]]) -> Contents:
-  folders = [folder for by_seed in found.values() for folder in by_seed.values()]
-  has_control = any(rounds.is_control(folder) for folder in folders)
-  made = {name: {seed: _run(folder, folder.name, has_control) for seed, folder in by_seed.items()}
+def _study(folder, found: dict[str, dict[int, epath.Path]]) -> Contents:
+  every = [run for by_seed in found.values() for run in by_seed.values()]
+  has_control = any(map(rounds.is_control, every))
+  made = {name: {seed: _run(run, run.name, has_control) for seed, run in by_seed.items()}
           for name, by_seed in found.items()}
   across, refused = compare.between_arms(made)
-  arms = compare.arms(made, has_control)
-  return Contents(title=title, runs=(), arms=tuple(arms), across=tuple(across),
+  arms = compare.arms(folder, made, has_control)
+  return Contents(title=folder.name, runs=(), arms=tuple(arms), across=tuple(across),
                   refused=tuple(refused), paper=paper.tables())
 
 

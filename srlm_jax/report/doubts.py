@@ -2,7 +2,7 @@
 from collections.abc import Iterator
 import dataclasses
 
-from srlm_jax.report import estimates
+from srlm_jax.report import estimates, external
 from srlm_jax.report.differences import Difference
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import MEASURES
@@ -50,8 +50,9 @@ def of_answers(deciding: Difference, all_of_step: list[Difference],
       yield Doubt(kind='longer', sentence=f'The answers grew from {length.theirs:,.0f} to '
                   f'{length.ours:,.0f} characters; judges tend to prefer long answers.')
   yield from _of_own_judge(deciding, rounds)
-  if deciding.file:
-    yield from _of_verdicts(deciding)
+  for difference in all_of_step:
+    if difference.file:
+      yield from _of_verdicts(difference, by_key.get('characters'))
 
 
 def of_judge(deciding: Difference, all_of_step: list[Difference],
@@ -139,13 +140,26 @@ def _of_own_judge(deciding: Difference, rounds: list[Round]) -> Iterator[Doubt]:
                 f'not: this looks like reward hacking.')
 
 
-def _of_verdicts(deciding: Difference) -> Iterator[Doubt]:
-  """The outside judge contradicts itself, or gave too few verdicts."""
-  file = deciding.file
-  if file.inconsistent and file.inconsistent > INCONSISTENT * file.count:
+def _of_verdicts(difference: Difference, lengths: Difference | None) -> Iterator[Doubt]:
+  """An outside judge contradicts itself, gave too few verdicts, or saw other answers."""
+  file, judge = difference.file, difference.judge
+  if file.inconsistent > INCONSISTENT * file.count:
     yield Doubt(kind='inconsistent', sentence=f'On {file.inconsistent:,} of {file.count:,} prompts '
-                f'the verdict depends on which answer the judge saw first.')
-  lost = file.left_out or 0
-  if lost > LOST * (lost + file.count):
-    yield Doubt(kind='left_out', sentence=f'{lost:,} of {lost + file.count:,} prompts are left '
-                f'out, because the judge gave no verdict on them.')
+                f'the verdict of {judge} depends on which answer it saw first.')
+  every = file.left_out + file.count
+  if file.left_out > LOST * every:
+    yield Doubt(kind='left_out', sentence=f'{file.left_out:,} of {every:,} prompts are left out, '
+                f'because {judge} gave no verdict on them.')
+  if lengths and lengths.change.count != every:
+    yield Doubt(kind='other_answers', sentence=f'{judge} compared answers to {every:,} prompts, '
+                f'and the run has {lengths.change.count:,}.')
+  elif lengths and not file.left_out:
+    seen = [file.characters_a, file.characters_b]
+    if external.model_name(file.a) != difference.model:
+      seen.reverse()
+    for model, was, now in zip((difference.model, difference.against), seen,
+                               (lengths.ours, lengths.theirs), strict=True):
+      if was is not None and abs(was - now) > 1e-6 * now:
+        yield Doubt(kind='other_answers', sentence=f'The answers of {model} that {judge} compared '
+                    f'have {was:,.1f} characters on average, those of the run {now:,.1f}: compare '
+                    f'them again.')

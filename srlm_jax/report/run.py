@@ -38,7 +38,6 @@ class Metrics:
   chosen_logp: float | None = None
   rejected_logp: float | None = None
   grad_norm: float | None = None
-  learning_rate: float | None = None
   tokens_per_second: float | None = None
   alarm_chosen_falling: int | None = None
   alarm_margin_without_accuracy: int | None = None
