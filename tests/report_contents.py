@@ -115,6 +115,11 @@ def distributions():
           schema.Neighbour(text=HOSTILE['arabic'], seed=HOSTILE['long'], rouge_l=0.9),)),))
 
 
+def compared(a, b):
+  return differences.WinTieLoss(a=a, b=b, by='oracle', count=400, wins=200, ties=120, losses=80,
+                                rate=value(0.65))
+
+
 def run(name='demo'):
   """A run with all that a run can have."""
   measured = dict(
@@ -142,8 +147,7 @@ def run(name='demo'):
              step('m2', 'm1', 'better', value(0.4), ['Answers are 60 % longer.']),
              step('m3', 'm2', 'worse', value(-0.3)), step('m3', 'sft', 'better', value(1.22))),
       doubts=(Doubt(kind='seed', sentence='One seed: other training runs may differ.'),),
-      wins=tuple(differences.WinTieLoss(a=a, b=b, by='oracle', count=400, wins=200, ties=120,
-                                        losses=80, rate=value(0.65)) for a, b in (('m2', 'm1'), ('m3', 'm2'))),
+      wins=(compared('m2', 'm1'), compared('m3', 'm2')),
       rounds=(iteration('m2', 'm1'), iteration('m3', 'm2')), eft={'m1': eft},
       training={'m2': trained}, curves={'m2': curves, 'm3': curves},
       characters={model: lengths(23) for model in MODELS[1:]},

@@ -65,7 +65,8 @@ def render(found: Contents) -> str:
   environment.filters |= dict(number=number, counts=counts, readable=readable)
   style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
   environment.globals |= dict(
-      measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS, **{f.__name__: f for f in (
+      measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
+      **{f.__name__: f for f in (
           verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
           kept_of, tasks_of, sample_models, side_by_side, bins_of, percents, ngram_headings)})
   html = environment.get_template('page.html').render(
