@@ -135,7 +135,8 @@ def test_shares_have_wilsons_interval():
 def test_differences_of_independent_values_add_their_variances():
   a, b = Value(value=5.0, low=2.0, high=8.0, count=9), Value(value=3.0, low=-1.0, high=7.0, count=4)
   assert estimates.apart(a, b) == Value(value=2.0, low=-3.0, high=7.0, count=4)
-  assert estimates.apart(a, Value(value=1.0)) is None
+  unknown = estimates.apart(a, Value(value=1.0))
+  assert unknown.low is None and unknown.value == a.value - 1.0 and unknown.sign == 0
   assert [x.sign for x in (a, b, Value(value=2.0), Value(value=-1.0, low=-2.0, high=-0.1))] == [
       1, 0, 0, -1]
 

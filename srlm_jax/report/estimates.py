@@ -85,18 +85,18 @@ def around(value: float, error: float, count: int, of: str = 'prompts') -> Value
   return Value(value=value, low=value - width, high=value + width, count=count, of=of)
 
 
-def apart(a: Value, b: Value) -> Value | None:
-  """a - b for values of independent samples, from their intervals; None if either has none.
+def apart(a: Value, b: Value) -> Value:
+  """a - b for values of independent samples, with an interval if both have one.
 
   The variances add up: the half widths of the intervals add as squares. If both were measured on
   the same prompts, the true interval is narrower.
   """
-  if None in (a.low, a.high, b.low, b.high):
-    return None
-  width = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
-  value, counts = a.value - b.value, [x.count for x in (a, b) if x.count is not None]
-  return Value(value=value, low=value - width, high=value + width,
-               count=min(counts, default=None), of=a.of)
+  value, low, high = a.value - b.value, None, None
+  if None not in (a.low, a.high, b.low, b.high):
+    width = math.hypot((a.high - a.low) / 2, (b.high - b.low) / 2)
+    low, high = value - width, value + width
+  counts = [x.count for x in (a, b) if x.count is not None]
+  return Value(value=value, low=low, high=high, count=min(counts, default=None), of=a.of)
 
 
 def _t(count: int) -> float:
