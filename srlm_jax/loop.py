@@ -26,6 +26,7 @@ from srlm_jax import (
   schema,
   selection,
   stage,
+  stopping,
 )
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import seeds, templates
@@ -178,7 +179,7 @@ def one_model(config, workdir, engine: engines.Kept):
     make_prompts(config, workdir)
     make_pairs(config, workdir)
   engine.drop()
-  train.run(config, workdir)
+  (stopping if catalog.needs('stopping', config) else train).run(config, workdir)
   if catalog.needs('selection', config):
     selection.run(config, workdir)
   judge.run(config, workdir, 'eval')

@@ -217,7 +217,7 @@ class Planner:
     self.kernels = kernels.choose(pod.platform, self.sampled)
     self.data = [*self._data()]
     self.examples = sum(count for count, _ in self.data)
-    self.steps = math.ceil(config.train.epochs * self.examples / config.train.batch)
+    self.steps = math.ceil(configs.epochs(config.train) * self.examples / config.train.batch)
     self.saved = math.ceil(self.steps / config.train.save_every)
     self.training = self._training()
 

@@ -257,6 +257,21 @@ class Measure:
 
 
 @_record
+class StepWins:
+  """wins.jsonl: the answers of a checkpoint compared with those of the checkpoint before."""
+  step: int
+  before: int    # 0: the model that training starts from
+  wins: int      # prompts
+  ties: int
+  losses: int
+  left_out: int  # without a verdict in both orders
+
+  @property
+  def is_better(self) -> bool:
+    return self.wins > self.losses
+
+
+@_record
 class PromptsSummary:
   """done.json of the stage `prompts`."""
   prompts: int                 # accepted
@@ -322,9 +337,10 @@ class EftSummary:
 @_record
 class TrainingSummary:
   """done.json of the stage `model`."""
-  steps: int
+  steps: int                   # that were trained
   loss: float                  # of the last step
   params: str                  # hash of the parameters
   examples: int
   padding_free: float          # fraction of the tokens that are not padding
   dropped: dict[str, int]      # reason: examples
+  stopped: str = ''            # why training ended before its last step; '': it did not

@@ -1,0 +1,163 @@
+"""Early stopping: trains a model, compares its checkpoints in between, and uses the better one.
+
+`python -m srlm_jax.stopping --config=iter2:tiny --workdir=runs/x --config.train.select=wins`
+
+With `train.select=wins`, training pauses every `train.save_every` steps (200) and at its end. The
+checkpoint answers the held-out validation prompts, and `train.judge` compares these answers with
+those of the checkpoint before, in both orders; the first checkpoint is compared with the model that
+training starts from (PAPER 3.1). Training ends at the first checkpoint that does not win, which is
+one with at most as many wins as losses, or after `train.max_epochs`. Later stages use the last
+checkpoint that won; if none did, that is the model that training started from, as step 0.
+
+`train.judge` is one of:
+
+  endpoint  the outside judge of the config section `endpoint`
+  oracle    the program that grades the sandbox
+  random    a control in the sandbox: a win, a tie and a loss are equally likely
+"""
+import json
+import zlib
+
+from srlm_jax import (
+  catalog,
+  cli,
+  hosts,
+  InputError,
+  model_files,
+  records,
+  schema,
+  selection,
+  stage,
+  storage,
+)
+from srlm_jax.eval import head_to_head
+from srlm_jax.sample import engine as engines, respond
+from srlm_jax.sandbox import world
+from srlm_jax.train import run as train
+
+WINS = 'wins.jsonl'
+Answers = dict[str, schema.Response]  # by prompt id
+
+
+def run(config, workdir):
+  """Trains; writes MODEL/model, MODEL/stopping/wins.jsonl and MODEL/model/selected.json."""
+  if config.train.select != 'wins':
+    raise InputError(f'config.train.select is {config.train.select!r}; early stopping needs wins, '
+                     f'and without it python -m srlm_jax.train trains the model')
+  folder = stage.model_folder(workdir, config.name)
+  own = _spec(config).folder(workdir, config)
+  if (folder / 'manifest.json').exists():
+    _stage(config, workdir)  # raises InputError for the comparisons of another training
+  elif own.exists():
+    raise InputError(f'{own} compares checkpoints of a training that is gone, {folder}; delete it')
+  train.run(config, workdir, lambda step: _is_better(config, workdir, step))
+  s = _stage(config, workdir)
+  if s.done:
+    return
+  found = compared(s.folder)
+  step = best(found)
+  if hosts.is_first_host():
+    selection.select(folder, step)
+  s.finish(step=step, compared=len(found))
+
+
+def compared(folder) -> list[schema.StepWins]:
+  """The comparisons of a stage's folder so far, in the order of the steps."""
+  path = folder / WINS
+  return list(records.read(path, schema.StepWins)) if path.exists() else []
+
+
+def best(found: list[schema.StepWins]) -> int:
+  """The better step of the last comparison: the last one that won, 0 if none did."""
+  return found[-1].step if found[-1].is_better else found[-1].before
+
+
+def _spec(config) -> catalog.Spec:
+  return catalog.find('stopping', 'endpoint' if config.train.judge == 'endpoint' else '')
+
+
+def _stage(config, workdir) -> stage.Stage:
+  """The stage, which belongs to one training: its manifest covers that of the model."""
+  training = stage.read_manifest(stage.model_folder(workdir, config.name) / 'manifest.json')
+  made_with = {key: value for key, value in training.items() if key != 'environments'}
+  return stage.Stage(_spec(config), config, workdir, json.dumps(made_with, sort_keys=True))
+
+
+def _is_better(config, workdir, step: int) -> bool:
+  """Whether a checkpoint wins against the one before; compares them if that was not done yet.
+
+  The first host judges. All read its decision from the file.
+  """
+  s = _stage(config, workdir)
+  found = compared(s.folder)
+  if step not in (known := {wins.step: wins for wins in found}):
+    s.begin(engines.choose(s.config, s.models))
+    before = best(found) if found else 0
+    a, b = (_answers(s, workdir, n) for n in (step, before))
+    outcomes = _judge(catalog.unwrap(s.config), step, a, b)
+    if hosts.is_first_host():
+      out = records.Appender(s.folder / WINS)
+      out.append([_wins(step, before, outcomes)])
+      out.close()
+    hosts.sync(f'{s.title} {step}')
+    known = {wins.step: wins for wins in compared(s.folder)}
+  wins = known[step]
+  against = f'step {wins.before}' if wins.before else 'the model that training starts from'
+  hosts.log(f'{s.title}: step {step} against {against}: {wins.wins} wins, {wins.ties} ties, '
+            f'{wins.losses} losses')
+  return wins.is_better
+
+
+def _answers(s: stage.Stage, workdir, step: int) -> Answers:
+  """Answers of a step to the validation prompts; step 0 is the model that training starts from.
+
+  They lie in MODEL/stopping/STEP/MODEL/answers. The prompts have the same random draws for every
+  step. The engine is freed again.
+  """
+  config = catalog.unwrap(s.config).copy_and_resolve_references()
+  config.eval.split = 'valid'
+  folder = s.folder / str(step)
+  answers = folder / config.name / 'answers'
+  if not (answers / 'done.json').exists():
+    source = stage.model_folder(workdir, config.name if step else config.train.init)
+    of = step or model_files.latest(source)
+    candidate = selection.make_workdir(workdir, folder, config.name, of, source)
+    with engines.kept():
+      respond.run(config, candidate, 'heldout')
+    if hosts.is_first_host():
+      storage.unlink(candidate / config.name / 'model' / 'steps' / str(of))
+  return head_to_head.read_answers(answers)
+
+
+def _judge(config, step: int, a: Answers, b: Answers) -> list[str | None]:
+  """The outcome for `a` on each prompt: win, tie or loss; None without verdicts in both orders."""
+  by = config.train.judge
+  if by == 'random':
+    return [('win', 'tie', 'loss')[zlib.crc32(f'{config.seed}/{step}/{name}'.encode()) % 3]
+            for name in a]
+  if by == 'oracle':
+    return [_outcome(_grade(a[name]), _grade(b[name])) for name in a]
+  raise InputError('not yet')
+
+
+def _grade(answer: schema.Response) -> int:
+  return sum(world.grade(answer.prompt, answer.response))
+
+
+def _outcome(a: float, b: float) -> str:
+  return 'win' if a > b else 'loss' if a < b else 'tie'
+
+
+def _wins(step: int, before: int, outcomes: list[str | None]) -> schema.StepWins:
+  """Counts the outcomes; raises InputError if there is none to count."""
+  if not any(outcomes):
+    raise InputError(f'config.train.select = wins: none of the {len(outcomes)} pairs of answers of '
+                     f'the steps {step} and {before} has a verdict in both orders; check the judge '
+                     f'(config.endpoint)')
+  count = outcomes.count
+  return schema.StepWins(step=step, before=before, wins=count('win'), ties=count('tie'),
+                         losses=count('loss'), left_out=count(None))
+
+
+if __name__ == '__main__':
+  cli.main(run)
