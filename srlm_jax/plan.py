@@ -159,6 +159,7 @@ def host(pod: Pod) -> Devices:
 
 def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
   """The plan of one model; `lengths`: as LENGTHS. Raises InputError for an impossible mesh."""
+  config = base.with_selection(config)
   planner = Planner(config, pod, lengths)
   stages = [planner.stage(spec) for spec in catalog.STAGES if uses_chips(spec, config)]
   c, params = config.train, llama.param_count(planner.shape)

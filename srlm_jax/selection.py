@@ -2,9 +2,10 @@
 
 `python -m srlm_jax.selection --config=iter2 --workdir=runs/x --config.train.select=agreement`
 
-With `train.select`, except for `wins` (`srlm_jax.stopping`), training keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1).
+With `train.select`, training keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1).
 This stage measures each of them and writes the best to MODEL/model/selected.json; ties go to the
-earliest. It deletes the other checkpoints. `train.select` is one of:
+earliest. It deletes the other checkpoints. `train.select` is `wins`, which is early stopping
+(`srlm_jax.stopping`), or one of:
 
   agreement  pairwise accuracy of the model as a judge of the ranked replies for tuning
              (data.ranked_tune). Without those it uses the ranked replies for evaluation, and the

@@ -21,6 +21,7 @@ import zlib
 from srlm_jax import (
   catalog,
   cli,
+  config as configs,
   hosts,
   InputError,
   model_files,
@@ -30,7 +31,7 @@ from srlm_jax import (
   stage,
   storage,
 )
-from srlm_jax.eval import head_to_head
+from srlm_jax.eval import endpoint, head_to_head
 from srlm_jax.sample import engine as engines, respond
 from srlm_jax.sandbox import world
 from srlm_jax.train import run as train
@@ -80,7 +81,16 @@ def _stage(config, workdir) -> stage.Stage:
   """The stage, which belongs to one training: its manifest covers that of the model."""
   training = stage.read_manifest(stage.model_folder(workdir, config.name) / 'manifest.json')
   made_with = {key: value for key, value in training.items() if key != 'environments'}
-  return stage.Stage(_spec(config), config, workdir, json.dumps(made_with, sort_keys=True))
+  spec, place = _spec(config), _judge_folder(config, workdir)
+  return stage.Stage(spec, config, workdir, json.dumps([made_with, place], sort_keys=True))
+
+
+def _judge_folder(config, workdir) -> str:
+  """The folder of an outside judge; '' for one behind a URL, and for a program."""
+  url = config.endpoint.url
+  if config.train.judge != 'endpoint' or configs.is_url(url):
+    return ''
+  return str(stage.model_folder(workdir, url))
 
 
 def _is_better(config, workdir, step: int) -> bool:
@@ -90,18 +100,18 @@ def _is_better(config, workdir, step: int) -> bool:
   """
   s = _stage(config, workdir)
   found = compared(s.folder)
-  if step not in (known := {wins.step: wins for wins in found}):
+  if step not in (wins.step for wins in found):
     s.begin(engines.choose(s.config, s.models))
     before = best(found) if found else 0
-    a, b = (_answers(s, workdir, n) for n in (step, before))
-    outcomes = _judge(catalog.unwrap(s.config), step, a, b)
-    if hosts.is_first_host():
-      out = records.Appender(s.folder / WINS)
-      out.append([_wins(step, before, outcomes)])
-      out.close()
+    with engines.kept():  # which frees the memory of every engine at its end
+      a, b = (_answers(s, workdir, n) for n in (step, before))
+      if hosts.is_first_host():
+        out = records.Appender(s.folder / WINS)
+        out.append([_compare(s, workdir, step, before, a, b)])
+        out.close()
     hosts.sync(f'{s.title} {step}')
-    known = {wins.step: wins for wins in compared(s.folder)}
-  wins = known[step]
+    found = compared(s.folder)
+  wins = next(wins for wins in found if wins.step == step)
   against = f'step {wins.before}' if wins.before else 'the model that training starts from'
   hosts.log(f'{s.title}: step {step} against {against}: {wins.wins} wins, {wins.ties} ties, '
             f'{wins.losses} losses')
@@ -111,8 +121,8 @@ def _is_better(config, workdir, step: int) -> bool:
 def _answers(s: stage.Stage, workdir, step: int) -> Answers:
   """Answers of a step to the validation prompts; step 0 is the model that training starts from.
 
-  They lie in MODEL/stopping/STEP/MODEL/answers. The prompts have the same random draws for every
-  step. The engine is freed again.
+  They lie in MODEL/stopping/STEP/MODEL/answers. The random draws for a prompt are the same for
+  every step.
   """
   config = catalog.unwrap(s.config).copy_and_resolve_references()
   config.eval.split = 'valid'
@@ -122,41 +132,39 @@ def _answers(s: stage.Stage, workdir, step: int) -> Answers:
     source = stage.model_folder(workdir, config.name if step else config.train.init)
     of = step or model_files.latest(source)
     candidate = selection.make_workdir(workdir, folder, config.name, of, source)
-    with engines.kept():
-      respond.run(config, candidate, 'heldout')
+    respond.run(config, candidate, 'heldout')
     if hosts.is_first_host():
       storage.unlink(candidate / config.name / 'model' / 'steps' / str(of))
   return head_to_head.read_answers(answers)
 
 
-def _judge(config, step: int, a: Answers, b: Answers) -> list[str | None]:
-  """The outcome for `a` on each prompt: win, tie or loss; None without verdicts in both orders."""
+def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Answers
+             ) -> schema.StepWins:
+  """Judges the answers `a` of `step` and `b` of `before`.
+
+  Raises InputError if no pair of answers has a verdict.
+  """
+  config = catalog.unwrap(s.config)
   by = config.train.judge
   if by == 'random':
-    return [('win', 'tie', 'loss')[zlib.crc32(f'{config.seed}/{step}/{name}'.encode()) % 3]
-            for name in a]
-  if by == 'oracle':
-    return [_outcome(_grade(a[name]), _grade(b[name])) for name in a]
-  raise InputError('not yet')
-
-
-def _grade(answer: schema.Response) -> int:
-  return sum(world.grade(answer.prompt, answer.response))
-
-
-def _outcome(a: float, b: float) -> str:
-  return 'win' if a > b else 'loss' if a < b else 'tie'
-
-
-def _wins(step: int, before: int, outcomes: list[str | None]) -> schema.StepWins:
-  """Counts the outcomes; raises InputError if there is none to count."""
-  if not any(outcomes):
-    raise InputError(f'config.train.select = wins: none of the {len(outcomes)} pairs of answers of '
-                     f'the steps {step} and {before} has a verdict in both orders; check the judge '
-                     f'(config.endpoint)')
-  count = outcomes.count
-  return schema.StepWins(step=step, before=before, wins=count('win'), ties=count('tie'),
-                         losses=count('loss'), left_out=count(None))
+    found = head_to_head.tally(
+        ('win', 'tie', 'loss')[zlib.crc32(f'{config.seed}/{step}/{name}'.encode()) % 3]
+        for name in a)
+  elif by == 'oracle':
+    found = head_to_head.compare_scores(*({
+        name: sum(world.grade(answer.prompt, answer.response)) for name, answer in answers.items()
+    } for answers in (a, b)))
+  else:
+    judge = config.endpoint.copy_and_resolve_references()
+    judge.url = _judge_folder(config, workdir) or judge.url
+    with endpoint.open(judge, s.folder, title=s.title) as client:
+      found = head_to_head.compare(head_to_head.ask(client, head_to_head.requests(a, b)))
+  if not found['count']:
+    raise InputError(f'config.train.select is wins, and the judge gave no verdict in both orders '
+                     f'on any of {len(a)} pairs of answers of step {step}; read its answers in '
+                     f'{s.folder / endpoint.FILE}, delete that file, and name another judge')
+  return schema.StepWins(step=step, before=before, left_out=len(a) - found['count'],
+                         **{name: found[name] for name in ('wins', 'ties', 'losses')})
 
 
 if __name__ == '__main__':
