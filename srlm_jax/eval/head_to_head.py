@@ -2,14 +2,12 @@
 
 Both models must have answered the same held-out prompts.
 
-  python -m srlm_jax.eval.head_to_head --a=runs/x/m2/answers --b=runs/x/m1/answers --out=DIR
+  python -m srlm_jax.eval.head_to_head --a=runs/x/m2/answers --b=runs/x/m1/answers \\
+    --out=runs/x/eval/m2_m1 --judge=https://HOST/v1 --judge_model=NAME --judge_key_env=VARIABLE
 
-writes DIR/requests.jsonl. Send each `text` to the judge and save its replies as lines of
-{"id", "text"}.
-
-  python -m srlm_jax.eval.head_to_head --a=... --b=... --out=DIR --verdicts=FILE.jsonl
-
-reads the replies and writes DIR/head_to_head.json. Answers graded by a program need no judge:
+asks the judge (`srlm_jax.eval.endpoint`) and writes head_to_head.json. Without --judge it writes
+requests.jsonl. Send each `text` to a judge and save its replies as lines of {"id", "text"}; then
+--verdicts=FILE.jsonl reads them. Answers graded by a program need no judge:
 
   python -m srlm_jax.eval.head_to_head --a=runs/x/m2/oracle --b=runs/x/m1/oracle --out=DIR --graded
 """
@@ -19,10 +17,12 @@ import re
 
 from absl import flags
 from etils import epath
+import numpy as np
 from scipy import stats
 
-from srlm_jax import cli, InputError, records, schema, stage
-from srlm_jax.reward import judges
+from srlm_jax import cli, conversation, InputError, records, schema, stage
+from srlm_jax.eval import endpoint
+from srlm_jax.reward import judges, scores as scoring
 
 PROMPT = """\
 Two assistants answered the same prompt. Decide which answer serves its user better: relevance, \
@@ -44,7 +44,12 @@ is not better in itself.
 Give your reasons in a few sentences. Then end with one line that is exactly "Winner: A", \
 "Winner: B" or "Winner: tie".
 """
+_VERDICTS = {'a': 'A', 'b': 'B', 'c': 'tie', 'tie': 'tie'}
+# A line that starts with "Winner:", inside any markdown; and a verdict in double brackets anywhere,
+# as in FastChat. Both take linear time.
 _WINNER = re.compile(r'[\s>#*_"\'`]*winner[\s*_]*:(.*)', re.IGNORECASE)
+_BRACKETS = re.compile(r'\[\[(A|B|C|tie)\]\]', re.IGNORECASE)
+_PLAIN = re.compile(r'[\s*_"\'`.\[\]()]+')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,15 @@ class JudgeRequest:
   prompt_id: str
   order: str
   text: str
+
+  @property
+  def messages(self) -> conversation.Messages:
+    """What is sent to a judge."""
+    return (conversation.Message('user', self.text),)
+
+  @property
+  def index(self) -> int:
+    return 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,14 +105,23 @@ def render(prompt: str, a: str, b: str) -> str:
 def parse(text: str) -> str | None:
   """A reply of the judge -> 'A', 'B' or 'tie', or None if it states no verdict.
 
-  The verdict is the last line that starts with "Winner:". Takes time linear in the length.
+  A verdict is a line `Winner: X`, where X is A, B, tie or C (a tie), also as `Answer A`; or [[X]]
+  anywhere. The last one counts, and a last line without a valid one leaves none. Takes time linear
+  in the length.
 
   >>> parse('A is clearer. Winner: B would be wrong.\\n**Winner: A**')
   'A'
+  >>> parse('[[A]] is tempting, but the verdict is [[C]].'), parse('Winner: Answer B')
+  ('tie', 'B')
   """
-  found = [m[1] for line in text.splitlines() if (m := _WINNER.match(line))]
-  word = found[-1].strip(' \t\r*_"\'`.').lower() if found else ''
-  return dict(a='A', b='B', tie='tie').get(word)
+  verdict = None
+  for line in text.splitlines():
+    if match := _WINNER.match(line):
+      words = _PLAIN.sub(' ', match[1]).strip().lower().removeprefix('answer ')
+      verdict = _VERDICTS.get(words)
+    elif found := _BRACKETS.findall(line):
+      verdict = _VERDICTS[found[-1].lower()]
+  return verdict
 
 
 def outcome(first: str, second: str) -> str:
@@ -113,12 +136,22 @@ def outcome(first: str, second: str) -> str:
 
 
 def compare(verdicts: dict[str, tuple[str | None, str | None]]) -> dict:
-  """{prompt id: both verdicts} -> `tally`, and the number of prompts left out.
+  """{prompt id: both verdicts} -> `tally`, and the counts of the verdicts.
 
-  A prompt is left out if a verdict is None.
+  left_out: prompts with a verdict that is None. inconsistent: prompts whose two verdicts disagree,
+  which count as ties. first_wins, second_wins: verdicts for the answer shown first and second;
+  they differ if the judge favors a position.
+
+  >>> compare(dict(p=('A', 'A'), q=('A', 'B')))['first_wins']
+  3
   """
-  outcomes = [outcome(*both) for both in verdicts.values() if None not in both]
-  return dict(tally(outcomes), left_out=len(verdicts) - len(outcomes))
+  whole = [both for both in verdicts.values() if None not in both]
+  outcomes = [outcome(*both) for both in whole]
+  shown = [verdict for both in whole for verdict in both]
+  swapped = dict(A='B', B='A', tie='tie')
+  return dict(tally(outcomes), left_out=len(verdicts) - len(whole),
+              inconsistent=sum(second != swapped[first] for first, second in whole),
+              first_wins=shown.count('A'), second_wins=shown.count('B'))
 
 
 def compare_scores(a: dict[str, float], b: dict[str, float]) -> dict:
@@ -131,17 +164,24 @@ def compare_scores(a: dict[str, float], b: dict[str, float]) -> dict:
 
 
 def tally(outcomes: Iterable[str]) -> dict:
-  """Outcomes of model a -> counts, shares and p_value. Shares are None without any outcome.
+  """Outcomes of model a, one per prompt -> counts, shares, win rate and p_value.
 
-  p_value is the two-sided sign test of wins against losses; None if there are neither.
+  Shares are None without any outcome. In win_rate ties count half; its 95 % interval is a bootstrap
+  over prompts. p_value is the two-sided sign test of wins against losses; None if there are
+  neither.
   """
   outcomes = list(outcomes)
   count = len(outcomes)
   win, tie, loss = (outcomes.count(x) for x in ('win', 'tie', 'loss'))
   win_share, tie_share, loss_share = (n / count if count else None for n in (win, tie, loss))
   p_value = float(stats.binomtest(win, win + loss).pvalue) if win + loss else None
+  points = np.array([dict(win=1.0, tie=0.5, loss=0.0)[x] for x in outcomes]).reshape(-1, 1)
+  interval, = scoring.intervals(points, np.ones_like(points))
+  low, high = interval or (None, None)
   return dict(count=count, wins=win, ties=tie, losses=loss, win_share=win_share,
-              tie_share=tie_share, loss_share=loss_share, p_value=p_value)
+              tie_share=tie_share, loss_share=loss_share, p_value=p_value,
+              win_rate=float(points.mean()) if count else None, win_rate_low=low,
+              win_rate_high=high)
 
 
 def read_answers(folder) -> dict[str, schema.Response]:
@@ -157,11 +197,21 @@ def read_graded(folder) -> dict[str, schema.GradedResponse]:
   return _by_prompt(folder, records.read(path, schema.GradedResponse))
 
 
-def read_verdicts(path, asked: list[JudgeRequest]) -> tuple[dict, dict]:
-  """A file of replies to the requests -> ({prompt id: both verdicts}, counts).
+def verdicts(asked: list[JudgeRequest], texts: dict[str, str]) -> dict[
+    str, tuple[str | None, str | None]]:
+  """The requests of `requests`, and {request id: reply} -> {prompt id: both verdicts}.
 
-  The counts are those of unparsed and missing verdicts. Both kinds of verdict are None.
+  A verdict is None if its reply is missing or states none.
   """
+  found = {}
+  for request in asked:  # the order ab comes before ba
+    verdict = parse(texts[request.id]) if request.id in texts else None
+    found[request.prompt_id] = (*found.get(request.prompt_id, ()), verdict)
+  return found
+
+
+def read_replies(path, asked: list[JudgeRequest]) -> dict[str, str]:
+  """A file of replies to the requests -> {request id: reply}; refuses other replies."""
   texts, known = {}, {r.id for r in asked}
   for reply in records.read(path, JudgeReply):
     if reply.id not in known:
@@ -170,13 +220,7 @@ def read_verdicts(path, asked: list[JudgeRequest]) -> tuple[dict, dict]:
     if reply.id in texts:
       raise InputError(f'{path}: two replies have the id {reply.id}; delete one')
     texts[reply.id] = reply.text
-  verdicts = {}
-  for request in asked:  # the order ab comes before ba
-    verdict = parse(texts[request.id]) if request.id in texts else None
-    verdicts[request.prompt_id] = (*verdicts.get(request.prompt_id, ()), verdict)
-  without = sum(verdict is None for both in verdicts.values() for verdict in both)
-  missing = len(known) - len(texts)
-  return verdicts, dict(unparsed=without - missing, missing=missing)
+  return texts
 
 
 def _by_prompt(folder, answers: Iterable[schema.Response]) -> dict:
@@ -207,34 +251,56 @@ def define_flags():
       'out', None, 'Folder for requests.jsonl and head_to_head.json.', required=True)
   flags.DEFINE_string('verdicts', '', 'The judge\'s replies: lines with id and text.')
   flags.DEFINE_bool('graded', False, '--a and --b are MODEL/oracle folders: the higher score wins.')
+  flags.DEFINE_integer('limit', 0, 'Compares the first N prompts only; 0: all.', lower_bound=0)
+  endpoint.define_flags()
 
 
 def main(argv):
   cli.refuse_arguments(argv)
-  f = flags.FLAGS
-  if f.graded and f.verdicts:
-    raise InputError('--graded needs no --verdicts; give only one of them')
+  f, judge = flags.FLAGS, endpoint.from_flags()
+  if bool(f.graded) + bool(f.verdicts) + bool(judge.url) > 1:
+    raise InputError('--graded, --verdicts and --judge exclude each other; give only one of them')
   read = read_graded if f.graded else read_answers
   a, b = read(f.a), read(f.b)
   _check_same_prompts(a, b, f.a, f.b)
+  if f.limit:
+    a = dict(list(a.items())[:f.limit])
   out = epath.Path(f.out)
   if f.graded:
-    result = compare_scores(*({name: answer.score for name, answer in x.items()} for x in (a, b)))
-  elif f.verdicts:
-    verdicts, failures = read_verdicts(f.verdicts, requests(a, b))
-    result = dict(compare(verdicts), **failures)
-    a, b = ({name: x[name] for name, both in verdicts.items() if None not in both} for x in (a, b))
+    result = compare_scores(*({name: x[name].score for name in a} for x in (a, b)))
+    compared = [*a]
   else:
-    count = records.write(out / 'requests.jsonl', requests(a, b))
-    print(f'{out / "requests.jsonl"}: {count} requests; send each text to the judge, '
-          f'then give --verdicts')
-    return
+    asked = requests(a, b)
+    if not f.verdicts and not judge.url:
+      count = records.write(out / 'requests.jsonl', asked)
+      print(f'{out / "requests.jsonl"}: {count} requests; send each text to the judge, '
+            f'then give --verdicts; or give --judge')
+      return
+    result, compared = _judged(f, judge, asked, out)
   for name, answers in dict(a=a, b=b).items():  # reported because judges prefer long answers
-    total = sum(len(x.response) for x in answers.values())
-    result[f'characters_{name}'] = total / len(answers) if answers else None
-  records.write(out / 'head_to_head.json', [dict(a=str(f.a), b=str(f.b), **result)])
+    total = sum(len(answers[prompt].response) for prompt in compared)
+    result[f'characters_{name}'] = total / len(compared) if compared else None
+  found = schema.HeadToHead(a=str(f.a), b=str(f.b), **result)
+  stage.write_json(out / 'head_to_head.json', dataclasses.asdict(found))
   print(f'{out / "head_to_head.json"}: ' + ', '.join(
-      f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in result.items()))
+      f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
+      for k, v in dataclasses.asdict(found).items()))
+
+
+def _judged(f, judge, asked: list[JudgeRequest], out) -> tuple[dict, list[str]]:
+  """The verdicts of the judge, or of its file -> fields of HeadToHead, prompts with an outcome."""
+  by = {}
+  if judge.url:
+    with endpoint.open(judge, out, title='head to head') as client:
+      texts = dict(client.ask(asked, len(asked)))
+      by = dict(judge=client.name, cost=client.cost)
+  else:
+    texts = read_replies(f.verdicts, asked)
+  found = verdicts(asked, texts)
+  without = sum(verdict is None for both in found.values() for verdict in both)
+  missing = len(asked) - len(texts)
+  result = dict(compare(found), unparsed=without - missing, missing=missing, **by)
+  return result, [name for name, both in found.items() if None not in both]
 
 
 if __name__ == '__main__':
