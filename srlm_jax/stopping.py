@@ -157,8 +157,10 @@ def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Ans
   else:
     judge = config.endpoint.copy_and_resolve_references()
     judge.url = _judge_folder(config, workdir) or judge.url
+    asked = head_to_head.requests(a, b)
     with endpoint.open(judge, s.folder, title=s.title) as client:
-      found = head_to_head.compare(head_to_head.ask(client, head_to_head.requests(a, b)))
+      texts = dict(client.ask(asked, len(asked)))
+    found = head_to_head.compare(head_to_head.verdicts(asked, texts))
   if not found['count']:
     raise InputError(f'config.train.select is wins, and the judge gave no verdict in both orders '
                      f'on any of {len(a)} pairs of answers of step {step}; read its answers in '

@@ -61,10 +61,11 @@ def run(config, workdir, wins: Callable[[int], bool] | None = None):
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):
     setup = _prepare(config, workdir, s, source, shape, data, mesh)
-  last, stopped = max(model_files.steps(s.folder), default=0), ''
+  last, stopped, is_begun = max(model_files.steps(s.folder), default=0), '', False
   for before, end in itertools.pairwise([0, *setup.ends]):
     if end > last:
-      _train(config, s, setup, mesh, end)
+      _train(config, s, setup, mesh, end, is_begun)
+      is_begun = True
     if wins and end >= last and not wins(end):  # an earlier one has won: training went on
       stopped = f'step {end} does not win against step {before}'
       if before == 0:
@@ -129,13 +130,15 @@ def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -
   return Setup(source, model, data, packed, make_batch, tx, abstract, step, [*pauses, len(packed)])
 
 
-def _train(config, s, setup: Setup, mesh, end: int):
-  """Trains from the last checkpoint to the step `end`; its arrays are then freed."""
+def _train(config, s, setup: Setup, mesh, end: int, is_begun: bool):
+  """Trains from the last checkpoint to the step `end`; no array stays in memory after it."""
   kept = model_files.steps(s.folder)
   with jax.set_mesh(mesh):
     state, frozen = _restore(config, s, setup, kept, mesh)
-    s.begin(config)  # after everything that can raise InputError
-    environment.keep_freed_memory()
+    if not is_begun:
+      s.begin(config)  # after everything that can raise InputError
+      environment.keep_freed_memory()
+      _print_sizes(config, s, setup)
     saver = _open(config, s, setup, kept)
     with preemption.deferred():
       _loop(config, s, setup, state, frozen, saver, mesh, end)
@@ -156,8 +159,8 @@ def _restore(config, s, setup: Setup, kept: list[int], mesh) -> tuple[TrainState
   return state, store.restore_params(setup.source, mesh, c.dtype, merge=not c.lora_rank)[0]
 
 
-def _open(config, s, setup: Setup, kept: list[int]):
-  """Prints the sizes of the run, writes the files of a new one -> the manager of checkpoints."""
+def _print_sizes(config, s, setup: Setup):
+  """Prints how large the run is, and when it ends."""
   data, packed, c = setup.data, setup.packed, config.train
   rows, width = packed.shape.rows, packed.shape.width
   dropped = ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items())
@@ -168,9 +171,17 @@ def _open(config, s, setup: Setup, kept: list[int]):
   m = config.mesh
   hosts.log(f'{s.title}: mesh {m.data} x {m.fsdp} x {m.tensor}, {c.accumulate} micro-batches, '
             f'recomputes {c.remat}')
-  if not c.select:
-    hosts.log(f'{s.title}: no early stopping (config.train.select is empty, or auto without a '
-              f'judge), the last checkpoint is used')
+  if c.select == 'wins':
+    hosts.log(f'{s.title}: at most {configs.epochs(c):g} epochs; stops early at a checkpoint of '
+              f'{", ".join(map(str, setup.ends))} that does not win')
+  elif not c.select:
+    hosts.log(f'{s.title}: no judge compares checkpoints (config.train.select), so the last one is '
+              f'used')
+
+
+def _open(config, s, setup: Setup, kept: list[int]):
+  """Writes the files of a new run -> the manager of checkpoints."""
+  c, packed = config.train, setup.packed
   saver = store.manager(s.folder, c.keep if c.select in ('', 'wins') else None,
                         lambda step: step % c.save_every == 0 or step == len(packed))
   if kept:
@@ -179,7 +190,7 @@ def _open(config, s, setup: Setup, kept: list[int]):
     adapter = model_files.adapter(c.lora_rank, c.lora_alpha, configs.lora_targets(c), setup.source,
                                   s.folder) if c.lora_rank else None
     store.write_model_files(setup.model.config, setup.source, s.folder, adapter)
-    stage.write_json(s.folder / ROWS, dict(shape=(rows, width)))
+    stage.write_json(s.folder / ROWS, dict(shape=(packed.shape.rows, packed.shape.width)))
   return saver
 
 
