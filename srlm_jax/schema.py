@@ -389,3 +389,17 @@ class HeadToHead:
   characters_b: float | None = None
   judge: str = ''               # name of the judge; '' for graded answers
   cost: float | None = None     # dollars; None: unknown
+
+
+@_record
+class MtBench:
+  """mt_bench.json holds one per model: mean scores, 1 to 10; None without scores."""
+  overall: float | None
+  math_code_reasoning: float | None
+  other: float | None
+  turn_1: float | None
+  turn_2: float | None
+  scored: int      # judgments with a score
+  no_score: int    # and without
+  absent: int      # question turns without a judgment
+  judge: str = ''  # the names of its judges, with commas

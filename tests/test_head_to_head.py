@@ -5,6 +5,7 @@ import time
 
 from conftest import run_main
 from hypothesis import given, strategies as st
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -41,6 +42,10 @@ def test_docstrings():
     ('**Winner:** B.', 'B'),
     ('Winner: A\nOn reflection:\nWinner: B', 'B'),  # the last line counts
     ('I say the Winner: A', None),                  # not at the start of a line
+    ('Winner: [[A]]', 'A'), ('Winner: Answer A', 'A'), ('**Winner:** [[Answer B]]', 'B'),
+    ('The better one is [[B]].', 'B'), ('[[C]]', 'tie'), ('Winner: [[C]]', 'tie'),
+    ('[[A]]\nor rather [[B]] ', 'B'), ('Winner: A\n[[B]]', 'B'), ('[[B]]\nWinner: A', 'A'),
+    ('[[A]] or [[B]]: the verdict is [[tie]]', 'tie'), ('[[D]]', None), ('Winner: Answer', None),
     ('Winner: A or B', None), ('Winner: A\nWinner: neither', None), ('A', None), ('', None)])
 def test_the_last_line_that_names_a_winner_is_the_verdict(text, verdict):
   assert head_to_head.parse(text) == verdict
@@ -60,6 +65,22 @@ def test_swapping_the_models_swaps_wins_and_losses(pairs):
   assert (one['wins'], one['losses']) == (other['losses'], other['wins'])
   assert one['ties'] == other['ties'] and one['p_value'] == other['p_value']
   assert one['count'] + one['left_out'] == len(pairs)
+
+
+def test_the_interval_and_the_position_bias():
+  outcomes = ['win'] * 30 + ['tie'] * 20 + ['loss'] * 50
+  found = head_to_head.tally(outcomes)
+  points = [dict(win=1, tie=.5, loss=0)[x] for x in outcomes]
+  low, high = stats.bootstrap([points], np.mean, method='percentile', n_resamples=9999,
+                              rng=np.random.default_rng(1)).confidence_interval
+  assert found['win_rate'] == 0.4
+  assert [found['win_rate_low'], found['win_rate_high']] == pytest.approx([low, high], abs=0.01)
+  assert found == head_to_head.tally(outcomes)  # the seed is fixed
+  assert head_to_head.tally([])['win_rate_low'] is None
+  found = head_to_head.compare(dict(
+      p=('A', 'B'), q=('A', 'A'), r=('tie', 'tie'), s=('B', 'tie'), t=('A', None), u=('B', 'A')))
+  assert (found['inconsistent'], found['left_out'], found['count']) == (2, 1, 5)
+  assert (found['first_wins'], found['second_wins']) == (4, 3)
 
 
 def test_the_p_value_is_that_of_a_sign_test():
@@ -91,7 +112,8 @@ def test_a_response_cannot_break_out_of_its_slot(attack):
 
 
 @pytest.mark.parametrize(
-    'loop', ['\n', ' ', '*', 'winner', 'winner ', 'winner\n', 'Winner: A\n', '>'])
+    'loop', ['\n', ' ', '*', 'winner', 'winner ', 'winner\n', 'Winner: A\n', '>', '[', '[[A', '[[A]]',
+             'Winner: [', '] '])
 def test_verdicts_are_parsed_in_linear_time(loop):
   def seconds(n):
     start = time.process_time()
@@ -158,7 +180,7 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):
   for read, path, message in [
       (head_to_head.read_answers, tmp_path / 'no', 'holds no'),
       (head_to_head.read_graded, a, 'does not exist'),
-      (lambda path: head_to_head.read_verdicts(path, []), a / 'no', 'does not exist')]:
+      (lambda path: head_to_head.read_replies(path, []), a / 'no', 'does not exist')]:
     with pytest.raises(InputError, match=message):
       read(path)
 
@@ -176,7 +198,7 @@ def test_invalid_replies_are_refused(tmp_path):
       ('\n'.join([json.dumps(dict(id=known, text=''))] * 2), 'two replies')]:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-      head_to_head.read_verdicts(path, asked)
+      head_to_head.read_replies(path, asked)
 
 
 def test_invalid_answers_are_refused(tmp_path):

@@ -4,7 +4,7 @@ import os
 from conftest import DATA, run_main
 import pytest
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError, records, schema
 from srlm_jax.eval import mt_bench
 
 QUESTIONS = DATA / 'prompts' / 'mt_bench_questions.jsonl'
@@ -42,10 +42,10 @@ def test_means_by_hand(questions):
       judged(writing, 1, 9), judged(writing, 2, 8.5),
       judged(writing, 1, 7, model='m1'), judged(writing, 2, -1, model='m1')]
   result = mt_bench.scores(judgments, questions)
-  assert result['m2'] == dict(
+  assert result['m2'] == schema.MtBench(
       overall=26.5 / 5, math_code_reasoning=3.0, other=8.75, turn_1=14 / 3, turn_2=6.25, scored=5,
       no_score=1, absent=154)
-  assert result['m1'] == dict(
+  assert result['m1'] == schema.MtBench(
       overall=7.0, math_code_reasoning=None, other=7.0, turn_1=7.0, turn_2=None, scored=1,
       no_score=1, absent=158)
 
@@ -53,7 +53,7 @@ def test_means_by_hand(questions):
 def test_three_eighths_of_the_overall_score_are_hard_as_in_the_paper(questions):
   judgments = [judged(i, turn, 3.83 if q.category in mt_bench.HARD else 8.55)
                for i, q in questions.items() for turn in (1, 2)]
-  assert round(mt_bench.scores(judgments, questions)['m2']['overall'], 2) == 6.78  # M1
+  assert round(mt_bench.scores(judgments, questions)['m2'].overall, 2) == 6.78  # M1
 
 
 def run(judgments, out, *flags):

@@ -171,9 +171,9 @@ class Client:
           yield from given()
       yield from given()
     cost = '' if self.cost is None else f', {self.cost:.2f} dollars'
-    hosts.log(f'{self.title}: {len(self._used) - before} answers of {self.name}, {new} of them new '
-              f'({self.sent} requests sent), the others from {self._cache.path}; '
-              f'{self._tokens[0]:,} + {self._tokens[1]:,} tokens{cost}')
+    hosts.log(f'{self.title}: {len(self._used) - before} answers of {self.name} in '
+              f'{self._cache.path}, {new} of them new ({self.sent} requests with retries); '
+              f'{self._tokens[0]:,} tokens of requests, {self._tokens[1]:,} of answers{cost}')
 
   @property
   def cost(self) -> float | None:
