@@ -323,6 +323,8 @@ def _start_params(config, setup: Setup, mesh):
 
 def _save_start(config, s, setup: Setup, mesh):
   """Saves the model that training starts from as step 0, if that is not saved yet."""
+  hosts.log(f'{s.title}: the first checkpoint does not win, so the model that training starts from '
+            f'is used, as step 0')
   if 0 in model_files.steps(s.folder):
     return
   with jax.set_mesh(mesh):
