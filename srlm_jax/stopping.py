@@ -106,9 +106,7 @@ def _is_better(config, workdir, step: int) -> bool:
     with engines.kept():  # which frees the memory of every engine at its end
       a, b = (_answers(s, workdir, n) for n in (step, before))
       if hosts.is_first_host():
-        out = records.Appender(s.folder / WINS)
-        out.append([_compare(s, workdir, step, before, a, b)])
-        out.close()
+        records.write(s.folder / WINS, [*found, _compare(s, workdir, step, before, a, b)])
     hosts.sync(f'{s.title} {step}')
     found = compared(s.folder)
   wins = next(wins for wins in found if wins.step == step)

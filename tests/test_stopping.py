@@ -4,14 +4,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
 from conftest import CHANGES, config_flags, init, main, make_mesh, ROOT, run_main
 import jax
-import numpy as np
 import pytest
+from test_storage import Fault, in_upload, kill, until_done, upload
 
 from srlm_jax import (
   base,
@@ -19,7 +18,6 @@ from srlm_jax import (
   config as configs,
   InputError,
   model_files,
-  preemption,
   records,
   schema,
   stage,
@@ -279,6 +277,7 @@ def test_comparisons_of_another_training_are_refused(start, tmp_path):
 
 
 FLAGS = '--config.train.select=wins', '--config.train.save_every=5'
+MADE = 'model', 'agreement', 'answers', 'answers_greedy', 'judge_eval', 'oracle'  # of a model
 
 
 @pytest.fixture
@@ -286,8 +285,8 @@ def sandbox(demo, tmp_path):
   """A function that copies the demo without its M2 -> the copy; the data of M2 stay."""
   def copy(name='run', model='m2'):
     workdir = tmp_path / name
-    shutil.copytree(demo[0], workdir, ignore=shutil.ignore_patterns('m3', 'compiled', 'report.html'))
-    for part in ('model', 'agreement', 'answers', 'answers_greedy', 'judge_eval', 'oracle'):
+    shutil.copytree(demo[0], workdir, ignore=shutil.ignore_patterns('m3', 'compiled'))
+    for part in MADE:
       shutil.rmtree(workdir / model / part)
     return workdir
   return copy
@@ -385,12 +384,12 @@ schema.StepWins = lambda **_: os._exit(9)
     'after the decision': """
 import os
 from srlm_jax import records
-append = records.Appender.append
-def killed(self, new):
-  append(self, new)
-  if self.path.name == 'wins.jsonl':
+write = records.write
+def killed(path, new):
+  write(path, new)
+  if path.name == 'wins.jsonl':
     os._exit(9)
-records.Appender.append = killed
+records.write = killed
 """,
     'before the selection': """
 import os
@@ -438,3 +437,120 @@ def test_a_run_that_is_killed_everywhere_ends_with_the_same_bytes(demo, sandbox,
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*.json*')}
   assert not run(workdir, flag)[0]  # is done, so it changes nothing
   assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob('*.json*')}
+
+
+def kill_and_finish(workdir, *flags, file='iter2'):
+  """Runs with a kill in training, one after the first decision, and to the end."""
+  for where in ('training', 'sampling', 'after the decision', ''):
+    code, out, err = run(workdir, *flags, before=KILLS.get(where, ''), file=file)
+    assert code == (9 if where else 0), out + err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file, flags', [
+    ('iter1', ()), ('iter2', ('--config.train.lora_rank=4', '--config.train.learning_rate=1e-3')),
+    ('iter2', ('--config.train.lora_rank=4', '--config.train.learning_rate=3')),
+    ('iter2', ('--config.train.reference=cached',))], ids=['sft', 'lora', 'bad lora', 'cached'])
+def test_sft_lora_and_a_cached_reference(sandbox, mesh, file, flags):
+  model = dict(iter1='m1', iter2='m2')[file]
+  whole, workdir = (sandbox(name, model) for name in ('whole', 'run'))
+  code, out, err = run(whole, *flags, file=file)
+  assert not code, err
+  check_comparisons(whole, model)
+  kill_and_finish(workdir, *flags, file=file)
+  assert found(workdir, model) == found(whole, model)
+  folder = whole / model / 'model'
+  assert model_files.steps(folder) == [stopping.best(compared(whole, model))]
+  params, _ = store.restore_params(folder, mesh, 'float32')  # with the adapter
+  if model_files.steps(folder) == [0]:
+    wanted, _ = store.restore_params(whole / 'm1' / 'model', mesh, 'float32')
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), params, wanted))
+
+
+@pytest.fixture
+def server(tmp_path):
+  """The URL of the sandbox's oracle, of whose requests one in five fails, and its log."""
+  log = tmp_path / 'requests.jsonl'
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'srlm_jax.sandbox.endpoint', '--port=0', '--fail=5', f'--log={log}'],
+      cwd=ROOT, stdout=subprocess.PIPE, text=True, env=dict(os.environ, JAX_PLATFORMS='cpu'))
+  yield process.stdout.readline().split()[-1], log
+  process.terminate()
+  process.wait()
+
+
+@pytest.mark.slow
+def test_the_oracle_behind_an_endpoint_decides_as_the_oracle_and_is_asked_once(sandbox, server):
+  """Killed in the middle of the judging, too."""
+  url, log = server
+  workdir, whole = sandbox(), sandbox('whole')
+  assert not run(whole)[0]
+  flags = ('--config.train.judge=endpoint', f'--config.endpoint.url={url}',
+           '--config.endpoint.model=oracle', '--config.endpoint.timeout=5')
+  code, out, err = run(workdir, *flags, before="""
+import os
+from srlm_jax.eval import endpoint
+put, calls = endpoint.Cache.put, []
+def killed(*args):
+  put(*args)
+  calls.append(args)
+  if len(calls) == 10:
+    os._exit(9)
+endpoint.Cache.put = killed
+""")
+  assert code == 9, out + err
+  code, out, err = run(workdir, *flags)
+  assert not code, err
+  assert found(workdir) == found(whole)
+  sent = [json.loads(line) for line in log.read_text().splitlines()]
+  answered = [line['request'] for line in sent if line['outcome'] == 'answered']
+  assert len(answered) <= len({*answered}) + 8  # those under way when it was killed
+  assert len(sent) > len(answered)
+
+
+@pytest.mark.slow
+def test_in_a_bucket_it_ends_as_on_a_disk(sandbox, demo, bucket):
+  path, requests = bucket
+  whole = sandbox()
+  assert not run(whole)[0]
+  upload(demo[0], path, 'm3', *(f'm2/{part}' for part in MADE))
+  kills = [Fault(kill, 1, in_upload(name)) for name in (
+      'm2/model/steps/5/params', 'm2/stopping/5/m2/answers/done.json', 'm2/stopping/wins.jsonl',
+      'm2/model/selected.json')]
+  with requests.failing(*kills):
+    assert until_done('stopping', '--config=iter2:tiny', f'--workdir={path}', *config_flags('m2'),
+                      *FLAGS) == 4
+  lines, files, steps, params, done = found(whole)
+  assert (path / 'm2' / 'stopping' / 'wins.jsonl').read_bytes() == files['wins.jsonl']
+  folder = path / 'm2' / 'model'
+  assert (model_files.steps(folder), model_files.recorded_hash(folder)) == (steps, params)
+  assert not list(path.glob('m2/stopping/*/m2/model/steps/*'))  # the copies
+
+
+@pytest.mark.slow
+def test_two_hosts_share_the_decisions(sandbox):
+  workdir = sandbox()
+  command = [ROOT / 'launch' / 'local.sh', '2', sys.executable, '-m', 'srlm_jax.stopping',
+             '--config=iter2:tiny', f'--workdir={workdir}', *config_flags('m2'), *FLAGS]
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True,
+                 env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', SRLM_RESTARTS='0'))
+  check_comparisons(workdir)
+  folder = workdir / 'm2' / 'model'
+  assert model_files.steps(folder) == [stopping.best(compared(workdir))]
+  assert len(list(workdir.glob('m2/stopping/5/m2/answers/responses-*.jsonl'))) == 2
+
+
+@pytest.mark.slow
+def test_the_loop_stops_early_where_it_is_asked_to(sandbox):
+  """The report and the table then show what the selected checkpoints answer."""
+  workdir = sandbox()
+  printed = main('loop', '--size=tiny', f'--workdir={workdir}', '--last=m3',
+                 *(f'--set={c}' for c in CHANGES), '--set=m2,m3:train.select=wins',
+                 '--set=m2,m3:train.save_every=5')
+  for model in ('m2', 'm3'):
+    check_comparisons(workdir, model)
+    step = stopping.best(compared(workdir, model))
+    assert model_files.steps(workdir / model / 'model') == [step]
+    assert f'{model}/stopping: step ' in printed
+  m3 = json.loads((workdir / 'm3' / 'model' / 'manifest.json').read_text())
+  assert m3['params'] == model_files.recorded_hash(workdir / 'm2' / 'model')
