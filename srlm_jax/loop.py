@@ -118,6 +118,8 @@ def refuse_mistakes(config):
   judges.load(config.meta_judge.template, meta_judge.SLOTS, 'config.meta_judge.template')
   templates.load_author(config.prompts.template)
   strategies.check(config.pairs.strategy)
+  if catalog.needs('stopping', config) and configs.is_url(config.endpoint.url):
+    stopping.check_judge(config, '')
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'

@@ -16,6 +16,7 @@ checkpoint that won; if none did, that is the model that training started from, 
   random    a control in the sandbox: a win, a tie and a loss are equally likely
 """
 import json
+import tempfile
 import zlib
 
 from srlm_jax import (
@@ -49,8 +50,9 @@ def run(config, workdir):
   own = _spec(config).folder(workdir, config)
   if (folder / 'manifest.json').exists():
     _stage(config, workdir)  # raises InputError for the comparisons of another training
-  elif own.exists():
+  elif (own / WINS).exists():
     raise InputError(f'{own} compares checkpoints of a training that is gone, {folder}; delete it')
+  check_judge(config, workdir)
   train.run(config, workdir, lambda step: _is_better(config, workdir, step))
   s = _stage(config, workdir)
   if s.done:
@@ -60,6 +62,13 @@ def run(config, workdir):
   if hosts.is_first_host():
     selection.select(folder, step)
   s.finish(step=step, compared=len(found))
+
+
+def check_judge(config, workdir):
+  """Raises InputError for an outside judge that is not complete; asks it nothing."""
+  if config.train.judge == 'endpoint' and hosts.is_first_host():
+    with tempfile.TemporaryDirectory() as folder, _open(config, workdir, folder):
+      pass
 
 
 def compared(folder) -> list[schema.StepWins]:
@@ -83,6 +92,13 @@ def _stage(config, workdir) -> stage.Stage:
   made_with = {key: value for key, value in training.items() if key != 'environments'}
   spec, place = _spec(config), _judge_folder(config, workdir)
   return stage.Stage(spec, config, workdir, json.dumps([made_with, place], sort_keys=True))
+
+
+def _open(config, workdir, folder) -> endpoint.Client:
+  """The outside judge, which keeps its answers in `folder`."""
+  judge = config.endpoint.copy_and_resolve_references()
+  judge.url = _judge_folder(config, workdir) or judge.url
+  return endpoint.open(judge, folder, title=f'{config.name}/stopping')
 
 
 def _judge_folder(config, workdir) -> str:
@@ -111,8 +127,9 @@ def _is_better(config, workdir, step: int) -> bool:
     found = compared(s.folder)
   wins = next(wins for wins in found if wins.step == step)
   against = f'step {wins.before}' if wins.before else 'the model that training starts from'
+  left_out = f', {wins.left_out} prompts without verdicts' if wins.left_out else ''
   hosts.log(f'{s.title}: step {step} against {against}: {wins.wins} wins, {wins.ties} ties, '
-            f'{wins.losses} losses')
+            f'{wins.losses} losses{left_out}')
   return wins.is_better
 
 
@@ -153,10 +170,8 @@ def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Ans
         name: sum(world.grade(answer.prompt, answer.response)) for name, answer in answers.items()
     } for answers in (a, b)))
   else:
-    judge = config.endpoint.copy_and_resolve_references()
-    judge.url = _judge_folder(config, workdir) or judge.url
     asked = head_to_head.requests(a, b)
-    with endpoint.open(judge, s.folder, title=s.title) as client:
+    with _open(config, workdir, s.folder) as client:
       texts = dict(client.ask(asked, len(asked)))
     found = head_to_head.compare(head_to_head.verdicts(asked, texts))
   if not found['count']:

@@ -182,16 +182,16 @@ def test_a_killed_training_asks_again_only_about_its_last_checkpoint(start, whol
     pass
   asked = []
 
-  def until(kill):
+  def until(count):
     def decide(step):
       asked.append(step)
-      if len(asked) == kill:
+      if len(asked) == count:
         raise Killed
       return step < 8
     return decide
-  for kill in (1, 3):  # at the first checkpoint, and at the second
+  for count in (1, 3):  # at the first checkpoint, and at the second
     with pytest.raises(Killed):
-      train_sft(start, tmp_path / 'run', until(kill))
+      train_sft(start, tmp_path / 'run', until(count))
   folder, lines = train_sft(start, tmp_path / 'run', until(0))
   assert asked == [3, 3, 6, 6, 8]
   assert model_files.recorded_hash(folder, 8) == whole[0][8] and lines == whole[1]
@@ -266,9 +266,22 @@ def test_the_endpoint_judges_both_orders_and_a_judge_without_verdicts_is_an_erro
     compare(tmp_path, a, b, **keys)
 
 
+@pytest.mark.parametrize('changes, message', [
+    (dict(url='http://judge/v1'), 'its model is not named'),
+    (dict(url='http://judge/v1', model='x', key_env='SRLM_ABSENT'), 'SRLM_ABSENT.* is not set'),
+    (dict(url='/absent'), 'neither a folder nor')])
+def test_a_judge_that_cannot_be_asked_is_refused_before_training(start, changes, message):
+  c = config('sft', train__select='wins', train__judge='endpoint',
+             **{f'endpoint__{key}': value for key, value in changes.items()})
+  with pytest.raises(InputError, match=message):
+    stopping.run(c, start)
+  assert not (start / 'sft').exists()
+
+
 def test_comparisons_of_another_training_are_refused(start, tmp_path):
   shutil.copytree(start, tmp_path / 'run')
   (tmp_path / 'run' / 'sft' / 'stopping').mkdir(parents=True)
+  (tmp_path / 'run' / 'sft' / 'stopping' / 'wins.jsonl').write_text('')
   with pytest.raises(InputError, match='compares checkpoints of a training that is gone'):
     stopping.run(config('sft', train__select='wins'), tmp_path / 'run')
 
