@@ -11,11 +11,12 @@ SAME = ('D', 'F', 'K', 'G', 'H', 'V', 'layers', 'tied', 'biases', 'qk_norm', 'no
 
 
 def fit(config: ConfigDict, workdir) -> ConfigDict:
-  """A config -> the same with values for the keys of `config.FROM_M0` that it leaves open.
+  """A config -> the same with values for `train.select` and the keys of `config.FROM_M0`, if open.
 
-  They depend on the files of M0 alone, so a run that is resumed gets the same. Raises InputError as
-  `shape_of`.
+  They depend on the config and the files of M0 alone, so a run that is resumed gets the same.
+  Raises InputError as `shape_of`.
   """
+  config = with_selection(config)
   if not any(configs.is_open(catalog.look_up(config, key)) for key in configs.FROM_M0):
     return config
   folder, shape = find(config, workdir), shape_of(config, workdir)
@@ -24,6 +25,15 @@ def fit(config: ConfigDict, workdir) -> ConfigDict:
   fitted = catalog.replace(config, configs.suited(config, found)).lock()
   configs.check(fitted)
   return fitted
+
+
+def with_selection(config: ConfigDict) -> ConfigDict:
+  """A config -> the same with a value for `train.select`, if it is auto."""
+  if config.train.select != 'auto':
+    return config
+  found = catalog.replace(config, {'train.select': configs.selection(config)}).lock()
+  configs.check(found)
+  return found
 
 
 def find(config: ConfigDict, workdir) -> epath.Path | None:

@@ -184,6 +184,10 @@ def _trains_on(*names: str) -> Callable[[ConfigDict], bool]:
 _trains_on_own = _trains_on('pairs', 'positives')  # what the sampler wrote and judged
 
 
+def _stops_early(c: ConfigDict) -> bool:
+  return c.train.select == 'wins'
+
+
 def _judged_by_endpoint(c: ConfigDict) -> bool:
   return _trains_on_own(c) and c.judge.by == 'endpoint'
 
@@ -195,8 +199,8 @@ _SAMPLE = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8',
 _SAMPLE_UNRECORDED = ('sample.steps', 'sample_mesh.data', 'sample_mesh.fsdp', 'sample_mesh.tensor')
 _RESPOND = ('chat', 'respond.n', 'respond.temperature', 'respond.top_p', 'respond.top_k',
             'respond.max_tokens', *_SAMPLE)
+_ANSWERS = ('chat', 'eval.temperature', 'eval.top_p', 'eval.top_k', 'respond.max_tokens', *_SAMPLE)
 _GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *_SAMPLE)
-_ANSWER = ('eval.temperature', 'eval.top_p', 'eval.top_k')
 _JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k',
           'judge.max_tokens', *_SAMPLE)
 _SHOWN = ('judge.show_thinking',)
@@ -298,11 +302,20 @@ STAGES = (
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
              'dtype', 'moments', 'lora_rank', 'lora_alpha', 'lora_targets', 'save_every',
-             'select'))),
+             'select', 'max_epochs'))),
          unrecorded=('train.keep', 'train.log_every', 'train.remat', 'mesh.data', 'mesh.fsdp',
                      'mesh.tensor', 'data.source')),
+    Spec('stopping', 'stopping', ('wins.jsonl',), reads=('seeds/heldout.jsonl',), runs=('init',),
+         keys=('train.judge', *_ANSWERS), unrecorded=_SAMPLE_UNRECORDED,
+         needed=lambda c: _stops_early(c) and c.train.judge != 'endpoint'),
+    Spec('stopping', 'stopping', ('wins.jsonl', 'endpoint.jsonl'), reads=('seeds/heldout.jsonl',),
+         runs=('init',), on='endpoint',
+         keys=('train.judge', 'endpoint.model', 'endpoint.temperature', 'endpoint.max_tokens',
+               *_ANSWERS),
+         unrecorded=_SAMPLE_UNRECORDED,
+         needed=lambda c: _stops_early(c) and c.train.judge == 'endpoint'),
     Spec('selection', 'selection', ('measures.jsonl',), keys=('train.select',),
-         needed=lambda c: c.train.select not in ('', 'agreement')),
+         needed=lambda c: c.train.select not in ('', 'agreement', 'wins')),
     Spec('selection', 'selection', ('measures.jsonl',), reads=('seeds/ranked.jsonl',),
          on='agreement', keys=('train.select', 'eval.judgements', 'eval.quorum',
                                'data.ranked_tune', *_JUDGE),
@@ -316,7 +329,7 @@ STAGES = (
          keys=('judge.template', 'eval.quorum', 'eval.split', 'data.ranked_tune')),
     Spec('answers', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
          runs=('self',), on='heldout',
-         keys=(*_ANSWER, *_GREEDY),
+         keys=('eval.split', *_ANSWERS),
          unrecorded=_SAMPLE_UNRECORDED),
     Spec('answers_greedy', 'sample.respond', ('responses-*.jsonl',), reads=('seeds/heldout.jsonl',),
          runs=('self',), on='greedy', keys=_GREEDY, unrecorded=_SAMPLE_UNRECORDED,
@@ -350,6 +363,7 @@ KINDS = {
     'dropped.jsonl': schema.DroppedReply,
     'logps.jsonl': schema.PairLogps,
     'measures.jsonl': schema.Measure,
+    'wins.jsonl': schema.StepWins,
     'graded.jsonl': schema.GradedResponse,
 }
 SUMMARIES = {  # what done.json holds, by stage; others hold numbers that only people read
@@ -372,6 +386,8 @@ READ_IF = {
     'data.ranked_tune': lambda c: _in_sandbox(c) or c.eval.split == 'valid',
     'eft.quorum': lambda c: c.eft.targets == 'baseline',
     'train.save_every': lambda c: bool(c.train.select),
+    'train.epochs': lambda c: not _stops_early(c),
+    'train.max_epochs': _stops_early,
     'judge.show_thinking': lambda c: c.judge.show_thinking,
     'train.lora_alpha': lambda c: c.train.lora_rank > 0,
     'train.lora_targets': lambda c: c.train.lora_rank > 0,
@@ -399,7 +415,7 @@ def answers_to(file: str) -> Spec:
   Its manifest has the hash of that file (`more_inputs` of `stage.Stage`). No loop runs it.
   """
   return Spec(f'answers_to_{file}', 'sample.respond', ('responses-*.jsonl',), runs=('self',),
-              keys=('chat', 'respond.max_tokens', *_ANSWER, *_SAMPLE),
+              keys=_ANSWERS,
               unrecorded=_SAMPLE_UNRECORDED, needed=lambda c: False)
 
 

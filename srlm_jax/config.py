@@ -219,6 +219,12 @@ _SECTIONS = {
         # more micro-batches keep fewer activations in memory; the result is the same
         accumulate=Setting(-1, COUNT_OR_OPEN, 'micro-batches per step; -1: chosen', OURS),
         epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
+        # A pass over the 3,964 pairs of M2 (PAPER 3.1) has 3,964 / 16 = 248 steps, so with a
+        # checkpoint every 200 steps it has two: 200 and 248. Three passes have 744 steps and the
+        # checkpoints 200, 400, 600 and 744. M1: 4,830 / 16 = 302 steps, M3: 6,942 / 16 = 434.
+        max_epochs=Setting(3.0, Values(float, above=0, most=10**6),
+                           'passes over the data at most; with select=wins, instead of epochs',
+                           OURS),
         warmup=Setting(0, COUNT_OR_0, 'steps', OURS),
         weight_decay=Setting(0.0, WEIGHT, 'per step, times the learning rate', OURS),
         b1=Setting(0.9, BELOW_1, 'decay of the first moment per step', OURS),
@@ -244,8 +250,12 @@ _SECTIONS = {
         lora_targets=Setting(LORA_TARGETS, Values(tuple), 'the adapted layers: LORA_TARGETS', OURS),
         save_every=Setting(200, COUNT, 'steps', PAPER),
         keep=Setting(2, COUNT, 'checkpoints kept', OURS),
-        # srlm_jax/selection.py; '': the last
-        select=Setting('', TEXT, 'empty, agreement, or a command with {checkpoint} in it', OURS),
+        # '': the last; wins: srlm_jax/stopping.py; others: srlm_jax/selection.py
+        select=Setting('auto', TEXT, 'the checkpoint to use: empty, wins, agreement, or a command '
+                       'with {checkpoint} in it; auto: wins if a judge is configured', PAPER),
+        judge=Setting('endpoint', one_of('endpoint', 'oracle', 'random'),
+                      'who compares checkpoints with select=wins: the section `endpoint`, or in '
+                      'the sandbox a program', PAPER),
         log_every=Setting(10, COUNT, 'steps', OURS),
         # sft: on response tokens only; dpo: on sums of log-probs, reference = init
         loss=Setting('dpo', one_of(*LOSSES), 'the loss', PAPER),
@@ -468,6 +478,18 @@ def lora_targets(t: ConfigDict) -> list[str]:
   return ','.join(t.lora_targets).split(',')
 
 
+def selection(c: ConfigDict) -> str:
+  """`train.select`; for auto: wins, which is early stopping, if a judge is configured, else ''."""
+  if c.train.select != 'auto':
+    return c.train.select
+  return 'wins' if c.endpoint.url and c.train.init else ''
+
+
+def epochs(t: ConfigDict) -> float:
+  """The passes over the data of the section `train`; with early stopping the most of them."""
+  return t.max_epochs if t.select == 'wins' else t.epochs
+
+
 def ranked_split(c: ConfigDict) -> str:
   """The split of the ranked replies on which a judge is measured: eval, or tune for tuning."""
   return 'tune' if c.eval.split == 'valid' and c.data.ranked_tune else 'eval'
@@ -483,6 +505,7 @@ def check(c: ConfigDict):
   _check_sandbox(c)
   _check_endpoint(c)
   _check_training(c.train, training_data(c))
+  _check_stopping(c)
   for key, known in NAMES_A_MODEL.items():
     if values[key] and values[key] not in known and '/' not in values[key]:
       raise InputError(f'config.{key} is {show(values[key])}; it is empty, {_listed(known)}, or a '
@@ -558,9 +581,9 @@ def _check_training(t: ConfigDict, names: list[str]):
   if t.loss in PAIR_LOSSES and not t.beta > 0:
     raise InputError(f'config.train.beta is {t.beta}; it must be above 0 with '
                      f'train.loss={t.loss}')
-  if t.select not in ('', 'agreement') and not _names_checkpoint(t.select):
-    raise InputError(f'config.train.select is {t.select!r}; it is empty, agreement, or a '
-                     'command with {checkpoint} in it')
+  if t.select not in ('', 'auto', 'wins', 'agreement') and not _names_checkpoint(t.select):
+    raise InputError(f'config.train.select is {t.select!r}; it is empty, auto, wins, agreement, or '
+                     'a command with {checkpoint} in it')
   for key, given, known in (('data', names, TRAINING_DATA),
                             ('lora_targets', lora_targets(t), LORA_TARGETS)):
     for i, name in enumerate(given):
@@ -568,6 +591,28 @@ def _check_training(t: ConfigDict, names: list[str]):
         raise InputError(f'config.train.{key} names {show(name)}; it may name {", ".join(known)}')
       if name in given[:i]:
         raise InputError(f'config.train.{key} names {show(name)} twice; name each of them once')
+
+
+def _check_stopping(c: ConfigDict):
+  """Refuses early stopping where something that it needs is missing."""
+  if c.train.select != 'wins':
+    return
+  begin, end = 'config.train.select is wins, ', '; or set train.select to empty'
+  if not c.train.init:
+    raise InputError(f'{begin}and {c.name} starts from no model (train.init is empty) with which '
+                     f'its first checkpoint could be compared{end}')
+  if not c.data.valid_prompts:
+    raise InputError(f'{begin}and data.valid_prompts is 0: there is no prompt on which checkpoints '
+                     f'could be compared; give more{end}')
+  if c.train.keep < 2:
+    raise InputError(f'{begin}which compares two checkpoints, and train.keep is {c.train.keep}; '
+                     f'set it to 2 or more{end}')
+  if c.train.judge == 'endpoint' and not c.endpoint.url:
+    raise InputError(f'{begin}and no judge is configured; give config.endpoint.url, in the sandbox '
+                     f'set train.judge=oracle{end}')
+  if c.train.judge != 'endpoint' and c.data.source != 'sandbox':
+    raise InputError(f'config.train.judge is {c.train.judge!r}, which only the sandbox has; with '
+                     f'data.source={c.data.source} it is endpoint')
 
 
 def flat(c: ConfigDict, section: str = '') -> Iterator[tuple[str, object]]:
@@ -684,6 +729,7 @@ def _tiny(c: ConfigDict):
   t.max_length = 192
   t.weight_decay = 0.1
   t.dropout = 0.0
+  t.judge = 'oracle'
   if c.name == 'm0':
     t.batch, t.learning_rate, t.learning_rate_end, t.warmup = 8, 2e-3, 1e-4, 100
     t.log_every, t.save_every = 50, 1000
@@ -701,3 +747,4 @@ def _small(c: ConfigDict):
   c.meta_judge.max_tokens = 24
   c.sample.dtype = 'float32'
   c.train.dtype = 'float32'
+  c.train.select = ''

@@ -26,6 +26,7 @@ from srlm_jax import (
   schema,
   selection,
   stage,
+  stopping,
 )
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import seeds, templates
@@ -117,6 +118,8 @@ def refuse_mistakes(config):
   judges.load(config.meta_judge.template, meta_judge.SLOTS, 'config.meta_judge.template')
   templates.load_author(config.prompts.template)
   strategies.check(config.pairs.strategy)
+  if catalog.needs('stopping', config) and configs.is_url(config.endpoint.url):
+    stopping.check_judge(config, '')
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
@@ -178,7 +181,7 @@ def one_model(config, workdir, engine: engines.Kept):
     make_prompts(config, workdir)
     make_pairs(config, workdir)
   engine.drop()
-  train.run(config, workdir)
+  (stopping if catalog.needs('stopping', config) else train).run(config, workdir)
   if catalog.needs('selection', config):
     selection.run(config, workdir)
   judge.run(config, workdir, 'eval')

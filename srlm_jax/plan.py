@@ -159,13 +159,15 @@ def host(pod: Pod) -> Devices:
 
 def make(config: ConfigDict, pod: Pod, lengths: dict[str, float]) -> Plan:
   """The plan of one model; `lengths`: as LENGTHS. Raises InputError for an impossible mesh."""
+  config = base.with_selection(config)
   planner = Planner(config, pod, lengths)
   stages = [planner.stage(spec) for spec in catalog.STAGES if uses_chips(spec, config)]
   c, params = config.train, llama.param_count(planner.shape)
   saved = planner.saved
-  return Plan(config, pod, params, planner.group, stages, [*_reads(config, stages, params)],
-              saved if c.select else min(c.keep, saved),
-              sizing.trained(c, planner.shape) * (4 + 2 * jnp.dtype(c.moments).itemsize))
+  size = sizing.trained(c, planner.shape) * (4 + 2 * jnp.dtype(c.moments).itemsize)
+  return Plan(config, pod, params, planner.group, stages,
+              [*_reads(config, stages, params, saved, size)],
+              min(c.keep, saved) if c.select in ('', 'wins') else saved, size)
 
 
 def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
@@ -173,8 +175,13 @@ def uses_chips(spec: catalog.Spec, config: ConfigDict) -> bool:
   return spec.needed(config) and (bool(spec.runs) or 'sample.slots' in spec.keys)
 
 
-def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, float]]:
-  """Yields what is read. Consecutive stages that sample from the same model read it once."""
+def _reads(config, stages: list[Stage], params: float, saved: int, checkpoint: float
+           ) -> Iterator[tuple[str, float]]:
+  """Yields what is read. Consecutive stages that sample from the same model read it once.
+
+  `saved`: checkpoints that are saved, `checkpoint`: bytes of one. Early stopping reads each of them
+  to sample, and all but the last to train on, with the reference again.
+  """
   size = functools.partial(_model_bytes, params=params)
   loaded = ''
   for stage in stages:
@@ -186,6 +193,14 @@ def _reads(config, stages: list[Stage], params: float) -> Iterator[tuple[str, fl
       if stage.name == 'reference' or in_step:
         yield f'{stage.models[0]} as the reference', size(stage.models[0])
       loaded = ''
+      continue
+    if stage.name == 'stopping':
+      init, pauses = size(stage.models[0]), saved - 1
+      again = init if c.lora_rank or objectives.find(c).needs_reference_params else 0
+      yield (f'{stage.models[0]} and {_many(saved, "checkpoint")} to compare',
+             init + saved * size(config.name))
+      if pauses:
+        yield f'{_many(pauses, "checkpoint")} to train on', pauses * (checkpoint + again)
       continue
     for model in stage.models:
       if model != loaded:
@@ -217,7 +232,7 @@ class Planner:
     self.kernels = kernels.choose(pod.platform, self.sampled)
     self.data = [*self._data()]
     self.examples = sum(count for count, _ in self.data)
-    self.steps = math.ceil(config.train.epochs * self.examples / config.train.batch)
+    self.steps = math.ceil(configs.epochs(config.train) * self.examples / config.train.batch)
     self.saved = math.ceil(self.steps / config.train.save_every)
     self.training = self._training()
 
@@ -225,7 +240,8 @@ class Planner:
     """A stage that uses the chips."""
     models = [*spec.models(self.config).values()] or [self.config.name]
     if spec.name == 'model':
-      return Stage('model', models, f'{self.steps:,} steps', [self.training], self._step())
+      most = 'at most ' if self.config.train.select == 'wins' else ''
+      return Stage('model', models, f'{most}{self.steps:,} steps', [self.training], self._step())
     if spec.name == 'reference':
       return self._reference(models)
     if spec.name == 'implicit':
@@ -328,6 +344,9 @@ class Planner:
       held_out = c.data.test_prompts if c.eval.split == 'test' else c.data.valid_prompts
       return Job(count if is_new else held_out, spec.count(c), 0, self.prompt, self.response,
                  c.respond.max_tokens)
+    if spec.name == 'stopping':  # the answers of every checkpoint and of the model before them
+      return Job((self.saved + 1) * c.data.valid_prompts, 1, 0, self.prompt, self.response,
+                 c.respond.max_tokens, self.saved + 1)
     if spec.program == 'sample.meta_judge':
       compared = count * c.meta_judge.responses * c.judge.n * (c.judge.n - 1)
       # The template is about as long as the judge's, which a prompt contains too.

@@ -258,6 +258,21 @@ class Measure:
 
 
 @_record
+class StepWins:
+  """wins.jsonl: the answers of a checkpoint compared with those of the checkpoint before."""
+  step: int
+  before: int    # 0: the model that training starts from
+  wins: int      # prompts
+  ties: int
+  losses: int
+  left_out: int  # without a verdict in both orders
+
+  @property
+  def is_better(self) -> bool:
+    return self.wins > self.losses
+
+
+@_record
 class JudgeAnswer:
   """endpoint.jsonl: an outside judge's answer; the id is a hash of the request."""
   id: str
@@ -334,12 +349,13 @@ class EftSummary:
 @_record
 class TrainingSummary:
   """done.json of the stage `model`."""
-  steps: int
+  steps: int                   # that were trained
   loss: float                  # of the last step
   params: str                  # hash of the parameters
   examples: int
   padding_free: float          # fraction of the tokens that are not padding
   dropped: dict[str, int]      # reason: examples
+  stopped: str = ''            # why training ended before its last step; '': it did not
 
 
 # Results of evaluations. A field that a later version adds has a default.

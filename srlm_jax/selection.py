@@ -4,7 +4,8 @@
 
 With `train.select`, training keeps a checkpoint every `train.save_every` steps (200, PAPER 3.1).
 This stage measures each of them and writes the best to MODEL/model/selected.json; ties go to the
-earliest. It deletes the other checkpoints. `train.select` is one of:
+earliest. It deletes the other checkpoints. `train.select` is `wins`, which is early stopping
+(`srlm_jax.stopping`), or one of:
 
   agreement  pairwise accuracy of the model as a judge of the ranked replies for tuning
              (data.ranked_tune). Without those it uses the ranked replies for evaluation, and the
@@ -58,6 +59,9 @@ def run(config, workdir):
 def _trained_folder(workdir, config):
   """The model's folder; raises InputError unless it was trained with this train.select."""
   by = config.train.select
+  if by == 'wins':
+    raise InputError('config.train.select is wins, which selects a checkpoint while the model is '
+                     'trained; run python -m srlm_jax.stopping')
   if not by:
     raise InputError('config.train.select is empty, so the last checkpoint is used and there is '
                      'nothing to select; set it to agreement or to a command')
@@ -104,18 +108,20 @@ def select(folder, step: int):
       (folder / 'steps' / str(other)).rmtree()
 
 
-def make_workdir(workdir, folder, name: str, step: int):
+def make_workdir(workdir, folder, name: str, step: int, source=None):
   """Makes `folder` a workdir with the seed data and one step of the model -> `folder`.
 
-  The seed data, the step and the models below an adapter are symbolic links, so nothing large is
-  copied.
+  `source`: the model's folder; by default that of the model `name`. The seed data, the step and the
+  models below an adapter are symbolic links, so nothing large is copied.
   """
-  source, model = stage.model_folder(workdir, name), folder / name / 'model'
+  source = source or stage.model_folder(workdir, name)
+  model = folder / name / 'model'
   if hosts.is_first_host():
     (model / 'steps').mkdir(parents=True, exist_ok=True)
     model_files.copy(source, model)
-    if (source / model_files.LORA).exists():
-      (source / model_files.LORA).copy(model / model_files.LORA, overwrite=True)
+    for file in (model_files.LORA, model_files.SOURCE):
+      if (source / file).exists():
+        (source / file).copy(model / file, overwrite=True)
     for base, there in model_files.bases(source):
       (folder / base).parent.mkdir(parents=True, exist_ok=True)
       storage.link(there, folder / base)

@@ -157,17 +157,16 @@ class Stage:
       write_json(self.folder / 'done.json', dict(summary, files=files, seconds=seconds))
     hosts.sync(f'{self.title} is done')  # every host may read done.json
     shown = [f'{key} {value}' for key, value in summary.items()
-             if not isinstance(value, dict | list | None)]
+             if value != '' and not isinstance(value, dict | list | None)]
     hosts.log(', '.join([f'{self.title}: done in {seconds} s', *shown]))
 
 
 def _refuse_open(spec: catalog.Spec, config):
-  """Raises InputError if a key that M0 decides has no value: the programs choose it at their start.
-  """
-  for key in configs.FROM_M0:
+  """Raises InputError if a key has no value that the programs choose at their start."""
+  for key in (*configs.FROM_M0, 'train.select'):
     if key in spec.keys and configs.is_open(value := catalog.look_up(catalog.unwrap(config), key)):
-      raise InputError(f'config.{key} is {value}, which leaves it to be chosen for M0; call '
-                       f'base.fit first, or give a value')
+      raise InputError(f'config.{key} is {value}, which leaves it to be chosen; call base.fit '
+                       f'first, or give a value')
 
 
 def _chosen_before(spec: catalog.Spec, config, manifest: dict):
@@ -206,9 +205,10 @@ def finished_model(workdir, name: str):
   folder = model_folder(workdir, name)
   require_finished(folder)
   selected = (folder / model_files.SELECTED).exists()
-  if trained_with(folder, 'train.select') and not selected:
+  if (by := trained_with(folder, 'train.select')) and not selected:
+    program = 'stopping' if by == 'wins' else 'selection'
     raise InputError(f'{folder} was trained with train.select, and no checkpoint is selected yet; '
-                     f'run python -m srlm_jax.selection with the config of {name}')
+                     f'run python -m srlm_jax.{program} with the config of {name}')
   if (folder / 'done.json').exists() and not selected:
     wanted, found = finished(folder).get('params'), model_files.recorded_hash(folder)
     if found != wanted:

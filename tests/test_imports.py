@@ -20,7 +20,7 @@ ORDER = '''
   checkpoint
   sample
   eval / sandbox / train
-  selection loop study plan serve
+  selection stopping loop study plan serve
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
 LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests',

@@ -223,6 +223,20 @@ def test_what_is_read_and_stored():
   assert [what for what, _ in cached.reads][2:4] == ['m1 as the reference', 'm1 to train']
 
 
+def test_early_stopping_samples_at_every_checkpoint_and_reads_it_again():
+  found = make('m2', 'v5p-256', **{'endpoint.url': 'http://judge/v1'})
+  params, stages = 68_976_648_192, {s.name: s for s in found.stages}
+  assert [*stages][3:5] == ['model', 'stopping']
+  assert stages['model'].work == 'at most 750 steps'  # 3 epochs of 250: 200, 400, 600 and 750
+  assert stages['stopping'].work == '1,265 prompts'   # (4 + 1) x 253
+  reads = dict(found.reads)
+  assert reads['m1 and 4 checkpoints to compare'] == 5 * 4 * params
+  assert reads['3 checkpoints to train on'] == 3 * (12 + 4) * params  # with the reference
+  assert found.checkpoints == 2
+  adapters = make('m2', 'v5p-256', **{'endpoint.url': 'http://judge/v1', 'train.lora_rank': 16})
+  assert 12 * params < dict(adapters.reads)['3 checkpoints to train on'] < 12.2 * params
+
+
 def test_the_size_of_the_data_and_of_the_steps():
   steps = next(s for s in make('m2', 'v5p-256').stages if s.name == 'model')
   assert steps.work == '250 steps'  # 5,000 prompts, of which 80 % give a pair, in batches of 16

@@ -47,9 +47,10 @@ def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda
   return ocp.CheckpointManager(storage.absolute(folder) / 'steps', options=options)
 
 
-def save(saver: ocp.CheckpointManager, step: int, params, train=None):
+def save(saver: ocp.CheckpointManager, step: int, params, train=None, force: bool = False):
   """Starts an asynchronous save of the parameters, of `train` and of their hashes.
 
+  Orbax ignores a step before the last one without `force`.
   `train` is what only training needs: optimizer state and step. The hashes also cover config.json,
   the tokenizer files and lora.json, so `write_model_files` must run first.
   """
@@ -62,7 +63,7 @@ def save(saver: ocp.CheckpointManager, step: int, params, train=None):
   if train is not None:
     items['train'] = ocp.args.PyTreeSave(train)
   items['hash'] = ocp.args.JsonSave(recorded.to_json())
-  saver.save(step, args=ocp.args.Composite(**items))
+  saver.save(step, args=ocp.args.Composite(**items), force=force)
 
 
 def identity(folder) -> str:

@@ -2,6 +2,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import json
 
 from etils import epath
@@ -22,7 +23,7 @@ from srlm_jax import (
   sharding,
   stage,
 )
-from srlm_jax.checkpoint import hashes, store
+from srlm_jax.checkpoint import store
 from srlm_jax.data import examples as training, packing, tokenizer as tokenizers
 from srlm_jax.models import config as model_config, kernels, llama, lora, sizing
 from srlm_jax.train import objectives, reference, state as train_state, step as train_step
@@ -32,9 +33,17 @@ from srlm_jax.train.state import TrainState
 ROWS = 'rows.json'  # in the model's folder: the number and the width of the rows of a step
 
 
-def run(config, workdir):
-  """Reads the init model and this model's data; writes MODEL/model: checkpoints, metrics.jsonl."""
+def run(config, workdir, wins: Callable[[int], bool] | None = None):
+  """Reads the init model and this model's data; writes MODEL/model: checkpoints, metrics.jsonl.
+
+  `wins`, which train.select=wins needs: (step) -> whether that checkpoint is better than the one
+  before. It is called at every checkpoint, when no array of the training is in memory. Training
+  ends at the first that is not better; if that is the first of all, step 0 is saved too.
+  """
   config, workdir = catalog.find('train').view(config), epath.Path(workdir)
+  if config.train.select == 'wins' and wins is None:
+    raise InputError('config.train.select is wins, and this program compares no checkpoints; run '
+                     'python -m srlm_jax.stopping, which trains and compares in turn')
   if config.train.lora_rank and not config.train.init:
     raise InputError(f'config.train.lora_rank is {config.train.lora_rank}, and {config.name} '
                      f'starts from no model that adapters could change; set '
@@ -52,13 +61,17 @@ def run(config, workdir):
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):
     setup = _prepare(config, workdir, s, source, shape, data, mesh)
-    state, frozen = _restore(config, s, setup, mesh)
-    s.begin(config)  # after everything that can raise InputError
-    environment.keep_freed_memory()
-    saver = _open(config, s, setup, state)
-    with preemption.deferred():
-      state = _loop(config, s, setup, state, frozen, saver, mesh)
-    _finish(s, setup, state)
+  last, stopped, is_begun = max(model_files.steps(s.folder), default=0), '', False
+  for before, end in itertools.pairwise([0, *setup.ends]):
+    if end > last:
+      _train(config, s, setup, mesh, end, is_begun)
+      is_begun = True
+    if wins and end >= last and not wins(end):  # an earlier one has won: training went on
+      stopped = f'step {end} does not win against step {before}'
+      if before == 0:
+        _save_start(config, s, setup, mesh)
+      break
+  _finish(s, setup, end, stopped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Setup:
   tx: optax.GradientTransformation
   abstract: TrainState          # shapes and shardings
   step: Callable                # the jitted step
-  kept: list[int]               # checkpoints of the run that is resumed; empty at the start
+  ends: list[int]               # steps at which training pauses for a comparison, or ends
 
 
 def _examples(config, source, shape, files) -> training.Examples:
@@ -103,8 +116,8 @@ def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -
   c, objective = config.train, objectives.find(config.train)
   choice = kernels.for_training(jax.default_backend(), shape, c.remat)
   model = llama.Llama(shape, choice, c.remat)
-  kept = model_files.steps(s.folder)
-  packed = _pack(config, data, mesh, choice.width_multiple, c.epochs, _begun_rows(s.folder))
+  packed = _pack(config, data, mesh, choice.width_multiple, configs.epochs(c),
+                 _begun_rows(s.folder))
   tx = train_state.optimizer(c, len(packed))
   abstract = train_state.abstract(shape, c, tx, mesh)
   make_batch = objective.pack
@@ -113,14 +126,31 @@ def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -
     logps = reference.cached(config, workdir, source, model, once, mesh)
     make_batch = functools.partial(make_batch, reference_logps=logps)
   step = train_step.make(model, tx, c, abstract)
-  return Setup(source, model, data, packed, make_batch, tx, abstract, step, kept)
+  pauses = range(c.save_every, len(packed), c.save_every) if c.select == 'wins' else ()
+  return Setup(source, model, data, packed, make_batch, tx, abstract, step, [*pauses, len(packed)])
 
 
-def _restore(config, s, setup: Setup, mesh) -> tuple[TrainState, dict]:
+def _train(config, s, setup: Setup, mesh, end: int, is_begun: bool):
+  """Trains from the last checkpoint to the step `end`; no array stays in memory after it."""
+  kept = model_files.steps(s.folder)
+  with jax.set_mesh(mesh):
+    state, frozen = _restore(config, s, setup, kept, mesh)
+    if not is_begun:
+      s.begin(config)  # after everything that can raise InputError
+      environment.keep_freed_memory()
+      _print_sizes(config, s, setup)
+    saver = _open(config, s, setup, kept)
+    with preemption.deferred():
+      _loop(config, s, setup, state, frozen, saver, mesh, end)
+
+
+def _restore(config, s, setup: Setup, kept: list[int], mesh) -> tuple[TrainState, dict]:
   """-> the state to continue from, and the parameters that are not trained, {} if there are none.
+
+  `kept`: the steps with checkpoints.
   """
-  if setup.kept:
-    state = _resume(s.folder, setup.kept[-1], setup.abstract, mesh)
+  if kept:
+    state = _resume(s.folder, kept[-1], setup.abstract, mesh)
   else:
     state = _start(config, setup, mesh)
   c = config.train
@@ -129,8 +159,8 @@ def _restore(config, s, setup: Setup, mesh) -> tuple[TrainState, dict]:
   return state, store.restore_params(setup.source, mesh, c.dtype, merge=not c.lora_rank)[0]
 
 
-def _open(config, s, setup: Setup, state: TrainState):
-  """Prints the sizes of the run, writes the files of a new one -> the manager of checkpoints."""
+def _print_sizes(config, s, setup: Setup):
+  """Prints how large the run is, and when it ends."""
   data, packed, c = setup.data, setup.packed, config.train
   rows, width = packed.shape.rows, packed.shape.width
   dropped = ''.join(f'; dropped {n} {why}' for why, n in data.dropped.items())
@@ -141,20 +171,31 @@ def _open(config, s, setup: Setup, state: TrainState):
   m = config.mesh
   hosts.log(f'{s.title}: mesh {m.data} x {m.fsdp} x {m.tensor}, {c.accumulate} micro-batches, '
             f'recomputes {c.remat}')
-  saver = store.manager(s.folder, None if c.select else c.keep,
+  if c.select == 'wins':
+    hosts.log(f'{s.title}: at most {configs.epochs(c):g} epochs; stops early at a checkpoint of '
+              f'{", ".join(map(str, setup.ends))} that does not win')
+  elif not c.select:
+    hosts.log(f'{s.title}: no judge compares checkpoints (config.train.select), so the last one is '
+              f'used')
+
+
+def _open(config, s, setup: Setup, kept: list[int]):
+  """Writes the files of a new run -> the manager of checkpoints."""
+  c, packed = config.train, setup.packed
+  saver = store.manager(s.folder, c.keep if c.select in ('', 'wins') else None,
                         lambda step: step % c.save_every == 0 or step == len(packed))
-  if setup.kept:
-    hosts.log(f'{s.title}: continues after step {int(state.step)}')
+  if kept:
+    hosts.log(f'{s.title}: continues after step {kept[-1]}')
   elif hosts.is_first_host():
     adapter = model_files.adapter(c.lora_rank, c.lora_alpha, configs.lora_targets(c), setup.source,
                                   s.folder) if c.lora_rank else None
     store.write_model_files(setup.model.config, setup.source, s.folder, adapter)
-    stage.write_json(s.folder / ROWS, dict(shape=(rows, width)))
+    stage.write_json(s.folder / ROWS, dict(shape=(packed.shape.rows, packed.shape.width)))
   return saver
 
 
-def _loop(config, s, setup: Setup, state, frozen, saver, mesh) -> TrainState:
-  """Runs the remaining steps; writes metrics, progress and checkpoints.
+def _loop(config, s, setup: Setup, state, frozen, saver, mesh, end: int):
+  """Runs the steps before `end`; writes metrics, progress and checkpoints.
 
   Raises Stopped, after saving, if a host was asked to stop.
   """
@@ -163,12 +204,12 @@ def _loop(config, s, setup: Setup, state, frozen, saver, mesh) -> TrainState:
   writer = metrics.Writer(s.folder, int(state.step) - 1) if hosts.is_first_host() else None
   clock, alarms = metrics.Clock(), Alarms(writer.kept if writer else [])
   steps, unchecked, stop, agreement = len(packed), {}, False, preemption.Agreement()
-  for i in range(int(state.step), steps):
+  for i in range(int(state.step), end):
     batch = setup.make_batch(packed.rows(i), packed.shape)
     state, unchecked[i] = setup.step(state, frozen, sharding.put_batch(batch, mesh), key)
     clock.add(int((batch.segment_ids > 0).sum()))
     save = (i + 1) % c.save_every == 0 or i + 1 == steps
-    stop = agreement.reached() and i + 1 < steps
+    stop = agreement.reached() and i + 1 < end
     if stop or i % c.log_every == 0 or save:
       # On every host: NaN or infinity aborts before a checkpoint is written.
       for number, values in unchecked.items():
@@ -197,17 +238,15 @@ def _loop(config, s, setup: Setup, state, frozen, saver, mesh) -> TrainState:
   saver.close()
   if stop:
     raise preemption.Stopped(f'{s.title}: stopped by SIGTERM; step {i + 1} of {steps} is saved')
-  return state
 
 
-def _finish(s, setup: Setup, state: TrainState):
-  """Marks the stage done, with a summary of the run."""
+def _finish(s, setup: Setup, end: int, stopped: str):
+  """Marks the stage done, with a summary of the run that trained `end` steps."""
   data, packed = setup.data, setup.packed
-  params = hashes.hash_params(state.params, more=store.identity(s.folder))
   s.finish(schema.TrainingSummary(
-      steps=len(packed), loss=round(metrics.last(s.folder)['loss'], 4), params=params,
-      examples=len(data.examples),
-      padding_free=round(packed.padding_free, 3), dropped=data.dropped))
+      steps=end, loss=round(metrics.last(s.folder)['loss'], 4),
+      params=model_files.recorded_hash(s.folder, end), examples=len(data.examples),
+      padding_free=round(packed.padding_free, 3), dropped=data.dropped, stopped=stopped))
 
 
 def _some(rows: list[list[str]], most: int = 20) -> str:
@@ -264,20 +303,36 @@ def _existing(config, source, workdir):
 
 
 def _start(config, setup: Setup, mesh) -> TrainState:
-  """Step 0: the parameters of the init model, or random ones; with LoRA a new adapter."""
-  if config.train.lora_rank:
-    out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
-    init = jax.jit(functools.partial(lora.init, setup.abstract.params), out_shardings=out)
-    params = init(jax.random.key(config.seed))
-  elif config.train.init:
-    params, _ = store.restore_params(setup.source, mesh, 'float32')
-  else:
-    out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
-    init = jax.jit(lambda key: llama.init_params(setup.model.config, key), out_shardings=out)
-    params = init(jax.random.key(config.seed))
+  """The state at step 0."""
   out = jax.tree.map(lambda x: x.sharding, setup.abstract)
   create = jax.jit(lambda p: TrainState.create(p, setup.tx), donate_argnums=0, out_shardings=out)
-  return create(params)
+  return create(_start_params(config, setup, mesh))
+
+
+def _start_params(config, setup: Setup, mesh):
+  """The parameters of the init model, or random ones; with LoRA a new adapter."""
+  if config.train.init and not config.train.lora_rank:
+    return store.restore_params(setup.source, mesh, 'float32')[0]
+  out = jax.tree.map(lambda x: x.sharding, setup.abstract.params)
+  if config.train.lora_rank:
+    init = functools.partial(lora.init, setup.abstract.params)
+  else:
+    init = functools.partial(llama.init_params, setup.model.config)
+  return jax.jit(init, out_shardings=out)(jax.random.key(config.seed))
+
+
+def _save_start(config, s, setup: Setup, mesh):
+  """Saves the model that training starts from as step 0, if that is not saved yet."""
+  hosts.log(f'{s.title}: the first checkpoint does not win, so the model that training starts from '
+            f'is used, as step 0')
+  if 0 in model_files.steps(s.folder):
+    return
+  with jax.set_mesh(mesh):
+    saver = store.manager(s.folder, None)
+    store.save(saver, 0, _start_params(config, setup, mesh), force=True)
+    saver.wait_until_finished()
+    hosts.sync(f'{s.title} step 0')
+    saver.close()
 
 
 def _resume(folder, step: int, abstract: TrainState, mesh) -> TrainState:
