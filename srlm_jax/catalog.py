@@ -19,6 +19,7 @@ ROLES = {
     'sampler': lambda c: c.sampler,
     'older': lambda c: c.pairs.older,  # the model one iteration before the sampler
     'init': lambda c: c.train.init,
+    'judge': lambda c: c.endpoint.url,  # a model, where this is no URL
     'author': lambda c: c.sampler if c.prompts.author == 'sampler' else c.prompts.author,
 }
 
@@ -181,6 +182,12 @@ def _trains_on(*names: str) -> Callable[[ConfigDict], bool]:
 
 
 _trains_on_own = _trains_on('pairs', 'positives')  # what the sampler wrote and judged
+
+
+def _judged_by_endpoint(c: ConfigDict) -> bool:
+  return _trains_on_own(c) and c.judge.by == 'endpoint'
+
+
 _SEEDS = ('data.ift', 'data.ranked_train', 'data.ranked_eval', 'data.test_prompts',
           'data.valid_prompts')
 _SAMPLE = ('seed', 'sample.slots', 'sample.size', 'sample.dtype', 'sample.int8',
@@ -216,9 +223,21 @@ STAGES = (
          runs=('sampler',), on='responses', samples='judge.n', keys=('judge.n', *_SHOWN, *_JUDGE),
          unrecorded=('judge.by', *_SAMPLE_UNRECORDED),
          needed=lambda c: _trains_on_own(c) and c.judge.by == 'model'),
+    Spec('judge', 'eval.endpoint', ('judgements-*.jsonl', 'endpoint.jsonl'),
+         reads=('respond/responses-*.jsonl',),
+         keys=('judge.by', 'judge.n', 'judge.template', 'judge.temperature', 'judge.top_p',
+               'judge.max_tokens', *_SHOWN, 'endpoint.model'),
+         unrecorded=tuple(f'endpoint.{key}' for key in (
+             'url', 'key_env', 'concurrency', 'per_minute', 'timeout', 'attempts', 'temperature',
+             'max_tokens', 'price_in', 'price_out')),
+         needed=lambda c: _judged_by_endpoint(c) and configs.is_url(c.endpoint.url)),
+    Spec('judge', 'eval.endpoint', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
+         runs=('judge',), on='local', samples='judge.n',
+         keys=('judge.by', 'judge.n', *_SHOWN, *_JUDGE), unrecorded=_SAMPLE_UNRECORDED,
+         needed=lambda c: _judged_by_endpoint(c) and not configs.is_url(c.endpoint.url)),
     Spec('judge', 'sandbox.control', ('judgements-*.jsonl',), reads=('respond/responses-*.jsonl',),
          keys=('seed', 'judge.by', 'judge.n', 'judge.template'),
-         needed=lambda c: _trains_on_own(c) and c.judge.by != 'model'),
+         needed=lambda c: _trains_on_own(c) and c.judge.by in ('oracle', 'random')),
     Spec('judge', 'sample.judge', ('judgements-*.jsonl',), reads=('seeds/ranked.jsonl',),
          runs=('sampler',), on='ranked', samples='eft.judgements',
          keys=('eft.judgements', *_JUDGE), unrecorded=_SAMPLE_UNRECORDED,
@@ -316,6 +335,7 @@ KINDS = {
     'attempts.jsonl': schema.Attempt,
     'responses-*.jsonl': schema.Response,
     'judgements-*.jsonl': schema.Judgement,
+    'endpoint.jsonl': schema.JudgeAnswer,
     'logp-*.jsonl': schema.Logp,
     'older_logp-*.jsonl': schema.Logp,
     'rewards-*.jsonl': schema.ImplicitReward,

@@ -9,6 +9,7 @@ those of AdamW.
 from collections.abc import Iterator
 import dataclasses
 import math
+import re
 import shlex
 
 from ml_collections import ConfigDict
@@ -39,7 +40,7 @@ RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_nor
            'judge.on': 'the flag --on of srlm_jax.sample.judge'}
 # Keys that name a model, and the names that each takes besides a path.
 NAMES_A_MODEL = {'sampler': MODELS, 'train.init': MODELS, 'pairs.older': MODELS,
-                 'prompts.author': (*MODELS, 'sampler')}
+                 'prompts.author': (*MODELS, 'sampler'), 'endpoint.url': MODELS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,8 +308,8 @@ _SECTIONS = {
     'judge': dict(
         template=Setting('additive', TEXT,
                          'a name in srlm_jax/reward/judge_*.txt, or a path', PAPER),
-        by=Setting('model', one_of('model', 'oracle', 'random'),
-                'who judges: the sampler, or a control', PAPER),
+        by=Setting('model', one_of('model', 'endpoint', 'oracle', 'random'),
+                'who judges: the sampler, the section `endpoint`, or a control', PAPER),
         n=Setting(3, COUNT, 'judgements per candidate, averaged', PAPER),
         quorum=Setting(2, COUNT, 'parsed judgements that a mean needs', OURS),
         temperature=Setting(0.7, TEMPERATURE, '0: greedy', OURS),
@@ -357,6 +358,24 @@ _SECTIONS = {
         top_k=Setting(0, COUNT_OR_0, 'tokens; 0: all', OURS),
         judgements=Setting(3, COUNT, 'judgements per ranked reply, averaged', OURS),
         quorum=Setting(2, COUNT, 'parsed judgements that the mean of a reply needs', OURS),
+    ),
+    'endpoint': dict(  # an outside judge: eval/endpoint.py; the flags --judge_KEY of evaluations
+        url=Setting('', TEXT, 'http(s)://HOST/v1 of an OpenAI-compatible API, the folder of a '
+                    'model, or a model of the run; empty: none', OURS),
+        model=Setting('', TEXT, 'name of the model in requests; the server may need it', OURS),
+        key_env=Setting('', TEXT, 'environment variable that has the API key; empty: no key', OURS),
+        concurrency=Setting(8, Values(int, least=1, most=1000), 'requests at the same time', OURS),
+        per_minute=Setting(0, COUNT_OR_0, 'most requests per minute; 0: no limit', OURS),
+        timeout=Setting(120.0, Values(float, least=TINY, most=86400),
+                        'seconds without an answer, after which a request is repeated', OURS),
+        attempts=Setting(8, Values(int, least=1, most=1000), 'per request, before giving up', OURS),
+        temperature=Setting(0.0, Values(float, least=0, most=100, also=-1),
+                            'of evaluations; -1: not sent, for models that refuse it', OURS),
+        max_tokens=Setting(1024, COUNT, 'tokens per answer, of evaluations', OURS),
+        price_in=Setting(0.0, Values(float, least=0, most=10**6),
+                         'dollars per million tokens of requests; 0: unknown', OURS),
+        price_out=Setting(0.0, Values(float, least=0, most=10**6),
+                          'dollars per million tokens of answers; 0: unknown', OURS),
     ),
 }
 SETTINGS = {'.'.join(filter(None, (section, name))): key
@@ -462,6 +481,7 @@ def check(c: ConfigDict):
     key.check(name, values[name])
   _check_order(values)
   _check_sandbox(c)
+  _check_endpoint(c)
   _check_training(c.train, training_data(c))
   for key, known in NAMES_A_MODEL.items():
     if values[key] and values[key] not in known and '/' not in values[key]:
@@ -494,12 +514,43 @@ def _check_sandbox(c: ConfigDict):
   """Refuses what only the sandbox has, with other sources of data."""
   if c.data.source == 'sandbox':
     return
-  if c.judge.by != 'model':
-    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model, and in the sandbox also '
-                     'oracle or random')
+  if c.judge.by not in ('model', 'endpoint'):
+    raise InputError(f'config.judge.by is {c.judge.by!r}; it is model or endpoint, and in the '
+                     'sandbox also oracle or random')
   if c.data.ranked_tune:
     raise InputError(f'config.data.ranked_tune is {c.data.ranked_tune}; only the sandbox makes '
                      'ranked replies to tune on, with other sources it is 0')
+
+
+def _check_endpoint(c: ConfigDict):
+  """Refuses a judge that is not named, and what would put a secret into a manifest or a log."""
+  if c.judge.by == 'endpoint' and not c.endpoint.url:
+    raise InputError('config.judge.by is endpoint, and config.endpoint.url is empty; give the URL '
+                     'of an OpenAI-compatible API, or the folder of a model')
+  if c.judge.by == 'endpoint' and is_url(c.endpoint.url) and not c.endpoint.model:
+    raise InputError(f'config.judge.by is endpoint, and config.endpoint.model is empty; give the '
+                     f'name of the model at {c.endpoint.url}')
+  check_url('config.endpoint.url', c.endpoint.url)
+  check_key_env('config.endpoint.key_env', c.endpoint.key_env)
+
+
+def is_url(place: str) -> bool:
+  """Whether a judge is behind a URL, not in a folder."""
+  return re.match('https?://', place) is not None
+
+
+def check_url(name: str, url: str):
+  """Raises InputError for a URL that contains a secret, or that no client takes; `name`: of it."""
+  if is_url(url) and (not re.fullmatch(r'https?://[^/@?#\s]+(/[^@?#\s]*)?', url)):
+    raise InputError(f'{name} must be http(s)://HOST/PATH, without a user, a password, a query or '
+                     'spaces; a key comes from the environment alone (endpoint.key_env)')
+
+
+def check_key_env(name: str, variable: str):
+  """Raises InputError for what is no name of an environment variable; the text is not shown."""
+  if variable and not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', variable):
+    raise InputError(f'{name} is not the name of an environment variable (its value is not shown: '
+                     'it may be a key); put the key into a variable, and give the name of that')
 
 
 def _check_training(t: ConfigDict, names: list[str]):

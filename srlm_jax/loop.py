@@ -29,7 +29,7 @@ from srlm_jax import (
 )
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import seeds, templates
-from srlm_jax.eval import agreement
+from srlm_jax.eval import agreement, endpoint
 from srlm_jax.report import page, results
 from srlm_jax.reward import eft, health, judges, pairs, strategies
 from srlm_jax.sample import engine as engines, implicit, judge, meta_judge, prompts, respond
@@ -216,7 +216,8 @@ def make_prompts(config, workdir):
 def make_pairs(config, workdir):
   """Candidates, judgements, and the pairs or positives that `pairs.strategy` makes of them."""
   respond.run(config, workdir)
-  (judge if config.judge.by == 'model' else control).run(config, workdir)
+  judges_by = dict(model=judge, endpoint=endpoint)
+  judges_by.get(config.judge.by, control).run(config, workdir)
   if catalog.needs('judge_again', config):
     judge.run(config, workdir, 'again')
   if catalog.needs('implicit', config):

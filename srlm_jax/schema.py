@@ -7,7 +7,8 @@ a line, and is left out of a line if it has its default. Other fields of a line 
 their text. `token_ids` are the sampled tokens of a response with thinking, eos included; its text
 alone could not reproduce them.
 
-The second part has the summaries in done.json that other modules read.
+The second part has the summaries in done.json that other modules read. The third has the results of
+evaluations, which programs of `eval` write as JSON and the report reads.
 """
 import dataclasses
 from typing import Literal
@@ -257,6 +258,16 @@ class Measure:
 
 
 @_record
+class JudgeAnswer:
+  """endpoint.jsonl: an outside judge's answer; the id is a hash of the request."""
+  id: str
+  text: str
+  finish: Finish
+  prompt_tokens: int = 0  # as the server counts them; 0: it did not say
+  answer_tokens: int = 0
+
+
+@_record
 class PromptsSummary:
   """done.json of the stage `prompts`."""
   prompts: int                 # accepted
@@ -275,6 +286,7 @@ class JudgeSummary:
   lowest: float                # of the scale
   highest: float
   unparsed: dict[str, int]     # reason: judgements
+  cost: float | None = None    # dollars, of an outside judge; None: unknown
 
 
 @_record
@@ -328,3 +340,36 @@ class TrainingSummary:
   examples: int
   padding_free: float          # fraction of the tokens that are not padding
   dropped: dict[str, int]      # reason: examples
+
+
+# Results of evaluations. A field that a later version adds has a default.
+@_record
+class HeadToHead:
+  """head_to_head.json: model a against model b on the same prompts.
+
+  A share is None without a prompt that both orders decided. A judge's verdict per prompt and order
+  gives `first_wins` and `second_wins`; answers that a program graded give neither.
+  """
+  a: str                        # folder or name of the model whose wins are counted
+  b: str
+  count: int                    # prompts with an outcome
+  wins: int
+  ties: int
+  losses: int
+  win_share: float | None
+  tie_share: float | None
+  loss_share: float | None
+  p_value: float | None         # two-sided sign test of wins against losses
+  win_rate: float | None = None       # share of wins, ties count half
+  win_rate_low: float | None = None   # its 95 % interval, bootstrap over prompts
+  win_rate_high: float | None = None
+  first_wins: int = 0           # verdicts for the answer shown first: position bias
+  second_wins: int = 0
+  inconsistent: int = 0         # prompts whose two orders disagree; they count as ties
+  left_out: int = 0             # prompts without a verdict in one order
+  unparsed: int = 0             # answers of the judge that state no verdict
+  missing: int = 0              # requests without an answer
+  characters_a: float | None = None   # mean length; judges prefer long answers
+  characters_b: float | None = None
+  judge: str = ''               # name of the judge; '' for graded answers
+  cost: float | None = None     # dollars; None: unknown

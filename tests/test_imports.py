@@ -23,7 +23,8 @@ ORDER = '''
   selection loop study plan serve
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
-LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests'}
+LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests',
+        'openai'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'records',

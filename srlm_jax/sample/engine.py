@@ -25,6 +25,7 @@ from srlm_jax import (
   model_files,
   preemption,
   sharding,
+  stage as stages,
 )
 from srlm_jax.checkpoint import convert
 from srlm_jax.data import templates, tokenizer as tokenizers
@@ -455,6 +456,13 @@ def load(config, folder, stage: str, chat: str = 'none',
   if _kept:
     _kept.engine, _kept.made_of = engine, made_of
   return engine, tokenizer
+
+
+def chat_of(folder: str) -> str:
+  """The chat format of a model: that of its training here, or its tokenizer's; or none."""
+  if chat := stages.trained_with(folder, 'chat'):
+    return chat
+  return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
 
 class Kept:

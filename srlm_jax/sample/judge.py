@@ -46,13 +46,19 @@ def run(config, workdir, on: str = ''):
   spec = catalog.find('sample.judge', on)
   config = spec.view(config)
   if on == 'responses' and config.judge.by != 'model':
-    raise InputError(f'config.judge.by is {config.judge.by}, so no model judges; '
-                     f'run python -m srlm_jax.sandbox.control')
+    program = 'eval.endpoint' if config.judge.by == 'endpoint' else 'sandbox.control'
+    raise InputError(f'config.judge.by is {config.judge.by}, so the sampler does not judge; '
+                     f'run python -m srlm_jax.{program}')
   judge = judges.load(config.judge.template)
   s = stage.Stage(spec, config, workdir, str(judge))
-  if s.done:
-    return
-  total = sum(1 for _ in _items(s, config, on))
+  if not s.done:
+    sample(s, config, judge, on)
+
+
+def sample(s: stage.Stage, config, judge: judges.Judge, on: str):
+  """The work of a stage that judges `on` with a model; `config`: what the stage may read."""
+  spec = s.spec
+  total = sum(1 for _ in items(s, config, on))
   if not total:
     raise InputError(f'{s.path(*spec.reads)} has no responses to judge ({on}); '
                      f'run the stage that writes them first')
@@ -73,7 +79,7 @@ def run(config, workdir, on: str = ''):
         id=f'{item.id}/{j}', prompt_id=item.prompt_id, response_id=item.id, index=j, text=said.text,
         score=score, reason=reason, finish=result.finish, thinking=said.thinking,
         token_ids=said.token_ids)
-  judgements = shards.write(s, 'judgements', sampling, _items(s, config, on), total, prompt, record,
+  judgements = shards.write(s, 'judgements', sampling, items(s, config, on), total, prompt, record,
                             spec.count(config), check)
   s.finish(summary(judge, judgements))
 
@@ -102,7 +108,7 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
                              highest=judge.highest, unparsed=dict(sorted(reasons.items())))
 
 
-def _items(s: stage.Stage, config, on: str) -> Iterator[Item]:
+def items(s: stage.Stage, config, on: str) -> Iterator[Item]:
   """Yields what to judge."""
   if on in OF_RESPONSES:
     source, = s.spec.reads

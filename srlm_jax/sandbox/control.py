@@ -12,9 +12,10 @@ def run(config, workdir):
   spec = catalog.find('sandbox.control')
   config = spec.view(config)
   by = config.judge.by
-  if by == 'model':
-    raise InputError('config.judge.by is model; run python -m srlm_jax.sample.judge, '
-                     'or set it to oracle or random')
+  if by not in ('oracle', 'random'):
+    program = 'eval.endpoint' if by == 'endpoint' else 'sample.judge'
+    raise InputError(f'config.judge.by is {by}; run python -m srlm_jax.{program}, or set it to '
+                     f'oracle or random')
   judge = judges.load(config.judge.template)
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:

@@ -13,9 +13,8 @@ import time
 from absl import flags
 import jax
 
-from srlm_jax import cli, config as configs, InputError, stage
+from srlm_jax import cli, config as configs, InputError
 from srlm_jax.config import CHATS
-from srlm_jax.data import tokenizer as tokenizers
 from srlm_jax.sample import engine as engines
 
 try:
@@ -65,7 +64,7 @@ def main(argv):
   if jax.process_count() > 1:
     raise InputError('the server runs on one host; start it in one process')
   listener = listen(f.host, f.port)
-  chat = f.chat or chat_of(f.model)
+  chat = f.chat or engines.chat_of(f.model)
   engine, tokenizer = engines.load(config(f), f.model, 'serve', chat)
   thread = worker.Worker(engine, f.queue, tokenizer.eos_ids[:1] * 2)
   started = time.time()
@@ -101,13 +100,6 @@ def config(f):
     if value == 0:
       raise InputError(f'--{name}=0; give a positive number, or -1: chosen')
   return found
-
-
-def chat_of(folder: str) -> str:
-  """The chat format of a model: that of its training here, or its tokenizer's; or none."""
-  if chat := stage.trained_with(folder, 'chat'):
-    return chat
-  return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
 
 def is_local(host: str) -> bool:
