@@ -140,9 +140,7 @@ class Engine:
     first = list(itertools.islice(stream, PREFIX_REQUESTS))
     if not first:
       return
-    prompts = [r.ids[:-1] for r in first if len(r.ids) <= max_prompt_tokens]
-    ids = common(prompts) if self._share and len(prompts) > 1 else ()
-    ids = ids if len(ids) >= MIN_PREFIX else ()
+    ids = self._common([r.ids for r in first if len(r.ids) <= max_prompt_tokens])
     count = sum(r.n for r in first) if len(first) < PREFIX_REQUESTS else self.slots
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
@@ -158,6 +156,11 @@ class Engine:
         yield request, results
     self._cache = slots.cache
 
+  def _common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The prefix of prompts, token ids, that is worth computing once; () if none is."""
+    ids = common([p[:-1] for p in prompts]) if self._share and len(prompts) > 1 else ()
+    return ids if len(ids) >= MIN_PREFIX else ()
+
   def _slots(self, schedule: Schedule, rows, prefix_ids: tuple[int, ...],
              sampling: Sampling | None) -> Slots:
     """Idle slots, with the cache of the last call if it has their number."""
@@ -169,13 +172,14 @@ class Engine:
     per_row = PerRow.empty(rows.slot_count) if sampling is None else None
     return Slots(schedule, rows, cache, prefix_ids, prefix, sampling, per_row)
 
-  def open(self) -> Slots:
+  def open(self, prompts: Sequence[Sequence[int]] = ()) -> Slots:
     """-> all slots, for requests that come one by one: `put` adds one, `advance` decodes.
 
-    The schedule's `stop` and `remove` end samples and requests between two calls.
+    The schedule's `stop` and `remove` end samples and requests between two calls. `prompts`, token
+    ids: some of those that will come; what they all begin with is prefilled once.
     """
     schedule = Schedule((), self.slots, self.size, 0, {}, 0, self._share, self._refill)
-    return self._slots(schedule, programs.Rows.empty(self.slots), (), None)
+    return self._slots(schedule, programs.Rows.empty(self.slots), self._common(prompts), None)
 
   def put(self, slots: Slots, request: Request) -> list[Result]:
     """Adds a request with its own `sampling` -> its results, which `advance` extends."""
@@ -321,7 +325,7 @@ class Engine:
     shapes = [(self._bucket(len(context) + count - len(some)), bucket(count))
               for context, some, count in zip(contexts, texts, scored, strict=True)]
     found: list[Any] = [None] * len(rows)
-    for some, shape in self._batches(shapes, lambda width: SCORE_TOKENS // width):
+    for some, shape in self._by_shape(shapes, lambda width: SCORE_TOKENS // width):
       batch = programs.Continuations.empty(*shape)
       for row, i in enumerate(some):
         batch.put(row, contexts[i], texts[i])
@@ -355,11 +359,7 @@ class Engine:
     """Prompts -> of each: the log-probs of its tokens but the first, and {id: log-prob} of the
     `top` most likely tokens in the place of each."""
     found = [None] * len(prompts)
-    shapes = [(self._bucket(len(ids)),) for ids in prompts]
-    for some, shape in self._batches(shapes, lambda _: PROMPT_ROWS):
-      tokens = np.zeros(shape, np.int32)
-      for row, i in enumerate(some):
-        tokens[row, :len(prompts[i])] = prompts[i]
+    for some, tokens in self._batches(prompts, PROMPT_ROWS):
       with jax.set_mesh(self._mesh):
         made = programs.prompt_logps(self._model, self._params,
                                      sharding.put_batch(tokens, self._mesh),
@@ -370,16 +370,26 @@ class Engine:
         found[i] = logps[part].tolist(), _by_id(ids[part][:, :top], likely[part][:, :top])
     return found
 
-  def _bucket(self, length: int) -> int:
-    """The width of a row without a cache that holds `length` tokens."""
-    return min(bucket(length), self.context)
+  def _batches(self, rows: Sequence[Sequence[int]], most: int) -> Iterator[
+      tuple[list[int], np.ndarray]]:
+    """Yields (indices of rows, their ids padded with zeros), about `most` rows at a time.
 
-  def _batches(self, shapes: Sequence[tuple[int, ...]], rows: Callable[[int], int]) -> Iterator[
+    Rows of a batch have the same padded width, which depends only on the row. There may be more
+    rows of zeros at the end.
+    """
+    widths = [(self._bucket(len(ids)),) for ids in rows]
+    for some, shape in self._by_shape(widths, lambda _: most):
+      tokens = np.zeros(shape, np.int32)
+      for row, i in enumerate(some):
+        tokens[row, :len(rows[i])] = rows[i]
+      yield some, tokens
+
+  def _by_shape(self, shapes: Sequence[tuple[int, ...]], rows: Callable[[int], int]) -> Iterator[
       tuple[list[int], tuple[int, ...]]]:
-    """Yields (indices of rows, shape of their batch).
+    """Yields (indices of rows of one shape, the shape of their batch).
 
-    `shapes`: of each row, its padded width first; rows of a batch have the same. `rows`: width ->
-    about how many rows a batch has. It may have more, of padding, at the end.
+    `shapes`: of each row, its padded width first. `rows`: width -> about how many rows a batch has.
+    It may have more at the end, of padding.
     """
     indices = defaultdict(list)
     for i, shape in enumerate(shapes):
@@ -388,6 +398,10 @@ class Engine:
       size = _up(max(rows(shape[0]), 1), self._parts)
       for first in range(0, len(group), size):
         yield group[first:first + size], (size, *shape)
+
+  def _bucket(self, length: int) -> int:
+    """The width of a row without a cache that holds `length` tokens."""
+    return min(bucket(length), self.context)
 
 
 def _groups(rows, most: int) -> Iterator[list[int]]:
