@@ -373,3 +373,13 @@ class HeadToHead:
   characters_b: float | None = None
   judge: str = ''               # name of the judge; '' for graded answers
   cost: float | None = None     # dollars; None: unknown
+
+
+@_record
+class Harness:
+  """harness.json: tasks of lm-evaluation-harness, in percent, {model: {task: percent}}."""
+  scores: dict[str, dict[str, float]]
+  standard_errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  differences: dict[str, dict[str, float]]   # to the first model
+  missing: dict[str, list[str]]              # {model: tasks without a result}
+  metrics: dict[str, str]                    # {task: metric of lm-eval}

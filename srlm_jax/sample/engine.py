@@ -175,11 +175,13 @@ class Engine:
   def open(self, prompts: Sequence[Sequence[int]] = ()) -> Slots:
     """-> all slots, for requests that come one by one: `put` adds one, `advance` decodes.
 
-    The schedule's `stop` and `remove` end samples and requests between two calls. `prompts`, token
-    ids: some of those that will come; what they all begin with is prefilled once.
+    The schedule's `stop` and `remove` end samples and requests between two calls. `prompts`: token
+    ids of all that will come, if they are known: no more slots than that, and what they all begin
+    with is prefilled once.
     """
-    schedule = Schedule((), self.slots, self.size, 0, {}, 0, self._share, self._refill)
-    return self._slots(schedule, programs.Rows.empty(self.slots), self._common(prompts), None)
+    rows = programs.Rows.empty(self._rows(len(prompts)) if prompts else self.slots)
+    schedule = Schedule((), rows.slot_count, self.size, 0, {}, 0, self._share, self._refill)
+    return self._slots(schedule, rows, self._common(prompts), None)
 
   def put(self, slots: Slots, request: Request) -> list[Result]:
     """Adds a request with its own `sampling` -> its results, which `advance` extends."""
@@ -318,7 +320,7 @@ class Engine:
     """
     for i, row in enumerate(rows):
       self._check_row(i, *row)
-    groups = list(_groups(rows, self.context if share else 0))
+    groups = list(_groups(rows, self.size if share else 0))
     contexts = [rows[group[0]][0] for group in groups]
     texts = [[rows[i][1] for i in group] for group in groups]
     scored = [sum(map(len, some)) for some in texts]
