@@ -1,41 +1,14 @@
 """What TensorBoard and Weights & Biases show of a stage while it runs."""
-from collections import defaultdict
 import os
 import subprocess
 import sys
 
+from boards import shown
 from conftest import ROOT
 import pytest
-from tensorboardX.proto import event_pb2
 
 from srlm_jax import InputError, metrics, schema
 from srlm_jax.sample import engine as engines, monitor
-
-
-def events(folder):
-  """The events of a folder in the order of its files (the format of TFRecord)."""
-  for path in sorted(folder.glob('events.*')):
-    data = path.read_bytes()
-    while data:
-      size = int.from_bytes(data[:8], 'little')
-      yield event_pb2.Event.FromString(data[12:12 + size])
-      data = data[16 + size:]
-
-
-def shown(folder) -> dict[str, dict]:
-  """{tag: {step: value}} as TensorBoard shows it: a restart hides later steps written before."""
-  found = defaultdict(dict)
-  for event in events(folder):
-    if event.session_log.status == event.session_log.START:
-      for steps in found.values():
-        for step in [step for step in steps if step >= event.step]:
-          del steps[step]
-    for value in event.summary.value:
-      assert event.step not in found[value.tag], f'{value.tag} has two points at {event.step}'
-      kind = value.WhichOneof('value')
-      found[value.tag][event.step] = (
-          value.tensor.string_val[0].decode() if kind == 'tensor' else getattr(value, kind))
-  return {tag: steps for tag, steps in found.items() if steps}
 
 
 def judgements(*scores):
@@ -133,7 +106,7 @@ for known in (-1, 0):
 
 
 def logged(path):
-  """The records of a file of Weights & Biases: a header of 7 bytes, and the log format of LevelDB."""
+  """The records of a file of Weights & Biases: 7 bytes, and then the log format of LevelDB."""
   from wandb.proto import wandb_internal_pb2 as pb
   data, at, parts = path.read_bytes(), 7, b''
   while at < len(data):
@@ -163,4 +136,4 @@ def test_weights_and_biases_get_the_points(tmp_path):
   assert names == {((tmp_path / 'run' / 'wandb.txt').read_text(), 'x', 'run')}
   assert sorted((row['m2/judge/step'], row['m2/judge/score']) for row in rows) == [
       ('0', '2'), ('1', '3')]
-  assert all('m2/judge/scores' in row for row in rows)
+  assert all(any(key.startswith('m2/judge/scores') for key in row) for row in rows)
