@@ -15,6 +15,7 @@ from srlm_jax import (
   hosts,
   InputError,
   lock,
+  metrics,
   peers,
   preemption,
   storage,
@@ -90,10 +91,11 @@ def locked(workdir):
 
   Raises InputError, on all hosts, if another host does not see that lock.
   """
-  held = contextlib.nullcontext()
+  held = shown = contextlib.nullcontext()
   if hosts.is_first_host():
     held = lock.held(workdir, is_patient=jax.process_count() > 1)
-  with held as mine:
+    shown = metrics.weights_and_biases(workdir)
+  with held as mine, shown:
     name = hosts.gather(mine)[0]
     unseen = [i for i, seen in enumerate(hosts.gather(lock.is_seen(workdir, name))) if not seen]
     if unseen:

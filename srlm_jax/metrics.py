@@ -1,12 +1,195 @@
-"""Training metrics: metrics.jsonl, TensorBoard, and the progress line."""
+"""What a run shows while it runs: TensorBoard, Weights & Biases, metrics.jsonl, progress lines."""
+from collections.abc import Iterator, Mapping
+import contextlib
+import importlib.util
 import json
 import math
+import os
 import time
+import types
+import uuid
 
 from etils import epath
-import tensorboardX
+import numpy as np
 
-from srlm_jax import InputError, storage
+from srlm_jax import config as configs, InputError, records, storage
+
+SECONDS = 10.0       # between two points of a stage
+UPLOAD_SECONDS = 60  # between two copies of the events to a bucket
+BINS = 30            # of a histogram
+MOST_CHARACTERS = 1000  # of a sample text
+# The x axis of the numbers of finished stages. 0 is the SFT baseline.
+ITERATIONS = {model: i for i, model in enumerate(configs.MODELS[1:])}
+# Quotients that are shown beside the numbers of done.json: STAGE/NAME, dividend, divisor.
+RATES = {'prompts/prompts_per_attempt': ('prompts', 'attempts'),
+         'pairs/pairs_per_prompt': ('pairs', 'prompts'),
+         'meta_judge/parse_rate': ('parsed', 'comparisons'),
+         **{f'{name}/parse_rate': ('parsed', 'judgements')
+            for name in ('judge', 'judge_again', 'judge_older', 'judge_eval')}}
+_NONE = types.MappingProxyType({})
+
+
+class Board:
+  """Writes to TensorBoard, FOLDER/tensorboard/NAME, and to the run of `weights_and_biases`.
+
+  `folder`: that of a stage. What a killed run wrote for steps after `step` is hidden. Other
+  programs see a value within `SECONDS`, in a bucket within `UPLOAD_SECONDS`.
+  """
+
+  def __init__(self, folder, name: str = '', step: int = -1):
+    import tensorboardX
+    self._events = storage.Mirror(epath.Path(folder) / 'tensorboard' / name)
+    self._writer = tensorboardX.SummaryWriter(
+        str(self._events.local), purge_step=step + 1, flush_secs=SECONDS,
+        filename_suffix=f'.{time.time_ns()}')  # otherwise a second one may overwrite the file
+    self._title = '/'.join([*epath.Path(folder).parts[-2:], name]).rstrip('/')
+    self._written = self._uploaded = time.monotonic()
+    if _wandb:
+      _wandb.define_metric(f'{self._title}/*', step_metric=f'{self._title}/step')
+
+  def due(self) -> bool:
+    """Whether `SECONDS` have passed since the last `write`."""
+    return time.monotonic() - self._written >= SECONDS
+
+  def write(self, step: int, scalars: Mapping[str, float],
+            histograms: Mapping[str, Mapping[float, int]] = _NONE,
+            texts: Mapping[str, str] = _NONE):
+    """Adds a point at `step`.
+
+    A histogram is {value: its number}, and its name has to differ from those of the scalars. Texts
+    are Markdown.
+    """
+    bins = {name: _bins(counts) for name, counts in histograms.items()}
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, value, step)
+    for name, (counts, edges) in bins.items():
+      middles = (edges[:-1] + edges[1:]) / 2
+      self._writer.add_histogram_raw(
+          name, edges[0], edges[-1], counts.sum(), counts @ middles, counts @ middles**2,
+          edges[1:].tolist(), counts.tolist(), step)
+    for name, text in texts.items():
+      self._writer.add_text(name, text, step)
+    if _wandb:
+      _log(self._title, step, scalars, bins)
+    self._written = time.monotonic()
+    if self._written - self._uploaded >= UPLOAD_SECONDS:
+      self.flush()
+
+  def flush(self):
+    """Saves what was written."""
+    self._writer.flush()
+    self._events.upload()
+    self._uploaded = time.monotonic()
+
+  def close(self):
+    self._writer.close()
+    self._events.close()
+
+
+def _bins(counts: Mapping[float, int]) -> tuple[np.ndarray, np.ndarray]:
+  """{value: its number} -> the numbers per bin and the edges of the bins, at most `BINS`.
+
+  Whole numbers are in the middle of a bin of width 1, if there are few.
+  """
+  low, high = min(counts), max(counts)
+  edges = np.linspace(low - 0.5, high + 0.5, min(int(high - low) + 1, BINS) + 1)
+  return np.histogram([*counts], edges, weights=[*counts.values()])
+
+
+def code(texts: list[str]) -> str:
+  """Texts of a model as one block of code in Markdown, which shows them as they are.
+
+  Each is cut to `MOST_CHARACTERS`.
+
+  >>> code(['# <b>1</b>', '2'])
+  '    # <b>1</b>\\n    --------\\n    2'
+  """
+  cut = [text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + ' ..'
+         for text in texts]
+  whole = '\n--------\n'.join(cut).encode('utf-8', 'replace').decode()  # unpaired surrogates
+  return '\n'.join(f'    {line}' for line in whole.splitlines())
+
+
+def show_finished(workdir, title: str):
+  """Shows the numbers of finished stages in TensorBoard, WORKDIR/tensorboard/models.
+
+  The x axis is the model's iteration (`ITERATIONS`). Writes the numbers of all stages again, in
+  place of the earlier ones. `title`: MODEL/STAGE, the stage that has just finished.
+  """
+  points = {}  # {iteration: scalars}
+  for path in sorted(epath.Path(workdir).glob('*/*/done.json')):
+    model, name = path.parts[-3:-1]
+    if model in ITERATIONS:
+      scalars = _numbers(name, json.loads(path.read_text()))
+      points.setdefault(ITERATIONS[model], {}).update(scalars)
+      if _wandb and title == f'{model}/{name}':
+        _log('models', ITERATIONS[model], scalars, {})
+  board = Board(workdir, 'models')
+  for iteration, scalars in sorted(points.items()):
+    board.write(iteration, scalars)
+  board.close()
+
+
+def _numbers(name: str, summary: dict) -> dict[str, float]:
+  """The numbers of a done.json.
+
+  >>> _numbers('judge', {'parsed': 1, 'judgements': 2, 'unparsed': {'cut off': 1}, 'files': {}})
+  {'judge/parsed': 1, 'judge/judgements': 2, 'judge/unparsed/cut off': 1, 'judge/parse_rate': 0.5}
+  """
+  found = {}
+  for key, value in summary.items():
+    inner = {f'/{k}': v for k, v in value.items()} if isinstance(value, dict) else {'': value}
+    found |= {f'{name}/{key}{k}': v for k, v in inner.items() if records.is_number(v)}
+  for rate, (part, whole) in RATES.items():
+    if rate.startswith(f'{name}/') and summary.get(whole):
+      found[rate] = summary[part] / summary[whole]
+  return found
+
+
+_wandb = None  # the run of Weights & Biases
+
+
+@contextlib.contextmanager
+def weights_and_biases(workdir) -> Iterator[None]:
+  """Inside the block, boards also write to Weights & Biases, if WANDB_PROJECT names a project.
+
+  WORKDIR/wandb.txt has the id of the run, so that a killed run continues. Raises InputError if the
+  package is missing, or if the run cannot begin.
+  """
+  global _wandb
+  if not (project := os.environ.get('WANDB_PROJECT')):
+    yield
+    return
+  if importlib.util.find_spec('wandb') is None:
+    raise InputError(f'WANDB_PROJECT is {project}, and the package wandb is not installed; '
+                     f'pip install "srlm_jax[wandb]", or unset WANDB_PROJECT')
+  import wandb
+  workdir = epath.Path(workdir)
+  path = workdir / 'wandb.txt'
+  if not path.exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(uuid.uuid4().hex)
+  try:
+    run = wandb.init(project=project, id=path.read_text(), resume='allow', name=workdir.name)
+  except wandb.Error as error:
+    raise InputError(f'WANDB_PROJECT is {project}, and Weights & Biases does not begin '
+                     f'({" ".join(str(error).split())}); log in with wandb login, set '
+                     f'WANDB_MODE=offline, or unset WANDB_PROJECT') from error
+  with run:
+    _wandb = run
+    try:
+      yield
+    finally:
+      _wandb = None
+
+
+def _log(title: str, step: int, scalars: Mapping[str, float],
+         bins: Mapping[str, tuple[np.ndarray, np.ndarray]]):
+  """Writes a point to Weights & Biases."""
+  import wandb
+  values = dict(scalars) | {name: wandb.Histogram(np_histogram=b) for name, b in bins.items()}
+  _wandb.log({f'{title}/{name}': value for name, value in values.items()} |
+             {f'{title}/step': step})
 
 
 class Writer:
@@ -26,24 +209,20 @@ class Writer:
       self.kept.append(scalars)
       size += len(line)
     self._file.truncate(size)
-    self._events = storage.Mirror(epath.Path(folder) / 'tensorboard')
-    self._board = tensorboardX.SummaryWriter(str(self._events.local), purge_step=step + 1)
+    self._board = Board(folder, step=step)
 
   def write(self, step: int, scalars: dict):
     self._file.write((json.dumps(dict(step=step, **scalars)) + '\n').encode())
-    for name, value in scalars.items():
-      self._board.add_scalar(name, value, step)
+    self._board.write(step, scalars)
 
   def flush(self):
     """Saves all that was written; a checkpoint must not be saved before its metrics."""
     self._file.flush()
     self._board.flush()
-    self._events.upload()
 
   def close(self):
     self._file.close()
     self._board.close()
-    self._events.close()
 
 
 def finite(where: str, values: dict) -> dict:

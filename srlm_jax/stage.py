@@ -17,6 +17,7 @@ from srlm_jax import (
   environment,
   hosts,
   InputError,
+  metrics,
   model_files,
   preemption,
   records,
@@ -155,6 +156,7 @@ class Stage:
     if hosts.is_first_host():
       files = records.contents(self.folder)
       write_json(self.folder / 'done.json', dict(summary, files=files, seconds=seconds))
+      metrics.show_finished(self._workdir, self.title)
     hosts.sync(f'{self.title} is done')  # every host may read done.json
     shown = [f'{key} {value}' for key, value in summary.items()
              if value != '' and not isinstance(value, dict | list | None)]

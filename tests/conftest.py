@@ -10,8 +10,11 @@ import shutil
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') +
-                           ' --xla_force_host_platform_device_count=8')
+# Most of the time of the tests is compilation. XLA does the same as in a program; only LLVM, which
+# then makes machine code, optimizes less.
+os.environ['XLA_FLAGS'] = ' '.join([
+    '--xla_backend_optimization_level=0', os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8'])
 
 import buckets
 from etils import epath
@@ -112,10 +115,9 @@ CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data
 if 'SRLM_COMPILED' not in os.environ:  # not a worker of pytest-xdist
   os.environ['SRLM_COMPILED'] = tempfile.mkdtemp(prefix='srlm-compiled-')
   atexit.register(shutil.rmtree, os.environ['SRLM_COMPILED'], ignore_errors=True)
-CACHE = os.environ['SRLM_COMPILED']
+CACHE = os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['SRLM_COMPILED']
 jax.config.update('jax_compilation_cache_dir', CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-
 
 
 @functools.cache
@@ -129,7 +131,7 @@ def bucket_server() -> buckets.Server:
 @functools.cache
 def server() -> forks.Server:
   environment = dict(
-      os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='', JAX_COMPILATION_CACHE_DIR=CACHE,
+      os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='',
       JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3', **bucket_server().env)
   return forks.Server(environment, ROOT)
 

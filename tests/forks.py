@@ -39,6 +39,8 @@ class Server:
 
 def serve():
   """Imports the programs, then runs one per line of stdin and prints its exit code."""
+  import tensorboardX  # noqa: F401  (otherwise every program imports it)
+
   import srlm_jax.loop
   import srlm_jax.study  # noqa: F401
   warnings.filterwarnings('ignore', message='os.fork', category=RuntimeWarning)  # of JAX

@@ -11,7 +11,7 @@ PACKAGE = ROOT / 'srlm_jax'
 # parts may also import the parts before them in the same line.
 ORDER = '''
   storage config ablations pods torus sharding hosts preemption compiler conversation schema records
-  lock peers environment model_files catalog stage metrics
+  lock peers environment model_files catalog metrics stage
   models
   base cli
   data
@@ -24,7 +24,7 @@ ORDER = '''
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
 LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests',
-        'openai', 'alpaca_eval', 'lm_eval'}
+        'openai', 'alpaca_eval', 'lm_eval', 'tensorboardX', 'wandb'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'records',

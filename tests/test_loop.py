@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+from boards import shown
 from conftest import CHANGES, config_flags, DATA, main, on, OTHERS, ROOT
 import numpy as np
 import pytest
@@ -162,7 +163,36 @@ def test_dpo_starts_at_ln_2_and_metrics_are_in_jsonl_and_tensorboard(demo):
     # Policy and reference are equal, but XLA may sum their log-probs in a different order.
     assert first['step'] == 0 and first['margin'] == pytest.approx(0, abs=1e-6)
     assert first['loss'] == pytest.approx(np.log(2), abs=1e-6)
-    assert list((folder / 'tensorboard').glob('events*'))
+    found = shown(folder / 'tensorboard')['loss']
+    lines = list(records.read_any(folder / 'metrics.jsonl'))
+    assert found == pytest.approx({line['step']: line['loss'] for _, line in lines})
+
+
+def test_every_stage_is_in_tensorboard(demo):
+  """The last point of a stage that samples has all records; every model has its agreement."""
+  workdir, _ = demo
+  for path in workdir.glob('m[123]/*/*-00000-of-00001.jsonl'):
+    found = shown(path.parent / 'tensorboard' / path.stem.removesuffix('-00000-of-00001'))
+    count = sum(1 for _ in path.open())
+    assert max(found['tokens_per_second']) == max(found['slot_utilization']) == count, path
+    assert max(found['samples/text_summary']) == count
+    if path.parent.name == 'judge':
+      scores = [j.score for j in records.read(path, schema.Judgement) if j.score is not None]
+      assert found['parse_rate'][count] == pytest.approx(len(scores) / count)
+      assert found['score'][count] == pytest.approx(np.mean(scores))
+      assert found['score_histogram'][count].num == len(scores)
+  attempts = list(records.read(workdir / 'm2' / 'prompts' / 'attempts.jsonl', schema.Attempt))
+  found = shown(workdir / 'm2' / 'prompts' / 'tensorboard' / 'attempts')
+  accepted = np.mean([not a.reason for a in attempts])
+  assert found['accepted'][len(attempts)] == pytest.approx(accepted)
+  found = shown(workdir / 'tensorboard' / 'models')
+  agreement, oracle = ([json.loads((workdir / model / name / f'{name}.json').read_text())
+                        for model in ('sft', 'm1', 'm2', 'm3')] for name in ('agreement', 'oracle'))
+  for name, values in (
+      ('agreement/pairwise_accuracy_all', [a['pairwise_accuracy_all'] for a in agreement]),
+      ('oracle/score', [o['score'] for o in oracle])):
+    assert found[name] == pytest.approx(dict(enumerate(values)), abs=1e-3)
+  assert set(found['pairs/pairs_per_prompt']) == {2, 3}
 
 
 def test_records_have_the_counts_and_fields_of_the_paper(demo):

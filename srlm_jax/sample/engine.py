@@ -50,6 +50,7 @@ class Work:
   prefilled: int = 0   # computed by prefills, with padding
   slot_steps: int = 0  # slots x decode steps
   generated: int = 0
+  scored: int = 0      # whose log-probs were computed, prompts included
 
   @property
   def slot_utilization(self) -> float:

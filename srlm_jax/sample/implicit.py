@@ -58,7 +58,7 @@ def _logps(s: stage.Stage, config, folder, responses, stem: str) -> list[float |
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
   # Batches start at the same places as in an uninterrupted run, so that the results are the same.
-  with shards.completed(s, stem, engines.group(config)) as out:
+  with shards.completed(s, stem, engines.group(config), engine.work) as out:
     starts = range(out.count // ROWS * ROWS, len(responses), ROWS)
     for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False,
                            disable=not hosts.is_first_host()):
@@ -68,6 +68,7 @@ def _logps(s: stage.Stage, config, folder, responses, stem: str) -> list[float |
               for r, row in zip(batch, encoded[start:], strict=False)]
       scored = [row for row in rows if row]
       values = (score.logp for score in engine.score(scored, share=False))
+      engine.work.scored += sum(len(before) + len(after) for before, after in scored)
       new = [out.kept[r.id][0] if r.id in out.kept else
              schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
              for r, row in zip(batch, rows, strict=True)]

@@ -25,7 +25,7 @@ from srlm_jax import (
   stage,
 )
 from srlm_jax.data import similar, templates, thinking
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, monitor
 
 # Self-Instruct rejects prompts with these whole words: text alone cannot answer them.
 BANNED = ('image', 'images', 'graph', 'graphs', 'picture', 'pictures', 'file', 'files', 'map',
@@ -160,6 +160,7 @@ def generate_prompts(
   hosts.sync(f'{s.title} was opened')  # the first host may remove a line that a kill cut off
   previous = [(a.text, a.finish) for a in records.read(path, schema.Attempt)]  # of a killed run
   hosts.sync(f'{s.title} was read')    # before the first host appends a round
+  shown = monitor.Monitor(s.folder, 'attempts', out.count, author.work) if out else None
   accepted, first = [], 0
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = previous[first:first + c.round]
@@ -175,10 +176,12 @@ def generate_prompts(
           id=str(first + i), text=text, finish=finish, reason=reason))
     if out:
       out.append(attempts[max(out.count - first, 0):])
+      shown.add(attempts)
     first += c.round
     hosts.log(f'{s.title}: {len(accepted)}/{c.count} prompts from {first} attempts')
   if out:
     out.close()
+    shown.close()
   return accepted, first
 
 
@@ -219,6 +222,10 @@ class Author:
     self._engine, self._tokenizer = engines.load(config, folder, title, self._chat, stop='\n')
     self._engine.max_prompt_tokens(self._sampling)
     encode_request(self._chat, self._template, shots, self._tokenizer)
+
+  @property
+  def work(self) -> engines.Work:
+    return self._engine.work
 
   def write(self, shots: dict[int, list[str]]) -> list[tuple[str, str]]:
     """{attempt: shots} -> (generated text, finish) of each."""

@@ -10,7 +10,7 @@ import tqdm
 
 from srlm_jax import catalog, hosts, InputError, preemption, records, stage
 from srlm_jax.data import thinking, tokenizer as tokenizers
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, monitor
 
 Item = TypeVar('Item')
 
@@ -22,35 +22,47 @@ class Shard:
   kept: {request: records} that runs on another number of hosts left; they need no sampling
   """
 
-  def __init__(self, folder, stem: str, group: hosts.Group):
-    """Opens FOLDER/STEM-*.jsonl, which a killed run may have left; all hosts must call it."""
+  def __init__(self, folder, stem: str, group: hosts.Group, work: engines.Work | None = None):
+    """Opens FOLDER/STEM-*.jsonl, which a killed run may have left; all hosts must call it.
+
+    `work`: of the engine that samples, for TensorBoard.
+    """
+    kind = catalog.KINDS[stem + catalog.SHARDS]
     if hosts.is_first_host():
       records.keep_shards(folder, stem, group.count)
     hosts.sync(f'{folder} {stem} continues')
-    self.kept = records.kept(folder, stem)
+    self.kept = records.kept(folder, stem, kind)
     self.path = folder / records.shard_name(stem, group.index, group.count)
     self._file = records.Appender(self.path) if group.is_first_host else None
     self.count = group.gather(self._file.count if self._file else 0)[group.index]
+    if self._file:
+      name = self.path.stem.removesuffix('-00000-of-00001')
+      self._monitor = monitor.Monitor(folder, name, self.count, work)
+      self._monitor.add(records.read(self.path, kind))
 
   def append(self, new: list):
     """Appends records."""
     self.count += len(new)
     if self._file:
       self._file.append(new)
+      self._monitor.add(new)
 
   def close(self):
     """Closes the file."""
     if self._file:
       self._file.close()
+      self._monitor.close()
 
 
 @contextlib.contextmanager
-def completed(s: stage.Stage, stem: str, group: hosts.Group) -> Iterator[Shard]:
+def completed(s: stage.Stage, stem: str, group: hosts.Group,
+              work: engines.Work | None = None) -> Iterator[Shard]:
   """A block in which every group of hosts completes its shard; all hosts must call it.
 
-  All leave it together, because every shard must be complete before any host reads them.
+  All leave it together, because every shard must be complete before any host reads them. `work`: as
+  in `Shard`.
   """
-  shard = Shard(s.folder, stem, group)
+  shard = Shard(s.folder, stem, group, work)
   with preemption.together(s.title):
     yield shard
     shard.close()
@@ -89,7 +101,7 @@ def write(s: stage.Stage, stem: str, sampling: engines.Sampling, items: Iterable
 
   def sample_record(request, i, result):
     return record(request.data, i, thinking.read(tokenizer, request.ids, result.ids), result)
-  with completed(s, stem, group) as out:
+  with completed(s, stem, group, engine.work) as out:
     run(engine, itertools.chain(first, requests), n * len(range(*share)), sampling, out,
         sample_record)
   return records.read_shards(s.folder, stem, catalog.KINDS[stem + catalog.SHARDS])
