@@ -394,7 +394,11 @@ def test_a_run_is_judged_by_the_endpoint(tmp_path):
   config.judge.by = 'endpoint'
   with sandbox(tmp_path, fail=7) as (url, log):
     config.endpoint.url, config.endpoint.model = url, 'oracle'
-    config.endpoint.timeout = 0.3
+    config.endpoint.timeout, config.endpoint.key_env = 0.3, 'NO_SUCH_VARIABLE'
+    with pytest.raises(InputError, match='NO_SUCH_VARIABLE'):
+      endpoint.run(config, tmp_path)
+    assert not (tmp_path / 'm2' / 'judge').exists()
+    config.endpoint.key_env = ''
     endpoint.run(config, tmp_path)
     sent = len(log())
     config.endpoint.url = 'http://127.0.0.1:9/v1'  # done: neither the URL nor a request matters

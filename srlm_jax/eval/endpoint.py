@@ -514,21 +514,28 @@ def run(config, workdir):
   if not (total := sum(1 for _ in judging.items(s, config, 'responses'))):
     raise InputError(f'{s.path(*spec.reads)} has no responses to judge; run the stage that writes '
                      f'them first')
-  s.begin()
-  cost = _judge_all(s, config, judge, total) if hosts.is_first_host() else None
+  c, cost = config.judge, None
+  sampling = Sampling(c.temperature, c.max_tokens, c.top_p)
+  is_first = hosts.is_first_host()
+  with (open(config.endpoint, s.folder, sampling, s.title) if is_first else
+        contextlib.nullcontext()) as client:
+    s.begin()  # after `open`, which may refuse the config
+    if client:
+      _judge_all(s, config, judge, total, client)
+      cost = client.cost
   hosts.sync(f'{s.title} judged')
   judgements = records.read_shards(s.folder, 'judgements', schema.Judgement)
   s.finish(dataclasses.replace(judging.summary(judge, judgements), cost=cost))
 
 
-def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int) -> float | None:
-  """Asks for all judgements and writes them in the order of the responses -> dollars."""
-  c = config.judge
+def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int, client: Client):
+  """Asks for all judgements and writes them in the order of the responses."""
+  n = config.judge.n
 
   def requests():
     for item in judging.items(s, config, 'responses'):
       text = judge.render(prompt=item.prompt, response=item.response)
-      for j in range(c.n):
+      for j in range(n):
         yield item, Request(f'{item.id}/{j}', (conversation.Message('user', text),), j)
 
   def judgement(item, request, answer):
@@ -536,13 +543,10 @@ def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int) -> f
     return schema.Judgement(
         id=request.id, prompt_id=item.prompt_id, response_id=item.id, index=request.index,
         text=answer.text, score=score, reason=reason, finish=answer.finish)
-  sampling = Sampling(c.temperature, c.max_tokens, c.top_p)
-  with open(config.endpoint, s.folder, sampling, s.title) as client:
-    for _ in client.answers((request for _, request in requests()), responses * c.n):
-      pass  # each is in the cache now
-    judged = (judgement(item, request, client.answer(request)) for item, request in requests())
-    records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
-    return client.cost
+  for _ in client.answers((request for _, request in requests()), responses * n):
+    pass  # each is in the file of answers now
+  judged = (judgement(item, request, client.answer(request)) for item, request in requests())
+  records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
 
 
 if __name__ == '__main__':
