@@ -117,6 +117,10 @@ def refuse_mistakes(config):
   judges.load(config.meta_judge.template, meta_judge.SLOTS, 'config.meta_judge.template')
   templates.load_author(config.prompts.template)
   strategies.check(config.pairs.strategy)
+  if config.judge.by == 'endpoint' and config.pairs.strategy in ('temporal', 'consistency'):
+    raise InputError(f'config.pairs.strategy = {config.pairs.strategy} also needs judgements by a '
+                     f'model of the run, which do not compare with those of config.judge.by = '
+                     f'endpoint; use another strategy, or judge.by=model')
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'

@@ -384,21 +384,26 @@ def test_the_judge_of_a_run_is_checked():
     with pytest.raises(InputError, match=message) as error:
       loop.load_config('m2', 'tiny', '', '', ['judge.by=endpoint', *changes])
     assert SECRET not in str(error.value)
+  config = loop.load_config('m2', 'tiny', '', '', [
+      'judge.by=endpoint', 'endpoint.url=m1', 'pairs.strategy=temporal'])
+  with pytest.raises(InputError, match='temporal also needs judgements by a model of the run'):
+    loop.refuse_mistakes(config)
 
 
-def test_a_run_is_judged_by_the_endpoint(tmp_path):
+def test_a_run_is_judged_by_the_endpoint(tmp_path, monkeypatch, capfd):
   rows = [samples.response(f'p{i}/{j}', prompt='Name two nice fruits.', response=text)
           for i in range(3) for j, text in enumerate(('Sure, pear and fig.', 'pear', 'dog'))]
   records.write(tmp_path / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', rows)
   config = configs.get('m2', 'tiny')
   config.judge.by = 'endpoint'
-  with sandbox(tmp_path, fail=7) as (url, log):
+  monkeypatch.setenv('JUDGE_KEY', SECRET)
+  with sandbox(tmp_path, fail=7, key=SECRET) as (url, log):
     config.endpoint.url, config.endpoint.model = url, 'oracle'
     config.endpoint.timeout, config.endpoint.key_env = 0.3, 'NO_SUCH_VARIABLE'
     with pytest.raises(InputError, match='NO_SUCH_VARIABLE'):
       endpoint.run(config, tmp_path)
     assert not (tmp_path / 'm2' / 'judge').exists()
-    config.endpoint.key_env = ''
+    config.endpoint.key_env = 'JUDGE_KEY'
     endpoint.run(config, tmp_path)
     sent = len(log())
     config.endpoint.url = 'http://127.0.0.1:9/v1'  # done: neither the URL nor a request matters
@@ -411,6 +416,10 @@ def test_a_run_is_judged_by_the_endpoint(tmp_path):
                                                                         [0.0] * 3) * 2
   manifest = (folder / 'manifest.json').read_text()
   assert json.loads(manifest)['config']['endpoint.model'] == 'oracle' and url not in manifest
+  for path in tmp_path.rglob('*'):
+    assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+  said = capfd.readouterr().out
+  assert 'this failure is deliberate; the request is repeated in' in said and SECRET not in said
   config.endpoint.model = 'another'
   with pytest.raises(InputError, match='another config.endpoint.model .oracle, now another'):
     endpoint.run(config, tmp_path)

@@ -51,6 +51,7 @@ from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, judge as judging
 
 FILE = 'endpoint.jsonl'
+TELL = 30           # seconds between two lines about requests that failed
 LONGEST_PAUSE = 60  # seconds between attempts, unless the server asks for more (Retry-After)
 
 
@@ -220,7 +221,7 @@ class Remote(Client):
     if not c.model:
       raise InputError(f'the judge is {c.url}, and its model is not named; give --judge_model or '
                        f'endpoint.model')
-    self._secret = os.environ.get(c.key_env, '') if c.key_env else ''
+    self._secret = os.environ.get(c.key_env, '').strip() if c.key_env else ''
     if c.key_env and not self._secret:
       raise InputError(f'the environment variable {c.key_env}, which should have the judge\'s key, '
                        f'is not set; export it')
@@ -231,6 +232,7 @@ class Remote(Client):
     self._api = openai.OpenAI(base_url=c.url, api_key=self._secret or 'none', timeout=c.timeout,
                               max_retries=0)
     self._stopping, self._lock = threading.Event(), threading.Lock()
+    self._tell_after = 0.0
     self._pace = _Pace(c.per_minute, self._stopping)
 
   def _identity(self):
@@ -280,8 +282,18 @@ class Remote(Client):
         if attempt == self._attempts or self._stopping.is_set():
           raise self._error(f'{failure.reason} ({attempt} attempts); the answers so far are kept, '
                             f'run the same command again later') from None
-        self._stopping.wait(_pause(attempt, failure.retry_after))
+        pause = _pause(attempt, failure.retry_after)
+        self._tell(f'{failure.reason}; the request is repeated in {pause:.0f} s')
+        self._stopping.wait(pause)
     raise AssertionError('unreachable')
+
+  def _tell(self, text: str):
+    """Prints a failure, the first one and one per TELL seconds."""
+    with self._lock:
+      if time.monotonic() < self._tell_after:
+        return
+      self._tell_after = time.monotonic() + TELL
+    hosts.log(f'{self.title}: {self._error(text)}')
 
   def _one_attempt(self, key: str, request: Request) -> schema.JudgeAnswer:
     """Raises _Failure if it is worth another attempt, else InputError."""
@@ -439,7 +451,7 @@ def _read(key: str, completion) -> schema.JudgeAnswer:
 
 def _reason(error) -> str:
   """What the body of an error says."""
-  said = error.body.get('message') if isinstance(error.body, dict) else error.body
+  said = error.body.get('message', error.body) if isinstance(error.body, dict) else error.body
   return str(said or error.response.reason_phrase)
 
 
