@@ -396,7 +396,7 @@ def load(config, folder, stage: str, chat: str = 'none',
 
 def chat_of(folder: str) -> str:
   """The chat format of a model: that of its training here, or its tokenizer's; or none."""
-  if chat := stages.trained_with(folder, 'chat'):
+  if model_files.exists(folder) and (chat := stages.trained_with(folder, 'chat')):
     return chat
   return 'tokenizer' if tokenizers.load(folder).template else 'none'
 
