@@ -120,6 +120,10 @@ def refuse_mistakes(config):
   strategies.check(config.pairs.strategy)
   if catalog.needs('stopping', config) and configs.is_url(config.endpoint.url):
     stopping.check_judge(config, '')
+  if config.judge.by == 'endpoint' and config.pairs.strategy in ('temporal', 'consistency'):
+    raise InputError(f'config.pairs.strategy = {config.pairs.strategy} also needs judgements by a '
+                     f'model of the run, which do not compare with those of config.judge.by = '
+                     f'endpoint; use another strategy, or judge.by=model')
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'

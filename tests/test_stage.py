@@ -328,6 +328,8 @@ def test_needs_returns_the_stages_that_each_config_needs():
   assert {*needed('m2', train__reference='cached')} == own | {'reference'}
   assert {*needed('m2', train__select='agreement')} == own | {'selection'}
   assert {*needed('m2', judge__by='oracle')} == own
+  for url in ('http://x/v1', 'm1'):
+    assert {*needed('m2', judge__by='endpoint', endpoint__url=url)} == own
   assert {*needed('m2', data__source='oasst')} == own - {'answers_greedy', 'oracle', 'audit'}
 
 

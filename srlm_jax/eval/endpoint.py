@@ -51,6 +51,7 @@ from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, judge as judging
 
 FILE = 'endpoint.jsonl'
+TELL = 30           # seconds between two lines about requests that failed
 LONGEST_PAUSE = 60  # seconds between attempts, unless the server asks for more (Retry-After)
 
 
@@ -220,7 +221,7 @@ class Remote(Client):
     if not c.model:
       raise InputError(f'the judge is {c.url}, and its model is not named; give --judge_model or '
                        f'endpoint.model')
-    self._secret = os.environ.get(c.key_env, '') if c.key_env else ''
+    self._secret = os.environ.get(c.key_env, '').strip() if c.key_env else ''
     if c.key_env and not self._secret:
       raise InputError(f'the environment variable {c.key_env}, which should have the judge\'s key, '
                        f'is not set; export it')
@@ -231,6 +232,7 @@ class Remote(Client):
     self._api = openai.OpenAI(base_url=c.url, api_key=self._secret or 'none', timeout=c.timeout,
                               max_retries=0)
     self._stopping, self._lock = threading.Event(), threading.Lock()
+    self._tell_after = 0.0
     self._pace = _Pace(c.per_minute, self._stopping)
 
   def _identity(self):
@@ -280,8 +282,18 @@ class Remote(Client):
         if attempt == self._attempts or self._stopping.is_set():
           raise self._error(f'{failure.reason} ({attempt} attempts); the answers so far are kept, '
                             f'run the same command again later') from None
-        self._stopping.wait(_pause(attempt, failure.retry_after))
+        pause = _pause(attempt, failure.retry_after)
+        self._tell(f'{failure.reason}; the request is repeated in {pause:.0f} s')
+        self._stopping.wait(pause)
     raise AssertionError('unreachable')
+
+  def _tell(self, text: str):
+    """Prints a failure, the first one and one per TELL seconds."""
+    with self._lock:
+      if time.monotonic() < self._tell_after:
+        return
+      self._tell_after = time.monotonic() + TELL
+    hosts.log(f'{self.title}: {self._error(text)}')
 
   def _one_attempt(self, key: str, request: Request) -> schema.JudgeAnswer:
     """Raises _Failure if it is worth another attempt, else InputError."""
@@ -439,7 +451,7 @@ def _read(key: str, completion) -> schema.JudgeAnswer:
 
 def _reason(error) -> str:
   """What the body of an error says."""
-  said = error.body.get('message') if isinstance(error.body, dict) else error.body
+  said = error.body.get('message', error.body) if isinstance(error.body, dict) else error.body
   return str(said or error.response.reason_phrase)
 
 
@@ -514,21 +526,28 @@ def run(config, workdir):
   if not (total := sum(1 for _ in judging.items(s, config, 'responses'))):
     raise InputError(f'{s.path(*spec.reads)} has no responses to judge; run the stage that writes '
                      f'them first')
-  s.begin()
-  cost = _judge_all(s, config, judge, total) if hosts.is_first_host() else None
+  c, cost = config.judge, None
+  sampling = Sampling(c.temperature, c.max_tokens, c.top_p)
+  is_first = hosts.is_first_host()
+  with (open(config.endpoint, s.folder, sampling, s.title) if is_first else
+        contextlib.nullcontext()) as client:
+    s.begin()  # after `open`, which may refuse the config
+    if client:
+      _judge_all(s, config, judge, total, client)
+      cost = client.cost
   hosts.sync(f'{s.title} judged')
   judgements = records.read_shards(s.folder, 'judgements', schema.Judgement)
   s.finish(dataclasses.replace(judging.summary(judge, judgements), cost=cost))
 
 
-def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int) -> float | None:
-  """Asks for all judgements and writes them in the order of the responses -> dollars."""
-  c = config.judge
+def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int, client: Client):
+  """Asks for all judgements and writes them in the order of the responses."""
+  n = config.judge.n
 
   def requests():
     for item in judging.items(s, config, 'responses'):
       text = judge.render(prompt=item.prompt, response=item.response)
-      for j in range(c.n):
+      for j in range(n):
         yield item, Request(f'{item.id}/{j}', (conversation.Message('user', text),), j)
 
   def judgement(item, request, answer):
@@ -536,13 +555,10 @@ def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int) -> f
     return schema.Judgement(
         id=request.id, prompt_id=item.prompt_id, response_id=item.id, index=request.index,
         text=answer.text, score=score, reason=reason, finish=answer.finish)
-  sampling = Sampling(c.temperature, c.max_tokens, c.top_p)
-  with open(config.endpoint, s.folder, sampling, s.title) as client:
-    for _ in client.answers((request for _, request in requests()), responses * c.n):
-      pass  # each is in the cache now
-    judged = (judgement(item, request, client.answer(request)) for item, request in requests())
-    records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
-    return client.cost
+  for _ in client.answers((request for _, request in requests()), responses * n):
+    pass  # each is in the file of answers now
+  judged = (judgement(item, request, client.answer(request)) for item, request in requests())
+  records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
 
 
 if __name__ == '__main__':

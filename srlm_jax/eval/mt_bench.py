@@ -241,13 +241,13 @@ def render(questions: tuple[str, ...], answers: tuple[str, ...],
 
 
 def rating(text: str) -> float:
-  """A judgment -> its rating, 1 to 10, or NO_SCORE. The last [[N]] counts; without any, [N].
+  """A judgment -> its rating, 1 to 10, or NO_SCORE. As in FastChat, the first [[N]], else [N].
 
   >>> rating('Poor. Rating: [[2]]'), rating('Rating: 7'), rating('[[70]]')
   (2.0, -1, -1)
   """
-  found = _RATING.findall(text) or _ONE_BRACKET.findall(text)
-  return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else NO_SCORE
+  found = _RATING.search(text) or _ONE_BRACKET.search(text)
+  return float(found[1]) if found and 1 <= float(found[1]) <= 10 else NO_SCORE
 
 
 def grade(judge: endpoint.Client, asked: list[Grading]) -> list[dict]:
