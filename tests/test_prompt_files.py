@@ -1,10 +1,11 @@
 import gzip
 import json
 
+from conftest import DATA
 import pytest
 import samples
 
-from srlm_jax import InputError, records
+from srlm_jax import InputError
 from srlm_jax.conversation import Message
 from srlm_jax.data import prompt_files
 
@@ -111,10 +112,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
       prompt_files.read(tmp_path / name)
 
 
-def test_the_file_of_mt_bench_itself(tmp_path):
-  from conftest import DATA
+def test_the_file_of_mt_bench_itself():
   path = DATA / 'prompts' / 'mt_bench_questions.jsonl'
-  assert records.hash_file(path)
+  if not path.exists():
+    pytest.skip(f'{path} is absent; set SRLM_TEST_DATA to the folder of test data')
   found = prompt_files.read(path)
   assert len(found) == 80 and all(q.second for q in found)
   count = {t: sum(q.temperature == t for q in found) for t in (0.0, 0.1, 0.7)}
