@@ -91,6 +91,7 @@ def test_plain_files(tmp_path):
      'a.jsonl:2: the same id a as .*a.jsonl:1; delete one'),
     ('a.json', json.dumps([dict(instruction='x'), dict(instruction='x')]),
      'a.json: entry 1: the same instruction as .*entry 0; delete one'),
+    ('a.jsonl', lines(dict(prompt='\ud800')), 'a.jsonl:1: it contains an unpaired surrogate'),
     ('a.jsonl', lines(dict(question_id=1, turns=['x'] * 3)),
      'a.jsonl:1: it has 3 turns, and must have 1 or 2; correct it'),
     ('a.jsonl', lines(dict(question_id=1, turns=[dict(content='x')])),
@@ -106,8 +107,9 @@ def test_other_files_are_refused(tmp_path, name, text, message):
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'\xff')
-  for name, message in [('a.txt', 'not UTF-8'), ('b.txt', 'cannot be read'),
-                        ('b.jsonl', 'does not exist'), ('b.json', 'cannot be read')]:
+  (tmp_path / 'a.jsonl').mkdir()
+  for name, message in [('a.txt', 'not UTF-8'), ('a.jsonl', 'is a folder; give'),
+                        ('b.jsonl', 'b.jsonl does not exist; give a .json file of AlpacaEval')]:
     with pytest.raises(InputError, match=message):
       prompt_files.read(tmp_path / name)
 
