@@ -414,7 +414,8 @@ def answers_to(file: str) -> Spec:
 
   Its manifest has the hash of that file (`more_inputs` of `stage.Stage`). No loop runs it.
   """
-  return Spec(f'answers_to_{file}', 'sample.respond', ('responses-*.jsonl',), runs=('self',),
+  return Spec(f'answers_to_{file}', 'sample.respond',
+              ('responses-*.jsonl', 'responses_2-*.jsonl', 'model_outputs.json'), runs=('self',),
               keys=_ANSWERS,
               unrecorded=_SAMPLE_UNRECORDED, needed=lambda c: False)
 

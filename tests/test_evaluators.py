@@ -2,7 +2,7 @@
 
 Their judge is a server in this process. Each program gets an environment of its own, because they
 need different versions of openai; $SRLM_ALPACA_EVAL and $SRLM_FASTCHAT may name a Python that has
-one of them.
+one of them. $SRLM_TORCH is the torch requirement to install, as in test_extras.
 """
 import contextlib
 import hashlib
@@ -120,7 +120,7 @@ def test_fastchat_judges_our_answers(m0, judge, tmp_path):
       dict(question_id=q['question_id'], choices=[dict(turns=['A fig.', 'It is sweet.'])])
       for q in QUESTIONS if q['category'] in REFERENCES])
   with environment(tmp_path, 'SRLM_FASTCHAT', 'fschat==0.2.36', 'openai<1', 'anthropic', 'pandas',
-                   'transformers', 'torch') as run:
+                   'transformers', os.environ.get('SRLM_TORCH', 'torch')) as run:
     run('-m', 'fastchat.llm_judge.gen_judgment', '--model-list', 'm0', given='\n',
         OPENAI_API_BASE=judge)
     shown = run('-m', 'fastchat.llm_judge.show_result', '--model-list', 'm0')

@@ -10,6 +10,7 @@ import pytest
 import samples
 
 from srlm_jax import records
+from srlm_jax.data import prompt_files
 
 QUESTIONS = [dict(goal='Once upon a time', sol1='there was a little girl.', sol2='zq xv 7 kk',
                   label=i % 2) for i in range(4)]
@@ -97,13 +98,13 @@ def test_the_extra_eval_installs_and_runs_both_harnesses(installed, tmp_path, st
 
 def check_alpaca(run, tmp_path):
   """alpaca_eval reads our outputs, and we read the win rate from its annotations."""
-  answers = [samples.response(f'h{i}/0', prompt=f'Prompt {i}?', response='good' if i else 'poor')
-             for i in range(4)]
-  records.write(tmp_path / 'answers' / records.shard_name('responses', 0, 1), answers)
-  run('python', '-m', 'srlm_jax.eval.alpaca', '--answers=answers', '--generator=m2',
-      '--out=outputs.json')
-  reference = [dict(instruction=a.prompt, output='fair', generator='base', dataset='heldout')
-               for a in answers]
+  reference = [dict(instruction=f'Prompt {i}?', output='fair', generator='base')
+               for i in range(4)]
+  (tmp_path / 'prompts.json').write_text(json.dumps(reference))
+  questions = prompt_files.read(tmp_path / 'prompts.json')
+  answers = [samples.response(f'h{i}/0', response='good' if i else 'poor') for i in range(4)]
+  outputs = prompt_files.model_outputs(questions, answers, 'm2')
+  (tmp_path / 'outputs.json').write_text(json.dumps(outputs))
   (tmp_path / 'reference.json').write_text(json.dumps(reference))
   (tmp_path / 'local').mkdir()
   (tmp_path / 'local' / 'configs.yaml').write_text(ANNOTATOR)

@@ -108,7 +108,7 @@ def test_every_module_has_a_test_file():
       world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
       control='sandbox', results='report', page='report',
       summaries='report', plots='report', splits='seeds', turns='seeds',
-      oracle='loop', respond='loop', run='loop', data='sandbox',
+      oracle='loop', run='loop', data='sandbox',
       judge='loop', metrics='loop', schema='records', implicit='strategies', catalog='stage',
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',

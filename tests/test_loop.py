@@ -476,6 +476,50 @@ def test_groups_of_hosts_write_the_records_of_one_host(others, tmp_path, mesh):
 
 
 @pytest.mark.slow
+def test_hosts_divide_the_prompts_of_a_file_and_write_the_answers_of_one(demo, tmp_path):
+  """Also if one host goes on from what two hosts, and two groups of hosts, left when killed."""
+  workdir = shutil.copytree(demo[0], tmp_path / 'run')
+  questions = [dict(question_id=i, category='writing' if i % 2 else 'math',
+                    turns=[f'Name {i + 2} nice fruits.', 'Name two tools.'][:1 + (i % 3 > 0)])
+               for i in range(15)]
+  records.write(tmp_path / 'question.jsonl', questions)
+  flag, folder = f'--prompts={tmp_path / "question.jsonl"}', workdir / 'm2' / 'answers_to_question'
+  stems = 'responses', 'responses_2'
+
+  def found():
+    return {stem: in_order(folder, stem) for stem in stems}, (
+        folder / 'model_answer' / 'm2.jsonl').read_bytes()
+  main('sample.respond', '--config=iter2:tiny', f'--workdir={workdir}', *config_flags('m2'), flag)
+  one = found()
+  assert [len(rows) for rows in one[0].values()] == [15, 10]
+  shutil.rmtree(folder)
+  run_on_hosts(2, 'respond', workdir, flag)
+  assert found() == one and len(list(folder.glob('*-of-00002.jsonl'))) == 4
+
+  def cut(shares):
+    """As if the processes were killed: of every shard a share of its bytes is left."""
+    (folder / 'done.json').unlink()
+    shutil.rmtree(folder / 'model_answer')
+    for path in folder.glob('*-of-*.jsonl'):
+      data = path.read_bytes()
+      path.write_bytes(data[:int(len(data) * shares[path.name[:-len('-00000-of-00002.jsonl')]])])
+  cut(dict(responses=0.9, responses_2=0.0))
+  run_on_hosts(1, 'respond', workdir, flag)
+  assert found() == one and not list(folder.glob('*.kept'))
+  assert sorted(p.name for p in folder.glob('*.jsonl')) == [
+      records.shard_name(stem, 0, 1) for stem in stems]
+  shutil.rmtree(folder)
+  mesh = '--config.sample_mesh.data=1', '--config.sample_mesh.tensor=2'
+  run_on_hosts(4, 'respond', workdir, flag, *mesh)
+  groups = found()
+  assert len(list(folder.glob('*-of-00002.jsonl'))) == 4
+  assert [r['id'] for r in groups[0]['responses']] == [r['id'] for r in one[0]['responses']]
+  cut(dict(responses=1.0, responses_2=0.5))
+  run_on_hosts(4, 'respond', workdir, flag, *mesh)
+  assert found() == groups
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_host_stops_its_group_at_the_same_call(others, tmp_path):
   folder = shutil.copytree(others, tmp_path / 'run') / 'm2' / 'judge'
   flags = '--config.sample_mesh.data=1', '--config.sample_mesh.tensor=2'
@@ -637,7 +681,7 @@ def test_every_command_in_the_docs_runs(others, tmp_path):
     model = dict(sft='sft', iter1='m1', iter2='m2', iter3='m3')[name[1]] if name else ''
     flags = [] if 'srlm_jax.data.seeds' in command or not name else list(config_flags(model))
     printed = main(words[0].removeprefix('srlm_jax.'), *words[1:], *flags)
-    assert not flags or 'already done' in printed, command
+    assert not flags or '--prompts' in command or 'already done' in printed, command
     ran.append(words[0])
   assert len(ran) + len(skipped) >= 26 and len(skipped) <= 3
   assert (tmp_path / 'runs' / 'm2_back' / 'steps' / '0').exists()

@@ -1,9 +1,8 @@
 """Answers to the prompts of a file."""
-import dataclasses
 import json
 import shutil
 
-from conftest import full_logits, init, make_mesh, tokenizer_folder  # noqa: F401
+from conftest import full_logits, init, make_mesh
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,12 +19,12 @@ QUESTIONS = [dict(question_id=81, category='writing', turns=['Name a fruit.', 'N
              dict(question_id=111, category='math', turns=['Name a plum.', 'Name a pear.']),
              dict(question_id=82, category='writing', turns=['User.'], required_temperature=0),
              dict(question_id=83, category='coding', turns=['Score.', 'Name.'])]
-SHAPE = dataclasses.replace(PRESETS['tiny-test'], context=128)
+SHAPE = PRESETS['tiny-test']
 
 
 @pytest.fixture(scope='module')
-def made(tokenizer_folder, tmp_path_factory):  # noqa: F811
-  """A random model, its parameters and tokenizer; and its answers to QUESTIONS."""
+def made(tokenizer_folder, tmp_path_factory):
+  """(config, workdir, prompt file, parameters, tokenizer) of a random model, which has answered."""
   workdir = tmp_path_factory.mktemp('run')
   folder = workdir / 'm2' / 'model'
   store.write_model_files(SHAPE, tokenizer_folder, folder)
@@ -38,7 +37,9 @@ def made(tokenizer_folder, tmp_path_factory):  # noqa: F811
   records.write(path, QUESTIONS)
   config = configs.get('m2', 'tiny').copy_and_resolve_references().unlock()
   config.update(chat='plain', model='tiny-test')
-  config.sample.update(slots=2, size=128, steps=4)
+  # As in test_engine, whose programs are then compiled once for both.
+  config.sample.update(slots=4, size=128, steps=5)
+  config.eval.update(temperature=0.8, top_p=0.9, top_k=40)
   config.respond.max_tokens = 12
   respond.run(config, workdir, prompts=str(path))
   return config, workdir, path, params, tokenizers.load(folder)
@@ -54,7 +55,7 @@ def greedy(params, tokenizer, messages) -> str:
   ids = templates.encode_prompt('plain', messages, tokenizer)
   row = list(ids)
   while len(row) < len(ids) + 12 and not {row[-1]} & {*tokenizer.eos_ids}:
-    logits = full_logits(llama.Llama(SHAPE), params, jnp.asarray([row + [0] * (128 - len(row))]))
+    logits = full_logits(llama.Llama(SHAPE), params, jnp.asarray([row + [0] * (64 - len(row))]))
     row.append(int(logits[0, len(row) - 1].argmax()))
   return tokenizer.decode(row[len(ids):]).strip()
 

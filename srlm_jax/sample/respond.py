@@ -65,21 +65,21 @@ def answer_file(config, workdir, path: str):
   s = stage.Stage(spec, config, workdir, more_inputs=[path])
   if s.done:
     return
-  sampling = _sampling(config, 'heldout')
-  own = None  # one program for all prompts is faster
-  if any(q.temperature is not None for q in questions):
-    own = functools.partial(_own_sampling, sampling)
+  sampling, is_fastchat = _sampling(config, 'heldout'), prompt_files.is_fastchat(questions)
+
+  def own(question: prompt_files.Question) -> engines.Sampling:
+    return dataclasses.replace(sampling, temperature=question.temperature)
 
   def answer(stem: str, asked: list[prompt_files.Question]) -> list[schema.Response]:
     return list(shards.write(
         s, stem, sampling, asked, len(asked), functools.partial(_encode, config.chat),
-        functools.partial(_response, ''), own=own)) if asked else []
+        functools.partial(_response, ''), own=own if is_fastchat else None)) if asked else []
   with engines.kept():
     first = answer('responses', questions)
     second = answer('responses_2', [q.then(a.response)
                                     for q, a in zip(questions, first, strict=True) if q.second])
   if hosts.is_first_host():
-    if prompt_files.is_fastchat(questions):
+    if is_fastchat:
       records.write(s.folder / 'model_answer' / f'{config.name}.jsonl',
                     prompt_files.model_answers(questions, first, second, config.name))
     else:
@@ -113,12 +113,6 @@ def _sampling(config, on: str) -> engines.Sampling:
     return engines.Sampling(0.0, 1.0, config.respond.max_tokens, 0)
   c = config.eval if on == 'heldout' else config.respond
   return engines.Sampling(c.temperature, c.top_p, config.respond.max_tokens, c.top_k)
-
-
-def _own_sampling(sampling: engines.Sampling, item: prompt_files.Question) -> engines.Sampling:
-  if item.temperature is None:
-    return sampling
-  return dataclasses.replace(sampling, temperature=item.temperature)
 
 
 if __name__ == '__main__':
