@@ -151,7 +151,7 @@ def intervals(title: str, found: dict[str, Point], digits: int = 2) -> Chart:
   rows_end = _ROW * len(found) + 4
   values = {name: _with_interval(point, digits) for name, point in found.items()}
   svg = _drawing(rows_end + 18, f'{title}: ' + '; '.join(f'{k} {v}' for k, v in values.items()))
-  x = _Scale(x_ticks[0], x_ticks[-1], _NAMES + 6, _WIDTH - 132)
+  x = _Scale(x_ticks[0], x_ticks[-1], _NAMES + 6, _WIDTH - 158)
   _add(svg, 'line', 'level', x1=x(0), x2=x(0), y1=0, y2=rows_end)
   for i, (name, point) in enumerate(found.items()):
     middle = _ROW * i + 4 + 9
