@@ -500,3 +500,13 @@ class MtBench:
   no_score: int    # and without
   absent: int      # question turns without a judgment
   judge: str = ''  # the names of its judges, with commas
+
+
+@_record
+class Harness:
+  """harness.json: tasks of lm-evaluation-harness, in percent, {model: {task: percent}}."""
+  scores: dict[str, dict[str, float]]
+  standard_errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  differences: dict[str, dict[str, float]]   # to the first model
+  missing: dict[str, list[str]]              # {model: tasks without a result}
+  metrics: dict[str, str]                    # {task: metric of lm-eval}

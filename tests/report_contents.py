@@ -94,9 +94,9 @@ def outside():
       mt_bench={'mt_bench.json': {model: schema.MtBench(
           overall=7.0, math_code_reasoning=4.1, other=9.0, turn_1=7.5, turn_2=6.5, scored=160,
           no_score=0, absent=0) for model in MODELS[1:]}},
-      harness={'harness.json': external.Harness(
+      harness={'harness.json': schema.Harness(
           scores={model: {f'task_{i}': 50.0 + i for i in range(9)} for model in MODELS},
-          standard_errors={'m3': {'task_1': 1.25}})},
+          standard_errors={'m3': {'task_1': 1.25}}, differences={}, missing={}, metrics={})},
       distributions={'distributions.json': distributions()})
 
 

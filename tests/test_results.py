@@ -223,7 +223,7 @@ def head_to_head(a: str, b: str, wins: int, ties: int, losses: int, **fields):
 def test_an_outside_judge_counts_in_either_direction():
   """The file may have the models in any order, as names or as folders of answers."""
   models = evaluated('m1', lengths=[5] * 3), evaluated('m2', lengths=[5] * 3)
-  files = [head_to_head('runs/x/m2/answers', 'm1', 120, 40, 40),
+  files = [head_to_head('runs/m1/m2/answers', 'm1', 120, 40, 40),
            head_to_head('m1', 'm2', 40, 40, 120)]
   for file, low, high in zip(files, (0.1, 0.075), (0.325, 0.3), strict=True):
     outside = external.External(head_to_head=dict(file=file))
@@ -311,6 +311,7 @@ def test_doubts_of_a_step():
   assert judged_by(dataclasses.replace(file, inconsistent=40, left_out=30)) == (
       'worse', 'head_to_head', ['inconsistent', 'left_out'])
   assert judged_by(dataclasses.replace(file, inconsistent=36, left_out=13))[2] == []
+  assert judged_by(file, lengths=([5] * 119 + [999], [5] * 120))[2] == []  # not significant
   for seen in (dataclasses.replace(file, characters_a=7.0, characters_b=5.0),
                head_to_head('m1', 'm2', 100, 10, 10, characters_a=5.0, characters_b=7.0)):
     assert judged_by(seen, lengths=([7] * 120, [5] * 120))[2] == ['longer']

@@ -11,7 +11,7 @@ import jinja2
 import markupsafe
 
 from srlm_jax import InputError, records, schema
-from srlm_jax.report import charts, contents, external, paper, plots, steps
+from srlm_jax.report import charts, contents, paper, plots, steps
 from srlm_jax.report.contents import Contents
 from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.measures import Lengths, MEASURES
@@ -211,7 +211,7 @@ def kept_of(made: schema.EftSummary) -> list[str]:
   return [number(made.scores.get(score, 0)) for score in made.scores_before]
 
 
-def tasks_of(found: external.Harness) -> list[str]:
+def tasks_of(found: schema.Harness) -> list[str]:
   return list(dict.fromkeys(task for scores in found.scores.values() for task in scores))
 
 
