@@ -4,6 +4,7 @@
 """
 import base64
 from collections.abc import Iterable
+import functools
 import hashlib
 
 from etils import epath
@@ -58,21 +59,30 @@ def _write(path, found: Contents):
 
 def render(found: Contents) -> str:
   """The contents -> HTML. All texts are escaped."""
-  folder = epath.resource_path('srlm_jax') / 'report'
-  environment = jinja2.Environment(
-      loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()), autoescape=True,
-      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-  environment.filters |= dict(number=number, counts=counts, readable=readable)
-  style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
-  environment.globals |= dict(
+  style, script = map(_source, ('style.css', 'script.js'))
+  html = _environment().get_template('page.html').render(
+      contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
+      script=markupsafe.Markup(script))
+  return html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
+
+
+def _source(name: str) -> str:
+  return (epath.resource_path('srlm_jax') / 'report' / name).read_text()
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+  """The templates, with the functions that they call."""
+  made = jinja2.Environment(
+      loader=jinja2.FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+      undefined=jinja2.StrictUndefined)
+  made.filters |= dict(number=number, counts=counts, readable=readable)
+  made.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
       **{f.__name__: f for f in (
           verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
           kept_of, tasks_of, sample_models, side_by_side, bins_of, percents, ngram_headings)})
-  html = environment.get_template('page.html').render(
-      contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
-      script=markupsafe.Markup(script))
-  return html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
+  return made
 
 
 def _policy(style: str, script: str) -> str:

@@ -103,7 +103,7 @@ def bars(title: str, series: dict[str, dict[str, float]],
 
 def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]) -> Chart:
   """A row per name, from its quantiles 5, 25, 50, 75 and 95 %: a line, a box and its median."""
-  x_ticks = ticks(0, max(high for *_, high in found.values()))
+  x_ticks = ticks(0, max(high for *_, high in found.values()) or 1)
   end = _ROW * len(found) + 4
   svg = _drawing(end + 18, f'{title}, quantiles 5, 25, 50, 75 and 95 %: ' + '; '.join(
       f'{name} ' + ', '.join(f'{value:.4g}' for value in values)
