@@ -369,3 +369,23 @@ def test_a_page_that_cannot_be_written_is_an_error(workdir):
   with pytest.raises(InputError, match='report.html is a folder'):
     page.remake([workdir])
   assert not list(workdir.glob('*.partial'))
+
+
+def test_runs_side_by_side_need_a_file_to_write(workdir, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(workdir, other, ignore=shutil.ignore_patterns('other'))
+  with pytest.raises(InputError, match='several workdirs need --out=FILE.html'):
+    page.remake([workdir, other])
+  path = page.remake([workdir, other], tmp_path / 'both.html')
+  words = plain(path.read_text())
+  assert f'2 runs side by side: {workdir.name}, other.' in words
+  assert f'other - {workdir.name} m2 oracle score 0 to 5, by oracle 2.00 2.00 +0.00' in words
+  assert not (workdir / 'report.html').exists()
+
+
+def test_a_study_is_shown_as_one(workdir, tmp_path):
+  study = tmp_path / 'study'
+  for seed in (0, 1):
+    shutil.copytree(workdir, study / f'loop-{seed}', ignore=shutil.ignore_patterns('study'))
+  words = plain(page.remake([study]).read_text())
+  assert 'Seeds 0, 1' in words and 'oracle score 0 to 5, by oracle 2.00 [2.00, 2.00] 2 seeds' in words
