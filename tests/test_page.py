@@ -37,7 +37,8 @@ const bad = [];
 let count = 0;
 while (walker.nextNode()) {
   const text = walker.currentNode.data.trim(), element = walker.currentNode.parentElement;
-  if (!text || ['SCRIPT', 'STYLE'].includes(element.tagName) || !element.checkVisibility()) continue;
+  if (!text || ['SCRIPT', 'STYLE'].includes(element.tagName)) continue;
+  if (!element.checkVisibility()) continue;
   const style = getComputedStyle(element);
   const color = channels(element.closest('svg') ? style.fill : style.color);
   if (color[3] !== 1 || style.opacity !== '1') throw Error('translucent text: ' + text);

@@ -388,4 +388,5 @@ def test_a_study_is_shown_as_one(workdir, tmp_path):
   for seed in (0, 1):
     shutil.copytree(workdir, study / f'loop-{seed}', ignore=shutil.ignore_patterns('study'))
   words = plain(page.remake([study]).read_text())
-  assert 'Seeds 0, 1' in words and 'oracle score 0 to 5, by oracle 2.00 [2.00, 2.00] 2 seeds' in words
+  assert 'Seeds 0, 1' in words
+  assert 'oracle score 0 to 5, by oracle 2.00 [2.00, 2.00] 2 seeds' in words

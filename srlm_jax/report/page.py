@@ -76,7 +76,7 @@ def _environment() -> jinja2.Environment:
   made = jinja2.Environment(
       loader=jinja2.FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
-  made.filters |= dict(number=number, counts=counts, readable=readable)
+  made.filters |= dict(number=number, counts=counts, readable=readable, p_value=p_value)
   made.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
       **{f.__name__: f for f in (
@@ -113,6 +113,16 @@ def number(value: float | str | None) -> str:
   if isinstance(value, float):
     return f'{value:,.4f}'.rstrip('0').rstrip('.')
   return value if isinstance(value, str) else f'{value:,}'
+
+
+def p_value(value: float | None) -> str:
+  """
+  >>> p_value(0.034), p_value(1e-9), p_value(None)
+  ('0.034', '< 0.0001', '-')
+  """
+  if value is None:
+    return '-'
+  return f'{value:.2g}' if value >= 1e-4 else '< 0.0001'
 
 
 def readable(words: str) -> str:
