@@ -112,10 +112,12 @@ def found(workdir) -> schema.Distributions:
 
 
 def test_a_run_is_measured_again_only_if_its_data_change(workdir, monkeypatch):
+  monkeypatch.setattr(distributions, 'MOST_TOKENS', 16)  # one width, one compilation
   distributions.run(workdir, limit=20)
   first = found(workdir)
   assert [(s.name, s.count, s.used) for s in first.sets] == [
       ('ift', 24, 20), ('eft', 11, 11), ('judge', 22, 20), ('heldout', 3, 3), ('m2', 12, 12)]
+  assert [s.cut > 0 for s in first.sets] == [False, True, True, False, False]
   assert first.missing == ('The run has no finished prompts for m3 (m3/prompts).',)
   assert {p.set for p in first.points} == {'ift', 'eft', 'heldout', 'm2'}
   assert any(p.text.startswith('[user] Name a fruit. [assistant] Pear.') for p in first.points)
