@@ -136,7 +136,7 @@ def test_a_run_is_measured_again_only_if_its_data_change(workdir, monkeypatch):
   distributions.run(workdir, limit=20)
   again = found(workdir)  # computed again, with the same figures
   assert not again.missing and again.sets[-1] == schema.PromptSet(
-      name='m3', title='the new prompts for m3', word_shares=(0.0,) * len(again.word_bins))
+      name='m3', title='new prompts for m3', word_shares=(0.0,) * len(again.word_bins))
   assert again.sets[:-1] == first.sets and again.points == first.points
   assert dataclasses.replace(again, sets=first.sets, missing=first.missing,
                              inputs=first.inputs) == first

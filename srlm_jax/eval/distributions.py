@@ -57,8 +57,8 @@ WORD_BINS = (0, 4, 6, 8, 10, 13, 16, 20, 30, 50, 100, 151)  # the filters allow 
 NGRAMS = (1, 2, 3)
 SAMPLES = 20       # random samples of n-grams
 OFF_THE_MAP = ('judge',)
-TITLES = dict(ift='the IFT prompts', eft='the instructions that EFT judges',
-              judge='the judge prompts of EFT', heldout='the held-out prompts')
+TITLES = dict(ift='IFT prompts', eft='instructions judged in EFT', judge='judge prompts of EFT',
+              heldout='held-out prompts')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def measure(sets: dict[str, list[Text]], used: dict[str, list[Text]],
 
 def title(name: str) -> str:
   """What a set is called."""
-  return TITLES.get(name, f'the new prompts for {name}')
+  return TITLES.get(name, f'new prompts for {name}')
 
 
 def _distances(vectors: dict[str, np.ndarray]) -> tuple[schema.SetDistance, ...]:
@@ -251,7 +251,7 @@ def findings(distances: Sequence[schema.SetDistance]) -> tuple[str, ...]:
   judge = to_ift.get('judge')
   found = []
   for name, d in to_ift.items():
-    text = (f'The energy distance of {title(name)} to IFT is {d.energy:.4f} [{d.low:.4f}, '
+    text = (f'The energy distance of the {title(name)} to IFT is {d.energy:.4f} [{d.low:.4f}, '
             f'{d.high:.4f}], p {_p(d.p_value)}')
     if judge and name not in TITLES:
       text += f'; that of the judge prompts of EFT is {judge.energy:.4f}'
