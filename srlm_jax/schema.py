@@ -461,7 +461,7 @@ class Neighbour:
 class Nearest:
   """How similar each prompt of a set is to the seed prompt that is nearest to it."""
   set: str = ''                         # PromptSet.name
-  rouge_l: Spread = Spread()            # F, to the IFT prompts and those of the ranked training data
+  rouge_l: Spread = Spread()            # F, to the IFT and the ranked training prompts
   rouge_shares: tuple[float, ...] = ()  # of the prompts, per tenth of ROUGE-L from 0 to 1
   cosine: Spread = Spread()             # of centered hidden states, to the used IFT prompts
   nearest: tuple[Neighbour, ...] = ()   # examples

@@ -15,7 +15,7 @@ from srlm_jax.checkpoint import convert, store
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.data.examples import Example
 from srlm_jax.data.packing import Packing
-from srlm_jax.models import llama
+from srlm_jax.models import llama, packed
 from srlm_jax.models.config import PRESETS
 from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, programs, shards
@@ -73,6 +73,22 @@ def test_the_log_probs_of_given_responses_equal_those_of_sampling(shape):
   long = ([3] * 60, [4] * 50)
   # bit-identical and batch-invariant
   assert engine.logps([given[4], long, given[0]])[::2] == [found[4], found[0]]
+
+
+def test_the_mean_hidden_states_of_rows_are_those_of_the_plain_forward_pass():
+  """On a mesh, whatever is in the same batch, and without the first tokens."""
+  engine, params = make((2, 2, 2))
+  params = jax.device_get(params)
+  rows = [[1, *range(5, 18)], [1, 9], [1, 60, 2, 9], *([1, i, i] for i in range(20))]
+  found = engine.mean_hidden(rows, 1)
+  assert found.shape == (len(rows), TINY.D)
+  plain = jax.jit(lambda ids: llama.Llama(TINY).apply(
+      {'params': params}, ids, jnp.arange(16)[None], packed.Causal(), method='hidden'))
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    for ids, mean in zip(rows[:3], found, strict=False):
+      hidden = plain(jnp.asarray([ids + [0] * (16 - len(ids))]))[0]  # causal: zeros change nothing
+      np.testing.assert_allclose(mean, hidden[1:len(ids)].mean(0), atol=1e-5)
+  np.testing.assert_array_equal(engine.mean_hidden(rows[2:3], 1)[0], found[2])
 
 
 RUBRIC = list(range(3, 43))  # a prefix that some requests share

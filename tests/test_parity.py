@@ -6,6 +6,7 @@ recomputed.
 """
 import dataclasses
 import json
+import shutil
 
 from conftest import full_logits, init, ROOT
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from srlm_jax.checkpoint import convert, store
+from srlm_jax.data import tokenizer as tokenizers
+from srlm_jax.eval import distributions
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.models.config import Config, RopeScaling
 
@@ -122,6 +125,28 @@ def test_a_model_made_here_has_the_same_logits_in_transformers(mesh, tmp_path, n
   saver.close()
   convert.to_hf(tmp_path / 'ours', tmp_path / 'hf')
   close(logits_of(load(tmp_path / 'hf'), rows), full_logits(llama.Llama(config), params, rows))
+
+
+@pytest.mark.parametrize('name', ['stories', 'all'])
+def test_mean_hidden_states_are_those_of_transformers(tmp_path, name, request):
+  """Through the program that compares prompts, from a Hugging Face folder."""
+  folder = request.getfixturevalue('stories')
+  texts = [distributions.Text(str(i), ' '.join(['Why is the sky blue, and who is she?'] * i))
+           for i in (1, 2, 9, 1)]
+  tokenizer = tokenizers.load(folder)
+  rows = [[*tokenizer.start, *tokenizer.encode(t.text)] for t in texts]
+  if name == 'all':  # random weights, biases and norms, with the tokenizer of stories
+    config = dataclasses.replace(CONFIGS['all'], V=512)
+    theirs(config).save_pretrained(str(tmp_path))
+    shutil.copy(folder / 'tokenizer.model', tmp_path)
+    folder = tmp_path
+  found, cut = distributions.hidden_states(folder, 'float32', {'a': texts[:3], 'b': texts[3:]})
+  assert cut == dict(a=0, b=0) and found['b'].shape[0] == 1
+  model = load(folder)
+  for ids, mean in zip(rows, np.concatenate([found['a'], found['b']]), strict=True):
+    with torch.no_grad():
+      hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    close(mean, hidden[len(tokenizer.start):].mean(0).numpy())
 
 
 def without(name: str):

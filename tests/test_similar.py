@@ -43,6 +43,16 @@ def test_the_index_agrees_with_brute_force_on_texts_derived_from_each_other(limi
   assert index.compared < 0.5 * len(known) * 300  # the bound ruled out most texts
 
 
+@given(st.lists(WORDS, max_size=8), WORDS)
+def test_the_nearest_text_is_that_of_brute_force(known, text):
+  scores = [SCORER.score(k, text)['rougeL'].fmeasure for k in known]
+  found = similar.Index(known).nearest(text)
+  if found is None:
+    assert max(scores, default=0) == 0
+  else:
+    assert found == (max(scores), scores.index(max(scores)))
+
+
 def test_a_text_without_words_is_not_similar_to_any():
   assert similar.Index(['', '漢字']).find('漢字', 0.0) is None
   assert similar.Index([]).find('a b', 0.0) is None

@@ -65,8 +65,8 @@ class Index:
 
     Among equal ones, the first added. None if no text has a word in common with it.
 
-    >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).nearest('Why is the sea blue?')
-    (0.8, 1)
+    >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).nearest('Is the sky blue?')
+    (0.888888888888889, 1)
     """
     words = tokens(text)
     common, lengths = self._common(words), np.frombuffer(self._lengths, np.int_)

@@ -1,4 +1,4 @@
-"""The sampler's jitted programs: prefill, decode, and log-probs and hidden states of given texts."""
+"""The sampler's jitted programs: prefill, decode, and what a model makes of given texts."""
 import dataclasses
 import functools
 
