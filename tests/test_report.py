@@ -230,6 +230,11 @@ def test_an_unfinished_stage_is_counted_without_its_incomplete_last_line(workdir
   assert '1 cut off by length' in words
 
 
+def test_the_loop_writes_the_same_page_as_the_program(workdir):
+  path = page.write(workdir, results.of_models(workdir), STOPPED)
+  assert path == workdir / 'report.html' and path.read_text() == page_of(workdir)
+
+
 def test_a_stale_reason_to_stop_is_not_shown(workdir):
   model(workdir, 'm3', 'dpo')
   assert STOPPED not in page_of(workdir)
