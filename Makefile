@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-parity aot aot-full aot-gpu bench-peers check-vllm check-device \
-  lint lock clean
+.PHONY: setup demo sandbox-m0 test test-slow test-browser test-parity aot aot-full aot-gpu bench-peers \
+  check-vllm check-device lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -40,6 +40,11 @@ AOT_GPU := -e '.[test,aot-gpu]'
 .venv-parity/.installed: pyproject.toml $(LOCK)
 	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
+# Apart, because the lock files do not have selenium.
+BROWSER := -e '.[test,browser]'
+.venv-browser/.installed: pyproject.toml $(LOCK)
+	$(call install,.venv-browser,$(BROWSER))
+
 .venv-parity/.torch: .venv-parity/.installed
 	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5' 'peft>=0.17,<0.22'
 	touch $@
@@ -67,6 +72,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed  ## the tests that are too slow for every change
 	$(BIN)/python -m pytest -q -m slow
+
+test-browser: .venv-browser/.installed  ## the report in Chromium (Debian: chromium, chromium-driver)
+	.venv-browser/bin/python -m pytest -q tests/test_page.py
 
 # What pip installs as torch, with pip options if needed. On Linux plain torch is the CUDA build, of
 # several GB; a CPU build is enough.
@@ -138,4 +146,4 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-aot-gpu .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-aot-gpu .venv-browser .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info

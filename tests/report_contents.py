@@ -94,9 +94,9 @@ def outside():
       mt_bench={'mt_bench.json': {model: schema.MtBench(
           overall=7.0, math_code_reasoning=4.1, other=9.0, turn_1=7.5, turn_2=6.5, scored=160,
           no_score=0, absent=0) for model in MODELS[1:]}},
-      harness={'harness.json': external.Harness(
+      harness={'harness.json': schema.Harness(
           scores={model: {f'task_{i}': 50.0 + i for i in range(9)} for model in MODELS},
-          standard_errors={'m3': {'task_1': 1.25}})},
+          standard_errors={'m3': {'task_1': 1.25}}, differences={}, missing={}, metrics={})},
       distributions={'distributions.json': distributions()})
 
 
@@ -171,6 +171,7 @@ def several():
   """Two runs side by side, and a study's seeds as one."""
   measured = dict(oracle=value(3.2, 0.2, 3, 'seeds'))
   arm = compare.Arm(name='loop', seeds=(0, 1, 2), models=('sft', 'm1'), judges=frozenset(['m1']),
+                    changes=('m2:train.beta=0.5',),
                     values={'sft': measured, 'm1': measured}, answer='Yes: it did.',
                     steps=(step('m1', 'sft', 'better', value(0.3, 0.2, 3, 'seeds')),),
                     doubts=(Doubt(kind='seeds', sentence='Only 3 seeds.'),))
@@ -179,3 +180,17 @@ def several():
   return contents.Contents(
       title='loop-0, other', runs=(run('loop-0'), run(HOSTILE['script'])), arms=(arm,),
       across=(across,), refused=('The sizes differ.',), paper=paper.tables())
+
+
+def empty():
+  """A run of which only M0 exists."""
+  nothing = runs.Run(
+      name='empty', size='', seed=None, facts=('A run of one model.',), stopped='',
+      is_sandbox=False, models=('m0',), rows=[], values={'m0': {}},
+      answer='There are no two models to compare.', steps=(), doubts=(), wins=(), rounds=(), eft={},
+      training={}, curves={}, characters={}, tokens={}, oracle_scores={}, costs=(), unfinished=(),
+      missing=('model sft', 'model m1'), external=external.External(), samples=(),
+      held_out=samples.HeldOut(rule='', prompts=(), total=0), warnings=(), evaluated={}, ranked=[],
+      differences={})
+  return contents.Contents(title='empty', runs=(nothing,), arms=(), across=(), refused=(),
+                           paper=paper.tables())

@@ -70,3 +70,17 @@ def test_p_values_of_equal_distributions_are_uniform():
   assert stats.kstest([x.p_value for x in found], 'uniform').pvalue > 0.05
   assert sum(x.low <= 0 <= x.high for x in found) >= 38
   assert abs(np.mean([x.value for x in found])) < 0.01  # unbiased
+
+
+@pytest.mark.slow  # 30 s
+@pytest.mark.parametrize('shift', [0, 0.5, 3])
+def test_intervals_cover_the_distance_of_the_populations(shift):
+  """At least as often as they say; near 0, where the bootstrap is too wide, nearly always."""
+  rng = np.random.default_rng(0)
+
+  def draw(n, m):
+    return rng.normal(size=(n, 16)), rng.normal(size=(m, 16)) + shift / 4
+  first = np.arange(4000)[None] < 2000
+  wanted = clouds.coefficient(clouds.distances(np.concatenate(draw(2000, 2000))), first, ~first)[0]
+  found = [compare(*draw(60, 50)) for _ in range(100)]
+  assert sum(x.low <= wanted <= x.high for x in found) >= (99 if not shift else 92)

@@ -112,10 +112,12 @@ def found(workdir) -> schema.Distributions:
 
 
 def test_a_run_is_measured_again_only_if_its_data_change(workdir, monkeypatch):
+  monkeypatch.setattr(distributions, 'MOST_TOKENS', 16)  # one width, one compilation
   distributions.run(workdir, limit=20)
   first = found(workdir)
   assert [(s.name, s.count, s.used) for s in first.sets] == [
       ('ift', 24, 20), ('eft', 11, 11), ('judge', 22, 20), ('heldout', 3, 3), ('m2', 12, 12)]
+  assert [s.cut > 0 for s in first.sets] == [False, True, True, False, False]
   assert first.missing == ('The run has no finished prompts for m3 (m3/prompts).',)
   assert {p.set for p in first.points} == {'ift', 'eft', 'heldout', 'm2'}
   assert any(p.text.startswith('[user] Name a fruit. [assistant] Pear.') for p in first.points)
@@ -134,7 +136,7 @@ def test_a_run_is_measured_again_only_if_its_data_change(workdir, monkeypatch):
   distributions.run(workdir, limit=20)
   again = found(workdir)  # computed again, with the same figures
   assert not again.missing and again.sets[-1] == schema.PromptSet(
-      name='m3', title='the new prompts for m3', word_shares=(0.0,) * len(again.word_bins))
+      name='m3', title='new prompts for m3', word_shares=(0.0,) * len(again.word_bins))
   assert again.sets[:-1] == first.sets and again.points == first.points
   assert dataclasses.replace(again, sets=first.sets, missing=first.missing,
                              inputs=first.inputs) == first

@@ -1,5 +1,7 @@
 """The page shows the data of the files, for runs that stopped anywhere, and escapes model texts."""
+import base64
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +12,7 @@ import typing
 import pytest
 
 from srlm_jax import catalog, InputError, records, schema, stage
-from srlm_jax.report import page, plots, results, summaries
+from srlm_jax.report import page, results
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
@@ -98,7 +100,8 @@ def data(workdir, name):
                 judgements)
   pairs = [filled(schema.Pair, id=f'p{i}', prompt=f'Paired prompt {i}',
                   chosen=f'the better {EVIL}', rejected=f'the worse {EVIL}', chosen_score=4.5,
-                  rejected_score=1.0, chosen_finish='eos', rejected_finish='length')
+                  rejected_score=1.0, chosen_finish='eos', rejected_finish='length',
+                  chosen_id=f'p{i}/1', rejected_id=f'p{i}/0')
            for i in range(3)]
   done = filled(schema.PairsSummary, pairs=3, prompts=10, pairs_per_1000_prompts=300.0, margin=3.5,
                 dropped={'all scores equal': 7}, chosen_minus_rejected_characters=1.25)
@@ -125,63 +128,85 @@ def workdir(tmp_path):
   return tmp_path
 
 
-@pytest.fixture
-def no_plots(monkeypatch):
-  """Skips drawing: a plot takes a tenth of a second, and most tests check text."""
-  for name in ('curve', 'bars'):
-    monkeypatch.setattr(plots, name, lambda *_: 'data:,')
-
-
 def page_of(workdir) -> str:
-  return page.remake(workdir).read_text()
+  return page.remake([workdir]).read_text()
 
 
 def plain(html: str) -> str:
-  """The words of a page, without tags."""
-  return ' '.join(re.sub(r'<[^>]*>', ' ', html).split())
+  """The words of a page's body, without tags."""
+  body = html[html.index('<body>'):html.rindex('<script>')]
+  return ' '.join(re.sub(r'<[^>]*>', ' ', body).split())
 
 
-def test_the_page_shows_the_numbers_of_the_run_and_why_it_stopped(workdir, no_plots):
+def test_the_page_shows_the_numbers_of_the_run_and_why_it_stopped(workdir):
   html = page_of(workdir)
   words = plain(html)
-  assert f'm3 was not trained: {STOPPED}.' in words
+  assert f'The run stopped early: {STOPPED}.' in words
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
-  for line in results.text_table(results.of_models(workdir), ()).splitlines():
-    assert ' '.join(line.split()) in words
-  assert '31 steps on 248 examples' in words and '0.713 [0.680, 0.740] 971' in words
+  assert 'm2 answers neither better nor worse than sft: oracle score +0.00' in words
+  assert 'This run does not have: model m3; head to head by an outside judge' in words
+  assert 'measure m0 sft m1 m2 oracle score 0 to 5, by oracle 2.00 [0.04, 3.96] 5 prompts' in words
+  assert 'pairs ordered as people did share, by people 0.713 [0.680, 0.740] 971 pairs' in words
+  assert '31 steps on 248 examples' in words
   assert 'attempts 1,234 1,234' in words and '21 seen before 3 held out' in words
-  assert 'pairs per 1,000 prompts 300.0 300.0' in words
+  assert 'accepted prompts 10 = 0.8%' in words and 'pairs 3 = 30.0%' in words
+  assert 'pairs per 1,000 prompts 300 300' in words
   assert 'chosen minus rejected: characters 1.25 1.25' in words
   assert '90 examples from 113 ranked replies' in words
   assert '17 downsampled: most frequent score' in words
   assert 'before 40 67 kept 40 50' in words
-  assert 'pairs 12.5 12.5' in words and 'finished stages: 375 s' in words
-  for alt in ('margin of m2: 0 at step 1, 0.3 at step 31', 'accuracy of m2: 0.5 at',
-              'loss of m0: 0.6931 at', "oracle score: {&#39;m0&#39;: 3.217", 'characters: {',
-              'scores for m3: {'):
-    assert f'alt="{alt}' in html
-  assert 'class="warnings"' not in html
+  assert 'pairs 12.5 s 12.5 s' in words and 'finished stages: 375 s' in words
+  for alternative in ('reward margin: margin 0 at step 1, 0.3 at step 31',
+                      'accuracy: accuracy 0.5 at step 1', 'loss: loss 0.6931 at step 1',
+                      'held-out answers, score of the oracle: oracle 2 at m0, 2 at sft',
+                      'win, tie and loss, by oracle: sft / m0 0 / 100 / 0 %',
+                      'scores in the data of m3: judge 0: '):
+    assert f'aria-label="{alternative}' in html
 
 
-def test_samples_are_shown_side_by_side(workdir, no_plots):
+def test_the_tables_of_the_paper_are_labelled_as_another_model(workdir):
   words = plain(page_of(workdir))
-  first = words[words.index('Prompt 2'):words.index('Prompt 3')]
-  assert [first.count(f'{name}, oracle 1 of 5') for name in ('m0', 'sft', 'm1', 'm2')] == [1] * 4
-  for text in ('Judgement 2: 1', 'Written prompt 0', 'chosen, 4.5', 'rejected, 1, cut',
-               'Paired prompt 1'):
-    assert text in words
+  assert ('the paper, not this run: Llama-2-70B, judged against human ranks Agreement of the judge '
+          'with human ranks') in words
+  assert words.count('the paper, not this run: Llama-2-70B') == 8
+
+
+def test_samples_have_all_candidates_and_all_judgements(workdir):
+  html = page_of(workdir)
+  found = re.findall(r'<details class="sample" data-models="data-of-m2"([^>]*)>(.*?)</details>',
+                     html, re.S)
+  assert len(found) == 10 and sum('data-pair' in attributes for attributes, _ in found) == 3
+  pair = next(body for attributes, body in found if 'data-pair' in attributes)
+  words = ' '.join(re.sub(r'<[^>]*>', ' ', pair).split())
+  assert 'candidate 1 rejected' in words and 'candidate 2 chosen' in words
+  assert [words.count(f'judgement {n}:') for n in (1, 2, 3)] == [2, 2, 0]
+  held_out, = re.findall(r'<details class="sample" data-models="held-out[^>]*>(?:(?!</details>).)*?'
+                         r'Held-out prompt 1.*?</details>', html, re.S)
+  for name in ('m0', 'sft', 'm1', 'm2'):
+    assert f'<b>{name}</b>' in held_out and f'{name} answers 1' in held_out
+  assert held_out.count('oracle 1<') == 4
 
 
 def test_model_text_is_escaped_and_the_page_needs_no_other_file(workdir):
   html = page_of(workdir)
-  assert '<script' not in html and '&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;' in html
-  sources = re.findall(r'<[^>]*\b(?:src|href)\s*=\s*"?([^">]*)', html)
-  assert sources and all(source.startswith('data:image/svg+xml;base64,') for source in sources)
+  assert html.count('<script') == 1 and '&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;' in html
+  assert not re.findall(r'<[^>]*\b(?:src|style|on\w+)\s*=', html) and 'url(' not in html
+  assert set(re.findall(r'<[^>]*\bhref\s*=\s*"(.)', html)) == {'#'}
   assert html == page_of(workdir)  # deterministic
 
 
+def test_the_policy_has_the_hashes_of_the_style_sheet_and_the_script(workdir):
+  html = page_of(workdir)
+  policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)[1]
+  assert policy.startswith('default-src &#39;none&#39;; style-src') and 'unsafe' not in policy
+  for tag in ('style', 'script'):
+    text = re.search(f'<{tag}>(.*?)</{tag}>', html, re.S)[1]
+    expected = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    assert f'{tag}-src &#39;sha256-{expected}&#39;' in policy.replace('&#43;', '+')
+
+
 @pytest.mark.parametrize('missing', [*catalog.NAMES, 'done.json', 'results.json', 'metrics.jsonl'])
-def test_any_stage_or_summary_may_be_missing(workdir, no_plots, missing):
+def test_any_stage_or_summary_may_be_missing(workdir, missing):
   for path in sorted(workdir.rglob(missing)):
     if path.name == 'model':  # a converted model has no manifest
       path = path / 'manifest.json'
@@ -189,7 +214,7 @@ def test_any_stage_or_summary_may_be_missing(workdir, no_plots, missing):
   assert '</html>' in page_of(workdir)
 
 
-def test_an_unfinished_stage_is_counted_without_its_incomplete_last_line(workdir, no_plots):
+def test_an_unfinished_stage_is_counted_without_its_incomplete_last_line(workdir):
   for name in ('respond', 'judge', 'pairs'):
     shutil.rmtree(workdir / 'm3' / name)
   folder = workdir / 'm3' / 'prompts'
@@ -200,44 +225,32 @@ def test_an_unfinished_stage_is_counted_without_its_incomplete_last_line(workdir
            for i, why in enumerate(['', 'cut off by length'])]
   (folder / 'attempts.jsonl').write_text(''.join(map(records.dump, lines)) + '{"id": "2", "te')
   words = plain(page_of(workdir))
-  assert 'Started but not finished: m3/prompts.' in words
-  assert 'prompts wanted 10 4,000 attempts 1,234 2 prompts accepted 10 1' in words
+  assert 'Not finished: m3/prompts.' in words
+  assert 'prompts wanted 10 4,000 attempts 1,234 2 accepted prompts 10 1' in words
   assert '1 cut off by length' in words
 
 
-def test_a_stale_reason_to_stop_is_not_shown(workdir, no_plots):
+def test_the_loop_writes_the_same_page_as_the_program(workdir):
+  path = page.write(workdir, results.of_models(workdir), STOPPED)
+  assert path == workdir / 'report.html' and path.read_text() == page_of(workdir)
+
+
+def test_a_stale_reason_to_stop_is_not_shown(workdir):
   model(workdir, 'm3', 'dpo')
-  assert 'not trained' not in page_of(workdir)
+  assert STOPPED not in page_of(workdir)
 
 
-def test_known_failures_give_warnings():
-  scores = [4.0] * 8 + [1.0] + [None] * 2
-  judgements = [judgement(f'{i // 2}/{i % 2}', score=score, reason='' if score else 'unreadable')
-                for i, score in enumerate(scores)]
-  responses = [response(str(i // 2), i % 2, finish=reason, response=str(i))
-               for i, reason in enumerate(['length'] * 3 + ['eos'] * 2)]
-
-  def pair(length):
-    return filled(schema.Pair, chosen='x' * length, rejected='y' * 20)
-  iteration = page.Iteration(
-      model='m2', judgements=judgements, quorum=1, responses=responses, pairs=[pair(31)],
-      pairs_summary=filled(schema.PairsSummary, prompts=1))
-  made = filled(schema.TrainingSummary, examples=9, dropped={'longer than 512 tokens': 10})
-  run = page.Run(iterations=[iteration],
-                 stages={('m2', 'model'): summaries.Started(summaries.Config(), 1.0, made)})
-  found = '\n'.join(page.warnings(run))
-  for text in ('m2/judge: 9 of 11 judgements have a score (the others: 2 unreadable), '
-               'fewer than 90%',
-               'm2/judge: 89% of the scores are 4',
-               'm2/respond: 3 responses are cut at the length limit, 2 are finished',
-               'm2/pairs: chosen responses have 31 characters on average, rejected ones 20',
-               'm2/model: trained on 9 examples; dropped 10 longer than 512 tokens'):
-    assert text in found
-  iteration.judgements = judgements[4:9] + judgements[8:9] * 3
-  iteration.pairs = [pair(30)]
-  iteration.responses = [response('p', response='x')]
-  run.stages = {}
-  assert page.warnings(run) == []
+def test_warnings_stand_beside_the_verdict(workdir):
+  assert 'Warnings' not in plain(page_of(workdir))
+  path = workdir / 'm2' / 'model' / 'done.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | dict(dropped={'too long': 300})))
+  path, = (workdir / 'm2' / 'judge').glob('judgements-*')
+  records.write(path, [judgement(f'p{i}/0', reason='unreadable') for i in range(10)])
+  words = plain(page_of(workdir))
+  first = words[words.index('Can I believe it?'):words.index('Every step')]
+  for text in ('m2/judge: 0 of 10 judgements have a score (the others: 10 unreadable)',
+               'm2/model: trained on 248 examples; dropped 300 too long'):
+    assert text in first
 
 
 def test_a_folder_without_a_model_is_an_error_of_one_sentence(tmp_path):
@@ -248,15 +261,15 @@ def test_a_folder_without_a_model_is_an_error_of_one_sentence(tmp_path):
                          'python -m srlm_jax.loop --help\n')
   assert not list(tmp_path.iterdir())
   with pytest.raises(InputError):
-    page.remake(tmp_path / 'absent')
+    page.remake([tmp_path / 'absent'])
 
 
-def test_a_missing_stage_gives_no_warning(workdir, no_plots):
+def test_a_missing_stage_gives_no_warning(workdir):
   """M1 has judgements of ranked replies but no responses."""
   judgements = [judgement(f'r{i}', score=float(i)) for i in range(5)]
   folder = write_stage(workdir / 'm1', 'judge', SCALE, **JUDGE)
   records.write(folder / 'judgements-00000-of-00001.jsonl', judgements)
-  assert 'class="warnings"' not in page_of(workdir)
+  assert 'Warnings' not in plain(page_of(workdir))
 
 
 LINES = dict(  # a file of records, and fields that the page needs
@@ -283,7 +296,7 @@ def without(field):
 
 
 @pytest.mark.parametrize('name', LINES)
-def test_a_damaged_record_is_named_by_file_and_line_in_the_error(workdir, no_plots, name):
+def test_a_damaged_record_is_named_by_file_and_line_in_the_error(workdir, name):
   file, *fields = LINES[name]
   path = workdir / file
   whole = path.read_text()
@@ -300,13 +313,13 @@ def test_a_damaged_record_is_named_by_file_and_line_in_the_error(workdir, no_plo
     path.write_text(whole)
     damage(path, 2, change)
     with pytest.raises(InputError, match=f'{file}:2: .*{message}'):
-      page.remake(workdir)
+      page.remake([workdir])
   path.write_text(whole + '{"id": "cut by a ki')
   assert '</html>' in page_of(workdir)
   path.unlink()
   path.mkdir()
   with pytest.raises(InputError, match=f'{file} is a folder'):
-    page.remake(workdir)
+    page.remake([workdir])
 
 
 @pytest.mark.parametrize('file, change, message', [
@@ -340,26 +353,45 @@ def test_a_damaged_record_is_named_by_file_and_line_in_the_error(workdir, no_plo
      'Expected int | null, got str for "config.judge.n"'),
     ('m2/oracle/oracle.json', lambda r: dict(r, score='3'),
      'Expected int | float | null, got str for "score"'),
-    ('m2/oracle/oracle.json', without('standard_error'),
-     'Object missing required field standard_error;'),
     ('m2/agreement/agreement.json', lambda r: dict(r, ties='x'),
      'Expected int | float | null, got str for "ties"'),
     ('m2/agreement/agreement.json', lambda r: dict(r, intervals=3),
      'Expected object, got int for "intervals"'),
     ('m2/agreement/agreement.json', lambda r: dict(r, intervals=dict(ties=[1, []])),
      'Expected float, got array for "intervals[...][1]"')])
-def test_a_damaged_summary_is_named_in_the_error(workdir, no_plots, file, change, message):
+def test_a_damaged_summary_is_named_in_the_error(workdir, file, change, message):
   path = workdir / file
   if isinstance(change, str):
     path.write_bytes(change.encode('latin-1'))
   else:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
   with pytest.raises(InputError, match=re.escape(file) + ': .*' + re.escape(message)):
-    page.remake(workdir)
+    page.remake([workdir])
 
 
-def test_a_page_that_cannot_be_written_is_an_error(workdir, no_plots):
+def test_a_page_that_cannot_be_written_is_an_error(workdir):
   (workdir / 'report.html').mkdir()
   with pytest.raises(InputError, match='report.html is a folder'):
-    page.remake(workdir)
+    page.remake([workdir])
   assert not list(workdir.glob('*.partial'))
+
+
+def test_runs_side_by_side_need_a_file_to_write(workdir, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(workdir, other, ignore=shutil.ignore_patterns('other'))
+  with pytest.raises(InputError, match='several workdirs need --out=FILE.html'):
+    page.remake([workdir, other])
+  path = page.remake([workdir, other], tmp_path / 'both.html')
+  words = plain(path.read_text())
+  assert f'2 runs side by side: {workdir.name}, other.' in words
+  assert f'other - {workdir.name} m2 oracle score 0 to 5, by oracle 2.00 2.00 +0.00' in words
+  assert not (workdir / 'report.html').exists()
+
+
+def test_a_study_is_shown_as_one(workdir, tmp_path):
+  study = tmp_path / 'study'
+  for seed in (0, 1):
+    shutil.copytree(workdir, study / f'loop-{seed}', ignore=shutil.ignore_patterns('study'))
+  words = plain(page.remake([study]).read_text())
+  assert 'Seeds 0, 1' in words
+  assert 'oracle score 0 to 5, by oracle 2.00 [2.00, 2.00] 2 seeds' in words

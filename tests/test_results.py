@@ -54,7 +54,8 @@ def model(workdir, name: str, grades=(), lengths=None, judged=None):
       seed=0, model='sandbox')
   stage.write_json(folder / 'rows.json', dict(shape=[2, 30]))
   records.write(folder / 'metrics.jsonl', [
-      dict(step=i, loss=0.5, grad_norm=1.0, chosen_reward=0.1 * i) for i in range(3)])
+      dict(step=i, loss=0.5, grad_norm=1.0, chosen_reward=0.1 * i,
+           alarm_chosen_falling=int(name == 'm2' and i == 2)) for i in range(3)])
   lengths = lengths or [5] * len(grades)
   answers = [make.response(f'h{i}/0', prompt=f'prompt {i}', response='x' * n, n_tokens=n // 2)
              for i, n in enumerate(lengths)]
@@ -223,7 +224,7 @@ def head_to_head(a: str, b: str, wins: int, ties: int, losses: int, **fields):
 def test_an_outside_judge_counts_in_either_direction():
   """The file may have the models in any order, as names or as folders of answers."""
   models = evaluated('m1', lengths=[5] * 3), evaluated('m2', lengths=[5] * 3)
-  files = [head_to_head('runs/x/m2/answers', 'm1', 120, 40, 40),
+  files = [head_to_head('runs/m1/m2/answers', 'm1', 120, 40, 40),
            head_to_head('m1', 'm2', 40, 40, 120)]
   for file, low, high in zip(files, (0.1, 0.075), (0.325, 0.3), strict=True):
     outside = external.External(head_to_head=dict(file=file))
@@ -311,6 +312,7 @@ def test_doubts_of_a_step():
   assert judged_by(dataclasses.replace(file, inconsistent=40, left_out=30)) == (
       'worse', 'head_to_head', ['inconsistent', 'left_out'])
   assert judged_by(dataclasses.replace(file, inconsistent=36, left_out=13))[2] == []
+  assert judged_by(file, lengths=([5] * 119 + [999], [5] * 120))[2] == []  # not significant
   for seen in (dataclasses.replace(file, characters_a=7.0, characters_b=5.0),
                head_to_head('m1', 'm2', 100, 10, 10, characters_a=5.0, characters_b=7.0)):
     assert judged_by(seen, lengths=([7] * 120, [5] * 120))[2] == ['longer']
@@ -390,7 +392,8 @@ def data(workdir, name: str, writer: str, done: bool = True):
             'p2/1': (None, 4)}
   summary = schema.JudgeSummary(judgements=12, parsed=11, lowest=0.0, highest=5.0,
                                 unparsed={'no score': 1})
-  judge = write(folder, 'judge', dataclasses.asdict(summary), writer)
+  judge = write(folder, 'judge', dataclasses.asdict(summary), writer, judge__n=2,
+                judge__template='additive')
   records.write(judge / 'judgements-00000-of-00001.jsonl', [
       make.judgement(name, j, None if score is None else float(score), text=f'{name} {j}')
       for name, scores in scored.items() for j, score in enumerate(scores)])
@@ -405,10 +408,11 @@ def data(workdir, name: str, writer: str, done: bool = True):
 
 
 def of_round(workdir, name: str) -> tuple[rounds.Data, rounds.Round]:
-  stages = {part.name: started for part in (workdir / name).iterdir()
-            if (started := summaries.started(part))}
-  found = rounds.read(workdir, name, stages)
-  return found, rounds.of(found, workdir, rounds.names(workdir))
+  stages = {(path.parent.name, path.name): started for path in workdir.glob('*/*')
+            if (started := summaries.started(path))}
+  found = rounds.read(workdir, name, {part: s for (owner, part), s in stages.items()
+                                      if owner == name})
+  return found, rounds.of(found, workdir, rounds.names(stages))
 
 
 def test_a_round_by_hand(workdir):
@@ -428,6 +432,11 @@ def test_a_round_by_hand(workdir):
   assert (found.chosen.mean, found.rejected.mean) == (30, 10)
   assert found.parsed.value == 11 / 12 and found.right is None and found.oracle_mean is None
   assert any('chosen responses have 30 characters' in w for w in found.warnings)
+  path = workdir / 'm1' / 'answers' / 'manifest.json'  # of a checkpoint that was selected
+  stage.write_json(path, json.loads(path.read_text()) | dict(params='selected'))
+  path = workdir / 'm2' / 'respond' / 'manifest.json'
+  stage.write_json(path, json.loads(path.read_text()) | dict(params='selected'))
+  assert of_round(workdir, 'm2')[1].writer == 'm1'
   unfinished = of_round(workdir, 'm3')[1]
   assert [(y.label, y.count) for y in unfinished.funnel][:3] == [
       ('prompts wanted', 4), ('attempts', 9), ('accepted prompts', 3)]
@@ -484,6 +493,10 @@ def read(workdir) -> runs.Run:
 def test_a_run_by_hand(workdir):
   found = read(workdir)
   assert (found.models, found.size, found.seed) == (('sft', 'm1', 'm2'), 'tiny', 0)
+  assert found.facts == (
+      'A run of self-rewarding training, size tiny, model sandbox. It contains the models sft, m1, '
+      'm2.', 'Judge: template additive, scores 0 to 5; 2 judgements per response, of which 2 must '
+      'have a score.')
   assert found.answer == ('Yes: m2 answers better than sft: oracle score +1.60 '
                           f'{interval([3, 3, 4, 5, 5], [1, 2, 3, 4, 2])} on 5 prompts.')
   assert kinds(found.doubts) == ['no_control', 'one_seed', 'sandbox', 'stopped', 'unfinished',
@@ -500,6 +513,8 @@ def test_a_run_by_hand(workdir):
   assert costs['m3', 'pairs'].seconds is None and costs['m2', 'pairs'].seconds == 2.5
   assert [m.chosen_reward for m in found.curves['m1']] == [0.0, 0.1, 0.2]
   assert found.values['sft']['parsed'].value == 0.5
+  assert found.warnings[-1].startswith('m2/model: at the end the chosen responses are less likely')
+  assert not any(warning.startswith('m1/model') for warning in found.warnings)
   judge = next(s for s in found.steps if (s.model, s.about) == ('m1', 'judge'))
   assert (judge.differences[0].ours, judge.differences[0].theirs) == (1.0, 0.0)
 

@@ -57,8 +57,8 @@ WORD_BINS = (0, 4, 6, 8, 10, 13, 16, 20, 30, 50, 100, 151)  # the filters allow 
 NGRAMS = (1, 2, 3)
 SAMPLES = 20       # random samples of n-grams
 OFF_THE_MAP = ('judge',)
-TITLES = dict(ift='the IFT prompts', eft='the instructions that EFT judges',
-              judge='the judge prompts of EFT', heldout='the held-out prompts')
+TITLES = dict(ift='IFT prompts', eft='instructions judged in EFT', judge='judge prompts of EFT',
+              heldout='held-out prompts')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +228,7 @@ def measure(sets: dict[str, list[Text]], used: dict[str, list[Text]],
 
 def title(name: str) -> str:
   """What a set is called."""
-  return TITLES.get(name, f'the new prompts for {name}')
+  return TITLES.get(name, f'new prompts for {name}')
 
 
 def _distances(vectors: dict[str, np.ndarray]) -> tuple[schema.SetDistance, ...]:
@@ -251,10 +251,10 @@ def findings(distances: Sequence[schema.SetDistance]) -> tuple[str, ...]:
   judge = to_ift.get('judge')
   found = []
   for name, d in to_ift.items():
-    text = (f'The energy distance of {title(name)} to IFT is {d.energy:.3f} [{d.low:.3f}, '
-            f'{d.high:.3f}], p {_p(d.p_value)}')
+    text = (f'The energy distance of the {title(name)} to IFT is {d.energy:.4f} [{d.low:.4f}, '
+            f'{d.high:.4f}], p {_p(d.p_value)}')
     if judge and name not in TITLES:
-      text += f'; that of the judge prompts of EFT is {judge.energy:.3f}'
+      text += f'; that of the judge prompts of EFT is {judge.energy:.4f}'
     found.append(f'{text}.')
   return tuple(found)
 
@@ -370,10 +370,10 @@ def table(found: schema.Distributions) -> str:
   lines += [_row(s.name, s.count, s.used, _digits(s.words.mean, 1),
                  _digits(s.words.quantiles[2] if s.words.quantiles else None, 0),
                  *(f'{d.mean:.3f}±{d.deviation:.3f}' for d in s.distinct)) for s in found.sets]
-  lines.append(_row('a', 'b', 'energy', '95 % interval', '', 'p'))
-  lines += [_row(d.a, d.b, f'{d.energy:.4f}', f'[{d.low:.4f}', f'{d.high:.4f}]', f'{d.p_value:g}')
+  lines.append(_row('a', 'b', 'energy', '95 % from', 'to', 'p'))
+  lines += [_row(d.a, d.b, f'{d.energy:.4f}', f'{d.low:.4f}', f'{d.high:.4f}', f'{d.p_value:g}')
             for d in found.distances]
-  lines.append(_row('nearest', 'ROUGE-L', 'median', '95 %', 'cosine', 'median'))
+  lines.append(_row('nearest', 'ROUGE-L', 'median', '95th pct', 'cosine', 'median'))
   lines += [_row(n.set, *(_digits(x, 3) for s in (n.rouge_l, n.cosine)
                           for x in (s.mean, s.quantiles[2], *s.quantiles[4:][:s is n.rouge_l])))
             for n in found.nearest]
@@ -381,7 +381,7 @@ def table(found: schema.Distributions) -> str:
 
 
 def _row(first, *cells) -> str:
-  return '  '.join([f'  {first:8}', *(str(cell).rjust(12) for cell in cells)])
+  return ' '.join([f'  {first:8}', *(str(cell).rjust(11) for cell in cells)]).rstrip()
 
 
 def _digits(value: float | None, digits: int) -> str:

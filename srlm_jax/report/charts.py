@@ -186,5 +186,5 @@ def of_runs(runs: Sequence[Run | Arm], key: str) -> Chart | None:
   names = [m for m in MODELS if any(key in run.values.get(m, {}) for run in runs)]
   series = {run.name: points for run in runs if (points := [
       _point(x, value) for x, m in enumerate(names) if (value := run.values.get(m, {}).get(key))])}
-  return plots.lines(f'{measure.title}, by {measure.source}', series, names=names
-                     ) if series else None
+  by = 'counted' if measure.source == 'count' else f'by {measure.source}'
+  return plots.lines(f'{measure.title}, {by}', series, names=names) if series else None

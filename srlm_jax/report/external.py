@@ -9,13 +9,6 @@ from srlm_jax.report import results
 from srlm_jax.report.estimates import Value
 
 _NORMAL = 1.959963984540054  # half a 95 % interval, in standard errors
-_file = dataclasses.dataclass(frozen=True, kw_only=True)
-
-
-@_file
-class Harness:
-  scores: dict[str, dict[str, float]]
-  standard_errors: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +17,7 @@ class External:
   head_to_head: dict[str, schema.HeadToHead] = dataclasses.field(default_factory=dict)
   alpaca: dict[str, schema.AlpacaEval] = dataclasses.field(default_factory=dict)
   mt_bench: dict[str, dict[str, schema.MtBench]] = dataclasses.field(default_factory=dict)
-  harness: dict[str, Harness] = dataclasses.field(default_factory=dict)
+  harness: dict[str, schema.Harness] = dataclasses.field(default_factory=dict)
   distributions: dict[str, schema.Distributions] = dataclasses.field(default_factory=dict)
 
   def of_model(self, model: str) -> dict[str, Value]:
@@ -53,7 +46,7 @@ def read(workdir) -> External:
       head_to_head=found('*/head_to_head.json', schema.HeadToHead),
       alpaca=found('alpaca*.json', schema.AlpacaEval),
       mt_bench=found('mt_bench*.json', dict[str, schema.MtBench]),
-      harness=found('harness*.json', Harness),
+      harness=found('harness*.json', schema.Harness),
       distributions=found('distributions.json', schema.Distributions))
 
 

@@ -4,6 +4,7 @@
 """
 import base64
 from collections.abc import Iterable
+import functools
 import hashlib
 
 from etils import epath
@@ -11,7 +12,7 @@ import jinja2
 import markupsafe
 
 from srlm_jax import InputError, records, schema
-from srlm_jax.report import charts, contents, external, paper, plots, steps
+from srlm_jax.report import charts, contents, paper, plots, steps
 from srlm_jax.report.contents import Contents
 from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.measures import Lengths, MEASURES
@@ -58,21 +59,30 @@ def _write(path, found: Contents):
 
 def render(found: Contents) -> str:
   """The contents -> HTML. All texts are escaped."""
-  folder = epath.resource_path('srlm_jax') / 'report'
-  environment = jinja2.Environment(
-      loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()), autoescape=True,
-      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-  environment.filters |= dict(number=number, counts=counts, readable=readable)
-  style, script = ((folder / name).read_text() for name in ('style.css', 'script.js'))
-  environment.globals |= dict(
+  style, script = map(_source, ('style.css', 'script.js'))
+  html = _environment().get_template('page.html').render(
+      contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
+      script=markupsafe.Markup(script))
+  return html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
+
+
+def _source(name: str) -> str:
+  return (epath.resource_path('srlm_jax') / 'report' / name).read_text()
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+  """The templates, with the functions that they call."""
+  made = jinja2.Environment(
+      loader=jinja2.FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+      undefined=jinja2.StrictUndefined)
+  made.filters |= dict(number=number, counts=counts, readable=readable, p_value=p_value)
+  made.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
       **{f.__name__: f for f in (
           verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
           kept_of, tasks_of, sample_models, side_by_side, bins_of, percents, ngram_headings)})
-  html = environment.get_template('page.html').render(
-      contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
-      script=markupsafe.Markup(script))
-  return html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
+  return made
 
 
 def _policy(style: str, script: str) -> str:
@@ -103,6 +113,16 @@ def number(value: float | str | None) -> str:
   if isinstance(value, float):
     return f'{value:,.4f}'.rstrip('0').rstrip('.')
   return value if isinstance(value, str) else f'{value:,}'
+
+
+def p_value(value: float | None) -> str:
+  """
+  >>> p_value(0.034), p_value(1e-9), p_value(None)
+  ('0.034', '< 0.0001', '-')
+  """
+  if value is None:
+    return '-'
+  return f'{value:.2g}' if value >= 1e-4 else '< 0.0001'
 
 
 def readable(words: str) -> str:
@@ -211,7 +231,7 @@ def kept_of(made: schema.EftSummary) -> list[str]:
   return [number(made.scores.get(score, 0)) for score in made.scores_before]
 
 
-def tasks_of(found: external.Harness) -> list[str]:
+def tasks_of(found: schema.Harness) -> list[str]:
   return list(dict.fromkeys(task for scores in found.scores.values() for task in scores))
 
 

@@ -103,7 +103,7 @@ def bars(title: str, series: dict[str, dict[str, float]],
 
 def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]) -> Chart:
   """A row per name, from its quantiles 5, 25, 50, 75 and 95 %: a line, a box and its median."""
-  x_ticks = ticks(0, max(high for *_, high in found.values()))
+  x_ticks = ticks(0, max(high for *_, high in found.values()) or 1)
   end = _ROW * len(found) + 4
   svg = _drawing(end + 18, f'{title}, quantiles 5, 25, 50, 75 and 95 %: ' + '; '.join(
       f'{name} ' + ', '.join(f'{value:.4g}' for value in values)
@@ -151,7 +151,7 @@ def intervals(title: str, found: dict[str, Point], digits: int = 2) -> Chart:
   rows_end = _ROW * len(found) + 4
   values = {name: _with_interval(point, digits) for name, point in found.items()}
   svg = _drawing(rows_end + 18, f'{title}: ' + '; '.join(f'{k} {v}' for k, v in values.items()))
-  x = _Scale(x_ticks[0], x_ticks[-1], _NAMES + 6, _WIDTH - 132)
+  x = _Scale(x_ticks[0], x_ticks[-1], _NAMES + 6, _WIDTH - 158)
   _add(svg, 'line', 'level', x1=x(0), x2=x(0), y1=0, y2=rows_end)
   for i, (name, point) in enumerate(found.items()):
     middle = _ROW * i + 4 + 9

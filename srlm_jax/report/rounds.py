@@ -194,11 +194,16 @@ def warnings(data: Data) -> list[str]:
   return found
 
 
-def names(workdir) -> dict[str, str]:
-  """{hash of parameters: model} of the run's models that were trained."""
-  folder = epath.Path(workdir)
-  made = {name: summaries.summary(folder / name / 'model') for name in MODELS}
-  return {summary.params: name for name, summary in made.items() if summary and summary.params}
+def names(stages: dict[tuple[str, str], summaries.Started]) -> dict[str, str]:
+  """{(model, stage)} that have started -> {hash of parameters: model}.
+
+  The parameters are those with which training ended, and those of the checkpoint that is evaluated.
+  """
+  trained = {stage.summary.params: model for (model, part), stage in stages.items()
+             if part == 'model' and stage.summary}
+  chosen = {stage.params: model for (model, part), stage in stages.items()
+            if part in ('answers', 'judge_eval')}
+  return {params: model for params, model in (trained | chosen).items() if params}
 
 
 def is_control(workdir) -> bool:

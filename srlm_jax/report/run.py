@@ -108,7 +108,7 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
   values = {e.model: measures.of_model(e, outside) for e in found}
   ranked = results.lines(workdir / 'data' / 'seeds' / 'ranked.jsonl', schema.RankedPrompt)
   data = [made for model in MODELS if (made := rounds.read(workdir, model, _own(stages, model)))]
-  params = rounds.names(workdir)
+  params = rounds.names(stages)
   made_rounds = tuple(rounds.of(d, workdir, params) for d in data)
   by_model = {e.model: e for e in found}
   made = {(a, b): differences.between(by_model[a], by_model[b], ranked, outside)
