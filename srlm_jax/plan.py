@@ -43,7 +43,7 @@ from srlm_jax.models.sizing import Devices, Mesh
 from srlm_jax.pods import Pod
 from srlm_jax.report import results
 from srlm_jax.reward import judges
-from srlm_jax.sample import engine as engines
+from srlm_jax.sample import engine as engines, programs
 from srlm_jax.train import objectives
 
 GIB = 2**30
@@ -379,12 +379,13 @@ class Planner:
   def _implicit(self, models: list[str]) -> Stage:
     """The log-probs of all responses under two models."""
     c, mesh = self.config, self.sample_mesh
-    tokens, rows = self.prompt + self.response, _up(engines.LOGPS_ROWS, mesh.parts)
-    width = engines.bucket(math.ceil(tokens))
+    width = engines.bucket(math.ceil(self.prompt + self.response))
+    tokens = engines.SCORE_PREFILLS * self.kernels.prefill_tokens
+    rows = _up(max(tokens // width, 1), mesh.parts)
     parts = sizing.sampler_parts(c.sample, self.shape, mesh, 0, 0, self.pod.platform)
-    # All logits of a batch are in memory, in float32, and two results of the same size.
-    widest = min(c.sample.size, self.shape.context)
-    parts['activations'] += 3 * 4 * rows / mesh.parts * widest * self.shape.V / mesh.tensor
+    # Some logits of a batch are in memory, in float32, and two results of the same size.
+    logits = rows / mesh.parts * programs.LOGITS * self.shape.V / mesh.tensor
+    parts['activations'] += 3 * 4 * logits
     program = Program('implicit', 'log-probs', mesh, rows, width, parts)
     responses = c.prompts.count * c.respond.n
     batches = len(models) * math.ceil(responses / self.groups / rows)

@@ -68,11 +68,63 @@ def test_the_log_probs_of_given_responses_equal_those_of_sampling(shape):
   results = run(make()[0], RAGGED, WARM)
   given = [(list(request.ids), result.ids) for request, result in zip(RAGGED, results, strict=True)]
   engine = make(shape)[0]
-  found = engine.logps(given)
-  np.testing.assert_allclose(found, [sum(r.token_logps) for r in results], atol=1e-4)
-  long = ([3] * 60, [4] * 50)
+  found = engine.score(given, share=False)
+  np.testing.assert_allclose([score.logp for score in found],
+                             [sum(r.token_logps) for r in results], atol=1e-4)
+  long = ([3] * 20, [4] * 10)
   # bit-identical and batch-invariant
-  assert engine.logps([given[4], long, given[0]])[::2] == [found[4], found[0]]
+  assert engine.score([given[4], long, given[0]], share=False)[::2] == [found[4], found[0]]
+
+
+@pytest.mark.parametrize('window', [None, pytest.param(7, marks=pytest.mark.slow)])
+def test_scores_are_those_of_a_full_forward_pass_of_every_row(mesh, window):
+  config = dataclasses.replace(TINY, window=window)
+  engine, params = make(config=config)
+
+  def logps(row):  # of the token after each one
+    padded = jnp.asarray([row + [0] * (TINY.context - len(row))])
+    logits = full_logits(llama.Llama(config), params, padded)
+    return np.asarray(jax.nn.log_softmax(logits[0]), np.float64)[:len(row)]
+
+  context = list(range(5, 29))
+  greedy = []
+  for _ in range(3):
+    greedy.append(int(logps(context + greedy)[-1].argmax()))
+  longest = np.random.default_rng(0).integers(64, size=TINY.context + 1).tolist()
+  rows = [(context, greedy), (context, greedy[:1]), (context, [*greedy[:2], 1, 2]),
+          (context[::-1], [3]), (context[1:], [4]), (longest[:-9], longest[-9:])]
+  wanted = []
+  for before, after in rows:
+    table = logps([*before, *after[:-1]])[len(before) - 1:]
+    wanted.append((table[range(len(after)), after].sum(), (table.argmax(-1) == after).all()))
+  assert [is_greedy for _, is_greedy in wanted][:3] == [True, True, False]
+  for share in (True, False):
+    found = engine.score(rows, share)
+    np.testing.assert_allclose([s.logp for s in found], [logp for logp, _ in wanted], atol=1e-4)
+    assert [s.is_greedy for s in found] == [is_greedy for _, is_greedy in wanted]
+
+
+def test_a_shared_context_is_computed_once(mesh, monkeypatch):
+  engine, _ = make()
+  tokens, score = [], programs.score
+  monkeypatch.setattr(programs, 'score', lambda *args: tokens.append(
+      int((np.asarray(args[2].positions) > 0).sum())) or score(*args))
+  rows = [(list(range(20)), [a, a + 1]) for a in range(4)]
+  engine.score(rows)
+  engine.score(rows, share=False)
+  assert tokens == [19 + 4, 4 * (19 + 1)]
+
+
+@pytest.mark.parametrize('row, message', [
+    (([], [1]), 'row 1 to score has an empty context'),
+    (([1], []), 'row 1 to score has an empty continuation'),
+    (([1, 64], [2]), 'the context of row 1 to score has the id 64'),
+    (([1], [2, -1]), 'the continuation of row 1 to score has the id -1'),
+    (([1] * 256, [1] * 2), 'row 1 to score has 258 tokens'),
+])
+def test_rows_that_cannot_be_scored_are_refused(mesh, row, message):
+  with pytest.raises(InputError, match=message):
+    make()[0].score([([1], [2]), row])
 
 
 def test_the_mean_hidden_states_of_rows_are_those_of_the_plain_forward_pass():

@@ -42,6 +42,13 @@ def encode_prompt(kind: str, prompt: Prompt, tokenizer) -> list[int]:
   return tokenizer.encode(chat(kind, prompt, tokenizer))
 
 
+def with_response(kind: str, prompt: Prompt, response: str, tokenizer) -> str:
+  """The prompt in a chat format and a response, or its beginning. For `tokenizer.encode`.
+
+  """
+  return chat(kind, prompt, tokenizer) + _answer_form(kind, tokenizer)[0] + response.strip()
+
+
 def encode_pair(
     kind: str, prompt: Prompt, response: str, tokenizer) -> tuple[list[int], list[int]] | None:
   """(prompt ids, response ids); None if a token would cross the boundary between them.
@@ -49,9 +56,8 @@ def encode_pair(
   The ids of prompt and response must equal the ids of the whole text. Otherwise the model would be
   trained on token sequences that never occur in sampling.
   """
-  text = chat(kind, prompt, tokenizer)
-  before = tokenizer.encode(text)
-  whole = tokenizer.encode(text + _answer_form(kind, tokenizer)[0] + response.strip())
+  before = encode_prompt(kind, prompt, tokenizer)
+  whole = tokenizer.encode(with_response(kind, prompt, response, tokenizer))
   if whole[:len(before)] != before:
     return None
   return before, whole[len(before):]

@@ -10,7 +10,7 @@ import types
 
 from etils import epath
 
-from srlm_jax import InputError, model_files, storage
+from srlm_jax import InputError, model_files, records, storage
 from srlm_jax.conversation import Message
 from srlm_jax.data import rendering
 
@@ -32,16 +32,18 @@ class Tokenizer:
 
   `size`: number of ids. `bos_id` starts every sequence; None: there is none. Any of `eos_ids` ends
   a sequence. `added`: {id: name} of the tokens that text must not become. `special`: the variables
-  of a chat template (bos_token, ..). `template`: the tokenizer's own chat template. `thinking`: the
-  ids that open and close a model's thinking, None without them.
+  of a chat template (bos_token, ..). `template`: the tokenizer's own chat template. `adds_bos`:
+  whether transformers begins a text with bos. `thinking`: the ids that open and close a model's
+  thinking, None without them.
   """
 
   def __init__(self, size: int, bos_id: int | None, eos_ids: Sequence[int],
                added: Mapping[int, str] = types.MappingProxyType({}),
                special: Mapping[str, str] = types.MappingProxyType({}),
-               template: Template | None = None):
+               template: Template | None = None, adds_bos: bool = True):
     self.size, self.bos_id, self.eos_ids = size, bos_id, tuple(eos_ids)
     self.added, self.special, self.template = added, special, template
+    self.adds_bos = adds_bos and bos_id is not None
     ids = {name: i for i, name in added.items()}
     self.thinking = next(((ids[start], ids[end]) for start, end in THINKING
                           if start in ids and end in ids), None)
@@ -131,6 +133,10 @@ class Tokenizer:
     """The secret name of an added token, for `encode`."""
     return self._secret_names[i]
 
+  def readable(self, text: str) -> str:
+    """A text from `chat` with the added tokens' own names, for people and files."""
+    return self._secret_pattern.sub(lambda found: self.added[int(found[1])], text)
+
   def _added_in(self, text: str) -> list[tuple[int, int, int]]:
     """(id, start, end) of the added tokens in a text."""
     raise NotImplementedError
@@ -192,7 +198,8 @@ class _SentencePiece(Tokenizer):
     added = {i: self._model.id_to_piece(i) for i in range(size) if self._model.is_control(i)}
     special = dict(bos_token=added[bos]) if bos >= 0 else {}
     super().__init__(size, bos if bos >= 0 else None, _eos_ids(folder, eos, size), added,
-                     special | dict(eos_token=added[eos]))
+                     special | dict(eos_token=added[eos]),
+                     adds_bos=_settings(folder).get('add_bos_token') is not False)
 
   def encode(self, text):  # sentencepiece never produces control pieces from text
     texts = self._secret_pattern.split(text)  # with ids of control pieces between them
@@ -233,7 +240,8 @@ class _Transformers(Tokenizer):
              if t['special'] or t['content'].replace('▁', ' ').strip()}
     super().__init__(len(self._model), self._model.bos_token_id,
                      _eos_ids(folder, self._model.eos_token_id, len(self._model)), added,
-                     self._model.special_tokens_map, _default_template(self._model, folder))
+                     self._model.special_tokens_map, _default_template(self._model, folder),
+                     self._model('a')['input_ids'][:1] == [self._model.bos_token_id])
     self._folder, self._separator = folder, f'<{self._secret}>'
     self._copy, self._ids = _renamed(backend, self._secret_names, self._separator,
                                      folder / 'tokenizer.json')
@@ -270,6 +278,13 @@ class _Transformers(Tokenizer):
   def _is_added(self, i: int, text: str) -> bool:
     """Whether the id is an added token. The unk id counts only if `text` contains its name."""
     return i in self.added and (i != self._model.unk_token_id or self.added[i] in text)
+
+
+def _settings(folder) -> dict:
+  """The fields of tokenizer_config.json; none without that file."""
+  path = folder / 'tokenizer_config.json'
+  found = records.read_json(path, 'correct or delete it') if path.exists() else {}
+  return found if isinstance(found, dict) else {}
 
 
 def _default_template(model, folder) -> Template | None:

@@ -1,18 +1,20 @@
-"""The nine NLP tasks of PAPER table 3: compares models by lm-evaluation-harness results.
+"""The nine NLP tasks of PAPER table 3: runs lm-evaluation-harness and compares models.
 
-  python -m srlm_jax.checkpoint.convert --checkpoint=runs/x/m2/model --to_hf=DIR
-  lm_eval --model=hf --model_args=pretrained=DIR --output_path=OUT \\
-    --tasks=arc_easy,arc_challenge,hellaswag,social_iqa,piqa,gsm8k,mmlu,openbookqa,nq_open
-  python -m srlm_jax.eval.harness --out=nlp.json \\
-    --results=m1=OUT1/results_X.json --results=m2=OUT2/results_Y.json
+  python -m srlm_jax.eval.harness --out=runs/x/eval/harness.json \\
+    --model=m1=runs/x/m1/model --model=m2=runs/x/m2/model
 
-If the tasks of one model are in several files, repeat --results with the same name.
+lm_eval's results of each model are written beside it, as runs/x/eval/lm_eval/m1.json. Results of
+lm_eval itself can be compared too: --results=NAME=FILE. If the tasks of one model are in several
+files, repeat --results with the same name.
 """
+from collections.abc import Sequence
 import dataclasses
 
 from absl import flags
+from etils import epath
 
-from srlm_jax import cli, InputError, records
+from srlm_jax import cli, InputError, records, schema
+from srlm_jax.eval import lm
 
 # The paper's task name: (lm-eval's names, its metrics), both in order of preference. acc_norm takes
 # the choice with the highest log-likelihood per byte. The paper does not name its metrics.
@@ -28,23 +30,27 @@ TASKS = {
     'obqa': (('openbookqa',), ('acc_norm,none',)),
     'nq': (('nq_open',), ('exact_match,remove_whitespace',)),
 }
+# The metric of any other task, the first that it has, with any filter.
+OTHER_METRICS = 'acc_norm', 'acc', 'exact_match'
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """The result of one model on one task."""
+  """The result of one model on one task, in percent."""
   metric: str
   percent: float
+  standard_error: float | None = None  # None: lm-eval gives none
   shots: int | None = None
 
 
-def table(models: dict[str, dict[str, Result]]) -> dict:
-  """{model: {task: Result}} -> scores in percent, differences, missing tasks, metrics.
+def table(models: dict[str, dict[str, Result]], tasks: Sequence[str] = ()) -> schema.Harness:
+  """{model: {task: Result}} -> their table. The differences are to the first model.
 
-  The differences are to the first model. Raises InputError if two models have different metrics.
+  `tasks`: those that should be there; default: the paper's. Raises InputError if two models have
+  different metrics.
 
   >>> m1, m2 = Result('acc_norm,none', 82.0), Result('acc_norm,none', 81.0)
-  >>> table(dict(m1=dict(piqa=m1), m2=dict(piqa=m2)))['differences']
+  >>> table(dict(m1=dict(piqa=m1), m2=dict(piqa=m2))).differences
   {'m2': {'piqa': -1.0}}
   """
   first, *others = models
@@ -54,77 +60,84 @@ def table(models: dict[str, dict[str, Result]]) -> dict:
       if metrics.setdefault(task, result.metric) != result.metric:
         raise InputError(f'{task} was measured by {metrics[task]} for {first} and by '
                          f'{result.metric} for {name}; run both with the same version of lm-eval')
-  return dict(
+  return schema.Harness(
       scores={name: {task: result.percent for task, result in results.items()}
               for name, results in models.items()},
+      standard_errors={
+          name: {task: result.standard_error for task, result in results.items()
+                 if result.standard_error is not None} for name, results in models.items()},
       differences={name: {task: round(result.percent - models[first][task].percent, 6)
                           for task, result in models[name].items() if task in models[first]}
                    for name in others},
-      missing={name: [task for task in TASKS if task not in results]
+      missing={name: [task for task in tasks or TASKS if task not in results]
                for name, results in models.items()},
       metrics=metrics)
 
 
-def read_results(path) -> dict[str, Result]:
-  """A results file of lm-eval -> {task: Result} for the tasks of TASKS in it."""
+def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
+  """A results file of lm-eval -> {task: Result} for the tasks of TASKS, or for `tasks`, in it."""
   data = records.read_json(path, 'give a results file of lm-eval')
   results = data.get('results') if isinstance(data, dict) else None
   if not isinstance(results, dict):
     raise InputError(f'{path} has no "results"; give a results file of lm-eval, not its samples')
   shots = data.get('n-shot') if isinstance(data.get('n-shot'), dict) else {}
   found = {}
-  for task, (names, metrics) in TASKS.items():
+  for task in tasks or TASKS:
+    names, metrics = TASKS.get(task, ((task,), ()))
     name = next((n for n in names if n in results), None)
     if name is None:
       continue
     values = results[name] if isinstance(results[name], dict) else {}
+    metrics = metrics or [key for metric in OTHER_METRICS for key in values
+                          if key.partition(',')[0] == metric]
     metric = next((m for m in metrics if m in values), None)
     if metric is None:
-      raise InputError(f'{path}: {name} has no {" or ".join(metrics)}; '
+      raise InputError(f'{path}: {name} has no {" or ".join(metrics or OTHER_METRICS)}; '
                        f'it has {", ".join(sorted(values)) or "no metrics"}')
     value = values[metric]
     if not records.is_number(value) or not 0 <= value <= 1:
       raise InputError(f'{path}: {name} has {metric} = {value!r}, which is not between 0 and 1; '
                        f'give the results file as lm-eval wrote it')
-    found[task] = Result(metric, 100 * value, shots.get(name))
+    error = values.get(metric.replace(',', '_stderr,'))  # 'N/A' where there is none
+    error = 100 * error if records.is_number(error) and error >= 0 else None
+    found[task] = Result(metric, 100 * value, error, shots.get(name))
   if not found:
-    raise InputError(f'{path} holds none of the tasks {", ".join(TASKS)}; '
+    raise InputError(f'{path} holds none of the tasks {", ".join(tasks or TASKS)}; '
                      f'run lm-eval with at least one of them')
   return found
 
 
-def read_models(given: list[str]) -> dict[str, dict[str, Result]]:
+def read_models(given: Sequence[str], tasks: Sequence[str] = ()) -> dict[str, dict[str, Result]]:
   """Flags NAME=FILE -> {model: {task: Result}}.
 
   Raises InputError if a model has a task twice, or if two models have different numbers of shots.
   """
   models, shots = {}, {}
-  for text in given:
-    name, equals, path = text.partition('=')
-    if not (name and equals and path):
-      raise InputError(f'--results={text}: write it as --results=NAME=FILE')
+  for name, path in (_named('results', text, 'FILE') for text in given):
     results = models.setdefault(name, {})
-    for task, result in read_results(path).items():
+    for task, result in read_results(path, tasks).items():
       if task in results:
-        raise InputError(f'--results={text}: {name} already has results for {task}; leave out one '
-                         f'file')
+        raise InputError(f'{path}: {name} already has results for {task}; leave out one file')
       if shots.setdefault(task, result.shots) != result.shots:
-        raise InputError(f'--results={text}: {task} was run with {result.shots} shots here and '
+        raise InputError(f'{path}: {task} was run with {result.shots} shots here and '
                          f'{shots[task]} shots before; run all models with the same number')
       results[task] = result
   return models
 
 
-def text_table(result: dict) -> str:
-  """One line per task: percent per model, and in brackets the difference to the first model."""
-  rows = [['task', *result['scores'], 'metric']]
-  for task in TASKS:
+def text_table(result: schema.Harness) -> str:
+  """One line per task: percent per model with its standard error, and in brackets the difference to
+  the first model."""
+  rows = [['task', *result.scores, 'metric']]
+  for task in {**dict.fromkeys(result.metrics), **dict.fromkeys(sum(result.missing.values(), []))}:
     cells = []
-    for name, scores in result['scores'].items():
-      change = result['differences'].get(name, {}).get(task)
-      shown = f'{scores[task]:.2f}' if task in scores else '-'
-      cells.append(shown if change is None else f'{shown} ({change:+.2f})')
-    rows.append([task, *cells, result['metrics'].get(task, '-')])
+    for name, scores in result.scores.items():
+      error = result.standard_errors[name].get(task)
+      change = result.differences.get(name, {}).get(task)
+      cells.append((f'{scores[task]:.2f}' if task in scores else '-')
+                   + ('' if error is None else f' ± {error:.2f}')
+                   + ('' if change is None else f' ({change:+.2f})'))
+    rows.append([task, *cells, result.metrics.get(task, '-')])
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for first, *cells, last in rows:
@@ -133,23 +146,50 @@ def text_table(result: dict) -> str:
   return '\n'.join(lines)
 
 
+def run(models: Sequence[str], folder: epath.Path, tasks: Sequence[str]) -> list[str]:
+  """Runs lm_eval as the flags say, for models NAME=DIR -> NAME=FILE, the results file of each."""
+  wanted = [TASKS[task][0][0] if task in TASKS else task for task in tasks or TASKS]
+  found = []
+  for name, checkpoint in [_named('model', text, 'DIR') for text in models]:
+    text = lm.evaluate(checkpoint, lm.from_flags(lm.Run, tasks=wanted), lm.from_flags(lm.Options))
+    with records.replacing(folder / f'{name}.json') as file:
+      file.write(text)
+    found.append(f'{name}={folder / name}.json')
+  return found
+
+
+def _named(flag: str, text: str, what: str) -> tuple[str, str]:
+  """The value NAME=PATH of a flag -> (name, path)."""
+  name, equals, path = text.partition('=')
+  if not (name and equals and path):
+    raise InputError(f'--{flag}={text}: write it as --{flag}=NAME={what}')
+  return name, path
+
+
 def define_flags():
+  lm.define_flags('Tasks of the table, separated by commas; default: the nine of the paper.')
   flags.DEFINE_multi_string(
-      'results', None, 'NAME=FILE: a model and its lm-eval results file. Repeat the flag per file.',
-      required=True)
+      'model', None, 'NAME=DIR: a checkpoint or a Hugging Face folder to evaluate. Repeat the flag '
+      'per model; the others are compared with the first.')
+  flags.DEFINE_multi_string(
+      'results', None, 'NAME=FILE: a model and its lm-eval results file. Repeat the flag per file.')
   flags.DEFINE_string('out', None, 'JSON file to write.', required=True)
 
 
 def main(argv):
   cli.refuse_arguments(argv)
   f = flags.FLAGS
-  result = table(read_models(f.results))
-  records.write(f.out, [result])
+  if not f.model and not f.results:
+    raise InputError('no model is given; name one or more: --model=NAME=DIR or --results=NAME=FILE')
+  out, tasks = epath.Path(f.out), f.tasks or ()
+  made = run(f.model or (), out.parent / 'lm_eval', tasks)
+  result = table(read_models([*made, *(f.results or ())], tasks), tasks)
+  records.write(out, [result])
   print(text_table(result))
-  for name, tasks in result['missing'].items():
-    if tasks:
-      print(f'{name} has no results for {", ".join(tasks)}')
-  print(f'{f.out}: {len(result["scores"])} models')
+  for name, missing in result.missing.items():
+    if missing:
+      print(f'{name} has no results for {", ".join(missing)}')
+  print(f'{out}: {len(result.scores)} models')
 
 
 if __name__ == '__main__':

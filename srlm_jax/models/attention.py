@@ -67,6 +67,20 @@ class PairSegments(Segments):
 
 
 @flax.struct.dataclass
+class SharedSegments(Segments):
+  """Rows of a context and its continuations [context | a | b ..], for `packed` only.
+
+  Segment 0 is the context, which all others attend to. Padding may have any segment, as it comes
+  last.
+  """
+
+  def mask(self, window: int | None):
+    """-> [B, T, S], True where a query attends to a key."""
+    key = self.segment_ids[:, None]
+    return self._visible(window) & ((self.segment_ids[:, :, None] == key) | (key == 0))
+
+
+@flax.struct.dataclass
 class Cache:
   """Keys and values of all slots. Heads precede positions, so that the keys of a slot and head are
   one matrix, however many heads a chip holds."""

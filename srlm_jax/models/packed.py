@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax.models import attention
-from srlm_jax.models.attention import Kernels, PairSegments, Segments
+from srlm_jax.models.attention import Kernels, PairSegments, Segments, SharedSegments
 from srlm_jax.sharding import spec
 
 BLOCK = 512  # queries and keys per block of splash attention
@@ -41,6 +41,17 @@ class Packed:
         functools.partial(kernels.packed, window=window), out_specs=spec('BTKGH'), check_vma=False,
         in_specs=(spec('BTKGH'), spec('BTKH'), spec('BTKH'), spec('BT')))
     return local(q, k, v, self.segments), cache
+
+
+@flax.struct.dataclass
+class Shared:
+  """Each row is a context and its continuations; plain XLA on every platform."""
+  segments: SharedSegments
+
+  def attend(self, kernels: Kernels, q, k, v, cache, prefix, layer, *, window: int | None):
+    """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H]; there is no cache."""
+    window = attention.below(q.shape[1], window)
+    return attention.packed(q, k, v, self.segments, window=window), cache
 
 
 def tpu_packed(q, k, v, segments: Segments, *, window: int | None, interpret=False):

@@ -58,7 +58,7 @@ def draw(logits, keys, sampling: Sampling):
   probability can be drawn, so every row ends, on average after 1 / top_p draws. No sorting.
   """
   if sampling.temperature == 0:
-    return _argmax(logits)
+    return argmax(logits)
   probs = _probs(logits, sampling.temperature)
   if 0 < sampling.top_k < probs.shape[-1]:
     probs = jnp.where(_largest(probs, sampling.top_k), probs, 0)
@@ -79,7 +79,7 @@ def draw_per_row(logits, keys, sampling: PerRow):
     is_whole = is_greedy | (sampling.top_p == 1)
     limit = sampling.top_p * probs.sum(-1)
     return jnp.where(is_whole, _from_all(probs, keys), _from_top_p(probs, keys, limit, is_whole))
-  token = _argmax(logits)
+  token = argmax(logits)
   return jnp.where(is_greedy, token, jax.lax.cond(is_greedy.all(), lambda: token, sample))
 
 
@@ -133,8 +133,8 @@ def invert(probs, uniform):
   return (block[:, 0] * LANES + lane).astype(jnp.int32)
 
 
-def _argmax(logits):
-  """The first largest entry of each row; XLA's own argmax is slow on a CPU."""
+def argmax(logits):
+  """logits [.., V] -> the first largest entry [..]; XLA's own argmax is slow on a CPU."""
   V = logits.shape[-1]
   is_largest = logits == logits.max(-1, keepdims=True)
   return jnp.where(is_largest, jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)

@@ -6,13 +6,13 @@ request (one prompt, n samples) is prefilled once, and its K/V are copied to n s
 prefix of a stream's first requests (the judge's rubric) is prefilled once, and every row reads it.
 """
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 import contextlib
 import dataclasses
 import hashlib
 import itertools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ from srlm_jax.sample.schedule import Request, Result, Schedule
 
 PREFIX_REQUESTS = 64  # first requests of a stream, whose common prefix is shared
 MIN_PREFIX = 16       # tokens; a shorter prefix does not pay for its part of the attention
-LOGPS_ROWS = 16       # rows that `Engine.logps` computes together; all their logits are in memory
-PROMPT_ROWS = 4       # the same for `Engine.prompt_logps`, which computes their logits in parts
+SCORE_PREFILLS = 16   # `Engine.score` computes as many tokens together as so many prefills
+PROMPT_ROWS = 4       # rows that `Engine.prompt_logps` computes together
 HIDDEN_ROWS = 16      # the same for `Engine.mean_hidden`, which computes no logits
 MOST_TOP = 20         # most likely tokens whose log-probs a request may ask for
 HELD_PER_SLOT = 16    # requests per slot whose results may wait for an earlier request
@@ -67,6 +67,12 @@ class Slots:
   prefix: Any                # the K/V of prefix_ids
   sampling: Sampling | None  # of all requests; None: each has its own
   per_row: PerRow | None     # then, that of each row
+
+
+class Score(NamedTuple):
+  """What `Engine.score` finds."""
+  logp: float      # sum of log-probs of the continuation's tokens
+  is_greedy: bool  # whether each of them is the most likely one
 
 
 class Engine:
@@ -136,9 +142,7 @@ class Engine:
     first = list(itertools.islice(stream, PREFIX_REQUESTS))
     if not first:
       return
-    prompts = [r.ids[:-1] for r in first if len(r.ids) <= max_prompt_tokens]
-    ids = common(prompts) if self._share and len(prompts) > 1 else ()
-    ids = ids if len(ids) >= MIN_PREFIX else ()
+    ids = self._common([r.ids for r in first if len(r.ids) <= max_prompt_tokens])
     count = sum(r.n for r in first) if len(first) < PREFIX_REQUESTS else self.slots
     rows = programs.Rows.empty(self._rows(count))
     schedule = Schedule(itertools.chain(first, stream), rows.slot_count, max_prompt_tokens, done,
@@ -154,6 +158,11 @@ class Engine:
         yield request, results
     self._cache = slots.cache
 
+  def _common(self, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The prefix of prompts, token ids, that is worth computing once; () if none is."""
+    ids = common([p[:-1] for p in prompts]) if self._share and len(prompts) > 1 else ()
+    return ids if len(ids) >= MIN_PREFIX else ()
+
   def _slots(self, schedule: Schedule, rows, prefix_ids: tuple[int, ...],
              sampling: Sampling | None) -> Slots:
     """Idle slots, with the cache of the last call if it has their number."""
@@ -165,13 +174,16 @@ class Engine:
     per_row = PerRow.empty(rows.slot_count) if sampling is None else None
     return Slots(schedule, rows, cache, prefix_ids, prefix, sampling, per_row)
 
-  def open(self) -> Slots:
+  def open(self, prompts: Sequence[Sequence[int]] = ()) -> Slots:
     """-> all slots, for requests that come one by one: `put` adds one, `advance` decodes.
 
-    The schedule's `stop` and `remove` end samples and requests between two calls.
+    The schedule's `stop` and `remove` end samples and requests between two calls. `prompts`: token
+    ids of all that will come, if they are known: no more slots than that, and what they all begin
+    with is prefilled once.
     """
-    schedule = Schedule((), self.slots, self.size, 0, {}, 0, self._share, self._refill)
-    return self._slots(schedule, programs.Rows.empty(self.slots), (), None)
+    rows = programs.Rows.empty(self._rows(len(prompts)) if prompts else self.slots)
+    schedule = Schedule((), rows.slot_count, self.size, 0, {}, 0, self._share, self._refill)
+    return self._slots(schedule, rows, self._common(prompts), None)
 
   def put(self, slots: Slots, request: Request) -> list[Result]:
     """Adds a request with its own `sampling` -> its results, which `advance` extends."""
@@ -299,20 +311,53 @@ class Engine:
                        f'config.sample.size); lower it')
     return found
 
-  def logps(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-    """(prompt ids, response ids) -> the sum of log-probs of each response; batch-invariant."""
-    sums = [0.0] * len(rows)
-    whole = [[*before, *after] for before, after in rows]
-    for some, tokens in self._batches(whole, LOGPS_ROWS):
-      mask = np.zeros_like(tokens)
+  def score(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+            share: bool = True) -> list[Score]:
+    """(context ids, continuation ids) -> the score of each continuation, in one forward pass.
+
+    Both together may have one token more than the model's context, because the last one is only
+    predicted. A context that consecutive rows share is computed once; without `share`, the scores
+    are batch-invariant. Raises InputError for an empty context or continuation, for one that is too
+    long, and for ids that are not in the vocabulary.
+    """
+    for i, row in enumerate(rows):
+      self._check_row(i, *row)
+    groups = list(_groups(rows, self.size if share else 0))
+    contexts = [rows[group[0]][0] for group in groups]
+    texts = [[rows[i][1] for i in group] for group in groups]
+    scored = [sum(map(len, some)) for some in texts]
+    shapes = [(self._bucket(len(context) + count - len(some)), bucket(count))
+              for context, some, count in zip(contexts, texts, scored, strict=True)]
+    found: list[Any] = [None] * len(rows)
+    most = SCORE_PREFILLS * self._kernels.prefill_tokens
+    for some, shape in self._by_shape(shapes, lambda width: most // width):
+      batch = programs.Continuations.empty(*shape)
       for row, i in enumerate(some):
-        mask[row, len(rows[i][0]):len(whole[i])] = 1
+        batch.put(row, contexts[i], texts[i])
       with jax.set_mesh(self._mesh):
-        found = programs.response_logps(self._model, self._params,
-                                        *sharding.put_batch((tokens, mask), self._mesh))
-      for i, logp in zip(some, np.asarray(found).tolist(), strict=False):  # the rest is padding
-        sums[i] = logp
-    return sums
+        made = programs.score(self._model, self._params, sharding.put_batch(batch, self._mesh))
+      for i, logps, is_best in zip(some, *map(np.asarray, made), strict=False):  # the rest: padding
+        ends = np.cumsum([len(ids) for ids in texts[i]])
+        for j, end in zip(groups[i], ends.tolist(), strict=True):
+          part = np.s_[end - len(rows[j][1]):end]
+          found[j] = Score(float(logps[part].sum(dtype=np.float64)), bool(is_best[part].all()))
+    if not np.isfinite([score.logp for score in found]).all():
+      raise InputError(f'{self.title}: log-probs are not finite; the model\'s parameters are '
+                       f'damaged, train or convert it again')
+    return found
+
+  def _check_row(self, i: int, context: Sequence[int], continuation: Sequence[int]):
+    """Raises InputError if row number i of `score` cannot be scored."""
+    for name, ids in (('context', context), ('continuation', continuation)):
+      if not len(ids):
+        raise InputError(f'row {i} to score has an empty {name}; give it at least one token')
+      if min(ids) < 0 or max(ids) >= self._model.config.V:
+        bad = next(x for x in ids if not 0 <= x < self._model.config.V)
+        raise InputError(f'the {name} of row {i} to score has the id {bad}, and the model\'s '
+                         f'vocabulary ends at {self._model.config.V - 1}; use its tokenizer')
+    if (count := len(context) + len(continuation)) > self.context + 1:
+      raise InputError(f'row {i} to score has {count} tokens, and the model\'s context allows '
+                       f'{self.context + 1}; shorten its context')
 
   def prompt_logps(self, prompts: Sequence[Sequence[int]], top: int) -> list[
       tuple[list[float], list[dict[int, float]]]]:
@@ -351,16 +396,53 @@ class Engine:
     Rows of a batch have the same padded width, which depends only on the row. There may be more
     rows of zeros at the end.
     """
-    indices = defaultdict(list)  # by width
-    for i, ids in enumerate(rows):
-      indices[min(bucket(len(ids)), self.context)].append(i)
-    size = _up(most, self._parts)
-    for width, group in indices.items():
-      for some in (group[i:i + size] for i in range(0, len(group), size)):
-        tokens = np.zeros((size, width), np.int32)
-        for row, i in enumerate(some):
-          tokens[row, :len(rows[i])] = rows[i]
-        yield some, tokens
+    widths = [(self._bucket(len(ids)),) for ids in rows]
+    for some, shape in self._by_shape(widths, lambda _: most):
+      tokens = np.zeros(shape, np.int32)
+      for row, i in enumerate(some):
+        tokens[row, :len(rows[i])] = rows[i]
+      yield some, tokens
+
+  def _by_shape(self, shapes: Sequence[tuple[int, ...]], rows: Callable[[int], int]) -> Iterator[
+      tuple[list[int], tuple[int, ...]]]:
+    """Yields (indices of rows of one shape, the shape of their batch).
+
+    `shapes`: of each row, its padded width first. `rows`: width -> about how many rows a batch has.
+    It may have more at the end, of padding.
+    """
+    indices = defaultdict(list)
+    for i, shape in enumerate(shapes):
+      indices[shape].append(i)
+    for shape, group in indices.items():
+      size = _up(max(rows(shape[0]), 1), self._parts)
+      for first in range(0, len(group), size):
+        yield group[first:first + size], (size, *shape)
+
+  def _bucket(self, length: int) -> int:
+    """The width of a row without a cache that holds `length` tokens."""
+    return min(bucket(length), self.context)
+
+
+def _groups(rows, most: int) -> Iterator[list[int]]:
+  """Indices of consecutive rows (context, continuation) that share a context.
+
+  It has at least MIN_PREFIX tokens, and at most `most` with the continuations.
+
+  >>> rows = [([7] * 20, [1, 2]), ([7] * 20, [3]), ([8] * 20, [4])]
+  >>> list(_groups(rows, 64)), list(_groups(rows, 0))
+  ([[0, 1], [2]], [[0], [1], [2]])
+  """
+  group, length = [], 0
+  for i, (context, continuation) in enumerate(rows):
+    length += len(continuation) - 1
+    if not (group and length <= most and len(context) >= MIN_PREFIX
+            and list(context) == list(rows[group[0]][0])):
+      if group:
+        yield group
+      group, length = [], len(context) + len(continuation) - 1
+    group.append(i)
+  if group:
+    yield group
 
 
 def _by_id(ids, logps) -> list[dict[int, float]]:

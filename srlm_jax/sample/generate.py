@@ -78,8 +78,9 @@ def generate(folder: str, prompt: str, chat: str, sampling: engines.Sampling, se
                      f'{config.context}; shorten the prompt or lower --max_tokens')
   with jax.set_mesh(mesh):
     params = convert.load(folder, mesh, dtype)
-  engine = engines.Engine(llama.Llama(config), params, mesh, tokenizer.eos_ids, seed, 'generate',
-                          slots=1, size=size, steps=STEPS)
+  ends = templates.end_ids(chat, tokenizer)
+  engine = engines.Engine(llama.Llama(config), params, mesh, ends, seed, 'generate', slots=1,
+                          size=size, steps=STEPS)
   (_, (result,)), = engine.generate([engines.Request(prompt, ids)], sampling)
   # Some tokenizers drop the leading space of a text, so the response is not decoded alone.
   text = tokenizer.decode([*ids, *result.ids])[len(tokenizer.decode(ids)):]

@@ -9,6 +9,8 @@ from srlm_jax import catalog, cli, conversation, hosts, records, schema, stage
 from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.sample import engine as engines, shards
 
+ROWS = 64  # responses whose log-probs are computed, and written, together
+
 
 def run(config, workdir):
   """Writes MODEL/implicit/rewards-*.jsonl with reward = logp - older_logp.
@@ -55,18 +57,17 @@ def _logps(s: stage.Stage, config, folder, responses, stem: str) -> list[float |
   title = f'{s.title} {stem}'
   engine, tokenizer = engines.load(config, folder, title)
   encoded = [_encode(config.chat, r, tokenizer, engine.context) for r in responses]
-  size = engines.LOGPS_ROWS
   # Batches start at the same places as in an uninterrupted run, so that the results are the same.
   with shards.completed(s, stem, engines.group(config)) as out:
-    starts = range(out.count // size * size, len(responses), size)
+    starts = range(out.count // ROWS * ROWS, len(responses), ROWS)
     for start in tqdm.tqdm(starts, desc=title, unit='batch', delay=2, leave=False,
                            disable=not hosts.is_first_host()):
       engine.stop_if_requested()
-      batch = responses[start:start + size]
+      batch = responses[start:start + ROWS]
       rows = [None if r.id in out.kept else row
               for r, row in zip(batch, encoded[start:], strict=False)]
       scored = [row for row in rows if row]
-      values = iter(engine.logps(scored) if scored else ())
+      values = (score.logp for score in engine.score(scored, share=False))
       new = [out.kept[r.id][0] if r.id in out.kept else
              schema.Logp(id=r.id, logp=round(next(values), 4) if row else None)
              for r, row in zip(batch, rows, strict=True)]

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax import compiler
-from srlm_jax.models import cache as caches, packed, vocab
+from srlm_jax.models import attention, cache as caches, packed, vocab
 from srlm_jax.sample import draw
 from srlm_jax.sharding import AXES
 
-LOGITS = 128  # positions of a row whose logits `prompt_logps` computes together
+LOGITS = 128  # positions of a row whose logits are computed together
 
 
 @flax.struct.dataclass
@@ -132,37 +132,80 @@ def prompt_logps(model, params, tokens, *, top: int):
   """tokens [B, T] -> the log-prob of each token given those before it [B, T], and the ids and
   log-probs of the `top` most likely tokens in its place [B, T, top].
 
-  Column 0 means nothing. The logits of LOGITS positions are in memory at the same time.
+  Column 0 means nothing.
   """
-  B, T = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   hidden = model.apply({'params': params}, tokens, positions, packed.Causal(), method='hidden')
-  size = min(T, LOGITS)
-  parts = -(-T // size)
 
-  def cut(x):
-    x = jnp.pad(x, ((0, 0), (0, parts * size - T), *[(0, 0)] * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(B, parts, size, *x.shape[2:]), 1, 0)
-
-  def one(part):
-    hidden, targets = part
-    logits = model.apply({'params': params}, hidden, method='logits')
+  def one(logits, targets):
     logps = vocab.token_logps(logits, targets)
     return logps, *most_likely(logits, targets, logps, top)
-
-  def join(x):
-    x = jnp.moveaxis(x, 0, 1)
-    return jnp.roll(x.reshape(B, parts * size, *x.shape[3:])[:, :T], 1, 1)
   # Column t of the logits predicts token t + 1.
-  found = jax.lax.map(one, (cut(hidden), cut(jnp.roll(tokens, -1, 1))))
-  return _on_all_chips(jax.tree.map(join, found))
+  found = _in_parts(model, params, hidden, jnp.roll(tokens, -1, 1), one)
+  return _on_all_chips(jax.tree.map(lambda x: jnp.roll(x, 1, 1), found))
+
+
+@flax.struct.dataclass
+class Continuations:
+  """Rows of a context and its continuations, [context | a | b ..], and the tokens to score."""
+  tokens: jax.Array            # [B, T]
+  positions: jax.Array         # [B, T] within the context and one continuation
+  continuation: jax.Array      # [B, T] the continuation of a token, from 1; 0 = context or padding
+  target_positions: jax.Array  # [B, N] places in the row that predict the targets
+  targets: jax.Array           # [B, N]
+
+  @classmethod
+  def empty(cls, rows: int, width: int, targets: int):
+    """Rows of padding as numpy arrays, which `put` writes to."""
+    shapes = [(rows, width)] * 3 + [(rows, targets)] * 2
+    return cls(*(np.zeros(shape, np.int32) for shape in shapes))
+
+  def put(self, row: int, context, continuations):
+    """Writes a context and its continuations, token ids, into a row. No last token is an input."""
+    start, filled, scored = len(context), len(context), 0
+    self.tokens[row, :start], self.positions[row, :start] = context, np.arange(start)
+    for number, ids in enumerate(continuations, 1):
+      end, scored_end = filled + len(ids) - 1, scored + len(ids)
+      self.tokens[row, filled:end] = ids[:-1]
+      self.positions[row, filled:end] = start + np.arange(len(ids) - 1)
+      self.continuation[row, filled:end] = number
+      self.target_positions[row, scored:scored_end] = [start - 1, *range(filled, end)]
+      self.targets[row, scored:scored_end] = ids
+      filled, scored = end, scored_end
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def response_logps(model, params, tokens, response_mask):
-  """tokens [B, T], response_mask [B, T] -> [B], the sums of the responses' token log-probs."""
-  logits = model.apply({'params': params}, tokens)
-  return _on_all_chips((vocab.next_token_logps(logits, tokens) * response_mask).sum(-1))
+def score(model, params, rows: Continuations):
+  """-> the log-prob of every target [B, N], and whether it is the most likely token [B, N]."""
+  view = packed.Shared(attention.SharedSegments(rows.continuation, rows.positions))
+  hidden = model.apply({'params': params}, rows.tokens, rows.positions, view, method='hidden')
+  hidden = jnp.take_along_axis(hidden, rows.target_positions[..., None], 1)
+
+  def one(logits, targets):
+    return vocab.token_logps(logits, targets), draw.argmax(logits) == targets
+  return _on_all_chips(_in_parts(model, params, hidden, rows.targets, one))
+
+
+def _in_parts(model, params, hidden, targets, one):
+  """hidden [B, N, D], targets [B, N] -> the arrays [B, N, ..] of `one(logits, targets)`.
+
+  The logits of LOGITS positions of every row are in memory at the same time.
+  """
+  B, N = targets.shape
+  size = min(N, LOGITS)
+  parts = -(-N // size)
+
+  def cut(x):
+    x = jnp.pad(x, ((0, 0), (0, parts * size - N), *[(0, 0)] * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(B, parts, size, *x.shape[2:]), 1, 0)
+
+  def join(x):
+    return jnp.moveaxis(x, 0, 1).reshape(B, parts * size, *x.shape[3:])[:, :N]
+
+  def with_logits(part):
+    hidden, targets = part
+    return one(model.apply({'params': params}, hidden, method='logits'), targets)
+  return jax.tree.map(join, jax.lax.map(with_logits, (cut(hidden), cut(targets))))
 
 
 @functools.partial(jax.jit, static_argnames='model')
