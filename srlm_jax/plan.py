@@ -399,7 +399,8 @@ class Planner:
     """The log-probs of all responses under two models."""
     c, mesh = self.config, self.sample_mesh
     width = engines.bucket(math.ceil(self.prompt + self.response))
-    rows = _up(max(engines.SCORE_TOKENS // width, 1), mesh.parts)
+    tokens = engines.SCORE_PREFILLS * self.kernels.prefill_tokens
+    rows = _up(max(tokens // width, 1), mesh.parts)
     parts = sizing.sampler_parts(c.sample, self.shape, mesh, 0, 0, self.pod.platform)
     # Some logits of a batch are in memory, in float32, and two results of the same size.
     logits = rows / mesh.parts * programs.LOGITS * self.shape.V / mesh.tensor

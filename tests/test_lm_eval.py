@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from conftest import full_logits, make_mesh
+import hf_folders
 import jax
 import numpy as np
 import pytest
@@ -19,13 +20,17 @@ from test_export import byte_level
 from srlm_jax.checkpoint import convert, store
 from srlm_jax.conversation import Message
 from srlm_jax.data import templates, tokenizer as tokenizers
+from srlm_jax.eval import lm
 from srlm_jax.models import config as model_config, llama
 from srlm_jax.sample import engine as engines
 from srlm_jax.sandbox import world
 from srlm_jax.sandbox.data import M0
 
 torch = pytest.importorskip('torch')
-pytest.importorskip('lm_eval')
+lm_eval = pytest.importorskip('lm_eval')
+instance = pytest.importorskip('lm_eval.api.instance')
+huggingface = pytest.importorskip('lm_eval.models.huggingface')
+tasks, utils = (pytest.importorskip(f'lm_eval.{name}') for name in ('tasks', 'utils'))
 transformers = pytest.importorskip('transformers')
 
 COUNT, MAX_TOKENS = 100, 32
@@ -119,7 +124,7 @@ def documents(ours: Ours) -> list[dict]:
           for i, prompt in enumerate(ours.prompts)]
 
 
-def lm_eval(ours: Ours, folder, tasks: dict[str, str], *flags) -> dict[str, list]:
+def run_lm_eval(ours: Ours, folder, tasks: dict[str, str], *flags) -> dict[str, list]:
   """Runs `lm_eval --model hf` on tasks, {name: YAML} -> {name: responses by document}."""
   (folder / 'docs.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in documents(ours)))
   for name, text in tasks.items():
@@ -150,7 +155,7 @@ def same(found, wanted) -> int:
 
 
 def test_lm_eval_gives_our_log_likelihoods_and_greedy_strings(ours, tmp_path):
-  found = lm_eval(ours, tmp_path, dict(choice=yaml('formatted', CHOICE),
+  found = run_lm_eval(ours, tmp_path, dict(choice=yaml('formatted', CHOICE),
                                        greedy=yaml('formatted', GENERATE)))
   pairs = [templates.encode_pair('plain', d['prompt'], text, ours.tokenizer)
            for d in documents(ours) for text in d['choices']]
@@ -168,7 +173,8 @@ def test_lm_eval_gives_our_log_likelihoods_and_greedy_strings(ours, tmp_path):
 
 
 def test_lm_eval_with_the_chat_template_gives_our_greedy_strings(ours, tmp_path):
-  found = lm_eval(ours, tmp_path, dict(greedy=yaml('prompt', GENERATE)), '--apply_chat_template')
+  tasks = dict(greedy=yaml('prompt', GENERATE))
+  found = run_lm_eval(ours, tmp_path, tasks, '--apply_chat_template')
   assert same((text for (text,), in found['greedy']), ours.texts) >= SAME
 
 
@@ -238,3 +244,175 @@ def test_exports_of_every_family_give_our_ids_and_greedy_tokens(tmp_path, name, 
     with torch.no_grad():
       out = found.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
     assert out[0, len(ids):].tolist() == result.ids
+
+
+# The adapter of `eval.lm` against the harness's own model, on the same requests.
+PLACES = ('the garden', 'a small house', 'the river', 'an old school')
+ENDS = (' and they were very happy.', ' but it was too late.', ' with a big red ball.', ' again!')
+BOTH = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{folder}/docs.jsonl"}}}}
+test_split: test
+doc_to_text: "{{{{text}}}}"
+"""
+KINDS = dict(
+    choice="""
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: best
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+""",
+    greedy="""
+output_type: generate_until
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["STOP"], max_gen_toks: 24, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+    rolling="""
+output_type: loglikelihood_rolling
+doc_to_target: "{{long}}"
+metric_list: [{metric: bits_per_byte}]
+""")
+
+
+def stories_documents() -> list[dict]:
+  """Beginnings of stories with four ends each, and texts that are longer than a context."""
+  rng = np.random.default_rng(1)
+  names = 'Tom Lily Ben Anna Max Sue Tim Mia Sam Amy'.split()
+  texts = [f'Once upon a time, {name} went to {place}. {name} saw a cat'
+           for name in names for place in PLACES]
+  return [dict(text=text, choices=[ENDS[i] for i in rng.permutation(4)], best=int(rng.integers(4)),
+               long=' '.join(texts[i] + ENDS[i % 4] for i in rng.permutation(len(texts))))
+          for text in texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """lm_eval's own model and the adapter, of one folder."""
+  folder: str
+  theirs: object
+  ours: object
+
+  def ask(self, kind: str, *requests):
+    """The answers of both to requests, given as tuples of arguments."""
+    made = [instance.Instance(request_type=kind, doc={}, arguments=r, idx=i)
+            for i, r in enumerate(requests)]
+    return [getattr(model, kind)(made, disable_tqdm=True) for model in (self.theirs, self.ours)]
+
+
+def pair_of(folder, checkpoint=None, **options) -> Pair:
+  return Pair(str(folder), huggingface.HFLM(
+      pretrained=str(folder), device='cpu', dtype='float32', batch_size=8, **options),
+      lm.adapter()(str(checkpoint or folder), slots=8, **options))
+
+
+@pytest.fixture(scope='module', params=['stories', 'checkpoint', 'random'])
+def pair(request, tmp_path_factory):
+  """tinyllamas-260k, the same as a checkpoint, and a random Llama 3."""
+  folder = tmp_path_factory.mktemp('pair')
+  if request.param == 'random':
+    return pair_of(hf_folders.llama3(folder, max_position_embeddings=256))
+  stories = request.getfixturevalue('stories')
+  if request.param == 'stories':
+    return pair_of(stories)
+  convert.from_hf(stories, folder / 'ours')
+  return pair_of(stories, folder / 'ours')
+
+
+def compare(pair: Pair, requests) -> list[bool]:
+  """Log-likelihoods within ATOL and the same greedy flags -> the flags."""
+  theirs, ours = pair.ask('loglikelihood', *requests)
+  worst = np.abs(np.subtract([logp for logp, _ in theirs], [logp for logp, _ in ours])).max()
+  print(f'{len(requests)} log-likelihoods differ by at most {worst:.1e}')
+  assert worst < ATOL
+  flags = [is_greedy for _, is_greedy in ours]
+  assert flags == [is_greedy for _, is_greedy in theirs]
+  return flags
+
+
+def test_the_adapter_gives_the_results_of_lm_evals_own_model(pair, tmp_path):
+  documents = stories_documents()
+  (tmp_path / 'docs.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in documents))
+  first, = pair.ask('generate_until', (documents[0]['text'], dict(until=[], max_gen_toks=24)))[0]
+  stop = first[8:10]  # which some responses contain
+  for name, kind in KINDS.items():
+    text = BOTH.format(name=name, folder=tmp_path) + kind.replace('"STOP"', json.dumps(stop))
+    (tmp_path / f'{name}.yaml').write_text(text)
+  manager = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+  theirs, ours = (lm_eval.simple_evaluate(model=model, tasks=list(KINDS), task_manager=manager)
+                  for model in (pair.theirs, pair.ours))
+  for key in ('acc,none', 'acc_norm,none', 'acc_stderr,none', 'acc_norm_stderr,none'):
+    assert ours['results']['choice'][key] == theirs['results']['choice'][key], key
+  assert 0 < ours['results']['choice']['acc,none'] < 1
+
+  def answers(found, name):
+    return [row['resps'] for row in sorted(found['samples'][name], key=lambda row: row['doc_id'])]
+  by_choice = [np.array([one for row in answers(found, 'choice') for (one,) in row], float)
+               for found in (theirs, ours)]
+  rolling = [np.array(answers(found, 'rolling'), float).ravel() for found in (theirs, ours)]
+  differences = [np.abs(a - b).max() for a, b in (rolling, [x[:, 0] for x in by_choice])]
+  strings = [[text for (text,), in answers(found, 'greedy')] for found in (theirs, ours)]
+  stopped = sum(a != b for a, b in zip(strings[1], pair.ask(
+      'generate_until', *((d['text'], dict(until=[], max_gen_toks=24)) for d in documents))[1],
+      strict=True))
+  print(f'{pair.folder}: {by_choice[0].shape[0]} log-likelihoods differ by at most '
+        f'{differences[1]:.1e}, {len(documents)} rolling by {differences[0]:.1e}; '
+        f'{same(*strings)} of {len(documents)} greedy strings are equal, {stopped} stopped')
+  assert differences[1] < ATOL and differences[0] < 2e-4
+  np.testing.assert_array_equal(by_choice[0][:, 1], by_choice[1][:, 1])
+  lengths = [len(pair.ours.tok_encode(d['long'])) for d in documents]
+  assert min(lengths) > 2 * pair.ours.max_length
+  assert strings[0] == strings[1] and 0 < stopped
+
+
+def test_log_likelihoods_at_the_edges(pair):
+  text = 'Once upon a time, there was a little girl named Lily. She loved to play outside.'
+  greedy, = pair.ask('generate_until', (text, dict(until=[], max_gen_toks=12)))[1]
+  most, prefix = pair.ours.max_length, pair.ours.tok_encode(text)
+  long = text * (most // len(prefix) + 2)
+  flags = compare(pair, [
+      (text, ' ' + greedy.strip()), (text, ' ' + greedy.strip() + '!'), ('', text),
+      (text + ' ', 'A'), ('User:', ' ' + text), (long, ' The end.'), (long, ' Of it.'),
+      (text, ' É 漢 😀'),
+      *((long[:k], long[k:k + 9]) for k in range(4 * most - 4, 4 * most + 4))])
+  assert not all(flags)
+
+
+@pytest.mark.parametrize('add', [True, False])
+def test_add_bos_token_and_prefix_token_id_mean_the_same(stories, add):
+  pair = pair_of(stories, add_bos_token=add, prefix_token_id=7)
+  requests = [('Once upon a time', ' there was'), ('', 'Once upon a time')]
+  compare(pair, requests)
+  theirs, ours = pair.ask('loglikelihood_rolling', ('Once upon a time there was a cat.',))
+  assert abs(theirs[0] - ours[0]) < ATOL
+  theirs, ours = pair.ask('generate_until', ('Once upon', dict(until=['.'], max_gen_toks=16)))
+  assert theirs == ours
+  assert pair.ours.tok_encode('Once') == pair.theirs.tok_encode('Once')
+
+
+def test_a_chat_template_gives_the_same_ids_and_strings(tmp_path):
+  pair = pair_of(hf_folders.llama3(tmp_path, max_position_embeddings=256))
+  history = [dict(role='system', content='Be kind.'), dict(role='user', content='Name a fruit.'),
+             dict(role='assistant', content='Pear.'), dict(role='user', content='Another.')]
+  for said, asks in ((history, True), ([*history, dict(role='assistant', content='A')], False)):
+    theirs, ours = (model.apply_chat_template(said, add_generation_prompt=asks)
+                    for model in (pair.theirs, pair.ours))
+    assert pair.ours.tok_encode(ours) == pair.theirs.tok_encode(theirs)
+    assert pair.ours.model.tokenizer.readable(ours) == theirs
+  found = [model.generate_until([instance.Instance(
+      request_type='generate_until', doc={}, idx=0,
+      arguments=(model.apply_chat_template(history), dict(until=[], max_gen_toks=24)))])
+      for model in (pair.theirs, pair.ours)]
+  assert found[0] == found[1] and found[0][0]
+  assert pair.ours.chat_template(True) == pair.theirs.chat_template(True)
+
+
+def test_rolling_windows_are_those_of_the_harness():
+  for count in range(1, 12):
+    for most in range(1, 6):
+      wanted = map(utils.make_disjoint_window, utils.get_rolling_token_windows(
+          list(range(count)), 99, most, 1))
+      assert list(lm.windows(list(range(count)), 99, most)) == list(wanted)

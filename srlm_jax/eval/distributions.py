@@ -72,12 +72,14 @@ def run(workdir, model: str = MODEL, limit: int = LIMIT):
   """Writes WORKDIR/eval/distributions.json, unless it is of the same inputs and arguments."""
   path = epath.Path(workdir) / FILE
   folder = stage.finished_model(workdir, model)
+  hashes = model_files.read_hashes(folder)
   sources, missing = find(workdir)
   made_of = schema.Distributions(
-      version=VERSION, model=model, limit=limit, params=model_files.recorded_hash(folder),
+      version=VERSION, model=model, limit=limit, params=hashes.params.stored,
       dtype='float32' if jax.default_backend() == 'cpu' else 'bfloat16', missing=tuple(missing),
-      inputs={str(file.relative_to(epath.Path(workdir))): records.hash_file(file)
-              for file in sources.values()})
+      inputs={f'model/{name}': value for name, value in hashes.files.items()} | {
+          str(file.relative_to(epath.Path(workdir))): records.hash_file(file)
+          for file in sources.values()})
   before = read(path)
   hosts.sync('distributions: the earlier result was read')
   if before and _identity(before) == _identity(made_of):
@@ -115,8 +117,9 @@ def find(workdir) -> tuple[dict[str, epath.Path], list[str]]:
   """
   workdir = epath.Path(workdir)
   found = {name: stage.seeds(workdir) / f'{name}.jsonl' for name in ('ift', 'ranked', 'heldout')}
+  rounds = configs.MODELS[configs.MODELS.index('m2'):]
   folders = {'eft': workdir / 'm1' / 'eft'} | {
-      model: workdir / model / 'prompts' for model in configs.MODELS[3:]}
+      model: workdir / model / 'prompts' for model in rounds}
   missing = []
   for name, folder in folders.items():
     if (folder / 'done.json').exists():

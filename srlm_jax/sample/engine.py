@@ -36,7 +36,7 @@ from srlm_jax.sample.schedule import Request, Result, Schedule
 
 PREFIX_REQUESTS = 64  # first requests of a stream, whose common prefix is shared
 MIN_PREFIX = 16       # tokens; a shorter prefix does not pay for its part of the attention
-SCORE_TOKENS = 2048   # tokens of the rows that `Engine.score` computes together
+SCORE_PREFILLS = 16   # `Engine.score` computes as many tokens together as so many prefills
 PROMPT_ROWS = 4       # rows that `Engine.prompt_logps` computes together
 HIDDEN_ROWS = 16      # the same for `Engine.mean_hidden`, which computes no logits
 MOST_TOP = 20         # most likely tokens whose log-probs a request may ask for
@@ -330,7 +330,8 @@ class Engine:
     shapes = [(self._bucket(len(context) + count - len(some)), bucket(count))
               for context, some, count in zip(contexts, texts, scored, strict=True)]
     found: list[Any] = [None] * len(rows)
-    for some, shape in self._by_shape(shapes, lambda width: SCORE_TOKENS // width):
+    most = SCORE_PREFILLS * self._kernels.prefill_tokens
+    for some, shape in self._by_shape(shapes, lambda width: most // width):
       batch = programs.Continuations.empty(*shape)
       for row, i in enumerate(some):
         batch.put(row, contexts[i], texts[i])
