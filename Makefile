@@ -41,7 +41,7 @@ AOT_GPU := -e '.[test,aot-gpu]'
 	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
 .venv-parity/.torch: .venv-parity/.installed
-	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5' 'peft>=0.17,<0.22'
+	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.10,<0.5' 'peft>=0.17,<0.22'
 	touch $@
 
 .venv/.lint: requirements/lint.txt
