@@ -37,18 +37,20 @@ def greedy(stories, ids, count: int) -> list[int]:
   return found[len(ids):]
 
 
+@pytest.mark.slow
 def test_responses_are_greedy_and_end_at_a_stop_string(model, stories):
   ask = dict(until=[], max_gen_toks=16)
   wanted = model.tokenizer.decode(greedy(stories, model.encode(TEXT), 16))
   stop = wanted[10:12]
-  short = TEXT * 9  # which loses its beginning
-  kept = model.encode(short)[16 - LENGTH:]
-  whole, cut, longer = model.generate([
-      (TEXT, ask), (TEXT, ask | dict(until=['zzz', stop])), (short, ask)])
+  long = TEXT * 9  # which loses its beginning
+  kept = model.encode(long)[16 - LENGTH:]
+  whole, cut, of_long = model.generate([
+      (TEXT, ask), (TEXT, ask | dict(until=['zzz', stop])), (long, ask)])
   assert whole == wanted and cut == wanted[:wanted.index(stop)]
-  assert longer == model.tokenizer.decode(greedy(stories, kept, 16))
+  assert of_long == model.tokenizer.decode(greedy(stories, kept, 16))
 
 
+@pytest.mark.slow
 def test_every_sample_of_a_prompt_has_its_own_draws(model):
   warm = dict(until=[], max_gen_toks=16, do_sample=True, temperature=1.0)
   once = model.generate([(TEXT, warm)] * 3)
@@ -57,6 +59,7 @@ def test_every_sample_of_a_prompt_has_its_own_draws(model):
   assert model.generate([other, (TEXT, warm), (TEXT, warm)])[1:] == once[:2]
 
 
+@pytest.mark.slow
 def test_a_context_that_is_too_long_loses_its_beginning(model):
   ids = model.encode(TEXT * 9)
   long, fitting = model.score([(ids, [5, 6]), (ids[1 - LENGTH:], [5, 6])])
