@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo sandbox-m0 test test-slow test-browser test-parity aot aot-full aot-gpu bench-peers \
+.PHONY: setup demo evaluate sandbox-m0 test test-slow test-browser test-parity aot aot-full aot-gpu bench-peers \
   check-vllm check-device lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
@@ -40,6 +40,11 @@ AOT_GPU := -e '.[test,aot-gpu]'
 .venv-parity/.installed: pyproject.toml $(LOCK)
 	$(call install,.venv-parity,$(if $(LOCK),--no-deps -e .,-e '.[test]'))
 
+# Apart, because the lock files do not have lm-eval.
+EVAL := -e '.[eval,judge,serve]'
+.venv-eval/.installed: pyproject.toml $(LOCK)
+	$(call install,.venv-eval,$(EVAL))
+
 # Apart, because the lock files do not have selenium.
 BROWSER := -e '.[test,browser]'
 .venv-browser/.installed: pyproject.toml $(LOCK)
@@ -56,6 +61,9 @@ BROWSER := -e '.[test,browser]'
 
 demo: .venv/.installed  ## the whole loop, M0 to M3, in the sandbox
 	$(BIN)/python -m srlm_jax.loop --size=tiny --workdir=$(RUN)
+
+evaluate: .venv-eval/.installed  ## the demo's models through lm-eval, an outside judge and the report
+	PYTHON=.venv-eval/bin/python launch/evaluate_demo.sh $(RUN)
 
 M0 := srlm_jax/sandbox/m0
 sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes
@@ -146,4 +154,4 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-aot-gpu .venv-browser .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-aot-gpu .venv-browser .venv-eval .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info
