@@ -82,7 +82,7 @@ def _environment() -> jinja2.Environment:
       measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
       **{f.__name__: f for f in (
           verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
-          kept_of, tasks_of, sample_models, side_by_side, ngram_headings)})
+          kept_of, tasks_of, sample_models, side_by_side, bins_of, ngram_headings)})
   return made
 
 
@@ -246,6 +246,17 @@ def sample_models(run: Run) -> dict[str, str]:
 
 def side_by_side(found: Contents) -> list[plots.Chart]:
   return [chart for key in _COMPARED if (chart := charts.of_runs((*found.arms, *found.runs), key))]
+
+
+def bins_of(found: schema.Distributions) -> list[str]:
+  """The names of the bins by number of words.
+
+  >>> bins_of(schema.Distributions(word_bins=(0, 10, 20)))
+  ['0 to 9', '10 to 19', 'from 20']
+  """
+  starts = found.word_bins
+  return [f'{low} to {high - 1}' for low, high in zip(starts, starts[1:], strict=False)
+          ] + [f'from {starts[-1]}']
 
 
 def ngram_headings(found: schema.Distributions) -> list[str]:
