@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 
-from conftest import config_flags, DATA, main, run_main, server
+from conftest import config_flags, DATA, main, ROOT, run_main, server
 import numpy as np
 import pytest
 import samples
@@ -19,7 +19,16 @@ from starlette.routing import Route
 import test_evaluators
 import uvicorn
 
-from srlm_jax import config as configs, InputError, loop, preemption, records, schema
+from srlm_jax import (
+  config as configs,
+  InputError,
+  loop,
+  model_files,
+  preemption,
+  records,
+  schema,
+  stage,
+)
 from srlm_jax.conversation import Message
 from srlm_jax.eval import endpoint, head_to_head, mt_bench
 from srlm_jax.reward import judges
@@ -441,37 +450,36 @@ def test_the_loop_judged_by_the_endpoint_equals_that_of_the_oracle(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_judge_in_a_folder_equals_the_sampler_that_judges_itself(demo, tmp_path):
-  workdir, _ = demo
-  (tmp_path / 'm2').mkdir()
-  for name in ('data', 'm1'):
-    (tmp_path / name).symlink_to(workdir / name)
-  (tmp_path / 'm2' / 'respond').symlink_to(workdir / 'm2' / 'respond')
-  wanted = list(records.read_shards(workdir / 'm2' / 'judge', 'judgements', schema.Judgement))
-  main('eval.endpoint', '--config=iter2:tiny', f'--workdir={tmp_path}', *config_flags('m2'),
-       '--config.judge.by=endpoint', '--config.endpoint.url=m1')
-  assert list(records.read_shards(tmp_path / 'm2' / 'judge', 'judgements', schema.Judgement)
-              ) == wanted
-  # Greedy judgements of the stage, and of a client.
-  flags = '--config.judge.temperature=0.0', '--config.judge.n=1', '--config.judge.quorum=1'
-  greedy = tmp_path / 'greedy'
-  greedy.mkdir()
-  for name in ('data', 'm1'):
-    (greedy / name).symlink_to(workdir / name)
-  (greedy / 'm2').mkdir()
-  (greedy / 'm2' / 'respond').symlink_to(workdir / 'm2' / 'respond')
-  main('sample.judge', '--config=iter2:tiny', f'--workdir={greedy}', *config_flags('m2'), *flags)
-  made = list(records.read_shards(greedy / 'm2' / 'judge', 'judgements', schema.Judgement))
-  by_id = {r.id: r for r in records.read_shards(workdir / 'm2' / 'respond', 'responses',
-                                                schema.Response)}
+def test_a_judge_in_a_folder_equals_the_sampler_that_judges_itself(tmp_path):
+  """M0 in place of M1, as if it was trained here: in both stages, and as a client."""
+  own, other = tmp_path / 'own', tmp_path / 'other'
+  model = own / 'm1' / 'model'
+  main('checkpoint.convert', f'--from_hf={ROOT}/srlm_jax/sandbox/m0', f'--out={model}')
+  stage.write_json(model / 'manifest.json', dict(format=stage.FORMAT, config=dict(chat='plain')))
+  stage.write_json(model / 'done.json', dict(
+      files={}, seconds=0, params=model_files.recorded_hash(model)))
+  rng = np.random.default_rng(0)
+  rows = [samples.response(f'p{i}/{j}', prompt=world.instruction(rng), response=text)
+          for i in range(8) for j, text in enumerate(('Sure, pear and fig.', 'dog'))]
+  records.write(own / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', rows)
+  shutil.copytree(own, other)
+
+  def judged(program, workdir, *flags):
+    main(program, '--config=iter2:tiny', f'--workdir={workdir}', '--config.sample.slots=16',
+         *flags)
+    found = records.read_shards(workdir / 'm2' / 'judge', 'judgements', schema.Judgement)
+    found = list(found)
+    shutil.rmtree(workdir / 'm2' / 'judge')
+    return found
+  by_endpoint = '--config.judge.by=endpoint', '--config.endpoint.url=m1'
+  sampled = judged('sample.judge', own)
+  assert len({j.text for j in sampled}) > 8
+  assert judged('eval.endpoint', other, *by_endpoint) == sampled
+  greedy = judged('sample.judge', own, '--config.judge.temperature=0.0')
   judge = judges.load('sandbox')
-  requests = [endpoint.Request(j.id, (Message('user', judge.render(
-      prompt=by_id[j.response_id].prompt, response=by_id[j.response_id].response)),))
-              for j in made]
-  c = section(str(workdir / 'm1' / 'model'), max_tokens=80)
-  with endpoint.open(c, tmp_path / 'out') as client:
-    assert dict(client.ask(requests)) == {j.id: j.text for j in made}
-    sent = client.sent
-  assert 0 < sent <= len(requests)
-  with endpoint.open(c, tmp_path / 'out') as client:  # without loading the model
-    assert dict(client.ask(requests)) == {j.id: j.text for j in made} and client.sent == 0
+  text = {r.id: judge.render(prompt=r.prompt, response=r.response) for r in rows}
+  requests = [endpoint.Request(j.id, (Message('user', text[j.response_id]),)) for j in greedy]
+  for sent in (16, 0):  # the second time without loading the model
+    with endpoint.open(section(str(model), max_tokens=80), tmp_path / 'out') as client:
+      assert dict(client.ask(requests)) == {j.id: j.text for j in greedy}
+      assert client.sent == sent
