@@ -9,10 +9,11 @@ import subprocess
 import sys
 import typing
 
+from hypothesis import given, settings, strategies
 import pytest
 
 from srlm_jax import catalog, InputError, records, schema, stage
-from srlm_jax.report import page, results
+from srlm_jax.report import page, plots, results
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
@@ -230,6 +231,11 @@ def test_an_unfinished_stage_is_counted_without_its_incomplete_last_line(workdir
   assert '1 cut off by length' in words
 
 
+def test_the_loop_writes_the_same_page_as_the_program(workdir):
+  path = page.write(workdir, results.of_models(workdir), STOPPED)
+  assert path == workdir / 'report.html' and path.read_text() == page_of(workdir)
+
+
 def test_a_stale_reason_to_stop_is_not_shown(workdir):
   model(workdir, 'm3', 'dpo')
   assert STOPPED not in page_of(workdir)
@@ -390,3 +396,38 @@ def test_a_study_is_shown_as_one(workdir, tmp_path):
   words = plain(page.remake([study]).read_text())
   assert 'Seeds 0, 1' in words
   assert 'oracle score 0 to 5, by oracle 2.00 [2.00, 2.00] 2 seeds' in words
+
+
+NUMBERS = strategies.floats(-1e9, 1e9).map(lambda x: round(x, 6))
+
+
+@settings(max_examples=50, deadline=None)
+@given(NUMBERS, NUMBERS)
+def test_ticks_enclose_their_range_and_are_few(a, b):
+  low, high = sorted((a, b))
+  found = plots.ticks(low, high)
+  margin = 1e-6 * (found[1] - found[0])
+  assert found[0] <= low + margin and high - margin <= found[-1] and 3 <= len(found) <= 7
+  assert found == sorted(set(found))
+
+
+def test_a_chart_shows_each_value_at_its_place_on_the_axis():
+  points = [plots.Point(x, y, y - 1, y + 1) for x, y in ((0, 2.0), (1, 4.0), (2, 8.0))]
+  chart = plots.lines('gains', {'a': points, EVIL: points[:2]}, names=('sft', EVIL, 'm2'))
+  assert '<script' not in chart.svg and chart.legend == (('s0', 'a'), ('s1', EVIL))
+  texts = dict(re.findall(r'<text class="tick"[^>]* y="([-\d.]+)"[^>]*>([-\d.]+)</text>',
+                          chart.svg))
+  by_value = {float(value): float(y) - 4 for y, value in texts.items()}
+  low, high = by_value[0], by_value[10]
+  dots = [float(y) for y in re.findall(r'<circle class="s0"[^>]* cy="([-\d.]+)"', chart.svg)]
+  assert dots == pytest.approx([low + y / 10 * (high - low) for y in (2, 4, 8)], abs=0.02)
+  assert chart.description.startswith('gains: a 2 at sft, 4 at ')
+
+
+def test_stacked_bars_have_lengths_in_proportion():
+  chart = plots.rows('wins', [plots.Row('m2', [0.5, 0.3, 0.2], '50 / 30 / 20 %')],
+                     series=('win', 'tie', 'loss'), styles=('win', 'tie', 'loss'), whole=1)
+  widths = {name: float(width) for name, width in re.findall(
+      r'<rect class="(\w+)"[^>]* width="([\d.]+)"', chart.svg)}
+  assert [widths[name] / widths['track'] for name in ('win', 'tie', 'loss')] == pytest.approx(
+      [0.5, 0.3, 0.2], abs=0.001)

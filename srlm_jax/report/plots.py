@@ -188,7 +188,7 @@ def ticks(low: float, high: float) -> list[float]:
   """Three to seven round values, of which the first is at most `low`, and the last at least `high`.
 
   >>> ticks(0.52, 0.91), ticks(3, 3)
-  ([0.5, 0.6, 0.7, 0.8, 0.9, 1.0], [2.0, 3.0, 4.0])
+  ([0.5, 0.6, 0.7, 0.8, 0.9, 1.0], [2.0, 2.5, 3.0, 3.5, 4.0])
   """
   if low == high:
     margin = abs(low) / 3 or 1
