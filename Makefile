@@ -46,7 +46,7 @@ BROWSER := -e '.[test,browser]'
 	$(call install,.venv-browser,$(BROWSER))
 
 .venv-parity/.torch: .venv-parity/.installed
-	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.9,<0.5' 'peft>=0.17,<0.22'
+	.venv-parity/bin/$(PIP) install $(TORCH) 'lm-eval[hf]>=0.4.10,<0.5' 'peft>=0.17,<0.22'
 	touch $@
 
 .venv/.lint: requirements/lint.txt

@@ -91,20 +91,20 @@ def _write(folder, config: dict, tokenizer, names: dict, generation: dict) -> pa
   tokenizer.save(str(folder / 'tokenizer.json'))
   (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
       names, clean_up_tokenization_spaces=False, tokenizer_class='PreTrainedTokenizerFast')))
-  tensors = _tensors(config)
-  files = [dict(list(tensors.items())[i::2]) for i in range(2)]  # two, as those of 8B are several
+  made = tensors(config)
+  files = [dict(list(made.items())[i::2]) for i in range(2)]  # two, as those of 8B are several
   where = {}
   for i, part in enumerate(files, 1):
     name = f'model-0000{i}-of-00002.safetensors'
     save_file(part, folder / name, dict(format='pt'))
     where |= dict.fromkeys(part, name)
-  total = sum(x.nbytes for x in tensors.values())
+  total = sum(x.nbytes for x in made.values())
   (folder / 'model.safetensors.index.json').write_text(json.dumps(
       dict(metadata=dict(total_size=total), weight_map=where)))
   return folder
 
 
-def _tensors(c: dict) -> dict[str, np.ndarray]:
+def tensors(c: dict) -> dict[str, np.ndarray]:
   """Random weights by the names of the published files."""
   rng = np.random.default_rng(0)
   D, F, V = c['hidden_size'], c['intermediate_size'], c['vocab_size']

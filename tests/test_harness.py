@@ -18,7 +18,7 @@ def results(path, shift=0.0, without=(), shots=0, **more):
   """Writes an lm-eval results file, which also has other metrics, standard errors and subtasks."""
   tasks = {
       name: {'alias': name, 'acc,none': 0.01, metric: 0.5 + i / 100 + shift,
-             metric.replace(',', '_stderr,'): 'N/A'}
+             metric.replace(',', '_stderr,'): 0.02 if name == 'piqa' else 'N/A'}
       for i, (name, metric) in enumerate(METRICS.items()) if name not in without}
   tasks['mmlu_anatomy'] = {'alias': '  - anatomy', 'acc,none': 0.9}
   path.write_text(json.dumps({
@@ -48,8 +48,23 @@ def test_nine_tasks_two_models_and_their_differences(tmp_path):
   assert result['differences'] == {'m3': dict.fromkeys(
       ('arc_easy', 'arc_challenge', 'hellaswag', 'siqa', 'piqa', 'mmlu', 'obqa'), -5.8)}
   assert result['missing'] == dict(m1=[], m3=['gsm8k', 'nq'])
+  assert result['standard_errors'] == dict(m1=dict(piqa=2.0), m3=dict(piqa=2.0))
+  assert '53.00 ± 2.00  47.20 ± 2.00 (-5.80)' in out
   assert result['metrics']['gsm8k'] == 'exact_match,strict-match'
   assert 'm3 has no results for gsm8k, nq' in out and '44.20 (-5.80)' in out
+
+
+def test_other_tasks_are_in_the_table_if_they_are_named(tmp_path):
+  file = results(tmp_path / '1.json', toy={'acc,none': 0.25, 'acc_norm,none': 0.5,
+                                           'acc_norm_stderr,none': 0.125},
+                 words={'exact_match,strip': 0.75})
+  found = harness.read_results(file, ['toy', 'words', 'obqa'])
+  assert found == dict(toy=harness.Result('acc_norm,none', 50.0, 12.5),
+                       words=harness.Result('exact_match,strip', 75.0),
+                       obqa=harness.Result('acc_norm,none', 54.0, shots=0))
+  assert harness.table(dict(m=found), ['toy', 'words', 'obqa', 'nq']).missing == dict(m=['nq'])
+  code, _, err = run(f'--out={tmp_path / "none.json"}')
+  assert code == 1 and '--model=NAME=DIR or --results=NAME=FILE' in err
 
 
 def test_a_model_may_have_several_files(tmp_path):

@@ -106,7 +106,7 @@ def test_every_module_has_a_test_file():
   elsewhere = dict(
       attention='llama', hf='convert', scores='pairs', generate='llama', state='step',
       world='sandbox', people='sandbox', facts='sandbox', corpus='sandbox', audit='sandbox',
-      control='sandbox', results='report', page='report',
+      control='sandbox', tasks='sandbox', results='report', page='report',
       summaries='report', plots='report', splits='seeds', turns='seeds',
       oracle='loop', respond='loop', run='loop', data='sandbox',
       judge='loop', metrics='loop', schema='records', implicit='strategies', catalog='stage',

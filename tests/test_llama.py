@@ -2,10 +2,13 @@ import dataclasses
 import json
 
 from conftest import full_logits, init, make_mesh, MESHES
+import hf_folders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from test_export import byte_level
 import transformers
 
 from srlm_jax import InputError, sharding
@@ -55,6 +58,23 @@ def test_a_trained_model_gives_its_golden_log_probs(stories, mesh):
     assert float(logps) == pytest.approx(case['sum_logprob'], abs=2e-3)
     np.testing.assert_allclose(logits[0, len(case['prompt_ids']) - 1, :8],
                                case['next_token_logits_head'], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_chat_ends_with_the_end_of_a_turn(tmp_path, mesh):
+  """The model always says <|end|>, which the template writes after an answer; eos is another."""
+  byte_level(tmp_path, eos_token='</s>')
+  fields = json.loads((tmp_path / 'config.json').read_text())
+  tensors = hf_folders.tensors(fields)
+  end = 258  # of <|end|>
+  for name, x in tensors.items():
+    x[...] = 'norm' in name or 'embed' in name  # the others: 0
+  tensors['lm_head.weight'][end] = 1
+  save_file(tensors, tmp_path / 'model.safetensors', dict(format='pt'))
+  greedy = engine.Sampling(0.0, 1.0, 4)
+  made = generate.generate(str(tmp_path), 'Hi', 'tokenizer', greedy, seed=0, dtype='float32',
+                           mesh=mesh)
+  assert (made.ids, made.finish) == ([end], 'eos')
 
 
 CHANGES = dict(

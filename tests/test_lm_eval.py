@@ -278,15 +278,29 @@ metric_list: [{metric: bits_per_byte}]
 """)
 
 
-def stories_documents() -> list[dict]:
-  """Beginnings of stories with four ends each, and texts that are longer than a context."""
+def stories_documents(ours) -> list[dict]:
+  """Beginnings of stories with four ends each, and texts of a few more tokens than a context.
+
+  The model wrote these texts itself: the harness adds log-probs in float32, so that a sum below
+  -1024 is rounded by 1e-4.
+  """
   rng = np.random.default_rng(1)
-  names = 'Tom Lily Ben Anna Max Sue Tim Mia Sam Amy'.split()
+  names = 'Tom Lily Ben Anna Max'.split()
   texts = [f'Once upon a time, {name} went to {place}. {name} saw a cat'
            for name in names for place in PLACES]
-  return [dict(text=text, choices=[ENDS[i] for i in rng.permutation(4)], best=int(rng.integers(4)),
-               long=' '.join(texts[i] + ENDS[i % 4] for i in rng.permutation(len(texts))))
-          for text in texts]
+  warm = dict(do_sample=True, temperature=0.7, max_gen_toks=150)
+  written = [text + more for text, more in zip(
+      texts, ours.model.generate([(text, warm) for text in texts]), strict=True)]
+  found = []
+  for i, text in enumerate(texts):
+    long = written[i]
+    for j in range(1, 99):
+      if len(ours.tok_encode(long)) > 1.1 * ours.max_length:
+        break
+      long += ' ' + written[(i + j) % len(written)]
+    found.append(dict(text=text, choices=[ENDS[i] for i in rng.permutation(4)],
+                      best=int(rng.integers(4)), long=long))
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +328,7 @@ def pair(request, tmp_path_factory):
   """tinyllamas-260k, the same as a checkpoint, and a random Llama 3."""
   folder = tmp_path_factory.mktemp('pair')
   if request.param == 'random':
-    return pair_of(hf_folders.llama3(folder, max_position_embeddings=256))
+    return pair_of(hf_folders.llama3(folder / 'random', max_position_embeddings=256))
   stories = request.getfixturevalue('stories')
   if request.param == 'stories':
     return pair_of(stories)
@@ -334,7 +348,7 @@ def compare(pair: Pair, requests) -> list[bool]:
 
 
 def test_the_adapter_gives_the_results_of_lm_evals_own_model(pair, tmp_path):
-  documents = stories_documents()
+  documents = stories_documents(pair.ours)
   (tmp_path / 'docs.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in documents))
   first, = pair.ask('generate_until', (documents[0]['text'], dict(until=[], max_gen_toks=24)))[0]
   stop = first[8:10]  # which some responses contain
@@ -363,8 +377,6 @@ def test_the_adapter_gives_the_results_of_lm_evals_own_model(pair, tmp_path):
         f'{same(*strings)} of {len(documents)} greedy strings are equal, {stopped} stopped')
   assert differences[1] < ATOL and differences[0] < 2e-4
   np.testing.assert_array_equal(by_choice[0][:, 1], by_choice[1][:, 1])
-  lengths = [len(pair.ours.tok_encode(d['long'])) for d in documents]
-  assert min(lengths) > 2 * pair.ours.max_length
   assert strings[0] == strings[1] and 0 < stopped
 
 
@@ -373,11 +385,12 @@ def test_log_likelihoods_at_the_edges(pair):
   greedy, = pair.ask('generate_until', (text, dict(until=[], max_gen_toks=12)))[1]
   most, prefix = pair.ours.max_length, pair.ours.tok_encode(text)
   long = text * (most // len(prefix) + 2)
+  full = next(k for k in range(most, len(long)) if len(pair.ours.tok_encode(long[:k])) == most)
   flags = compare(pair, [
       (text, ' ' + greedy.strip()), (text, ' ' + greedy.strip() + '!'), ('', text),
       (text + ' ', 'A'), ('User:', ' ' + text), (long, ' The end.'), (long, ' Of it.'),
       (text, ' É 漢 😀'),
-      *((long[:k], long[k:k + 9]) for k in range(4 * most - 4, 4 * most + 4))])
+      *((long[:k], ' cat') for k in range(full - 12, full + 12, 2))])
   assert not all(flags)
 
 
@@ -394,7 +407,7 @@ def test_add_bos_token_and_prefix_token_id_mean_the_same(stories, add):
 
 
 def test_a_chat_template_gives_the_same_ids_and_strings(tmp_path):
-  pair = pair_of(hf_folders.llama3(tmp_path, max_position_embeddings=256))
+  pair = pair_of(hf_folders.llama3(tmp_path / 'random', max_position_embeddings=256))
   history = [dict(role='system', content='Be kind.'), dict(role='user', content='Name a fruit.'),
              dict(role='assistant', content='Pear.'), dict(role='user', content='Another.')]
   for said, asks in ((history, True), ([*history, dict(role='assistant', content='A')], False)):

@@ -17,7 +17,16 @@ from srlm_jax.checkpoint import hf
 from srlm_jax.data import templates
 from srlm_jax.models import config as model_config
 from srlm_jax.reward import judges
-from srlm_jax.sandbox import audit, control, corpus, data as sandbox, oracle, people, world
+from srlm_jax.sandbox import (
+  audit,
+  control,
+  corpus,
+  data as sandbox,
+  oracle,
+  people,
+  tasks,
+  world,
+)
 
 SIZES = (120, 60, 40, 35, 50, 30)
 JUDGE = judges.load('sandbox')
@@ -253,3 +262,28 @@ def test_a_control_replaces_the_scores_of_the_judge(tmp_path, by):
   assert all(JUDGE.parse(j.text)[0] == j.score for j in made)
   scores = [[j.score for j in made if j.response_id == r.id] for r in RESPONSES]
   assert (scores == [[5.0] * 3, [3.0] * 3, [2.0] * 3, [5.0] * 3]) == (by == 'oracle')
+
+
+def test_the_tasks_for_lm_evaluation_harness_are_graded_by_the_oracle(tmp_path):
+  made = people.seeds(0, *SIZES)['heldout']
+  (tmp_path / 'data' / 'seeds').mkdir(parents=True)
+  records.write(tmp_path / 'data' / 'seeds' / 'heldout.jsonl', made)
+  folder = tasks.write(tmp_path, 'test')
+  read = {name: [json.loads(line) for line in (folder / f'{name}.jsonl').open()]
+          for name in ('sandbox_choice', 'sandbox_exact')}
+  prompts = [r.prompt for r in made if r.split == 'test']
+  assert [d['prompt'] for d in read['sandbox_choice']] == prompts
+  for d in read['sandbox_choice']:
+    points = [sum(world.grade(d['prompt'], text)) for text in d['choices']]
+    assert sorted(points) == [2, 3, 4, 5] and points[d['best']] == 5
+    assert d['text'] == f'User: {d["prompt"]}\nAssistant:'
+  assert len({d['best'] for d in read['sandbox_choice']}) == 4
+  assert len(prompts) / 2 < len(read['sandbox_exact']) < len(prompts)
+  rng = np.random.default_rng(0)
+  for d in read['sandbox_exact']:
+    # A response is in the list exactly if the oracle gives it 5 points.
+    assert all(sum(world.grade(d['prompt'], text)) == 5 for text in d['answers'])
+    others = [people.answer(d['prompt'], rng, quality) for quality in (2, 3, 4, 5)]
+    assert [text in d['answers'] for text in others] == [False, False, False, True]
+  with pytest.raises(InputError, match='heldout.jsonl does not exist'):
+    tasks.write(tmp_path / 'other', 'test')
