@@ -319,7 +319,7 @@ def test_doubts_of_a_step():
     assert judged_by(seen, lengths=([7] * 120, [6] * 120))[2] == ['other_answers']
     assert judged_by(seen, lengths=([7] * 119, [5] * 119))[2] == ['longer', 'other_answers']
   one = verdict(evaluated('m1', [1.0]), evaluated('m2', [2.0]))['m2', 'm1', 'answers']
-  assert one.verdict == 'not measured' and 'has no interval' in one.sentence
+  assert one.verdict == 'not measured' and '+1.00 on 1 prompt in the oracle' in one.sentence
 
 
 def test_alpaca_eval_is_not_paired():

@@ -180,6 +180,14 @@ def map_of(found: schema.Distributions) -> Chart | None:
       f'first component{shares[0]}', f'second component{shares[1]}'))
 
 
+def nearest_seeds(found: schema.Distributions) -> Chart | None:
+  """Shares of the prompts of each set by ROUGE-L to the nearest seed prompt."""
+  titles = {s.name: s.title or s.name for s in found.sets}
+  shares = {titles.get(n.set, n.set): {f'.{i}': share for i, share in enumerate(n.rouge_shares)}
+            for n in found.nearest if n.rouge_shares}
+  return plots.bars('ROUGE-L to the nearest seed prompt, in tenths', shares) if shares else None
+
+
 def of_runs(runs: Sequence[Run | Arm], key: str) -> Chart | None:
   """A measure by model, a line per run or arm."""
   measure: Measure = MEASURES[key]

@@ -82,7 +82,9 @@ def signed(difference: Difference) -> str:
   text = f'{change.value:+.{digits}f}'
   if change.low is not None:
     text += f' [{change.low:+.{digits}f}, {change.high:+.{digits}f}]'
-  return text if change.count is None else f'{text} on {change.count:,} {change.of}'
+  if change.count is None:
+    return text
+  return f'{text} on {change.count:,} {change.of if change.count != 1 else change.of[:-1]}'
 
 
 def of_run(run: Facts) -> Iterator[Doubt]:

@@ -76,12 +76,13 @@ def _environment() -> jinja2.Environment:
   made = jinja2.Environment(
       loader=jinja2.FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
-  made.filters |= dict(number=number, counts=counts, readable=readable, p_value=p_value)
+  made.filters |= dict(number=number, counts=counts, readable=readable, p_value=p_value,
+                       share='{:.0%}'.format)
   made.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
       **{f.__name__: f for f in (
           verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
-          kept_of, tasks_of, sample_models, side_by_side, bins_of, percents, ngram_headings)})
+          kept_of, tasks_of, sample_models, side_by_side, bins_of, ngram_headings)})
   return made
 
 
@@ -245,10 +246,6 @@ def sample_models(run: Run) -> dict[str, str]:
 
 def side_by_side(found: Contents) -> list[plots.Chart]:
   return [chart for key in _COMPARED if (chart := charts.of_runs((*found.arms, *found.runs), key))]
-
-
-def percents(shares: Iterable[float]) -> list[str]:
-  return [f'{share:.0%}' for share in shares]
 
 
 def bins_of(found: schema.Distributions) -> list[str]:

@@ -1,13 +1,14 @@
 """Charts of the report as inline SVG, which takes its colours from the page's style sheet."""
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import math
 from xml.etree import ElementTree
 
 import markupsafe
 
 _WIDTH, _HEIGHT = 340, 210    # of a chart with two axes, in units of about a CSS pixel
-_MAP = 560, 420               # of a scatter plot
+_MAP = 400, 340               # of a scatter plot
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 12, 8, 24  # margins around the plotted area
 _ROW, _LABELS, _VALUES = 26, 114, 104  # of a chart of rows: height of a row, widths beside the bars
 _NAMES = 72       # width of the names beside intervals
@@ -168,20 +169,21 @@ def intervals(title: str, found: dict[str, Point], digits: int = 2) -> Chart:
 def scatter(title: str, series: dict[str, Sequence[Point]], labels: tuple[str, str]) -> Chart:
   """Dots of each series, with the names of the two axes."""
   points = [point for dots in series.values() for point in dots]
-  x_ticks = ticks(*_range([point.x for point in points]))
-  y_ticks = ticks(*_range([point.y for point in points]))
   svg = _drawing(_MAP[1], f'{title}: ' + ', '.join(
       f'{len(dots)} points of {name}' for name, dots in series.items()), _MAP[0])
-  x = _Scale(x_ticks[0], x_ticks[-1], _LEFT, _MAP[0] - _RIGHT)
-  y = _Scale(y_ticks[0], y_ticks[-1], _MAP[1] - _BOTTOM - 16, _TOP + 16)
+  x = _Scale(*_padded([point.x for point in points]), _LEFT, _MAP[0] - _RIGHT)
+  y = _Scale(*_padded([point.y for point in points]), _MAP[1] - _BOTTOM - 16, _TOP + 16)
+  x_ticks, y_ticks = ([value for value in ticks(scale.low, scale.high)
+                       if scale.low <= value <= scale.high] for scale in (x, y))
   _axes(svg, x, y, [(value, _short(value)) for value in x_ticks], y_ticks)
   _text(svg, labels[0], (x.start + x.end) / 2, _MAP[1] - 6, 'middle')
   _text(svg, labels[1], 0, 10, 'start')
-  for i, dots in enumerate(series.values()):
-    for dot in dots:
-      _add(svg, 'circle', f's{i % SERIES} dot', cx=x(dot.x), cy=y(dot.y), r=2.2)
-  legend = tuple((f's{i % SERIES}', name) for i, name in enumerate(series))
-  return _chart(title, svg, legend)
+  styles = [f's{i % SERIES}' for i in range(len(series))]
+  for dots in itertools.zip_longest(*series.values()):  # in turns: no series covers the others
+    for style, dot in zip(styles, dots, strict=True):
+      if dot:
+        _add(svg, 'circle', f'{style} dot', cx=x(dot.x), cy=y(dot.y), r=2)
+  return _chart(title, svg, tuple(zip(styles, series, strict=True)))
 
 
 def ticks(low: float, high: float) -> list[float]:
