@@ -372,33 +372,28 @@ KILLS = {
     'training': """
 import os
 from srlm_jax import metrics
-write, calls = metrics.Writer.write, []
-def killed(*args):
+def killed(*args, write=metrics.Writer.write):
   write(*args)
-  calls.append(args)
-  if len(calls) == 1:
-    os._exit(9)
+  os._exit(9)
 metrics.Writer.write = killed
 """,
     'sampling': """
 import os
 from srlm_jax.sample import shards
-append = shards.Shard.append
-def killed(self, new):
+def killed(self, new, append=shards.Shard.append):
   append(self, new[:3])
   os._exit(9)
 shards.Shard.append = killed
 """,
     'before the decision is written': """
 import os
-from srlm_jax import schema
-schema.StepWins = lambda **_: os._exit(9)
+from srlm_jax.eval import head_to_head
+head_to_head.tally = lambda *_: os._exit(9)
 """,
     'after the decision': """
 import os
 from srlm_jax import records
-write = records.write
-def killed(path, new):
+def killed(path, new, write=records.write):
   write(path, new)
   if path.name == 'wins.jsonl':
     os._exit(9)
@@ -412,8 +407,7 @@ selection.select = lambda *_: os._exit(9)
     'while other steps are deleted': """
 import os
 from srlm_jax import selection, stage
-write = stage.write_json
-def killed(path, value):
+def killed(path, value, write=stage.write_json):
   write(path, value)
   if path.name == 'selected.json':
     os._exit(9)
@@ -503,8 +497,7 @@ def test_the_oracle_behind_an_endpoint_decides_as_the_oracle_and_is_asked_once(s
   code, out, err = run(workdir, *flags, before="""
 import os
 from srlm_jax.eval import endpoint
-put, calls = endpoint.Cache.put, []
-def killed(*args):
+def killed(*args, put=endpoint.Cache.put, calls=[]):
   put(*args)
   calls.append(args)
   if len(calls) == 10:
