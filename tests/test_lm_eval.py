@@ -318,8 +318,9 @@ class Pair:
 
 
 def pair_of(folder, checkpoint=None, **options) -> Pair:
+  # Rows one by one: some rolling windows get other log-probs in lm_eval's batches than alone.
   return Pair(str(folder), huggingface.HFLM(
-      pretrained=str(folder), device='cpu', dtype='float32', batch_size=8, **options),
+      pretrained=str(folder), device='cpu', dtype='float32', batch_size=1, **options),
       lm.adapter()(str(checkpoint or folder), slots=8, **options))
 
 
