@@ -71,7 +71,7 @@ class Monitor:
     return found | (dict(slot_utilization=new.slot_utilization) if new.slot_steps else {})
 
 
-_HISTOGRAMS = ('score', 'tokens', 'logp')
+_HISTOGRAMS = ('score', 'tokens', 'logp', 'reward')
 
 
 def _values(record: records.Record) -> dict[str, float]:
@@ -89,6 +89,8 @@ def _values(record: records.Record) -> dict[str, float]:
                   second_wins=record.winner == -1)
     case schema.Logp(logp=float(logp)):
       return dict(logp=round(logp))
+    case schema.ImplicitReward(reward=float(reward)):
+      return dict(reward=round(reward, 1))
   return {}
 
 
