@@ -130,11 +130,11 @@ def keep_shards(folder, stem: str, count: int):
     other.unlink()
 
 
-def kept(folder, stem: str, kind: type[Record]) -> dict[str, list[Record]]:
-  """{id of a request: its records} that `keep_shards` has kept, as objects of `kind`."""
+def kept(folder, stem: str) -> dict[str, list[dict]]:
+  """{id of a request: its records} that `keep_shards` has kept."""
   path, found = _kept_file(folder, stem), {}
-  for record in read(path, kind) if path.exists() else ():
-    found.setdefault(getattr(record, _REQUEST.get(stem, 'id')), []).append(record)
+  for _, record in read_any(path) if path.exists() else ():
+    found.setdefault(record[_REQUEST.get(stem, 'id')], []).append(record)
   return found
 
 

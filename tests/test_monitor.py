@@ -1,4 +1,5 @@
 """What TensorBoard and Weights & Biases show of a stage while it runs."""
+import json
 import os
 import subprocess
 import sys
@@ -7,20 +8,20 @@ from boards import shown
 from conftest import ROOT
 import pytest
 
-from srlm_jax import InputError, metrics, schema
+from srlm_jax import InputError, metrics, records, schema
 from srlm_jax.sample import engine as engines, monitor
 
 
 def judgements(*scores):
   return [schema.Judgement(
-      id=str(i), prompt_id='p', response_id='r', index=i, text=f'</code><b>{i}\n# \ud800', score=s,
+      id=str(i), prompt_id='p', response_id='r', index=i, text=f'</code><b>{i}\n# é', score=s,
       reason='' if s is not None else 'no score', finish='eos') for i, s in enumerate(scores)]
 
 
 def watched(folder, made, known=0, work=None, kill=False):
   """Adds the records one by one, each after 50 tokens in 100 steps of slots."""
   work = work or engines.Work()
-  found = monitor.Monitor(folder, 'judgements', known, work)
+  found = monitor.Monitor(folder, 'judgements', type(made[-1]), known, work)
   found.add(made[:known])
   for record in made[known:]:
     work.generated, work.slot_steps = work.generated + 50, work.slot_steps + 100
@@ -43,7 +44,7 @@ def test_points_have_the_means_the_histogram_and_escaped_samples(tmp_path, monke
   assert [*last.bucket] == [1, 2] and [*last.bucket_limit] == [3.5, 4.5]
   assert (last.min, last.max, last.num, last.sum) == (2.5, 4.5, 3, 11)
   text = found['samples/text_summary'][4]
-  assert text == '    3: score 4\n    \n    </code><b>3\n    # ?'  # a block of code
+  assert text == '    3: score 4\n    \n    </code><b>3\n    # é'  # a block of code
 
 
 def test_a_point_comes_after_some_seconds_and_at_the_end(tmp_path, monkeypatch):
@@ -61,13 +62,17 @@ def test_a_resumed_stage_shows_what_an_undisturbed_one_shows(tmp_path, monkeypat
   whole = watched(tmp_path / 'whole', made)
   watched(tmp_path / 'killed', made[:4], kill=True)
   found = watched(tmp_path / 'killed', made, known=3)  # the kill lost the fourth record
-  del whole['tokens_per_second'], found['tokens_per_second']
-  assert found == whole
+  kept = [json.loads(records.dump(record)) for record in made[:2]]  # of other hosts
+  moved = watched(tmp_path / 'moved', [*kept, *made[2:]])
+  for other in (whole, found, moved):
+    del other['tokens_per_second']
+  assert found == whole == moved
 
 
 def test_long_samples_are_cut():
   text = metrics.code(['x' * 5000])
   assert len(text) < metrics.MOST_CHARACTERS + 20 and text.endswith(' ..')
+  assert metrics.code(['a\ud800']) == '    a?'
 
 
 def test_a_finished_stage_is_one_point_per_model(tmp_path):

@@ -15,19 +15,25 @@ class Monitor:
 
   A point has the means and histograms of `_values` over all records, the speed since the last point
   and the texts of some new records. The file has the first `known` of the records that `add` gets.
-  `work`: the engine's, if the model runs.
+  `kind`: their dataclass; `work`: the engine's, if the model runs.
   """
 
-  def __init__(self, folder, name: str, known: int, work: engines.Work | None = None):
+  def __init__(self, folder, name: str, kind: type, known: int, work: engines.Work | None = None):
     self._board, self._shown = metrics.Board(folder, name, known), known
-    self._count, self._counts, self._texts = 0, {}, deque(maxlen=TEXTS)
+    self._kind, self._count = kind, 0
+    self._counts, self._texts = {}, deque(maxlen=TEXTS)
     self._work = work or engines.Work()
     self._before, self._time = dataclasses.replace(self._work), time.monotonic()
 
   def add(self, new: Iterable[records.Record]):
-    """Adds the records of a request, or of several; writes a point if one is due."""
+    """Adds the records of a request, or of several; writes a point if one is due.
+
+    Those that a run on another number of hosts left (`records.kept`) are JSON objects.
+    """
     record = None
     for record in new:
+      if isinstance(record, dict):
+        record = records.parse(records.dump(record).encode(), record['id'], self._kind)
       self._count += 1
       for name, value in _values(record).items():
         self._counts.setdefault(name, Counter())[value] += 1
@@ -65,7 +71,7 @@ class Monitor:
     return found | (dict(slot_utilization=new.slot_utilization) if new.slot_steps else {})
 
 
-_HISTOGRAMS = ('score', 'tokens', 'logp')
+_HISTOGRAMS = ('score', 'tokens', 'logp', 'reward')
 
 
 def _values(record: records.Record) -> dict[str, float]:
@@ -83,6 +89,8 @@ def _values(record: records.Record) -> dict[str, float]:
                   second_wins=record.winner == -1)
     case schema.Logp(logp=float(logp)):
       return dict(logp=round(logp))
+    case schema.ImplicitReward(reward=float(reward)):
+      return dict(reward=round(reward, 1))
   return {}
 
 

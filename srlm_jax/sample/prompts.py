@@ -160,7 +160,7 @@ def generate_prompts(
   hosts.sync(f'{s.title} was opened')  # the first host may remove a line that a kill cut off
   previous = [(a.text, a.finish) for a in records.read(path, schema.Attempt)]  # of a killed run
   hosts.sync(f'{s.title} was read')    # before the first host appends a round
-  shown = monitor.Monitor(s.folder, 'attempts', out.count, author.work) if out else None
+  shown = out and monitor.Monitor(s.folder, 'attempts', schema.Attempt, out.count, author.work)
   accepted, first = [], 0
   while len(accepted) < c.count and first < c.max_attempts * c.count:
     texts = previous[first:first + c.round]

@@ -22,22 +22,23 @@ class Shard:
   kept: {request: records} that runs on another number of hosts left; they need no sampling
   """
 
-  def __init__(self, folder, stem: str, group: hosts.Group, work: engines.Work | None = None):
+  def __init__(self, folder, stem: str, group: hosts.Group, kind: type | None = None,
+               work: engines.Work | None = None):
     """Opens FOLDER/STEM-*.jsonl, which a killed run may have left; all hosts must call it.
 
-    `work`: of the engine that samples, for TensorBoard.
+    With `kind`, that of the records, TensorBoard shows them; `work`: of the engine that samples.
     """
-    kind = catalog.KINDS[stem + catalog.SHARDS]
     if hosts.is_first_host():
       records.keep_shards(folder, stem, group.count)
     hosts.sync(f'{folder} {stem} continues')
-    self.kept = records.kept(folder, stem, kind)
+    self.kept = records.kept(folder, stem)
     self.path = folder / records.shard_name(stem, group.index, group.count)
     self._file = records.Appender(self.path) if group.is_first_host else None
     self.count = group.gather(self._file.count if self._file else 0)[group.index]
-    if self._file:
+    self._monitor = None
+    if self._file and kind:
       name = self.path.stem.removesuffix('-00000-of-00001')
-      self._monitor = monitor.Monitor(folder, name, self.count, work)
+      self._monitor = monitor.Monitor(folder, name, kind, self.count, work)
       self._monitor.add(records.read(self.path, kind))
 
   def append(self, new: list):
@@ -45,12 +46,14 @@ class Shard:
     self.count += len(new)
     if self._file:
       self._file.append(new)
+    if self._monitor:
       self._monitor.add(new)
 
   def close(self):
     """Closes the file."""
     if self._file:
       self._file.close()
+    if self._monitor:
       self._monitor.close()
 
 
@@ -62,7 +65,7 @@ def completed(s: stage.Stage, stem: str, group: hosts.Group,
   All leave it together, because every shard must be complete before any host reads them. `work`: as
   in `Shard`.
   """
-  shard = Shard(s.folder, stem, group, work)
+  shard = Shard(s.folder, stem, group, catalog.KINDS[stem + catalog.SHARDS], work)
   with preemption.together(s.title):
     yield shard
     shard.close()
