@@ -12,6 +12,7 @@ from srlm_jax.eval import distributions
 from srlm_jax.eval.distributions import Text
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import PRESETS
+from srlm_jax.sample import engine as engines
 
 TINY = PRESETS['tiny-test']
 FRUIT = [f'Name a {word}.' for word in ('fruit', 'pear', 'fig', 'plum', 'red fruit', 'fig fruit')]
@@ -113,10 +114,14 @@ def found(workdir) -> schema.Distributions:
 
 def test_a_run_is_measured_again_only_if_its_data_change(workdir, monkeypatch):
   monkeypatch.setattr(distributions, 'MOST_TOKENS', 16)  # one width, one compilation
+  lengths, mean_hidden = [], engines.Engine.mean_hidden
+  monkeypatch.setattr(engines.Engine, 'mean_hidden', lambda self, rows, skip: (
+      lengths.extend(map(len, rows)) or mean_hidden(self, rows, skip)))
   distributions.run(workdir, limit=20)
   first = found(workdir)
   assert [(s.name, s.count, s.used) for s in first.sets] == [
       ('ift', 24, 20), ('eft', 11, 11), ('judge', 22, 20), ('heldout', 3, 3), ('m2', 12, 12)]
+  assert max(lengths) == 16 and len(lengths) == sum(s.used for s in first.sets)
   assert [s.cut > 0 for s in first.sets] == [False, True, True, False, False]
   assert first.missing == ('The run has no finished prompts for m3 (m3/prompts).',)
   assert {p.set for p in first.points} == {'ift', 'eft', 'heldout', 'm2'}
