@@ -27,6 +27,7 @@ Record = TypeVar('Record')  # a dataclass of `schema`
 # The field that says which request a record of a shard belongs to; of other shards it is `id`.
 _REQUEST = dict(responses='prompt_id', responses_2='prompt_id', judgements='response_id')
 HASHED = ('.json', '.jsonl', '.model')  # the files of a stage that done.json lists
+ANSWERS = 'model_answer'  # a folder of FastChat, whose files it lists too
 
 
 def read(path, kind: type[Record]) -> Iterator[Record]:
@@ -248,14 +249,15 @@ def dump(record) -> str:
 def contents(folder) -> dict[str, list]:
   """{name: [records, hash]} of a folder's files; records is None for all but .jsonl files.
 
-  Leaves out manifest.json and done.json. Raises InputError if two records have the same id, in one
-  file or in two shards of a stage.
+  Leaves out manifest.json and done.json, and folders but for ANSWERS. Raises InputError if two
+  records have the same id, in one file or in two shards of a stage.
   """
   found, seen = {}, {}  # seen: hashes of ids by stem, which take less memory than the ids
-  for path in sorted(epath.Path(folder).iterdir()):
+  folder = epath.Path(folder)
+  for path in sorted([*folder.iterdir(), *folder.glob(f'{ANSWERS}/*.jsonl')]):
     if path.name in ('manifest.json', 'done.json') or path.suffix not in HASHED:
       continue
-    found[path.name] = describe(path)
+    found[str(path.relative_to(folder))] = describe(path)
     names = seen.setdefault(path.name.partition('-')[0], set())
     for where, record in read_any(path) if path.suffix == '.jsonl' else ():
       if (name := record.get('id')) is not None:

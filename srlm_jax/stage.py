@@ -295,7 +295,8 @@ def check_records(folder):
   """
   folder = epath.Path(folder)
   if (files := _written(folder)) is not None:
-    for path in sorted({*folder.glob('*.jsonl'), *(folder / name for name in files)}):
+    there = *folder.glob('*.jsonl'), *folder.glob(f'{records.ANSWERS}/*.jsonl')
+    for path in sorted({*there, *(folder / name for name in files)}):
       _check_file(path, files)
 
 
@@ -316,10 +317,11 @@ def _check_file(path, files: dict[str, list] | None, entry: list | None = None):
   """
   if path.suffix not in records.HASHED or files is None:
     return
-  if path.name not in files:
+  name = f'{records.ANSWERS}/{path.name}' if path.parent.name == records.ANSWERS else path.name
+  if name not in files:
     raise InputError(f'{path} was added after its stage finished; delete it')
-  if not path.exists() or (entry or records.describe(path)) != files[path.name]:
-    raise InputError(f'{path} has changed since its stage finished ({files[path.name][0]} records '
+  if not path.exists() or (entry or records.describe(path)) != files[name]:
+    raise InputError(f'{path} has changed since its stage finished ({files[name][0]} records '
                      f'then); restore it, or delete {path.parent} and run that stage again')
 
 

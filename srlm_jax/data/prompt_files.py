@@ -132,11 +132,11 @@ def _rows(path) -> Iterator[tuple[str, dict]]:
     with records.reading(path, _ADVICE):
       data = path.read_bytes()
     try:
-      lines = data.decode().splitlines()
+      lines = data.decode().split('\n')  # str.splitlines also splits at \u2028 and \f
     except UnicodeDecodeError as error:
       raise InputError(f'{path} is not UTF-8 text ({error}); {_ADVICE}') from error
-    yield from ((f'{path}:{i}', dict(prompt=line)) for i, line in enumerate(lines, 1)
-                if line.strip())
+    yield from ((f'{path}:{i}', dict(prompt=line.removesuffix('\r')))
+                for i, line in enumerate(lines, 1) if line.strip())
   elif path.suffix == '.json':
     found = records.read_json(path, _ADVICE)
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):

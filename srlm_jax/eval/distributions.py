@@ -179,7 +179,7 @@ def hidden_states(folder, dtype: str, used: dict[str, list[Text]]) -> tuple[
   The model reads the text of a prompt as it is, without a chat format, which M0 does not know. bos
   does not count in the mean: its hidden state is the same for all prompts.
   """
-  engine, tokenizer = engines.load(_config(dtype), folder, 'distributions')
+  engine, tokenizer = engines.load(engines.config_alone(dtype, slots=1), folder, 'distributions')
   most, rows, cut = min(engine.context, MOST_TOKENS), [], {}
   for name, texts in used.items():
     encoded = [[*tokenizer.start, *tokenizer.encode(t.text)] for t in texts]
@@ -191,13 +191,6 @@ def hidden_states(folder, dtype: str, used: dict[str, list[Text]]) -> tuple[
                      f'damaged, train or convert it again')
   ends = list(itertools.accumulate(map(len, used.values())))
   return dict(zip(used, np.split(found, ends[:-1]), strict=True)), cut
-
-
-def _config(dtype: str):
-  """The config with which an engine is loaded that samples nothing."""
-  config = configs.get('m0', '7b')
-  config.sample.dtype, config.sample.slots = dtype, 1
-  return config
 
 
 def measure(sets: dict[str, list[Text]], used: dict[str, list[Text]],

@@ -373,7 +373,7 @@ class Local(Client):
     if (one := next(first, None)) is None:
       return
     first = itertools.chain([one], first)
-    engine, tokenizer = engines.load(_engine_config(), self._folder, self.title, chat)
+    engine, tokenizer = engines.load(engines.config_alone(), self._folder, self.title, chat)
     s = self._sampling
     for request, (result,) in engine.generate(
         asked(), engines.Sampling(s.temperature, s.top_p, s.max_tokens, 0)):
@@ -458,13 +458,6 @@ def _reason(error) -> str:
 def _progress(title: str, total: int | None):
   return tqdm.tqdm(total=total, desc=title, unit='answers', delay=2, leave=False,
                    mininterval=2 if sys.stderr.isatty() else 30)
-
-
-def _engine_config() -> ConfigDict:
-  """The config with which a judge in a folder is loaded outside of a run."""
-  config = configs.get('m0', '7b')
-  config.sample.dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  return config
 
 
 def open(c, folder, sampling: Sampling | None = None, title: str = 'judge') -> Client:

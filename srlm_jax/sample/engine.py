@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 
 from srlm_jax import (
   catalog,
+  config as configs,
   hosts,
   InputError,
   model_files,
@@ -327,7 +329,7 @@ class Engine:
     contexts = [rows[group[0]][0] for group in groups]
     texts = [[rows[i][1] for i in group] for group in groups]
     scored = [sum(map(len, some)) for some in texts]
-    shapes = [(self._bucket(len(context) + count - len(some)), bucket(count))
+    shapes = [(self._bucket(len(context) + count - len(some)), _target_bucket(count))
               for context, some, count in zip(contexts, texts, scored, strict=True)]
     found: list[Any] = [None] * len(rows)
     most = SCORE_PREFILLS * self._kernels.prefill_tokens
@@ -449,6 +451,18 @@ def _groups(rows, most: int) -> Iterator[list[int]]:
 def _by_id(ids, logps) -> list[dict[int, float]]:
   """ids [T, top], logps [T, top] -> {id: log-prob} of each token."""
   return [dict(zip(*pair, strict=True)) for pair in zip(ids.tolist(), logps.tolist(), strict=True)]
+
+
+def config_alone(dtype: str = '', tensor: int = -1, seed: int = 0, **sample) -> ConfigDict:
+  """The config with which an engine is loaded outside of a run.
+
+  dtype: '' is float32 on a CPU, else bfloat16; tensor: -1 is chosen; sample: keys of the section.
+  """
+  found = configs.get('m0', '7b')
+  dtype = dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
+  found.sample.update(sample, dtype=dtype)
+  found.sample_mesh.tensor, found.seed = tensor, seed
+  return found
 
 
 def choose(config, folders: Sequence):
@@ -575,6 +589,17 @@ def bucket(length: int) -> int:
   while power < length:
     power *= 2
   return power * 3 // 4 if power * 3 // 4 >= max(length, 16) else power
+
+
+def _target_bucket(count: int) -> int:
+  """The smallest width of 32, 64, 128, .. that holds `count` targets.
+
+  It is coarser than `bucket`, because there is a program for every pair of both widths.
+
+  >>> [_target_bucket(n) for n in (1, 33, 64, 130)]
+  [32, 64, 64, 256]
+  """
+  return max(32, 1 << (count - 1).bit_length())
 
 
 def _up(number: int, multiple: int) -> int:

@@ -80,7 +80,7 @@ def answer_file(config, workdir, path: str):
                                     for q, a in zip(questions, first, strict=True) if q.second])
   if hosts.is_first_host():
     if is_fastchat:
-      records.write(s.folder / 'model_answer' / f'{config.name}.jsonl',
+      records.write(s.folder / records.ANSWERS / f'{config.name}.jsonl',
                     prompt_files.model_answers(questions, first, second, config.name))
     else:
       outputs = prompt_files.model_outputs(questions, first, config.name)

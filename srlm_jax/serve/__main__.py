@@ -13,7 +13,7 @@ import time
 from absl import flags
 import jax
 
-from srlm_jax import cli, config as configs, InputError
+from srlm_jax import cli, InputError
 from srlm_jax.config import CHATS
 from srlm_jax.sample import engine as engines
 
@@ -91,15 +91,11 @@ def main(argv):
 
 def config(f):
   """The config with which an engine is loaded."""
-  found = configs.get('m0', '7b')
-  c = found.sample
-  c.slots, c.size, c.steps, c.int8 = f.slots, f.size, f.steps, f.int8
-  c.dtype = f.dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  found.sample_mesh.tensor, found.seed = f.tensor, f.seed
   for name, value in (('slots', f.slots), ('tensor', f.tensor)):
     if value == 0:
       raise InputError(f'--{name}=0; give a positive number, or -1: chosen')
-  return found
+  return engines.config_alone(f.dtype, f.tensor, f.seed, slots=f.slots, size=f.size, steps=f.steps,
+                              int8=f.int8)
 
 
 def is_local(host: str) -> bool:
