@@ -526,3 +526,8 @@ class Harness:
   differences: dict[str, dict[str, float]]   # to the first model
   missing: dict[str, list[str]]              # {model: tasks without a result}
   metrics: dict[str, str]                    # {task: metric of lm-eval}
+  # What was measured, of the tasks whose results files say so.
+  shots: dict[str, int] = dataclasses.field(default_factory=dict)     # {task: examples in a prompt}
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)    # {task: documents}
+  limits: dict[str, float] = dataclasses.field(default_factory=dict)  # {model: its --limit, if any}
+  chats: dict[str, str] = dataclasses.field(default_factory=dict)     # {model: chat format, if any}

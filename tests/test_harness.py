@@ -1,12 +1,14 @@
+import dataclasses
 import doctest
 import functools
 import json
+import shutil
 
 from conftest import run_main
 import pytest
 
-from srlm_jax import InputError
-from srlm_jax.eval import harness
+from srlm_jax import InputError, records, schema
+from srlm_jax.eval import harness, lm
 
 METRICS = dict(
     arc_easy='acc_norm,none', arc_challenge='acc_norm,none', hellaswag='acc_norm,none',
@@ -14,15 +16,19 @@ METRICS = dict(
     gsm8k='exact_match,strict-match', nq_open='exact_match,remove_whitespace')
 
 
-def results(path, shift=0.0, without=(), shots=0, **more):
-  """Writes an lm-eval results file, which also has other metrics, standard errors and subtasks."""
+def results(path, shift=0.0, without=(), shots=0, fields=None, **more):
+  """Writes an lm-eval results file, which also has other metrics, standard errors and subtasks.
+
+  `fields`: more of the file; `more`: more tasks.
+  """
   tasks = {
       name: {'alias': name, 'acc,none': 0.01, metric: 0.5 + i / 100 + shift,
              metric.replace(',', '_stderr,'): 0.02 if name == 'piqa' else 'N/A'}
       for i, (name, metric) in enumerate(METRICS.items()) if name not in without}
   tasks['mmlu_anatomy'] = {'alias': '  - anatomy', 'acc,none': 0.9}
   path.write_text(json.dumps({
-      'results': tasks | more, 'n-shot': dict.fromkeys(METRICS, shots), 'config': {}}))
+      'results': tasks | more, 'n-shot': dict.fromkeys(METRICS, shots), 'config': {}}
+      | (fields or {})))
   return path
 
 
@@ -83,6 +89,83 @@ def test_models_need_the_same_shots_and_metrics(tmp_path):
       tmp_path / 'old.json', without=['gsm8k'], gsm8k={'exact_match,get-answer': 0.5})
   with pytest.raises(InputError, match='gsm8k was measured by'):
     harness.table(harness.read_models([f'a={one}', f'b={old}']))
+
+
+def limited(count: int, **config) -> dict:
+  """What lm-eval writes about the documents; mmlu is a group of two tasks."""
+  tasks = [*METRICS, 'mmlu_anatomy', 'mmlu_law']
+  return {'n-samples': {task: dict(original=99, effective=count) for task in tasks
+                        if task != 'mmlu'},
+          'group_subtasks': {'mmlu': ['mmlu_anatomy', 'mmlu_law'], 'piqa': []}, 'config': config}
+
+
+def test_the_table_says_what_was_measured(tmp_path):
+  one = results(tmp_path / '1.json', shots=3, fields=limited(10, limit=10.0, chat='plain'))
+  two = results(tmp_path / '2.json', shots=3,
+                fields=limited(10, limit=10.0) | dict(chat_template='{{ messages }}'))
+  code, out, err = run(f'--results=a={one}', f'--results=b={two}', f'--out={tmp_path / "n.json"}')
+  assert code == 0 and 'a: with --limit=10, so not on all documents' in out, err
+  found, = records.read(tmp_path / 'n.json', schema.Harness)
+  assert found.counts == dict.fromkeys(harness.TASKS, 10) | dict(mmlu=20)
+  assert found.shots == dict.fromkeys(harness.TASKS, 3)
+  assert found.limits == dict(a=10, b=10) and found.chats == dict(a='plain', b='tokenizer')
+  all_documents = results(tmp_path / '3.json', shots=3, fields=limited(99, limit=None))
+  with pytest.raises(InputError, match='on 99 documents here and on 10 before'):
+    harness.read_models([f'a={one}', f'b={all_documents}'])
+  assert not harness.table(harness.read_models([f'a={all_documents}'])).limits
+
+
+@pytest.fixture
+def evaluated(monkeypatch, tmp_path, stories):
+  """A folder for results, a model, and the models that are evaluated in place of `lm.evaluate`."""
+  asked = []
+
+  def evaluate(folder, what, options):
+    asked.append(folder)
+    config = dict(made_of=lm.made_of(folder, what, options))
+    return results(tmp_path / 'made.json', fields=dict(config=config)).read_text()
+  monkeypatch.setattr(lm, 'evaluate', evaluate)
+  monkeypatch.setattr(lm, 'check_tasks', lambda what: None)
+  monkeypatch.setattr(lm.metadata, 'version', lambda name: '1')
+  return tmp_path / 'lm_eval', shutil.copytree(stories, tmp_path / 'model'), asked
+
+
+def test_a_model_is_not_evaluated_again_unless_something_changed(evaluated, tmp_path, capsys):
+  folder, model, asked = evaluated
+  (tmp_path / 'tasks').mkdir()
+  (tmp_path / 'tasks' / 'docs.jsonl').write_text('{}')
+  what, options = lm.Run(['piqa'], include_path=str(tmp_path / 'tasks')), lm.Options()
+
+  def count(**changes) -> int:
+    """How many models are evaluated, of two that are the same."""
+    asked.clear()
+    made = harness.run([f'a={model}', f'b={model}'], folder,
+                       dataclasses.replace(what, **changes), options)
+    assert made == [f'{name}={folder / name}.json' for name in 'ab']
+    return len(asked)
+  assert (count(), count()) == (2, 0) and 'b.json: already there' in capsys.readouterr().out
+  assert (count(limit=3), count(limit=3), count()) == (2, 0, 2)
+  (tmp_path / 'tasks' / 'docs.jsonl').write_text('{"a": 1}')
+  assert (count(), count()) == (2, 0)
+  weights = model / 'model.safetensors'
+  weights.write_bytes(weights.read_bytes()[:-1] + b'.')
+  assert (count(), count()) == (2, 0)
+
+
+def test_mistakes_are_found_before_a_model_is_evaluated(evaluated, tmp_path):
+  folder, model, asked = evaluated
+  what, options = lm.Run(['piqa']), lm.Options()
+  for other, message in (f'a={model}', '--model=a=DIR is given 2 times'), (
+      f'b={tmp_path}', 'neither a checkpoint nor .safetensors files'), ('b', 'NAME=DIR'):
+    with pytest.raises(InputError, match=message):
+      harness.run([f'a={model}', other], folder, what, options)
+  one, out = results(tmp_path / '1.json'), f'--out={tmp_path / "out.json"}'
+  for flags, message in (
+      ([f'--model=a={model}', f'--results=a={one}'], '--model and --results both name a'),
+      ([f'--model=a={model}', f'--results=b={tmp_path / "2.json"}'], '2.json cannot be read')):
+    code, _, err = run(*flags, out)
+    assert code == 1 and message in err
+  assert not asked
 
 
 def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):

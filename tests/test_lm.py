@@ -92,3 +92,10 @@ def test_a_model_without_chat_format_renders_no_conversation(model):
   assert model.chat == 'none'
   with pytest.raises(InputError, match='has no chat template'):
     model.render([dict(role='user', content='a')], False)
+
+
+def test_the_arguments_that_lm_eval_passes_to_every_model_have_no_effect():
+  given = dict(batch_size='auto', max_batch_size=8, device='cuda:0', slots=4)
+  assert lm.read_options(given) == lm.Options(slots=4)
+  with pytest.raises(InputError, match='has no argument parallelize, peft; it has model, chat'):
+    lm.read_options(dict(peft='a', parallelize=True))

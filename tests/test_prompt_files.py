@@ -62,6 +62,8 @@ def test_files_of_alpaca_eval_keep_their_fields(tmp_path):
 def test_plain_files(tmp_path):
   found = write(tmp_path / 'a.txt', 'Name a fruit.\n\n  Name a tree.\r\n')
   assert [(q.id, q.prompt) for q in found] == [('0', 'Name a fruit.'), ('1', '  Name a tree.')]
+  found = write(tmp_path / 'b.txt', 'One\u2028line\x0cof\x85text.\n')
+  assert [q.prompt for q in found] == ['One\u2028line\x0cof\x85text.']
   talk = [dict(role='user', content='Hi'), dict(role='assistant', content='Yes?'),
           dict(role='user', content='Why?')]
   rows = [dict(id='h1', prompt='Name a fruit.', split='test'), dict(

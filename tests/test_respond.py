@@ -79,7 +79,25 @@ def test_turn_2_sees_the_answer_of_turn_1_and_categories_have_their_temperature(
   assert [r.prompt_id for r in second] == ['81/turn_2', '111/turn_2', '83/turn_2']
   assert second[0].messages[1].content == answers[81][0] and second[0].response == answers[81][1]
   done = json.loads((folder / 'done.json').read_text())
-  assert done['responses'] == 7 and len(done['files']) == 2
+  assert done['responses'] == 7 and len(done['files']) == 3
+
+
+def test_the_answers_for_fastchat_are_those_that_the_stage_wrote(made, tmp_path):
+  config, workdir, path, *_ = made
+  run = shutil.copytree(workdir, tmp_path / 'run')
+  answers = run / 'm2' / 'answers_to_question' / 'model_answer' / 'm2.jsonl'
+  added = answers.with_name('other.jsonl')
+  whole = answers.read_text()
+  for file, text, message in ((answers, whole[:-9], 'm2.jsonl has changed since its stage'),
+                              (answers, None, 'm2.jsonl has changed since its stage'),
+                              (added, whole, 'other.jsonl was added after its stage finished')):
+    if text is None:
+      file.unlink()
+    else:
+      file.write_text(text)
+    with pytest.raises(InputError, match=message):
+      respond.run(config, run, prompts=str(path))
+    answers.write_text(whole)
 
 
 def test_a_killed_stage_ends_with_the_same_bytes(made, tmp_path):

@@ -3,10 +3,12 @@
   python -m srlm_jax.eval.harness --out=runs/x/eval/harness.json \\
     --model=m1=runs/x/m1/model --model=m2=runs/x/m2/model
 
-lm_eval's results of each model are written beside it, as runs/x/eval/lm_eval/m1.json. Results of
+lm_eval's results of each model are written beside it, as runs/x/eval/lm_eval/m1.json, and a model
+is not evaluated again as long as it, the arguments and the local tasks are the same. Results of
 lm_eval itself can be compared too: --results=NAME=FILE. If the tasks of one model are in several
 files, repeat --results with the same name.
 """
+from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 
@@ -40,7 +42,11 @@ class Result:
   metric: str
   percent: float
   standard_error: float | None = None  # None: lm-eval gives none
+  # Of the results file; None if it does not say.
   shots: int | None = None
+  count: int | None = None    # documents
+  limit: float | None = None  # lm-eval's --limit, if any
+  chat: str = ''              # chat format of the prompts, if any
 
 
 def table(models: dict[str, dict[str, Result]], tasks: Sequence[str] = ()) -> schema.Harness:
@@ -54,9 +60,13 @@ def table(models: dict[str, dict[str, Result]], tasks: Sequence[str] = ()) -> sc
   {'m2': {'piqa': -1.0}}
   """
   first, *others = models
-  metrics = {}
+  metrics, shots, counts, limits, chats = {}, {}, {}, {}, {}
   for name, results in models.items():
     for task, result in results.items():
+      for found, key, value in ((shots, task, result.shots), (counts, task, result.count),
+                                (limits, name, result.limit), (chats, name, result.chat or None)):
+        if value is not None:
+          found[key] = value
       if metrics.setdefault(task, result.metric) != result.metric:
         raise InputError(f'{task} was measured by {metrics[task]} for {first} and by '
                          f'{result.metric} for {name}; run both with the same version of lm-eval')
@@ -71,7 +81,7 @@ def table(models: dict[str, dict[str, Result]], tasks: Sequence[str] = ()) -> sc
                    for name in others},
       missing={name: [task for task in tasks or TASKS if task not in results]
                for name, results in models.items()},
-      metrics=metrics)
+      metrics=metrics, shots=shots, counts=counts, limits=limits, chats=chats)
 
 
 def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
@@ -80,7 +90,12 @@ def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
   results = data.get('results') if isinstance(data, dict) else None
   if not isinstance(results, dict):
     raise InputError(f'{path} has no "results"; give a results file of lm-eval, not its samples')
-  shots = data.get('n-shot') if isinstance(data.get('n-shot'), dict) else {}
+  shots, counts, subtasks, config = (
+      data[key] if isinstance(data.get(key), dict) else {}
+      for key in ('n-shot', 'n-samples', 'group_subtasks', 'config'))
+  limit = config['limit'] if records.is_number(config.get('limit')) else None
+  # lm-eval writes the source of a template, that of the tokenizer.
+  chat = config.get('chat') or ('tokenizer' if data.get('chat_template') else '')
   found = {}
   for task in tasks or TASKS:
     names, metrics = TASKS.get(task, ((task,), ()))
@@ -100,19 +115,30 @@ def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
                        f'give the results file as lm-eval wrote it')
     error = values.get(metric.replace(',', '_stderr,'))  # 'N/A' where there is none
     error = 100 * error if records.is_number(error) and error >= 0 else None
-    found[task] = Result(metric, 100 * value, error, shots.get(name))
+    found[task] = Result(metric, 100 * value, error, shots.get(name),
+                         _count(name, counts, subtasks), limit, str(chat))
   if not found:
     raise InputError(f'{path} holds none of the tasks {", ".join(tasks or TASKS)}; '
                      f'run lm-eval with at least one of them')
   return found
 
 
+def _count(name: str, counts: dict, subtasks: dict) -> int | None:
+  """The documents of a task, or of all tasks of a group; None if the file does not say."""
+  if parts := subtasks.get(name):
+    found = [_count(part, counts, subtasks) for part in parts]
+    return None if None in found else sum(found)
+  count = counts[name].get('effective') if isinstance(counts.get(name), dict) else None
+  return count if isinstance(count, int) else None
+
+
 def read_models(given: Sequence[str], tasks: Sequence[str] = ()) -> dict[str, dict[str, Result]]:
   """Flags NAME=FILE -> {model: {task: Result}}.
 
-  Raises InputError if a model has a task twice, or if two models have different numbers of shots.
+  Raises InputError if a model has a task twice, or if two models have different numbers of shots or
+  of documents.
   """
-  models, shots = {}, {}
+  models, shots, counts = {}, {}, {}
   for name, path in (_named('results', text, 'FILE') for text in given):
     results = models.setdefault(name, {})
     for task, result in read_results(path, tasks).items():
@@ -121,6 +147,9 @@ def read_models(given: Sequence[str], tasks: Sequence[str] = ()) -> dict[str, di
       if shots.setdefault(task, result.shots) != result.shots:
         raise InputError(f'{path}: {task} was run with {result.shots} shots here and '
                          f'{shots[task]} shots before; run all models with the same number')
+      if result.count and counts.setdefault(task, result.count) != result.count:
+        raise InputError(f'{path}: {task} was run on {result.count} documents here and on '
+                         f'{counts[task]} before; run all models with the same --limit')
       results[task] = result
   return models
 
@@ -146,16 +175,38 @@ def text_table(result: schema.Harness) -> str:
   return '\n'.join(lines)
 
 
-def run(models: Sequence[str], folder: epath.Path, tasks: Sequence[str]) -> list[str]:
-  """Runs lm_eval as the flags say, for models NAME=DIR -> NAME=FILE, the results file of each."""
-  wanted = [TASKS[task][0][0] if task in TASKS else task for task in tasks or TASKS]
+def run(models: Sequence[str], folder: epath.Path, what: lm.Run, options: lm.Options) -> list[str]:
+  """Runs lm_eval for models NAME=DIR -> NAME=FILE, the results file of each.
+
+  A results file of the same model, arguments and local tasks is kept. Raises InputError for a name
+  that occurs twice, and if there is no such model or task, before it evaluates any.
+  """
+  named = [_named('model', text, 'DIR') for text in models]
+  for name, count in Counter(name for name, _ in named).items():
+    if count > 1:
+      raise InputError(f'--model={name}=DIR is given {count} times; give every model its own name')
+  lm.check_tasks(what)
+  made_of = [lm.made_of(checkpoint, what, options) for _, checkpoint in named]
   found = []
-  for name, checkpoint in [_named('model', text, 'DIR') for text in models]:
-    text = lm.evaluate(checkpoint, lm.from_flags(lm.Run, tasks=wanted), lm.from_flags(lm.Options))
-    with records.replacing(folder / f'{name}.json') as file:
-      file.write(text)
-    found.append(f'{name}={folder / name}.json')
+  for (name, checkpoint), identity in zip(named, made_of, strict=True):
+    path = folder / f'{name}.json'
+    if _is_of(path, identity):
+      print(f'{path}: already there')
+    else:
+      text = lm.evaluate(checkpoint, what, options)
+      with records.replacing(path) as file:
+        file.write(text)
+    found.append(f'{name}={path}')
   return found
+
+
+def _is_of(path: epath.Path, made_of: dict) -> bool:
+  """Whether there is a results file of the same run."""
+  if not path.exists():
+    return False
+  found = records.read_json(path, 'delete it')
+  config = found.get('config') if isinstance(found, dict) else None
+  return isinstance(config, dict) and config.get('made_of') == made_of
 
 
 def _named(flag: str, text: str, what: str) -> tuple[str, str]:
@@ -181,11 +232,18 @@ def main(argv):
   f = flags.FLAGS
   if not f.model and not f.results:
     raise InputError('no model is given; name one or more: --model=NAME=DIR or --results=NAME=FILE')
-  out, tasks = epath.Path(f.out), f.tasks or ()
-  made = run(f.model or (), out.parent / 'lm_eval', tasks)
-  result = table(read_models([*made, *(f.results or ())], tasks), tasks)
+  out, tasks, given = epath.Path(f.out), f.tasks or (), f.results or ()
+  # Mistakes are found before a model is evaluated.
+  if both := {text.partition('=')[0] for text in f.model or ()} & read_models(given, tasks).keys():
+    raise InputError(f'--model and --results both name {min(both)}; use another name for one')
+  wanted = [TASKS[task][0][0] if task in TASKS else task for task in tasks or TASKS]
+  made = f.model and run(f.model, out.parent / 'lm_eval', lm.from_flags(lm.Run, tasks=wanted),
+                         lm.from_flags(lm.Options))
+  result = table(read_models([*(made or ()), *given], tasks), tasks)
   records.write(out, [result])
   print(text_table(result))
+  for name, limit in result.limits.items():
+    print(f'{name}: with --limit={limit:g}, so not on all documents')
   for name, missing in result.missing.items():
     if missing:
       print(f'{name} has no results for {", ".join(missing)}')

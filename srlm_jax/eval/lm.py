@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
+from importlib import metadata
 import json
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -17,7 +19,7 @@ from etils import epath
 import jax
 import tqdm
 
-from srlm_jax import cli, config as configs, InputError, records
+from srlm_jax import cli, InputError, model_files, records
 from srlm_jax.config import CHATS
 from srlm_jax.conversation import Message
 from srlm_jax.data import templates
@@ -28,6 +30,8 @@ MAX_GEN_TOKS = 256  # tokens to generate, where a task does not say
 LENGTHS = 'max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens'
 ROWS = 4096  # rows to score between two steps of the progress bar
 ADVICE = 'install the extra: pip install -e \'.[eval]\''
+# What lm_eval passes to every model, and this engine chooses itself.
+IGNORED = 'batch_size', 'max_batch_size', 'device'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,11 @@ class Model:
     if jax.process_count() > 1:
       raise InputError('lm-evaluation-harness runs on one host; start it in one process')
     self.chat = options.chat or engines.chat_of(folder)
-    self.engine, self.tokenizer = engines.load(
-        _config(options), folder, 'lm_eval', self.chat)
+    # The engine takes the model's context, if that is less.
+    config = engines.config_alone(
+        options.dtype, options.tensor, options.seed, slots=options.slots, int8=options.int8,
+        size=options.max_length or 2**31 - 1)
+    self.engine, self.tokenizer = engines.load(config, folder, 'lm_eval', self.chat)
     self.max_length = self.engine.size
     if options.max_length > self.max_length:
       raise InputError(f'max_length is {options.max_length}, and the model\'s context has '
@@ -226,22 +233,11 @@ def _alike(rows) -> list[list[int]]:
   return list(groups.values())
 
 
-def _config(options: Options):
-  """The config with which an engine is loaded."""
-  found = configs.get('m0', '7b')
-  c = found.sample
-  c.slots, c.int8 = options.slots, options.int8
-  c.size = options.max_length or 2**31 - 1  # the engine takes the model's context, if that is less
-  c.dtype = options.dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-  found.sample_mesh.tensor, found.seed = options.tensor, options.seed
-  return found
-
-
 @functools.cache
 def adapter():
   """lm_eval's class of this model, which is then registered as `srlm_jax`.
 
-  Its arguments: `model`, a folder, and the fields of `Options`.
+  Its arguments: `model`, a folder, and the fields of `Options`; those of IGNORED have no effect.
   """
   try:
     from lm_eval.api import model as api, registry
@@ -254,7 +250,7 @@ def adapter():
 
     def __init__(self, model: str, **options):
       super().__init__()
-      self.folder, self.model = model, Model(model, Options(**options))
+      self.folder, self.model = model, Model(model, read_options(options))
 
     @property
     def eot_token_id(self) -> int:
@@ -291,22 +287,31 @@ def adapter():
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
       found = [tuple(score) for score in self.model.score([row[1:] for row in requests])]
-      for (args, *_), answer in zip(requests, found, strict=True):
-        self.cache_hook.add_partial('loglikelihood', args, answer)
-      return found
+      return self._cached('loglikelihood', [row[0] for row in requests], found)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-      found = self.model.rolling([request.args[0] for request in requests])
-      for request, answer in zip(requests, found, strict=True):
-        self.cache_hook.add_partial('loglikelihood_rolling', request.args, answer)
-      return found
+      asked = [request.args for request in requests]
+      return self._cached('loglikelihood_rolling', asked, self.model.rolling([a[0] for a in asked]))
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-      found = self.model.generate([request.args for request in requests])
-      for request, answer in zip(requests, found, strict=True):
-        self.cache_hook.add_partial('generate_until', request.args, answer)
+      asked = [request.args for request in requests]
+      return self._cached('generate_until', asked, self.model.generate(asked))
+
+    def _cached(self, kind: str, asked: Sequence, found: list) -> list:
+      """The answers, after lm_eval's cache of requests has them too."""
+      for args, answer in zip(asked, found, strict=True):
+        self.cache_hook.add_partial(kind, args, answer)
       return found
   return Adapter
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+  """The arguments of the model in lm_eval -> options. Raises InputError for an unknown one."""
+  names = [field.name for field in dataclasses.fields(Options)]
+  if unknown := sorted(given.keys() - {*names, *IGNORED}):
+    raise InputError(f'the model srlm_jax has no argument {", ".join(unknown)}; it has '
+                     f'{", ".join(["model", *names])}')
+  return Options(**{name: given[name] for name in names if name in given})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,22 +324,65 @@ class Run:
   apply_chat_template: bool = False
 
 
-def evaluate(folder: str, run: Run, options: Options) -> str:
-  """lm_eval's results, with its samples, as the JSON text that lm_eval writes."""
-  build = adapter()
-  import lm_eval
-  from lm_eval import tasks, utils
-  manager = tasks.TaskManager(include_path=run.include_path or None)
+def made_of(folder: str, run: Run, options: Options) -> dict[str, Any]:
+  """All that results depend on, as JSON, to know whether a results file is of the same run.
+
+  Raises InputError if the folder has no model.
+  """
+  source = epath.Path(folder)
+  if model_files.exists(folder):
+    hashes = model_files.read_hashes(folder)
+    files = dict(hashes.files, params=hashes.params.stored)
+  else:
+    weights = sorted(source.glob('*.safetensors'))
+    if not weights:
+      raise InputError(f'{folder} has neither a checkpoint nor .safetensors files; name the folder '
+                       f'of a model')
+    files = model_files.hashes(folder) | {path.name: records.hash_file(path) for path in weights}
+  given = pathlib.Path(run.include_path)  # lm_eval reads no buckets
+  local = sorted(path for path in given.rglob('*') if path.is_file()) if run.include_path else ()
+  tasks = {str(path.relative_to(given)): records.hash_file(path) for path in local}
+  found = dict(files=files, local_tasks=tasks, run=dataclasses.asdict(run),
+               options=dataclasses.asdict(options), lm_eval=metadata.version('lm_eval'))
+  return json.loads(json.dumps(found))
+
+
+def check_tasks(run: Run):
+  """Returns lm_eval's manager of tasks. Raises InputError for a task that it does not have."""
+  adapter()  # raises InputError without lm_eval
+  if run.include_path and not pathlib.Path(run.include_path).is_dir():
+    raise InputError(f'--include_path={run.include_path} is not a folder; name the folder of the '
+                     f'tasks')
+  manager = _manager(run.include_path)
   for name in run.tasks:
-    if not manager.match_tasks([name]):
+    if name not in manager.all_tasks:
       raise InputError(f'lm_eval has no task {name}; correct --tasks, or name the folder of the '
                        f'task in --include_path')
+  return manager
+
+
+@functools.cache
+def _manager(include_path: str):
+  from lm_eval import tasks
+  return tasks.TaskManager(include_path=include_path or None)
+
+
+def evaluate(folder: str, run: Run, options: Options) -> str:
+  """lm_eval's results, with its samples, as the JSON text that lm_eval writes.
+
+  `config.made_of` in it is what `made_of` gives.
+  """
+  manager, build = check_tasks(run), adapter()
+  import lm_eval
+  from lm_eval import utils
+  identity = made_of(folder, run, options)
   model = build(folder, **dataclasses.asdict(options))
   found = lm_eval.simple_evaluate(
       model=model, tasks=list(run.tasks), num_fewshot=run.num_fewshot, limit=run.limit,
       apply_chat_template=run.apply_chat_template, task_manager=manager)
   found['config'] |= dict(model='srlm_jax', model_args=dict(
-      model=str(folder), **dataclasses.asdict(options)), kernels=model.model.engine.kernels)
+      model=str(folder), **dataclasses.asdict(options)), kernels=model.model.engine.kernels,
+      chat=model.model.chat if run.apply_chat_template else '', made_of=identity)
   text = json.dumps(found, default=utils.handle_non_serializable, ensure_ascii=False, indent=1)
   return model.model.tokenizer.readable(text)
 
