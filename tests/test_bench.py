@@ -57,6 +57,13 @@ def test_the_training_benchmark_runs_every_part(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_scoring_benchmark_runs_every_side(tmp_path):
+  found = quick('score', tmp_path)  # which compares the numbers of all sides
+  assert list(found['seconds']) == ['score', 'unshared', 'sums', 'flags']
+  assert found['one_to_two'] > 0 and found['shared_to_unshared'] > 0
+
+
+@pytest.mark.slow
 def test_the_sampling_benchmark_runs_every_part(tmp_path):
   found = quick('sample', tmp_path)
   assert [row['work'] for row in found['rows']] == ['respond', 'judge']

@@ -115,6 +115,20 @@ def test_a_shared_context_is_computed_once(mesh, monkeypatch):
   assert tokens == [19 + 4, 4 * (19 + 1)]
 
 
+def test_continuations_of_all_lengths_need_few_programs(mesh, monkeypatch):
+  engine, _ = make()
+  shapes = set()
+
+  def score(model, params, batch):
+    shapes.add((batch.tokens.shape[1], batch.targets.shape[1]))
+    return np.zeros(batch.targets.shape, np.float32), np.ones(batch.targets.shape, bool)
+  monkeypatch.setattr(programs, 'score', score)
+  rows = [([2] * 20, [1] * length) for length in range(1, 100)]
+  assert len(engine.score(rows, share=False)) == len(rows)
+  assert {targets for _, targets in shapes} == {32, 64, 128}
+  assert len(shapes) <= 8  # a program for each
+
+
 @pytest.mark.parametrize('row, message', [
     (([], [1]), 'row 1 to score has an empty context'),
     (([1], []), 'row 1 to score has an empty continuation'),
