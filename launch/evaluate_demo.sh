@@ -3,7 +3,8 @@
 #   launch/evaluate_demo.sh runs/demo
 # lm-evaluation-harness measures them with this engine, a judge behind OpenAI's API compares them
 # (here the sandbox's oracle on a local port), the prompts of all rounds are mapped, and the report
-# shows it all. With PYTHON=FILE that Python is used. What is finished is not done again.
+# shows it all. With PYTHON=FILE that Python is used. When it is started again, no model is evaluated
+# and no question is asked twice.
 set -euo pipefail
 run=${1:?give the folder of a finished run, as in: launch/evaluate_demo.sh runs/demo}
 python=${PYTHON:-python}

@@ -395,6 +395,61 @@ def test_log_likelihoods_at_the_edges(pair):
   assert not all(flags)
 
 
+def test_rows_one_by_one_are_the_right_comparison(tmp_path):
+  """In batches of 8, lm_eval's own model gives some documents another log-prob than row by row."""
+  pair = pair_of(hf_folders.llama3(tmp_path / 'random', max_position_embeddings=256))
+  in_batches = huggingface.HFLM(pretrained=pair.folder, device='cpu', dtype='float32', batch_size=8)
+  requests = [instance.Instance(request_type='loglikelihood_rolling', doc={}, idx=i,
+                                arguments=(document['long'],))
+              for i, document in enumerate(stories_documents(pair.ours))]
+  alone, eight, ours = (np.array(model.loglikelihood_rolling(requests, disable_tqdm=True))
+                        for model in (pair.theirs, in_batches, pair.ours))
+  apart = np.abs(eight - alone)
+  print(f'lm_eval in batches of 8 and alone: {(apart > 2e-4).sum()} of {len(apart)} documents '
+        f'differ, by at most {apart.max():.2f}; ours and alone: {np.abs(ours - alone).max():.1e}')
+  assert np.abs(ours - alone).max() < 2e-4 < apart.max()
+
+
+def test_the_adapter_by_its_name_takes_lm_evals_own_arguments(stories, tmp_path):
+  lm.adapter()
+  (tmp_path / 'docs.jsonl').write_text(json.dumps(dict(
+      text='Once upon a time', choices=[' there was a cat.', ' of of of'], best=0)) + '\n')
+  (tmp_path / 'choice.yaml').write_text(
+      BOTH.format(name='choice', folder=tmp_path) + KINDS['choice'])
+  manager = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+  found = lm_eval.simple_evaluate(
+      model='srlm_jax', model_args=dict(model=str(stories)), tasks=['choice'], batch_size=8,
+      max_batch_size=16, device='cpu', task_manager=manager)
+  assert found['results']['choice']['acc,none'] == 1
+
+
+def test_the_harness_evaluates_a_model_once_and_says_what_was_measured(stories, tmp_path):
+  documents = [dict(text=f'Once upon a time, there were {n}', choices=[' cats.', ' of'], best=0)
+               for n in ('two', 'three', 'four')]
+  folder, out = tmp_path / 'tasks', tmp_path / 'eval' / 'harness.json'
+  folder.mkdir()
+  (folder / 'docs.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in documents))
+  (folder / 'choice.yaml').write_text(BOTH.format(name='choice', folder=folder) + KINDS['choice'])
+
+  def run(*flags) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, '-m', 'srlm_jax.eval.harness', f'--out={out}', f'--include_path={folder}',
+         f'--model=a={stories}', *flags], capture_output=True, text=True,
+        env=os.environ | dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1',
+                              HF_HOME=str(tmp_path / 'home')))
+    return done.returncode, done.stdout + done.stderr
+  for task in ('choic*', 'choice,nothing'):
+    code, text = run(f'--tasks={task}')
+    assert code == 1 and f'lm_eval has no task {task.split(",")[-1]}' in text
+    assert 'Traceback' not in text and not out.parent.exists()
+  for flags, is_kept in ((['--limit=2'], False), (['--limit=2'], True), ([], False)):
+    code, text = run('--tasks=choice', *flags)
+    assert code == 0 and ('a.json: already there' in text) == is_kept, text
+    found = json.loads(out.read_text())
+    assert found['counts'] == dict(choice=2 if flags else 3)
+    assert found['limits'] == (dict(a=2) if flags else {}) and found['shots'] == dict(choice=0)
+
+
 @pytest.mark.parametrize('add', [True, False])
 def test_add_bos_token_and_prefix_token_id_mean_the_same(stories, add):
   pair = pair_of(stories, add_bos_token=add, prefix_token_id=7)
