@@ -1,6 +1,6 @@
 """Cost of `Engine.score` on multiple-choice questions: one pass against two, and shared contexts.
 
-  python bench/score.py            # about 3 minutes on 2 cores
+  python bench/score.py            # some minutes on 2 cores
   python bench/score.py --quick    # every path on tiny inputs
 
 Scores the choices of random questions with a random Llama in float32. Sides:
