@@ -12,12 +12,15 @@ import samples
 
 from srlm_jax import conversation, InputError, records, schema
 
-KINDS = [kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind)]
+RESULTS = (schema.Harness, schema.Distributions)  # JSON files with tables, not lines
+KINDS = [kind for kind in vars(schema).values()
+         if dataclasses.is_dataclass(kind) and kind not in RESULTS]
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 TYPES = {str: st.text(), int: st.integers(-2**53, 2**53), float: FLOATS,
          float | None: st.none() | FLOATS,
          dict[str, int]: st.dictionaries(st.text(), st.integers(0, 2**53)),
          tuple[int, ...]: st.lists(st.integers(0, 2**31)).map(tuple),
+         tuple[float, ...]: st.lists(FLOATS).map(tuple),
          conversation.Messages: st.sampled_from(((), conversation.in_turns(['a', ' b', 'c'])))}
 
 
@@ -29,6 +32,8 @@ def any_record(kind):
       return TYPES[hint]
     if typing.get_origin(hint) is typing.Literal:
       return st.sampled_from(typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+      return any_record(hint)
     return st.lists(any_record(typing.get_args(hint)[0]), max_size=3).map(tuple)
   fields = {name: any_value(hint) for name, hint in typing.get_type_hints(kind).items()}
   return st.fixed_dictionaries(

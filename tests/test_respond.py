@@ -47,7 +47,8 @@ def made(tokenizer_folder, tmp_path_factory):
 
 def contents(folder) -> dict[str, bytes]:
   return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*')
-          if p.is_file() and p.name not in ('manifest.json', 'done.json')}
+          if p.is_file() and p.name not in ('manifest.json', 'done.json')
+          and 'tensorboard' not in p.parts}
 
 
 def greedy(params, tokenizer, messages) -> str:
