@@ -12,7 +12,8 @@ import samples
 
 from srlm_jax import conversation, InputError, records, schema
 
-RESULTS = (schema.Harness, schema.Distributions)  # JSON files with tables, not lines
+# Parts of JSON files with tables, which are not lines.
+RESULTS = (schema.Harness, schema.Distributions, schema.PromptSet, schema.Nearest)
 KINDS = [kind for kind in vars(schema).values()
          if dataclasses.is_dataclass(kind) and kind not in RESULTS]
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
@@ -32,8 +33,6 @@ def any_record(kind):
       return TYPES[hint]
     if typing.get_origin(hint) is typing.Literal:
       return st.sampled_from(typing.get_args(hint))
-    if dataclasses.is_dataclass(hint):
-      return any_record(hint)
     return st.lists(any_record(typing.get_args(hint)[0]), max_size=3).map(tuple)
   fields = {name: any_value(hint) for name, hint in typing.get_type_hints(kind).items()}
   return st.fixed_dictionaries(
