@@ -6,7 +6,11 @@
 # shows it all. With PYTHON=FILE that Python is used. When it is started again, no model is evaluated
 # and no question is asked twice.
 set -euo pipefail
-run=${1:?give the folder of a finished run, as in: launch/evaluate_demo.sh runs/demo}
+if [[ $# -ne 1 ]]; then
+  echo 'usage: launch/evaluate_demo.sh RUN   (the folder of a finished run)' >&2
+  exit 2
+fi
+run=$1
 python=${PYTHON:-python}
 
 say() { printf '\n== %s\n' "$*"; }
@@ -20,7 +24,7 @@ say 'lm-evaluation-harness: two tasks made of the held-out prompts'
 say 'an outside judge, behind the API of OpenAI'
 exec {oracle}< <(exec "$python" -m srlm_jax.sandbox.endpoint --port=0)
 server=$!
-trap 'kill "$server"' EXIT
+trap 'kill "$server" 2> /dev/null || true' EXIT
 read -r -u "$oracle" line || { echo 'error: the judge did not start' >&2; exit 1; }
 for pair in m1,sft m2,sft m3,sft m2,m1 m3,m2; do
   a=${pair%,*} b=${pair#*,}

@@ -135,7 +135,7 @@ def test_a_judge_sees_a_prompt_of_one_turn_as_one_message():
       reply := schema.Reply(id='r', text='So.', rank=0),))
   config = configs.get('m2', 'tiny')
   stage = SimpleNamespace(spec=SimpleNamespace(reads=['r']), read=lambda _: responses)
-  seen = [item.prompt for item in judge._items(stage, config, 'responses')]
+  seen = [item.prompt for item in judge.items(stage, config, 'responses')]
   assert seen == ['[ user]\nHi\n\n[ assistant]\nYes', conversation.text(said)]
   assert seen[0] in eft._example(asked, reply, '', 0.0, judges.load('additive')).prompt
 
