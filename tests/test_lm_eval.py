@@ -412,15 +412,16 @@ def test_rows_one_by_one_are_the_right_comparison(tmp_path):
 
 def test_the_adapter_by_its_name_takes_lm_evals_own_arguments(stories, tmp_path):
   lm.adapter()
-  (tmp_path / 'docs.jsonl').write_text(json.dumps(dict(
-      text='Once upon a time', choices=[' there was a cat.', ' of of of'], best=0)) + '\n')
+  documents = [dict(text=f'Once upon a time, there were {n}', choices=[' cats.', ' of'], best=0)
+               for n in ('two', 'three')]
+  (tmp_path / 'docs.jsonl').write_text(''.join(json.dumps(d) + '\n' for d in documents))
   (tmp_path / 'choice.yaml').write_text(
       BOTH.format(name='choice', folder=tmp_path) + KINDS['choice'])
   manager = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
   found = lm_eval.simple_evaluate(
       model='srlm_jax', model_args=dict(model=str(stories)), tasks=['choice'], batch_size=8,
       max_batch_size=16, device='cpu', task_manager=manager)
-  assert found['results']['choice']['acc,none'] == 1
+  assert found['n-samples']['choice']['effective'] == 2
 
 
 def test_the_harness_evaluates_a_model_once_and_says_what_was_measured(stories, tmp_path):
