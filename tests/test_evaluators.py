@@ -2,7 +2,8 @@
 
 Their judge is a server in this process. Each program gets an environment of its own, because they
 need different versions of openai; $SRLM_ALPACA_EVAL and $SRLM_FASTCHAT may name a Python that has
-one of them, and $SRLM_EVAL one that has the extras of `make evaluate`. $SRLM_TORCH is the torch requirement to install, as in test_extras.
+one of them, and $SRLM_EVAL one that has the extras of `make evaluate`. $SRLM_TORCH is the torch
+requirement to install, as in test_extras.
 """
 import contextlib
 import hashlib
@@ -12,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ import threading
 from conftest import main, ROOT
 import pytest
 
-from srlm_jax import records
+from srlm_jax import records, schema
 from srlm_jax.data import prompt_files
 
 QUESTIONS = [dict(question_id=81 + i, category=category, turns=['Name a nice fruit.', 'Why?'][:n])
@@ -219,14 +221,16 @@ def test_the_demo_is_evaluated_and_nothing_twice(demo, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
   evaluate()
-  points = {model: {r['id']: r['score'] for r in map(json.loads, (
-      workdir / model / 'oracle' / 'graded.jsonl').read_text().splitlines())}
-            for model in ('sft', 'm3')}
+  m3, sft = ({r.prompt_id: r.score for r in records.read(
+      workdir / model / 'oracle' / 'graded.jsonl', schema.GradedResponse)} for model in ('m3', 'sft'))
   found = json.loads((workdir / 'eval' / 'm3_sft' / 'head_to_head.json').read_text())
-  assert (found['count'], found['judge']) == (24, 'oracle')
-  print(points)
-  scores = json.loads((workdir / 'eval' / 'harness.json').read_text())
-  assert {'m1', 'm2', 'm3'} <= {*json.dumps(scores).replace('"', ' ').split()}
+  assert (found['count'], found['judge']) == (24, 'oracle') and len(m3) == 24
+  assert found['wins'] == sum(score > sft[name] for name, score in m3.items())
+  assert found['losses'] == sum(score < sft[name] for name, score in m3.items())
+  scores = json.loads((workdir / 'eval' / 'harness.json').read_text())['scores']
+  assert {model: {*tasks} for model, tasks in scores.items()} == dict.fromkeys(
+      ('m1', 'm2', 'm3'), {'sandbox_choice', 'sandbox_exact'})
+  assert len([*(workdir / 'eval').glob('m*_*/head_to_head.json')]) == 5
   assert (workdir / 'eval' / 'distributions.json').exists()
   page = (workdir / 'report.html').read_text()
   assert 'sandbox_choice' in page and 'Distributions of the prompts' in page
