@@ -221,8 +221,9 @@ def test_the_demo_is_evaluated_and_nothing_twice(demo, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
   evaluate()
-  m3, sft = ({r.prompt_id: r.score for r in records.read(
-      workdir / model / 'oracle' / 'graded.jsonl', schema.GradedResponse)} for model in ('m3', 'sft'))
+  graded = (records.read(workdir / model / 'oracle' / 'graded.jsonl', schema.GradedResponse)
+            for model in ('m3', 'sft'))
+  m3, sft = ({r.prompt_id: r.score for r in rows} for rows in graded)
   found = json.loads((workdir / 'eval' / 'm3_sft' / 'head_to_head.json').read_text())
   assert (found['count'], found['judge']) == (24, 'oracle') and len(m3) == 24
   assert found['wins'] == sum(score > sft[name] for name, score in m3.items())
