@@ -15,7 +15,7 @@ FastChat's format, a judge (`srlm_jax.eval.endpoint`) makes the judgments first:
 --judge_prompts and --references are FastChat's; without --judge_prompts the wording is ours
 (`PROMPT`). Other lines in --judgments stay, and FastChat's show_result.py reads the file.
 """
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 import dataclasses
 import re
 import time
@@ -172,9 +172,8 @@ def read_prompts(path) -> dict[str, JudgePrompt]:
   return found
 
 
-def gradings(model: str, answers: Texts, questions: Questions,
-             references: Texts, prompts: dict[str, JudgePrompt]) -> Iterator[
-    Grading]:
+def gradings(model: str, answers: Texts, questions: Questions, references: Texts,
+             prompts: dict[str, JudgePrompt]) -> Iterator[Grading]:
   """Yields what the judge is asked about a model: each turn of each question.
 
   references: {question id: answers}. prompts: FastChat's; {} for ours.
@@ -305,8 +304,7 @@ def main(argv):
   print(f'{text_table(result)}\n{f.out}: {len(result)} models')
 
 
-def judge_answers(files, judge, questions: Questions, path, judge_prompts='',
-                  references=''):
+def judge_answers(files, judge, questions: Questions, path, judge_prompts='', references=''):
   """Grades the models of FastChat's answer files and writes `path`, in which other lines stay.
 
   judge: the section `endpoint`. judge_prompts, references: FastChat's files, or ''. Raises
@@ -319,35 +317,31 @@ def judge_answers(files, judge, questions: Questions, path, judge_prompts='',
   asked = [grading for model, answers in models.items()
            for grading in gradings(model, answers, questions, right, prompts)]
   path = epath.Path(path)
-  before = [line for _, line in records.read_any(path)] if path.exists() else []
   with endpoint.open(judge, path.parent, title='MT-Bench') as client:
-    _refuse_others(path, before, {(g.model, client.name, _is_ours(g.prompt_name)) for g in asked})
+    before = [line for _, line in records.read_any(path)] if path.exists() else []
+    if before:
+      _refuse_others(path, models, client.name, is_ours=not prompts)
     made = grade(client, asked)
     new = {_key(line) for line in made}
     records.write(path, [*(line for line in before if _key(line) not in new), *made])
 
 
-def _refuse_others(path, lines: list[dict], wanted: set[tuple[str, str, bool]]):
-  """Raises InputError for a judgment of a model in `wanted` by another judge, or other wording.
+def _refuse_others(path, models: Container[str], judge: str, is_ours: bool):
+  """Raises InputError if a file has judgments of these models by another judge or in other words.
 
-  wanted: (model, name of the judge, whether the wording is ours)
+  `is_ours`: whether the wording is ours.
   """
-  models = {model for model, *_ in wanted}
-  for line in lines:
-    name, prompt = (*(line.get('judge') or ()), '', '')[:2]
-    model = line.get('model')
-    if model in models and (model, name, _is_ours(prompt)) not in wanted:
-      raise InputError(f'{path} has judgments of {model} by {name or "an unknown judge"} '
-                       f'({prompt or "no prompt"}), with which those of this command do not mix; '
-                       f'give another file as --judgments')
-
-
-def _is_ours(prompt: str) -> bool:
-  return prompt.startswith(OURS)
+  wording = 'our' if is_ours else 'FastChat\'s'
+  for j in records.read(path, Judgment):
+    name, prompt = (*j.judge, '', '')[:2]
+    if j.model in models and (name, prompt.startswith(OURS)) != (judge, is_ours):
+      raise InputError(f'{path} has judgments of {j.model} by {name or "an unknown judge"} with '
+                       f'the prompt {prompt!r}, and those of this command would be by {judge} with '
+                       f'{wording} prompts; give another --judgments')
 
 
 def _key(line: dict) -> tuple:
-  return line.get('model'), line.get('question_id'), line.get('turn')
+  return line['model'], line['question_id'], line['turn']
 
 
 if __name__ == '__main__':
