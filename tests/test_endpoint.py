@@ -24,6 +24,7 @@ import uvicorn
 from srlm_jax import (
   config as configs,
   InputError,
+  lock,
   loop,
   model_files,
   preemption,
@@ -282,13 +283,20 @@ def test_the_variables_of_openai_go_to_openai_alone(tmp_path, monkeypatch):
     assert sent['OpenAI-Organization'] == 'organization-x' and sent['X-Mine'] == 'header-x'
 
 
-def test_one_program_uses_a_folder(tmp_path):
-  with endpoint.open(section('http://x/v1'), tmp_path / 'out'):
-    with pytest.raises(InputError, match='is in use by .* use another folder'):
-      with endpoint.open(section('http://x/v1'), tmp_path / 'out'):
-        pass
-  with endpoint.open(section('http://x/v1'), tmp_path / 'out'):
-    pass
+def test_one_program_judges_in_a_folder(tmp_path):
+  answers(tmp_path / 'a', 1)
+  a = f'--a={tmp_path}/a/answers', f'--b={tmp_path}/a/answers'
+  records.write(tmp_path / 'model_answer' / 'm.jsonl', [
+      dict(question_id=1, choices=[dict(turns=['x'])])])
+  questions = {1: prompt_files.Turns(question_id=1, turns=('Why?',))}
+  with lock.held_output(tmp_path / 'out', '--out'):
+    said = main('eval.head_to_head', *a, f'--out={tmp_path}/out', '--judge=http://127.0.0.1:9/v1',
+                '--judge_model=x', code=1)
+    assert 'out is in use by' in said and 'use another --out' in said
+    with pytest.raises(InputError, match='in use by .* use another folder for --judgments'):
+      mt_bench.judge_answers([tmp_path / 'model_answer' / 'm.jsonl'], section('http://x/v1'),
+                             questions, tmp_path / 'out' / 'j.jsonl')
+  assert not (tmp_path / 'out').exists()
 
 
 def test_a_reply_that_was_cut_gives_no_verdict(tmp_path):
@@ -377,8 +385,7 @@ def test_a_run_on_two_hosts_judged_by_the_endpoint_and_sigterm(tmp_path, victim)
     (dict(url='.', temperature=-1), 'give a temperature')])
 def test_a_bad_section_is_refused(tmp_path, changes, message):
   with pytest.raises(InputError, match=message) as error:
-    with endpoint.open(section(**(dict(url='http://x/v1') | changes)), tmp_path):
-      pass
+    endpoint.open(section(**(dict(url='http://x/v1') | changes)), tmp_path)
   assert SECRET not in str(error.value)
 
 

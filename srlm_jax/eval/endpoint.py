@@ -39,7 +39,6 @@ from srlm_jax import (
   conversation,
   hosts,
   InputError,
-  lock,
   model_files,
   preemption,
   records,
@@ -515,20 +514,17 @@ def _engine_config() -> ConfigDict:
   return config
 
 
-@contextlib.contextmanager
-def open(c, folder, sampling: Sampling | None = None, title: str = 'judge') -> Iterator[Client]:
-  """A block with the judge of the section `endpoint`, which keeps its answers in `folder`.
+def open(c, folder, sampling: Sampling | None = None, title: str = 'judge') -> Client:
+  """The judge of the section `endpoint`, whose answers are kept in FOLDER/endpoint.jsonl.
 
-  sampling: by default, that of the section. Raises InputError if the section names no judge, and if
-  another program uses the folder.
+  The caller holds a lock of the folder, or of the workdir. sampling: by default, that of the
+  section. Raises InputError if the section names no judge.
   """
   sampling = sampling or Sampling(c.temperature, c.max_tokens)
   if not c.url:
     raise InputError('no judge is configured; give --judge or endpoint.url: the URL of an '
                      'OpenAI-compatible API, or the folder of a model')
-  with (lock.held_output(folder, 'folder'),
-        (Remote if configs.is_url(c.url) else Local)(c, sampling, folder, title) as client):
-    yield client
+  return (Remote if configs.is_url(c.url) else Local)(c, sampling, folder, title)
 
 
 def define_flags():

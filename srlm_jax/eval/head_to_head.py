@@ -20,7 +20,7 @@ from etils import epath
 import numpy as np
 from scipy import stats
 
-from srlm_jax import cli, conversation, InputError, records, schema, stage
+from srlm_jax import cli, conversation, InputError, lock, records, schema, stage
 from srlm_jax.eval import endpoint
 from srlm_jax.reward import judges, scores as scoring
 
@@ -308,7 +308,8 @@ def _judged(f, judge, asked: list[JudgeRequest], out) -> tuple[dict, list[str]]:
   """The verdicts of the judge, or of its file -> fields of HeadToHead, prompts with an outcome."""
   by = {}
   if judge.url:
-    with endpoint.open(judge, out, title='head to head') as client:
+    with (lock.held_output(out, '--out'),
+          endpoint.open(judge, out, title='head to head') as client):
       texts = ask(client, asked)
       by = dict(judge=client.name, cost=client.cost)
   else:

@@ -23,7 +23,7 @@ import time
 from absl import flags
 from etils import epath
 
-from srlm_jax import cli, conversation, InputError, records, schema
+from srlm_jax import cli, conversation, InputError, lock, records, schema
 from srlm_jax.data import prompt_files
 from srlm_jax.eval import endpoint
 from srlm_jax.reward import judges
@@ -317,7 +317,8 @@ def judge_answers(files, judge, questions: Questions, path, judge_prompts='', re
   asked = [grading for model, answers in models.items()
            for grading in gradings(model, answers, questions, right, prompts)]
   path = epath.Path(path)
-  with endpoint.open(judge, path.parent, title='MT-Bench') as client:
+  with (lock.held_output(path.parent, 'folder for --judgments'),
+        endpoint.open(judge, path.parent, title='MT-Bench') as client):
     before = [line for _, line in records.read_any(path)] if path.exists() else []
     if before:
       _refuse_others(path, models, client.name, is_ours=not prompts)
