@@ -41,7 +41,8 @@ class Judge(http.server.BaseHTTPRequestHandler):
 
   def do_POST(self):
     asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-    seen = [asked.get(name) for name in ('messages', 'temperature', 'max_tokens')]
+    seen = [asked['messages'], *(float(asked.get(name, -1)) for name in (  # 0 equals 0.0
+        'temperature', 'max_tokens'))]
     number = int(hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8], 16)
     choice = dict(index=0, finish_reason='stop', message=dict(
         role='assistant', content=self.grade(number)))
