@@ -64,13 +64,14 @@ def stop_at_start(title: str):
     raise Stopped(f'stopped by SIGTERM before {title}')
 
 
-def stop_if_requested(title: str, agreement: 'Agreement'):
+def stop_if_requested(title: str, agreement: 'Agreement | None' = None):
   """Raises Stopped if any host was asked to stop; all that this host made must be in files.
 
-  `agreement`: of the hosts that run the same programs, which stop at the same call.
+  `agreement`: of the hosts that run the same programs, which stop at the same call; None: this
+  host works by itself, in a block of `together` on several hosts.
   """
   _exchange(title)
-  if agreement.reached():
+  if agreement.reached() if agreement else requested():
     raise after_records(title)
 
 

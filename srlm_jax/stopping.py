@@ -199,7 +199,7 @@ def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Ans
   else:
     asked = head_to_head.requests(a, b)
     with _open(config, workdir, s.folder) as client:
-      texts = dict(client.ask(asked, len(asked)))
+      texts = head_to_head.ask(client, asked)
     found = head_to_head.compare(head_to_head.verdicts(asked, texts))
   if not found['count']:
     raise InputError(f'{s.title}: the judge gave no verdict in both orders on any of {len(a)} '

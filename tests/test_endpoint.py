@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 
 from boards import shown
 from conftest import config_flags, DATA, main, ROOT, run_main, server
 import numpy as np
+import processes
 import pytest
 import samples
 from starlette.applications import Starlette
@@ -23,6 +25,7 @@ import uvicorn
 from srlm_jax import (
   config as configs,
   InputError,
+  lock,
   loop,
   model_files,
   preemption,
@@ -31,11 +34,11 @@ from srlm_jax import (
   stage,
 )
 from srlm_jax.conversation import Message
+from srlm_jax.data import prompt_files
 from srlm_jax.eval import endpoint, head_to_head, mt_bench
 from srlm_jax.reward import judges
 from srlm_jax.sandbox import endpoint as oracle, world
 
-judge = test_evaluators.judge
 SECRET = 'sk-marker-3141592653589793'
 
 
@@ -224,15 +227,153 @@ def test_strange_answers(tmp_path, quick):
       list(client.ask(asked(3)))
 
 
-def test_sigterm_keeps_the_answers(tmp_path, monkeypatch):
+def test_replies_of_any_shape(tmp_path, quick, monkeypatch):
+  monkeypatch.setenv('JUDGE_KEY', SECRET)
+  now = {}
+
+  def reply(_, request):
+    key = request.headers['authorization']
+    return JSONResponse(now) if now else completion(key)
+
+  def ask(body, folder=tmp_path, **changes):
+    now.clear()
+    now.update(body)
+    with endpoint.open(section(url, **changes), folder) as client:
+      (_, answer), = client.answers(asked(1))
+      return answer, client.sent
+  message = dict(role='assistant', content='8')
+  one = dict(index=0, finish_reason='stop', message=message)
+  parts = [dict(type='text', text='Score: '), dict(type='image'), dict(type='text', text='8')]
+  bodies = [
+      (dict(choices=[dict(one, message=dict(message, content=parts))]), 'Score: 8', (0, 0)),
+      (dict(choices=[one], usage=dict(prompt_tokens=3.5, completion_tokens=2)), '8', (3, 2)),
+      (dict(choices=[one], usage=dict(prompt_tokens='3', completion_tokens=-1)), '8', (0, 0)),
+      (dict(choices=[one], usage=[]), '8', (0, 0)),
+      (dict(choices=[dict(one, message=dict(
+          message, content='<think>at first [[3]]</think> [[8]]'))]), '[[8]]', (0, 0))]
+  failing = ({'a': 1}, [dict(one, message='8')], [dict(one, message=dict(content=8))], [{}], ['8'],
+             [dict(one, message=dict(content=[1]))])
+  with serving(breaking(reply, [])) as url:
+    for i, (body, text, counts) in enumerate(bodies):
+      answer, _ = ask(body, model=f'm{i}')
+      assert (answer.text, answer.prompt_tokens, answer.answer_tokens) == (text, *counts)
+      assert ask({}, model=f'm{i}') == (answer, 0)  # the file can be read
+    for choices in failing:
+      with pytest.raises(InputError, match='answered without a (message|text) .2 attempts'):
+        ask(dict(choices=choices), tmp_path / 'failed', attempts=2)
+    # The key is in no file also where a server repeats it.
+    assert ask({}, key_env='JUDGE_KEY')[0].text == 'Bearer [key]'
+  assert SECRET not in (tmp_path / endpoint.FILE).read_text()
+
+
+def test_the_variables_of_openai_go_to_openai_alone(tmp_path, monkeypatch):
+  own = dict(OPENAI_ORG_ID='organization-x', OPENAI_PROJECT_ID='project-x',
+             OPENAI_CUSTOM_HEADERS='X-Mine: header-x', OPENAI_API_KEY='key-x')
+  for name, value in own.items():
+    monkeypatch.setenv(name, value)
+  seen = []
+
+  def reply(_, request):
+    seen.append(str(request.headers.raw))
+    return completion('8')
+  ask_one(reply, tmp_path)
+  assert seen and not any(value.split()[-1] in seen[0] for value in own.values())
+  assert all(os.environ[name] == value for name, value in own.items())
+  with endpoint.open(section('https://api.openai.com/v1'), tmp_path) as client:
+    sent = client._api.default_headers
+    assert sent['OpenAI-Organization'] == 'organization-x' and sent['X-Mine'] == 'header-x'
+
+
+def test_one_program_judges_in_a_folder(tmp_path):
+  answers(tmp_path / 'a', 1)
+  a = f'--a={tmp_path}/a/answers', f'--b={tmp_path}/a/answers'
+  records.write(tmp_path / 'model_answer' / 'm.jsonl', [
+      dict(question_id=1, choices=[dict(turns=['x'])])])
+  questions = {1: prompt_files.Turns(question_id=1, turns=('Why?',))}
+  with lock.held_output(tmp_path / 'out', '--out'):
+    said = main('eval.head_to_head', *a, f'--out={tmp_path}/out', '--judge=http://127.0.0.1:9/v1',
+                '--judge_model=x', code=1)
+    assert 'out is in use by' in said and 'use another --out' in said
+    with pytest.raises(InputError, match='in use by .* use another folder for --judgments'):
+      mt_bench.judge_answers([tmp_path / 'model_answer' / 'm.jsonl'], section('http://x/v1'),
+                             questions, tmp_path / 'out' / 'j.jsonl')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_reply_that_was_cut_gives_no_verdict(tmp_path):
+  request = head_to_head.JudgeRequest(id='x', prompt_id='p', order='ab', text='Which one?')
+  for finish, verdict in (('length', None), ('stop', 'A')):
+    text = 'A begins well, so [[A]] seems ahead, but'
+    with serving(breaking(lambda *_: completion(text, finish_reason=finish), [])) as url:  # noqa: B023
+      with endpoint.open(section(url), tmp_path / finish) as client:
+        replies = head_to_head.ask(client, [request])
+    assert head_to_head.verdicts([request], replies) == {'p': (verdict,)}
+
+
+def lines(path):
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+def in_thread(run):
+  """Starts `run` -> the thread, and a list that will hold its result."""
+  said = []
+  thread = threading.Thread(target=lambda: said.append(run()))
+  thread.start()
+  return thread, said
+
+
+def test_sigterm_keeps_the_answers(tmp_path):
+  answers(tmp_path / 'a', 60)
+  answers(tmp_path / 'b', 60, worse=True)
   with sandbox(tmp_path) as (url, log):
-    with endpoint.open(section(url, concurrency=2, per_minute=6000), tmp_path / 'out') as client:
-      with pytest.raises(preemption.Stopped):
-        for i, _ in enumerate(client.ask(asked(50))):
-          if i == 5:
-            monkeypatch.setattr(preemption, 'requested', lambda: True)
-    kept = sum(1 for _ in records.read(tmp_path / 'out' / endpoint.FILE, schema.JudgeAnswer))
-    assert kept == len(log()) < 20
+    thread, said = in_thread(lambda: run_main(
+        'eval.head_to_head', f'--a={tmp_path / "a" / "answers"}', '--judge_per_minute=1200',
+        f'--b={tmp_path / "b" / "answers"}', f'--out={tmp_path / "out"}', f'--judge={url}',
+        '--judge_model=oracle'))
+    cache = tmp_path / 'out' / endpoint.FILE
+    while lines(cache) < 5:
+      assert thread.is_alive()
+      time.sleep(0.01)
+    os.kill(server().pid, signal.SIGTERM)
+    thread.join()
+    code, _, err = said[0]
+    assert code == preemption.EXIT_CODE, err
+    assert err.splitlines()[-1] == ('head to head: stopped by SIGTERM; finished records are saved; '
+                                    'the same command continues')
+    assert lines(cache) == len(log()) < 60  # each request that was sent is answered and kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_run_on_two_hosts_judged_by_the_endpoint_and_sigterm(tmp_path, victim):
+  """The first host judges. A SIGTERM to either one stops both, and the same command continues."""
+  rows = [samples.response(f'p{i}/{j}', prompt='Name two nice fruits.', response=f'Sure, {i} {j}.')
+          for i in range(10) for j in range(3)]
+  records.write(tmp_path / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', rows)
+  folder = tmp_path / 'm2' / 'judge'
+  with sandbox(tmp_path) as (url, log):
+    def start(per_minute):
+      return processes.start(
+          2, sys.executable, '-m', 'srlm_jax.eval.endpoint', '--config=iter2:tiny',
+          f'--workdir={tmp_path}', '--config.judge.by=endpoint', f'--config.endpoint.url={url}',
+          '--config.endpoint.model=oracle', f'--config.endpoint.per_minute={per_minute}')
+    hosts = start(120)
+    while lines(folder / endpoint.FILE) < 3:
+      assert not any(host.poll() for host in hosts)
+      time.sleep(0.01)
+    hosts[victim].send_signal(signal.SIGTERM)
+    stopped = processes.ends(hosts)
+    assert [code for code, _ in stopped] == [preemption.EXIT_CODE] * 2, stopped
+    for _, said in stopped:
+      assert said[-1] == ('m2/judge: stopped by SIGTERM; finished records are saved; the same '
+                          'command continues')
+    kept = lines(folder / endpoint.FILE)
+    assert 3 <= kept == len(log()) < 90 and not (folder / 'done.json').exists()
+    ended = processes.ends(start(0))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert len(log()) == 90  # none twice
+  made = list(records.read_shards(folder, 'judgements', schema.Judgement))
+  assert [j.id for j in made] == [f'{r.id}/{j}' for r in rows for j in range(3)]
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -264,6 +405,7 @@ def answers(folder, count, worse=False):
   records.write(folder / 'oracle' / 'graded.jsonl', graded)
 
 
+@pytest.mark.slow
 def test_head_to_head_survives_sigkill_and_shows_the_key_nowhere(tmp_path):
   answers(tmp_path / 'a', 60)
   answers(tmp_path / 'b', 60, worse=True)
@@ -275,17 +417,15 @@ def test_head_to_head_survives_sigkill_and_shows_the_key_nowhere(tmp_path):
                     before=set_key)
   with sandbox(tmp_path, key=SECRET) as (url, log):
     flags = f'--judge={url}', '--judge_model=oracle', '--judge_key_env=JUDGE_KEY'
-    cache, said = tmp_path / 'out' / endpoint.FILE, []
-    thread = threading.Thread(
-        target=lambda: said.append(judged(*flags, '--judge_per_minute=2400')))
-    thread.start()
-    while not cache.exists() or cache.read_bytes().count(b'\n') < 40:
+    cache = tmp_path / 'out' / endpoint.FILE
+    thread, said = in_thread(lambda: judged(*flags, '--judge_per_minute=2400'))
+    while lines(cache) < 40:
       assert thread.is_alive()
       time.sleep(0.01)
     os.kill(server().pid, signal.SIGKILL)
     thread.join()
     assert said[0][0] == -signal.SIGKILL
-    saved, before = cache.read_bytes().count(b'\n'), len(log())
+    saved, before = lines(cache), len(log())
     assert 40 <= saved < 110 and before - saved <= 8  # those under way at the kill
     said.append(judged(*flags))
     assert said[1][0] == 0, said[1]
@@ -315,11 +455,12 @@ def test_mt_bench_graded_by_the_oracle(tmp_path):
         dict(question_id=i, answer_id='x', model_id=model, tstamp=0.0,
              choices=[dict(index=0, turns=texts)]) for i in (1, 2)])
   path, out = tmp_path / 'judge' / 'oracle_single.jsonl', tmp_path / 'mt_bench.json'
-  asked_of = {q['question_id']: mt_bench.Question(**q) for q in questions}
+  asked_of = {q['question_id']: prompt_files.Turns(**q) for q in questions}
 
-  def grade(model, c, judge_prompts='', references=''):
+  def grade(model, c, judge_prompts='', references='', path=path, limit=None):
     answers = tmp_path / 'model_answer' / f'{model}.jsonl'
-    mt_bench.judge_answers([answers], c, asked_of, path, judge_prompts, references)
+    some = dict([*asked_of.items()][:limit])
+    mt_bench.judge_answers([answers], c, some, path, judge_prompts, references)
     return mt_bench.scores(mt_bench.read_judgments(path, asked_of), asked_of)
   with sandbox(tmp_path) as (url, log):
     grade('m1', section(url))
@@ -341,19 +482,40 @@ def test_mt_bench_graded_by_the_oracle(tmp_path):
     with pytest.raises(InputError, match='question 1 .math. is graded beside a reference'):
       grade('m2', section(url), file)
     reference = tmp_path / 'model_answer' / 'm2.jsonl'
-    assert dataclasses.asdict(grade('m2', section(url), file, reference)['m2']) == found['m2']
-  lines = [line for _, line in records.read_any(path) if line['model'] == 'm2']
-  assert {(x['question_id'], x['turn'], x['judge'][1]) for x in lines} == {
+    # Judgments that were there stay: those of other questions, and of other judges and prompts.
+    before = path.read_bytes()
+    grade('m2', section(url), limit=1)
+    assert len(before.splitlines()) == lines(path) == 8
+    before = path.read_bytes()
+    for c, prompts, message in [(section(url, model='other'), '', 'judgments of m2 by oracle'),
+                                (section(url), file, 'would be by oracle with FastChat.s prompts')]:
+      with pytest.raises(InputError, match=message):
+        grade('m2', c, prompts, reference)
+    assert path.read_bytes() == before
+    path = path.with_name('fastchat.jsonl')
+    again = grade('m2', section(url), file, reference, path)
+    assert dataclasses.asdict(again['m2']) == found['m2']
+  made = [line for _, line in records.read_any(path)]
+  assert {(x['question_id'], x['turn'], x['judge'][1]) for x in made} == {
       (1, 1, 'single-math-v1'), (1, 2, 'single-math-v1-multi-turn'), (2, 1, 'single-v1'),
       (2, 2, 'single-v1-multi-turn')}
-  assert lines[0]['user_prompt'].startswith('Sure, pear and fig.\n<question>')
-  longer = {1: dataclasses.replace(asked_of[1], turns=('a', 'b', 'c'))}
-  with pytest.raises(InputError, match='answers 2 of the 3 turns'):
-    mt_bench.read_answers(reference, longer)
+  assert made[0]['user_prompt'].startswith('Sure, pear and fig.\n<question>')
+  records.write(tmp_path / 'short.jsonl', [
+      dict(question_id=i, choices=[dict(turns=['pear'])]) for i in (1, 2)])
+  with pytest.raises(InputError, match='answers 1 of the 2 turns'):
+    mt_bench.read_answers(tmp_path / 'short.jsonl', asked_of)
+
+
+class Strange(test_evaluators.Judge):
+  """Some of its grades are none."""
+
+  def grade(self, number):
+    return ('Rating: [[0]]', 'Rating: [[70]]', 'I cannot tell.', 'Rating: [7.5]', 'Rating: [[9]]',
+            '[[3]] at first, then [[4]]')[number % 6]
 
 
 @pytest.mark.slow
-def test_judgments_equal_those_of_fastchat_and_its_table_shows_them(tmp_path, judge):
+def test_judgments_equal_those_of_fastchat_and_its_table_shows_them(tmp_path):
   source = DATA / 'prompts' / 'mt_bench_questions.jsonl'
   if not source.exists():
     pytest.skip(f'{source} is absent; set SRLM_TEST_DATA to the folder of test data')
@@ -371,11 +533,13 @@ def test_judgments_equal_those_of_fastchat_and_its_table_shows_them(tmp_path, ju
       dict(name=name, type='single', system_prompt='Be fair.', prompt_template=text,
            output_format='[[rating]]') for name, text in test_evaluators.TEMPLATES.items()])
   with test_evaluators.environment(tmp_path, 'SRLM_FASTCHAT', 'fschat==0.2.36', 'openai<1',
-                                   'anthropic', 'pandas', 'transformers', 'torch') as run:
+                                   'anthropic', 'pandas', 'transformers', 'torch') as run, \
+      test_evaluators.serving(Strange) as judge:  # its answers depend on all of a request
     run('-m', 'fastchat.llm_judge.gen_judgment', given='\n', OPENAI_API_BASE=judge)
-    answers = [data / 'model_answer' / f'{model}.jsonl' for model in ('m1', 'm2')]
-    mt_bench.judge_answers(answers, section(judge, model='gpt-4'), questions, ours, prompts,
-                           data / 'reference_answer' / 'gpt-4.jsonl')
+    files = (f'--answers={data}/model_answer/{model}.jsonl' for model in ('m1', 'm2'))
+    main('eval.mt_bench', *files, f'--questions={source}', f'--judgments={ours}',
+         f'--judge_prompts={prompts}', f'--references={data}/reference_answer/gpt-4.jsonl',
+         f'--judge={judge}', '--judge_model=gpt-4', f'--out={tmp_path}/mt_bench.json')
     shown = [run('-m', 'fastchat.llm_judge.show_result', *flags).split('\n', 2)[2]
              for flags in ((), ('--input-file', str(ours)))]
   assert shown[0] == shown[1] and 'm2' in shown[0]
@@ -384,6 +548,7 @@ def test_judgments_equal_those_of_fastchat_and_its_table_shows_them(tmp_path, ju
                   key=lambda x: (x['model'], x['question_id'], x['turn']))
            for path in (ours, data / 'model_judgment' / 'gpt-4_single.jsonl')]
   assert len(found[0]) == 320 and found[0] == found[1]
+  assert {line['score'] for line in found[0]} == {0, 70, -1, 7.5, 9, 3}
 
 
 def test_the_judge_of_a_run_is_checked():
@@ -398,6 +563,19 @@ def test_the_judge_of_a_run_is_checked():
       'judge.by=endpoint', 'endpoint.url=m1', 'pairs.strategy=temporal'])
   with pytest.raises(InputError, match='temporal also needs judgements by a model of the run'):
     loop.refuse_mistakes(config)
+
+
+def test_a_model_that_refuses_a_temperature_judges_a_run(tmp_path):
+  records.write(tmp_path / 'm2' / 'respond' / 'responses-00000-of-00001.jsonl', [
+      samples.response('p0/0', prompt='Name two nice fruits.', response='pear')])
+  config = configs.get('m2', 'tiny')
+  config.judge.by, config.endpoint.model, config.endpoint.temperature = 'endpoint', 'm', -1.0
+  with serving(breaking(lambda *_: completion('Score: 4'), calls := [])) as url:
+    config.endpoint.url = url
+    endpoint.run(config, tmp_path)
+  assert len(calls) == 3 and not any('temperature' in call for call in calls)
+  manifest = json.loads((tmp_path / 'm2' / 'judge' / 'manifest.json').read_text())
+  assert manifest['config']['judge.temperature'] == -1
 
 
 def test_a_run_is_judged_by_the_endpoint(tmp_path, monkeypatch, capfd):

@@ -43,9 +43,11 @@ class Judge(http.server.BaseHTTPRequestHandler):
 
   def do_POST(self):
     asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-    number = int(hashlib.sha256(json.dumps(asked['messages']).encode()).hexdigest()[:8], 16)
+    seen = [asked['messages'], *(float(asked.get(name, -1)) for name in (  # 0 equals 0.0
+        'temperature', 'max_tokens'))]
+    number = int(hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8], 16)
     choice = dict(index=0, finish_reason='stop', message=dict(
-        role='assistant', content=f'Rating: [[{number % 10 + 1}]]'))
+        role='assistant', content=self.grade(number)))
     if asked.get('logprobs'):
       share = (number % 1000 + 0.5) / 1001
       top = [dict(token=token, logprob=math.log(p), bytes=None)
@@ -61,6 +63,9 @@ class Judge(http.server.BaseHTTPRequestHandler):
     self.end_headers()
     self.wfile.write(answer)
 
+  def grade(self, number: int) -> str:
+    return f'Rating: [[{number % 10 + 1}]]'
+
   def log_message(self, *_):
     pass
 
@@ -68,7 +73,13 @@ class Judge(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def judge():
   """The address of the judge."""
-  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Judge) as server:
+  with serving(Judge) as url:
+    yield url
+
+
+@contextlib.contextmanager
+def serving(handler):
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f'http://127.0.0.1:{server.server_port}/v1'

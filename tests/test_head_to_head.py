@@ -46,7 +46,13 @@ def test_docstrings():
     ('The better one is [[B]].', 'B'), ('[[C]]', 'tie'), ('Winner: [[C]]', 'tie'),
     ('[[A]]\nor rather [[B]] ', 'B'), ('Winner: A\n[[B]]', 'B'), ('[[B]]\nWinner: A', 'A'),
     ('[[A]] or [[B]]: the verdict is [[tie]]', 'tie'), ('[[D]]', None), ('Winner: Answer', None),
-    ('Winner: A or B', None), ('Winner: A\nWinner: neither', None), ('A', None), ('', None)])
+    ('Winner: A or B', None), ('Winner: A\nWinner: neither', None), ('A', None), ('', None),
+    # A reason on the same line, which must not name another answer.
+    ('Winner: [[A]] because it is clearer', 'A'), ('**Winner:** [[B]]. B is right.', 'B'),
+    ('Winner: A (clearer)', 'A'), ('Winner: (B)', 'B'), ('Winner: Answer A is better', 'A'),
+    ('Winner: Assistant B, by far.', 'B'), ('Winner: B is shorter', 'B'), ('Winner: a tie', 'tie'),
+    ('Winner: tie (both are right)', 'tie'), ('Winner: a draw', None), ('Winner: A, or B', None),
+    ('Winner: Answer A or Answer B', None)])
 def test_the_last_line_that_names_a_winner_is_the_verdict(text, verdict):
   assert head_to_head.parse(text) == verdict
 

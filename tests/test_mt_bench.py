@@ -5,6 +5,7 @@ from conftest import DATA, run_main
 import pytest
 
 from srlm_jax import InputError, records, schema
+from srlm_jax.data import prompt_files
 from srlm_jax.eval import mt_bench
 
 QUESTIONS = DATA / 'prompts' / 'mt_bench_questions.jsonl'
@@ -21,6 +22,10 @@ def judgment(question, turn, score, model='m2', **fields):
   """One line of FastChat's model_judgment/gpt-4_single.jsonl, with all its fields."""
   return dict(question_id=question, model=model, judge=['gpt-4', 'single-v1'], user_prompt='',
               judgment='', score=score, turn=turn, tstamp=0.0) | fields
+
+
+def one(question, turns=('a', 'b')):
+  return {question: prompt_files.Turns(question_id=question, category='writing', turns=turns)}
 
 
 def judged(question, turn, score, model='m2'):
@@ -85,13 +90,13 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path, questions):
     assert os.listdir(tmp_path) == ['j.jsonl']
 
 
-ONE = {81: mt_bench.Question(question_id=81, category='writing', turns=('a', 'b'))}
+ONE = one(81)
 
 
 @pytest.mark.parametrize('line, message', [
     (judgment(1, 1, 5), 'no question'),
-    (judgment([81], 1, 5), 'Expected int, got array for "question_id"'),
-    (judgment(81, 3, 5), 'has a turn'), (judgment(81, 1, 11), 'score 11,'),
+    (judgment([81], 1, 5), 'Expected int . str, got array for "question_id"'),
+    (judgment(81, 3, 5), 'has a turn'),
     (judgment(81, 1, None), 'Expected float, got null for "score"'),
     (judgment(81, 1, '5'), 'j.jsonl:1: not a valid record: Expected float, got str for "score"'),
     (judgment(81, 1, 5, model=3), 'Expected str, got int for "model"'),
@@ -110,9 +115,26 @@ def test_a_duplicate_judgment_is_refused(tmp_path):
 
 def test_invalid_questions_are_refused(tmp_path):
   for lines, message in [
-      ([dict(question_id='81', category='x', turns=['a'])], 'q.jsonl:1: .*"question_id"'),
+      ([dict(question_id=[81], category='x', turns=['a'])], 'q.jsonl:1: .*"question_id"'),
+      ([dict(question_id=81, category='x', turns=['a'] * 3)], 'q.jsonl:1: .*it has 3 turns'),
       ([dict(question_id=81, category='x', turns='a')], 'q.jsonl:1: .*"turns"'),
       ([], 'give FastChat')]:
     records.write(tmp_path / 'q.jsonl', lines)
     with pytest.raises(InputError, match=message):
       mt_bench.read_questions(tmp_path / 'q.jsonl')
+
+
+def test_scores_that_are_no_grade_are_counted_and_kept_out_of_the_means(tmp_path):
+  records.write(tmp_path / 'j.jsonl', [judgment(81, 1, 70), judgment(81, 2, 4)])
+  found = mt_bench.scores(mt_bench.read_judgments(tmp_path / 'j.jsonl', ONE), ONE)['m2']
+  assert (found.overall, found.scored, found.no_score) == (4, 1, 1)
+
+
+def test_a_question_id_may_be_a_text(tmp_path):
+  records.write(tmp_path / 'q.jsonl', [dict(question_id='a1', category='math', turns=['x'])])
+  questions = mt_bench.read_questions(tmp_path / 'q.jsonl')
+  records.write(tmp_path / 'j.jsonl', [judgment('a1', 1, 4)])
+  judgments = mt_bench.read_judgments(tmp_path / 'j.jsonl', questions)
+  assert mt_bench.scores(judgments, questions)['m2'].math_code_reasoning == 4
+  records.write(tmp_path / 'a.jsonl', [dict(question_id='a1', choices=[dict(turns=['y'])])])
+  assert mt_bench.read_answers(tmp_path / 'a.jsonl', questions) == {'a1': ('y',)}

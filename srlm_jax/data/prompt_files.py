@@ -48,7 +48,8 @@ class _Instruction:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Turns:
+class Turns:
+  """FastChat's question.jsonl."""
   question_id: int | str
   turns: tuple[str, ...]
   category: str = ''
@@ -71,7 +72,7 @@ class _Plain:
     conversation.check_record(self.prompt, self.messages)
 
 
-_KINDS = dict(instruction=_Instruction, turns=_Turns, prompt=_Plain)
+_KINDS = dict(instruction=_Instruction, turns=Turns, prompt=_Plain)
 
 
 def read(path) -> list[Question]:
@@ -108,11 +109,11 @@ def read(path) -> list[Question]:
   return questions
 
 
-def _question(found: _Instruction | _Turns | _Plain, index: str, row: dict) -> Question:
+def _question(found: _Instruction | Turns | _Plain, index: str, row: dict) -> Question:
   match found:
     case _Instruction():
       return Question(id=index, prompt=found.instruction, fields=row)
-    case _Turns():
+    case Turns():
       temperature = found.required_temperature
       if temperature is None:
         temperature = FASTCHAT_TEMPERATURES.get(found.category, FASTCHAT_TEMPERATURE)

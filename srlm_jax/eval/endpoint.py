@@ -53,6 +53,9 @@ from srlm_jax.sample import engine as engines, judge as judging, monitor
 FILE = 'endpoint.jsonl'
 TELL = 30           # seconds between two lines about requests that failed
 LONGEST_PAUSE = 60  # seconds between attempts, unless the server asks for more (Retry-After)
+OPENAI = 'api.openai.com'
+# Variables that the library would send to any server.
+OF_OPENAI = ('OPENAI_ORG_ID', 'OPENAI_PROJECT_ID', 'OPENAI_CUSTOM_HEADERS')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Client:
     """Yields (id, text) of the answer to every request, in any order; shows the progress.
 
     total: the number of requests, if it is known. Equal requests are sent once. Raises InputError
-    if the judge refuses a request or does not answer.
+    if the judge refuses a request or does not answer, and preemption.Stopped after SIGTERM.
     """
     return ((name, answer.text) for name, answer in self.answers(requests, total))
 
@@ -172,7 +175,7 @@ class Client:
         progress.update()
         yield name, answer
     new = 0
-    with _progress(self.title, total) as progress:
+    with preemption.deferred(), _progress(self.title, total) as progress:
       with contextlib.closing(self._send(missing())) as keys:
         for key in keys:
           new += 1
@@ -236,15 +239,19 @@ class Remote(Client):
     super().__init__(c.model, sampling, (c.price_in, c.price_out), folder, title)
     self._url, self._attempts, self._concurrency = c.url, c.attempts, c.concurrency
     self._openai = openai
-    # Another key in the environment (OPENAI_API_KEY) would be sent if none were given here.
-    self._api = openai.OpenAI(base_url=c.url, api_key=self._secret or 'none', timeout=c.timeout,
-                              max_retries=0)
+    with _without(*(() if self._is_openai() else OF_OPENAI)):
+      # Another key in the environment (OPENAI_API_KEY) would be sent if none were given here.
+      self._api = openai.OpenAI(base_url=c.url, api_key=self._secret or 'none', timeout=c.timeout,
+                                max_retries=0)
     self._stopping, self._lock = threading.Event(), threading.Lock()
     self._tell_after = 0.0
     self._pace = _Pace(c.per_minute, self._stopping)
 
   def _identity(self):
     return self.name
+
+  def _is_openai(self) -> bool:
+    return urllib.parse.urlsplit(self._url).hostname == OPENAI
 
   def __exit__(self, *_):
     super().__exit__()
@@ -270,8 +277,7 @@ class Remote(Client):
     """Waits for one of the futures -> those done and those not; stops after SIGTERM."""
     done, left = (), running
     while not done:
-      if preemption.requested():
-        raise preemption.after_records(self.title)
+      preemption.stop_if_requested(self.title)
       done, left = concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED)
     return done, left
 
@@ -307,7 +313,8 @@ class Remote(Client):
     """Raises _Failure if it is worth another attempt, else InputError."""
     openai = self._openai
     try:
-      return _read(key, self._api.chat.completions.create(**self._body(request)))
+      answer = _read(key, self._api.chat.completions.create(**self._body(request)))
+      return dataclasses.replace(answer, text=self._without_key(answer.text))
     except openai.APIStatusError as error:
       said = f'answered {error.status_code}: {_reason(error)}'
       if error.status_code in (408, 429) or error.status_code >= 500:
@@ -322,9 +329,9 @@ class Remote(Client):
       raise _Failure(f'gave no answer: {str(error) or type(error).__name__}') from None
 
   def _body(self, request: Request) -> dict:
-    s, host = self._sampling, urllib.parse.urlsplit(self._url).hostname
+    s = self._sampling
     # OpenAI's newer models refuse max_tokens; most other servers know no other name.
-    limit = 'max_completion_tokens' if host == 'api.openai.com' else 'max_tokens'
+    limit = 'max_completion_tokens' if self._is_openai() else 'max_tokens'
     body = dict(model=self.name, messages=[dataclasses.asdict(m) for m in request.messages])
     body[limit] = s.max_tokens
     if s.temperature >= 0:
@@ -335,9 +342,11 @@ class Remote(Client):
 
   def _error(self, text: str) -> InputError:
     """An error in one sentence, in which the key cannot be: a server may repeat it."""
-    text = ' '.join(text.split())
-    text = text.replace(self._secret, '[key]') if self._secret else text
+    text = self._without_key(' '.join(text.split()))
     return InputError(f'the judge {self._url} {configs.short(text, 400)}')
+
+  def _without_key(self, text: str) -> str:
+    return text.replace(self._secret, '[key]') if self._secret else text
 
 
 class Local(Client):
@@ -366,31 +375,38 @@ class Local(Client):
     return self._hash
 
   def _send(self, missing):
-    chat = engines.chat_of(self._folder)
-    engine = tokenizer = None
-
-    def asked():
-      for key, request in first:
-        if chat == 'none':
-          text = conversation.text(request.messages)
-          ids = [*tokenizer.start, *tokenizer.encode(text)]
-        else:
-          ids = templates.encode_prompt(chat, request.messages, tokenizer)
-        yield engines.Request(key, ids)
-    first = iter(missing)
-    if (one := next(first, None)) is None:
+    missing = iter(missing)
+    if (first := next(missing, None)) is None:
       return
-    first = itertools.chain([one], first)
+    s, chat = self._sampling, engines.chat_of(self._folder)
     engine, tokenizer = engines.load(engines.config_alone(), self._folder, self.title, chat)
-    s = self._sampling
+    asked = (engines.Request(key, _prompt(chat, request.messages, tokenizer))
+             for key, request in itertools.chain([first], missing))
     for request, (result,) in engine.generate(
-        asked(), engines.Sampling(s.temperature, s.top_p, s.max_tokens, 0)):
+        asked, engines.Sampling(s.temperature, s.top_p, s.max_tokens, 0)):
       said = thinking.read(tokenizer, request.ids, result.ids)
       self.sent += 1
       self._cache.put(schema.JudgeAnswer(
           id=request.id, text=said.text, finish=result.finish, prompt_tokens=len(request.ids),
           answer_tokens=len(result.ids)))
       yield request.id
+
+
+def _prompt(chat: str, messages: conversation.Messages, tokenizer) -> list[int]:
+  """Token ids of a request in a chat format; with `none`, the text is continued."""
+  if chat == 'none':
+    return [*tokenizer.start, *tokenizer.encode(conversation.text(messages))]
+  return templates.encode_prompt(chat, messages, tokenizer)
+
+
+@contextlib.contextmanager
+def _without(*names: str):
+  """A block in which environment variables are not set."""
+  before = {name: os.environ.pop(name) for name in names if name in os.environ}
+  try:
+    yield
+  finally:
+    os.environ.update(before)
 
 
 class _Pace:
@@ -445,16 +461,47 @@ def _retry_after(text: str | None) -> float:
 
 def _read(key: str, completion) -> schema.JudgeAnswer:
   """What `openai` returns -> the answer. Raises _Failure if there is none."""
-  choices = getattr(completion, 'choices', None)
-  if not choices or choices[0].message is None:
+  # The library checks no types: every part may be any JSON.
+  choices, usage = (getattr(completion, name, None) for name in ('choices', 'usage'))
+  choice = choices[0] if choices and isinstance(choices, list) else None
+  message = getattr(choice, 'message', None)
+  if not hasattr(message, 'content'):
     raise _Failure('answered without a message')
-  # A half of a surrogate pair, which JSON can hold, cannot be written as UTF-8.
-  text = (choices[0].message.content or '').encode(errors='replace').decode()
-  usage = completion.usage
+  cut = getattr(choice, 'finish_reason', None) == 'length'
   return schema.JudgeAnswer(
-      id=key, text=text, finish=schema.CUT if choices[0].finish_reason == 'length' else schema.EOS,
-      prompt_tokens=(usage and usage.prompt_tokens) or 0,
-      answer_tokens=(usage and usage.completion_tokens) or 0)
+      id=key, text=without_thinking(_text(message.content)), finish=schema.CUT if cut else
+      schema.EOS, prompt_tokens=_tokens(usage, 'prompt_tokens'),
+      answer_tokens=_tokens(usage, 'completion_tokens'))
+
+
+def _text(content) -> str:
+  """The content of a message: a text, its parts, or null."""
+  parts = [dict(text=content or '')] if isinstance(content, str | None) else content
+  texts = [part['text'] for part in parts if isinstance(part, dict) and
+           isinstance(part.get('text'), str)] if isinstance(parts, list) else []
+  if not texts:
+    raise _Failure('answered without a text')
+  # A half of a surrogate pair, which JSON can hold, cannot be written as UTF-8.
+  return ''.join(texts).encode(errors='replace').decode()
+
+
+def without_thinking(text: str) -> str:
+  """A text without the thinking that it begins with, as `data.thinking` reads a local model.
+
+  >>> without_thinking('<think>At first [[3]].</think> Rating: [[8]]'), without_thinking('[[8]]')
+  ('Rating: [[8]]', '[[8]]')
+  >>> without_thinking('<think>It has no end: [[3]]')
+  ''
+  """
+  if not text.lstrip().startswith('<think>'):
+    return text
+  return text.partition('</think>')[2].strip()
+
+
+def _tokens(usage, name: str) -> int:
+  """A count of tokens that the server gives; 0 if it gives none."""
+  count = getattr(usage, name, None)
+  return int(count) if isinstance(count, int | float) and 0 <= count < 2**53 else 0
 
 
 def _reason(error) -> str:
@@ -471,7 +518,8 @@ def _progress(title: str, total: int | None):
 def open(c, folder, sampling: Sampling | None = None, title: str = 'judge') -> Client:
   """The judge of the section `endpoint`, whose answers are kept in FOLDER/endpoint.jsonl.
 
-  sampling: by default, that of the section. Raises InputError if the section names no judge.
+  The caller holds a lock of the folder, or of the workdir. sampling: by default, that of the
+  section. Raises InputError if the section names no judge.
   """
   sampling = sampling or Sampling(c.temperature, c.max_tokens)
   if not c.url:
@@ -510,11 +558,14 @@ def _flag(key: str) -> str:
 def run(config, workdir):
   """MODEL/respond -> MODEL/judge in the format of the judge stage, judged by the endpoint.
 
-  The template and the sampling are those of `judge`, so runs that judge themselves compare.
+  The template and the sampling are those of `judge`, so runs that judge themselves compare. With
+  endpoint.temperature=-1 no temperature is sent to an API, and judge.temperature is recorded as -1.
   """
   if config.judge.by != 'endpoint':
     raise InputError(f'config.judge.by is {config.judge.by}; set it to endpoint')
   is_remote = configs.is_url(config.endpoint.url)
+  if is_remote and config.endpoint.temperature == -1:
+    config = catalog.replace(config, {'judge.temperature': -1.0})
   spec = catalog.find('eval.endpoint', '' if is_remote else 'local')
   config = spec.view(config)
   judge = judges.load(config.judge.template)
@@ -533,10 +584,10 @@ def run(config, workdir):
   with (open(config.endpoint, s.folder, sampling, s.title) if is_first else
         contextlib.nullcontext()) as client:
     s.begin()  # after `open`, which may refuse the config
-    if client:
-      _judge_all(s, config, judge, total, client)
-      cost = client.cost
-  hosts.sync(f'{s.title} judged')
+    with preemption.together(s.title):
+      if client:
+        _judge_all(s, config, judge, total, client)
+        cost = client.cost
   judgements = records.read_shards(s.folder, 'judgements', schema.Judgement)
   s.finish(dataclasses.replace(judging.summary(judge, judgements), cost=cost))
 

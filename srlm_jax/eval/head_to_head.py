@@ -20,7 +20,7 @@ from etils import epath
 import numpy as np
 from scipy import stats
 
-from srlm_jax import cli, conversation, InputError, records, schema, stage
+from srlm_jax import cli, conversation, InputError, lock, records, schema, stage
 from srlm_jax.eval import endpoint
 from srlm_jax.reward import judges, scores as scoring
 
@@ -46,10 +46,14 @@ Give your reasons in a few sentences. Then end with one line that is exactly "Wi
 """
 _VERDICTS = {'a': 'A', 'b': 'B', 'c': 'tie', 'tie': 'tie'}
 # A line that starts with "Winner:", inside any markdown; and a verdict in double brackets anywhere,
-# as in FastChat. Both take linear time.
+# as in FastChat. All take linear time.
 _WINNER = re.compile(r'[\s>#*_"\'`]*winner[\s*_]*:(.*)', re.IGNORECASE)
 _BRACKETS = re.compile(r'\[\[(A|B|C|tie)\]\]', re.IGNORECASE)
-_PLAIN = re.compile(r'[\s*_"\'`.\[\]()]+')
+_MARKDOWN = re.compile(r'[\s*_"\'`\[\]]+')
+# What follows "Winner:". After a bare A, which may be an article, only some words can follow.
+_NAMED = re.compile(r'\(?(?:(?:answer|assistant) ([abc])\b|(?:a )?(tie)\b|'
+                    r'([abc])(?=$| ?[.,:;()–—-]| (?:is|because|since|as)\b))(.*)', re.IGNORECASE)
+_ANOTHER = re.compile(r'\b(?:A|B|C|[Tt]ie)\b')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +109,9 @@ def render(prompt: str, a: str, b: str) -> str:
 def parse(text: str) -> str | None:
   """A reply of the judge -> 'A', 'B' or 'tie', or None if it states no verdict.
 
-  A verdict is a line `Winner: X`, where X is A, B, tie or C (a tie), also as `Answer A`; or [[X]]
-  anywhere. The last one counts, and a last line without a valid one leaves none. Takes time linear
-  in the length.
+  A verdict is [[X]] anywhere, where X is A, B, tie or C (a tie); or a line `Winner: X`, also with
+  `Answer A`, which may give a reason but name no other answer. The last one counts, and a last line
+  `Winner:` without a valid one leaves none. Takes time linear in the length.
 
   >>> parse('A is clearer. Winner: B would be wrong.\\n**Winner: A**')
   'A'
@@ -116,12 +120,19 @@ def parse(text: str) -> str | None:
   """
   verdict = None
   for line in text.splitlines():
-    if match := _WINNER.match(line):
-      words = _PLAIN.sub(' ', match[1]).strip().lower().removeprefix('answer ')
-      verdict = _VERDICTS.get(words)
-    elif found := _BRACKETS.findall(line):
+    if found := _BRACKETS.findall(line):
       verdict = _VERDICTS[found[-1].lower()]
+    elif match := _WINNER.match(line):
+      verdict = _named(_MARKDOWN.sub(' ', match[1]).strip())
   return verdict
+
+
+def _named(words: str) -> str | None:
+  """What follows "Winner:" -> the verdict that it names, if it names one."""
+  match = _NAMED.match(words)
+  if not match or _ANOTHER.search(match[4]):
+    return None
+  return _VERDICTS[(match[1] or match[2] or match[3]).lower()]
 
 
 def outcome(first: str, second: str) -> str:
@@ -195,6 +206,12 @@ def read_graded(folder) -> dict[str, schema.GradedResponse]:
   stage.check_records(folder)
   path = epath.Path(folder) / 'graded.jsonl'
   return _by_prompt(folder, records.read(path, schema.GradedResponse))
+
+
+def ask(client: endpoint.Client, asked: list[JudgeRequest]) -> dict[str, str]:
+  """Asks the judge -> {request id: reply}; '' for one that was cut before its verdict."""
+  return {name: '' if answer.finish == schema.CUT else answer.text
+          for name, answer in client.answers(asked, len(asked))}
 
 
 def verdicts(asked: list[JudgeRequest], texts: dict[str, str]) -> dict[
@@ -291,8 +308,9 @@ def _judged(f, judge, asked: list[JudgeRequest], out) -> tuple[dict, list[str]]:
   """The verdicts of the judge, or of its file -> fields of HeadToHead, prompts with an outcome."""
   by = {}
   if judge.url:
-    with endpoint.open(judge, out, title='head to head') as client:
-      texts = dict(client.ask(asked, len(asked)))
+    with (lock.held_output(out, '--out'),
+          endpoint.open(judge, out, title='head to head') as client):
+      texts = ask(client, asked)
       by = dict(judge=client.name, cost=client.cost)
   else:
     texts = read_replies(f.verdicts, asked)

@@ -3,9 +3,9 @@
   python -m srlm_jax.eval.mt_bench --judgments=gpt-4_single.jsonl --questions=question.jsonl \\
     --out=FILE.json
 
-reads FastChat's single-answer judgments. A score of -1 marks a judgment without a score. These are
-counted and excluded from the means. With answers in FastChat's format, a judge
-(`srlm_jax.eval.endpoint`) makes the judgments first:
+reads FastChat's single-answer judgments. A score of -1 marks a judgment without a score. These, and
+scores that are not between 0 and 10, are counted and excluded from the means. With answers in
+FastChat's format, a judge (`srlm_jax.eval.endpoint`) makes the judgments first:
 
   python -m srlm_jax.eval.mt_bench --answers=model_answer/m2.jsonl --judge=https://HOST/v1 \\
     --judge_model=NAME --judge_key_env=VARIABLE --judge_prompts=judge_prompts.jsonl \\
@@ -13,9 +13,9 @@ counted and excluded from the means. With answers in FastChat's format, a judge
     --questions=question.jsonl --out=FILE.json
 
 --judge_prompts and --references are FastChat's; without --judge_prompts the wording is ours
-(`PROMPT`). The lines of other models in --judgments stay, and FastChat's show_result.py reads it.
+(`PROMPT`). Other lines in --judgments stay, and FastChat's show_result.py reads the file.
 """
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 import dataclasses
 import re
 import time
@@ -23,7 +23,8 @@ import time
 from absl import flags
 from etils import epath
 
-from srlm_jax import cli, conversation, InputError, records, schema
+from srlm_jax import cli, conversation, InputError, lock, records, schema
+from srlm_jax.data import prompt_files
 from srlm_jax.eval import endpoint
 from srlm_jax.reward import judges
 
@@ -34,6 +35,7 @@ NO_SCORE = -1
 WITH_REFERENCE = ('math', 'reasoning', 'coding', 'arena-hard-200')
 FASTCHAT = {(False, False): 'single-v1', (True, False): 'single-math-v1',
             (False, True): 'single-v1-multi-turn', (True, True): 'single-math-v1-multi-turn'}
+FASTCHAT_MAX_TOKENS = 2048  # fastchat/llm_judge/common.py: run_judge_single
 OURS = 'srlm-single'
 PROMPT = """\
 Rate the {graded} of an assistant to its user: relevance, correctness, depth, clarity. Longer \
@@ -44,22 +46,16 @@ is not better in itself.{compare}
 """
 _TAGS = {f'{name}{turn}' for name in ('question', 'answer', 'reference')
          for turn in ('', '_1', '_2')}
-_RATING = re.compile(r'\[\[(\d{1,3}(?:\.\d{0,6})?)\]\]')
-_ONE_BRACKET = re.compile(r'\[(\d{1,3}(?:\.\d{0,6})?)\]')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Question:
-  """question.jsonl of FastChat."""
-  question_id: int
-  category: str
-  turns: tuple[str, ...]
+_RATING = re.compile(r'\[\[(\d{1,15}(?:\.\d{0,15})?)\]\]')
+_ONE_BRACKET = re.compile(r'\[(\d{1,15}(?:\.\d{0,15})?)\]')
+Questions = dict[int | str, prompt_files.Turns]  # by question id
+Texts = dict[int | str, tuple[str, ...]]         # one per turn, by question id
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgment:
   """*_single.jsonl of FastChat: the score of a model's answer in one turn, from 1."""
-  question_id: int
+  question_id: int | str
   model: str
   turn: int
   score: float
@@ -75,7 +71,7 @@ class Choice:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
   """model_answer/MODEL.jsonl of FastChat, of which the first choice is graded."""
-  question_id: int
+  question_id: int | str
   choices: tuple[Choice, ...]
 
 
@@ -92,7 +88,7 @@ class JudgePrompt:
 class Grading:
   """A request for the grade of one turn."""
   id: str
-  question_id: int
+  question_id: int | str
   model: str
   turn: int
   prompt_name: str
@@ -100,14 +96,14 @@ class Grading:
   index: int = 0
 
 
-def scores(judgments: list[Judgment], questions: dict[int, Question]) -> dict[
+def scores(judgments: list[Judgment], questions: Questions) -> dict[
     str, schema.MtBench]:
   """Judgments, {question id: question} -> {model: mean scores and counts}."""
   turns = sum(len(q.turns) for q in questions.values())
   result = {}
   for model in sorted({j.model for j in judgments}):
     own = [j for j in judgments if j.model == model]
-    scored = [j for j in own if j.score != NO_SCORE]
+    scored = [j for j in own if 0 <= j.score <= 10]  # a judge may write any number
     hard = [j for j in scored if questions[j.question_id].category in HARD]
     other = [j for j in scored if questions[j.question_id].category not in HARD]
     result[model] = schema.MtBench(
@@ -120,15 +116,15 @@ def scores(judgments: list[Judgment], questions: dict[int, Question]) -> dict[
   return result
 
 
-def read_questions(path) -> dict[int, Question]:
+def read_questions(path) -> Questions:
   """FastChat's question.jsonl -> {question id: question}."""
-  questions = {q.question_id: q for q in records.read(path, Question)}
+  questions = {q.question_id: q for q in records.read(path, prompt_files.Turns)}
   if not questions:
     raise InputError(f'{path} holds no questions; give FastChat\'s question.jsonl')
   return questions
 
 
-def read_judgments(path, questions: dict[int, Question]) -> list[Judgment]:
+def read_judgments(path, questions: Questions) -> list[Judgment]:
   """FastChat's *_single.jsonl, checked against the questions."""
   judgments, seen = [], set()
   for j in records.read(path, Judgment):
@@ -139,9 +135,6 @@ def read_judgments(path, questions: dict[int, Question]) -> list[Judgment]:
     if not 1 <= j.turn <= len(questions[j.question_id].turns):
       raise InputError(f'{where} has a turn that the question does not have; give the questions '
                        f'that were judged')
-    if not (j.score == NO_SCORE or 0 <= j.score <= 10):
-      raise InputError(f'{where} has the score {j.score:g}, which is neither between 0 and 10 nor '
-                       f'{NO_SCORE} (no score); correct it')
     key = j.model, j.question_id, j.turn
     if key in seen:
       raise InputError(f'{where} appears twice; delete one')
@@ -152,7 +145,7 @@ def read_judgments(path, questions: dict[int, Question]) -> list[Judgment]:
   return judgments
 
 
-def read_answers(path, questions: dict[int, Question]) -> dict[int, tuple[str, ...]]:
+def read_answers(path, questions: Questions) -> Texts:
   """FastChat's model_answer/MODEL.jsonl -> {question id: the answer of each turn}.
 
   Raises InputError if it lacks a question, or a turn of one.
@@ -179,9 +172,8 @@ def read_prompts(path) -> dict[str, JudgePrompt]:
   return found
 
 
-def gradings(model: str, answers: dict[int, tuple[str, ...]], questions: dict[int, Question],
-             references: dict[int, tuple[str, ...]], prompts: dict[str, JudgePrompt]) -> Iterator[
-    Grading]:
+def gradings(model: str, answers: Texts, questions: Questions, references: Texts,
+             prompts: dict[str, JudgePrompt]) -> Iterator[Grading]:
   """Yields what the judge is asked about a model: each turn of each question.
 
   references: {question id: answers}. prompts: FastChat's; {} for ours.
@@ -198,7 +190,7 @@ def gradings(model: str, answers: dict[int, tuple[str, ...]], questions: dict[in
       yield Grading(f'{model}/{name}/{turn}', name, model, turn, prompt, messages)
 
 
-def _fastchat(prompts, question: Question, answers, reference, turn: int) -> tuple[
+def _fastchat(prompts, question: prompt_files.Turns, answers, reference, turn: int) -> tuple[
     str, conversation.Messages]:
   """The name of FastChat's prompt and its messages."""
   needs_reference = question.category in WITH_REFERENCE
@@ -241,13 +233,15 @@ def render(questions: tuple[str, ...], answers: tuple[str, ...],
 
 
 def rating(text: str) -> float:
-  """A judgment -> its rating, 1 to 10, or NO_SCORE. As in FastChat, the first [[N]], else [N].
+  """A judgment -> its rating, or NO_SCORE. As in FastChat, the first [[N]], else [N], of any size.
 
-  >>> rating('Poor. Rating: [[2]]'), rating('Rating: 7'), rating('[[70]]')
-  (2.0, -1, -1)
+  >>> rating('Poor. Rating: [[2]]'), rating('Rating: 7'), rating('[[70]]'), rating('[7.5]')
+  (2, -1, 70, 7.5)
   """
   found = _RATING.search(text) or _ONE_BRACKET.search(text)
-  return float(found[1]) if found and 1 <= float(found[1]) <= 10 else NO_SCORE
+  if not found:
+    return NO_SCORE
+  return float(found[1]) if '.' in found[1] else int(found[1])
 
 
 def grade(judge: endpoint.Client, asked: list[Grading]) -> list[dict]:
@@ -300,6 +294,8 @@ def main(argv):
   if bool(f.answers) != bool(judge.url):
     raise InputError('--answers and --judge belong together: the answers are graded by the judge; '
                      'give both, or only --judgments')
+  if f.judge_prompts and not f['judge_max_tokens'].present:
+    judge.max_tokens = FASTCHAT_MAX_TOKENS
   if f.answers:
     judge_answers(f.answers, judge, dict(list(questions.items())[:f.limit or None]), f.judgments,
                   f.judge_prompts, f.references)
@@ -308,11 +304,11 @@ def main(argv):
   print(f'{text_table(result)}\n{f.out}: {len(result)} models')
 
 
-def judge_answers(files, judge, questions: dict[int, Question], path, judge_prompts='',
-                  references=''):
-  """Grades the models of FastChat's answer files and writes `path`, in which other models stay.
+def judge_answers(files, judge, questions: Questions, path, judge_prompts='', references=''):
+  """Grades the models of FastChat's answer files and writes `path`, in which other lines stay.
 
-  judge: the section `endpoint`. judge_prompts, references: FastChat's files, or ''.
+  judge: the section `endpoint`. judge_prompts, references: FastChat's files, or ''. Raises
+  InputError if `path` has judgments of these models by another judge or in another wording.
   """
   prompts = read_prompts(judge_prompts) if judge_prompts else {}
   right = {a.question_id: a.choices[0].turns for a in records.read(references, Answer)
@@ -321,10 +317,32 @@ def judge_answers(files, judge, questions: dict[int, Question], path, judge_prom
   asked = [grading for model, answers in models.items()
            for grading in gradings(model, answers, questions, right, prompts)]
   path = epath.Path(path)
-  before = [line for _, line in records.read_any(path)] if path.exists() else []
-  with endpoint.open(judge, path.parent, title='MT-Bench') as client:
+  with (lock.held_output(path.parent, 'folder for --judgments'),
+        endpoint.open(judge, path.parent, title='MT-Bench') as client):
+    before = [line for _, line in records.read_any(path)] if path.exists() else []
+    if before:
+      _refuse_others(path, models, client.name, is_ours=not prompts)
     made = grade(client, asked)
-  records.write(path, [*(line for line in before if line.get('model') not in models), *made])
+    new = {_key(line) for line in made}
+    records.write(path, [*(line for line in before if _key(line) not in new), *made])
+
+
+def _refuse_others(path, models: Container[str], judge: str, is_ours: bool):
+  """Raises InputError if a file has judgments of these models by another judge or in other words.
+
+  `is_ours`: whether the wording is ours.
+  """
+  wording = 'our' if is_ours else 'FastChat\'s'
+  for j in records.read(path, Judgment):
+    name, prompt = (*j.judge, '', '')[:2]
+    if j.model in models and (name, prompt.startswith(OURS)) != (judge, is_ours):
+      raise InputError(f'{path} has judgments of {j.model} by {name or "an unknown judge"} with '
+                       f'the prompt {prompt!r}, and those of this command would be by {judge} with '
+                       f'{wording} prompts; give another --judgments')
+
+
+def _key(line: dict) -> tuple:
+  return line['model'], line['question_id'], line['turn']
 
 
 if __name__ == '__main__':
