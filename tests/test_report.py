@@ -144,8 +144,8 @@ def test_the_page_shows_the_numbers_of_the_run_and_why_it_stopped(workdir):
   words = plain(html)
   assert f'The run stopped early: {STOPPED}.' in words
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
-  assert ('Not known: m2 against sft: +0.00 [+0.00, +0.00] points in the oracle score, on 5 prompts; '
-          '5 prompts cannot decide') in words
+  assert ('Not known: m2 against sft: +0.00 [+0.00, +0.00] points in the oracle score, on 5 '
+          'prompts; 5 prompts cannot decide') in words
   assert 'This run does not have: model m3; head to head by an outside judge' in words
   assert 'measure m0 sft m1 m2 oracle score 0 to 5, by oracle 2.00 [0.04, 3.96] 5 prompts' in words
   assert 'pairs ordered as people did share, by people 0.713 [0.680, 0.740] 971 pairs' in words
@@ -220,10 +220,12 @@ def test_control_characters_are_nowhere_on_the_page(workdir):
 
 
 def test_counts_that_are_part_of_nothing_have_no_bar(workdir):
+  write_stage(workdir / 'm1', 'judge')
   charts = {found[1]: found[0] for found in re.findall(
       r'(<svg[^>]*aria-label="(data of m\d):.*?</svg>)', page_of(workdir), re.S)}
   assert 'EFT examples' in charts['data of m1'] and '<rect' not in charts['data of m1']
-  assert charts['data of m2'].count('class="track"') == charts['data of m2'].count('class="s2"') == 7
+  m2 = charts['data of m2']
+  assert 'prompts wanted' in m2 and m2.count('class="track"') == m2.count('class="s2"') == 8
 
 
 def test_the_tables_of_the_paper_are_labelled_as_another_model(workdir):

@@ -380,8 +380,8 @@ def test_doubts_of_a_step():
     assert judged_by(seen, lengths=([7] * 119, [5] * 119))[2] == ['longer', 'other_answers']
   one = verdict(evaluated('m1', [1.0]), evaluated('m2', [2.0]))['m2', 'm1', 'answers']
   assert one.verdict == 'not measured' and one.sentence == (
-      'm2 against m1: +1.00 points in the oracle score, on 1 prompt; 1 prompt cannot decide, 10 are '
-      'needed.')
+      'm2 against m1: +1.00 points in the oracle score, on 1 prompt; 1 prompt cannot decide, 10 '
+      'are needed.')
 
 
 def test_alpaca_eval_is_not_paired():
@@ -648,8 +648,8 @@ def test_win_rates_against_sft_and_tasks_are_rows_of_models():
   files = (head_to_head('m1', 'sft', 60, 0, 40), head_to_head('sft', 'm2', 20, 0, 80),
            head_to_head('m2', 'sft', 50, 0, 50, judge='claude'), head_to_head('m2', 'm1', 1, 0, 1),
            head_to_head('m1', 'sft', 1, 0, 3, judge=''))
-  harness = schema.Harness(scores={'m1': {'a': 50.0}, 'gpt': {'a': 9.0}}, differences={}, missing={},
-                           metrics={}, standard_errors={'m1': {'a': 2.0}})
+  harness = schema.Harness(scores={'m1': {'a': 50.0}, 'gpt': {'a': 9.0}}, differences={},
+                           missing={}, metrics={}, standard_errors={'m1': {'a': 2.0}})
   found = external.External(head_to_head=dict(enumerate(files)), harness=dict(x=harness))
   assert [(row.by, {m: v.value for m, v in row.values.items()}) for row in found.win_rates] == [
       ('outside judge gpt', dict(m1=0.6, m2=0.8)), ('outside judge claude', dict(m2=0.5))]
@@ -669,7 +669,8 @@ def test_texts_are_kept_only_for_the_samples(workdir, monkeypatch):
   monkeypatch.setattr(runs.results, '_each', lambda path, kind: (
       opened.append(str(path)) or each(path, kind)))
   read(workdir)
-  assert len(opened) == len({*opened}) > 10  # every file is read once
+  opened = [path for path in opened if '-of-' in path]
+  assert len(opened) == len({*opened}) == 10  # every shard is read once
 
 
 # Several runs
@@ -762,9 +763,8 @@ def test_the_seeds_of_a_study_keep_the_doubts_on_their_outside_judge(tmp_path):
     file = head_to_head('m1', 'sft', wins, 0, 400 - wins, inconsistent=200 * seed, left_out=90)
     stage.write_json(folder / 'eval' / 'x' / 'head_to_head.json', dataclasses.asdict(file))
   step = next(s for s in contents.read([tmp_path]).arms[0].steps if s.about == 'answers')
-  assert kinds(step.doubts) == ['few', 'left_out', 'inconsistent', 'left_out'] or (
-      kinds(step.doubts) == ['few', 'includes_zero', 'left_out', 'inconsistent', 'left_out'])
-  assert [d.sentence[:7] for d in step.doubts[-3:]] == ['loop-0:', 'loop-1:', 'loop-1:']
+  assert [(d.kind, d.sentence[:7]) for d in step.doubts[1:]] == [
+      ('left_out', 'loop-0:'), ('inconsistent', 'loop-1:'), ('left_out', 'loop-1:')]
 
 
 def test_a_folder_of_a_run_is_no_study(workdir):
