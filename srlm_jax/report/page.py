@@ -130,11 +130,11 @@ def fixed(value: float | None, digits: int = 2) -> str:
 def p_value(value: float | None) -> str:
   """
   >>> p_value(0.034), p_value(1e-9), p_value(None)
-  ('0.034', '< 0.0001', '-')
+  ('0.034', '<0.0001', '-')
   """
   if value is None:
     return '-'
-  return f'{value:.2g}' if value >= 1e-4 else '< 0.0001'
+  return f'{value:.2g}' if value >= 1e-4 else '<0.0001'
 
 
 def verdict(found: Iterable[steps.Step]) -> str:
@@ -147,10 +147,10 @@ def permuted(value: float, draws: int) -> str:
   """The p-value of a permutation test.
 
   >>> permuted(0.001, 999), permuted(0.25, 999)
-  ('≤ 0.001', '0.25')
+  ('≤0.001', '0.25')
   """
   smallest = 1 / (draws + 1)
-  return f'≤ {smallest:.2g}' if value <= smallest else p_value(value)
+  return f'≤{smallest:.2g}' if value <= smallest else p_value(value)
 
 
 def sections_of(run: Run) -> dict[str, str]:
