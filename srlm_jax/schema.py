@@ -502,6 +502,7 @@ class Distributions:
   quantiles: tuple[float, ...] = ()
   word_bins: tuple[int, ...] = ()             # the smallest number of words of each bin
   version: int = 0                            # of the computation
+  draws: int = 999                            # permutations per p-value
 
 
 @_record

@@ -157,6 +157,8 @@ def run(name='demo'):
                   for owner in MODELS[3:] for stage, seconds, tokens in (
                       ('prompts', 9.0, None), ('respond', 3.4, 14000), ('judge', 18.9, 310000),
                       ('model', 10.0, None), ('answers', None, None))),
+      stopping={'m2': runs.Stopping(step=40, wins=(schema.StepWins(
+          step=40, before=0, wins=85, ties=284, losses=31, left_out=0),))},
       unfinished=('m3/answers',), missing=('The run has no m4.',), external=outside(),
       samples=(sampled('m2'), sampled('m3')), held_out=held_out(),
       warnings=('m3/judge: 51% of the scores are 4.',), evaluated={}, ranked=[], differences={})

@@ -144,7 +144,8 @@ def test_the_page_shows_the_numbers_of_the_run_and_why_it_stopped(workdir):
   words = plain(html)
   assert f'The run stopped early: {STOPPED}.' in words
   assert 'size tiny, model sandbox' in words and 'm0, sft, m1, m2' in words
-  assert 'm2 answers neither better nor worse than sft: oracle score +0.00' in words
+  assert ('Not known: m2 against sft: +0.00 [+0.00, +0.00] points in the oracle score, on 5 '
+          'prompts; 5 prompts cannot decide') in words
   assert 'This run does not have: model m3; head to head by an outside judge' in words
   assert 'measure m0 sft m1 m2 oracle score 0 to 5, by oracle 2.00 [0.04, 3.96] 5 prompts' in words
   assert 'pairs ordered as people did share, by people 0.713 [0.680, 0.740] 971 pairs' in words
@@ -157,12 +158,74 @@ def test_the_page_shows_the_numbers_of_the_run_and_why_it_stopped(workdir):
   assert '17 downsampled: most frequent score' in words
   assert 'before 40 67 kept 40 50' in words
   assert 'pairs 12.5 s 12.5 s' in words and 'finished stages: 375 s' in words
-  for alternative in ('reward margin: margin 0 at step 1, 0.3 at step 31',
+  for alternative in ('reward margin: reward margin 0 at step 1, 0.3 at step 31',
                       'accuracy: accuracy 0.5 at step 1', 'loss: loss 0.6931 at step 1',
                       'held-out answers, score of the oracle: oracle 2 at m0, 2 at sft',
                       'win, tie and loss, by oracle: sft / m0 0 / 100 / 0 %',
                       'scores in the data of m3: judge 0: '):
     assert f'aria-label="{alternative}' in html
+
+
+def test_the_page_says_which_checkpoint_was_selected_and_why(workdir):
+  assert 'Later stages use' not in plain(page_of(workdir))
+  done = workdir / 'm2' / 'model' / 'done.json'
+  done.write_text(json.dumps(json.loads(done.read_text()) | dict(
+      stopped='step 80 does not win against step 40')))
+  (workdir / 'm2' / 'model' / 'selected.json').write_text('{"step": 40}')
+  (workdir / 'm2' / 'stopping').mkdir()
+  records.write(workdir / 'm2' / 'stopping' / 'wins.jsonl', [
+      schema.StepWins(step=40, before=0, wins=85, ties=284, losses=31, left_out=0),
+      schema.StepWins(step=80, before=40, wins=10, ties=300, losses=90, left_out=0)])
+  html = page_of(workdir)
+  assert ('Training ended early: step 80 does not win against step 40. Later stages use the '
+          'checkpoint of step 40.') in plain(html)
+  assert ('aria-label="checkpoints compared: win, tie and loss: step 40 / start 21 / 71 / 8 %; '
+          'step 80 / 40 2 / 75 / 22 %"') in html
+  (workdir / 'm2' / 'model' / 'selected.json').write_text('{"step": 0}')
+  assert 'Later stages use the model that training started from.' in plain(page_of(workdir))
+
+
+def test_results_of_an_outside_judge_stand_apart_and_beside_the_models(workdir):
+  """The judge has the name of the sandbox's program, and the files another machine's paths."""
+  for name in ('m1', 'm2'):
+    folder = workdir / 'eval' / f'{name}_sft'
+    folder.mkdir(parents=True)
+    (folder / 'head_to_head.json').write_text(json.dumps(dataclasses.asdict(schema.HeadToHead(
+        a=f'/far/{workdir.name}/{name}/answers', b='sft', count=400, wins=300, ties=0, losses=100,
+        win_share=0.75, tie_share=0.0, loss_share=0.25, p_value=1e-9, win_rate=0.75,
+        win_rate_low=0.7, win_rate_high=0.8, left_out=17, missing=4, characters_a=23.405,
+        characters_b=22.8875, judge='oracle'))))
+  html = page_of(workdir)
+  words = plain(html)
+  assert ('win rate against sft, head to head share, by outside judge oracle - - 0.750 '
+          '[0.700, 0.800] 400 prompts 0.750') in words
+  assert html.count('aria-label="win, tie and loss, by oracle: ') == 1
+  label = re.search(r'aria-label="win, tie and loss, by outside judge oracle: ([^"]*)"', html)[1]
+  assert label == 'm1 / sft 75 / 0 / 25 %; m2 / sft 75 / 0 / 25 %'
+  assert 'aria-label="win rate against sft, head to head: outside judge oracle 0.75 at m1' in html
+  assert '/far/' not in html and '0 0 17 4 23.4 / 22.9' in words
+
+
+def test_control_characters_are_nowhere_on_the_page(workdir):
+  folder = workdir / 'eval' / 'x'
+  folder.mkdir(parents=True)
+  (folder / 'head_to_head.json').write_text(json.dumps(dict(
+      a='m2\x0b', b='sft', count=4, wins=2, ties=1, losses=1, win_share=0.5, tie_share=0.25,
+      loss_share=0.25, p_value=1.0, judge='a\x00\x0bb')))
+  (workdir / 'eval' / 'harness.json').write_text(json.dumps(dict(
+      scores={'m2': {'task\x0b': 5.0}}, differences={}, missing={}, metrics={})))
+  html = page_of(workdir)
+  assert 'task\ufffd' in html and 'a\ufffd\ufffdb' in html
+  assert not re.search('[\x00-\x08\x0b\x0c\x0e-\x1f]', html)
+
+
+def test_counts_that_are_part_of_nothing_have_no_bar(workdir):
+  write_stage(workdir / 'm1', 'judge')
+  charts = {found[1]: found[0] for found in re.findall(
+      r'(<svg[^>]*aria-label="(data of m\d):.*?</svg>)', page_of(workdir), re.S)}
+  assert 'EFT examples' in charts['data of m1'] and '<rect' not in charts['data of m1']
+  m2 = charts['data of m2']
+  assert 'prompts wanted' in m2 and m2.count('class="track"') == m2.count('class="s2"') == 8
 
 
 def test_the_tables_of_the_paper_are_labelled_as_another_model(workdir):

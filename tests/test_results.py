@@ -217,14 +217,15 @@ def head_to_head(a: str, b: str, wins: int, ties: int, losses: int, **fields):
   rate = (wins + ties / 2) / count
   return schema.HeadToHead(**dict(
       a=a, b=b, count=count, wins=wins, ties=ties, losses=losses, win_share=wins / count,
-      tie_share=ties / count, loss_share=losses / count, p_value=None, win_rate=rate,
+      tie_share=ties / count, loss_share=losses / count, win_rate=rate,
+      p_value=stats.binomtest(wins, wins + losses).pvalue if wins + losses else None,
       win_rate_low=rate - 0.1, win_rate_high=rate + 0.125, judge='gpt') | fields)
 
 
 def test_an_outside_judge_counts_in_either_direction():
-  """The file may have the models in any order, as names or as folders of answers."""
+  """The file may have the models in any order."""
   models = evaluated('m1', lengths=[5] * 3), evaluated('m2', lengths=[5] * 3)
-  files = [head_to_head('runs/m1/m2/answers', 'm1', 120, 40, 40),
+  files = [head_to_head('m2', 'm1', 120, 40, 40),
            head_to_head('m1', 'm2', 40, 40, 120)]
   for file, low, high in zip(files, (0.1, 0.075), (0.325, 0.3), strict=True):
     outside = external.External(head_to_head=dict(file=file))
@@ -232,14 +233,73 @@ def test_an_outside_judge_counts_in_either_direction():
     change = step.differences[0].change
     assert (step.verdict, step.decided_by) == ('better', 'head_to_head')
     assert (change.value, change.low, change.high) == pytest.approx((0.2, low, high))
-    assert step.sentence == ('m2 answers better than m1: win rate, head to head, judged by gpt '
-                             f'+0.200 [+{low:.3f}, +{high:.3f}] on 200 prompts.')
+    assert step.sentence == ('m2 answers better than m1: win rate 0.700 '
+                             f'[{0.5 + low:.3f}, {0.5 + high:.3f}] head to head, judged by gpt, on '
+                             '200 prompts.')
   graded = dataclasses.replace(files[0], judge='')
   outside = external.External(head_to_head=dict(file=graded))
   assert verdict(*models, outside=outside)['m2', 'm1', 'answers'].verdict == 'not measured'
   assert differences.wins([*models], outside)[0].by == 'program'
   nameless = external.External(head_to_head=dict(file=dataclasses.replace(graded, first_wins=9)))
   assert verdict(*models, outside=nameless)['m2', 'm1', 'answers'].verdict == 'better'
+
+
+def judged_on(*files, models=('sft', 'm1', 'm2', 'm3')):
+  outside = external.External(head_to_head={f'{i}': file for i, file in enumerate(files)})
+  return verdict(*map(evaluated, models), outside=outside)
+
+
+def test_few_or_equal_outcomes_decide_nothing():
+  """A percentile bootstrap of equal outcomes has the width 0."""
+  def of(*counts):
+    rate = (counts[0] + counts[1] / 2) / sum(counts)
+    step = judged_on(head_to_head('m3', 'sft', *counts, win_rate_low=rate, win_rate_high=rate))[
+        'm3', 'sft', 'answers']
+    return step.verdict, kinds(step.doubts)
+  assert of(1, 0, 0) == of(4, 0, 0) == of(9, 0, 0) == ('not measured', [])
+  assert of(5, 7, 0) == ('no difference seen', ['few', 'includes_zero'])  # p 0.06
+  assert of(400, 0, 0) == ('better', []) and of(0, 0, 12) == ('worse', ['few'])
+  equal = verdict(evaluated('m1', [1.0] * 40), evaluated('m2', [1.5] * 40))['m2', 'm1', 'answers']
+  assert equal.verdict == 'not measured' and 'the same on all prompts' in equal.sentence
+  gains = differences.Difference(
+      measure='oracle', model='m2', against='m1', ours=3.0, theirs=2.0, paired=True,
+      change=estimates.mean([[1.0], [1.0]], 'seeds'))
+  step, *_ = steps.of_models(['m1', 'm2'], {('m2', 'm1'): [gains]}, {}, [])
+  assert step.verdict == 'not measured'
+
+
+def test_outside_judges_that_disagree_decide_nothing():
+  """Whatever the folders of their files are called."""
+  files = [head_to_head('m3', 'sft', 300, 0, 100),
+           head_to_head('m3', 'sft', 100, 0, 300, judge='claude')]
+  for order in (files, files[::-1]):
+    step = judged_on(*order)['m3', 'sft', 'answers']
+    assert step.sentence.startswith('m3 answers neither better nor worse than sft, because the '
+                                    'outside judges disagree: win rate 0.250')
+    assert step.verdict == 'no difference seen' and kinds(step.doubts) == ['disagree']
+    assert 'win rate 0.750 [0.650, 0.875] head to head, judged by gpt' in step.doubts[0].sentence
+  agreeing = dataclasses.replace(files[0], judge='claude')
+  assert judged_on(files[0], agreeing)['m3', 'sft', 'answers'].verdict == 'better'
+  unclear = head_to_head('m3', 'sft', 199, 0, 201, judge='claude')
+  assert judged_on(files[0], unclear)['m3', 'sft', 'answers'].verdict == 'no difference seen'
+
+
+def test_the_first_screen_says_what_later_rounds_made_worse():
+  found = judged_on(head_to_head('m3', 'sft', 300, 0, 100), head_to_head('m3', 'm2', 100, 0, 300),
+                    head_to_head('m2', 'm1', 100, 0, 300)).values()
+  assert steps.answer(found).startswith('Yes: m3 answers better than sft')
+  assert [doubt.sentence.partition(':')[0] for doubt in steps.doubts_of(found)] == [
+      'm2 answers worse than m1', 'm3 answers worse than m2']
+
+
+def test_the_first_screen_shows_reward_hacking_between_rounds():
+  base, noise = np.arange(120) % 5.0, np.resize((-1, 1), 120)
+  models = (evaluated(m, x) for m, x in dict(
+      sft=base, m1=base + noise, m2=base - noise, m3=base + noise).items())
+  found = verdict(*models, rounds=[a_round('m2', 'm1', 2.0), a_round('m3', 'm2', 4.0)]).values()
+  assert steps.deciding(found).model == 'm3'
+  assert kinds(steps.doubts_of(found)) == ['includes_zero', 'only_own_judge']
+  assert 'from 2.00 (m1) to 4.00 (m2)' in steps.doubts_of(found)[1].sentence
 
 
 # Verdicts and doubts
@@ -255,7 +315,7 @@ def test_verdicts_follow_the_interval():
       ('m1', 'sft'): 'better', ('m2', 'm1'): 'worse', ('m3', 'm2'): 'no difference seen',
       ('m2', 'sft'): 'no difference seen', ('m3', 'sft'): 'no difference seen'}
   assert steps.answer([*found.values()]).startswith(
-      'Not that one can see: m3 answers neither better nor worse than sft: oracle score')
+      'Not that one can see: m3 answers neither better nor worse than sft: ')
   assert kinds(found['m1', 'sft', 'answers'].doubts) == []
   assert kinds(found['m3', 'm2', 'answers'].doubts) == ['includes_zero']
   judge = found['m1', 'sft', 'judge']
@@ -300,7 +360,7 @@ def test_doubts_of_a_step():
                    evaluated('m2', base + np.resize((0, 1), 150), [70, 80] * 75))
   step = longer['m2', 'm1', 'answers']
   assert kinds(step.doubts) == ['longer'] and 'from 55 to 75' in step.doubts[0].sentence
-  few = verdict(evaluated('m1', [1.0] * 9), evaluated('m2', [2.0, 3.0] * 4 + [2.0]))
+  few = verdict(evaluated('m1', [1.0] * 11), evaluated('m2', [2.0, 3.0] * 5 + [2.0]))
   assert kinds(few['m2', 'm1', 'answers'].doubts) == ['few']
   def judged_by(file, ours=(), theirs=(), lengths=((), ())):
     models = evaluated('m1', theirs, lengths[1]), evaluated('m2', ours, lengths[0])
@@ -319,7 +379,9 @@ def test_doubts_of_a_step():
     assert judged_by(seen, lengths=([7] * 120, [6] * 120))[2] == ['other_answers']
     assert judged_by(seen, lengths=([7] * 119, [5] * 119))[2] == ['longer', 'other_answers']
   one = verdict(evaluated('m1', [1.0]), evaluated('m2', [2.0]))['m2', 'm1', 'answers']
-  assert one.verdict == 'not measured' and '+1.00 on 1 prompt in the oracle' in one.sentence
+  assert one.verdict == 'not measured' and one.sentence == (
+      'm2 against m1: +1.00 points in the oracle score, on 1 prompt; 1 prompt cannot decide, 10 '
+      'are needed.')
 
 
 def test_alpaca_eval_is_not_paired():
@@ -364,9 +426,10 @@ def workdir(tmp_path):
   seeds = write(workdir / 'data', 'seeds', {}, seed=3)
   records.write(seeds / 'ranked.jsonl', ranked)
   judged = {f'r{i}/{n}': [float(4 - n), 3.0 - n] for i in range(4) for n in range(2)}
-  model(workdir, 'sft', [1, 2, 3, 4, 2], [10, 20, 30, 40, 50], {k: [None, 1.0] for k in judged})
-  model(workdir, 'm1', [2, 2, 3, 5, 3], judged=judged)
-  model(workdir, 'm2', [3, 3, 4, 5, 5], judged=judged)
+  model(workdir, 'sft', [1, 2, 3, 4, 2] * 2, [10, 20, 30, 40, 50] * 2,
+        {k: [None, 1.0] for k in judged})
+  model(workdir, 'm1', [2, 2, 3, 5, 3] * 2, judged=judged)
+  model(workdir, 'm2', [3, 3, 4, 5, 5] * 2, judged=judged)
   data(workdir, 'm2', 'hash of m1')
   data(workdir, 'm3', 'hash of m2', done=False)
   stage.write_json(workdir / 'results.json', dict(size='tiny', models=[
@@ -421,8 +484,8 @@ def test_a_round_by_hand(workdir):
   assert [(y.label, y.count, y.lost) for y in found.funnel] == [
       ('prompts wanted', 4, {}), ('attempts', 9, {}), ('accepted prompts', 3, {'seen before': 6}),
       ('responses', 6, {}),
-      ('finished', 4, {'cut at the length limit': 1, 'prompt too long': 1}),
-      ('judgements', 12, {}), ('parsed', 11, {'no score': 1}),
+      ('finished responses', 4, {'cut at the length limit': 1, 'prompt too long': 1}),
+      ('judgements', 12, {}), ('parsed judgements', 11, {'no score': 1}),
       ('scored candidates', 5, {'fewer than 2 scores': 1}),
       ('pairs', 1, {'all scores equal': 1, 'one candidate': 1})]
   assert found.judge_scores == {'0': 0, '1': 2, '2': 2, '3': 4, '4': 2, '5': 1}
@@ -470,7 +533,7 @@ def test_samples_have_all_candidates_and_judgements_of_a_prompt(workdir):
 
 def test_samples_are_chosen_by_hash_and_bounded(workdir, monkeypatch):
   found = of_round(workdir, 'm2')[0]
-  monkeypatch.setattr(samples, 'PROMPTS', 2)
+  monkeypatch.setattr(rounds, 'PROMPTS', 2)
   made = samples.of_round(found)
   first = sorted(('p0', 'p1', 'p2'), key=records.digest)[:2]
   assert [p.id for p in made.prompts] == first and made.rule.startswith('2 of 3 prompts: those')
@@ -497,19 +560,21 @@ def test_a_run_by_hand(workdir):
       'A run of self-rewarding training, size tiny, model sandbox. It contains the models sft, m1, '
       'm2.', 'Judge: template additive, scores 0 to 5; 2 judgements per response, of which 2 must '
       'have a score.')
-  assert found.answer == ('Yes: m2 answers better than sft: oracle score +1.60 '
-                          f'{interval([3, 3, 4, 5, 5], [1, 2, 3, 4, 2])} on 5 prompts.')
+  assert found.answer == (
+      'Yes: m2 answers better than sft: +1.60 '
+      f'{interval([3, 3, 4, 5, 5] * 2, [1, 2, 3, 4, 2] * 2)} points in the oracle score, on 10 '
+      'prompts.')
   assert kinds(found.doubts) == ['no_control', 'one_seed', 'sandbox', 'stopped', 'unfinished',
                                  'warnings']
   assert found.unfinished == ('sft/judge_eval', 'm1/judge_eval', 'm2/judge_eval', 'm3/prompts',
                               'm3/pairs')
   assert 'model m3' in found.missing and 'AlpacaEval (eval/alpaca_MODEL.json)' in found.missing
   assert found.characters['sft'].mean == 30 and found.tokens['sft'].mean == 15
-  assert found.oracle_scores['m2'] == {'3': 2, '4': 1, '5': 2}
-  assert [w.wins for w in found.wins] == [3, 5, 4]
+  assert found.oracle_scores['m2'] == {'3': 4, '4': 2, '5': 4}
+  assert [w.wins for w in found.wins] == [6, 10, 8]
   costs = {(c.owner, c.stage): c for c in found.costs}
   assert costs['m2', 'model'].tokens == 10 * 2 * 30 * 0.5  # steps, rows, width, not padding
-  assert costs['m2', 'respond'].tokens == 15 and costs['sft', 'answers'].tokens == 75
+  assert costs['m2', 'respond'].tokens == 15 and costs['sft', 'answers'].tokens == 150
   assert costs['m3', 'pairs'].seconds is None and costs['m2', 'pairs'].seconds == 2.5
   assert [m.chosen_reward for m in found.curves['m1']] == [0.0, 0.1, 0.2]
   assert found.values['sft']['parsed'].value == 0.5
@@ -559,6 +624,55 @@ def test_external_results_appear_when_their_files_are_in_the_run(workdir):
     read(workdir)
 
 
+def test_models_of_another_run_decide_nothing(workdir):
+  def write_files(run):
+    file = head_to_head(f'{run}/m2/answers', f'{run}/sft/answers', 300, 0, 100)
+    stage.write_json(workdir / 'eval' / 'x' / 'head_to_head.json', dataclasses.asdict(file))
+    score = schema.MtBench(overall=7.0, math_code_reasoning=None, other=None, turn_1=None,
+                           turn_2=None, scored=160, no_score=0, absent=0)
+    stage.write_json(workdir / 'eval' / 'mt_bench.json', {f'{run}/m2': dataclasses.asdict(score)})
+    found = read(workdir)
+    return (found.external.head_to_head['x/head_to_head.json'].a,
+            [d.measure for d in found.differences['m2', 'sft']], found.values['m2'].get('mt_bench'),
+            [row.values.get('m2') for row in found.external.win_rates])
+  a, measured, score, rates = write_files('/runs/random_judge')
+  assert a == 'random_judge/m2' and not rates and score is None
+  assert 'head_to_head' not in measured
+  for own in ('run', '/moved/from/run', str(workdir)):
+    a, measured, score, rates = write_files(own)
+    assert a == 'm2' and score.value == 7 and 'head_to_head' in measured
+    assert [rate.value for rate in rates] == [0.75]
+
+
+def test_win_rates_against_sft_and_tasks_are_rows_of_models():
+  files = (head_to_head('m1', 'sft', 60, 0, 40), head_to_head('sft', 'm2', 20, 0, 80),
+           head_to_head('m2', 'sft', 50, 0, 50, judge='claude'), head_to_head('m2', 'm1', 1, 0, 1),
+           head_to_head('m1', 'sft', 1, 0, 3, judge=''))
+  harness = schema.Harness(scores={'m1': {'a': 50.0}, 'gpt': {'a': 9.0}}, differences={},
+                           missing={}, metrics={}, standard_errors={'m1': {'a': 2.0}})
+  found = external.External(head_to_head=dict(enumerate(files)), harness=dict(x=harness))
+  assert [(row.by, {m: v.value for m, v in row.values.items()}) for row in found.win_rates] == [
+      ('outside judge gpt', dict(m1=0.6, m2=0.8)), ('outside judge claude', dict(m2=0.5))]
+  task, = found.tasks
+  assert task.values.keys() == {'m1'}
+  assert task.values['m1'].high == pytest.approx(50 + 2 * stats.norm.ppf(0.975))
+
+
+def test_texts_are_kept_only_for_the_samples(workdir, monkeypatch):
+  monkeypatch.setattr(rounds, 'PROMPTS', 1)
+  shown = min(('p0', 'p1', 'p2'), key=records.digest)
+  found = of_round(workdir, 'm2')[0]
+  assert {j.prompt_id for j in found.judgements if j.text} == {shown}
+  assert all(j.text for c in samples.of_round(found).prompts[0].candidates for j in c.judgements)
+  opened = []
+  each = runs.results._each
+  monkeypatch.setattr(runs.results, '_each', lambda path, kind: (
+      opened.append(str(path)) or each(path, kind)))
+  read(workdir)
+  opened = [path for path in opened if '-of-00001' in path]
+  assert len(opened) == len({*opened}) == 10  # every shard is read once
+
+
 # Several runs
 
 
@@ -567,13 +681,13 @@ def test_two_runs_are_paired_by_prompt(workdir, tmp_path):
   shutil.copytree(workdir, other)
   graded = other / 'm2' / 'oracle' / 'graded.jsonl'
   lines = [dict(r, score=x) for (_, r), x in zip(
-      records.read_any(graded), (2.0, 3.0, 4.0, 4.0, 5.0), strict=True)]
+      records.read_any(graded), (2.0, 3.0, 4.0, 4.0, 5.0) * 2, strict=True)]
   records.write(graded, lines)
   found = contents.read([workdir, other])
   assert [run.name for run in found.runs] == [str(workdir), str(other)] and not found.refused
   across = {(x.model, x.measure): x for x in found.across}
   change = across['m2', 'oracle'].change
-  expected = stats.ttest_1samp([-1, 0, 0, -1, 0], 0).confidence_interval(0.95)
+  expected = stats.ttest_1samp([-1, 0, 0, -1, 0] * 2, 0).confidence_interval(0.95)
   assert (change.value, change.low, change.high) == pytest.approx(
       (-0.4, expected.low, expected.high))
   assert across['m1', 'oracle'].change.value == 0 and across['m1', 'pairwise_all'].change.value == 0
@@ -589,8 +703,8 @@ def test_runs_on_other_prompts_are_not_compared(workdir, tmp_path):
   path = other / 'm1' / 'answers' / 'responses-00000-of-00001.jsonl'
   path.write_text(path.read_text().replace('"prompt 0"', '"another prompt"'))
   found = contents.read([workdir, other])
-  assert found.refused == ('other and run: m1 answered other held-out prompts (5 and 5, of which 4 '
-                           'are the same), so no difference is paired by prompt; make both runs '
+  assert found.refused == ('other and run: m1 answered other held-out prompts (10 and 10, of which '
+                           '9 are the same), so no difference is paired by prompt; make both runs '
                            'from the same data',)
   assert {x.model for x in found.across} == {'sft'}
 
@@ -639,6 +753,18 @@ def test_the_seeds_of_a_study_are_one(tmp_path):
       (against['mean'], *against['interval']))
   assert 'one_seed' not in kinds(loop.doubts) and 'no_control' in kinds(loop.doubts)
   assert loop.values['m1']['oracle'].count == 4 and loop.values['sft']['oracle'].count == 5
+
+
+def test_the_seeds_of_a_study_keep_the_doubts_on_their_outside_judge(tmp_path):
+  for seed, wins in enumerate((300, 320)):
+    folder = tmp_path / f'loop-{seed}'
+    model(folder, 'sft')
+    model(folder, 'm1')
+    file = head_to_head('m1', 'sft', wins, 0, 400 - wins, inconsistent=200 * seed, left_out=90)
+    stage.write_json(folder / 'eval' / 'x' / 'head_to_head.json', dataclasses.asdict(file))
+  step = next(s for s in contents.read([tmp_path]).arms[0].steps if s.about == 'answers')
+  assert [(d.kind, d.sentence[:7]) for d in step.doubts[2:]] == [
+      ('left_out', 'loop-0:'), ('inconsistent', 'loop-1:'), ('left_out', 'loop-1:')]
 
 
 def test_a_folder_of_a_run_is_no_study(workdir):

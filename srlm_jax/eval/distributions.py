@@ -44,7 +44,7 @@ from srlm_jax.data import similar
 from srlm_jax.eval import clouds
 from srlm_jax.sample import engine as engines, prompts as prompt_stage
 
-VERSION = 1        # of the computation; another one makes the file again
+VERSION = 2        # of the computation; another one makes the file again
 FILE = 'eval/distributions.json'
 MODEL = 'm0'       # every run has it, and it was trained on none of the sets
 LIMIT = 400        # prompts per set
@@ -209,7 +209,7 @@ def measure(sets: dict[str, list[Text]], used: dict[str, list[Text]],
   apart = _distances({name: vectors[name] for name in large})
   lengths = {name: [len(t.text.split()) for t in texts] for name, texts in sets.items()}
   return dict(
-      quantiles=QUANTILES, word_bins=WORD_BINS,
+      quantiles=QUANTILES, word_bins=WORD_BINS, draws=clouds.DRAWS,
       explained_variance=tuple(_rounded(x) for x in explained),
       sets=tuple(schema.PromptSet(
           name=name, title=title(name), count=len(sets[name]), used=len(used[name]), cut=cut[name],
@@ -244,14 +244,13 @@ def _distances(vectors: dict[str, np.ndarray]) -> tuple[schema.SetDistance, ...]
 def findings(distances: Sequence[schema.SetDistance]) -> tuple[str, ...]:
   """The distances to IFT as one sentence per set."""
   to_ift = {d.a: d for d in distances if d.b == 'ift'}
-  judge = to_ift.get('judge')
   found = []
   for name, d in to_ift.items():
     text = (f'The energy distance of the {title(name)} to IFT is {d.energy:.4f} [{d.low:.4f}, '
             f'{d.high:.4f}], p {_p(d.p_value)}')
-    if judge and name not in TITLES:
-      text += f'; that of the judge prompts of EFT is {judge.energy:.4f}'
-    found.append(f'{text}.')
+    known = [f'{to_ift[other].energy:.4f} for the {title(other)}' for other in ('heldout', 'judge')
+             if other in to_ift and name not in TITLES]
+    found.append(f'{text}; it is {" and ".join(known)}.' if known else f'{text}.')
   return tuple(found)
 
 

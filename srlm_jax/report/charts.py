@@ -4,8 +4,9 @@ import itertools
 
 from srlm_jax import schema
 from srlm_jax.config import MODELS
-from srlm_jax.report import plots
+from srlm_jax.report import external, plots
 from srlm_jax.report.compare import Arm
+from srlm_jax.report.differences import Difference
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths, Measure, MEASURES
 from srlm_jax.report.plots import Chart, Point, Row
@@ -19,48 +20,69 @@ _CURVES = (
     ('loss', {'loss': 'loss'}, None),
     ('reward', {'chosen_reward': 'chosen', 'rejected_reward': 'rejected'}, 0),
     ('log-probability', {'chosen_logp': 'chosen', 'rejected_logp': 'rejected'}, None),
-    ('reward margin', {'margin': 'margin'}, 0),
+    ('reward margin', {'margin': 'reward margin'}, 0),
     ('accuracy', {'accuracy': 'accuracy'}, 0.5),
     ('gradient norm', {'grad_norm': 'gradient norm'}, None))
 # Steps of the funnel -> what they are a part of.
-_PART_OF = {'accepted prompts': 'attempts', 'finished': 'responses', 'parsed': 'judgements',
-            'scored candidates': 'responses', 'pairs': 'accepted prompts',
-            'positives': 'responses'}
+_PART_OF = {'accepted prompts': 'attempts', 'finished responses': 'responses',
+            'parsed judgements': 'judgements', 'scored candidates': 'responses',
+            'pairs': 'accepted prompts', 'positives': 'responses'}
 
 
 def style(model: str) -> str:
-  """The class of a model's colour, the same in every chart."""
+  """The class of a model's colour, the same in every chart of models.
+
+  Prompts have the colour of the model that is trained on them.
+  """
+  model = dict(ift='sft', eft='m1').get(model, model)
   return f's{(MODELS.index(model) - 1) % plots.SERIES}' if model in MODELS else 's5'
 
 
 def differences(steps: Sequence[Step], about: str) -> list[Chart]:
-  """The differences that decide, of answers or of judges: a chart per measure."""
+  """The differences that decide, of answers or of judges: a chart per measure and outside judge."""
   found = {}
   for step in steps:
-    if step.about == about and step.decided_by:
-      found.setdefault(step.decided_by, {})[
-          f'{step.model} - {step.against}'] = step.differences[0].change
-  return [plots.intervals(_difference_title(key), {
-      name: _point(0, value) for name, value in changes.items()}, MEASURES[key].digits)
-          for key, changes in found.items()]
+    for d in step.differences:
+      if step.about == about and step.decided_by == d.measure:
+        group, name = found.setdefault((d.measure, d.judge), {}), f'{d.model} - {d.against}'
+        group[name if name not in group else f'{name} ({len(group)})'] = d
+  return [_win_rates(judge, group) if key == 'head_to_head' else
+          plots.intervals(f'difference in {MEASURES[key].title}', {
+              name: _point(0, d.change) for name, d in group.items()}, MEASURES[key].digits)
+          for (key, judge), group in found.items()]
 
 
-def _difference_title(key: str) -> str:
-  if key == 'head_to_head':
-    return 'win rate, head to head, minus one half'
-  return f'difference in {MEASURES[key].title}'
+def _win_rates(judge: str, group: dict[str, Difference]) -> Chart:
+  points = {name.replace(' - ', ' / '): Point(0, 0.5 + d.change.value, *(
+      None if x is None else 0.5 + x for x in (d.change.low, d.change.high)))
+            for name, d in group.items()}
+  return plots.intervals(f'win rate, head to head, by {judge}', points, 3, level=0.5)
 
 
 def win_tie_loss(run: Run) -> list[Chart]:
   """A chart per judge of answers: shares of prompts won, tied and lost."""
   by_judge = {}
   for found in run.wins:
-    by_judge.setdefault(found.by, []).append(found)
-  return [plots.rows(f'win, tie and loss, by {by}', [
-      Row(f'{w.a} / {w.b}', [w.wins / w.count, w.ties / w.count, w.losses / w.count],
-          ' / '.join(f'{100 * n / w.count:.0f}' for n in (w.wins, w.ties, w.losses)) + ' %')
-      for w in found if w.count], series=('win', 'tie', 'loss'), styles=('win', 'tie', 'loss'),
-      whole=1) for by, found in by_judge.items()]
+    is_judge = found.source and found.by != 'program'
+    by_judge.setdefault(external.outside(found.by) if is_judge else found.by, []).append(found)
+  return [_outcomes(f'win, tie and loss, by {by}', {
+      f'{w.a} / {w.b}': (w.wins, w.ties, w.losses) for w in found})
+          for by, found in by_judge.items()]
+
+
+def stopping(found: Sequence[schema.StepWins]) -> Chart:
+  """Checkpoints against those before, as early stopping compared them."""
+  return _outcomes('checkpoints compared: win, tie and loss', {
+      f'step {w.step} / {w.before or "start"}': (w.wins, w.ties, w.losses) for w in found})
+
+
+def _outcomes(title: str, found: dict[str, tuple[int, int, int]]) -> Chart:
+  """{label: wins, ties and losses} as shares."""
+  rows = [Row(label, [n / sum(counts) for n in counts],
+              ' / '.join(f'{100 * n / sum(counts):.0f}' for n in counts) + ' %')
+          for label, counts in found.items() if sum(counts)]
+  return plots.rows(title, rows, series=('win', 'tie', 'loss'), styles=('win', 'tie', 'loss'),
+                    whole=1)
 
 
 def by_round(run: Run) -> list[Chart]:
@@ -69,10 +91,16 @@ def by_round(run: Run) -> list[Chart]:
           _by_model(run, 'the judge against people and the oracle', {
               'pairwise_all': 'people: pairs ordered alike',
               'oracle_pairwise': 'oracle: pairs ordered alike', 'parsed': 'parse rate'})]
-  means = {'judge': [_point(x, r.judge_mean) for x, r in enumerate(run.rounds) if r.judge_mean],
+  if rows := run.external.win_rates:
+    models = [model for model in run.models if any(model in row.values for row in rows)]
+    made.append(plots.lines('win rate against sft, head to head', {
+        row.by: [_point(x, row.values[m]) for x, m in enumerate(models) if m in row.values]
+        for row in rows}, names=models, level=0.5) if models else None)
+  means = {'judge of the round': [
+      _point(x, r.judge_mean) for x, r in enumerate(run.rounds) if r.judge_mean],
            'oracle': [_point(x, r.oracle_mean) for x, r in enumerate(run.rounds) if r.oracle_mean]}
-  if all(means.values()):
-    made.append(plots.lines('mean score of the candidates, by judge and oracle', means,
+  if means := {name: points for name, points in means.items() if points}:
+    made.append(plots.lines('mean score of the candidates, by model trained on them', means,
                             names=[r.model for r in run.rounds]))
   return [chart for chart in made if chart]
 
@@ -126,12 +154,16 @@ def _on_scale(bars: dict[str, int], scale: tuple[float, float] | None) -> dict[s
 
 
 def funnel(found: Round) -> Chart | None:
-  """What is left after each step of making a model's data, as a share of what it is a part of."""
+  """What is left after each step of making a model's data, as a share of what it is a part of.
+
+  A count that is part of no other one has no bar.
+  """
   count = {step.label: step.count for step in found.funnel}
   made = []
   for step in found.funnel:
     whole = count.get(_PART_OF.get(step.label, ''))
-    made.append(Row(step.label, [step.count / whole if whole else 1.0],
+    bar = [step.count / whole] if whole else [1.0] if step.label in _PART_OF.values() else []
+    made.append(Row(step.label, bar,
                     f'{step.count:,}' + (f' = {step.count / whole:.1%}' if whole else '')))
   return plots.rows(f'data of {found.model}', made, styles=(style(found.model),), whole=1
                     ) if made else None
@@ -148,8 +180,10 @@ def lengths(run: Run) -> list[Chart]:
 
 
 def _boxes(title: str, found: dict[str, Lengths]) -> Chart:
+  """A name begins with its model."""
   return plots.boxes(title, {
-      name: (x.low, x.quarter, x.median, x.three_quarters, x.high) for name, x in found.items()})
+      name: (x.low, x.quarter, x.median, x.three_quarters, x.high) for name, x in found.items()},
+      {name: style(name.partition(' ')[0]) for name in found})
 
 
 def seconds(run: Run) -> Chart | None:
@@ -173,19 +207,23 @@ def map_of(found: schema.Distributions) -> Chart | None:
     return None
   titles = {s.name: s.title or s.name for s in found.sets}
   points = sorted(found.points, key=lambda p: [*titles, p.set].index(p.set))
-  series = {titles.get(name, name): [Point(p.x, p.y) for p in group]
+  by_set = {name: [Point(p.x, p.y) for p in group]
             for name, group in itertools.groupby(points, lambda p: p.set)}
   shares = [f' ({share:.0%} of the variance)' for share in found.explained_variance] + ['', '']
-  return plots.scatter('map of the prompts', series, (
-      f'first component{shares[0]}', f'second component{shares[1]}'))
+  return plots.scatter(
+      'map of the prompts', {titles.get(name, name): dots for name, dots in by_set.items()},
+      (f'first component{shares[0]}', f'second component{shares[1]}'),
+      {titles.get(name, name): style(name) for name in by_set})
 
 
 def nearest_seeds(found: schema.Distributions) -> Chart | None:
   """Shares of the prompts of each set by ROUGE-L to the nearest seed prompt."""
   titles = {s.name: s.title or s.name for s in found.sets}
-  shares = {titles.get(n.set, n.set): {f'.{i}': share for i, share in enumerate(n.rouge_shares)}
-            for n in found.nearest if n.rouge_shares}
-  return plots.bars('ROUGE-L to the nearest seed prompt, in tenths', shares) if shares else None
+  sets = [n for n in found.nearest if n.rouge_shares]
+  shares = {titles.get(n.set, n.set): {f'{i / 10:g}': share
+                                       for i, share in enumerate(n.rouge_shares)} for n in sets}
+  return plots.bars('ROUGE-L to the nearest seed prompt: from each value to the next', shares, {
+      titles.get(n.set, n.set): style(n.set) for n in sets}) if sets else None
 
 
 def of_runs(runs: Sequence[Run | Arm], key: str) -> Chart | None:

@@ -109,7 +109,8 @@ def _arm(name: str, changes: tuple[str, ...], runs: dict[int, Run], has_control:
             for model in models}
   gains = {pair: _gains([run.differences.get(pair, ()) for run in runs.values()])
            for pair in steps.pairs(models)}
-  made = tuple(steps.of_models(models, gains, values, []))
+  made = tuple(dataclasses.replace(step, doubts=step.doubts + _of_seeds(step, runs.values()))
+               for step in steps.of_models(models, gains, values, []))
   facts = doubts.Facts(
       has_outside=any(step.decided_by for step in made if step.about == 'answers'), judges=judges,
       has_control=has_control, seeds=len(runs), is_sandbox=first.is_sandbox,
@@ -119,6 +120,15 @@ def _arm(name: str, changes: tuple[str, ...], runs: dict[int, Run], has_control:
   return Arm(name=name, changes=changes, seeds=tuple(runs), models=models, judges=judges,
              values=values, answer=steps.answer(made), steps=made,
              doubts=tuple(doubts.of_run(facts)))
+
+
+def _of_seeds(step: steps.Step, runs: Iterable[Run]) -> tuple[Doubt, ...]:
+  """The doubts on the verdicts of outside judges in each run, with the name of the run."""
+  return tuple(
+      Doubt(kind=doubt.kind, sentence=f'{run.name}: {doubt.sentence}') for run in runs
+      for own in run.steps
+      if (own.model, own.against, own.about) == (step.model, step.against, step.about)
+      for doubt in own.doubts if doubt.kind in doubts.OF_VERDICTS)
 
 
 def over_seeds(rows: list[dict[str, Value]]) -> dict[str, Value]:

@@ -8,6 +8,9 @@ from srlm_jax.report import estimates, external
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Evaluated
 
+FEWEST = 10           # prompts; fewer decide nothing
+SIGNIFICANT = 0.05    # p-value of the sign test of a head-to-head file
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -20,7 +23,30 @@ class Difference:
   theirs: float | None
   paired: bool           # by prompt; else both are taken as measured on different prompts
   judge: str = ''        # name of the outside judge, if the file has it
-  file: schema.HeadToHead | None = None
+  file: schema.HeadToHead | None = None  # None also for a mean over seeds
+
+  @property
+  def undecided(self) -> str:
+    """Why the change can decide nothing: a reason; '' if it can."""
+    change = self.change
+    if change.of != 'seeds' and change.count is not None and change.count < FEWEST:
+      return f'{change.counted} cannot decide, {FEWEST} are needed'
+    if change.low is None or change.high is None:
+      return 'without an interval it decides nothing'
+    # All verdicts of a file may be equal: its sign test says what that means.
+    if not self.file and change.sign and change.high - change.low <= 1e-9 * abs(change.value):
+      return f'it is the same on all {change.of}, so its spread is not known and it decides nothing'
+    return ''
+
+  @property
+  def is_chance(self) -> bool:
+    """Whether the sign test of a head-to-head file finds no difference."""
+    return bool(self.file) and (self.file.p_value is None or self.file.p_value >= SIGNIFICANT)
+
+  @property
+  def sign(self) -> int:
+    """1 if the model is better, -1 if it is worse, 0 if this is not known."""
+    return 0 if self.undecided or self.is_chance else self.change.sign
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +104,10 @@ def wins(found: list[Evaluated], outside: external.External) -> list[WinTieLoss]
       made.append(_counted(a.model, b.model, [a.graded[p] - b.graded[p] for p in same]))
   for path, file in outside.head_to_head.items():
     if file.count:
-      a, b = map(external.model_name, (file.a, file.b))
       made.append(WinTieLoss(
-          a=a, b=b, by=external.judged_by(file) or 'program', count=file.count, wins=file.wins,
-          ties=file.ties, losses=file.losses, rate=_rate(file), source=path))
+          a=file.a, b=file.b, by=external.judged_by(file) or 'program', count=file.count,
+          wins=file.wins, ties=file.ties, losses=file.losses, rate=external.rate(file),
+          source=path))
   return made
 
 
@@ -92,27 +118,19 @@ def _counted(a: str, b: str, margins: list[float]) -> WinTieLoss:
                     rate=estimates.mean([x] for x in outcomes))
 
 
-def _rate(file: schema.HeadToHead) -> Value:
-  return Value(value=(file.wins + file.ties / 2) / file.count, low=file.win_rate_low,
-               high=file.win_rate_high, count=file.count)
-
-
 def _head_to_head(a: Evaluated, b: Evaluated, outside: external.External) -> Iterator[Difference]:
   """The comparisons of both models by outside judges, in either direction.
 
   Those of answers that a program graded are left out: the oracle's grades are in the run.
   """
   for file in outside.head_to_head.values():
-    of, judge = [external.model_name(x) for x in (file.a, file.b)], external.judged_by(file)
-    if not file.count or not judge or of not in ([a.model, b.model], [b.model, a.model]):
-      continue
-    rate, sign = _rate(file), 1 if of[0] == a.model else -1
-    ends = [None if x is None else sign * (x - 0.5) for x in (rate.low, rate.high)]
-    low, high = ends[::sign]
-    change = Value(value=sign * (rate.value - 0.5), low=low, high=high, count=file.count)
-    yield Difference(measure='head_to_head', model=a.model, against=b.model, change=change,
-                     ours=0.5 + change.value, theirs=0.5 - change.value, paired=True,
-                     judge=judge, file=file)
+    judge = external.judged_by(file)
+    if judge and (rate := external.rate_of(file, a.model, b.model)):
+      low, high = (None if x is None else x - 0.5 for x in (rate.low, rate.high))
+      yield Difference(
+          measure='head_to_head', model=a.model, against=b.model, ours=rate.value,
+          theirs=1 - rate.value, paired=True, judge=judge, file=file,
+          change=dataclasses.replace(rate, value=rate.value - 0.5, low=low, high=high))
 
 
 def _apart(measure: str, a: Evaluated, b: Evaluated, outside: external.External):

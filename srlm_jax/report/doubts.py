@@ -2,7 +2,7 @@
 from collections.abc import Iterator
 import dataclasses
 
-from srlm_jax.report import estimates, external
+from srlm_jax.report import estimates
 from srlm_jax.report.differences import Difference
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import MEASURES
@@ -14,6 +14,7 @@ FEW_SEEDS = 3
 LONGER = 1.2        # ratio of the mean lengths of answers
 INCONSISTENT = 0.3  # share of prompts on which the judge's verdict depends on the order
 LOST = 0.1          # share of prompts without two verdicts
+OF_VERDICTS = ('inconsistent', 'left_out', 'other_answers')  # kinds of doubts on a file of a judge
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,8 @@ def of_answers(deciding: Difference, all_of_step: list[Difference],
   yield from _of_number(deciding)
   by_key = {d.measure: d for d in all_of_step}
   for other in all_of_step:
-    if MEASURES[other.measure].better and other.change.sign * deciding.change.sign < 0:
-      yield Doubt(kind='disagree', sentence=f'The {MEASURES[other.measure].title} says the '
-                  f'opposite: {signed(other)}.')
+    if MEASURES[other.measure].better and other.sign * deciding.sign < 0:
+      yield Doubt(kind='disagree', sentence=f'Another measure says the opposite: {stated(other)}.')
   if (length := by_key.get('characters')) and length.theirs:
     if length.change.sign > 0 and length.ours > LONGER * length.theirs:
       yield Doubt(kind='longer', sentence=f'The answers grew from {length.theirs:,.0f} to '
@@ -64,27 +64,40 @@ def of_judge(deciding: Difference, all_of_step: list[Difference],
       yield Doubt(kind='parse_rate', sentence=f'Only {rate.value:.0%} of the judgements of {model} '
                   f'have a score; replies without one count as errors.')
   both = {d.measure: d for d in all_of_step}.get('pairwise')
-  if deciding.change.sign and (not both or both.change.sign != deciding.change.sign):
-    what = (f'On the pairs that both models scored there is no such difference: {signed(both)}.'
+  if deciding.sign and (not both or both.sign != deciding.sign):
+    what = (f'On the pairs that both models scored there is no such difference: {stated(both)}.'
             if both else 'No pair has scores of both models.')
     yield Doubt(kind='only_unscored', sentence=what)
 
 
-def signed(difference: Difference) -> str:
-  """The change with its interval and count.
+def stated(difference: Difference) -> str:
+  """The difference, or the win rate, with its interval, what it measures and on how much.
 
-  >>> change = Value(value=0.5, low=0.25, high=0.75, count=400)
-  >>> signed(Difference(measure='oracle', model='m2', against='m1', change=change, ours=3.5,
-  ...                   theirs=3.0, paired=True))
-  '+0.50 [+0.25, +0.75] on 400 prompts'
+  >>> change = Value(value=0.25, low=0.125, high=0.375, count=400)
+  >>> def made(measure, **more):
+  ...   return stated(Difference(measure=measure, model='m2', against='m1', change=change, ours=3.5,
+  ...                            theirs=3.0, paired=True, **more))
+  >>> made('oracle')
+  '+0.25 [+0.12, +0.38] points in the oracle score, on 400 prompts'
+  >>> made('head_to_head', judge='gpt')
+  'win rate 0.750 [0.625, 0.875] head to head, judged by gpt, on 400 prompts'
   """
-  change, digits = difference.change, MEASURES[difference.measure].digits
-  text = f'{change.value:+.{digits}f}'
-  if change.low is not None:
-    text += f' [{change.low:+.{digits}f}, {change.high:+.{digits}f}]'
-  if change.count is None:
-    return text
-  return f'{text} on {change.count:,} {change.of if change.count != 1 else change.of[:-1]}'
+  change, measure = difference.change, MEASURES[difference.measure]
+  is_rate = difference.measure == 'head_to_head'
+  form = f'{"" if is_rate else "+"}.{measure.digits}f'
+  def text(x: float) -> str:
+    return format(x + 0.5 if is_rate else x, form)
+  number = text(change.value)
+  if change.low is not None and change.high is not None:
+    number += f' [{text(change.low)}, {text(change.high)}]'
+  on = '' if change.count is None else f', on {change.counted}'
+  if is_rate:
+    return f'win rate {number} head to head, judged by {difference.judge}{on}'
+  unit = {'0 to 5': ' points', '1 to 10': ' points', 'percent': ' percentage points',
+          'characters': ' characters', 'tokens': ' tokens'}.get(measure.unit, '')
+  the = 'the ' if measure.title[0].islower() else ''
+  share = 'share of ' if measure.unit == 'share' else ''
+  return f'{number}{unit} in {the}{share}{measure.title}{on}'
 
 
 def of_run(run: Facts) -> Iterator[Doubt]:
@@ -97,7 +110,7 @@ def of_run(run: Facts) -> Iterator[Doubt]:
                 'this is the control, and no gain may come from its judge.')
   elif run.is_sandbox and not run.has_control:
     yield Doubt(kind='no_control', sentence='No run with a random judge (--ablation=random_judge) '
-                'is shown beside it, so what training gives without a judge is not known.')
+                'is on this page, so what training gives without a judge is not known.')
   if run.seeds == 1:
     yield Doubt(kind='one_seed', sentence='One seed: another training may differ by more than the '
                 'intervals over prompts say; srlm_jax.study runs several.')
@@ -109,20 +122,20 @@ def of_run(run: Facts) -> Iterator[Doubt]:
   if run.unfinished:
     yield Doubt(kind='unfinished', sentence=f'Not finished: {", ".join(run.unfinished)}.')
   if run.warnings:
-    yield Doubt(kind='warnings', sentence=f'{run.warnings} of the health checks give warnings.')
+    yield Doubt(kind='warnings', sentence=f'The health checks give {run.warnings} warnings.')
 
 
 def _of_number(deciding: Difference) -> Iterator[Doubt]:
   change = deciding.change
   few = FEW_SEEDS if change.of == 'seeds' else FEW
   if change.count is not None and change.count < few:
-    yield Doubt(kind='few', sentence=f'Only {change.count} {change.of} were compared, fewer than '
-                f'{few}.')
-  if change.low is None:
-    yield Doubt(kind='no_interval', sentence='The difference has no interval.')
-  elif not change.sign:
-    yield Doubt(kind='includes_zero', sentence=f'The interval includes 0, so the true '
-                f'difference may be in either direction: {signed(deciding)}.')
+    yield Doubt(kind='few', sentence=f'Only {change.counted} were compared, fewer than {few}.')
+  if not deciding.sign:
+    why = (f'The sign test has p = {deciding.file.p_value:.2g}' if deciding.is_chance and
+           change.sign and deciding.file.p_value is not None else 'The interval includes '
+           f'{"one half" if deciding.measure == "head_to_head" else 0}')
+    yield Doubt(kind='includes_zero', sentence=f'{why}, so the true difference may be in either '
+                f'direction: {stated(deciding)}.')
   if not deciding.paired:
     yield Doubt(kind='not_paired', sentence='Only the means of both models are known, so the '
                 'difference is not paired by prompt.')
@@ -135,11 +148,11 @@ def _of_own_judge(deciding: Difference, rounds: list[Round]) -> Iterator[Doubt]:
   if not ours or not theirs:
     return
   rise = estimates.apart(ours.judge_mean, theirs.judge_mean)
-  if rise and rise.sign > 0 and deciding.change.sign <= 0:
+  if rise and rise.sign > 0 and deciding.sign <= 0:
     yield Doubt(kind='only_own_judge', sentence=f'The scores that the models give their own '
-                f'candidates rose from {theirs.judge_mean.value:.2f} to '
-                f'{ours.judge_mean.value:.2f}, and the {MEASURES[deciding.measure].title} did '
-                f'not: this looks like reward hacking.')
+                f'candidates rose from {theirs.judge_mean.value:.2f} ({theirs.writer}) to '
+                f'{ours.judge_mean.value:.2f} ({ours.writer}), and the '
+                f'{MEASURES[deciding.measure].title} did not: this looks like reward hacking.')
 
 
 def _of_verdicts(difference: Difference, lengths: Difference | None) -> Iterator[Doubt]:
@@ -157,7 +170,7 @@ def _of_verdicts(difference: Difference, lengths: Difference | None) -> Iterator
                 f'and the run has {lengths.change.count:,}.')
   elif lengths and not file.left_out:
     seen = [file.characters_a, file.characters_b]
-    if external.model_name(file.a) != difference.model:
+    if file.a != difference.model:
       seen.reverse()
     for model, was, now in zip((difference.model, difference.against), seen,
                                (lengths.ours, lengths.theirs), strict=True):

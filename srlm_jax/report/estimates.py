@@ -28,6 +28,15 @@ class Value:
       return 0
     return int(self.low > 0) - int(self.high < 0)
 
+  @property
+  def counted(self) -> str:
+    """What it was measured on.
+
+    >>> Value(value=0.5, count=1).counted, Value(value=0.5, count=4000).counted
+    ('1 prompt', '4,000 prompts')
+    """
+    return f'{self.count:,} {self.of if self.count != 1 else self.of.removesuffix("s")}'
+
 
 def mean(groups: Iterable[Iterable[float]], of: str = 'prompts') -> Value | None:
   """The values of each prompt -> their mean over all values; None without any value.

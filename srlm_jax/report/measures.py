@@ -86,7 +86,7 @@ class Evaluated:
   folder: epath.Path
   answers: dict[str, schema.Response]       # to the held-out prompts, by prompt id
   graded: dict[str, float]                  # oracle scores of these answers, by prompt id
-  judgements: list[schema.Judgement]        # of the ranked replies
+  judgements: list[schema.Judgement]        # of the ranked replies, without their texts
   quorum: int | None                        # judgements that a score needs; None: not known
 
   @functools.cached_property
@@ -107,7 +107,8 @@ def read(workdir, model: str) -> Evaluated:
       model=model, folder=folder, graded=results.graded(folder),
       answers={r.prompt_id: r for r in results.shards(
           folder / 'answers', 'responses', schema.Response)},
-      judgements=results.shards(folder / 'judge_eval', 'judgements', schema.Judgement),
+      judgements=[dataclasses.replace(j, text='', thinking='') for j in results.shards(
+          folder / 'judge_eval', 'judgements', schema.Judgement)],
       quorum=started.config.eval_quorum if started else None)
 
 

@@ -12,15 +12,16 @@ import jinja2
 import markupsafe
 
 from srlm_jax import InputError, records, schema
-from srlm_jax.report import charts, contents, paper, plots, steps
+from srlm_jax.report import charts, contents, external, paper, plots, steps
 from srlm_jax.report.contents import Contents
-from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.measures import Lengths, MEASURES
 from srlm_jax.report.rounds import Round
 from srlm_jax.report.run import Run
 
 # What is said of a text by the reason why it ends, if not by itself.
 _FINISHES = {schema.CUT: 'cut', schema.TOO_LONG: 'not sampled: prompt too long'}
+# HTML cannot hold NUL, and the other control characters are invisible.
+_INVISIBLE = {code: '\ufffd' for code in range(32) if chr(code) not in '\t\n\r'}
 # Verdict -> class of the style sheet.
 _KINDS = {steps.BETTER: 'better', steps.WORSE: 'worse', steps.SAME: 'unclear',
           steps.UNMEASURED: 'unclear'}
@@ -63,7 +64,8 @@ def render(found: Contents) -> str:
   html = _environment().get_template('page.html').render(
       contents=found, policy=_policy(style, script), style=markupsafe.Markup(style),
       script=markupsafe.Markup(script))
-  return html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
+  html = html.encode('utf-8', 'replace').decode()  # a folder name may not be UTF-8
+  return html.translate(_INVISIBLE)
 
 
 def _source(name: str) -> str:
@@ -76,13 +78,14 @@ def _environment() -> jinja2.Environment:
   made = jinja2.Environment(
       loader=jinja2.FunctionLoader(_source), autoescape=True, trim_blocks=True, lstrip_blocks=True,
       undefined=jinja2.StrictUndefined)
-  made.filters |= dict(number=number, counts=counts, readable=readable, p_value=p_value,
+  made.filters |= dict(number=number, counts=counts, fixed=fixed, p_value=p_value,
                        share='{:.0%}'.format)
   made.globals |= dict(
       measures=MEASURES, charts=charts, finishes=_FINISHES, kinds=_KINDS,
       **{f.__name__: f for f in (
-          verdict, doubts_of, sections_of, keys_of, models_of, papers_about, funnels, rounds_table,
-          kept_of, tasks_of, sample_models, side_by_side, bins_of, ngram_headings)})
+          verdict, steps.doubts_of, sections_of, selection_of, keys_of, models_of, papers_about,
+          funnels, rounds_table, kept_of, tasks_of, sample_models, side_by_side, bins_of,
+          ngram_headings, permuted)})
   return made
 
 
@@ -100,7 +103,7 @@ def counts(dropped: dict[str, int]) -> str:
   >>> counts({'held out': 3, 'too long': 1})
   '3 held out, 1 too long'
   """
-  return ', '.join(f'{n:,} {reason}' for reason, n in dropped.items()) or 'nothing dropped'
+  return ', '.join(f'{n:,} {reason}' for reason, n in dropped.items()) or 'nothing'
 
 
 def number(value: float | str | None) -> str:
@@ -116,41 +119,38 @@ def number(value: float | str | None) -> str:
   return value if isinstance(value, str) else f'{value:,}'
 
 
+def fixed(value: float | None, digits: int = 2) -> str:
+  """
+  >>> fixed(25.7525), fixed(2552.0, 1), fixed(None)
+  ('25.75', '2,552.0', '-')
+  """
+  return '-' if value is None else f'{value:,.{digits}f}'
+
+
 def p_value(value: float | None) -> str:
   """
   >>> p_value(0.034), p_value(1e-9), p_value(None)
-  ('0.034', '< 0.0001', '-')
+  ('0.034', '<0.0001', '-')
   """
   if value is None:
     return '-'
-  return f'{value:.2g}' if value >= 1e-4 else '< 0.0001'
-
-
-def readable(words: str) -> str:
-  """A text without control characters: HTML cannot hold NUL, and the others are invisible.
-
-  >>> readable('a\\x00b\\tc\\n')
-  'a\N{REPLACEMENT CHARACTER}b\\tc\\n'
-  """
-  return words.translate({code: '\ufffd' for code in range(32) if chr(code) not in '\t\n\r'})
-
-
-def deciding(found: Iterable[steps.Step]) -> steps.Step | None:
-  """The step that the answer is about: the answers of the last model, if possible against SFT."""
-  about = [step for step in found if step.about == 'answers']
-  return next((step for step in reversed(about) if step.against == 'sft'), (*about, None)[-1])
+  return f'{value:.2g}' if value >= 1e-4 else '<0.0001'
 
 
 def verdict(found: Iterable[steps.Step]) -> str:
   """The class of the verdict that the answer is about."""
-  step = deciding(found)
+  step = steps.deciding(found)
   return _KINDS[step.verdict] if step else 'unclear'
 
 
-def doubts_of(found: Iterable[steps.Step]) -> tuple[Doubt, ...]:
-  """The doubts on the step that the answer is about."""
-  step = deciding(found)
-  return step.doubts if step else ()
+def permuted(value: float, draws: int) -> str:
+  """The p-value of a permutation test.
+
+  >>> permuted(0.001, 999), permuted(0.25, 999)
+  ('≤0.001', '0.25')
+  """
+  smallest = 1 / (draws + 1)
+  return f'≤{smallest:.2g}' if value <= smallest else p_value(value)
 
 
 def sections_of(run: Run) -> dict[str, str]:
@@ -168,6 +168,18 @@ def sections_of(run: Run) -> dict[str, str]:
   return {name: title for name, (title, is_there) in there.items() if is_there}
 
 
+def selection_of(run: Run, model: str) -> str:
+  """Why the training of a model ended early, and which checkpoint later stages use; or ''."""
+  sentences, found = [], run.stopping.get(model)
+  if model in run.training and (why := run.training[model].stopped):
+    sentences.append(f'Training ended early: {why}.')
+  if found and found.step is not None:
+    step = f'the checkpoint of step {found.step:,}' if found.step else (
+        'the model that training started from')
+    sentences.append(f'Later stages use {step}.')
+  return ' '.join(sentences)
+
+
 def keys_of(values: Iterable[dict], about: str = '') -> list[str]:
   """The keys of MEASURES, all or those about `answers` or `judge`, that some of `values` have."""
   values = list(values)
@@ -175,9 +187,10 @@ def keys_of(values: Iterable[dict], about: str = '') -> list[str]:
           if about in ('', measure.about) and any(key in found for found in values)]
 
 
-def models_of(values: dict[str, dict], keys: Iterable[str]) -> list[str]:
-  """The models that have a value for some of the keys."""
-  return [model for model, found in values.items() if any(key in found for key in keys)]
+def models_of(run: Run, keys: Iterable[str], outside: list[external.Measured]) -> list[str]:
+  """The models that have a value for some of the keys, or of an outside judge or benchmark."""
+  return [model for model in run.models if any(key in run.values.get(model, {}) for key in keys)
+          or any(model in row.values for row in outside)]
 
 
 def papers_about(found: Contents, about: str) -> list[paper.Table]:
@@ -203,7 +216,7 @@ def _of_round(found: Round) -> dict[str, str]:
   for step in found.funnel:
     cells[step.label] = number(step.count)
     if step.lost:
-      cells[f'{step.label}: lost before'] = '\n'.join(
+      cells[f'lost on the way to {step.label}'] = '\n'.join(
           f'{n:,} {reason}' for reason, n in step.lost.items())
   for name, value in (('mean score by its judge', found.judge_mean),
                       ('mean score by the oracle', found.oracle_mean),

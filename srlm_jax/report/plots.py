@@ -18,7 +18,7 @@ SERIES = 6        # colours, as the classes s0, s1, .. of the style sheet
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """A drawing with its text alternative. `legend`: (class, name) of each series, if several."""
+  """A drawing with its text alternative. `legend`: (class, name) of each series."""
   title: str
   description: str
   svg: markupsafe.Markup
@@ -77,8 +77,7 @@ def lines(title: str, series: dict[str, Sequence[Point]], *, names: Sequence[str
   styles = styles or {name: f's{i % SERIES}' for i, name in enumerate(series)}
   for name, line in series.items():
     _line(svg, styles[name], line, x, y)
-  legend = tuple((styles[name], name) for name in series) if len(series) > 1 else ()
-  return _chart(title, svg, legend)
+  return _chart(title, svg, _legend(title, series, styles))
 
 
 def bars(title: str, series: dict[str, dict[str, float]],
@@ -99,10 +98,11 @@ def bars(title: str, series: dict[str, dict[str, float]],
     for at, share in enumerate(values.values()):
       left = x(at) + (i - len(shares) / 2) * width
       _add(svg, 'rect', styles[key], x=left, y=y(share), width=width - 1, height=y.start - y(share))
-  return _chart(title, svg, tuple((styles[key], key) for key in series) if len(series) > 1 else ())
+  return _chart(title, svg, _legend(title, series, styles))
 
 
-def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]) -> Chart:
+def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]],
+          styles: dict[str, str]) -> Chart:
   """A row per name, from its quantiles 5, 25, 50, 75 and 95 %: a line, a box and its median."""
   x_ticks = ticks(0, max(high for *_, high in found.values()) or 1)
   end = _ROW * len(found) + 4
@@ -116,8 +116,9 @@ def boxes(title: str, found: dict[str, tuple[float, float, float, float, float]]
   for i, (name, (low, quarter, median, three_quarters, high)) in enumerate(found.items()):
     top, middle = _ROW * i + 5, _ROW * i + 13
     _text(svg, name, _LABELS - 6, middle + 4, 'end', 'value')
-    _add(svg, 'line', 's0 whisker', x1=x(low), x2=x(high), y1=middle, y2=middle)
-    _add(svg, 'rect', 's0', x=x(quarter), y=top, width=x(three_quarters) - x(quarter), height=16)
+    _add(svg, 'line', f'{styles[name]} whisker', x1=x(low), x2=x(high), y1=middle, y2=middle)
+    _add(svg, 'rect', styles[name], x=x(quarter), y=top, width=x(three_quarters) - x(quarter),
+         height=16)
     _add(svg, 'line', 'median', x1=x(median), x2=x(median), y1=top, y2=top + 16)
   return _chart(title, svg)
 
@@ -126,7 +127,8 @@ def rows(title: str, found: Sequence[Row], *, series: Sequence[str] = (),
          styles: Sequence[str] = ('s0',), whole: float | None = None) -> Chart:
   """Horizontal bars, stacked if a row has several values; the length of `whole` fills a row.
 
-  `series`: the names of the values. `whole` is by default the longest row.
+  A row without values has no bar. `series`: the names of the values. `whole` is by default the
+  longest row.
   """
   whole = whole or max([sum(row.values) for row in found] + [1e-9])
   svg = _drawing(_ROW * len(found) + 4,
@@ -135,7 +137,8 @@ def rows(title: str, found: Sequence[Row], *, series: Sequence[str] = (),
   for i, row in enumerate(found):
     top, start = _ROW * i + 4, 0.0
     _text(svg, row.label, _LABELS - 6, top + 14, 'end', 'value')
-    _add(svg, 'rect', 'track', x=x.start, y=top, width=x.end - x.start, height=_ROW - 8)
+    if row.values:
+      _add(svg, 'rect', 'track', x=x.start, y=top, width=x.end - x.start, height=_ROW - 8)
     for value, style in zip(row.values, styles, strict=False):
       _add(svg, 'rect', style, x=x(start), y=top, width=round(x(start + value) - x(start), 2),
            height=_ROW - 8)
@@ -144,16 +147,17 @@ def rows(title: str, found: Sequence[Row], *, series: Sequence[str] = (),
   return _chart(title, svg, tuple(zip(styles, series, strict=False)))
 
 
-def intervals(title: str, found: dict[str, Point], digits: int = 2) -> Chart:
-  """A row per difference, with its interval and a rule at 0. Point.y is the difference."""
+def intervals(title: str, found: dict[str, Point], digits: int = 2, level: float = 0) -> Chart:
+  """A row per value, with its interval and a rule at `level`; at 0 values are differences."""
   ends = [value for point in found.values() for value in (point.y, point.low, point.high)
           if value is not None]
-  x_ticks = ticks(min([*ends, 0]), max([*ends, 0]))
+  x_ticks = ticks(min([*ends, level]), max([*ends, level]))
   rows_end = _ROW * len(found) + 4
-  values = {name: _with_interval(point, digits) for name, point in found.items()}
+  form = f'{"" if level else "+"}.{digits}f'
+  values = {name: _with_interval(point, form) for name, point in found.items()}
   svg = _drawing(rows_end + 18, f'{title}: ' + '; '.join(f'{k} {v}' for k, v in values.items()))
   x = _Scale(x_ticks[0], x_ticks[-1], _NAMES + 6, _WIDTH - 158)
-  _add(svg, 'line', 'level', x1=x(0), x2=x(0), y1=0, y2=rows_end)
+  _add(svg, 'line', 'level', x1=x(level), x2=x(level), y1=0, y2=rows_end)
   for i, (name, point) in enumerate(found.items()):
     middle = _ROW * i + 4 + 9
     _text(svg, name, _NAMES - 6, middle + 4, 'end', 'value')
@@ -166,7 +170,8 @@ def intervals(title: str, found: dict[str, Point], digits: int = 2) -> Chart:
   return _chart(title, svg)
 
 
-def scatter(title: str, series: dict[str, Sequence[Point]], labels: tuple[str, str]) -> Chart:
+def scatter(title: str, series: dict[str, Sequence[Point]], labels: tuple[str, str],
+            styles: dict[str, str]) -> Chart:
   """Dots of each series, with the names of the two axes."""
   points = [point for dots in series.values() for point in dots]
   svg = _drawing(_MAP[1], f'{title}: ' + ', '.join(
@@ -178,12 +183,11 @@ def scatter(title: str, series: dict[str, Sequence[Point]], labels: tuple[str, s
   _axes(svg, x, y, [(value, _short(value)) for value in x_ticks], y_ticks)
   _text(svg, labels[0], (x.start + x.end) / 2, _MAP[1] - 6, 'middle')
   _text(svg, labels[1], 0, 10, 'start')
-  styles = [f's{i % SERIES}' for i in range(len(series))]
   for dots in itertools.zip_longest(*series.values()):  # in turns: no series covers the others
-    for style, dot in zip(styles, dots, strict=True):
+    for style, dot in zip(styles.values(), dots, strict=True):
       if dot:
         _add(svg, 'circle', f'{style} dot', cx=x(dot.x), cy=y(dot.y), r=2)
-  return _chart(title, svg, tuple(zip(styles, series, strict=True)))
+  return _chart(title, svg, _legend(title, series, styles))
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -210,6 +214,11 @@ def _drawing(height: float, description: str, width: float = _WIDTH) -> ElementT
 def _chart(title: str, svg: ElementTree.Element, legend=()) -> Chart:
   return Chart(title, svg.get('aria-label'),
                markupsafe.Markup(ElementTree.tostring(svg, encoding='unicode')), legend)
+
+
+def _legend(title: str, series: dict, styles: dict[str, str]) -> tuple[tuple[str, str], ...]:
+  """(class, name) of each series, unless the only one is what the title says."""
+  return () if [*series] == [title] else tuple((styles[name], name) for name in series)
 
 
 def _add(svg, tag: str, style: str, **attributes):
@@ -265,11 +274,10 @@ def _describe(series: dict[str, Sequence[Point]], names: Sequence[str]) -> str:
   return '; '.join(found)
 
 
-def _with_interval(point: Point, digits: int) -> str:
-  text = f'{point.y:+.{digits}f}'
+def _with_interval(point: Point, form: str) -> str:
   if point.low is None:
-    return text
-  return f'{text} [{point.low:+.{digits}f}, {point.high:+.{digits}f}]'
+    return f'{point.y:{form}}'
+  return f'{point.y:{form}} [{point.low:{form}}, {point.high:{form}}]'
 
 
 def _short(value: float) -> str:

@@ -1,6 +1,6 @@
 """The numbers of a run: one row per model, as tables; and the seconds of its stages."""
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 import dataclasses
 import statistics
 
@@ -11,6 +11,7 @@ from srlm_jax.config import MODELS
 from srlm_jax.reward import scores
 
 _AGREEMENT, _AUDIT = 'agreement/agreement.json', 'audit/audit.json'
+_AGAIN = 'delete it, and run the loop again'
 _ORACLE, _PAIRED = 'oracle/oracle.json', ''
 
 
@@ -196,16 +197,25 @@ def lines(path, kind: type[records.Record]) -> list[records.Record]:
 
   Ignores a last line without a newline, which a killed stage may leave.
   """
+  return [*_each(path, kind)]
+
+
+def shards(folder, stem: str, kind: type[records.Record]) -> Iterator[records.Record]:
+  """The records of all shards STEM-*-of-*.jsonl of a stage, finished or not, in turn."""
+  for path in sorted(folder.glob(f'{stem}-*-of-*.jsonl')):
+    yield from _each(path, kind)
+
+
+def _each(path, kind: type[records.Record]) -> Iterator[records.Record]:
+  """The records of a file, see `lines`; only one line of it is in memory."""
   name = str(path)  # slow for paths of etils
-  return [records.parse(line, f'{name}:{number}', kind)
-          for number, line in enumerate((_bytes(path) or b'').split(b'\n')[:-1], 1)
-          if line.strip()]
-
-
-def shards(folder, stem: str, kind: type[records.Record]) -> list[records.Record]:
-  """The records of all shards STEM-*-of-*.jsonl of a stage, finished or not; [] without any."""
-  paths = sorted(folder.glob(f'{stem}-*-of-*.jsonl'))
-  return [r for path in paths for r in lines(path, kind)]
+  with records.reading(path, _AGAIN):
+    if not path.exists():
+      return
+    with path.open('rb') as file:
+      for number, line in enumerate(file, 1):
+        if line.endswith(b'\n') and line.strip():
+          yield records.parse(line, f'{name}:{number}', kind)
 
 
 def read(path, kind: type[records.Record]) -> records.Record | None:
@@ -215,7 +225,7 @@ def read(path, kind: type[records.Record]) -> records.Record | None:
 
 
 def _bytes(path) -> bytes | None:
-  with records.reading(path, 'delete it, and run the loop again'):
+  with records.reading(path, _AGAIN):
     return path.read_bytes() if path.exists() else None
 
 

@@ -1,17 +1,19 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
 from collections import Counter
+from collections.abc import Iterable
 import dataclasses
 import functools
 
 from etils import epath
 
-from srlm_jax import schema
+from srlm_jax import records, schema
 from srlm_jax.config import MODELS
 from srlm_jax.report import estimates, measures, results, summaries
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths
 from srlm_jax.reward import health, scores as scoring
 
+PROMPTS = 40  # with all their texts in the samples, per round and of the held-out ones
 STAGES = ('prompts', 'respond', 'judge', 'pairs')  # they make a round's training data
 
 
@@ -53,7 +55,7 @@ class Data:
   stages: dict[str, summaries.Started]
   attempts: list[schema.Attempt]
   responses: list[schema.Response]
-  judgements: list[schema.Judgement]
+  judgements: list[schema.Judgement]   # texts only of the prompts of `first`
   pairs: list[schema.Pair]
   positives: list[schema.Positive]
 
@@ -95,13 +97,20 @@ def read(workdir, model: str, stages: dict[str, summaries.Started]) -> Data | No
   if not any(name in stages for name in STAGES):
     return None
   folder = epath.Path(workdir) / model
+  responses = list(results.shards(folder / 'respond', 'responses', schema.Response))
+  shown = {*first({r.prompt_id for r in responses})}
   return Data(
-      model=model, stages=stages,
+      model=model, stages=stages, responses=responses,
       attempts=results.lines(folder / 'prompts' / 'attempts.jsonl', schema.Attempt),
-      responses=results.shards(folder / 'respond', 'responses', schema.Response),
-      judgements=results.shards(folder / 'judge', 'judgements', schema.Judgement),
+      judgements=[j if j.prompt_id in shown else dataclasses.replace(j, text='', thinking='')
+                  for j in results.shards(folder / 'judge', 'judgements', schema.Judgement)],
       pairs=results.lines(folder / 'pairs' / 'pairs.jsonl', schema.Pair),
       positives=results.lines(folder / 'pairs' / 'positives.jsonl', schema.Positive))
+
+
+def first(names: Iterable[str]) -> list[str]:
+  """The ids of the prompts whose texts are shown: those with the smallest hash."""
+  return sorted(names, key=records.digest)[:PROMPTS]
 
 
 def of(data: Data, workdir, params: dict[str, str]) -> Round:
@@ -139,14 +148,14 @@ def funnel(data: Data) -> list[Yield]:
   if data.responses:
     finish = Counter(r.finish for r in data.responses)
     made += [Yield(label='responses', count=finish.total()),
-             Yield(label='finished', count=finish[schema.EOS], lost=_positive({
+             Yield(label='finished responses', count=finish[schema.EOS], lost=_positive({
                  'cut at the length limit': finish[schema.CUT],
                  'prompt too long': finish[schema.TOO_LONG]}))]
   if data.judgements:
     unparsed = health.unparsed(data.judgements)
     count = len(data.judgements)
     made += [Yield(label='judgements', count=count),
-             Yield(label='parsed', count=count - unparsed.total(), lost=dict(unparsed))]
+             Yield(label='parsed judgements', count=count - unparsed.total(), lost=dict(unparsed))]
   if data.responses and (scored := data.scores):
     good = sum(score.mean is not None for score in scored.values())
     made.append(Yield(label='scored candidates', count=good, lost=_positive({

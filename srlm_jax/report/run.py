@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from srlm_jax import catalog, schema
+from srlm_jax import catalog, model_files, schema
 from srlm_jax.config import MODELS
 from srlm_jax.report import (
   differences,
@@ -55,6 +55,19 @@ class StageCost:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stopping:
+  """How the checkpoint of a model was selected."""
+  step: int | None                       # that later stages use; 0: the model it starts from
+  wins: tuple[schema.StepWins, ...]      # comparisons of early stopping, in order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Selected:
+  """selected.json."""
+  step: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
   """One workdir. Dictionaries by model have only the models with such data."""
   name: str
@@ -84,6 +97,7 @@ class Run:
   samples: tuple[samples.Samples, ...]
   held_out: samples.HeldOut
   warnings: tuple[str, ...]        # sentences of the health checks
+  stopping: dict[str, Stopping] = dataclasses.field(default_factory=dict)
   # For comparisons with other runs.
   evaluated: dict[str, Evaluated]
   ranked: list[schema.RankedPrompt]
@@ -109,9 +123,8 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
   found = [measures.read(workdir, model) for model in models]
   values = {e.model: measures.of_model(e, outside) for e in found}
   ranked = results.lines(workdir / 'data' / 'seeds' / 'ranked.jsonl', schema.RankedPrompt)
-  data = [made for model in MODELS if (made := rounds.read(workdir, model, _own(stages, model)))]
-  params = rounds.names(stages)
-  made_rounds = tuple(rounds.of(d, workdir, params) for d in data)
+  data = [made for model in MODELS if (made := _round(workdir, model, stages))]
+  made_rounds = tuple(made for made, _ in data)
   by_model = {e.model: e for e in found}
   made = {(a, b): differences.between(by_model[a], by_model[b], ranked, outside)
           for a, b in steps.pairs(models)}
@@ -134,24 +147,36 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
       wins=tuple(differences.wins(found, outside)), rounds=made_rounds,
       eft=_by_model(lambda folder: summaries.summary(folder / 'eft'), workdir),
       training=_by_model(lambda folder: summaries.summary(folder / 'model'), workdir),
-      curves=curves,
+      curves=curves, stopping=_by_model(_stopping, workdir),
       characters={m: measures.lengths(len(r.response) for r in x.values())
                   for m, x in answers.items()},
       tokens={m: measures.lengths(r.n_tokens for r in x.values()) for m, x in answers.items()},
       oracle_scores={e.model: scoring.histogram(e.graded.values()) for e in found if e.graded},
-      costs=tuple(_costs(workdir, stages)), unfinished=unfinished,
+      costs=tuple(_costs(workdir, stages, _sampled(made_rounds, found))), unfinished=unfinished,
       missing=tuple(_missing(models, stages, found, outside, curves)), external=outside,
-      samples=tuple(samples.of_round(d) for d in data if d.responses),
+      samples=tuple(shown for _, shown in data if shown.prompts),
       held_out=samples.held_out(answers, {e.model: e.graded for e in found}), warnings=warnings,
       evaluated=by_model, ranked=ranked, differences=made)
 
 
-def _own(stages: dict[tuple[str, str], summaries.Started], model: str):
-  return {name: stage for (owner, name), stage in stages.items() if owner == model}
+def _round(workdir, model: str, stages: dict[tuple[str, str], summaries.Started]) -> (
+    tuple[Round, samples.Samples] | None):
+  """The data of a model: its numbers and its samples. Its records are in memory only here."""
+  own = {name: stage for (owner, name), stage in stages.items() if owner == model}
+  if not (data := rounds.read(workdir, model, own)):
+    return None
+  return rounds.of(data, workdir, rounds.names(stages)), samples.of_round(data)
 
 
 def _by_model(read_one: Callable[[epath.Path], Any], workdir) -> dict:
   return {model: found for model in MODELS if (found := read_one(workdir / model))}
+
+
+def _stopping(folder) -> Stopping | None:
+  """From the folder of a model; None if no checkpoint was compared or selected."""
+  selected = results.read(folder / 'model' / model_files.SELECTED, _Selected)
+  wins = results.lines(folder / 'stopping' / 'wins.jsonl', schema.StepWins)
+  return Stopping(step=selected and selected.step, wins=tuple(wins)) if selected or wins else None
 
 
 def _last(stages: dict, key: str):
@@ -210,19 +235,25 @@ class _Tokens:
   n_tokens: int
 
 
-def _costs(workdir, stages: dict) -> list[StageCost]:
+def _sampled(made: Sequence[Round], found: list[Evaluated]) -> dict[tuple[str, str], int]:
+  """{(model, stage): tokens of its responses} of the stages whose responses were read."""
+  return {(r.model, 'respond'): round(r.tokens.mean * r.tokens.count) for r in made if r.tokens} | {
+      (e.model, 'answers'): sum(a.n_tokens for a in e.answers.values()) for e in found if e.answers}
+
+
+def _costs(workdir, stages: dict, sampled: dict[tuple[str, str], int]) -> list[StageCost]:
   """Seconds and tokens of the stages that have started, in their order."""
   made = []
   for (owner, name), stage in stages.items():
-    folder, tokens = workdir / owner / name, None
+    folder, tokens = workdir / owner / name, sampled.get((owner, name))
     if name == 'model':
       rows = results.read(folder / 'rows.json', _Rows)
       if rows and stage.summary:
         tokens = round(stage.summary.steps * rows.shape[0] * rows.shape[1] *
                        stage.summary.padding_free)
-    elif sampled := results.shards(folder, 'responses', _Tokens):
-      tokens = sum(r.n_tokens for r in sampled)  # of all starts
-    else:
+    elif tokens is None and (rest := [*results.shards(folder, 'responses', _Tokens)]):
+      tokens = sum(r.n_tokens for r in rest)  # of all starts
+    elif tokens is None:
       tokens = stage.generated
     made.append(StageCost(owner=owner, stage=name, seconds=stage.seconds, tokens=tokens))
   return made

@@ -2,10 +2,10 @@
 from collections.abc import Iterable
 import dataclasses
 
-from srlm_jax import records, schema
+from srlm_jax import schema
+from srlm_jax.report import rounds
 from srlm_jax.report.rounds import Data
 
-PROMPTS = 40          # per round, and of the held-out ones
 TEXT = 6_000          # characters of one text
 CHARACTERS = 400_000  # of all texts of a round, or of the held-out prompts
 
@@ -104,7 +104,7 @@ def of_round(data: Data) -> Samples:
     return Prompt(id=name, prompt=_cut(responses[name][0].prompt), candidates=candidates,
                   paired=any(c.role for c in candidates))
 
-  prompts = _bounded(map(made, _first(responses)))
+  prompts = _bounded(map(made, rounds.first(responses)))
   return Samples(model=data.model, rule=_rule(len(prompts), len(responses), 'prompts'),
                  prompts=prompts, total=len(responses))
 
@@ -121,14 +121,9 @@ def held_out(answers: dict[str, dict[str, schema.Response]],
                       n_tokens=r.n_tokens, oracle=graded.get(model, {}).get(name))
         for model, r in found.items()})
 
-  shown = _bounded(map(made, _first(prompts)))
+  shown = _bounded(map(made, rounds.first(prompts)))
   return HeldOut(rule=_rule(len(shown), len(prompts), 'held-out prompts'), prompts=shown,
                  total=len(prompts))
-
-
-def _first(names: Iterable[str]) -> list[str]:
-  """The ids of the prompts that are shown: those with the smallest hash."""
-  return sorted(names, key=records.digest)[:PROMPTS]
 
 
 def _rule(shown: int, total: int, what: str) -> str:

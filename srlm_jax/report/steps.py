@@ -3,7 +3,7 @@
 A verdict needs a measure from outside: the sandbox's oracle, an outside judge, or the ranks of
 people. The scores that the models give themselves decide nothing.
 """
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 from typing import Literal
@@ -30,7 +30,7 @@ class Step:
   verdict: Literal['better', 'worse', 'no difference seen', 'not measured']
   sentence: str                        # the verdict with its number, interval and count
   decided_by: str                      # key of measures.MEASURES; '' if not measured
-  differences: tuple[Difference, ...]  # the deciding one first
+  differences: tuple[Difference, ...]  # those in the deciding measure first
   doubts: tuple[Doubt, ...]            # of this step alone; those of the run are in Run.doubts
 
 
@@ -64,12 +64,31 @@ def of_models(models: Sequence[str], made: dict[tuple[str, str], list[Difference
   return steps
 
 
-def answer(steps: Sequence[Step]) -> str:
-  """Did the run get better? One sentence on the answers of the last model."""
+def deciding(steps: Iterable[Step]) -> Step | None:
+  """The step that the answer is about: the answers of the last model, if possible against SFT."""
   about = [step for step in steps if step.about == 'answers']
-  if not about:
+  return next((step for step in reversed(about) if step.against == 'sft'),
+              about[-1] if about else None)
+
+
+def doubts_of(steps: Iterable[Step]) -> tuple[Doubt, ...]:
+  """The doubts on the answer: those on its step, and what the other steps say against it."""
+  steps = list(steps)
+  if not (last := deciding(steps)):
+    return ()
+  found = list(last.doubts)
+  for step in steps:
+    if step.about == 'answers' and step is not last:
+      if step.verdict == WORSE:
+        found.append(Doubt(kind='worse_between', sentence=step.sentence))
+      found += [doubt for doubt in step.doubts if doubt.kind == 'only_own_judge']
+  return tuple(dict.fromkeys(found))
+
+
+def answer(steps: Iterable[Step]) -> str:
+  """Did the run get better? One sentence on the answers of the last model."""
+  if not (last := deciding(steps)):
     return 'There are no two models to compare.'
-  last = next((step for step in reversed(about) if step.against == 'sft'), about[-1])
   start = {BETTER: 'Yes', WORSE: 'No', SAME: 'Not that one can see', UNMEASURED: 'Not known'}
   return f'{start[last.verdict]}: {last.sentence}'
 
@@ -77,33 +96,36 @@ def answer(steps: Sequence[Step]) -> str:
 def _step(model: str, against: str, about: str, own: list[Difference],
           parsed: dict[str, Value | None], rounds: list[Round]) -> Step:
   keys = DECIDING[about]
-  able = sorted((d for d in own if d.measure in keys and d.change.low is not None),
-                key=lambda d: keys.index(d.measure))
+  able = sorted((d for d in own if d.measure in keys and not d.undecided),
+                key=lambda d: (keys.index(d.measure), d.judge))
   if not able:
     return Step(model=model, against=against, about=about, verdict=UNMEASURED, decided_by='',
                 sentence=_unmeasured(model, against, about, own), differences=tuple(own), doubts=())
-  deciding, change = able[0], able[0].change
-  verdict = {1: BETTER, -1: WORSE, 0: SAME}[change.sign]
-  made = (doubts.of_answers(deciding, own, rounds) if about == 'answers' else
-          doubts.of_judge(deciding, own, parsed))
+  # Several outside judges decide only if they agree.
+  first = [d for d in able if d.measure == able[0].measure]
+  signs = {d.sign for d in first}
+  verdict = {1: BETTER, -1: WORSE, 0: SAME}[first[0].sign if len(signs) == 1 else 0]
+  made = (doubts.of_answers(first[0], own, rounds) if about == 'answers' else
+          doubts.of_judge(first[0], own, parsed))
   return Step(model=model, against=against, about=about, verdict=verdict,
-              sentence=_sentence(deciding, verdict, about), decided_by=deciding.measure,
-              differences=(deciding, *(d for d in own if d is not deciding)), doubts=tuple(made))
+              sentence=_sentence(first, verdict, about), decided_by=first[0].measure,
+              differences=(*first, *(d for d in own if d not in first)), doubts=tuple(made))
 
 
-def _sentence(deciding: Difference, verdict: str, about: str) -> str:
+def _sentence(first: list[Difference], verdict: str, about: str) -> str:
+  """`first`: the differences in the measure that decides."""
   verb = 'answers' if about == 'answers' else 'judges'
-  what = (f'{deciding.model} {verb} {verdict} than {deciding.against}' if verdict != SAME else
-          f'{deciding.model} {verb} neither better nor worse than {deciding.against}')
-  by = f', judged by {deciding.judge}' if deciding.judge else ''
-  return f'{what}: {MEASURES[deciding.measure].title}{by} {doubts.signed(deciding)}.'
+  model, against = first[0].model, first[0].against
+  what = (f'{model} {verb} {verdict} than {against}' if verdict != SAME else
+          f'{model} {verb} neither better nor worse than {against}')
+  if len({d.sign for d in first}) > 1:
+    what += ', because the outside judges disagree'
+  return f'{what}: {"; ".join(map(doubts.stated, first))}.'
 
 
 def _unmeasured(model: str, against: str, about: str, own: list[Difference]) -> str:
   if without := [d for d in own if d.measure in DECIDING[about]]:
-    return (f'{model} and {against} differ by {doubts.signed(without[0])} in the '
-            f'{MEASURES[without[0].measure].title}; one number has no interval, so it decides '
-            f'nothing.')
+    return (f'{model} against {against}: {doubts.stated(without[0])}; {without[0].undecided}.')
   if about == 'judge':
     return f'No ranks of people compare {model} with {against} as judges.'
   return (f'No outside measure compares the answers of {model} and {against}; the scores that '

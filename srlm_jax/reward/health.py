@@ -135,7 +135,7 @@ def warn_judgements(title: str, judgements: list[schema.Judgement]) -> list[str]
   scores = [scoring.whole(j.score) for j in judgements if j.score is not None]
   sentences = []
   if len(scores) < PARSED * len(judgements):
-    why = ', '.join(f'{n} {reason}' for reason, n in unparsed(judgements).items())
+    why = ', '.join(f'{n:,} {reason}' for reason, n in unparsed(judgements).items())
     sentences.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score '
                      f'(the others: {why}), fewer than {PARSED:.0%}.')
   for value, count in Counter(scores).items():
