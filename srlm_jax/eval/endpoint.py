@@ -598,7 +598,6 @@ def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int, clie
   Shows them as they arrive. What a killed run showed of the answers that are kept stays.
   """
   n, waiting = config.judge.n, {}
-  shown = monitor.Monitor(s.folder, 'judgements', schema.Judgement, client.kept)
 
   def requests():
     for item in judging.items(s, config, 'responses'):
@@ -616,9 +615,10 @@ def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int, clie
     for item, request in requests():
       waiting[request.id] = item, request
       yield request
-  for name, answer in client.answers(asked(), responses * n):  # it is in the file of answers now
-    shown.add([judgement(*waiting.pop(name), answer)])
-  shown.close()
+  with contextlib.closing(
+      monitor.Monitor(s.folder, 'judgements', schema.Judgement, client.kept)) as shown:
+    for name, answer in client.answers(asked(), responses * n):  # it is in the file of answers now
+      shown.add([judgement(*waiting.pop(name), answer)])
   judged = (judgement(item, request, client.answer(request)) for item, request in requests())
   records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
 
