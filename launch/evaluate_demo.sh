@@ -19,7 +19,7 @@ say 'lm-evaluation-harness: two tasks made of the held-out prompts'
 say 'an outside judge, behind the API of OpenAI'
 exec {oracle}< <(exec "$python" -m srlm_jax.sandbox.endpoint --port=0)
 server=$!
-trap 'kill "$server"' EXIT
+trap 'kill "$server" 2>/dev/null || true' EXIT
 read -r -u "$oracle" line || { echo 'error: the judge did not start' >&2; exit 1; }
 for pair in m1,sft m2,sft m3,sft m2,m1 m3,m2; do
   a=${pair%,*} b=${pair#*,}

@@ -595,9 +595,11 @@ def _check_training(t: ConfigDict, names: list[str]):
 
 def _check_stopping(c: ConfigDict):
   """Refuses early stopping where something that it needs is missing."""
-  if c.train.select != 'wins':
+  if selection(c) != 'wins':
     return
   begin, end = 'config.train.select is wins, ', '; or set train.select to empty'
+  if c.train.select == 'auto':
+    begin = 'early stopping is on, because config.endpoint.url is set (train.select is auto), '
   if not c.train.init:
     raise InputError(f'{begin}and {c.name} starts from no model (train.init is empty) with which '
                      f'its first checkpoint could be compared{end}')
@@ -610,6 +612,10 @@ def _check_stopping(c: ConfigDict):
   if c.train.judge == 'endpoint' and not c.endpoint.url:
     raise InputError(f'{begin}and no judge is configured; give config.endpoint.url, in the sandbox '
                      f'set train.judge=oracle{end}')
+  if c.train.judge != 'endpoint' and c.endpoint.url and c.judge.by != 'endpoint':
+    raise InputError(f'{begin}and {c.name} asks no judge at config.endpoint.url: train.judge is '
+                     f'{c.train.judge}; set train.judge=endpoint, or give endpoint.url only to '
+                     f'models that use it')
   if c.train.judge != 'endpoint' and c.data.source != 'sandbox':
     raise InputError(f'config.train.judge is {c.train.judge!r}, which only the sandbox has; with '
                      f'data.source={c.data.source} it is endpoint')

@@ -42,7 +42,7 @@ class Board:
     self._writer = tensorboardX.SummaryWriter(
         str(self._events.local), purge_step=step + 1, flush_secs=SECONDS,
         filename_suffix=f'.{time.time_ns()}')  # otherwise a second one may overwrite the file
-    self._title = '/'.join([*epath.Path(folder).parts[-2:], name]).rstrip('/')
+    self._title = '/'.join([*_place(folder), name]).rstrip('/')
     self._written = self._uploaded = time.monotonic()
     if _wandb:
       _wandb.define_metric(f'{self._title}/*', step_metric=f'{self._title}/step')
@@ -114,8 +114,11 @@ def show_finished(workdir, title: str):
   """Shows the numbers of finished stages in TensorBoard, WORKDIR/tensorboard/models.
 
   The x axis is the model's iteration (`ITERATIONS`). Writes the numbers of all stages again, in
-  place of the earlier ones. `title`: MODEL/STAGE, the stage that has just finished.
+  place of the earlier ones. `title`: MODEL/STAGE, the stage that has just finished. Shows nothing
+  of a workdir that a stage made in its folder for a checkpoint (`selection.make_workdir`).
   """
+  if (epath.Path(workdir).parent / 'manifest.json').exists():
+    return
   points = {}  # {iteration: scalars}
   for path in sorted(epath.Path(workdir).glob('*/*/done.json')):
     model, name = path.parts[-3:-1]
@@ -146,7 +149,16 @@ def _numbers(name: str, summary: dict) -> dict[str, float]:
   return found
 
 
-_wandb = None  # the run of Weights & Biases
+_wandb = None    # the run of Weights & Biases
+_workdir = None  # whose stages it shows
+
+
+def _place(folder) -> tuple[str, ...]:
+  """The parts of a folder's path in the workdir that is shown; the last two of another folder."""
+  folder = storage.absolute(folder)
+  if _workdir and folder.is_relative_to(_workdir):
+    return folder.relative_to(_workdir).parts
+  return folder.parts[-2:]
 
 
 @contextlib.contextmanager
@@ -156,7 +168,7 @@ def weights_and_biases(workdir) -> Iterator[None]:
   WORKDIR/wandb.txt has the id of the run, so that a killed run continues. Raises InputError if the
   package is missing, or if the run cannot begin.
   """
-  global _wandb
+  global _wandb, _workdir
   if not (project := os.environ.get('WANDB_PROJECT')):
     yield
     return
@@ -176,11 +188,11 @@ def weights_and_biases(workdir) -> Iterator[None]:
                      f'({" ".join(str(error).split())}); log in with wandb login, set '
                      f'WANDB_MODE=offline, or unset WANDB_PROJECT') from error
   with run:
-    _wandb = run
+    _wandb, _workdir = run, storage.absolute(workdir)
     try:
       yield
     finally:
-      _wandb = None
+      _wandb = _workdir = None
 
 
 def _log(title: str, step: int, scalars: Mapping[str, float],

@@ -60,8 +60,9 @@ def _trained_folder(workdir, config):
   """The model's folder; raises InputError unless it was trained with this train.select."""
   by = config.train.select
   if by == 'wins':
-    raise InputError('config.train.select is wins, which selects a checkpoint while the model is '
-                     'trained; run python -m srlm_jax.stopping')
+    raise InputError('early stopping (config.train.select is wins, or auto with '
+                     'config.endpoint.url) selects a checkpoint while the model is trained; run '
+                     'python -m srlm_jax.stopping')
   if not by:
     raise InputError('config.train.select is empty, so the last checkpoint is used and there is '
                      'nothing to select; set it to agreement or to a command')

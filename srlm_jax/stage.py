@@ -49,7 +49,7 @@ class Stage:
     _refuse_open(spec, config)
     self.title = f'{self.folder.parent.name}/{spec.name}'
     preemption.stop_at_start(self.title)
-    self.started = time.time()
+    self.started, self._generated = time.time(), 0
     models = {role: finished_model(workdir, name) for role, name in spec.models(config).items()}
     self.models = list(models.values())
     inputs = [*spec.inputs(workdir, config), *more_inputs]
@@ -144,18 +144,31 @@ class Stage:
     hosts.log(f'{self.title}: starts, parameters {params}' if params else f'{self.title}: starts')
     hosts.sync(f'{self.title} begins')
 
+  def add(self, seconds: float = 0.0, generated: int = 0):
+    """Adds to what done.json says of the work; all hosts must call it.
+
+    seconds: that the stage took before it was made; negative for those of another stage
+    generated: tokens that were sampled
+    """
+    self.started -= seconds
+    self._generated += generated
+
   def finish(self, typed=None, **summary):
     """Marks the stage done; the summary is kept in done.json, its numbers and texts are printed.
 
-    typed: a summary of `catalog.SUMMARIES`, instead of numbers by name.
+    typed: a summary of `catalog.SUMMARIES`, instead of numbers by name. done.json also has
+    `seconds` and, if a model sampled, `generated` tokens: both since the last start of the stage.
     """
     if typed is not None:
       summary = dataclasses.asdict(typed)
     hosts.sync(f'{self.title} ends')
     seconds = round(time.time() - self.started, 1)
     if hosts.is_first_host():
+      spent = dict(seconds=seconds)
+      if self._generated:
+        spent['generated'] = self._generated
       files = records.contents(self.folder)
-      write_json(self.folder / 'done.json', dict(summary, files=files, seconds=seconds))
+      write_json(self.folder / 'done.json', dict(summary, files=files, **spent))
       metrics.show_finished(self._workdir, self.title)
     hosts.sync(f'{self.title} is done')  # every host may read done.json
     shown = [f'{key} {value}' for key, value in summary.items()

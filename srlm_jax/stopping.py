@@ -17,6 +17,7 @@ checkpoint that won; if none did, that is the model that training started from, 
 """
 import json
 import tempfile
+import time
 import zlib
 
 from srlm_jax import (
@@ -25,6 +26,7 @@ from srlm_jax import (
   config as configs,
   hosts,
   InputError,
+  metrics,
   model_files,
   records,
   schema,
@@ -53,10 +55,18 @@ def run(config, workdir):
   elif (own / WINS).exists():
     raise InputError(f'{own} compares checkpoints of a training that is gone, {folder}; delete it')
   check_judge(config, workdir)
-  train.run(config, workdir, lambda step: _is_better(config, workdir, step))
+  spent = []  # seconds per comparison
+
+  def wins(step: int) -> bool:
+    begun = time.time()
+    is_better = _is_better(config, workdir, step)
+    spent.append(time.time() - begun)
+    return is_better
+  train.run(config, workdir, wins)
   s = _stage(config, workdir)
   if s.done:
     return
+  s.add(seconds=sum(spent))
   found = compared(s.folder)
   step = best(found)
   if hosts.is_first_host():
@@ -122,15 +132,32 @@ def _is_better(config, workdir, step: int) -> bool:
     with engines.kept():  # which frees the memory of every engine at its end
       a, b = (_answers(s, workdir, n) for n in (step, before))
       if hosts.is_first_host():
-        records.write(s.folder / WINS, [*found, _compare(s, workdir, step, before, a, b)])
+        new = _compare(s, workdir, step, before, a, b)
+        _show(s.folder, new)
+        records.write(s.folder / WINS, [*found, new])
     hosts.sync(f'{s.title} {step}')
     found = compared(s.folder)
   wins = next(wins for wins in found if wins.step == step)
   against = f'step {wins.before}' if wins.before else 'the model that training starts from'
   left_out = f', {wins.left_out} prompts without verdicts' if wins.left_out else ''
-  hosts.log(f'{s.title}: step {step} against {against}: {wins.wins} wins, {wins.ties} ties, '
-            f'{wins.losses} losses{left_out}')
+  hosts.log(f'{s.title}: step {step} against {against}, judged by {_judge_name(config)}: '
+            f'{wins.wins} wins, {wins.ties} ties, {wins.losses} losses{left_out}')
   return wins.is_better
+
+
+def _show(folder, wins: schema.StepWins):
+  """Shows a comparison in TensorBoard, before it is written: if a kill prevents that, it is hidden.
+  """
+  board = metrics.Board(folder, step=wins.before)
+  board.write(wins.step, {name: getattr(wins, name)
+                          for name in ('wins', 'ties', 'losses', 'left_out')})
+  board.close()
+
+
+def _judge_name(config) -> str:
+  """Who judges, for the log."""
+  by = config.train.judge
+  return (config.endpoint.model or config.endpoint.url) if by == 'endpoint' else by
 
 
 def _answers(s: stage.Stage, workdir, step: int) -> Answers:
@@ -175,9 +202,10 @@ def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Ans
       texts = dict(client.ask(asked, len(asked)))
     found = head_to_head.compare(head_to_head.verdicts(asked, texts))
   if not found['count']:
-    raise InputError(f'config.train.select is wins, and the judge gave no verdict in both orders '
-                     f'on any of {len(a)} pairs of answers of step {step}; read its answers in '
-                     f'{s.folder / endpoint.FILE}, delete that file, and name another judge')
+    raise InputError(f'{s.title}: the judge gave no verdict in both orders on any of {len(a)} '
+                     f'pairs of answers of step {step}; read its answers in '
+                     f'{s.folder / endpoint.FILE}, delete that file, and name another judge, or '
+                     f'set train.select to empty and train again')
   return schema.StepWins(step=step, before=before, left_out=len(a) - found['count'],
                          **{name: found[name] for name in ('wins', 'ties', 'losses')})
 

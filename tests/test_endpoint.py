@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 
+from boards import shown
 from conftest import config_flags, DATA, main, ROOT, run_main, server
 import numpy as np
 import pytest
@@ -418,7 +419,13 @@ def test_a_run_is_judged_by_the_endpoint(tmp_path, monkeypatch, capfd):
     config.endpoint.url = 'http://127.0.0.1:9/v1'  # done: neither the URL nor a request matters
     endpoint.run(config, tmp_path)
     assert len(log()) == sent
-  folder = tmp_path / 'm2' / 'judge'
+    folder = tmp_path / 'm2' / 'judge'
+    (folder / 'done.json').unlink()  # as if killed
+    endpoint.run(config, tmp_path)
+    assert len(log()) == sent
+  found = shown(folder / 'tensorboard' / 'judgements')
+  assert found['parse_rate'] == {27: 1} and found['score'] == {27: pytest.approx(7 / 3)}
+  assert 'score ' in found['samples/text_summary'][27]
   made = list(records.read_shards(folder, 'judgements', schema.Judgement))
   assert [j.id for j in made] == [f'{r.id}/{j}' for r in rows for j in range(3)]
   assert [j.score for j in made] == [5.0] * 3 + [2.0] * 3 + [0.0] * 3 + ([5.0] * 3 + [2.0] * 3 +

@@ -2,7 +2,8 @@
 
 Their judge is a server in this process. Each program gets an environment of its own, because they
 need different versions of openai; $SRLM_ALPACA_EVAL and $SRLM_FASTCHAT may name a Python that has
-one of them. $SRLM_TORCH is the torch requirement to install, as in test_extras.
+one of them, and $SRLM_EVAL one that has the extras of `make evaluate`. $SRLM_TORCH is the torch
+requirement to install, as in test_extras.
 """
 import contextlib
 import hashlib
@@ -12,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ import threading
 from conftest import main, ROOT
 import pytest
 
-from srlm_jax import records
+from srlm_jax import records, schema
 from srlm_jax.data import prompt_files
 
 QUESTIONS = [dict(question_id=81 + i, category=category, turns=['Name a nice fruit.', 'Why?'][:n])
@@ -74,14 +76,20 @@ def judge():
     thread.join()
 
 
-@contextlib.contextmanager
-def environment(tmp_path, variable: str, *packages: str):
-  """-> a function that runs Python with `packages` in `tmp_path`, and returns its output."""
+def python_with(tmp_path, variable: str, *packages: str) -> str:
+  """The Python that the variable names, else that of a new environment with `packages`."""
   python = os.environ.get(variable, '')
   if not python:
     python = str(tmp_path / 'venv' / 'bin' / 'python')
     subprocess.run([sys.executable, '-m', 'venv', tmp_path / 'venv'], check=True)
     subprocess.run([python, '-m', 'pip', 'install', '-q', *packages], check=True)
+  return python
+
+
+@contextlib.contextmanager
+def environment(tmp_path, variable: str, *packages: str):
+  """-> a function that runs Python with `packages` in `tmp_path`, and returns its output."""
+  python = python_with(tmp_path, variable, *packages)
 
   def run(*words, given='', **variables):
     own = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(
@@ -196,3 +204,35 @@ def test_alpaca_eval_annotates_our_answers_and_we_compute_its_win_rates(m0, judg
       lc_standard_error=controlled[1]).items():
     assert float(own[key]) == pytest.approx(value, abs=1e-6), key
   assert abs(controlled[0] - found['win_rate']) > 1  # the lengths differ
+
+
+@pytest.mark.slow
+def test_the_demo_is_evaluated_and_nothing_twice(demo, tmp_path):
+  """launch/evaluate_demo.sh; its outside judge is the oracle, so the two must agree."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(demo[0], workdir)
+  python = python_with(tmp_path, 'SRLM_EVAL', f'{ROOT}[eval,judge,serve]')
+
+  def evaluate() -> str:
+    done = subprocess.run(
+        [ROOT / 'launch' / 'evaluate_demo.sh', workdir], capture_output=True, text=True,
+        env=os.environ | dict(PYTHON=python, PYTHONPATH=str(ROOT), JAX_PLATFORMS='cpu',
+                              XLA_FLAGS=''))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+  evaluate()
+  graded = (records.read(workdir / model / 'oracle' / 'graded.jsonl', schema.GradedResponse)
+            for model in ('m3', 'sft'))
+  m3, sft = ({r.prompt_id: r.score for r in rows} for rows in graded)
+  found = json.loads((workdir / 'eval' / 'm3_sft' / 'head_to_head.json').read_text())
+  assert (found['count'], found['judge']) == (24, 'oracle') and len(m3) == 24
+  assert found['wins'] == sum(score > sft[name] for name, score in m3.items())
+  assert found['losses'] == sum(score < sft[name] for name, score in m3.items())
+  scores = json.loads((workdir / 'eval' / 'harness.json').read_text())['scores']
+  assert {model: {*tasks} for model, tasks in scores.items()} == dict.fromkeys(
+      ('m1', 'm2', 'm3'), {'sandbox_choice', 'sandbox_exact'})
+  assert len([*(workdir / 'eval').glob('m*_*/head_to_head.json')]) == 5
+  assert (workdir / 'eval' / 'distributions.json').exists()
+  page = (workdir / 'report.html').read_text()
+  assert 'sandbox_choice' in page and 'Distributions of the prompts' in page
+  assert ', 0 of them new' in evaluate()

@@ -57,6 +57,15 @@ def test_scripts_without_arguments_print_their_usage():
     assert done.returncode == 2 and done.stderr.startswith('usage: '), script
 
 
+def test_the_evaluation_says_in_one_sentence_that_its_judge_did_not_start(tmp_path):
+  python = tmp_path / 'python'  # all programs succeed at once, and so does the judge
+  python.write_text('#!/usr/bin/env bash\n')
+  python.chmod(0o755)
+  done = subprocess.run([LAUNCH / 'evaluate_demo.sh', tmp_path], capture_output=True, text=True,
+                        env=os.environ | dict(PYTHON=str(python)))
+  assert (done.returncode, done.stderr) == (1, 'error: the judge did not start\n')
+
+
 def test_modules_configs_and_flags_in_launchers_exist():
   texts = {path.name: path.read_text() for path in LAUNCH.iterdir()}
   assert set(texts) == {'local.sh', 'tpu.sh', 'slurm.sh', *JOBSETS}

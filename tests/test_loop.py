@@ -176,6 +176,11 @@ def test_every_stage_is_in_tensorboard(demo):
     count = sum(1 for _ in path.open())
     assert max(found['tokens_per_second']) == max(found['slot_utilization']) == count, path
     assert max(found['samples/text_summary']) == count
+    generated = json.loads((path.parent / 'done.json').read_text())['generated']
+    made = list(records.read(path, catalog.KINDS[path.name.partition('-')[0] + catalog.SHARDS]))
+    if isinstance(made[0], schema.Response):
+      assert generated == sum(r.n_tokens for r in made)
+    assert generated >= count
     if path.parent.name == 'judge':
       scores = [j.score for j in records.read(path, schema.Judgement) if j.score is not None]
       assert found['parse_rate'][count] == pytest.approx(len(scores) / count)
@@ -238,6 +243,7 @@ def test_a_killed_stage_resumes_and_ends_byte_identical(demo, tmp_path, stage):
   shutil.copytree(demo[0], tmp_path / 'run')
   folder = tmp_path / 'run' / 'm2' / stage
   whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
+  before = json.loads((folder / 'done.json').read_text())
   (folder / 'done.json').unlink()
   # Ends in the middle of a line and of a batch.
   (folder / name).write_bytes(whole[name][:len(whole[name]) * 2 // 3])
@@ -245,7 +251,9 @@ def test_a_killed_stage_resumes_and_ends_byte_identical(demo, tmp_path, stage):
   main(module, '--config=configs/iter2.py:tiny', f'--workdir={tmp_path / "run"}',
        *config_flags('m2'))
   assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
-  assert json.loads((folder / 'done.json').read_text())['seconds'] > 0
+  done = json.loads((folder / 'done.json').read_text())
+  assert done['seconds'] > 0 and 0 < done['generated'] <= before['generated']  # of the last start
+  assert stage == 'prompts' or done['generated'] < before['generated']  # which samples whole rounds
 
 
 def test_the_older_model_judges_the_same_candidates_and_samples_its_own(others):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 from boards import shown
 from conftest import ROOT
@@ -84,6 +85,27 @@ def test_a_finished_stage_is_one_point_per_model(tmp_path):
   found = shown(tmp_path / 'tensorboard' / 'models')
   assert found['judge/parse_rate'] == {0: 0, 1: 0.25, 2: 0.5}
   assert found['judge/unparsed/x'] == {0: 1, 1: 1, 2: 1}
+
+
+def test_a_compared_checkpoint_has_its_own_curves_and_none_of_the_models(tmp_path, monkeypatch):
+  """Its answers are a stage in a workdir in the folder of a stage (`selection.make_workdir`)."""
+  logged = []
+  monkeypatch.setattr(metrics, '_wandb', types.SimpleNamespace(
+      define_metric=lambda name, **_: logged.append(name)))
+  monkeypatch.setattr(metrics, '_log', lambda title, *_: logged.append(title))
+  monkeypatch.setattr(metrics, '_workdir', tmp_path)
+  inner = tmp_path / 'm2' / 'stopping' / '0'
+  for workdir in tmp_path, inner:
+    metrics.Board(workdir / 'm2' / 'answers', 'responses').close()
+  metrics.Board(tmp_path.parent / 'other' / 'm2' / 'answers').close()
+  assert logged == ['m2/answers/responses/*', 'm2/stopping/0/m2/answers/responses/*',
+                    'm2/answers/*']
+  (tmp_path / 'm2' / 'stopping' / 'manifest.json').write_text('{}')
+  for workdir in tmp_path, inner:
+    del logged[:]
+    (workdir / 'm2' / 'answers' / 'done.json').write_text('{"responses": 4}')
+    metrics.show_finished(workdir, 'm2/answers')
+    assert bool(logged) == (workdir / 'tensorboard').exists() == (workdir == tmp_path)
 
 
 def test_weights_and_biases_are_not_imported_unless_asked_for_and_named_if_missing(

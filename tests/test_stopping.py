@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
+from boards import shown
 from conftest import CHANGES, config_flags, init, main, make_mesh, ROOT, run_main
 import jax
 import pytest
@@ -99,6 +101,23 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(changes, message):
   configs.check(config(**changes | dict(train__judge='endpoint')))  # without early stopping
 
 
+def test_an_error_names_what_turned_it_on():
+  judged = dict(endpoint__url='http://judge/v1', data__valid_prompts=0)
+  with pytest.raises(InputError, match='because config.endpoint.url is set') as error:
+    configs.check(config('m2', '7b', **judged))
+  assert 'is wins' not in str(error.value)
+  configs.check(config('m2', '7b', data__valid_prompts=0))
+  configs.check(config('m2', '7b', **judged, train__select=''))
+
+
+def test_a_judge_that_no_one_asks_is_refused():
+  judged = dict(endpoint__url='http://judge/v1', endpoint__model='x', train__select='wins')
+  with pytest.raises(InputError, match='m2 asks no judge at config.endpoint.url: train.judge'):
+    configs.check(config(**judged))
+  for use in dict(train__judge='endpoint'), dict(judge__by='endpoint'), dict(train__select=''):
+    configs.check(config(**judged | use))
+
+
 def test_programs_name_the_one_to_run(tmp_path):
   c = config(train__select='wins')
   with pytest.raises(InputError, match='run python -m srlm_jax.stopping'):
@@ -128,15 +147,19 @@ def start(tmp_path_factory, tokenizer_folder):
   return folder
 
 
+def sft_config(**keys):
+  c = configs.get('sft', 'tiny').copy_and_resolve_references().unlock()
+  c.model = 'tiny-test'
+  c.train.update(dict(batch=3, epochs=4, max_epochs=4, max_length=64, log_every=2, save_every=3,
+                      **keys))
+  return c
+
+
 def train_sft(start, workdir, decide=None, **keys):
   """Trains for at most 8 steps, with checkpoints at 3, 6 and 8 -> its folder and its metrics."""
   if not workdir.exists():
     shutil.copytree(start, workdir)
-  c = configs.get('sft', 'tiny').copy_and_resolve_references().unlock()
-  c.model = 'tiny-test'
-  c.train.update(dict(batch=3, epochs=4, max_epochs=4, max_length=64, log_every=2, save_every=3,
-                      select='wins' if decide else '', **keys))
-  train.run(c, workdir, decide)
+  train.run(sft_config(select='wins' if decide else '', **keys), workdir, decide)
   folder = workdir / 'sft' / 'model'
   lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
   for line in lines:
@@ -198,6 +221,32 @@ def test_a_killed_training_asks_again_only_about_its_last_checkpoint(start, whol
   assert stage.summary(folder).stopped == 'step 8 does not win against step 6'
   train_sft(start, tmp_path / 'run', until(0))  # is done
   assert len(asked) == 5
+
+
+def test_the_seconds_of_comparisons_are_not_those_of_training_and_each_is_shown_live(
+    start, tmp_path, monkeypatch, capsys):
+  """The judging takes 1,000 s by a clock that the test sets; the oracle then prefers step 3."""
+  workdir, later, clock = tmp_path / 'run', [0], time.time
+  shutil.copytree(start, workdir)
+  records.write(workdir / 'data' / 'seeds' / 'heldout.jsonl', [])
+  points = []
+
+  def answer(s, workdir, step):
+    later[0] += 500
+    if step == 6:  # the first comparison can be seen while the second is made
+      points.append(shown(s.folder / 'tensorboard')['wins'])
+    good, bad = 'Sure, cows eat grass.', 'nuts'
+    return answers(*{0: (bad, bad, bad), 3: (good, good, bad), 6: (good, bad, bad)}[step])
+  monkeypatch.setattr(stopping, '_answers', answer)
+  monkeypatch.setattr(time, 'time', lambda: clock() + later[0])
+  stopping.run(sft_config(select='wins'), workdir)
+  trained, compared = (stage.finished(workdir / 'sft' / name) for name in ('model', 'stopping'))
+  assert trained['seconds'] < 500 and 2000 <= compared['seconds'] < 2500
+  assert points == [{3: 2}]
+  found = shown(workdir / 'sft' / 'stopping' / 'tensorboard')
+  assert found == dict(wins={3: 2, 6: 0}, ties={3: 1, 6: 2}, losses={3: 0, 6: 1},
+                       left_out={3: 0, 6: 0})
+  assert 'sft/stopping: step 6 against step 3, judged by oracle: 0 wins' in capsys.readouterr().out
 
 
 # The comparison.

@@ -48,7 +48,7 @@ from srlm_jax import (
 )
 from srlm_jax.data import templates, thinking
 from srlm_jax.reward import judges
-from srlm_jax.sample import engine as engines, judge as judging
+from srlm_jax.sample import engine as engines, judge as judging, monitor
 
 FILE = 'endpoint.jsonl'
 TELL = 30           # seconds between two lines about requests that failed
@@ -85,6 +85,9 @@ class Cache:
 
   def __contains__(self, key: str) -> bool:
     return key in self._places
+
+  def __len__(self) -> int:
+    return len(self._places)
 
   def get(self, key: str) -> schema.JudgeAnswer:
     with self._lock:
@@ -135,6 +138,11 @@ class Client:
     if the judge refuses a request or does not answer.
     """
     return ((name, answer.text) for name, answer in self.answers(requests, total))
+
+  @property
+  def kept(self) -> int:
+    """The number of answers in the file."""
+    return len(self._cache)
 
   def answer(self, request: Request) -> schema.JudgeAnswer:
     """The answer to a request that was asked before."""
@@ -541,8 +549,12 @@ def run(config, workdir):
 
 
 def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int, client: Client):
-  """Asks for all judgements and writes them in the order of the responses."""
-  n = config.judge.n
+  """Asks for all judgements and writes them in the order of the responses.
+
+  Shows them as they arrive. What a killed run showed of the answers that are kept stays.
+  """
+  n, waiting = config.judge.n, {}
+  shown = monitor.Monitor(s.folder, 'judgements', schema.Judgement, client.kept)
 
   def requests():
     for item in judging.items(s, config, 'responses'):
@@ -555,8 +567,14 @@ def _judge_all(s: stage.Stage, config, judge: judges.Judge, responses: int, clie
     return schema.Judgement(
         id=request.id, prompt_id=item.prompt_id, response_id=item.id, index=request.index,
         text=answer.text, score=score, reason=reason, finish=answer.finish)
-  for _ in client.answers((request for _, request in requests()), responses * n):
-    pass  # each is in the file of answers now
+
+  def asked():
+    for item, request in requests():
+      waiting[request.id] = item, request
+      yield request
+  for name, answer in client.answers(asked(), responses * n):  # it is in the file of answers now
+    shown.add([judgement(*waiting.pop(name), answer)])
+  shown.close()
   judged = (judgement(item, request, client.answer(request)) for item, request in requests())
   records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
 

@@ -69,8 +69,9 @@ _DIGITS = {column.heading: column.digits for column in COLUMNS}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Done:
-  """done.json of any stage."""
+  """done.json of any stage; both of its last start."""
   seconds: float
+  generated: int | None = None  # tokens that a model sampled
 
 
 def _numbers(file: str) -> type:

@@ -49,7 +49,9 @@ class StageCost:
   owner: str                 # data, or a model
   stage: str
   seconds: float | None      # None: not finished
-  tokens: int | None         # sampled, or trained on (to 3 digits); None: not known
+  # Sampled, or trained on (to 3 digits); None: not known. As the seconds, those sampled are of the
+  # last start of the stage, but of all starts for responses.
+  tokens: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +252,9 @@ def _costs(workdir, stages: dict, sampled: dict[tuple[str, str], int]) -> list[S
         tokens = round(stage.summary.steps * rows.shape[0] * rows.shape[1] *
                        stage.summary.padding_free)
     elif tokens is None and (rest := [*results.shards(folder, 'responses', _Tokens)]):
-      tokens = sum(r.n_tokens for r in rest)
+      tokens = sum(r.n_tokens for r in rest)  # of all starts
+    elif tokens is None:
+      tokens = stage.generated
     made.append(StageCost(owner=owner, stage=name, seconds=stage.seconds, tokens=tokens))
   return made
 

@@ -40,6 +40,7 @@ class Started:
   seconds: float | None = None  # None if the stage has not finished
   summary: Any = None           # of `schema`; None for a stage without such a summary
   params: str = ''              # hash of the parameters of the model that it runs
+  generated: int | None = None  # tokens that a model sampled since the last start of the stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ def started(folder) -> Started | None:
     raise InputError(f'{path}: written by another version of srlm_jax; '
                      f'make the page with that version')
   done = results.read(folder / 'done.json', results.Done)
-  return Started(manifest.config, done and done.seconds, summary(folder), manifest.params)
+  return Started(manifest.config, done and done.seconds, summary(folder), manifest.params,
+                 done and done.generated)
 
 
 def summary(folder):

@@ -182,6 +182,7 @@ def generate_prompts(
   if out:
     out.close()
     shown.close()
+  s.add(generated=sum(author.group.gather(author.work.generated)))
   return accepted, first
 
 

@@ -63,12 +63,14 @@ def completed(s: stage.Stage, stem: str, group: hosts.Group,
   """A block in which every group of hosts completes its shard; all hosts must call it.
 
   All leave it together, because every shard must be complete before any host reads them. `work`: as
-  in `Shard`.
+  in `Shard`, of this block alone; done.json then has the tokens that were generated.
   """
   shard = Shard(s.folder, stem, group, catalog.KINDS[stem + catalog.SHARDS], work)
   with preemption.together(s.title):
     yield shard
     shard.close()
+  if work:
+    s.add(generated=sum(group.gather(work.generated)))
   if hosts.is_first_host():
     records.drop_kept(s.folder, stem)
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import time
 
 from etils import epath
 import jax
@@ -42,8 +43,10 @@ def run(config, workdir, wins: Callable[[int], bool] | None = None):
   """
   config, workdir = catalog.find('train').view(config), epath.Path(workdir)
   if config.train.select == 'wins' and wins is None:
-    raise InputError('config.train.select is wins, and this program compares no checkpoints; run '
-                     'python -m srlm_jax.stopping, which trains and compares in turn')
+    raise InputError('early stopping is on (config.train.select is wins, or auto with '
+                     'config.endpoint.url), and this program compares no checkpoints; run python '
+                     '-m srlm_jax.stopping, which trains and compares in turn, or set train.select '
+                     'to empty')
   if config.train.lora_rank and not config.train.init:
     raise InputError(f'config.train.lora_rank is {config.train.lora_rank}, and {config.name} '
                      f'starts from no model that adapters could change; set '
@@ -66,12 +69,20 @@ def run(config, workdir, wins: Callable[[int], bool] | None = None):
     if end > last:
       _train(config, s, setup, mesh, end, is_begun)
       is_begun = True
-    if wins and end >= last and not wins(end):  # an earlier one has won: training went on
+    if wins and end >= last and not _compared(s, wins, end):  # an earlier one has won
       stopped = f'step {end} does not win against step {before}'
       if before == 0:
         _save_start(config, s, setup, mesh)
       break
   _finish(s, setup, end, stopped)
+
+
+def _compared(s: stage.Stage, wins: Callable[[int], bool], step: int) -> bool:
+  """`wins(step)`, whose seconds are not those of the training."""
+  begun = time.time()
+  is_better = wins(step)
+  s.add(seconds=begun - time.time())
+  return is_better
 
 
 @dataclasses.dataclass(frozen=True)
