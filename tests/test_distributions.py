@@ -65,6 +65,14 @@ def test_the_nearest_seeds_of_new_prompts():
   assert found.cosine.mean == pytest.approx(np.mean(cosines), rel=1e-3)
 
 
+def test_new_prompts_are_compared_with_held_out_and_judge_prompts():
+  apart = [schema.SetDistance(a=name, b='ift', energy=x, low=x, high=x, p_value=0.001)
+           for name, x in (('judge', 0.3), ('heldout', 0.02), ('m2', 0.04))]
+  assert distributions.findings(apart)[-1] == (
+      'The energy distance of the new prompts for m2 to IFT is 0.0400 [0.0400, 0.0400], p <= '
+      '0.001; it is 0.0200 for the held-out prompts and 0.3000 for the judge prompts of EFT.')
+
+
 def write(workdir, folder: str, **files):
   """A finished stage with these files, {name: records}."""
   path = workdir / folder

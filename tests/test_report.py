@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies
 import pytest
 
 from srlm_jax import catalog, InputError, records, schema, stage
-from srlm_jax.report import page, plots, results
+from srlm_jax.report import charts, page, plots, results
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
@@ -226,6 +226,17 @@ def test_counts_that_are_part_of_nothing_have_no_bar(workdir):
   assert 'EFT examples' in charts['data of m1'] and '<rect' not in charts['data of m1']
   m2 = charts['data of m2']
   assert 'prompts wanted' in m2 and m2.count('class="track"') == m2.count('class="s2"') == 8
+
+
+def test_a_model_has_one_colour_in_all_charts():
+  found = schema.Distributions(
+      points=tuple(schema.MapPoint(set=name) for name in ('ift', 'eft', 'heldout', 'm2')),
+      nearest=(schema.Nearest(set='heldout', rouge_shares=(1.0,)),
+               schema.Nearest(set='m2', rouge_shares=(1.0,))))
+  assert charts.map_of(found).legend == (
+      ('s0', 'ift'), ('s1', 'eft'), ('s5', 'heldout'), ('s2', 'm2'))
+  assert charts.nearest_seeds(found).legend == (('s5', 'heldout'), ('s2', 'm2'))
+  assert charts.style('m2') == 's2'
 
 
 def test_the_tables_of_the_paper_are_labelled_as_another_model(workdir):
