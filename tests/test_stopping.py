@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 from boards import shown
 from conftest import CHANGES, config_flags, init, main, make_mesh, ROOT, run_main
@@ -294,11 +295,11 @@ def test_the_endpoint_judges_both_orders_and_a_judge_without_verdicts_is_an_erro
     def __exit__(self, *_):
       pass
 
-    def ask(self, requests, total=None):
+    def answers(self, requests, total=None):
       for request in requests:
         text = request.messages[-1].content
         first, second = (re.search(f'<answer_{x}>\n(.*)\n</answer_{x}>', text)[1] for x in 'ab')
-        yield request.id, said['verdict'](first, second)
+        yield request.id, SimpleNamespace(text=said['verdict'](first, second), finish='eos')
   monkeypatch.setattr(endpoint, 'open', lambda c, folder, title: Client())
   keys = dict(train__judge='endpoint', endpoint__url='http://judge/v1')
   a, b = answers('long one', 'x', 'same'), answers('short', 'longer', 'same')
