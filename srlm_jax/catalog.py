@@ -416,8 +416,7 @@ def answers_to(file: str) -> Spec:
   """
   return Spec(f'answers_to_{file}', 'sample.respond',
               ('responses-*.jsonl', 'responses_2-*.jsonl', 'model_outputs.json'), runs=('self',),
-              keys=_ANSWERS,
-              unrecorded=_SAMPLE_UNRECORDED, needed=lambda c: False)
+              keys=_ANSWERS, unrecorded=_SAMPLE_UNRECORDED, needed=lambda c: False)
 
 
 def needs(name: str, config: ConfigDict) -> bool:

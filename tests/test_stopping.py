@@ -397,7 +397,7 @@ def check_comparisons(workdir, model='m2'):
 
 @pytest.mark.slow
 def test_a_learning_rate_that_ruins_the_model_stops_at_the_first_checkpoint(sandbox):
-  """The loop then goes on with the model that training started from."""
+  """The loop then continues with the model from which training started."""
   workdir = sandbox()
   rates = '--config.train.learning_rate=1', '--config.train.learning_rate_end=1'
   code, out, err = run(workdir, *rates)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 from srlm_jax import records, schema
-from srlm_jax.report import estimates, external
+from srlm_jax.report import estimates, external, measures
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Evaluated
 
@@ -177,7 +177,5 @@ def _is_right(scores: dict[str, float], better: str, worse: str) -> bool:
 
 def _parse_rates(found: Evaluated) -> dict[str, float]:
   """{prompt id: share of the judgements of its replies that have a score}."""
-  groups = {}
-  for j in found.judgements:
-    groups.setdefault(j.prompt_id, []).append(j.score is not None)
-  return {prompt: sum(group) / len(group) for prompt, group in groups.items()}
+  return {prompt: sum(group) / len(group)
+          for prompt, group in measures.parsed(found.judgements).items()}

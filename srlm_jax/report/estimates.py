@@ -11,6 +11,8 @@ import math
 
 from scipy import stats
 
+NORMAL = float(stats.norm.ppf(0.975))  # half a normal 95 % interval, in standard errors
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Value:
@@ -80,7 +82,7 @@ def share(groups: Iterable[Iterable[bool]], of: str = 'prompts') -> Value | None
 
 def wilson(p: float, count: float) -> dict[str, float]:
   """The ends of Wilson's 95 % interval of a share p of `count` independent values."""
-  z = float(stats.norm.ppf(0.975))
+  z = NORMAL
   middle = (p + z * z / (2 * count)) / (1 + z * z / count)
   width = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
   return dict(low=max(0.0, middle - width), high=min(1.0, middle + width))

@@ -6,10 +6,9 @@ from etils import epath
 
 from srlm_jax import records, schema
 from srlm_jax.config import MODELS
-from srlm_jax.report import results
+from srlm_jax.report import estimates, results
 from srlm_jax.report.estimates import Value
 
-_NORMAL = 1.959963984540054  # half a 95 % interval, in standard errors
 _NAMELESS = 'outside judge'
 
 
@@ -159,4 +158,5 @@ def _interval(value: float, error: float | None) -> Value:
   """A value with its standard error, if known -> with its normal interval."""
   if error is None:
     return Value(value=value)
-  return Value(value=value, low=value - _NORMAL * error, high=value + _NORMAL * error)
+  return Value(value=value, low=value - estimates.NORMAL * error,
+               high=value + estimates.NORMAL * error)

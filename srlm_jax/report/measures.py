@@ -121,18 +121,17 @@ def of_model(found: Evaluated, outside: external.External) -> dict[str, Value]:
       characters=estimates.mean([len(r.response)] for r in answers) or made.get('characters'),
       tokens=estimates.mean([r.n_tokens] for r in answers),
       finished=estimates.share([r.finish == schema.EOS] for r in answers),
-      parsed=estimates.share(by_prompt(found.judgements, lambda j: j.score is not None))
-      or made.get('parsed'))
+      parsed=estimates.share(parsed(found.judgements).values()) or made.get('parsed'))
   made |= outside.of_model(found.model)
   return {key: value for key in MEASURES if (value := made.get(key)) is not None}
 
 
-def by_prompt(rows: Iterable, value) -> list[list[float]]:
-  """The values of records, grouped by their prompt id."""
+def parsed(judgements: Iterable[schema.Judgement]) -> dict[str, list[bool]]:
+  """Whether each judgement has a score, by prompt id."""
   groups = {}
-  for row in rows:
-    groups.setdefault(row.prompt_id, []).append(float(value(row)))
-  return list(groups.values())
+  for j in judgements:
+    groups.setdefault(j.prompt_id, []).append(j.score is not None)
+  return groups
 
 
 def _of_files(found: Evaluated) -> dict[str, Value | None]:

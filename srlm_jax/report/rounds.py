@@ -126,7 +126,7 @@ def of(data: Data, workdir, params: dict[str, str]) -> Round:
       judge=by if by not in ('', 'model') else known('judge'),
       funnel=tuple(funnel(data)), scale=(judge.lowest, judge.highest) if judge else None,
       judge_mean=_audited(audit, 'judge_mean') or _judge_mean(data), parsed=estimates.share(
-          measures.by_prompt(data.judgements, lambda j: j.score is not None)),
+          measures.parsed(data.judgements).values()),
       oracle_mean=_audited(audit, 'oracle_mean'),
       judge_scores=histogram(data.judgements, judge), oracle_scores=audit.oracle_histogram,
       right=_share(audit.right, audit.pairs), wrong=_share(audit.wrong, audit.pairs),
