@@ -19,7 +19,6 @@ Each side uses the best of several numbers of rows. Runs alternate. Numbers are 
 rounds; refill has one round. The output is a table and a line of JSON. `--json=PATH` also writes
 the JSON to a file. `--quick` runs every path on tiny inputs.
 """
-import argparse
 from collections.abc import Sequence
 import contextlib
 import dataclasses
@@ -272,11 +271,8 @@ def make(config: Config, mesh):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = timing.parser(__doc__)
   parser.add_argument('--peer', choices=peers.SAMPLERS, help='compares with this program')
-  parser.add_argument('--json', help='also writes the JSON to this file')
-  parser.add_argument('--quick', action='store_true', help='runs every path on tiny inputs')
   f = parser.parse_args()
   began = time.perf_counter()
   on = jax.devices()[0]

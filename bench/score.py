@@ -13,7 +13,6 @@ Scores the choices of random questions with a random Llama in float32. Sides:
 All give the same numbers. Runs alternate; the ratios are of medians. `--json=PATH` also writes the
 JSON to a file.
 """
-import argparse
 import dataclasses
 import functools
 
@@ -48,11 +47,7 @@ PLANS = dict(
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--json', help='also writes the JSON to this file')
-  parser.add_argument('--quick', action='store_true', help='runs every path on tiny inputs')
-  f = parser.parse_args()
+  f = timing.parser(__doc__).parse_args()
   plan = PLANS['quick' if f.quick else 'full']
   config, mesh = plan.config, sharding.make_mesh(1, 1, 1, jax.devices()[:1])
   with jax.set_mesh(mesh):

@@ -12,7 +12,6 @@ are medians. The output is a table and a line of JSON.
   ratio   tokens per second of the server / those of the engine
   first   median seconds until a client has the first token
 """
-import argparse
 import asyncio
 import contextlib
 import dataclasses
@@ -114,11 +113,7 @@ def offline(engine: engines.Engine, asked: list[list[list[int]]]) -> float:
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--json', help='also writes the JSON to this file')
-  parser.add_argument('--quick', action='store_true', help='runs every path on tiny inputs')
-  f = parser.parse_args()
+  f = timing.parser(__doc__).parse_args()
   on = jax.devices()[0]
   tokenizer = tokenizers.load(sandbox.M0)
   config = dataclasses.replace(TINY if f.quick else MODELS[on.platform], V=tokenizer.size)

@@ -1,4 +1,5 @@
 """Times of the sides of a benchmark. Needs only the standard library, because peers use it too."""
+import argparse
 from collections.abc import Callable
 import json
 import os
@@ -6,6 +7,15 @@ import pathlib
 import statistics
 import time
 from typing import NamedTuple
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+  """The flags that benchmarks share; `doc`: the docstring of the program."""
+  made = argparse.ArgumentParser(description=doc,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  made.add_argument('--json', help='also writes the JSON to this file')
+  made.add_argument('--quick', action='store_true', help='runs every path on tiny inputs')
+  return made
 
 
 def report(found: dict, path: str | None):
