@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN ?= runs/demo
 
 .PHONY: setup demo evaluate sandbox-m0 test test-slow test-browser test-parity aot aot-full aot-gpu bench-peers \
-  check-vllm check-device lint lock clean
+  check-vllm check-device lint audit lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -139,6 +139,19 @@ lint: .venv/.lint
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck launch/*.sh
 
+# `make audit AUDIT='--vulnerability-service osv'` asks another service. Without --strict, a package
+# that the service does not know would count as safe.
+AUDIT ?=
+audit: .venv-audit/.installed  ## looks up the locked versions in the database of known vulnerabilities
+	for lock in requirements/*.txt; do echo $$lock; .venv-audit/bin/pip-audit --strict --require-hashes \
+	  --disable-pip --progress-spinner off $(AUDIT) -r $$lock || exit 1; done
+
+# Apart, because pip-audit needs other versions of what the lock files have.
+.venv-audit/.installed: requirements/audit.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/$(PIP) install --require-hashes -r $<
+	touch $@
+
 COMPILE = .venv-lock/bin/uv pip compile --quiet --generate-hashes --no-emit-index-url $(UPGRADE) \
   --custom-compile-command 'make lock'
 COMPILE_LINUX = $(COMPILE) pyproject.toml --extra test --python-platform x86_64-manylinux_2_28
@@ -147,6 +160,7 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	$(COMPILE_LINUX) --python-version 3.11 -o requirements/py311-linux-x86_64.txt
 	$(COMPILE_LINUX) --python-version 3.12 -o requirements/py312-linux-x86_64.txt
 	$(COMPILE) --universal --group lint -o requirements/lint.txt
+	$(COMPILE) --universal --group audit -o requirements/audit.txt
 
 .venv-lock/.installed:
 	$(PYTHON) -m venv .venv-lock
@@ -154,4 +168,4 @@ lock: .venv-lock/.installed  ## remakes requirements/; UPGRADE=--upgrade takes t
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-aot-gpu .venv-browser .venv-eval .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info
+	rm -rf .venv .venv-aot .venv-aot-gpu .venv-audit .venv-browser .venv-eval .venv-lock .venv-parity $(PEERS:%=.venv-%) runs build *.egg-info

@@ -54,6 +54,17 @@ def serve():
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
+def refuse_pickles(event: str, args: tuple):
+  """An audit hook: a pickle that names a class or a function could run code of whoever wrote it.
+
+  multiprocessing pickles what it passes between the threads and processes of one program.
+  """
+  if event == 'pickle.find_class':
+    caller = sys._getframe(1).f_globals['__name__']
+    if not caller.startswith('multiprocessing.'):
+      raise RuntimeError(f'{caller} reads a pickle that names {".".join(args)}')
+
+
 def _run(program: str, flags: list[str], out: str, err: str, before: str):
   for stream, path in ((0, os.devnull), (1, out), (2, err)):
     os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
@@ -62,6 +73,7 @@ def _run(program: str, flags: list[str], out: str, err: str, before: str):
   is_package = hasattr(sys.modules.get(module), '__path__')
   sys.modules.pop(f'{module}.__main__' if is_package else module, None)  # it runs as __main__
   sys.argv = [program, *flags]
+  sys.addaudithook(refuse_pickles)
   try:
     exec(before)
     runpy.run_module(module, run_name='__main__', alter_sys=True)
