@@ -1,0 +1,320 @@
+"""Peak memory and time of the programs that read and write the records of a run.
+
+  python bench/memory.py                # runs of 1,000, 10,000 and 100,000 prompts
+  python bench/memory.py --quick        # of 20 and 100 prompts
+  python bench/memory.py --only=pairs   # programs whose name contains the text
+  python bench/memory.py --write=FOLDER --prompts=1000   # writes such a run, and does no more
+
+A run has 4 candidates per prompt and 3 judgements per candidate, and as many ranked replies with
+their judgements. A prompt has 300 characters, a response 1,200 and a judgement 600, on average. Each
+program runs in a process of its own. Its peak is the resident memory that Linux reports, with
+Python and all libraries. "over base" is the difference to a run of `BASE` prompts. Records are those
+that a program reads. The last line is the same as JSON.
+"""
+from collections.abc import Iterator, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+import zlib
+
+import timing
+
+SIZES, QUICK, BASE = (1_000, 10_000, 100_000), (20, 100), 10  # prompts
+CANDIDATES, JUDGEMENTS = 4, 3  # per prompt, per candidate
+PROMPT, RESPONSE, JUDGEMENT, THINKING = 300, 1200, 600, 800  # mean characters
+LIMIT = 500  # MB that a program may use
+
+
+class Program(NamedTuple):
+  """A program of the table."""
+  name: str
+  module: str                # python -m srlm_jax.MODULE
+  reads: tuple[str, ...]     # folders, OWNER/STAGE
+  writes: str                # the folder that it makes; it is deleted before a run
+  flags: tuple[str, ...] = ()
+  config: str = 'iter2:tiny'  # '': the program has no such flag
+
+
+def _pairs(strategy: str, *reads: str) -> Program:
+  return Program(f'pairs, {strategy}', 'reward.pairs', ('m2/respond', 'm2/judge', *reads),
+                 'm2/pairs', (f'--config.pairs.strategy={strategy}',))
+
+
+# In the order in which they run: later ones read what earlier ones wrote.
+PROGRAMS = (
+    _pairs('positives_only'), _pairs('margin'), _pairs('length_controlled'),
+    _pairs('consistency', 'm2/judge_again'), _pairs('implicit_reward', 'm2/implicit'),
+    _pairs('temporal', 'm2/respond_older', 'm2/judge_older'), _pairs('max_min'),
+    Program('health', 'reward.health', ('m2/prompts', 'm2/respond', 'm2/judge', 'm2/pairs'),
+            'm2/health'),
+    Program('audit', 'sandbox.audit', ('m2/respond', 'm2/judge', 'm2/pairs'), 'm2/audit'),
+    Program('eft', 'reward.eft', ('data/seeds', 'm1/judge'), 'm1/eft', config='iter1:tiny'),
+    Program('agreement', 'eval.agreement', ('data/seeds', 'm2/judge_eval'), 'm2/agreement'),
+)
+
+
+class Cost(NamedTuple):
+  """What a process took."""
+  peak: float     # MB of resident memory (2**20 bytes)
+  seconds: float
+
+
+def run(command: Sequence[str], log: pathlib.Path) -> Cost:
+  """Runs a command; exits with what it printed if it fails."""
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='')
+  started = time.perf_counter()
+  with log.open('w') as out:
+    child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+  if child.returncode:
+    sys.exit(f'{" ".join(command)}\nended with {child.returncode}:\n{log.read_text()}')
+  return Cost(usage.ru_maxrss / 1024, time.perf_counter() - started)
+
+
+def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> dict:
+  """-> {name: [cost, records read]} of the programs on a run of so many prompts, and of `writing`
+  that run."""
+  workdir, log = folder / 'run', folder / 'log'
+  shutil.rmtree(workdir, ignore_errors=True)
+  costs = run([sys.executable, __file__, f'--write={workdir}', f'--prompts={prompts}'], log)
+  found = {'writing': [costs, 0]}
+  for program in programs:
+    shutil.rmtree(workdir / program.writes, ignore_errors=True)
+    config = [f'--config={program.config}'] if program.config else []
+    command = [sys.executable, '-m', f'srlm_jax.{program.module}', *config,
+               f'--workdir={workdir}', *program.flags]
+    found[program.name] = [run(command, log), sum(_counted(workdir / p) for p in program.reads)]
+  shutil.rmtree(workdir)
+  return found
+
+
+def _counted(folder: pathlib.Path) -> int:
+  """The number of records of a finished stage."""
+  done = folder / 'done.json'
+  files = json.loads(done.read_text())['files'] if done.exists() else {}
+  return sum(count or 0 for count, _ in files.values())
+
+
+def table(found: dict[int, dict], base: dict) -> list[dict]:
+  """{prompts: result of `measure`} -> one row per program and number of prompts."""
+  return [dict(program=name, prompts=prompts, peak_mb=round(cost.peak),
+               over_base_mb=round(cost.peak - base[name][0].peak), seconds=round(cost.seconds, 1),
+               records=count, records_per_second=round(count / cost.seconds))
+          for name in base for prompts, result in found.items() for cost, count in [result[name]]]
+
+
+def main():
+  parser = timing.parser(__doc__)
+  parser.add_argument('--only', default='', help='programs whose name contains the text')
+  parser.add_argument('--write', help='writes a run into this folder, and does no more')
+  parser.add_argument('--prompts', type=int, default=SIZES[0], help='of the run for --write')
+  f = parser.parse_args()
+  if f.write:
+    return write(pathlib.Path(f.write), f.prompts)
+  programs = [p for p in PROGRAMS if f.only in p.name]
+  with tempfile.TemporaryDirectory(prefix='srlm-memory-') as folder:
+    base, *found = (measure(programs, prompts, pathlib.Path(folder))
+                    for prompts in (BASE, *(QUICK if f.quick else SIZES)))
+  rows = table(dict(zip(QUICK if f.quick else SIZES, found, strict=True)), base)
+  machine = platform.processor() or platform.machine()
+  print(f'{machine}, {os.cpu_count()} cores; {CANDIDATES} candidates per prompt, {JUDGEMENTS} '
+        f'judgements per candidate')
+  print(f'{"program":26} {"prompts":>8} {"peak MB":>8} {"over base":>10} {"seconds":>8} '
+        f'{"records/s":>10}')
+  for r in rows:
+    print(f'{r["program"]:26} {r["prompts"]:8,} {r["peak_mb"]:8,} {r["over_base_mb"]:10,} '
+          f'{r["seconds"]:8,} {r["records_per_second"]:10,}')
+  over = sorted({r['program'] for r in rows if r['peak_mb'] > LIMIT})
+  print(f'above {LIMIT} MB: {", ".join(over) or "none"}')
+  timing.report(dict(machine=machine, limit_mb=LIMIT, rows=rows), f.json)
+
+
+def write(workdir: pathlib.Path, prompts: int):
+  """Writes a run whose stages have finished: seeds, and what m2 is trained on and evaluated with.
+
+  Every stage has its manifest.json and done.json. The models are their tokenizers and config alone.
+  """
+  run = Run(workdir, prompts)
+  for model in ('m0', 'sft', 'm1', 'm2'):
+    run.write_model(model)
+  run.stage('data', 'seeds', {'ift.jsonl': run.demonstrations(), 'ranked.jsonl': run.ranked(),
+                              'heldout.jsonl': run.held_out()})
+  run.stage('m1', 'judge', {JUDGED: run.judgements(run.reply_ids('train'), '')},
+            'sample.judge', 'ranked')
+  run.stage('m2', 'judge_eval', {JUDGED: run.judgements(run.reply_ids('eval'), '')},
+            'sample.judge', 'eval')
+  run.stage('m2', 'prompts', {'prompts.jsonl': run.prompts(), 'attempts.jsonl': run.attempts()},
+            'sample.prompts')
+  run.stage('m2', 'respond', {ANSWERED: run.responses('')}, 'sample.respond', 'prompts')
+  run.stage('m2', 'judge', {JUDGED: run.judgements(run.response_ids(''), '')},
+            'sample.judge', 'responses')
+  run.stage('m2', 'judge_again', {JUDGED: run.judgements(run.response_ids(''), 'again')},
+            'sample.judge', 'again')
+  run.stage('m2', 'respond_older', {ANSWERED: run.responses('older')}, 'sample.respond', 'older')
+  run.stage('m2', 'judge_older', {JUDGED: run.judgements(run.response_ids('older'), '')},
+            'sample.judge', 'older')
+  run.stage('m2', 'implicit', {'rewards-00000-of-00001.jsonl': run.rewards()}, 'sample.implicit')
+
+
+ANSWERED, JUDGED = 'responses-00000-of-00001.jsonl', 'judgements-00000-of-00001.jsonl'
+SEEDS = 500  # demonstrations, and held-out prompts of each split
+
+
+class Run:
+  """The records of a run; its texts, lengths and scores depend only on their ids."""
+
+  def __init__(self, workdir: pathlib.Path, prompts: int):
+    import numpy as np
+
+    from srlm_jax import catalog, config, model_files, records, stage
+    from srlm_jax.sandbox import data, world
+    self._catalog, self._configs, self._records, self._stages = catalog, config, records, stage
+    self._model_files, self._m0, self._world = model_files, data.M0, world
+    self._workdir, self._count, self._rng = workdir, prompts, np.random.default_rng
+    words = sorted(world.WORDS)
+    order = self._rng(0).integers(0, len(words), 40_000)
+    self._text = ' '.join(words[i] for i in order)
+
+  def write_model(self, name: str):
+    """A model folder with the tokenizer and the shape of the packaged M0, without parameters."""
+    folder = self._workdir / name / 'model'
+    self._model_files.copy(self._m0, folder)
+    hashes = {field.name: name for field in dataclasses.fields(self._model_files.ParamHashes)}
+    path = folder / 'steps' / '1' / 'hash' / 'metadata'
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dict(format=self._model_files.HASH_FORMAT, **hashes,
+                                    files=self._model_files.hashes(folder))))
+
+  def stage(self, owner: str, name: str, files: dict[str, Iterator[dict]], program: str = 'sandbox',
+            on: str = ''):
+    """Writes the folder of a finished stage."""
+    folder, spec = self._workdir / owner / name, self._catalog.find(program, on)
+    model = 'm0' if owner == 'data' else owner
+    config = spec.recorded(self._configs.get(model, 'tiny'))
+    self._stages.write_json(folder / 'manifest.json', dict(
+        format=self._stages.FORMAT, stage=f'{owner}/{name}', params='', model_files={}, inputs={},
+        template='', config=config, environments=[]))
+    for file, rows in files.items():
+      self._records.write(folder / file, rows)
+    summary, found = {}, self._records.contents(folder)
+    if name.startswith('judge'):
+      made, = (count for count, _ in found.values())
+      summary = dict(judgements=made, parsed=self._parsed, lowest=0, highest=5,
+                     unparsed={'no score': made - self._parsed})
+    if name == 'prompts':
+      summary = dict(prompts=self._count, wanted=self._count, attempts=2 * self._count,
+                     near_held_out=0, shortened=0, dropped={'seen before': self._count})
+    self._stages.write_json(folder / 'done.json', dict(summary, files=found, seconds=1.0))
+
+  def demonstrations(self) -> Iterator[dict]:
+    for i in range(SEEDS):
+      yield dict(id=f'ift{i}', prompt=self._prompt(f'ift{i}'),
+                 response=self._words(f'ift{i}', RESPONSE))
+
+  def held_out(self) -> Iterator[dict]:
+    for i in range(2 * SEEDS):
+      yield dict(id=f'held{i}', prompt=self._prompt(f'held{i}'), split=('test', 'valid')[i % 2])
+
+  def ranked(self) -> Iterator[dict]:
+    for split in ('train', 'eval'):
+      for name in self._ranked_ids(split):
+        ranks = range(CANDIDATES)
+        replies = [dict(id=str(i), text=self._words(f'{name}/{i}', RESPONSE), rank=i)
+                   for i in ranks]
+        yield dict(id=name, prompt=self._prompt(name), split=split, replies=replies)
+
+  def prompts(self) -> Iterator[dict]:
+    for name in self._prompt_ids():
+      yield dict(id=name, prompt=self._prompt(name), author='m1')
+
+  def attempts(self) -> Iterator[dict]:
+    for i, name in enumerate(self._prompt_ids()):
+      text = self._prompt(name)
+      for j, reason in enumerate(('', 'seen before')):
+        yield dict(id=str(2 * i + j), text=text, finish='eos', reason=reason)
+
+  def responses(self, prefix: str) -> Iterator[dict]:
+    """Every eighth prompt has thinking responses, with token ids; one in 20 responses is cut."""
+    for i, prompt_id in enumerate(self._prompt_ids()):
+      prompt = self._prompt(prompt_id)
+      for j in range(CANDIDATES):
+        name = f'{prompt_id}/{prefix}{j}'
+        text = self._words(name, RESPONSE)
+        more = {}
+        if i % 8 == 0:
+          more = dict(thinking=self._words(f'{name} thinking', THINKING), token_ids=[
+              zlib.crc32(name.encode()) % 900 + k % 97 for k in range(len(text) // 3)])
+        cut = self._share(f'{name} cut') < 0.05
+        yield dict(id=name, prompt_id=prompt_id, index=j, prompt=prompt, response=text,
+                   finish='length' if cut else 'eos', n_tokens=len(text) // 4,
+                   logp=round(-len(text) / 7, 4), **more)
+
+  def judgements(self, responses: Iterator[tuple[str, str]], judge: str) -> Iterator[dict]:
+    """Judgements of the responses (prompt id, response id): 19 of 20 have a score, 0 to 5."""
+    self._parsed = 0
+    for prompt_id, response_id in responses:
+      quality = self._share(f'{response_id} quality')
+      for j in range(JUDGEMENTS):
+        name = f'{response_id}/{j}'
+        parses = self._share(f'{name} parse {judge}') > 0.05
+        noise = self._share(f'{name} score {judge}')
+        score = float(int(3 * quality + 3 * noise))
+        text = self._words(f'{name}{judge}', JUDGEMENT)
+        self._parsed += parses
+        yield dict(id=name, prompt_id=prompt_id, response_id=response_id, index=j,
+                   text=f'{text}\nScore: {score:.0f}' if parses else text,
+                   score=score if parses else None, reason='' if parses else 'no score',
+                   finish='eos' if parses else 'length')
+
+  def rewards(self) -> Iterator[dict]:
+    for _, name in self.response_ids(''):
+      logp, older = (round(-300 * self._share(f'{name} {m}'), 4) for m in ('new', 'old'))
+      yield dict(id=name, reward=round(logp - older, 4), logp=logp, older_logp=older)
+
+  def response_ids(self, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yields (prompt id, response id)."""
+    for name in self._prompt_ids():
+      for j in range(CANDIDATES):
+        yield name, f'{name}/{prefix}{j}'
+
+  def reply_ids(self, split: str) -> Iterator[tuple[str, str]]:
+    """The same of the ranked replies of a split."""
+    for name in self._ranked_ids(split):
+      for j in range(CANDIDATES):
+        yield name, f'{name}/{j}'
+
+  def _prompt_ids(self) -> Iterator[str]:
+    return (self._records.digest(str(i)) for i in range(self._count))
+
+  def _ranked_ids(self, split: str) -> Iterator[str]:
+    return (f'{split}{i}' for i in range(self._count))
+
+  def _prompt(self, name: str) -> str:
+    """Half of the prompts are instructions of the sandbox, about 50 characters; others are longer."""
+    seed = zlib.crc32(name.encode())
+    if seed % 2:
+      return self._words(name, 2 * PROMPT - 50)
+    return self._world.instruction(self._rng(seed))
+
+  def _words(self, name: str, mean: int) -> str:
+    """A text of mean / 2 to 3 mean / 2 characters."""
+    seed = zlib.crc32(name.encode())
+    start = seed % (len(self._text) - 2 * mean)
+    return self._text[start:start + mean // 2 + seed // 7 % mean].strip()
+
+  def _share(self, name: str) -> float:
+    """A number in [0, 1)."""
+    return zlib.crc32(name.encode()) / 2**32
+
+
+if __name__ == '__main__':
+  main()
