@@ -6,6 +6,7 @@ import re
 import statistics
 
 from etils import epath
+import numpy as np
 
 from srlm_jax.config import MODELS
 from srlm_jax.report import differences, doubts, estimates, external, measures, results, steps
@@ -66,13 +67,12 @@ def between_runs(runs: Sequence[Run]) -> tuple[list[Across], list[str]]:
 def _other_prompts(a: Evaluated, b: Evaluated) -> str:
   """Why two evaluations cannot be paired by prompt; '' if they can."""
   for what, ours, theirs in (
-      ('answered other held-out prompts',
-       *({(name, r.prompt) for name, r in x.answers.items()} for x in (a, b))),
-      ('judged other ranked replies', *({j.response_id for j in x.judgements} for x in (a, b)))):
-    if not (ours <= theirs or theirs <= ours):  # an unfinished run has a part of them
-      return (f'{a.model} {what} ({len(ours):,} and {len(theirs):,}, of which '
-              f'{len(ours & theirs):,} are the same), so no difference is paired by prompt; make '
-              f'both runs from the same data')
+      ('answered other held-out prompts', *(x.answers.rows['asked_id'] for x in (a, b))),
+      ('judged other ranked replies', *(x.replies['id'] for x in (a, b)))):
+    same = len(np.intersect1d(ours, theirs))
+    if same < min(len(ours), len(theirs)):  # an unfinished run has a part of them
+      return (f'{a.model} {what} ({len(ours):,} and {len(theirs):,}, of which {same:,} are the '
+              f'same), so no difference is paired by prompt; make both runs from the same data')
   return ''
 
 

@@ -4,7 +4,7 @@ Scores can rise while agreement with the human ranks falls. So these statistics 
 model improved. They show when it cannot have improved.
 """
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import statistics
 
 from srlm_jax import catalog, cli, hosts, InputError, schema, stage
@@ -131,38 +131,57 @@ def of_pairs(pairs: list[schema.Pair], prompts: int) -> dict:
 
 
 def warn_judgements(title: str, judgements: list[schema.Judgement]) -> list[str]:
-  """Warnings: the parse rate is low; most scores have the same value."""
-  scores = [scoring.whole(j.score) for j in judgements if j.score is not None]
-  sentences = []
-  if len(scores) < PARSED * len(judgements):
-    why = ', '.join(f'{n:,} {reason}' for reason, n in unparsed(judgements).items())
-    sentences.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score '
+  """`warn_scores` of judgements."""
+  scores = Counter(j.score for j in judgements if j.score is not None)
+  return warn_scores(title, scores, unparsed(judgements))
+
+
+def warn_scores(title: str, scores: Mapping[float, int], unparsed: Mapping[str, int]) -> list[str]:
+  """{score: judgements}, {why there is no score: judgements} -> warnings: the parse rate is low;
+  most scores have the same value.
+  """
+  parsed, rounded, sentences = sum(scores.values()), Counter(), []
+  if parsed < PARSED * (count := parsed + sum(unparsed.values())):
+    why = ', '.join(f'{n:,} {reason}' for reason, n in unparsed.items())
+    sentences.append(f'{title}: {parsed:,} of {count:,} judgements have a score '
                      f'(the others: {why}), fewer than {PARSED:.0%}.')
-  for value, count in Counter(scores).items():
-    if count > ONE_SCORE * len(scores):
-      sentences.append(f'{title}: {count / len(scores):.0%} of the scores are {value}; the judge '
+  for score, count in scores.items():
+    rounded[scoring.whole(score)] += count
+  for value, count in rounded.items():
+    if count > ONE_SCORE * parsed:
+      sentences.append(f'{title}: {count / parsed:.0%} of the scores are {value}; the judge '
                        f'hardly distinguishes the responses.')
   return sentences
 
 
 def warn_responses(title: str, responses: Iterable[schema.Response]) -> list[str]:
-  """Warnings: more responses are cut than finished; most candidates duplicate another one."""
+  """`warn_finishes` of responses."""
   responses = list(responses)
-  finish, sentences = Counter(r.finish for r in responses), []
-  if finish[schema.CUT] > finish[schema.EOS]:
-    sentences.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, '
-                     f'{finish["eos"]:,} are finished; the model does not end its answers, or the '
-                     f'limit is too low.')
-  if _repeated(responses) > REPEATED:
-    sentences.append(f'{title}: {_repeated(responses):.0%} of the candidates duplicate another one '
+  return warn_finishes(title, Counter(r.finish for r in responses), _repeated(responses))
+
+
+def warn_finishes(title: str, finish: Mapping[str, int], repeated: float) -> list[str]:
+  """{why it ends: responses}, the share of duplicates -> warnings: more responses are cut than
+  finished; most candidates duplicate another one.
+  """
+  cut, finished, sentences = finish.get(schema.CUT, 0), finish.get(schema.EOS, 0), []
+  if cut > finished:
+    sentences.append(f'{title}: {cut:,} responses are cut at the length limit, {finished:,} are '
+                     f'finished; the model does not end its answers, or the limit is too low.')
+  if repeated > REPEATED:
+    sentences.append(f'{title}: {repeated:.0%} of the candidates duplicate another one '
                      f'of their prompt; raise the temperature to make them differ.')
   return sentences
 
 
 def warn_ties(title: str, responses: list[schema.Response], judgements: list[schema.Judgement],
               quorum: int) -> list[str]:
-  """Warning: most prompts have candidates with equal scores only."""
-  share = of_ties(responses, judgements, quorum)['all_equal']
+  """`warn_equal` of the scores of responses."""
+  return warn_equal(title, of_ties(responses, judgements, quorum)['all_equal'])
+
+
+def warn_equal(title: str, share: float) -> list[str]:
+  """The share of the prompts with equal scores only -> warning: most prompts are such."""
   if share <= TIED:
     return []
   return [f'{title}: for {share:.0%} of the prompts all candidates have the same score; these '
@@ -170,11 +189,17 @@ def warn_ties(title: str, responses: list[schema.Response], judgements: list[sch
 
 
 def warn_pairs(title: str, pairs: list[schema.Pair], prompts: int) -> list[str]:
-  """Warnings: the prompts gave few pairs; chosen responses are much longer than rejected ones."""
-  chosen, rejected = _mean_lengths(pairs)
+  """`warn_lengths` of pairs."""
+  return warn_lengths(title, len(pairs), prompts, *_mean_lengths(pairs))
+
+
+def warn_lengths(title: str, pairs: int, prompts: int, chosen: float, rejected: float) -> list[str]:
+  """The numbers of pairs and prompts, mean characters of the chosen and the rejected responses ->
+  warnings: the prompts gave few pairs; chosen responses are much longer than rejected ones.
+  """
   sentences = []
-  if 1000 * len(pairs) < FEW * prompts:
-    sentences.append(f'{title}: {len(pairs):,} pairs from {prompts:,} prompts, fewer than {FEW} '
+  if 1000 * pairs < FEW * prompts:
+    sentences.append(f'{title}: {pairs:,} pairs from {prompts:,} prompts, fewer than {FEW} '
                      f'per 1,000.')
   if pairs and chosen > LONGER * rejected:
     sentences.append(f'{title}: chosen responses have {chosen:,.0f} characters on average, '
