@@ -1,0 +1,121 @@
+"""Responses and judgements as numbers: what the report keeps of records that may not fit in memory.
+"""
+from collections import Counter
+from collections.abc import Iterable
+import dataclasses
+import math
+import typing
+
+import numpy as np
+
+from srlm_jax import schema
+from srlm_jax.report import keyed
+
+_FINISHES = typing.get_args(schema.Finish)
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+  """rows: a table with the fields
+
+  prompt_id
+  asked_id    hash of the id and the text of the prompt
+  text_id     hash of the prompt's id and the response without white space at its ends
+  characters, tokens
+  finish      index in `schema.Finish`
+  """
+  rows: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  @property
+  def finish(self) -> Counter:
+    """{why it ends: responses}."""
+    return Counter({name: int((self.rows['finish'] == i).sum())
+                    for i, name in enumerate(_FINISHES)})
+
+  @property
+  def finished(self) -> np.ndarray:
+    """Whether each ends by itself."""
+    return self.rows['finish'] == _FINISHES.index(schema.EOS)
+
+  @property
+  def repeated(self) -> float:
+    """The fraction of responses that duplicate another response to the same prompt."""
+    return 1 - len(np.unique(self.rows['text_id'])) / len(self.rows) if len(self.rows) else 0.0
+
+
+def responses(found: Iterable[schema.Response]) -> Responses:
+  """Reads the responses to prompts."""
+  return Responses(_table((r.id, r) for r in found))
+
+
+def answers(found: Iterable[schema.Response]) -> Responses:
+  """Reads answers, of which the last one to a prompt counts; the ids are those of the prompts."""
+  return Responses(keyed.distinct(_table((r.prompt_id, r) for r in found)))
+
+
+def _table(found: Iterable[tuple[str, schema.Response]]) -> np.ndarray:
+  return keyed.table((
+      (hash(name), hash(r.prompt_id), hash((r.prompt_id, r.prompt)),
+       hash((r.prompt_id, r.response.strip())), len(r.response), r.n_tokens,
+       _FINISHES.index(r.finish)) for name, r in found),
+      'prompt_id', 'asked_id', 'text_id', 'characters', 'tokens', 'finish')
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgements:
+  """rows: a table with the fields prompt_id and score, NaN without one; ids are of responses.
+
+  unparsed: {reason: judgements without a score}.
+  """
+  rows: np.ndarray
+  unparsed: Counter
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  @property
+  def parsed(self) -> np.ndarray:
+    """Whether each has a score."""
+    return ~np.isnan(self.rows['score'])
+
+  @property
+  def scores(self) -> Counter:
+    """{score: judgements}."""
+    values, counts = np.unique(self.rows['score'][self.parsed], return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+  def by_response(self, quorum: int | None) -> np.ndarray:
+    """A distinct table of the judged responses with their mean score, as `scores.by_response`.
+
+    It is NaN for fewer scores than the quorum, and if that is not known.
+    """
+    ids, row = np.unique(self.rows['id'], return_inverse=True)
+    parsed = self.parsed
+    counts = np.bincount(row[parsed], minlength=len(ids))
+    order = np.argsort(row[parsed], kind='stable')
+    scores = memoryview(self.rows['score'][parsed][order])
+    enough = max(quorum or math.inf, 1)
+    return keyed.table((
+        (name, math.fsum(scores[end - n:end]) / n if n >= enough else math.nan)
+        for name, n, end in zip(ids, counts, counts.cumsum(), strict=True)), 'score')
+
+
+  def by_prompt(self) -> np.ndarray:
+    """A distinct table: prompt id, judgements, and how many of them have a score."""
+    ids, row = np.unique(self.rows['prompt_id'], return_inverse=True)
+    return keyed.table(zip(ids, np.bincount(row), np.bincount(row, self.parsed), strict=True),
+                       'judgements', 'parsed')
+
+
+def judgements(found: Iterable[schema.Judgement]) -> Judgements:
+  unparsed = Counter()
+
+  def rows():
+    for j in found:
+      if j.score is None:
+        unparsed[j.reason] += 1
+      yield (hash(j.response_id), hash(j.prompt_id), math.nan if j.score is None else j.score)
+  return Judgements(keyed.table(rows(), 'prompt_id', 'score'), unparsed)
