@@ -6,10 +6,11 @@
   python bench/memory.py --write=FOLDER --prompts=1000   # writes such a run, and does no more
 
 A run has 4 candidates per prompt and 3 judgements per candidate, and as many ranked replies with
-their judgements. A prompt has 300 characters, a response 1,200 and a judgement 600, on average. Each
-program runs in a process of its own. Its peak is the resident memory that Linux reports, with
-Python and all libraries. "over base" is the difference to a run of `BASE` prompts. Records are those
-that a program reads. The last line is the same as JSON.
+their judgements. On average, a prompt has 300 characters, a response 1,200 and a judgement 600.
+
+Each program runs in a process of its own. Its peak is the resident memory that Linux reports, with
+Python and all libraries. "over base" is the difference to a run of `BASE` prompts. Records are
+those that a program reads. The last line is the same as JSON.
 """
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -299,7 +300,7 @@ class Run:
     return (f'{split}{i}' for i in range(self._count))
 
   def _prompt(self, name: str) -> str:
-    """Half of the prompts are instructions of the sandbox, about 50 characters; others are longer."""
+    """Half of the prompts are instructions of the sandbox, of about 50 characters."""
     seed = zlib.crc32(name.encode())
     if seed % 2:
       return self._words(name, 2 * PROMPT - 50)

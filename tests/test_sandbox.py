@@ -225,13 +225,15 @@ def pair(chosen, rejected):
 
 def test_an_audit_counts_the_pairs_that_the_oracle_would_reverse():
   pairs = [pair(0, 1), pair(0, 3), pair(2, 1), pair(1, 2)]
-  found = audit.measure(RESPONSES, {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}, pairs)
+  judged = {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}
+  found = audit.measure(RESPONSES, judged.get, dict(p=pairs).get)
   assert (found['right'], found['tied'], found['wrong']) == (0.5, 0.25, 0.25)
   assert (found['judge_mean'], found['oracle_mean'], found['judged']) == (4.0, round(10 / 3, 4), 3)
   assert found['within_half'] == round(1 / 3, 4)
   assert found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
   strange = dataclasses.replace(RESPONSES[0], id='q/0', prompt='Sing.')
-  assert audit.measure([strange], {'q/0': 3.0}, [])['of_the_world'] == 0
+  found = audit.measure([strange], {'q/0': 3.0}.get, lambda prompt: [])
+  assert found['of_the_world'] == 0
 
 
 def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():

@@ -10,8 +10,8 @@ import pytest
 import samples as make
 
 from srlm_jax import records, schema
-from srlm_jax.report import keyed, rounds, samples, tallies
-from srlm_jax.reward import scores as scoring
+from srlm_jax.report import estimates, keyed, rounds, samples, tallies
+from srlm_jax.reward import health, scores as scoring
 
 NAMES = st.sampled_from(['a', 'b', 'c', 'd'])
 SCORES = st.none() | st.sampled_from([0.0, 1.0, 2.5, 4.1, 4.2, 4.3])
@@ -47,8 +47,10 @@ def test_scores_are_those_of_the_judgements_of_each_response(found, quorum):
   means = by_id(made.by_response(quorum), 'score', expected)
   assert {name: None if math.isnan(x) else x for name, x in means.items()} == {
       name: score.mean for name, score in expected.items()}
-  assert made.scores == Counter(j.score for j in judged if j.score is not None)
-  assert [*made.unparsed.items()] == [*Counter(j.reason for j in judged if j.score is None).items()]
+  assert made.health.histogram == scoring.histogram(
+      j.score for j in judged if j.score is not None)
+  reasons = Counter(j.reason for j in judged if j.score is None)
+  assert [*made.health.unparsed.items()] == [*reasons.items()]
   prompts = {j.prompt_id for j in judged}
   assert by_id(made.by_prompt(), 'judgements', prompts) == Counter(j.prompt_id for j in judged)
   assert by_id(made.by_prompt(), 'parsed', prompts) == {
@@ -66,8 +68,7 @@ def test_responses_are_counted(found):
   assert +made.finish == Counter(r.finish for r in given)
   assert made.rows['characters'].tolist() == [len(r.response) for r in given]
   assert made.rows['tokens'].tolist() == [r.n_tokens for r in given]
-  distinct = {(r.prompt_id, r.response.strip()) for r in given}
-  assert made.repeated == (1 - len(distinct) / len(given) if given else 0)
+  assert made.health.count == len(given)
   last = {r.prompt_id: r for r in given}  # of two answers to a prompt the last one counts
   answers = tallies.answers(given)
   assert answers.rows['id'].tolist() == [hash(name) for name in last]
@@ -96,20 +97,23 @@ def test_the_numbers_of_a_round(judged, responses, quorum):
                for n, (prompt, text, _) in enumerate(responses)]
   data = rounds.Data(
       model='m2', stages={}, attempts=Counter(), responses=tallies.responses(responses),
-      judgements=tallies.judgements(judged), pairs=np.empty((0, 2)), texts=samples.OfRound())
+      judgements=tallies.judgements(judged), lengths=np.empty((0, 2)), pairs=health.Pairs([]),
+      texts=samples.OfRound())
   data.scores = data.judgements.by_response(quorum)
   groups, writers = {}, {r.id: r.prompt_id for r in responses}
   for name, score in scoring.by_response(judged, quorum).items():
     if score.mean is not None:
       groups.setdefault(writers.get(name, name), []).append(score.mean)
-  found = rounds._judge_mean(data)
-  if not groups:
+  found, expected = rounds._judge_mean(data), estimates.mean(groups.values())
+  if groups:
+    assert (found.value, found.low, found.high, found.count) == (
+        pytest.approx(expected.value), pytest.approx(expected.low),
+        pytest.approx(expected.high), len(groups))
+  else:
     assert found is None
-    return
-  every = [x for group in groups.values() for x in group]
-  assert found.value == pytest.approx(statistics.fmean(every)) and found.count == len(groups)
   several = [len({*group}) == 1 for group in groups.values() if len(group) > 1]
-  assert rounds._equal(data) == (round(statistics.fmean(several), 4) if several else 0)
+  tied = [w for w in rounds.warnings(data) if 'have the same score' in w]
+  assert bool(tied) == bool(several and round(statistics.fmean(several), 4) > health.TIED)
 
 
 @settings(deadline=None, max_examples=50)

@@ -51,3 +51,9 @@ def totals(ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]
   """The sum and the number of the values of each id, in no stated order."""
   _, row = np.unique(ids, return_inverse=True)
   return np.bincount(row, values), np.bincount(row)
+
+
+def groups(ids: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+  """The values of each id, in no stated order of the ids."""
+  order = np.argsort(ids, kind='stable')
+  return np.split(values[order], np.flatnonzero(np.diff(ids[order])) + 1)

@@ -10,7 +10,6 @@ import numpy as np
 from srlm_jax import schema
 from srlm_jax.report import estimates, external, results, samples, summaries, tallies
 from srlm_jax.report.estimates import Value
-from srlm_jax.reward import health
 
 Source = Literal['oracle', 'people', 'outside judge', 'benchmark', 'own judge', 'count']
 
@@ -109,8 +108,8 @@ def read(workdir, model: str) -> Evaluated:
       model=model, folder=folder, answers=answers, graded=results.graded(folder), texts=texts,
       quorum=quorum, replies=judged.by_response(quorum), parsed=judged.by_prompt(),
       warnings=(
-          *health.warn_scores(f'{model}/judge_eval', judged.scores, judged.unparsed),
-          *health.warn_finishes(f'{model}/answers', answers.finish, answers.repeated)))
+          *judged.health.warnings(f'{model}/judge_eval'),
+          *answers.health.warnings(f'{model}/answers')))
 
 
 def of_model(found: Evaluated, outside: external.External) -> dict[str, Value]:

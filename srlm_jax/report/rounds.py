@@ -1,5 +1,7 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
+import array
 from collections import Counter
+from collections.abc import Iterable
 import dataclasses
 import functools
 
@@ -11,7 +13,7 @@ from srlm_jax.config import MODELS
 from srlm_jax.report import estimates, keyed, measures, results, samples, summaries, tallies
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths
-from srlm_jax.reward import health, scores as scoring
+from srlm_jax.reward import health
 
 STAGES = ('prompts', 'respond', 'judge', 'pairs')  # they make a round's training data
 
@@ -55,7 +57,8 @@ class Data:
   attempts: Counter                # {reason why it was rejected, '' if accepted: attempts}
   responses: tallies.Responses
   judgements: tallies.Judgements
-  pairs: np.ndarray                # characters of the chosen and the rejected response [pairs, 2]
+  lengths: np.ndarray              # characters of the chosen and the rejected response [pairs, 2]
+  pairs: health.Pairs
   texts: samples.OfRound
 
   def summary(self, stage: str):
@@ -113,8 +116,19 @@ def read(workdir, model: str, stages: dict[str, summaries.Started]) -> Data | No
           folder / 'respond', 'responses', schema.Response))),
       judgements=tallies.judgements(texts.judgements(results.shards(
           folder / 'judge', 'judgements', schema.Judgement))),
-      pairs=np.fromiter(((len(p.chosen), len(p.rejected)) for p in texts.pairs(results.each(
-          folder / 'pairs' / 'pairs.jsonl', schema.Pair))), np.dtype((float, 2))))
+      **_pairs(texts.pairs(results.each(folder / 'pairs' / 'pairs.jsonl', schema.Pair))))
+
+
+def _pairs(found: Iterable[schema.Pair]) -> dict:
+  """Pairs -> the fields `lengths` and `pairs` of Data."""
+  lengths = array.array('d')
+
+  def passing():
+    for pair in found:
+      lengths.extend((len(pair.chosen), len(pair.rejected)))
+      yield pair
+  pairs = health.Pairs(passing())
+  return dict(pairs=pairs, lengths=np.array(lengths).reshape(-1, 2))
 
 
 def of(data: Data, workdir, params: dict[str, str]) -> Round:
@@ -133,11 +147,11 @@ def of(data: Data, workdir, params: dict[str, str]) -> Round:
       judge_mean=_audited(audit, 'judge_mean') or _judge_mean(data), parsed=estimates.share_of(
           parsed['parsed'], parsed['judgements']),
       oracle_mean=_audited(audit, 'oracle_mean'),
-      judge_scores=histogram(data.judgements.scores, judge), oracle_scores=audit.oracle_histogram,
+      judge_scores=histogram(data), oracle_scores=audit.oracle_histogram,
       right=_share(audit.right, audit.pairs), wrong=_share(audit.wrong, audit.pairs),
       characters=measures.lengths(data.responses.rows['characters']),
       tokens=measures.lengths(data.responses.rows['tokens']),
-      chosen=measures.lengths(data.pairs[:, 0]), rejected=measures.lengths(data.pairs[:, 1]),
+      chosen=measures.lengths(data.lengths[:, 0]), rejected=measures.lengths(data.lengths[:, 1]),
       pairs=pairs, warnings=tuple(warnings(data)))
 
 
@@ -156,7 +170,7 @@ def funnel(data: Data) -> list[Yield]:
                  'cut at the length limit': finish[schema.CUT],
                  'prompt too long': finish[schema.TOO_LONG]}))]
   if data.judgements:
-    unparsed, count = data.judgements.unparsed, len(data.judgements)
+    unparsed, count = data.judgements.health.unparsed, len(data.judgements)
     made += [Yield(label='judgements', count=count),
              Yield(label='parsed judgements', count=count - unparsed.total(), lost=dict(unparsed))]
   if data.responses and len(data.scores):
@@ -185,39 +199,26 @@ def _prompts(data: Data) -> list[Yield]:
           Yield(label='accepted prompts', count=accepted, lost=dict(dropped))]
 
 
-def histogram(found: dict[float, int], judge: schema.JudgeSummary | None) -> dict[str, int]:
-  """{score: count} -> {whole score: count}, with the unused scores of the judge's scale."""
-  rounded = Counter()
-  for score, count in sorted(found.items()):
-    rounded[scoring.whole(score)] += count
-  if judge and found and judge.highest - judge.lowest <= 10:
-    scale = range(round(judge.lowest), round(judge.highest) + 1)
-    return {str(score): rounded[score] for score in scale}
-  return {str(score): count for score, count in rounded.items()}
+def histogram(data: Data) -> dict[str, int]:
+  """{whole score: count}, from the lowest to the highest score of the judge's scale if known."""
+  found, judge = data.judgements.health.histogram, data.summary('judge')
+  if not judge or not found or judge.highest - judge.lowest > 10:
+    return found
+  scale = range(round(judge.lowest), round(judge.highest) + 1)
+  return {str(score): found.get(str(score), 0) for score in scale}
 
 
 def warnings(data: Data) -> list[str]:
   """A sentence for each statistic of the data that indicates a known failure."""
-  model, found = data.model, []
-  found += health.warn_scores(f'{model}/judge', data.judgements.scores, data.judgements.unparsed)
-  found += health.warn_finishes(f'{model}/respond', data.responses.finish, data.responses.repeated)
-  if data.responses and data.judgements and data.quorum:
-    found += health.warn_equal(f'{model}/judge', _equal(data))
+  model, ties = data.model, health.Ties()
+  found = data.judgements.health.warnings(f'{model}/judge')
+  found += data.responses.health.warnings(f'{model}/respond')
+  for means in keyed.groups(*_scored(data)):
+    ties.add(means.tolist())
+  found += ties.warnings(f'{model}/judge')
   if (pairs := data.summary('pairs')) and not pairs.positives:
-    lengths = data.pairs.mean(0).round(1).tolist() if len(data.pairs) else (0, 0)
-    found += health.warn_lengths(f'{model}/pairs', len(data.pairs), pairs.prompts, *lengths)
+    found += data.pairs.warnings(f'{model}/pairs', pairs.prompts)
   return found
-
-
-def _equal(data: Data) -> float:
-  """The share of the prompts with two or more scored candidates whose scores are all equal."""
-  prompts, scores = _scored(data)
-  _, row, counts = np.unique(prompts, return_inverse=True, return_counts=True)
-  least, most = (np.full(len(counts), x) for x in (np.inf, -np.inf))
-  np.minimum.at(least, row, scores)
-  np.maximum.at(most, row, scores)
-  several = counts > 1
-  return round(float((least == most)[several].mean()), 4) if several.any() else 0.0
 
 
 def names(stages: dict[tuple[str, str], summaries.Started]) -> dict[str, str]:

@@ -10,21 +10,22 @@ import numpy as np
 
 from srlm_jax import schema
 from srlm_jax.report import keyed
+from srlm_jax.reward import health
 
 _FINISHES = typing.get_args(schema.Finish)
 
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-  """rows: a table with the fields
+  """rows: a table of the responses with the fields
 
   prompt_id
   asked_id    hash of the id and the text of the prompt
-  text_id     hash of the prompt's id and the response without white space at its ends
   characters, tokens
   finish      index in `schema.Finish`
   """
   rows: np.ndarray
+  health: health.Responses
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -40,38 +41,37 @@ class Responses:
     """Whether each ends by itself."""
     return self.rows['finish'] == _FINISHES.index(schema.EOS)
 
-  @property
-  def repeated(self) -> float:
-    """The fraction of responses that duplicate another response to the same prompt."""
-    return 1 - len(np.unique(self.rows['text_id'])) / len(self.rows) if len(self.rows) else 0.0
-
 
 def responses(found: Iterable[schema.Response]) -> Responses:
   """Reads the responses to prompts."""
-  return Responses(_table((r.id, r) for r in found))
+  return _responses(found, 'id')
 
 
 def answers(found: Iterable[schema.Response]) -> Responses:
   """Reads answers, of which the last one to a prompt counts; the ids are those of the prompts."""
-  return Responses(keyed.distinct(_table((r.prompt_id, r) for r in found)))
+  made = _responses(found, 'prompt_id')
+  return dataclasses.replace(made, rows=keyed.distinct(made.rows))
 
 
-def _table(found: Iterable[tuple[str, schema.Response]]) -> np.ndarray:
-  return keyed.table((
-      (hash(name), hash(r.prompt_id), hash((r.prompt_id, r.prompt)),
-       hash((r.prompt_id, r.response.strip())), len(r.response), r.n_tokens,
-       _FINISHES.index(r.finish)) for name, r in found),
-      'prompt_id', 'asked_id', 'text_id', 'characters', 'tokens', 'finish')
+def _responses(found: Iterable[schema.Response], name: str) -> Responses:
+  """`name`: the field whose hash is the id."""
+  counted = health.Responses()
+
+  def rows():
+    for group in health.by_prompt(found):
+      counted.add(group)
+      for r in group:
+        yield (hash(getattr(r, name)), hash(r.prompt_id), hash((r.prompt_id, r.prompt)),
+               len(r.response), r.n_tokens, _FINISHES.index(r.finish))
+  return Responses(keyed.table(
+      rows(), 'prompt_id', 'asked_id', 'characters', 'tokens', 'finish'), counted)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgements:
-  """rows: a table with the fields prompt_id and score, NaN without one; ids are of responses.
-
-  unparsed: {reason: judgements without a score}.
-  """
+  """rows: a table with the fields prompt_id and score, NaN without one; ids are of responses."""
   rows: np.ndarray
-  unparsed: Counter
+  health: health.Judgements
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -80,12 +80,6 @@ class Judgements:
   def parsed(self) -> np.ndarray:
     """Whether each has a score."""
     return ~np.isnan(self.rows['score'])
-
-  @property
-  def scores(self) -> Counter:
-    """{score: judgements}."""
-    values, counts = np.unique(self.rows['score'][self.parsed], return_counts=True)
-    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
   def by_response(self, quorum: int | None) -> np.ndarray:
     """A distinct table of the judged responses with their mean score, as `scores.by_response`.
@@ -111,11 +105,8 @@ class Judgements:
 
 
 def judgements(found: Iterable[schema.Judgement]) -> Judgements:
-  unparsed = Counter()
-
-  def rows():
-    for j in found:
-      if j.score is None:
-        unparsed[j.reason] += 1
-      yield (hash(j.response_id), hash(j.prompt_id), math.nan if j.score is None else j.score)
-  return Judgements(keyed.table(rows(), 'prompt_id', 'score'), unparsed)
+  """Reads judgements, in any order."""
+  counted = health.Judgements()
+  return Judgements(keyed.table((
+      (hash(j.response_id), hash(j.prompt_id), math.nan if j.score is None else j.score)
+      for j in counted.passing(found)), 'prompt_id', 'score'), counted)
