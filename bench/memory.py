@@ -41,7 +41,7 @@ class Program(NamedTuple):
   reads: tuple[str, ...]     # folders, OWNER/STAGE
   writes: str                # the folder that it makes; it is deleted before a run
   flags: tuple[str, ...] = ()
-  config: str = 'iter2:tiny'  # '': the program has no such flag
+  config: str | None = 'iter2:tiny'  # '': it has no such flag; None: it has no --workdir either
 
 
 def _pairs(strategy: str, *reads: str) -> Program:
@@ -49,6 +49,18 @@ def _pairs(strategy: str, *reads: str) -> Program:
                  'm2/pairs', (f'--config.pairs.strategy={strategy}',))
 
 
+def _head_to_head(name: str, stage: str, *flags: str) -> Program:
+  folders = tuple(f'{model}/{stage}' for model in ('m2', 'm1'))
+  a, b = (f'--{x}={{workdir}}/{folder}' for x, folder in zip('ab', folders, strict=True))
+  return Program(f'head_to_head, {name}', 'eval.head_to_head', folders, f'eval/{name}',
+                 (a, b, f'--out={{workdir}}/eval/{name}', *flags), None)
+
+
+TRAINED = ('sft', 'm1', 'm2', 'm3')
+_REPORT = ('data/seeds',
+           *(f'{m}/{stage}' for m in TRAINED for stage in ('answers', 'oracle', 'judge_eval')),
+           *(f'{m}/{stage}' for m in ('m2', 'm3') for stage in (
+               'prompts', 'respond', 'judge', 'pairs')))
 # In the order in which they run: later ones read what earlier ones wrote.
 PROGRAMS = (
     _pairs('positives_only'), _pairs('margin'), _pairs('length_controlled'),
@@ -59,6 +71,12 @@ PROGRAMS = (
     Program('audit', 'sandbox.audit', ('m2/respond', 'm2/judge', 'm2/pairs'), 'm2/audit'),
     Program('eft', 'reward.eft', ('data/seeds', 'm1/judge'), 'm1/eft', config='iter1:tiny'),
     Program('agreement', 'eval.agreement', ('data/seeds', 'm2/judge_eval'), 'm2/agreement'),
+    Program('report', 'report', _REPORT, 'report.html', config=''),
+    Program('report, two runs', 'report', 2 * _REPORT, 'both.html',
+            ('--workdir={workdir}/again', '--out={workdir}/both.html'), ''),
+    _head_to_head('requests', 'answers'), _head_to_head('verdicts', 'answers',
+                  '--verdicts={workdir}/eval/requests/requests.jsonl'),
+    _head_to_head('graded', 'oracle', '--graded'),
 )
 
 
@@ -91,8 +109,9 @@ def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> 
   for program in programs:
     shutil.rmtree(workdir / program.writes, ignore_errors=True)
     config = [f'--config={program.config}'] if program.config else []
-    command = [sys.executable, '-m', f'srlm_jax.{program.module}', *config,
-               f'--workdir={workdir}', *program.flags]
+    place = [] if program.config is None else [f'--workdir={workdir}']
+    command = [sys.executable, '-m', f'srlm_jax.{program.module}', *config, *place,
+               *(flag.format(workdir=workdir) for flag in program.flags)]
     found[program.name] = [run(command, log), sum(_counted(workdir / p) for p in program.reads)]
   shutil.rmtree(workdir)
   return found
@@ -145,7 +164,7 @@ def write(workdir: pathlib.Path, prompts: int):
   Every stage has its manifest.json and done.json. The models are their tokenizers and config alone.
   """
   run = Run(workdir, prompts)
-  for model in ('m0', 'sft', 'm1', 'm2'):
+  for model in ('m0', *TRAINED):
     run.write_model(model)
   run.stage('data', 'seeds', {'ift.jsonl': run.demonstrations(), 'ranked.jsonl': run.ranked(),
                               'heldout.jsonl': run.held_out()})
@@ -163,6 +182,14 @@ def write(workdir: pathlib.Path, prompts: int):
   run.stage('m2', 'respond_older', {ANSWERED: run.responses('older')}, 'sample.respond', 'older')
   run.stage('m2', 'judge_older', {JUDGED: run.judgements(run.response_ids('older'), '')},
             'sample.judge', 'older')
+  run.stage('m2', 'answers', {ANSWERED: run.answers()}, 'sample.respond', 'heldout')
+  run.stage('m2', 'oracle', {'graded.jsonl': run.graded()}, 'sandbox.oracle')
+  for model in TRAINED:  # the report reads these files once per model
+    for name in ('answers', 'oracle', 'judge_eval', 'agreement', *(
+        ('prompts', 'respond', 'judge', 'pairs') if model == 'm3' else ())):
+      if model != 'm2':
+        (workdir / model / name).symlink_to(pathlib.Path('..') / 'm2' / name)
+  (workdir / 'again').symlink_to('.')
   run.stage('m2', 'implicit', {'rewards-00000-of-00001.jsonl': run.rewards()}, 'sample.implicit')
 
 
@@ -194,6 +221,12 @@ class Run:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(dict(format=self._model_files.HASH_FORMAT, **hashes,
                                     files=self._model_files.hashes(folder))))
+    if name != 'm0':
+      self._stages.write_json(folder / 'manifest.json', dict(
+          format=self._stages.FORMAT, stage=f'{name}/model', params='', inputs={}, config={}))
+      self._stages.write_json(folder / 'done.json', dict(
+          files={}, seconds=1.0, steps=1, loss=0.5, params=name, examples=8, padding_free=1.0,
+          dropped={}))
 
   def stage(self, owner: str, name: str, files: dict[str, Iterator[dict]], program: str = 'sandbox',
             on: str = ''):
@@ -224,6 +257,18 @@ class Run:
   def held_out(self) -> Iterator[dict]:
     for i in range(2 * SEEDS):
       yield dict(id=f'held{i}', prompt=self._prompt(f'held{i}'), split=('test', 'valid')[i % 2])
+
+  def answers(self) -> Iterator[dict]:
+    """As many as the run has prompts; it need not have answered all that are held out."""
+    for i in range(self._count):
+      name = f'held{i}'
+      text = self._words(name, RESPONSE)
+      yield dict(id=f'{name}/0', prompt_id=name, index=0, prompt=self._prompt(name), response=text,
+                 finish='eos', n_tokens=len(text) // 4, logp=-1.0)
+
+  def graded(self) -> Iterator[dict]:
+    for answer in self.answers():
+      yield dict(answer, score=float(int(6 * self._share(answer['id']))))
 
   def ranked(self) -> Iterator[dict]:
     for split in ('train', 'eval'):

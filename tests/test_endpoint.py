@@ -306,7 +306,7 @@ def test_a_reply_that_was_cut_gives_no_verdict(tmp_path):
     text = 'A begins well, so [[A]] seems ahead, but'
     with serving(breaking(lambda *_: completion(text, finish_reason=finish), [])) as url:  # noqa: B023
       with endpoint.open(section(url), tmp_path / finish) as client:
-        replies = head_to_head.ask(client, [request])
+        replies = head_to_head.ask(client, [request], 1)
     assert head_to_head.verdicts([request], replies) == {'p': (verdict,)}
 
 
@@ -435,8 +435,8 @@ def test_head_to_head_survives_sigkill_and_shows_the_key_nowhere(tmp_path):
     with pytest.raises(InputError, match='answered 401: the request lacks the key; name the'):
       ask_one(lambda *_: JSONResponse(dict(error=dict(message='the request lacks the key')), 401),
               tmp_path / 'refused')
-  a, b = (head_to_head.read_graded(tmp_path / x / 'oracle') for x in 'ab')
-  graded = head_to_head.compare_scores(*({k: r.score for k, r in x.items()} for x in (a, b)))
+  both = head_to_head.Both(*(tmp_path / x / 'oracle' for x in 'ab'), is_graded=True)
+  graded = head_to_head.compare_scores((a.score, b.score) for a, b in both)
   found = json.loads((tmp_path / 'out' / 'head_to_head.json').read_text())
   assert found == found | graded and found['wins'] == 40
   assert found['judge'] == 'oracle' and found['first_wins'] == found['second_wins'] == 40
