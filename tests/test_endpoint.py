@@ -44,8 +44,12 @@ SECRET = 'sk-marker-3141592653589793'
 
 @contextlib.contextmanager
 def serving(app):
-  """A server of the application in a thread -> its URL."""
-  http = uvicorn.Server(uvicorn.Config(app, port=0, log_level='critical',
+  """A server of the application in a thread -> its URL.
+
+  Its logging is not configured: that would close absl's log handler and, inside a test with capfd,
+  the stream that this one writes to, pytest's stderr of the session.
+  """
+  http = uvicorn.Server(uvicorn.Config(app, port=0, log_level='critical', log_config=None,
                                        timeout_graceful_shutdown=0))
   thread = threading.Thread(target=http.run, daemon=True)
   thread.start()

@@ -225,9 +225,9 @@ def measure(sets: dict[str, Prompts], vectors: dict[str, np.ndarray], cut: dict[
       quantiles=QUANTILES, word_bins=WORD_BINS, draws=clouds.DRAWS,
       explained_variance=tuple(_rounded(x) for x in explained),
       sets=tuple(schema.PromptSet(
-          name=name, title=title(name), count=len(sets[name].words), used=len(used[name]), cut=cut[name],
-          words=spread(sets[name].words), word_shares=shares(sets[name].words, WORD_BINS),
-          distinct=diversities.get(name, ())) for name in sets),
+          name=name, title=title(name), count=len(found.words), used=len(found.used), cut=cut[name],
+          words=spread(found.words), word_shares=shares(found.words, WORD_BINS),
+          distinct=diversities.get(name, ())) for name, found in sets.items()),
       points=tuple(schema.MapPoint(set=name, id=t.id, text=short(t.text), x=_rounded(x),
                                    y=_rounded(y))
                    for (name, t), (x, y) in zip(points, coordinates, strict=True)),
