@@ -6,18 +6,21 @@
   python bench/memory.py --write=FOLDER --prompts=1000   # writes such a run, and does no more
 
 A run has 4 candidates per prompt and 3 judgements per candidate, and as many ranked replies with
-their judgements. On average, a prompt has 300 characters, a response 1,200 and a judgement 600.
+their judgements. On average, a prompt has 300 characters, a response 1,200 and a judgement 600. In
+programs that sample, a stand-in for the model answers at once.
 
 Each program runs in a process of its own. Its peak is the resident memory that Linux reports, with
 Python and all libraries. "over base" is the difference to a run of `BASE` prompts. Records are
 those that a program reads. The last line is the same as JSON.
 """
+import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import os
 import pathlib
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -41,7 +44,17 @@ class Program(NamedTuple):
   reads: tuple[str, ...]     # folders, OWNER/STAGE
   writes: str                # the folder that it makes; it is deleted before a run
   flags: tuple[str, ...] = ()
-  config: str | None = 'iter2:tiny'  # '': it has no such flag; None: it has no --workdir either
+  # '': it has no such flag; None: it has no --workdir either, and its flags name {workdir}.
+  config: str | None = 'iter2:tiny'
+  samples: bool = False       # it runs a model: that of `instant`
+
+  def command(self, workdir: pathlib.Path) -> list[str]:
+    start = [__file__, f'--instant={self.module}', '--'] if self.samples else [
+        '-m', f'srlm_jax.{self.module}']
+    config = [f'--config={self.config}'] if self.config else []
+    place = [] if self.config is None else [f'--workdir={workdir}']
+    flags = (flag.format(workdir=workdir) for flag in self.flags)
+    return [sys.executable, *start, *config, *place, *flags]
 
 
 def _pairs(strategy: str, *reads: str) -> Program:
@@ -71,12 +84,21 @@ PROGRAMS = (
     Program('audit', 'sandbox.audit', ('m2/respond', 'm2/judge', 'm2/pairs'), 'm2/audit'),
     Program('eft', 'reward.eft', ('data/seeds', 'm1/judge'), 'm1/eft', config='iter1:tiny'),
     Program('agreement', 'eval.agreement', ('data/seeds', 'm2/judge_eval'), 'm2/agreement'),
+    Program('oracle', 'sandbox.oracle',
+            ('data/seeds', 'm2/judge_eval', 'm2/answers', 'm2/answers_greedy'), 'm2/oracle'),
     Program('report', 'report', _REPORT, 'report.html', config=''),
     Program('report, two runs', 'report', 2 * _REPORT, 'both.html',
             ('--workdir={workdir}/again', '--out={workdir}/both.html'), ''),
-    _head_to_head('requests', 'answers'), _head_to_head('verdicts', 'answers',
-                  '--verdicts={workdir}/eval/requests/requests.jsonl'),
+    _head_to_head('requests', 'answers'),
+    _head_to_head('verdicts', 'answers', '--verdicts={workdir}/eval/requests/requests.jsonl'),
     _head_to_head('graded', 'oracle', '--graded'),
+    Program('meta-judge', 'sample.meta_judge', ('m2/respond', 'm2/judge', 'm2/pairs'),
+            'm2/meta_judge', samples=True),
+    Program('respond', 'sample.respond', ('m2/prompts',), 'm2/respond_older', ('--on=older',),
+            samples=True),
+    Program('judge', 'sample.judge', ('m2/respond',), 'm2/judge_again', ('--on=again',),
+            samples=True),
+    Program('implicit', 'sample.implicit', ('m2/respond',), 'm2/implicit', samples=True),
 )
 
 
@@ -108,11 +130,8 @@ def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> 
   found = {'writing': [costs, 0]}
   for program in programs:
     shutil.rmtree(workdir / program.writes, ignore_errors=True)
-    config = [f'--config={program.config}'] if program.config else []
-    place = [] if program.config is None else [f'--workdir={workdir}']
-    command = [sys.executable, '-m', f'srlm_jax.{program.module}', *config, *place,
-               *(flag.format(workdir=workdir) for flag in program.flags)]
-    found[program.name] = [run(command, log), sum(_counted(workdir / p) for p in program.reads)]
+    found[program.name] = [run(program.command(workdir), log),
+                           sum(_counted(workdir / p) for p in program.reads)]
   shutil.rmtree(workdir)
   return found
 
@@ -137,14 +156,18 @@ def main():
   parser.add_argument('--only', default='', help='programs whose name contains the text')
   parser.add_argument('--write', help='writes a run into this folder, and does no more')
   parser.add_argument('--prompts', type=int, default=SIZES[0], help='of the run for --write')
+  parser.add_argument('--instant', help='runs srlm_jax.INSTANT, with its flags after --, with a '
+                      'model that answers at once')
+  parser.add_argument('flags', nargs='*', help=argparse.SUPPRESS)
   f = parser.parse_args()
   if f.write:
     return write(pathlib.Path(f.write), f.prompts)
-  programs = [p for p in PROGRAMS if f.only in p.name]
+  if f.instant:
+    return instant(f.instant, f.flags)
+  programs, sizes = [p for p in PROGRAMS if f.only in p.name], QUICK if f.quick else SIZES
   with tempfile.TemporaryDirectory(prefix='srlm-memory-') as folder:
-    base, *found = (measure(programs, prompts, pathlib.Path(folder))
-                    for prompts in (BASE, *(QUICK if f.quick else SIZES)))
-  rows = table(dict(zip(QUICK if f.quick else SIZES, found, strict=True)), base)
+    base, *found = (measure(programs, prompts, pathlib.Path(folder)) for prompts in (BASE, *sizes))
+  rows = table(dict(zip(sizes, found, strict=True)), base)
   machine = platform.processor() or platform.machine()
   print(f'{machine}, {os.cpu_count()} cores; {CANDIDATES} candidates per prompt, {JUDGEMENTS} '
         f'judgements per candidate')
@@ -172,6 +195,8 @@ def write(workdir: pathlib.Path, prompts: int):
             'sample.judge', 'ranked')
   run.stage('m2', 'judge_eval', {JUDGED: run.judgements(run.reply_ids('eval'), '')},
             'sample.judge', 'eval')
+  for name, on in (('answers', 'heldout'), ('answers_greedy', 'greedy')):
+    run.stage('m2', name, {ANSWERED: run.answers()}, 'sample.respond', on)
   run.stage('m2', 'prompts', {'prompts.jsonl': run.prompts(), 'attempts.jsonl': run.attempts()},
             'sample.prompts')
   run.stage('m2', 'respond', {ANSWERED: run.responses('')}, 'sample.respond', 'prompts')
@@ -182,8 +207,6 @@ def write(workdir: pathlib.Path, prompts: int):
   run.stage('m2', 'respond_older', {ANSWERED: run.responses('older')}, 'sample.respond', 'older')
   run.stage('m2', 'judge_older', {JUDGED: run.judgements(run.response_ids('older'), '')},
             'sample.judge', 'older')
-  run.stage('m2', 'answers', {ANSWERED: run.answers()}, 'sample.respond', 'heldout')
-  run.stage('m2', 'oracle', {'graded.jsonl': run.graded()}, 'sandbox.oracle')
   for model in TRAINED:  # the report reads these files once per model
     for name in ('answers', 'oracle', 'judge_eval', 'agreement', *(
         ('prompts', 'respond', 'judge', 'pairs') if model == 'm3' else ())):
@@ -204,9 +227,11 @@ class Run:
     import numpy as np
 
     from srlm_jax import catalog, config, model_files, records, stage
+    from srlm_jax.data import tokenizer
     from srlm_jax.sandbox import data, world
     self._catalog, self._configs, self._records, self._stages = catalog, config, records, stage
     self._model_files, self._m0, self._world = model_files, data.M0, world
+    self._tokenizer = tokenizer.load(data.M0)
     self._workdir, self._count, self._rng = workdir, prompts, np.random.default_rng
     words = sorted(world.WORDS)
     order = self._rng(0).integers(0, len(words), 40_000)
@@ -256,19 +281,15 @@ class Run:
 
   def held_out(self) -> Iterator[dict]:
     for i in range(2 * SEEDS):
-      yield dict(id=f'held{i}', prompt=self._prompt(f'held{i}'), split=('test', 'valid')[i % 2])
+      name = f'held{i}'
+      yield dict(id=name, prompt=self._instruction(name), split=('test', 'valid')[i % 2])
 
   def answers(self) -> Iterator[dict]:
-    """As many as the run has prompts; it need not have answered all that are held out."""
-    for i in range(self._count):
-      name = f'held{i}'
-      text = self._words(name, RESPONSE)
-      yield dict(id=f'{name}/0', prompt_id=name, index=0, prompt=self._prompt(name), response=text,
-                 finish='eos', n_tokens=len(text) // 4, logp=-1.0)
-
-  def graded(self) -> Iterator[dict]:
-    for answer in self.answers():
-      yield dict(answer, score=float(int(6 * self._share(answer['id']))))
+    """Those to the held-out prompts of the split test."""
+    for i in range(0, 2 * SEEDS, 2):
+      text = self._words(f'held{i} answer', RESPONSE)
+      yield dict(id=f'held{i}/0', prompt_id=f'held{i}', index=0, response=text, finish='eos',
+                 prompt=self._instruction(f'held{i}'), n_tokens=len(text) // 4, logp=-9.0)
 
   def ranked(self) -> Iterator[dict]:
     for split in ('train', 'eval'):
@@ -276,7 +297,7 @@ class Run:
         ranks = range(CANDIDATES)
         replies = [dict(id=str(i), text=self._words(f'{name}/{i}', RESPONSE), rank=i)
                    for i in ranks]
-        yield dict(id=name, prompt=self._prompt(name), split=split, replies=replies)
+        yield dict(id=name, prompt=self._instruction(name), split=split, replies=replies)
 
   def prompts(self) -> Iterator[dict]:
     for name in self._prompt_ids():
@@ -295,10 +316,8 @@ class Run:
       for j in range(CANDIDATES):
         name = f'{prompt_id}/{prefix}{j}'
         text = self._words(name, RESPONSE)
-        more = {}
-        if i % 8 == 0:
-          more = dict(thinking=self._words(f'{name} thinking', THINKING), token_ids=[
-              zlib.crc32(name.encode()) % 900 + k % 97 for k in range(len(text) // 3)])
+        more = dict(thinking=self._words(f'{name} thinking', THINKING), token_ids=[
+            *self._tokenizer.encode(text), *self._tokenizer.eos_ids]) if i % 8 == 0 else {}
         cut = self._share(f'{name} cut') < 0.05
         yield dict(id=name, prompt_id=prompt_id, index=j, prompt=prompt, response=text,
                    finish='length' if cut else 'eos', n_tokens=len(text) // 4,
@@ -346,20 +365,67 @@ class Run:
 
   def _prompt(self, name: str) -> str:
     """Half of the prompts are instructions of the sandbox, of about 50 characters."""
-    seed = zlib.crc32(name.encode())
-    if seed % 2:
+    if zlib.crc32(name.encode()) % 2:
       return self._words(name, 2 * PROMPT - 50)
-    return self._world.instruction(self._rng(seed))
+    return self._instruction(name)
+
+  def _instruction(self, name: str) -> str:
+    return self._world.instruction(self._rng(zlib.crc32(name.encode())))
 
   def _words(self, name: str, mean: int) -> str:
-    """A text of mean / 2 to 3 mean / 2 characters."""
-    seed = zlib.crc32(name.encode())
-    start = seed % (len(self._text) - 2 * mean)
-    return self._text[start:start + mean // 2 + seed // 7 % mean].strip()
+    return cut(self._text, name, mean)
 
   def _share(self, name: str) -> float:
     """A number in [0, 1)."""
     return zlib.crc32(name.encode()) / 2**32
+
+
+def cut(text: str, name: str, mean: int) -> str:
+  """A part of mean / 2 to 3 mean / 2 characters, which depends on the name."""
+  seed = zlib.crc32(name.encode())
+  start = seed % (len(text) - 2 * mean)
+  return text[start:start + mean // 2 + seed // 7 % mean].strip()
+
+
+def instant(module: str, flags: Sequence[str]):
+  """Runs a program that samples, with a model that answers at once."""
+  from srlm_jax.data import tokenizer
+  from srlm_jax.sample import engine
+
+  class Instant:
+    """The interface of `engine.Engine`; what it says depends on the request alone."""
+
+    def __init__(self, folder, title: str):
+      self.title, self.kernels, self.context, self.work = title, 'none', 10**9, engine.Work()
+      self._tokenizer = tokenizer.load(folder)
+      ends = ([f'Winner: {x}' for x in ('A', 'B', 'tie', '?')] if 'meta' in title else
+              [f'Score: {x}' for x in (0, 1, 2, 3, 4, 5, '?')])
+      words = 'Sure, pear and fig. ' * 200
+      texts = [f'{cut(words, str(i), JUDGEMENT)}\n{ends[i % len(ends)]}' for i in range(100)]
+      self._texts = [[*self._tokenizer.encode(text), self._tokenizer.eos_ids[0]] for text in texts]
+
+    def max_prompt_tokens(self, sampling) -> int:
+      return 10**9
+
+    def stop_if_requested(self):
+      pass
+
+    def generate(self, requests, sampling, done=0, kept=()):
+      for request in requests:
+        known, done = done >= request.n, max(done - request.n, 0)
+        results = [] if known else [self._result(f'{request.id}/{i}') for i in range(request.n)]
+        yield request, results
+
+    def _result(self, name: str) -> engine.Result:
+      ids = self._texts[zlib.crc32(name.encode()) % len(self._texts)]
+      return engine.Result(ids, [-1.0] * len(ids), 'eos')
+
+    def score(self, rows, share=True) -> list[engine.Score]:
+      return [engine.Score(-float(len(text)), False) for _, text in rows]
+  engine.load = lambda config, folder, stage, *_: (
+      Instant(folder, stage), tokenizer.load(folder))
+  sys.argv[1:] = flags
+  runpy.run_module(f'srlm_jax.{module}', run_name='__main__', alter_sys=True)
 
 
 if __name__ == '__main__':

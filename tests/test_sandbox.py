@@ -242,15 +242,15 @@ def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
       id='p', prompt='Name two nice fruits.', split='eval',
       replies=tuple(schema.Reply(id=str(i), text=texts[i], rank=rank)
                     for i, rank in enumerate((1, 0, 2))))]
-  perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0})
+  perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0}.get)
   assert (perfect['judge_pairwise'], perfect['judge_exact']) == (1, 1)
   # The ranks disagree with the grades on one of three pairs.
   assert (perfect['ceiling'], perfect['ceiling_pairs']) == (pytest.approx(2 / 3), 3)
-  found = oracle.of_judge(ranked, {'p/0': 2.6, 'p/1': 2.6, 'p/2': None})
+  found = oracle.of_judge(ranked, {'p/0': 2.6, 'p/1': 2.6, 'p/2': None}.get)
   assert (found['judge_pairwise'], found['judge_pairs']) == (0, 1)  # a tie is an error
   assert (found['judge_exact'], found['judge_replies']) == (1 / 2, 2)
   assert found['ceiling'] == perfect['ceiling']
-  assert oracle.of_judge([], {})['judge_pairwise'] is None
+  assert oracle.of_judge([], {}.get)['judge_pairwise'] is None
 
 
 @pytest.mark.parametrize('by', ['oracle', 'random'])
