@@ -5,9 +5,10 @@
   python bench/memory.py --only=pairs   # programs whose name contains the text
   python bench/memory.py --write=FOLDER --prompts=1000   # writes such a run, and does no more
 
-A run has 4 candidates per prompt and 3 judgements per candidate, and as many ranked replies with
-their judgements. On average, a prompt has 300 characters, a response 1,200 and a judgement 600. In
-programs that sample, a stand-in for the model answers at once.
+A run has 4 candidates per prompt and 3 judgements per candidate, and as many held-out prompts with
+an answer and ranked replies with their judgements. On average, a prompt has 300 characters, a
+response 1,200 and a judgement 600. In programs that sample, a stand-in for the model answers at
+once. The report reads the evaluation of m2 for four models, and the data of m2 for two.
 
 Each program runs in a process of its own. Its peak is the resident memory that Linux reports, with
 Python and all libraries. "over base" is the difference to a run of `BASE` prompts. Records are
@@ -217,7 +218,7 @@ def write(workdir: pathlib.Path, prompts: int):
 
 
 ANSWERED, JUDGED = 'responses-00000-of-00001.jsonl', 'judgements-00000-of-00001.jsonl'
-SEEDS = 500  # demonstrations, and held-out prompts of each split
+SEEDS = 500  # demonstrations
 
 
 class Run:
@@ -280,13 +281,13 @@ class Run:
                  response=self._words(f'ift{i}', RESPONSE))
 
   def held_out(self) -> Iterator[dict]:
-    for i in range(2 * SEEDS):
+    for i in range(2 * self._count):
       name = f'held{i}'
       yield dict(id=name, prompt=self._instruction(name), split=('test', 'valid')[i % 2])
 
   def answers(self) -> Iterator[dict]:
     """Those to the held-out prompts of the split test."""
-    for i in range(0, 2 * SEEDS, 2):
+    for i in range(0, 2 * self._count, 2):
       text = self._words(f'held{i} answer', RESPONSE)
       yield dict(id=f'held{i}/0', prompt_id=f'held{i}', index=0, response=text, finish='eos',
                  prompt=self._instruction(f'held{i}'), n_tokens=len(text) // 4, logp=-9.0)

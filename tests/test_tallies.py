@@ -5,6 +5,7 @@ import math
 import statistics
 
 from hypothesis import given, settings, strategies as st
+import memory
 import numpy as np
 import pytest
 import samples as make
@@ -130,3 +131,25 @@ def test_the_shown_prompts_have_the_smallest_hashes(found):
   for prompt in shown.prompts:
     assert [c.id for c in prompt.candidates] == [
         r.id for r in responses if r.prompt_id == prompt.id]
+
+
+SIZES = 1_000, 8_000  # prompts
+READERS = [p.name for p in memory.PROGRAMS if p.name.startswith(('report', 'head_to_head'))]
+
+
+@pytest.fixture(scope='module')
+def costs(tmp_path_factory):
+  """Of the programs on runs of SIZES: [{name: (cost, records)}]."""
+  before = 'pairs, max_min', 'agreement', 'oracle'  # they write what the report reads
+  programs = [p for p in memory.PROGRAMS if p.name in (*before, *READERS)]
+  folder = tmp_path_factory.mktemp('runs')
+  return [memory.measure(programs, prompts, folder) for prompts in SIZES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', READERS)
+def test_the_memory_for_100_000_prompts_would_be_bounded(costs, name):
+  """By its growth. With the texts in memory, the larger run would take 100 MB more."""
+  small, large = (found[name][0].peak for found in costs)
+  growth = max(large - small, 0) / (SIZES[1] - SIZES[0])
+  assert small + 100_000 * growth <= memory.LIMIT
