@@ -135,16 +135,22 @@ def paired(runs, model: str, others, other: str) -> dict | None:
   the runs; least and most, the range of the means of single runs. Uses the runs that have both
   models; None if there is none.
   """
-  prompts, gains = [], []  # [prompts] of each run
-  for run, against in zip(runs, others, strict=True):
-    if other:
-      ours, theirs = keyed.both(results.graded(run / model), results.graded(against / other))
-      if len(ours):
-        prompts.append(ours['id'])
-        gains.append(ours['score'] - theirs['score'])
+  found, gains = [], []  # of each run: its table of grades, and the differences [prompts]
+  for run, against in zip(runs, others, strict=True) if other else ():
+    mine, theirs = results.graded(run / model), results.graded(against / other)
+    if len(mine) and len(theirs):
+      if not keyed.same(mine, theirs):
+        raise InputError(f'{run / model} and {against / other} have graded answers to different '
+                         f'prompts; compare runs with the same data')
+      found.append(mine)
+      gains.append(results.gained(mine, theirs))
   if not gains:
     return None
-  sums, counts = keyed.totals(np.concatenate(prompts), np.concatenate(gains))
+  if not all(keyed.same(mine, found[0]) for mine in found):
+    raise InputError(f'{runs[0]} and the runs with other seeds have graded answers to different '
+                     f'prompts; restore the data of these runs')
+  sums, counts = keyed.totals(np.concatenate([mine['id'] for mine in found]),
+                              np.concatenate(gains))
   by_run = [statistics.fmean(gain) for gain in gains]
   return dict(over_seeds(by_run), over_prompts=scores.standard_error((sums / counts).tolist()),
               least=min(by_run), most=max(by_run))

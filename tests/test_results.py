@@ -703,6 +703,21 @@ def test_every_shard_is_read_once(workdir, monkeypatch):
   assert len(opened) == len({*opened}) == 10
 
 
+def test_grades_of_different_prompts_are_refused(workdir):
+  path = workdir / 'm2' / 'oracle' / 'graded.jsonl'
+  records.write(path, [r for _, r in records.read_any(path)][1:])
+  with pytest.raises(InputError, match='m2/oracle/graded.jsonl and that of an earlier model grade'):
+    read(workdir)
+  with pytest.raises(InputError, match='have graded answers to different prompts; compare runs'):
+    study.paired([workdir], 'm2', [workdir], 'm1')
+  other = workdir.parent / 'other'
+  shutil.copytree(workdir, other)
+  (other / 'm1').rename(other / 'm0')
+  shutil.copytree(other / 'm2', other / 'm1')
+  with pytest.raises(InputError, match='and the runs with other seeds have graded answers to'):
+    study.paired([workdir, other], 'm1', [workdir, other], 'm1')
+
+
 # Several runs
 
 

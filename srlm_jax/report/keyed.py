@@ -41,6 +41,11 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
   return np.where(ids[place] == wanted, place, -1)
 
 
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether two tables of distinct ids have the same ones."""
+  return len(a) == len(b) and bool((find(a['id'], b['id']) >= 0).all())
+
+
 def both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """The rows of two distinct tables that have the same ids, in the order of a."""
   place = find(b['id'], a['id'])

@@ -7,7 +7,7 @@ import statistics
 from etils import epath
 import numpy as np
 
-from srlm_jax import catalog, records, schema
+from srlm_jax import catalog, InputError, records, schema
 from srlm_jax.config import MODELS
 from srlm_jax.report import keyed
 from srlm_jax.reward import scores
@@ -97,6 +97,10 @@ def of_models(workdir) -> list[dict]:
   for model in trained(workdir):
     folder = epath.Path(workdir) / model
     grades = graded(folder)
+    for other in (previous, baseline):
+      if len(grades) and len(other) and not keyed.same(grades, other):
+        raise InputError(f'{folder}/oracle/graded.jsonl and that of an earlier model grade answers '
+                         f'to different prompts; restore the files of this run')
     paired = compare(grades, previous, baseline)
     previous = grades
     if model == 'sft':
