@@ -208,6 +208,7 @@ def write(workdir: pathlib.Path, prompts: int):
   run.stage('m2', 'respond_older', {ANSWERED: run.responses('older')}, 'sample.respond', 'older')
   run.stage('m2', 'judge_older', {JUDGED: run.judgements(run.response_ids('older'), '')},
             'sample.judge', 'older')
+  run.stage('m2', 'oracle', {'graded.jsonl': run.graded()}, 'sandbox.oracle')
   for model in TRAINED:  # the report reads these files once per model
     for name in ('answers', 'oracle', 'judge_eval', 'agreement', *(
         ('prompts', 'respond', 'judge', 'pairs') if model == 'm3' else ())):
@@ -291,6 +292,10 @@ class Run:
       text = self._words(f'held{i} answer', RESPONSE)
       yield dict(id=f'held{i}/0', prompt_id=f'held{i}', index=0, response=text, finish='eos',
                  prompt=self._instruction(f'held{i}'), n_tokens=len(text) // 4, logp=-9.0)
+
+  def graded(self) -> Iterator[dict]:
+    for answer in self.answers():
+      yield dict(answer, score=float(int(6 * self._share(answer['id']))))
 
   def ranked(self) -> Iterator[dict]:
     for split in ('train', 'eval'):

@@ -98,8 +98,7 @@ def test_the_numbers_of_a_round(judged, responses, quorum):
                for n, (prompt, text, _) in enumerate(responses)]
   data = rounds.Data(
       model='m2', stages={}, attempts=Counter(), responses=tallies.responses(responses),
-      judgements=tallies.judgements(judged), lengths=np.empty((0, 2)), pairs=health.Pairs([]),
-      texts=samples.OfRound())
+      judgements=tallies.judgements(judged), pairs=tallies.pairs([]), texts=samples.OfRound())
   data.scores = data.judgements.by_response(quorum)
   groups, writers = {}, {r.id: r.prompt_id for r in responses}
   for name, score in scoring.by_response(judged, quorum).items():

@@ -49,19 +49,17 @@ class _Study:
   changes: tuple[str, ...] = ()
 
 
-def between_runs(runs: Sequence[Run]) -> tuple[list[Across], list[str]]:
-  """Differences of each run from the first one, and why some are refused: one sentence each."""
-  made, refused = [], []
-  for run in runs[1:]:
-    for model in (model for model in run.evaluated if model in runs[0].evaluated):
-      pair = run.evaluated[model], runs[0].evaluated[model]
-      if why := _other_prompts(*pair):
-        refused.append(f'{run.name} and {runs[0].name}: {why}')
-        break
-      found = differences.between(*pair, run.ranked, external.External())
-      made += [Across(model=model, measure=d.measure, run=run.name, against=runs[0].name,
-                      change=d.change, ours=d.ours, theirs=d.theirs) for d in found]
-  return made, refused
+def from_first(first: Run, run: Run) -> tuple[list[Across], str]:
+  """Differences of a run from the first one, and why the others are refused; '' if none is."""
+  made = []
+  for model in (model for model in run.evaluated if model in first.evaluated):
+    pair = run.evaluated[model], first.evaluated[model]
+    if why := _other_prompts(*pair):
+      return made, f'{run.name} and {first.name}: {why}'
+    found = differences.between(*pair, run.ranked, external.External())
+    made += [Across(model=model, measure=d.measure, run=run.name, against=first.name,
+                    change=d.change, ours=d.ours, theirs=d.theirs) for d in found]
+  return made, ''
 
 
 def _other_prompts(a: Evaluated, b: Evaluated) -> str:

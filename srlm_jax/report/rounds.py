@@ -1,7 +1,5 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
-import array
 from collections import Counter
-from collections.abc import Iterable
 import dataclasses
 import functools
 
@@ -57,8 +55,7 @@ class Data:
   attempts: Counter                # {reason why it was rejected, '' if accepted: attempts}
   responses: tallies.Responses
   judgements: tallies.Judgements
-  lengths: np.ndarray              # characters of the chosen and the rejected response [pairs, 2]
-  pairs: health.Pairs
+  pairs: tallies.Pairs
   texts: samples.OfRound
 
   def summary(self, stage: str):
@@ -116,19 +113,8 @@ def read(workdir, model: str, stages: dict[str, summaries.Started]) -> Data | No
           folder / 'respond', 'responses', schema.Response))),
       judgements=tallies.judgements(texts.judgements(results.shards(
           folder / 'judge', 'judgements', schema.Judgement))),
-      **_pairs(texts.pairs(results.each(folder / 'pairs' / 'pairs.jsonl', schema.Pair))))
-
-
-def _pairs(found: Iterable[schema.Pair]) -> dict:
-  """Pairs -> the fields `lengths` and `pairs` of Data."""
-  lengths = array.array('d')
-
-  def passing():
-    for pair in found:
-      lengths.extend((len(pair.chosen), len(pair.rejected)))
-      yield pair
-  pairs = health.Pairs(passing())
-  return dict(pairs=pairs, lengths=np.array(lengths).reshape(-1, 2))
+      pairs=tallies.pairs(texts.pairs(results.each(
+          folder / 'pairs' / 'pairs.jsonl', schema.Pair))))
 
 
 def of(data: Data, workdir, params: dict[str, str]) -> Round:
@@ -151,7 +137,8 @@ def of(data: Data, workdir, params: dict[str, str]) -> Round:
       right=_share(audit.right, audit.pairs), wrong=_share(audit.wrong, audit.pairs),
       characters=measures.lengths(data.responses.rows['characters']),
       tokens=measures.lengths(data.responses.rows['tokens']),
-      chosen=measures.lengths(data.lengths[:, 0]), rejected=measures.lengths(data.lengths[:, 1]),
+      chosen=measures.lengths(data.pairs.rows['chosen']),
+      rejected=measures.lengths(data.pairs.rows['rejected']),
       pairs=pairs, warnings=tuple(warnings(data)))
 
 
@@ -217,7 +204,7 @@ def warnings(data: Data) -> list[str]:
     ties.add(means.tolist())
   found += ties.warnings(f'{model}/judge')
   if (pairs := data.summary('pairs')) and not pairs.positives:
-    found += data.pairs.warnings(f'{model}/pairs', pairs.prompts)
+    found += data.pairs.health.warnings(f'{model}/pairs', pairs.prompts)
   return found
 
 

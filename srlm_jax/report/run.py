@@ -99,9 +99,9 @@ class Run:
   held_out: samples.HeldOut
   warnings: tuple[str, ...]        # sentences of the health checks
   stopping: dict[str, Stopping] = dataclasses.field(default_factory=dict)
-  # For comparisons with other runs.
+  # For comparisons with other runs; empty, and None, after them.
   evaluated: dict[str, Evaluated]
-  ranked: np.ndarray               # see differences.pairs
+  ranked: np.ndarray | None        # see differences.pairs
   differences: dict[tuple[str, str], list[Difference]]
 
   @property

@@ -110,3 +110,21 @@ def judgements(found: Iterable[schema.Judgement]) -> Judgements:
   return Judgements(keyed.table((
       (hash(j.response_id), hash(j.prompt_id), math.nan if j.score is None else j.score)
       for j in counted.passing(found)), 'prompt_id', 'score'), counted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """rows: a table with the characters of the fields chosen and rejected."""
+  rows: np.ndarray
+  health: health.Pairs
+
+
+def pairs(found: Iterable[schema.Pair]) -> Pairs:
+  rows = []  # at most one per prompt
+
+  def passing():
+    for pair in found:
+      rows.append((hash(pair.id), len(pair.chosen), len(pair.rejected)))
+      yield pair
+  counted = health.Pairs(passing())
+  return Pairs(keyed.table(rows, 'chosen', 'rejected'), counted)
