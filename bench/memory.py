@@ -12,7 +12,7 @@ once. The report reads the evaluation of m2 for four models, and the data of m2 
 
 Each program runs in a process of its own. Its peak is the resident memory that Linux reports, with
 Python and all libraries. "over base" is the difference to a run of `BASE` prompts. Records are
-those that a program reads. The last line is the same as JSON.
+those of the files that it reads. The last line is the same as JSON.
 """
 import argparse
 from collections.abc import Iterator, Sequence
@@ -107,6 +107,7 @@ class Cost(NamedTuple):
   """What a process took."""
   peak: float     # MB of resident memory (2**20 bytes)
   seconds: float
+  cpu: float      # CPU seconds of all its threads
 
 
 def run(command: Sequence[str], log: pathlib.Path) -> Cost:
@@ -119,7 +120,8 @@ def run(command: Sequence[str], log: pathlib.Path) -> Cost:
     child.returncode = os.waitstatus_to_exitcode(status)
   if child.returncode:
     sys.exit(f'{" ".join(command)}\nended with {child.returncode}:\n{log.read_text()}')
-  return Cost(usage.ru_maxrss / 1024, time.perf_counter() - started)
+  return Cost(usage.ru_maxrss / 1024, time.perf_counter() - started,
+              usage.ru_utime + usage.ru_stime)
 
 
 def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> dict:
@@ -148,7 +150,7 @@ def table(found: dict[int, dict], base: dict) -> list[dict]:
   """{prompts: result of `measure`} -> one row per program and number of prompts."""
   return [dict(program=name, prompts=prompts, peak_mb=round(cost.peak),
                over_base_mb=round(cost.peak - base[name][0].peak), seconds=round(cost.seconds, 1),
-               records=count, records_per_second=round(count / cost.seconds))
+               cpu_seconds=round(cost.cpu, 1), records=count)
           for name in base for prompts, result in found.items() for cost, count in [result[name]]]
 
 
@@ -173,10 +175,10 @@ def main():
   print(f'{machine}, {os.cpu_count()} cores; {CANDIDATES} candidates per prompt, {JUDGEMENTS} '
         f'judgements per candidate')
   print(f'{"program":26} {"prompts":>8} {"peak MB":>8} {"over base":>10} {"seconds":>8} '
-        f'{"records/s":>10}')
+        f'{"CPU s":>8} {"records":>10}')
   for r in rows:
     print(f'{r["program"]:26} {r["prompts"]:8,} {r["peak_mb"]:8,} {r["over_base_mb"]:10,} '
-          f'{r["seconds"]:8,} {r["records_per_second"]:10,}')
+          f'{r["seconds"]:8,} {r["cpu_seconds"]:8,} {r["records"]:10,}')
   over = sorted({r['program'] for r in rows if r['peak_mb'] > LIMIT})
   print(f'above {LIMIT} MB: {", ".join(over) or "none"}')
   timing.report(dict(machine=machine, limit_mb=LIMIT, rows=rows), f.json)

@@ -81,7 +81,7 @@ def read(s: stage.Stage, config,
     if older:
       candidates += [candidate(r, older_scores, True) for r in older.of(prompt_id)]
     yield ScoredPrompt(prompt_id, group[0].prompt, candidates, group[0].messages)
-  for file in (own, older_scores, again, implicit, older):
+  for file in (older, own, older_scores, again, implicit):
     if file:
       file.finish()
 
