@@ -113,23 +113,25 @@ def code(texts: list[str]) -> str:
 def show_finished(workdir, title: str):
   """Shows the numbers of finished stages in TensorBoard, WORKDIR/tensorboard/models.
 
-  The x axis is the model's iteration (`ITERATIONS`). Writes the numbers of all stages again, in
-  place of the earlier ones. `title`: MODEL/STAGE, the stage that has just finished. Shows nothing
-  of a workdir that a stage made in its folder for a checkpoint (`selection.make_workdir`).
+  The x axis is the model's iteration (`ITERATIONS`). Writes the numbers of the model and of later
+  ones again, in place of the earlier ones. `title`: MODEL/STAGE, the stage that has just finished.
+  Shows nothing of a workdir that a stage made in its folder for a checkpoint
+  (`selection.make_workdir`).
   """
-  if (epath.Path(workdir).parent / 'manifest.json').exists():
+  owner, _, stage = title.partition('/')
+  if owner not in ITERATIONS or (epath.Path(workdir).parent / 'manifest.json').exists():
     return
-  points = {}  # {iteration: scalars}
-  for path in sorted(epath.Path(workdir).glob('*/*/done.json')):
-    model, name = path.parts[-3:-1]
-    if model in ITERATIONS:
-      scalars = _numbers(name, json.loads(path.read_text()))
-      points.setdefault(ITERATIONS[model], {}).update(scalars)
-      if _wandb and title == f'{model}/{name}':
-        _log('models', ITERATIONS[model], scalars, {})
-  board = Board(workdir, 'models')
-  for iteration, scalars in sorted(points.items()):
-    board.write(iteration, scalars)
+  board = Board(workdir, 'models', step=ITERATIONS[owner] - 1)
+  for model, iteration in ITERATIONS.items():
+    scalars = {}
+    for path in sorted((epath.Path(workdir) / model).glob('*/done.json')
+                       if iteration >= ITERATIONS[owner] else ()):
+      found = _numbers(path.parent.name, json.loads(path.read_text()))
+      scalars |= found
+      if _wandb and (model, path.parent.name) == (owner, stage):
+        _log('models', iteration, found, {})
+    if scalars:
+      board.write(iteration, scalars)
   board.close()
 
 

@@ -3,7 +3,7 @@
 A file holds one JSON object per line, most with a string `id`; `schema` has their fields. Names end
 in .jsonl or .jsonl.gz.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -19,8 +19,9 @@ import zlib
 
 from etils import epath
 import msgspec
+import numpy as np
 
-from srlm_jax import InputError, storage
+from srlm_jax import InputError, spill, storage
 
 Record = TypeVar('Record')  # a dataclass of `schema`
 
@@ -54,11 +55,11 @@ def _lines(path) -> Iterator[tuple[str, bytes]]:
     file = path.open('rb')
   with file as raw:
     lines = gzip.open(raw) if path.suffix == '.gz' else raw
-    number = 0
+    name, number = str(path), 0  # slow for paths of etils
     try:
       for number, line in enumerate(lines, 1):
         if line.strip():
-          yield f'{path}:{number}', line
+          yield f'{name}:{number}', line
     except (EOFError, OSError, zlib.error) as error:
       raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it '
                        f'again') from error
@@ -97,6 +98,38 @@ def read_shards(folder, stem: str, kind: type[Record]) -> Iterator[Record]:
     streams = left
 
 
+class Matched:
+  """The records of a stream that belong to names, which are asked for in the order of the stream.
+
+  It joins two files of the same order in one pass, with the records of one name in memory.
+
+  >>> rows = [dict(to='a', n=1), dict(to='a', n=2), dict(to='c', n=3)]
+  >>> found = Matched(rows, operator.itemgetter('to'), 'FILE')
+  >>> [len(found.of(name)) for name in 'abc']
+  [2, 0, 1]
+  """
+
+  def __init__(self, rows: Iterable[Record], key: Callable[[Record], str], source):
+    """`key`: the name that a record belongs to; source: the path of the records, for errors."""
+    self._groups, self._source = itertools.groupby(rows, key), source
+    self._next = next(self._groups, None)
+
+  def of(self, name: str) -> list[Record]:
+    """The records of a name; [] if the next ones belong to another name."""
+    if self._next is None or self._next[0] != name:
+      return []
+    found = list(self._next[1])
+    self._next = next(self._groups, None)
+    return found
+
+  def finish(self):
+    """Raises InputError if there are records of a name that was not asked for, or not in order."""
+    if self._next is not None:
+      raise InputError(f'{self._source}: the records of {self._next[0]} belong to nothing that '
+                       f'their stage reads, or are not in its order; delete '
+                       f'{epath.Path(self._source).parent} and run its stage again')
+
+
 def shards(folder, stem: str) -> list:
   """The paths of a stage's shards; without any, a placeholder path for the error message."""
   folder = epath.Path(folder)
@@ -124,19 +157,30 @@ def keep_shards(folder, stem: str, count: int):
   for other in others:
     Appender(other).close()  # removes a line that the kill cut off
   if others:
-    before = [path] if path.exists() else []
-    write(path, {record['id']: record for shard in [*before, *others]
-                 for _, record in read_any(shard)}.values())
+    found = spill.Spill()
+    for shard in [*([path] if path.exists() else []), *others]:
+      for _, record in read_any(shard):
+        if record['id'] not in found:
+          found.add(record['id'], dump(record))
+    with replacing(path) as file:
+      file.writelines(found)
   for other in others:
     other.unlink()
 
 
-def kept(folder, stem: str) -> dict[str, list[dict]]:
-  """{id of a request: its records} that `keep_shards` has kept."""
-  path, found = _kept_file(folder, stem), {}
-  for _, record in read_any(path) if path.exists() else ():
-    found.setdefault(record[_REQUEST.get(stem, 'id')], []).append(record)
-  return found
+class Kept:
+  """{id of a request: its records}, which `keep_shards` has kept; not in memory."""
+
+  def __init__(self, folder, stem: str):
+    path, self._lines = _kept_file(folder, stem), None
+    if path.exists():
+      self._lines = spill.Spill()
+      for _, record in read_any(path):
+        self._lines.add(record[_REQUEST.get(stem, 'id')], dump(record))
+
+  def get(self, request: str, default=()) -> Sequence[dict]:
+    """The records of a request; `default` if there are none."""
+    return [*map(json.loads, self._lines.get(request))] or default if self._lines else default
 
 
 def drop_kept(folder, stem: str):
@@ -237,10 +281,11 @@ def dump(record) -> str:
   """
   if dataclasses.is_dataclass(record):
     defaults = {field.name: field.default for field in dataclasses.fields(record)}
-    record = {name: value for name, value in dataclasses.asdict(record).items()
-              if value != defaults[name]}
+    record = {name: value for name, default in defaults.items()
+              if (value := getattr(record, name)) != default}
   try:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + '\n'
+    return json.dumps(record, ensure_ascii=False, allow_nan=False,
+                      default=dataclasses.asdict) + '\n'
   except ValueError as error:
     raise InputError(f'the record {str(record)[:80]} has a number that is NaN or infinite; check '
                      f'the model that made it') from error
@@ -252,20 +297,35 @@ def contents(folder) -> dict[str, list]:
   Leaves out manifest.json and done.json, and folders but for ANSWERS. Raises InputError if two
   records have the same id, in one file or in two shards of a stage.
   """
-  found, seen = {}, {}  # seen: hashes of ids by stem, which take less memory than the ids
-  folder = epath.Path(folder)
+  found, files, folder = {}, {}, epath.Path(folder)
   for path in sorted([*folder.iterdir(), *folder.glob(f'{ANSWERS}/*.jsonl')]):
     if path.name in ('manifest.json', 'done.json') or path.suffix not in HASHED:
       continue
     found[str(path.relative_to(folder))] = describe(path)
-    names = seen.setdefault(path.name.partition('-')[0], set())
-    for where, record in read_any(path) if path.suffix == '.jsonl' else ():
-      if (name := record.get('id')) is not None:
-        if hash(name) in names:
-          raise InputError(f'{where}: a second record with the id {name!r}; delete {folder} and '
-                           f'run its stage again')
-        names.add(hash(name))
+    if path.suffix == '.jsonl':
+      files.setdefault(path.name.partition('-')[0], []).append(path)
+  for paths in files.values():
+    _refuse_repeated(paths, folder)
   return found
+
+
+def _refuse_repeated(paths: list, folder):
+  """Raises InputError if two records of some files have the same id."""
+  def ids():
+    for path in paths:
+      for where, record in read_any(path):
+        if (name := record.get('id')) is not None:
+          yield where, name
+  # Hashes take less memory than the ids. Only ids whose hash occurs twice are compared.
+  hashes = np.fromiter((hash(name) for _, name in ids()), np.int64)
+  hashes.sort()
+  twice, seen = {*hashes[1:][hashes[1:] == hashes[:-1]].tolist()}, set()
+  for where, name in ids() if twice else ():
+    if name in seen:
+      raise InputError(f'{where}: a second record with the id {name!r}; delete {folder} and '
+                       f'run its stage again')
+    if hash(name) in twice:
+      seen.add(name)
 
 
 def hash_file(path) -> str:

@@ -20,6 +20,8 @@ import tempfile
 import time
 import zlib
 
+from etils import epath
+
 from srlm_jax import (
   catalog,
   cli,
@@ -40,7 +42,6 @@ from srlm_jax.sandbox import world
 from srlm_jax.train import run as train
 
 WINS = 'wins.jsonl'
-Answers = dict[str, schema.Response]  # by prompt id
 
 
 def run(config, workdir):
@@ -130,9 +131,9 @@ def _is_better(config, workdir, step: int) -> bool:
     s.begin(engines.choose(s.config, s.models))
     before = best(found) if found else 0
     with engines.kept():  # which frees the memory of every engine at its end
-      a, b = (_answers(s, workdir, n) for n in (step, before))
+      folders = [_answers(s, workdir, n) for n in (step, before)]
       if hosts.is_first_host():
-        new = _compare(s, workdir, step, before, a, b)
+        new = _compare(s, workdir, step, before, head_to_head.Both(*folders))
         _show(s.folder, new)
         records.write(s.folder / WINS, [*found, new])
     hosts.sync(f'{s.title} {step}')
@@ -160,11 +161,11 @@ def _judge_name(config) -> str:
   return (config.endpoint.model or config.endpoint.url) if by == 'endpoint' else by
 
 
-def _answers(s: stage.Stage, workdir, step: int) -> Answers:
+def _answers(s: stage.Stage, workdir, step: int) -> epath.Path:
   """Answers of a step to the validation prompts; step 0 is the model that training starts from.
 
-  They lie in MODEL/stopping/STEP/MODEL/answers. The random draws for a prompt are the same for
-  every step.
+  Returns their folder, MODEL/stopping/STEP/MODEL/answers. The random draws for a prompt are the
+  same for every step.
   """
   config = catalog.unwrap(s.config).copy_and_resolve_references()
   config.eval.split = 'valid'
@@ -177,12 +178,12 @@ def _answers(s: stage.Stage, workdir, step: int) -> Answers:
     respond.run(config, candidate, 'heldout')
     if hosts.is_first_host():
       storage.unlink(candidate / config.name / 'model' / 'steps' / str(of))
-  return head_to_head.read_answers(answers)
+  return answers
 
 
-def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Answers
+def _compare(s: stage.Stage, workdir, step: int, before: int, both: head_to_head.Both
              ) -> schema.StepWins:
-  """Judges the answers `a` of `step` and `b` of `before`.
+  """Judges the answers of `step` and of `before`.
 
   Raises InputError if no pair of answers has a verdict.
   """
@@ -190,23 +191,21 @@ def _compare(s: stage.Stage, workdir, step: int, before: int, a: Answers, b: Ans
   by = config.train.judge
   if by == 'random':
     found = head_to_head.tally(
-        ('win', 'tie', 'loss')[zlib.crc32(f'{config.seed}/{step}/{name}'.encode()) % 3]
-        for name in a)
+        ('win', 'tie', 'loss')[zlib.crc32(f'{config.seed}/{step}/{a.prompt_id}'.encode()) % 3]
+        for a, _ in both)
   elif by == 'oracle':
-    found = head_to_head.compare_scores(*({
-        name: sum(world.grade(answer.prompt, answer.response)) for name, answer in answers.items()
-    } for answers in (a, b)))
+    found = head_to_head.compare_scores(
+        tuple(sum(world.grade(x.prompt, x.response)) for x in pair) for pair in both)
   else:
-    asked = head_to_head.requests(a, b)
     with _open(config, workdir, s.folder) as client:
-      texts = head_to_head.ask(client, asked)
-    found = head_to_head.compare(head_to_head.verdicts(asked, texts))
+      replies = head_to_head.ask(client, head_to_head.requests(both), 2 * both.count)
+    found = head_to_head.compare(head_to_head.verdicts(head_to_head.requests(both), replies))
   if not found['count']:
-    raise InputError(f'{s.title}: the judge gave no verdict in both orders on any of {len(a)} '
+    raise InputError(f'{s.title}: the judge gave no verdict in both orders on any of {both.count} '
                      f'pairs of answers of step {step}; read its answers in '
                      f'{s.folder / endpoint.FILE}, delete that file, and name another judge, or '
                      f'set train.select to empty and train again')
-  return schema.StepWins(step=step, before=before, left_out=len(a) - found['count'],
+  return schema.StepWins(step=step, before=before, left_out=both.count - found['count'],
                          **{name: found[name] for name in ('wins', 'ties', 'losses')})
 
 

@@ -20,9 +20,10 @@ import statistics
 
 from absl import flags
 from etils import epath
+import numpy as np
 
 from srlm_jax import ablations, cli, config as configs, hosts, InputError, loop, stage, storage
-from srlm_jax.report import estimates, results
+from srlm_jax.report import estimates, keyed, results
 from srlm_jax.reward import scores
 
 LOOP = 'loop'  # the name of the runs without a change
@@ -134,17 +135,24 @@ def paired(runs, model: str, others, other: str) -> dict | None:
   the runs; least and most, the range of the means of single runs. Uses the runs that have both
   models; None if there is none.
   """
-  differences = []  # {prompt id: difference} of each run
-  for run, against in zip(runs, others, strict=True):
-    mine = results.graded(run / model)
-    theirs = results.graded(against / other) if other else {}
-    if mine and theirs:
-      differences.append({prompt: mine[prompt] - theirs[prompt] for prompt in mine})
-  if not differences:
+  found, gains = [], []  # of each run: its table of grades, and the differences [prompts]
+  for run, against in zip(runs, others, strict=True) if other else ():
+    mine, theirs = results.graded(run / model), results.graded(against / other)
+    if len(mine) and len(theirs):
+      if not keyed.same(mine, theirs):
+        raise InputError(f'{run / model} and {against / other} have graded answers to different '
+                         f'prompts; compare runs with the same data')
+      found.append(mine)
+      gains.append(results.gained(mine, theirs))
+  if not gains:
     return None
-  by_prompt = [statistics.fmean(run[prompt] for run in differences) for prompt in differences[0]]
-  by_run = [statistics.fmean(run.values()) for run in differences]
-  return dict(over_seeds(by_run), over_prompts=scores.standard_error(by_prompt),
+  if not all(keyed.same(mine, found[0]) for mine in found):
+    raise InputError(f'{runs[0]} and the runs with other seeds have graded answers to different '
+                     f'prompts; restore the data of these runs')
+  sums, counts = keyed.totals(np.concatenate([mine['id'] for mine in found]),
+                              np.concatenate(gains))
+  by_run = [statistics.fmean(gain) for gain in gains]
+  return dict(over_seeds(by_run), over_prompts=scores.standard_error((sums / counts).tolist()),
               least=min(by_run), most=max(by_run))
 
 

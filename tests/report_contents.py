@@ -161,7 +161,7 @@ def run(name='demo'):
           step=40, before=0, wins=85, ties=284, losses=31, left_out=0),))},
       unfinished=('m3/answers',), missing=('The run has no m4.',), external=outside(),
       samples=(sampled('m2'), sampled('m3')), held_out=held_out(),
-      warnings=('m3/judge: 51% of the scores are 4.',), evaluated={}, ranked=[], differences={})
+      warnings=('m3/judge: 51% of the scores are 4.',), evaluated={}, ranked=None, differences={})
 
 
 def one():
@@ -192,7 +192,7 @@ def empty():
       answer='There are no two models to compare.', steps=(), doubts=(), wins=(), rounds=(), eft={},
       training={}, curves={}, characters={}, tokens={}, oracle_scores={}, costs=(), unfinished=(),
       missing=('model sft', 'model m1'), external=external.External(), samples=(),
-      held_out=samples.HeldOut(rule='', prompts=(), total=0), warnings=(), evaluated={}, ranked=[],
-      differences={})
+      held_out=samples.HeldOut(rule='', prompts=(), total=0), warnings=(), evaluated={},
+      ranked=None, differences={})
   return contents.Contents(title='empty', runs=(nothing,), arms=(), across=(), refused=(),
                            paper=paper.tables())

@@ -44,9 +44,11 @@ def test_distinct_n_grams_do_not_depend_on_the_size_of_a_set():
 
 def test_a_sample_is_chosen_by_the_hashes_of_ids():
   made = texts(*map(str, range(50)))
-  found = distributions.sample(made, 20)
-  assert found == distributions.sample(made[::-1], 20) == distributions.sample(made, 30)[:20]
-  assert found != made[:20] and len(distributions.sample(made, 60)) == 50
+  found = distributions.sample(made, 20).used
+  assert found == sorted(made, key=lambda t: records.digest(t.id))[:20] != made[:20]
+  assert found == distributions.sample(made[::-1], 20).used
+  assert len(distributions.sample(made, 60).used) == 50
+  assert distributions.sample(texts('a', 'a b', 'a b c'), 1).words.tolist() == [1, 2, 3]
 
 
 def test_the_nearest_seeds_of_new_prompts():
@@ -160,11 +162,12 @@ def test_a_run_without_eft_and_new_prompts_has_a_map(workdir):
     (workdir / folder / 'done.json').unlink()
   sources, missing = distributions.find(workdir)
   assert [*sources] == ['ift', 'ranked', 'heldout'] and len(missing) == 3
-  sets, seeds = distributions.prompts_of(sources)
+  sets, seeds = distributions.prompts_of(sources, 400)
   assert [*sets] == ['ift', 'heldout']
   assert seeds == FRUIT * 4 + FRUIT[:5] * 2 + ['Name a fruit.']  # 'Name a plum.' is too short
-  vectors = {name: np.random.default_rng(0).normal(size=(len(t), 4)) for name, t in sets.items()}
-  made = distributions.measure(sets, sets, vectors, dict(ift=0, heldout=0), seeds)
+  vectors = {name: np.random.default_rng(0).normal(size=(len(s.used), 4))
+             for name, s in sets.items()}
+  made = distributions.measure(sets, vectors, dict(ift=0, heldout=0), seeds)
   assert not made['distances'] and len(made['points']) == 27
 
 

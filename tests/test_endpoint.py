@@ -44,8 +44,12 @@ SECRET = 'sk-marker-3141592653589793'
 
 @contextlib.contextmanager
 def serving(app):
-  """A server of the application in a thread -> its URL."""
-  http = uvicorn.Server(uvicorn.Config(app, port=0, log_level='critical',
+  """A server of the application in a thread -> its URL.
+
+  Its logging is not configured: that would close absl's log handler and, inside a test with capfd,
+  the stream that this one writes to, pytest's stderr of the session.
+  """
+  http = uvicorn.Server(uvicorn.Config(app, port=0, log_level='critical', log_config=None,
                                        timeout_graceful_shutdown=0))
   thread = threading.Thread(target=http.run, daemon=True)
   thread.start()
@@ -306,7 +310,7 @@ def test_a_reply_that_was_cut_gives_no_verdict(tmp_path):
     text = 'A begins well, so [[A]] seems ahead, but'
     with serving(breaking(lambda *_: completion(text, finish_reason=finish), [])) as url:  # noqa: B023
       with endpoint.open(section(url), tmp_path / finish) as client:
-        replies = head_to_head.ask(client, [request])
+        replies = head_to_head.ask(client, [request], 1)
     assert head_to_head.verdicts([request], replies) == {'p': (verdict,)}
 
 
@@ -435,8 +439,8 @@ def test_head_to_head_survives_sigkill_and_shows_the_key_nowhere(tmp_path):
     with pytest.raises(InputError, match='answered 401: the request lacks the key; name the'):
       ask_one(lambda *_: JSONResponse(dict(error=dict(message='the request lacks the key')), 401),
               tmp_path / 'refused')
-  a, b = (head_to_head.read_graded(tmp_path / x / 'oracle') for x in 'ab')
-  graded = head_to_head.compare_scores(*({k: r.score for k, r in x.items()} for x in (a, b)))
+  both = head_to_head.Both(*(tmp_path / x / 'oracle' for x in 'ab'), is_graded=True)
+  graded = head_to_head.compare_scores((a.score, b.score) for a, b in both)
   found = json.loads((tmp_path / 'out' / 'head_to_head.json').read_text())
   assert found == found | graded and found['wins'] == 40
   assert found['judge'] == 'oracle' and found['first_wins'] == found['second_wins'] == 40

@@ -184,16 +184,15 @@ def test_bad_input_prints_one_line_and_writes_nothing(tmp_path):
   assert err.startswith('error: ') and err.count('\n') == 1
   assert not out.exists()
   for read, path, message in [
-      (head_to_head.read_answers, tmp_path / 'no', 'holds no'),
-      (head_to_head.read_graded, a, 'does not exist'),
+      (lambda path: [*head_to_head.read_answers(path)], tmp_path / 'no', 'holds no'),
+      (lambda path: [*head_to_head.read_answers(path, is_graded=True)], a, 'does not exist'),
       (lambda path: head_to_head.read_replies(path, []), a / 'no', 'does not exist')]:
     with pytest.raises(InputError, match=message):
       read(path)
 
 
 def test_invalid_replies_are_refused(tmp_path):
-  asked = head_to_head.requests(
-      *[head_to_head.read_answers(answers(tmp_path / 'a', ['x']))] * 2)
+  asked = [*head_to_head.requests(head_to_head.Both(*[answers(tmp_path / 'a', ['x'])] * 2))]
   path = tmp_path / 'v.jsonl'
   known = asked[0].id
   for text, message in [
@@ -211,7 +210,33 @@ def test_invalid_answers_are_refused(tmp_path):
   for fields, message in [(dict(response=None), 'Expected str, got null for "response"'),
                           (dict(prompt_id='p0'), 'two answers')]:
     with pytest.raises(InputError, match=message):
-      head_to_head.read_answers(answers(tmp_path / 'b', ['x', 'y'], **fields))
+      [*head_to_head.read_answers(answers(tmp_path / 'b', ['x', 'y'], **fields))]
   records.write(tmp_path / 'g' / 'graded.jsonl', [answer(0, '', score='3')])
   with pytest.raises(InputError, match='Expected float, got str for "score"'):
-    head_to_head.read_graded(tmp_path / 'g')
+    [*head_to_head.read_answers(tmp_path / 'g', is_graded=True)]
+
+
+@pytest.mark.parametrize('change', [
+    lambda rows: rows[:2], lambda rows: [*rows, answer(3, 'z')],
+    lambda rows: [rows[1], rows[0], rows[2]], lambda rows: [*rows[:2], dict(rows[2], prompt='?')]])
+def test_answers_to_other_prompts_or_in_another_order_are_refused(tmp_path, change):
+  rows = [answer(i, 'xyz'[i]) for i in range(3)]
+  for name, found in dict(a=rows, b=change(rows)).items():
+    records.write(tmp_path / name / 'responses-00000-of-00001.jsonl', found)
+  with pytest.raises(InputError, match='different prompts, or in another order .first difference'):
+    head_to_head.Both(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_a_part_does_not_replace_the_result_of_more_prompts(tmp_path):
+  for name in 'ab':
+    records.write(tmp_path / name / 'graded.jsonl', [
+        schema.GradedResponse(**answer(i, 'x', score=i)) for i in range(4)])
+  flags = f'--a={tmp_path}/a', f'--b={tmp_path}/b', '--graded'
+  def count(*more):
+    code, _, err = run(*flags, f'--out={tmp_path}', *more)
+    result = json.loads((tmp_path / 'head_to_head.json').read_text())
+    return code, result['count'], err
+  assert count('--limit=2')[:2] == (0, 2) and count()[:2] == (0, 4)
+  code, kept, err = count('--limit=2')
+  assert (code, kept) == (1, 4) and 'compares 4 prompts, and would be replaced by' in err
+  assert count('--limit=9')[:2] == (0, 4)

@@ -10,7 +10,8 @@ PACKAGE = ROOT / 'srlm_jax'
 # Modules and packages, lowest layer first. Parts separated by `/` must not import each other. Other
 # parts may also import the parts before them in the same line.
 ORDER = '''
-  storage config ablations pods torus sharding hosts preemption compiler conversation schema records
+  storage config ablations pods torus sharding hosts preemption compiler conversation schema spill
+  records
   lock peers environment model_files catalog metrics stage
   models
   base cli
@@ -27,7 +28,8 @@ LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'goog
         'openai', 'alpaca_eval', 'lm_eval', 'tensorboardX', 'wandb'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
-WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'records',
+WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'spill',
+               'records',
                'lock', 'data.oasst', 'data.rendering', 'data.thinking', 'data.ranked',
                'data.similar',
                'data.splits', 'data.templates', 'data.tokenizer', 'data.turns', 'data.examples',
@@ -113,11 +115,11 @@ def test_every_module_has_a_test_file():
       shards='loop', programs='engine', packed='step', hosts='launch', cli='config',
       store='checkpoint', hashes='checkpoint',
       text='serve', worker='serve', api='serve', app='serve',
-      model_files='checkpoint', alarms='reference', pods='plan', costs='plan',
+      model_files='checkpoint', spill='records', alarms='reference', pods='plan', costs='plan',
       arrays='distribute', card='loop', fields='config_fields', conversation='templates',
       rendering='templates', estimates='results', measures='results', differences='results',
       doubts='results', steps='results', rounds='results', samples='results', external='results',
-      compare='results', contents='results', paper='results')
+      compare='results', contents='results', paper='results', keyed='tallies')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

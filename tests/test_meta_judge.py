@@ -39,15 +39,19 @@ def test_responses_with_the_largest_spread_of_judgements_are_compared():
   made += [judgement('c/0', 0, 2.0), judgement('c/0', 1, 4.0, finish='length'),
            judgement('c/0', 2, 3.0)]
   scores = scoring.by_response(made, 2)
-  groups = meta_judge.most_uncertain(scores, 1)
-  assert [[j.id for j in group] for group in groups] == [
-      ['a/1/0', 'a/1/1', 'a/1/2'], ['c/0/0', 'c/0/2']]
-  assert len(meta_judge.most_uncertain(scores, 2)) == 3  # b has only one distinct text
+
+  def selected(prompt, responses):
+    of_prompt = [score for name, score in scores.items() if name.startswith(prompt)]
+    return [[j.id for j in group] for group in meta_judge.most_uncertain(of_prompt, responses)]
+  assert [selected(prompt, 1) for prompt in 'abc'] == [
+      [['a/1/0', 'a/1/1', 'a/1/2']], [], [['c/0/0', 'c/0/2']]]  # b has only one distinct text
+  assert [len(selected(prompt, 2)) for prompt in 'abc'] == [2, 0, 1]
 
 
 def test_wins_in_the_preferred_position_count_less():
-  assert meta_judge.position_weights([1] * 6 + [-1] * 2 + [0, None]) == (0.25, 0.75)
-  assert meta_judge.position_weights([]) == (0.5, 0.5)
+  made = [comparison('a/0/0', 'a/0/1', winner) for winner in [1] * 6 + [-1] * 2 + [0, None]]
+  assert meta_judge.Winners(made).weights == (0.25, 0.75)
+  assert meta_judge.Winners([]).weights == (0.5, 0.5)
 
 
 def test_elo_maximizes_the_likelihood():
@@ -70,7 +74,7 @@ def test_a_judge_that_always_prefers_the_first_position_gives_no_ranking():
   group = [judgement('a/0', j, 3.0) for j in range(3)]
   names = [j.id for j in group]
   always = [comparison(x, y, 1) for x in names for y in names if x != y]
-  weights = meta_judge.position_weights([x.winner for x in always])
+  weights = meta_judge.Winners(always).weights
   assert weights == (0, 1)
   assert meta_judge.best_and_worst(group, always, weights) == 'no comparison has a winner'
   assert meta_judge.best_and_worst(group, [], (0.5, 0.5)) == 'no comparison has a winner'
@@ -82,7 +86,7 @@ def test_the_better_judgement_is_chosen_in_either_position():
   order = ['a/0/1', 'a/0/2', 'a/0/0']  # best first
   found = [comparison(x, y, 1 if order.index(x) < order.index(y) else -1)
            for x in order for y in order if x != y]
-  weights = meta_judge.position_weights([x.winner for x in found])
+  weights = meta_judge.Winners(found).weights
   best, worst = meta_judge.best_and_worst(group, found, weights)
   assert (best.judgement.id, worst.judgement.id) == ('a/0/1', 'a/0/0') and best.elo > worst.elo
 

@@ -85,6 +85,11 @@ def test_a_finished_stage_is_one_point_per_model(tmp_path):
   found = shown(tmp_path / 'tensorboard' / 'models')
   assert found['judge/parse_rate'] == {0: 0, 1: 0.25, 2: 0.5}
   assert found['judge/unparsed/x'] == {0: 1, 1: 1, 2: 1}
+  (tmp_path / 'm1' / 'judge' / 'done.json').write_text('{"parsed": 3, "judgements": 4}')
+  metrics.show_finished(tmp_path, 'm1/judge')  # the stage was deleted and has run again
+  found = shown(tmp_path / 'tensorboard' / 'models')
+  assert found['judge/parse_rate'] == {0: 0, 1: 0.75, 2: 0.5}
+  assert found['judge/unparsed/x'] == {0: 1, 2: 1}
 
 
 def test_a_compared_checkpoint_has_its_own_curves_and_none_of_the_models(tmp_path, monkeypatch):

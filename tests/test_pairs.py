@@ -75,8 +75,8 @@ def test_pairs_do_not_depend_on_the_number_of_hosts_that_sampled(tmp_path):
 
 def test_consistency_writes_the_cream_rate_into_every_pair(tmp_path):
   write(tmp_path, [[[5] * 3, [1] * 3], [[5] * 3, [1] * 3]])
-  scores = [('p0/0', 4), ('p0/1', 2), ('p1/0', 2), ('p1/1', 4)] * 2
-  again = [judgement(name, j, score) for j, (name, score) in enumerate(scores)]
+  scores = {'p0/0': 4, 'p0/1': 2, 'p1/0': 2, 'p1/1': 4}
+  again = [judgement(name, j, score) for name, score in scores.items() for j in range(2)]
   records.write(tmp_path / 'm2' / 'judge_again' / 'judgements-00000-of-00001.jsonl', again)
   pairs.run(config(strategy='consistency'), tmp_path)
   made = read(tmp_path)

@@ -19,6 +19,7 @@ from srlm_jax.report import (
   doubts,
   estimates,
   external,
+  keyed,
   measures,
   paper,
   rounds,
@@ -26,10 +27,11 @@ from srlm_jax.report import (
   samples,
   steps,
   summaries,
+  tallies,
 )
 from srlm_jax.report.estimates import Value
 
-NOTHING = external.External()
+NOTHING, UNRANKED = external.External(), differences.pairs([])
 
 
 def write(folder, name: str, done: dict | None = None, params: str = '', **config):
@@ -75,19 +77,26 @@ def model(workdir, name: str, grades=(), lengths=None, judged=None):
 
 
 def evaluated(name: str, grades=(), lengths=(), judged=None) -> measures.Evaluated:
-  judged = judged or {}
+  judgements = tallies.judgements(
+      make.judgement(reply, j, score) for reply, scores in (judged or {}).items()
+      for j, score in enumerate(scores))
   return measures.Evaluated(
-      model=name, folder=None, quorum=1, graded={f'h{i}': x for i, x in enumerate(grades)},
-      answers={f'h{i}': make.response(f'h{i}/0', response='x' * n)
-               for i, n in enumerate(lengths)},
-      judgements=[make.judgement(reply, j, score) for reply, scores in judged.items()
-                  for j, score in enumerate(scores)])
+      model=name, folder=None, quorum=1, replies=judgements.by_response(1),
+      graded=keyed.table(((hash(f'h{i}'), x) for i, x in enumerate(grades)), 'score'),
+      answers=tallies.answers(make.response(f'h{i}/0', response='x' * n)
+                              for i, n in enumerate(lengths)), parsed=judgements.by_prompt())
+
+
+def scores_of(judged: dict[str, list[float | None]]) -> dict[str, float]:
+  """{response id: scores of its judgements} -> the means of those that have a score."""
+  return {name: np.mean(known) for name, scores in judged.items()
+          if (known := [score for score in scores if score is not None])}
 
 
 def verdict(*models: measures.Evaluated, ranked=(), outside=NOTHING, rounds=(), parsed=None):
   """The steps between models, by (model, against, about)."""
   by_name = {e.model: e for e in models}
-  made = {pair: differences.between(*(by_name[m] for m in pair), ranked, outside)
+  made = {pair: differences.between(*(by_name[m] for m in pair), differences.pairs(ranked), outside)
           for pair in steps.pairs(list(by_name))}
   values = {m: dict(parsed=parsed[m]) if parsed else {} for m in by_name}
   return {(s.model, s.against, s.about): s
@@ -156,16 +165,16 @@ def test_lengths_have_the_quantiles_of_numpy():
 
 def test_oracle_scores_are_paired_by_prompt():
   a, b = [4.0, 5.0, 2.0, 3.0, 5.0], [3.0, 5.0, 1.0, 1.0, 4.0]
-  found = differences.between(evaluated('m2', a), evaluated('m1', b), [], NOTHING)
+  found = differences.between(evaluated('m2', a), evaluated('m1', b), UNRANKED, NOTHING)
   interval = stats.ttest_rel(a, b).confidence_interval(0.95)
   assert [d.measure for d in found] == ['oracle']
   change = found[0].change
   assert (change.low, change.high) == pytest.approx((interval.low, interval.high))
   assert (change.value, change.count, change.of) == (1.0, 5, 'prompts')
   assert (found[0].ours, found[0].theirs) == (3.8, 2.8)
-  only = differences.between(evaluated('m2', a[:3]), evaluated('m1', b), [], NOTHING)
+  only = differences.between(evaluated('m2', a[:3]), evaluated('m1', b), UNRANKED, NOTHING)
   assert only[0].change.count == 3
-  assert not differences.between(evaluated('m2', a), evaluated('m1'), [], NOTHING)
+  assert not differences.between(evaluated('m2', a), evaluated('m1'), UNRANKED, NOTHING)
 
 
 def judged(rng, ranked, unscored: float) -> dict[str, list[float | None]]:
@@ -180,10 +189,10 @@ def test_judges_are_compared_on_the_pairs_of_the_same_replies():
   ranked = [make.ranked(f'r{i}', rng.integers(0, 3, 4).tolist(), 'eval') for i in range(30)]
   ours, theirs = judged(rng, ranked, 0.1), judged(rng, ranked, 0.6)
   a, b = evaluated('m2', judged=ours), evaluated('m1', judged=theirs)
-  found = {d.measure: d for d in differences.between(a, b, ranked, NOTHING)}
-  expected = []
-  for e in (a, b):
-    prompts = [[(reply.rank, e.scores.get(records.join(r.id, reply.id))) for reply in r.replies]
+  found = {d.measure: d for d in differences.between(a, b, differences.pairs(ranked), NOTHING)}
+  expected, means = [], [scores_of(x) for x in (ours, theirs)]
+  for scores in means:
+    prompts = [[(reply.rank, scores.get(records.join(r.id, reply.id))) for reply in r.replies]
                for r in ranked]
     expected.append(agreement.agreement(prompts, 5.0)['pairwise_accuracy_all'])
   every = found['pairwise_all']
@@ -193,10 +202,10 @@ def test_judges_are_compared_on_the_pairs_of_the_same_replies():
   for r in ranked:
     for x, y in itertools.permutations(r.replies, 2):
       names = [records.join(r.id, reply.id) for reply in (x, y)]
-      if x.rank < y.rank and all(name in e.scores for name in names for e in (a, b)):
+      if x.rank < y.rank and all(name in scores for name in names for scores in means):
         count += 1
-        for i, e in enumerate((a, b)):
-          right[i] += e.scores[names[0]] > e.scores[names[1]]
+        for i, scores in enumerate(means):
+          right[i] += scores[names[0]] > scores[names[1]]
   both = found['pairwise']
   assert [both.ours, both.theirs] == pytest.approx([n / count for n in right])
   parsed = [np.mean([s is not None for scores in x.values() for s in scores])
@@ -518,7 +527,7 @@ def test_the_audit_gives_the_means_of_the_same_candidates(workdir):
 
 
 def test_samples_have_all_candidates_and_judgements_of_a_prompt(workdir):
-  found = samples.of_round(of_round(workdir, 'm2')[0])
+  found = of_round(workdir, 'm2')[0].samples
   assert (found.rule, found.total) == ('All 3 prompts.', 3)
   by_id = {p.id: p for p in found.prompts}
   first = by_id['p0']
@@ -532,18 +541,44 @@ def test_samples_have_all_candidates_and_judgements_of_a_prompt(workdir):
 
 
 def test_samples_are_chosen_by_hash_and_bounded(workdir, monkeypatch):
-  found = of_round(workdir, 'm2')[0]
-  monkeypatch.setattr(rounds, 'PROMPTS', 2)
-  made = samples.of_round(found)
+  monkeypatch.setattr(samples, 'PROMPTS', 2)
+  made = of_round(workdir, 'm2')[0].samples
   first = sorted(('p0', 'p1', 'p2'), key=records.digest)[:2]
   assert [p.id for p in made.prompts] == first and made.rule.startswith('2 of 3 prompts: those')
+  assert [len(p.candidates) for p in made.prompts] == [2, 2]
   monkeypatch.setattr(samples, 'CHARACTERS', 10)
-  assert [p.id for p in samples.of_round(found).prompts] == first[:1]
-  long = dataclasses.replace(found.responses[0], response='x' * 7000)
-  made = samples.held_out(dict(m1={'h': long}, m2={'h': found.responses[1]}), dict(m1={'h': 4.0}))
+  assert [p.id for p in of_round(workdir, 'm2')[0].samples.prompts] == first[:1]
+
+
+def test_a_held_out_answer_is_cut_and_has_its_oracle_score():
+  long, other = samples.OfAnswers(), samples.OfAnswers()
+  assert len([*long.answers([make.response('h/0', response='x' * 7000)])]) == 1
+  assert len([*other.answers([make.response('h/0', response=x) for x in ('first', 'last')])]) == 2
+  made = samples.held_out(dict(m1=long, m2=other), lambda model, name: {
+      ('m1', 'h'): 4.0}.get((model, name)), 1)
   answer = made.prompts[0].answers['m1']
   assert answer.text == 'x' * 6000 + ' [.. 1,000 more characters]' and answer.oracle == 4.0
   assert made.prompts[0].answers['m2'].oracle is None
+  assert made.prompts[0].answers['m2'].text == 'last'
+
+
+@pytest.mark.parametrize('candidates, judgements', [(3000, 1), (1, 3000), (60, 60)])
+def test_a_prompt_with_many_candidates_or_judgements_is_bounded_too(candidates, judgements):
+  texts = samples.OfRound()
+  responses = [make.response(f'p/{n}', response='x' * 500) for n in range(candidates)]
+  judged = [make.judgement(r.id, j, float(j % 3), text='y' * 500) for r in responses
+            for j in range(judgements)]
+  pair = make.pair('p', chosen_id=f'p/{candidates - 1}', rejected_id='absent')
+  for passed, records_ in ((texts.responses, responses), (texts.judgements, judged),
+                           (texts.pairs, [pair])):
+    assert [*passed(records_)] == records_
+  prompt, = texts.made('m2', 1, 1).prompts
+  shown = [j for c in prompt.candidates for j in c.judgements]
+  assert 200_000 < sum(len(x.text) for x in (*prompt.candidates, *shown)) <= samples.CHARACTERS
+  assert len(prompt.candidates) + prompt.left_out == candidates and prompt.paired
+  for candidate in prompt.candidates:
+    assert len(candidate.judgements) + candidate.left_out == judgements
+    assert candidate.score == np.mean([j % 3 for j in range(judgements)])  # of all judgements
 
 
 # Runs
@@ -658,19 +693,29 @@ def test_win_rates_against_sft_and_tasks_are_rows_of_models():
   assert task.values['m1'].high == pytest.approx(50 + 2 * stats.norm.ppf(0.975))
 
 
-def test_texts_are_kept_only_for_the_samples(workdir, monkeypatch):
-  monkeypatch.setattr(rounds, 'PROMPTS', 1)
-  shown = min(('p0', 'p1', 'p2'), key=records.digest)
-  found = of_round(workdir, 'm2')[0]
-  assert {j.prompt_id for j in found.judgements if j.text} == {shown}
-  assert all(j.text for c in samples.of_round(found).prompts[0].candidates for j in c.judgements)
+def test_every_shard_is_read_once(workdir, monkeypatch):
   opened = []
-  each = runs.results._each
-  monkeypatch.setattr(runs.results, '_each', lambda path, kind: (
+  each = runs.results.each
+  monkeypatch.setattr(runs.results, 'each', lambda path, kind: (
       opened.append(str(path)) or each(path, kind)))
   read(workdir)
   opened = [path for path in opened if '-of-00001' in path]
-  assert len(opened) == len({*opened}) == 10  # every shard is read once
+  assert len(opened) == len({*opened}) == 10
+
+
+def test_grades_of_different_prompts_are_refused(workdir):
+  path = workdir / 'm2' / 'oracle' / 'graded.jsonl'
+  records.write(path, [r for _, r in records.read_any(path)][1:])
+  with pytest.raises(InputError, match='m2/oracle/graded.jsonl and that of an earlier model grade'):
+    read(workdir)
+  with pytest.raises(InputError, match='have graded answers to different prompts; compare runs'):
+    study.paired([workdir], 'm2', [workdir], 'm1')
+  other = workdir.parent / 'other'
+  shutil.copytree(workdir, other)
+  (other / 'm1').rename(other / 'm0')
+  shutil.copytree(other / 'm2', other / 'm1')
+  with pytest.raises(InputError, match='and the runs with other seeds have graded answers to'):
+    study.paired([workdir, other], 'm1', [workdir, other], 'm1')
 
 
 # Several runs

@@ -225,13 +225,15 @@ def pair(chosen, rejected):
 
 def test_an_audit_counts_the_pairs_that_the_oracle_would_reverse():
   pairs = [pair(0, 1), pair(0, 3), pair(2, 1), pair(1, 2)]
-  found = audit.measure(RESPONSES, {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}, pairs)
+  judged = {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}
+  found = audit.measure(RESPONSES, judged.get, dict(p=pairs).get)
   assert (found['right'], found['tied'], found['wrong']) == (0.5, 0.25, 0.25)
   assert (found['judge_mean'], found['oracle_mean'], found['judged']) == (4.0, round(10 / 3, 4), 3)
   assert found['within_half'] == round(1 / 3, 4)
   assert found['oracle_histogram'] == {'2': 1, '3': 1, '5': 2}
   strange = dataclasses.replace(RESPONSES[0], id='q/0', prompt='Sing.')
-  assert audit.measure([strange], {'q/0': 3.0}, [])['of_the_world'] == 0
+  found = audit.measure([strange], {'q/0': 3.0}.get, lambda prompt: [])
+  assert found['of_the_world'] == 0
 
 
 def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
@@ -240,15 +242,15 @@ def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
       id='p', prompt='Name two nice fruits.', split='eval',
       replies=tuple(schema.Reply(id=str(i), text=texts[i], rank=rank)
                     for i, rank in enumerate((1, 0, 2))))]
-  perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0})
+  perfect = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 3.0, 'p/2': 2.0}.get)
   assert (perfect['judge_pairwise'], perfect['judge_exact']) == (1, 1)
   # The ranks disagree with the grades on one of three pairs.
   assert (perfect['ceiling'], perfect['ceiling_pairs']) == (pytest.approx(2 / 3), 3)
-  found = oracle.of_judge(ranked, {'p/0': 2.6, 'p/1': 2.6, 'p/2': None})
+  found = oracle.of_judge(ranked, {'p/0': 2.6, 'p/1': 2.6, 'p/2': None}.get)
   assert (found['judge_pairwise'], found['judge_pairs']) == (0, 1)  # a tie is an error
   assert (found['judge_exact'], found['judge_replies']) == (1 / 2, 2)
   assert found['ceiling'] == perfect['ceiling']
-  assert oracle.of_judge([], {})['judge_pairwise'] is None
+  assert oracle.of_judge([], {}.get)['judge_pairwise'] is None
 
 
 @pytest.mark.parametrize('by', ['oracle', 'random'])

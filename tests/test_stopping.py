@@ -27,7 +27,7 @@ from srlm_jax import (
   stopping,
 )
 from srlm_jax.checkpoint import store
-from srlm_jax.eval import endpoint
+from srlm_jax.eval import endpoint, head_to_head
 from srlm_jax.models.config import PRESETS
 from srlm_jax.sandbox import world
 from srlm_jax.train import run as train
@@ -237,7 +237,9 @@ def test_the_seconds_of_comparisons_are_not_those_of_training_and_each_is_shown_
     if step == 6:  # the first comparison can be seen while the second is made
       points.append(shown(s.folder / 'tensorboard')['wins'])
     good, bad = 'Sure, cows eat grass.', 'nuts'
-    return answers(*{0: (bad, bad, bad), 3: (good, good, bad), 6: (good, bad, bad)}[step])
+    texts = {0: (bad, bad, bad), 3: (good, good, bad), 6: (good, bad, bad)}[step]
+    records.write(s.folder / f'{step}' / 'responses-00000-of-00001.jsonl', answers(*texts))
+    return s.folder / f'{step}'
   monkeypatch.setattr(stopping, '_answers', answer)
   monkeypatch.setattr(time, 'time', lambda: clock() + later[0])
   stopping.run(sft_config(select='wins'), workdir)
@@ -254,17 +256,19 @@ def test_the_seconds_of_comparisons_are_not_those_of_training_and_each_is_shown_
 
 
 def answers(*texts):
-  """{prompt id: answer} to a prompt of the sandbox."""
-  return {f'p{i}': schema.Response(
+  """Answers to a prompt of the sandbox."""
+  return [schema.Response(
       id=f'p{i}/0', prompt_id=f'p{i}', index=0, prompt='What do cows eat?', response=text,
-      finish='eos', n_tokens=1, logp=0.0) for i, text in enumerate(texts)}
+      finish='eos', n_tokens=1, logp=0.0) for i, text in enumerate(texts)]
 
 
 def compare(folder, a, b, **changes):
   c = config(train__select='wins', **changes)
   s = stage.Stage.__new__(stage.Stage)
   s.config, s.folder, s.title = c, folder, 'm2/stopping'
-  found = stopping._compare(s, folder, 400, 200, a, b)
+  for name, found in dict(a=a, b=b).items():
+    records.write(folder / name / 'responses-00000-of-00001.jsonl', found)
+  found = stopping._compare(s, folder, 400, 200, head_to_head.Both(folder / 'a', folder / 'b'))
   return found.wins, found.ties, found.losses, found.left_out
 
 

@@ -1,6 +1,12 @@
 """Training examples from records: tokens of a prompt and of one response (SFT) or two (DPO)."""
-from collections.abc import Iterable
+import array
+from collections.abc import Iterable, Sequence
 import dataclasses
+import itertools
+import os
+import tempfile
+
+import numpy as np
 
 from srlm_jax import conversation, InputError, schema
 from srlm_jax.data import templates
@@ -26,10 +32,43 @@ class Example:
     return len(self.prompt) + sum(map(len, self.responses))
 
 
+class Stored(Sequence[Example]):
+  """Examples, read again from a temporary file: their tokens may take more than the memory.
+
+  >>> stored = Stored()
+  >>> stored.append(Example('a', [1, 2], ([3], [])))
+  >>> len(stored), stored[0]
+  (1, Example(id='a', prompt=[1, 2], responses=([3], []), soft_label=1.0))
+  """
+
+  def __init__(self):
+    self._file, self._ends = tempfile.TemporaryFile(buffering=0), array.array('q', [0])
+    self._ids, self._soft_labels = [], array.array('d')
+
+  def append(self, example: Example):
+    parts = [example.prompt, *example.responses]
+    data = np.asarray([len(parts), *map(len, parts), *itertools.chain(*parts)], np.int32).tobytes()
+    self._file.write(data)
+    self._ends.append(self._ends[-1] + len(data))
+    self._ids.append(example.id)
+    self._soft_labels.append(example.soft_label)
+
+  def __len__(self) -> int:
+    return len(self._ids)
+
+  def __getitem__(self, i: int) -> Example:
+    name, start, end = self._ids[i], *self._ends[i:i + 2]
+    count, *rest = np.frombuffer(os.pread(self._file.fileno(), end - start, start),
+                                 np.int32).tolist()
+    tokens = iter(rest[count:])
+    prompt, *responses = (list(itertools.islice(tokens, size)) for size in rest[:count])
+    return Example(name, prompt, tuple(responses), self._soft_labels[i])
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples:
   """The examples of a training set."""
-  examples: list[Example]
+  examples: Sequence[Example]
   dropped: dict[str, int]  # reason: how many records were dropped for it
 
 
@@ -52,15 +91,16 @@ def corpus(documents: Iterable[schema.Document], tokenizer, max_length: int) -> 
 
   Every token but the first of each example is a target.
   """
-  stream = []
+  made, rest = Stored(), []
   for document in documents:
-    stream += [*tokenizer.start, *tokenizer.encode(document.text), tokenizer.eos_ids[0]]
-  count = len(stream) // max_length
-  if not count:
-    raise InputError(f'the corpus has {len(stream)} tokens, fewer than one row of {max_length}; '
+    rest += [*tokenizer.start, *tokenizer.encode(document.text), tokenizer.eos_ids[0]]
+    while len(rest) >= max_length:
+      row, rest = rest[:max_length], rest[max_length:]
+      made.append(Example(f'row{len(made)}', row[:1], (row[1:],)))
+  if not made:
+    raise InputError(f'the corpus has {len(rest)} tokens, fewer than one row of {max_length}; '
                      f'add text, or lower config.train.max_length')
-  rows = (stream[i * max_length:(i + 1) * max_length] for i in range(count))
-  return Examples([Example(f'row{i}', row[:1], (row[1:],)) for i, row in enumerate(rows)], {})
+  return Examples(made, {})
 
 
 def dpo(pairs: Iterable[schema.Preference], tokenizer, chat: str, max_length: int) -> Examples:
@@ -94,7 +134,7 @@ class _Kept:
   """Collects the examples whose responses could all be encoded; counts reasons for the others."""
 
   def __init__(self):
-    self._examples, self._dropped = {}, {}
+    self._examples, self._names, self._dropped = Stored(), set(), {}
 
   def add(self, name, encoded, soft_label=1.0):
     """`encoded`: the result of `_encode` for each response."""
@@ -103,14 +143,15 @@ class _Kept:
       reason = 'chosen and rejected the same tokens'
     if reason:
       self._dropped[reason] = self._dropped.get(reason, 0) + 1
-    elif name in self._examples:
+    elif name in self._names:
       raise InputError(f'two training records have the id {name}; make the ids unique')
     else:
       responses = tuple(response for _, response in encoded)
-      self._examples[name] = Example(name, encoded[0][0], responses, float(soft_label))
+      self._names.add(name)
+      self._examples.append(Example(name, encoded[0][0], responses, float(soft_label)))
 
   def examples(self, nothing: str) -> Examples:
     if not self._examples:
       why = ', '.join(f'{n} {reason}' for reason, n in self._dropped.items())
       raise NoExamples(f'{nothing}: {why or "the files are empty"}')
-    return Examples(list(self._examples.values()), self._dropped)
+    return Examples(self._examples, self._dropped)

@@ -85,13 +85,14 @@ class Packing:
       rows, width = _shape(pack, lengths, min(batch, total), max(width, longest), parts, multiple)
     self.all = examples
     self._steps = list(pack(width, rows))
-    packed = [[examples[i] for i in row] for step in self._steps for row in step]
+    packed = [row for step in self._steps for row in step]
     self.count = sum(map(len, packed))  # examples of all steps
-    tokens = sum(len(e) for row in packed for e in row)
-    self.padding_free = tokens / (len(packed) * width)  # fraction of the tokens
-    targets = max(sum(len(r) for e in row for r in e.responses) for row in packed)
-    responses = max(sum(len(e.responses) for e in row) for row in packed)
-    self.shape = Shape(rows, width, _round_up(targets, TARGETS), responses // 2)
+    # [examples, 3]: tokens, those of them that are targets, responses
+    sizes = np.array([(len(e), sum(map(len, e.responses)), len(e.responses)) for e in examples])
+    tokens, targets, responses = np.array([sizes[row].sum(0) for row in packed], int).T
+    self.padding_free = int(tokens.sum()) / (len(packed) * width)  # fraction of the tokens
+    self.shape = Shape(rows, width, _round_up(int(targets.max()), TARGETS),
+                       int(responses.max()) // 2)
 
   def __len__(self):
     """The number of steps."""

@@ -121,14 +121,15 @@ def _show(value) -> str:
   return 'absent' if value is None else json.dumps(value)[:40]
 
 
-def of_split(s, split: str) -> list[schema.RankedPrompt]:
-  """The ranked prompts of a split of the seed data, checked; s: a stage that reads them."""
-  ranked = [r for r in s.read(SEEDS) if r.split == split]
-  check(ranked, s.path(SEEDS))
-  return ranked
+def of_split(s, split: str) -> Iterator[schema.RankedPrompt]:
+  """Yields the ranked prompts of a split of the seed data, checked; s: a stage that reads them."""
+  for r in s.read(SEEDS):
+    if r.split == split:
+      check([r], s.path(SEEDS))
+      yield r
 
 
-def check(ranked: list[schema.RankedPrompt], source):
+def check(ranked: Iterable[schema.RankedPrompt], source):
   """Raises InputError if an id or a text is blank or if the ranks of a prompt are not a ranking.
 
   A ranking gives 0 to the best reply and equal ranks to ties, as in 0, 1, 1, 3.

@@ -1,7 +1,7 @@
 """Finds similar texts: ROUGE-L against many texts at once, and leaks of held-out prompts."""
 import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import re
 
 import numpy as np
@@ -31,16 +31,18 @@ class Index:
   def __init__(self, texts: Iterable[str] = ()):
     self.texts = []
     self.compared = 0      # number of ROUGE-L computations over all calls
-    self._tokens = []
-    self._lengths = array.array('l')
-    self._places = {}      # (word, its index among equal words) -> texts that contain it
+    self._words = {}       # word -> its number, which takes less memory in texts
+    self._tokens = []      # the numbers of the words of each text
+    self._lengths = array.array('i')
+    self._places = {}      # (number, its index among equal words) -> texts that contain it
     for text in texts:
       self.add(text)
 
   def add(self, text: str):
-    words = tokens(text)
+    words = array.array('i', [self._words.setdefault(word, len(self._words))
+                              for word in tokens(text)])
     for key in _bag(words):
-      self._places.setdefault(key, array.array('l')).append(len(self.texts))
+      self._places.setdefault(key, array.array('i')).append(len(self.texts))
     self.texts.append(text)
     self._tokens.append(words)
     self._lengths.append(len(words))
@@ -51,8 +53,8 @@ class Index:
     >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).find('Why is the sea blue?', 0.7)
     'Why is the sky blue?'
     """
-    words = tokens(text)
-    common, lengths = self._common(words), np.frombuffer(self._lengths, np.int_)
+    words = self._numbers(text)
+    common, lengths = self._common(words), np.frombuffer(self._lengths, np.int32)
     near = np.flatnonzero(2 * common > (limit - _TOLERANCE) * (len(words) + lengths))
     for i in near[np.argsort(-common[near], kind='stable')]:
       self.compared += 1
@@ -68,8 +70,8 @@ class Index:
     >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).nearest('Is the sky blue?')
     (0.888888888888889, 1)
     """
-    words = tokens(text)
-    common, lengths = self._common(words), np.frombuffer(self._lengths, np.int_)
+    words = self._numbers(text)
+    common, lengths = self._common(words), np.frombuffer(self._lengths, np.int32)
     bounds = 2 * common / np.maximum(len(words) + lengths, 1)
     best = 0.0, 0
     for i in np.argsort(-bounds, kind='stable').tolist():
@@ -79,9 +81,13 @@ class Index:
       best = max(best, (rouge_l(self._tokens[i], words), -i))
     return (best[0], -best[1]) if best[0] else None
 
-  def _common(self, words: list[str]) -> np.ndarray:
+  def _numbers(self, text: str) -> list[int]:
+    """Its words; -1 for each that no text of the index contains."""
+    return [self._words.get(word, -1) for word in tokens(text)]
+
+  def _common(self, words: list[int]) -> np.ndarray:
     """Words -> [texts], the size of the overlap of their bag with that of each text."""
-    places = [np.frombuffer(self._places[key], np.int_)
+    places = [np.frombuffer(self._places[key], np.int32)
               for key in _bag(words) if key in self._places]
     if not places:
       return np.zeros(len(self.texts), int)
@@ -141,7 +147,7 @@ def tokens(text: str) -> list[str]:
   return _TOKENIZER.tokenize(text)
 
 
-def rouge_l(a: list[str], b: list[str]) -> float:
+def rouge_l(a: Sequence, b: Sequence) -> float:
   """ROUGE-L F of two token lists."""
   return _SCORER.score(a, b)['rougeL'].fmeasure
 
@@ -168,7 +174,7 @@ def _sentence_runs(text: str, longest: int) -> Iterator[str]:
       yield ' '.join(run)
 
 
-def _bag(words: list[str]) -> list[tuple[str, int]]:
+def _bag(words: Iterable) -> list[tuple]:
   """Each word with its index among equal words.
 
   The intersection of two such sets has the size of the intersection of the bags of words.

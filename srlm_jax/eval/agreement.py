@@ -11,12 +11,16 @@ The paper does not say how ties and missing scores count. Here:
 Every measure is a ratio of two sums over prompts. Its 95 % interval comes from a bootstrap over
 prompts (`scores.intervals`), because the pairs of one prompt are not independent.
 """
+import array
+from collections.abc import Iterable
+import functools
+import itertools
 import math
 
 import numpy as np
 from scipy import stats
 
-from srlm_jax import catalog, cli, config as configs, hosts, records, stage
+from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
 
@@ -36,25 +40,32 @@ def run(config, workdir):
   if s.done:
     return
   split = configs.ranked_split(config)
-  ranked = ranking.of_split(s, split)
-  judgements = list(s.read('judge_eval/judgements-*.jsonl'))
-  scores = scoring.by_response(judgements, config.eval.quorum)
-  s.begin()
-  missing = scoring.Score(None, None, [])
-  prompts = [
-      [(reply.rank, scores.get(records.join(r.id, reply.id), missing).mean) for reply in r.replies]
-      for r in ranked]
-  result = agreement(prompts, highest)
+  judged = scoring.Judged(s.read('judge_eval/judgements-*.jsonl'), config.eval.quorum,
+                          s.path('judge_eval/judgements-*.jsonl'))
+  unscored = 0
+
+  def prompts():
+    nonlocal unscored
+    for r in ranking.of_split(s, split):
+      replies = [(reply.rank, judged.of(records.join(r.id, reply.id)).mean) for reply in r.replies]
+      unscored += sum(score is None for _, score in replies)
+      yield replies
+    judged.finish()
+  result = agreement(prompts(), highest)
   result['split'] = split
-  result['replies_without_score'] = sum(score is None for p in prompts for _, score in p)
-  result['parse_rate'] = sum(j.score is not None for j in judgements) / len(judgements)
+  result['replies_without_score'] = unscored
+  if not (made := judged.counts.total()):
+    raise InputError(f'{s.path("judge_eval/judgements-*.jsonl")} has no judgements; run its stage '
+                     f'again')
+  result['parse_rate'] = (made - judged.counts[None]) / made
+  s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'agreement.json', result)
   hosts.log(f'{s.title}: {table(result)}')
   s.finish(**{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()})
 
 
-def agreement(prompts: list[list[tuple[int, float | None]]], highest: float) -> dict:
+def agreement(prompts: Iterable[list[tuple[int, float | None]]], highest: float) -> dict:
   """(rank, score) per reply of every prompt -> the measures, their intervals and counts.
 
   Rank 0 is best. The score is None if the reply has none. `highest` is the highest possible score.
@@ -73,10 +84,12 @@ def agreement(prompts: list[list[tuple[int, float | None]]], highest: float) -> 
   >>> agreement([[(0, 5.0), (1, 3.0), (2, 3.0), (3, None)]], 5)['pairwise_accuracy_all']
   0.3333333333333333
   """
-  terms = [_terms(p, highest) for p in prompts]
-  numerators, denominators = (  # [prompts, measures]
-      np.array([[t[m][i] for m in MEASURES] for t in terms], float).reshape(-1, len(MEASURES))
-      for i in range(2))
+  terms = array.array('d')  # [prompts, measures, 2]
+  for prompt in prompts:
+    found = _terms(prompt, highest)
+    terms.extend(itertools.chain.from_iterable(found[m] for m in MEASURES))
+  terms = np.array(terms).reshape(-1, len(MEASURES), 2)
+  numerators, denominators = (np.ascontiguousarray(terms[..., i]) for i in range(2))
   totals = dict(zip(MEASURES, denominators.sum(0).astype(int).tolist(), strict=True))
   found = {m: float(total / totals[m]) if totals[m] else None
            for m, total in zip(MEASURES, numerators.sum(0), strict=True)}
@@ -126,9 +139,14 @@ def table(found: dict) -> str:
 def _correlation(measure, replies) -> float:
   """The rank correlation of human ranks and scores; 0 if undefined."""
   ranks, scores = zip(*replies, strict=True)
-  if len(set(scores)) == 1:
+  return _of_ranks(measure, scoring.ranks(-r for r in ranks), scoring.ranks(scores))
+
+
+@functools.lru_cache(10_000)  # scipy takes half a millisecond, and few replies have few orders
+def _of_ranks(measure, ranks: tuple[int, ...], scores: tuple[int, ...]) -> float:
+  if len({*scores}) == 1:
     return 0.0
-  value = measure([-r for r in ranks], scores).statistic
+  value = measure(ranks, scores).statistic
   return 0.0 if math.isnan(value) else float(value)
 
 

@@ -19,8 +19,10 @@ The rubric that they share would be the first component of the map, so they are 
 With data of people, IFT and held-out prompts are drawn from one source. The figures of the held-out
 prompts are then those that new prompts of the same kind would have.
 """
-from collections.abc import Iterable, Sequence
+import array
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import heapq
 import itertools
 import random
 
@@ -68,6 +70,13 @@ class Text:
   text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """A set of prompts, of which only those are in memory that are used for most figures."""
+  words: np.ndarray  # of every prompt [prompts]
+  used: list[Text]
+
+
 def run(workdir, model: str = MODEL, limit: int = LIMIT):
   """Writes WORKDIR/eval/distributions.json, unless it is of the same inputs and arguments."""
   path = epath.Path(workdir) / FILE
@@ -85,10 +94,9 @@ def run(workdir, model: str = MODEL, limit: int = LIMIT):
   if before and _identity(before) == _identity(made_of):
     hosts.log(f'{path}: already done')
     return
-  sets, seeds = prompts_of(sources)
-  used = {name: sample(texts, limit) for name, texts in sets.items()}
-  vectors, cut = hidden_states(folder, made_of.dtype, used)
-  found = dataclasses.replace(made_of, **measure(sets, used, vectors, cut, seeds))
+  sets, seeds = prompts_of(sources, limit)
+  vectors, cut = hidden_states(folder, made_of.dtype, {n: s.used for n, s in sets.items()})
+  found = dataclasses.replace(made_of, **measure(sets, vectors, cut, seeds))
   if hosts.is_first_host():
     stage.write_json(path, dataclasses.asdict(found))
   hosts.log(table(found))
@@ -132,43 +140,51 @@ def find(workdir) -> tuple[dict[str, epath.Path], list[str]]:
   return found, missing
 
 
-def prompts_of(sources: dict[str, epath.Path]) -> tuple[dict[str, list[Text]], list[str]]:
+def prompts_of(sources: dict[str, epath.Path], limit: int) -> tuple[dict[str, Prompts], list[str]]:
   """-> {set: its prompts}, and the prompts of the seed data that new ones may not repeat."""
-  ift, ranked, held_out = (list(records.read(sources[name], kind)) for name, kind in (
-      ('ift', schema.Demonstration), ('ranked', schema.RankedPrompt),
-      ('heldout', schema.HeldOutPrompt)))
-  found = {'ift': _texts(ift)}
+  def of(name: str, kind: type[records.Record]) -> Iterator[records.Record]:
+    return records.read(sources[name], kind)
+  found = {'ift': sample(_texts(of('ift', schema.Demonstration)), limit)}
   if 'eft' in sources:
-    examples = list(records.read(sources['eft'], schema.EftExample))
-    found |= {'eft': _judged(examples, ranked, sources['eft']), 'judge': _texts(examples)}
-  found['heldout'] = _texts(held_out)
+    judged = _judged(of('eft', schema.EftExample), of('ranked', schema.RankedPrompt),
+                     sources['eft'])
+    found |= {'eft': sample(judged, limit),
+              'judge': sample(_texts(of('eft', schema.EftExample)), limit)}
+  found['heldout'] = sample(_texts(of('heldout', schema.HeldOutPrompt)), limit)
   for model in configs.MODELS:
     if model in sources:
-      found[model] = _texts(records.read(sources[model], schema.Prompt))
-  seeds = [conversation.user_messages(r)[0] for r in ift]
-  seeds += prompt_stage.user_prompts(r for r in ranked if r.split == 'train')
+      found[model] = sample(_texts(of(model, schema.Prompt)), limit)
+  seeds = [conversation.user_messages(r)[0] for r in of('ift', schema.Demonstration)]
+  seeds += prompt_stage.user_prompts(
+      r for r in of('ranked', schema.RankedPrompt) if r.split == 'train')
   return found, seeds
 
 
-def _texts(found: Iterable) -> list[Text]:
-  return [Text(r.id, r.prompt) for r in found]
+def _texts(found: Iterable) -> Iterator[Text]:
+  return (Text(r.id, r.prompt) for r in found)
 
 
-def _judged(examples: list[schema.EftExample], ranked: list[schema.RankedPrompt],
-            path) -> list[Text]:
+def _judged(examples: Iterable[schema.EftExample], ranked: Iterable[schema.RankedPrompt],
+            path) -> Iterator[Text]:
   """The ranked prompts that the examples judge, each once."""
   known = {r.id: r.prompt for r in ranked}
-  names = dict.fromkeys(e.id.rpartition('/')[0] for e in examples)
-  for name in names:
+  for name in dict.fromkeys(e.id.rpartition('/')[0] for e in examples):
     if name not in known:
       raise InputError(f'{path} judges a reply to the prompt {name!r}, which ranked.jsonl of the '
                        f'seed data does not have; restore the seed data of this run')
-  return [Text(name, known[name]) for name in names]
+    yield Text(name, known[name])
 
 
-def sample(texts: list[Text], limit: int) -> list[Text]:
-  """At most `limit` prompts: those whose ids have the smallest hashes, in their order."""
-  return sorted(texts, key=lambda t: records.digest(t.id))[:limit]
+def sample(texts: Iterable[Text], limit: int) -> Prompts:
+  """Keeps at most `limit` prompts: those whose ids have the smallest hashes, in their order."""
+  words = array.array('q')
+
+  def counted():
+    for t in texts:
+      words.append(len(t.text.split()))
+      yield t
+  used = heapq.nsmallest(limit, counted(), key=lambda t: records.digest(t.id))
+  return Prompts(np.array(words), used)
 
 
 def hidden_states(folder, dtype: str, used: dict[str, list[Text]]) -> tuple[
@@ -193,12 +209,10 @@ def hidden_states(folder, dtype: str, used: dict[str, list[Text]]) -> tuple[
   return dict(zip(used, np.split(found, ends[:-1]), strict=True)), cut
 
 
-def measure(sets: dict[str, list[Text]], used: dict[str, list[Text]],
-            vectors: dict[str, np.ndarray], cut: dict[str, int], seeds: list[str]) -> dict:
-  """-> the fields of `schema.Distributions` that are measured.
-
-  `sets`: all prompts; `used`: those of them that have hidden states.
-  """
+def measure(sets: dict[str, Prompts], vectors: dict[str, np.ndarray], cut: dict[str, int],
+            seeds: list[str]) -> dict:
+  """-> the fields of `schema.Distributions` that are measured. vectors: of the used prompts."""
+  used = {name: found.used for name, found in sets.items()}
   if len(used['ift']) < FEWEST:
     raise InputError(f'the run has {len(used["ift"])} IFT prompts; a comparison needs {FEWEST}')
   large = [name for name in sets if len(used[name]) >= FEWEST]
@@ -207,14 +221,13 @@ def measure(sets: dict[str, list[Text]], used: dict[str, list[Text]],
   coordinates, explained = clouds.pca(np.concatenate([vectors[name] for name in on_map]))
   points = [(name, text) for name in on_map for text in used[name]]
   apart = _distances({name: vectors[name] for name in large})
-  lengths = {name: [len(t.text.split()) for t in texts] for name, texts in sets.items()}
   return dict(
       quantiles=QUANTILES, word_bins=WORD_BINS, draws=clouds.DRAWS,
       explained_variance=tuple(_rounded(x) for x in explained),
       sets=tuple(schema.PromptSet(
-          name=name, title=title(name), count=len(sets[name]), used=len(used[name]), cut=cut[name],
-          words=spread(lengths[name]), word_shares=shares(lengths[name], WORD_BINS),
-          distinct=diversities.get(name, ())) for name in sets),
+          name=name, title=title(name), count=len(found.words), used=len(found.used), cut=cut[name],
+          words=spread(found.words), word_shares=shares(found.words, WORD_BINS),
+          distinct=diversities.get(name, ())) for name, found in sets.items()),
       points=tuple(schema.MapPoint(set=name, id=t.id, text=short(t.text), x=_rounded(x),
                                    y=_rounded(y))
                    for (name, t), (x, y) in zip(points, coordinates, strict=True)),
@@ -263,13 +276,12 @@ def _p(value: float) -> str:
   return f'<= {smallest:g}' if value <= smallest else f'= {value:.2g}'
 
 
-def spread(values: Iterable[float]) -> schema.Spread:
+def spread(values: Sequence[float]) -> schema.Spread:
   """
   >>> spread([1, 2, 3]).mean
   2.0
   """
-  values = list(values)
-  if not values:
+  if not len(values):
     return schema.Spread()
   return schema.Spread(mean=_rounded(np.mean(values)),
                        quantiles=tuple(map(_rounded, np.quantile(values, QUANTILES))))

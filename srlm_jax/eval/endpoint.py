@@ -81,22 +81,21 @@ class Cache:
     self.path = epath.Path(path)
     self._lock = threading.Lock()
     self._copy = tempfile.TemporaryFile()  # a file in a bucket cannot be read in parts
-    self._places = {}                      # {hash: (offset, bytes) in the copy}
+    self._places = {}  # {hash of the id: offset in the copy}; the ids would take more memory
     self._file = records.Appender(self.path)  # removes a line that a kill cut off
     for answer in records.read(self.path, schema.JudgeAnswer):
       self._keep(answer)
 
   def __contains__(self, key: str) -> bool:
-    return key in self._places
+    return hash(key) in self._places
 
   def __len__(self) -> int:
     return len(self._places)
 
   def get(self, key: str) -> schema.JudgeAnswer:
     with self._lock:
-      offset, size = self._places[key]
-      self._copy.seek(offset)
-      line = self._copy.read(size)
+      self._copy.seek(self._places[hash(key)])
+      line = self._copy.readline()
     return records.parse(line, str(self.path), schema.JudgeAnswer)
 
   def put(self, answer: schema.JudgeAnswer):
@@ -106,8 +105,8 @@ class Cache:
       self._keep(answer)
 
   def _keep(self, answer: schema.JudgeAnswer):
-    line = records.dump(answer).encode()
-    self._places[answer.id] = self._copy.seek(0, os.SEEK_END), self._copy.write(line)
+    self._places[hash(answer.id)] = self._copy.seek(0, os.SEEK_END)
+    self._copy.write(records.dump(answer).encode())
 
   def close(self):
     self._file.close()
@@ -122,7 +121,7 @@ class Client:
     """`prices`: dollars per million tokens of requests and of answers, 0 for unknown."""
     self.name, self.title, self._sampling, self._prices = name, title, sampling, prices
     self._cache = Cache(epath.Path(folder) / FILE)
-    self._used = set()  # keys of the answers that were given to the caller
+    self._used = set()  # hashes of the keys of the answers that were given to the caller
     self._tokens = [0, 0]
     self._says_usage = True
     self.sent = 0  # attempts
@@ -196,8 +195,8 @@ class Client:
     return sum(n * price for n, price in zip(self._tokens, self._prices, strict=True)) / 1e6
 
   def _count(self, key: str, answer: schema.JudgeAnswer):
-    if key not in self._used:
-      self._used.add(key)
+    if hash(key) not in self._used:
+      self._used.add(hash(key))
       self._tokens[0] += answer.prompt_tokens
       self._tokens[1] += answer.answer_tokens
       self._says_usage &= answer.prompt_tokens > 0

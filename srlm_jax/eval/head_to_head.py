@@ -11,8 +11,9 @@ requests.jsonl. Send each `text` to a judge and save its replies as lines of {"i
 
   python -m srlm_jax.eval.head_to_head --a=runs/x/m2/oracle --b=runs/x/m1/oracle --out=DIR --graded
 """
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
 import dataclasses
+import itertools
 import re
 
 from absl import flags
@@ -81,18 +82,62 @@ class JudgeReply:
   text: str
 
 
-def requests(a: dict[str, schema.Response], b: dict[str, schema.Response]) -> list[JudgeRequest]:
-  """{prompt id: answer} of both models -> two judge requests per prompt, one per order.
+class Both:
+  """The pairs of answers of two models to the same prompts; only one pair is in memory.
+
+  Every iteration reads the files again. count: the number of pairs.
+  """
+
+  def __init__(self, a, b, is_graded: bool = False, limit: int = 0):
+    """`a`, `b`: folders MODEL/answers or, graded, MODEL/oracle; limit: first pairs only, 0: all.
+
+    Raises InputError unless both have one answer to each prompt, in the same order.
+    """
+    self._folders, self._is_graded, self._limit = (a, b), is_graded, limit or None
+    for folder in (a, b):
+      stage.check_records(folder)
+    every = sum(1 for _ in self._checked())
+    self.count = min(every, limit or every)
+
+  def __iter__(self) -> Iterator[tuple[schema.Response, schema.Response]]:
+    return itertools.islice(self._checked(), self._limit)
+
+  def _checked(self):
+    a, b = self._folders
+    for x, y in itertools.zip_longest(*(read_answers(f, self._is_graded) for f in (a, b))):
+      if not x or not y or (x.prompt_id, x.prompt) != (y.prompt_id, y.prompt):
+        raise InputError(f'{a} and {b} answer different prompts, or in another order (first '
+                         f'difference: {(x or y).prompt_id}); compare models of the same run')
+      yield x, y
+
+
+def read_answers(folder, is_graded: bool = False) -> Iterator[schema.Response]:
+  """The answers in MODEL/answers or, graded, the `schema.GradedResponse` in MODEL/oracle.
+
+  Raises InputError for two answers to a prompt, and without any.
+  """
+  seen = set()  # hashes, which take less memory than the ids
+  for answer in (records.read(epath.Path(folder) / 'graded.jsonl', schema.GradedResponse)
+                 if is_graded else records.read_shards(folder, 'responses', schema.Response)):
+    if hash(answer.prompt_id) in seen:
+      raise InputError(f'{folder} holds two answers to prompt {answer.prompt_id}; keep one per '
+                       f'prompt')
+    seen.add(hash(answer.prompt_id))
+    yield answer
+  if not seen:
+    raise InputError(f'{folder} holds no answers; answer the held-out prompts first')
+
+
+def requests(both: Iterable[tuple[schema.Response, schema.Response]]) -> Iterator[JudgeRequest]:
+  """Pairs of answers to the same prompt -> two judge requests per prompt, one per order.
 
   The request id contains a hash of the text, so that a reply cannot be matched to other answers.
   """
-  made = []
-  for prompt_id, answer in a.items():
-    for order, shown in (('ab', (answer, b[prompt_id])), ('ba', (b[prompt_id], answer))):
-      text = render(answer.prompt, *(x.response for x in shown))
-      name = f'{prompt_id}/{order}/{records.digest(text)}'
-      made.append(JudgeRequest(id=name, prompt_id=prompt_id, order=order, text=text))
-  return made
+  for a, b in both:
+    for order, shown in (('ab', (a, b)), ('ba', (b, a))):
+      text = render(a.prompt, *(x.response for x in shown))
+      name = f'{a.prompt_id}/{order}/{records.digest(text)}'
+      yield JudgeRequest(id=name, prompt_id=a.prompt_id, order=order, text=text)
 
 
 def render(prompt: str, a: str, b: str) -> str:
@@ -165,13 +210,13 @@ def compare(verdicts: dict[str, tuple[str | None, str | None]]) -> dict:
               first_wins=shown.count('A'), second_wins=shown.count('B'))
 
 
-def compare_scores(a: dict[str, float], b: dict[str, float]) -> dict:
-  """{prompt id: score} of both models -> `tally`. The higher score wins.
+def compare_scores(scores: Iterable[tuple[float, float]]) -> dict:
+  """The scores of both models for each prompt -> `tally`. The higher score wins.
 
-  >>> compare_scores(dict(p=3, q=1), dict(p=2, q=1))['win_share']
+  >>> compare_scores([(3, 2), (1, 1)])['win_share']
   0.5
   """
-  return tally('win' if a[name] > b[name] else 'loss' if a[name] < b[name] else 'tie' for name in a)
+  return tally('win' if a > b else 'loss' if a < b else 'tie' for a, b in scores)
 
 
 def tally(outcomes: Iterable[str]) -> dict:
@@ -195,69 +240,40 @@ def tally(outcomes: Iterable[str]) -> dict:
               win_rate_high=high)
 
 
-def read_answers(folder) -> dict[str, schema.Response]:
-  """MODEL/answers -> {prompt id: answer}."""
-  stage.check_records(folder)
-  return _by_prompt(folder, records.read_shards(folder, 'responses', schema.Response))
+def ask(client: endpoint.Client, asked: Iterable[JudgeRequest], total: int) -> dict[
+    str, str | None]:
+  """Asks the judge -> {request id: verdict, see `parse`}; None for a reply that was cut.
+
+  total: the number of requests.
+  """
+  return {name: None if answer.finish == schema.CUT else parse(answer.text)
+          for name, answer in client.answers(asked, total)}
 
 
-def read_graded(folder) -> dict[str, schema.GradedResponse]:
-  """MODEL/oracle -> {prompt id: answer with a score}."""
-  stage.check_records(folder)
-  path = epath.Path(folder) / 'graded.jsonl'
-  return _by_prompt(folder, records.read(path, schema.GradedResponse))
-
-
-def ask(client: endpoint.Client, asked: list[JudgeRequest]) -> dict[str, str]:
-  """Asks the judge -> {request id: reply}; '' for one that was cut before its verdict."""
-  return {name: '' if answer.finish == schema.CUT else answer.text
-          for name, answer in client.answers(asked, len(asked))}
-
-
-def verdicts(asked: list[JudgeRequest], texts: dict[str, str]) -> dict[
+def verdicts(asked: Iterable[JudgeRequest], found: Mapping[str, str | None]) -> dict[
     str, tuple[str | None, str | None]]:
-  """The requests of `requests`, and {request id: reply} -> {prompt id: both verdicts}.
+  """The requests of `requests`, {request id: verdict} -> {prompt id: both verdicts}.
 
   A verdict is None if its reply is missing or states none.
   """
-  found = {}
+  by_prompt = {}
   for request in asked:  # the order ab comes before ba
-    verdict = parse(texts[request.id]) if request.id in texts else None
-    found[request.prompt_id] = (*found.get(request.prompt_id, ()), verdict)
-  return found
+    verdict = found.get(request.id)
+    by_prompt[request.prompt_id] = (*by_prompt.get(request.prompt_id, ()), verdict)
+  return by_prompt
 
 
-def read_replies(path, asked: list[JudgeRequest]) -> dict[str, str]:
-  """A file of replies to the requests -> {request id: reply}; refuses other replies."""
-  texts, known = {}, {r.id for r in asked}
+def read_replies(path, asked: Iterable[JudgeRequest]) -> dict[str, str | None]:
+  """A file of replies to the requests -> {request id: verdict}; refuses other replies."""
+  found, known = {}, {r.id for r in asked}
   for reply in records.read(path, JudgeReply):
     if reply.id not in known:
       raise InputError(f'{path}: reply {reply.id!r} matches no request for these answers; '
                        f'give the --a and --b of its requests.jsonl, or send the new requests')
-    if reply.id in texts:
+    if reply.id in found:
       raise InputError(f'{path}: two replies have the id {reply.id}; delete one')
-    texts[reply.id] = reply.text
-  return texts
-
-
-def _by_prompt(folder, answers: Iterable[schema.Response]) -> dict:
-  found = {}
-  for answer in answers:
-    if answer.prompt_id in found:
-      raise InputError(f'{folder} holds two answers to prompt {answer.prompt_id}; keep one per '
-                       f'prompt')
-    found[answer.prompt_id] = answer
-  if not found:
-    raise InputError(f'{folder} holds no answers; answer the held-out prompts first')
+    found[reply.id] = parse(reply.text)
   return found
-
-
-def _check_same_prompts(a: dict, b: dict, folder_a, folder_b):
-  """Raises InputError unless both models answered the same prompts."""
-  for prompt_id in sorted({*a, *b}):
-    if prompt_id not in a or prompt_id not in b or a[prompt_id].prompt != b[prompt_id].prompt:
-      raise InputError(f'{folder_a} and {folder_b} answer different prompts (first difference: '
-                       f'{prompt_id}); compare models of the same run')
 
 
 def define_flags():
@@ -277,48 +293,60 @@ def main(argv):
   f, judge = flags.FLAGS, endpoint.from_flags()
   if bool(f.graded) + bool(f.verdicts) + bool(judge.url) > 1:
     raise InputError('--graded, --verdicts and --judge exclude each other; give only one of them')
-  read = read_graded if f.graded else read_answers
-  a, b = read(f.a), read(f.b)
-  _check_same_prompts(a, b, f.a, f.b)
-  if f.limit:
-    a = dict(list(a.items())[:f.limit])
-  out = epath.Path(f.out)
+  both, out = Both(f.a, f.b, f.graded, f.limit), epath.Path(f.out)
+  path = out / 'head_to_head.json'
+  if not (f.graded or f.verdicts or judge.url):
+    count = records.write(out / 'requests.jsonl', requests(both))
+    print(f'{out / "requests.jsonl"}: {count} requests; send each text to the judge, '
+          f'then give --verdicts; or give --judge')
+    return
+  _refuse_fewer(path, both.count)
   if f.graded:
-    result = compare_scores(*({name: x[name].score for name in a} for x in (a, b)))
-    compared = [*a]
+    result, compared = compare_scores((a.score, b.score) for a, b in both), None
   else:
-    asked = requests(a, b)
-    if not f.verdicts and not judge.url:
-      count = records.write(out / 'requests.jsonl', asked)
-      print(f'{out / "requests.jsonl"}: {count} requests; send each text to the judge, '
-            f'then give --verdicts; or give --judge')
-      return
-    result, compared = _judged(f, judge, asked, out)
-  for name, answers in dict(a=a, b=b).items():  # reported because judges prefer long answers
-    total = sum(len(answers[prompt].response) for prompt in compared)
-    result[f'characters_{name}'] = total / len(compared) if compared else None
+    result, compared = _judged(f, judge, both, out)
+  result |= _mean_lengths(both, compared)  # reported because judges prefer long answers
   found = schema.HeadToHead(a=str(f.a), b=str(f.b), **result)
-  stage.write_json(out / 'head_to_head.json', dataclasses.asdict(found))
-  print(f'{out / "head_to_head.json"}: ' + ', '.join(
+  stage.write_json(path, dataclasses.asdict(found))
+  print(f'{path}: ' + ', '.join(
       f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
       for k, v in dataclasses.asdict(found).items()))
 
 
-def _judged(f, judge, asked: list[JudgeRequest], out) -> tuple[dict, list[str]]:
+def _refuse_fewer(path, count: int):
+  """Raises InputError if `path` has the result of more prompts than `count`."""
+  if path.exists():
+    before = records.parse(path.read_bytes(), str(path), schema.HeadToHead)
+    if (every := before.count + before.left_out) > count:
+      raise InputError(f'{path} compares {every:,} prompts, and would be replaced by a comparison '
+                       f'of {count:,}; give another --out, or delete it')
+
+
+def _judged(f, judge, both: Both, out) -> tuple[dict, set[str]]:
   """The verdicts of the judge, or of its file -> fields of HeadToHead, prompts with an outcome."""
-  by = {}
+  by, total = {}, 2 * both.count
   if judge.url:
     with (lock.held_output(out, '--out'),
           endpoint.open(judge, out, title='head to head') as client):
-      texts = ask(client, asked)
+      replies = ask(client, requests(both), total)
       by = dict(judge=client.name, cost=client.cost)
   else:
-    texts = read_replies(f.verdicts, asked)
-  found = verdicts(asked, texts)
-  without = sum(verdict is None for both in found.values() for verdict in both)
-  missing = len(asked) - len(texts)
-  result = dict(compare(found), unparsed=without - missing, missing=missing, **by)
-  return result, [name for name, both in found.items() if None not in both]
+    replies = read_replies(f.verdicts, requests(both))
+  found = verdicts(requests(both), replies)
+  without = sum(verdict is None for verdict in replies.values())
+  result = dict(compare(found), unparsed=without, missing=total - len(replies), **by)
+  return result, {name for name, pair in found.items() if None not in pair}
+
+
+def _mean_lengths(both: Both, compared: Container[str] | None) -> dict[str, float | None]:
+  """The mean characters of the answers to some prompts; None for all."""
+  count, totals = 0, [0, 0]
+  for pair in both:
+    if compared is None or pair[0].prompt_id in compared:
+      count += 1
+      totals = [total + len(answer.response) for total, answer in zip(totals, pair, strict=True)]
+  return {f'characters_{name}': total / count if count else None
+          for name, total in zip('ab', totals, strict=True)}
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import re
 import statistics
 
 from etils import epath
+import numpy as np
 
 from srlm_jax.config import MODELS
 from srlm_jax.report import differences, doubts, estimates, external, measures, results, steps
@@ -48,31 +49,28 @@ class _Study:
   changes: tuple[str, ...] = ()
 
 
-def between_runs(runs: Sequence[Run]) -> tuple[list[Across], list[str]]:
-  """Differences of each run from the first one, and why some are refused: one sentence each."""
-  made, refused = [], []
-  for run in runs[1:]:
-    for model in (model for model in run.evaluated if model in runs[0].evaluated):
-      pair = run.evaluated[model], runs[0].evaluated[model]
-      if why := _other_prompts(*pair):
-        refused.append(f'{run.name} and {runs[0].name}: {why}')
-        break
-      found = differences.between(*pair, run.ranked, external.External())
-      made += [Across(model=model, measure=d.measure, run=run.name, against=runs[0].name,
-                      change=d.change, ours=d.ours, theirs=d.theirs) for d in found]
-  return made, refused
+def from_first(first: Run, run: Run) -> tuple[list[Across], str]:
+  """Differences of a run from the first one, and why the others are refused; '' if none is."""
+  made = []
+  for model in (model for model in run.evaluated if model in first.evaluated):
+    pair = run.evaluated[model], first.evaluated[model]
+    if why := _other_prompts(*pair):
+      return made, f'{run.name} and {first.name}: {why}'
+    found = differences.between(*pair, run.ranked, external.External())
+    made += [Across(model=model, measure=d.measure, run=run.name, against=first.name,
+                    change=d.change, ours=d.ours, theirs=d.theirs) for d in found]
+  return made, ''
 
 
 def _other_prompts(a: Evaluated, b: Evaluated) -> str:
   """Why two evaluations cannot be paired by prompt; '' if they can."""
   for what, ours, theirs in (
-      ('answered other held-out prompts',
-       *({(name, r.prompt) for name, r in x.answers.items()} for x in (a, b))),
-      ('judged other ranked replies', *({j.response_id for j in x.judgements} for x in (a, b)))):
-    if not (ours <= theirs or theirs <= ours):  # an unfinished run has a part of them
-      return (f'{a.model} {what} ({len(ours):,} and {len(theirs):,}, of which '
-              f'{len(ours & theirs):,} are the same), so no difference is paired by prompt; make '
-              f'both runs from the same data')
+      ('answered other held-out prompts', *(x.answers.rows['asked_id'] for x in (a, b))),
+      ('judged other ranked replies', *(x.replies['id'] for x in (a, b)))):
+    same = len(np.intersect1d(ours, theirs))
+    if same < min(len(ours), len(theirs)):  # an unfinished run has a part of them
+      return (f'{a.model} {what} ({len(ours):,} and {len(theirs):,}, of which {same:,} are the '
+              f'same), so no difference is paired by prompt; make both runs from the same data')
   return ''
 
 

@@ -36,10 +36,17 @@ def read(workdirs: Sequence) -> Contents:
       raise InputError(f'--workdir={folder} is the folder of a study; give it alone')
   named = _names(folders)
   has_control = any(rounds.is_control(folder) for folder in folders)
-  made = [_run(folder, name, has_control) for name, folder in named.items()]
-  across, refused = compare.between_runs(made)
-  return Contents(title=', '.join(run.name for run in made), runs=tuple(made), arms=(),
-                  across=tuple(across), refused=tuple(refused), paper=paper.tables())
+  made, across, refused = [], [], []
+  for name, folder in named.items():
+    run = _run(folder, name, has_control)
+    if made:
+      found, why = compare.from_first(made[0], run)
+      across += found
+      refused += [why] if why else []
+      run = dataclasses.replace(run, evaluated={}, ranked=None)  # the tables are large
+    made.append(run)
+  return Contents(title=', '.join(named), runs=tuple(made), arms=(), across=tuple(across),
+                  refused=tuple(refused), paper=paper.tables())
 
 
 def of_run(workdir, rows: list[dict], stopped: str) -> Contents:

@@ -1,10 +1,13 @@
 """Differences between two models of a run: paired by prompt where the records allow it."""
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import itertools
+import statistics
+
+import numpy as np
 
 from srlm_jax import records, schema
-from srlm_jax.report import estimates, external, measures
+from srlm_jax.report import estimates, external, keyed
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Evaluated
 
@@ -63,33 +66,44 @@ class WinTieLoss:
   source: str = ''      # file in WORKDIR/eval, for an outside judge
 
 
-def between(a: Evaluated, b: Evaluated, ranked: list[schema.RankedPrompt],
+def pairs(ranked: Iterable[schema.RankedPrompt]) -> np.ndarray:
+  """Prompts -> a table with a row per pair of replies that people ranked apart.
+
+  Fields: id of the better reply, worse_id, prompt_id.
+  """
+  return keyed.table(((*(hash(records.join(prompt.id, reply.id)) for reply in (a, b)),
+                       hash(prompt.id))
+                      for prompt in ranked
+                      for a, b in itertools.combinations(
+                          sorted(prompt.replies, key=lambda reply: reply.rank), 2)
+                      if a.rank != b.rank), 'worse_id', 'prompt_id')
+
+
+def between(a: Evaluated, b: Evaluated, ranked: np.ndarray,
             outside: external.External) -> list[Difference]:
-  """Every measured difference of model a minus model b."""
+  """Every measured difference of model a minus model b. ranked: the table of `pairs`."""
+  answers = keyed.both(a.answers.rows, b.answers.rows)
+  parsed = keyed.both(a.parsed, b.parsed)
   found = [
-      by_prompt('oracle', a, b, a.graded, b.graded),
+      by_prompt('oracle', a, b, *(x['score'] for x in keyed.both(a.graded, b.graded))),
       *_head_to_head(a, b, outside),
       *(_apart(name, a, b, outside) for name in ('alpaca_controlled', 'alpaca', 'mt_bench')),
-      *(by_prompt(name, a, b, *({p: length(r) for p, r in x.answers.items()} for x in (a, b)))
-        for name, length in (('characters', lambda r: len(r.response)),
-                             ('tokens', lambda r: r.n_tokens))),
+      *(by_prompt(name, a, b, *(x[name] for x in answers)) for name in ('characters', 'tokens')),
       _by_pair('pairwise_all', a, b, ranked, both_scored=False),
       _by_pair('pairwise', a, b, ranked, both_scored=True),
-      by_prompt('parsed', a, b, *map(_parse_rates, (a, b)))]
+      by_prompt('parsed', a, b, *(x['parsed'] / x['judgements'] for x in parsed))]
   return [difference for difference in found if difference]
 
 
-def by_prompt(measure: str, a: Evaluated, b: Evaluated, ours: dict[str, float],
-              theirs: dict[str, float]) -> Difference | None:
-  """The difference of one number per prompt, over the prompts that both have; None without any."""
-  same = [p for p in ours if p in theirs]
-  if not same:
+def by_prompt(measure: str, a: Evaluated, b: Evaluated, ours: np.ndarray, theirs: np.ndarray
+              ) -> Difference | None:
+  """The difference of one number per prompt [prompts], on the same prompts; None without any."""
+  if not len(ours):
     return None
-  mine, other = ([float(x[p]) for p in same] for x in (ours, theirs))
   return Difference(
-      measure=measure, model=a.model, against=b.model, paired=True, ours=sum(mine) / len(same),
-      theirs=sum(other) / len(same),
-      change=estimates.mean([x - y] for x, y in zip(mine, other, strict=True)))
+      measure=measure, model=a.model, against=b.model, paired=True, ours=statistics.fmean(ours),
+      theirs=statistics.fmean(theirs),
+      change=estimates.mean_of(ours - theirs, np.ones(len(ours))))
 
 
 def wins(found: list[Evaluated], outside: external.External) -> list[WinTieLoss]:
@@ -99,9 +113,9 @@ def wins(found: list[Evaluated], outside: external.External) -> list[WinTieLoss]
   """
   made = []
   for b, a in itertools.combinations(found, 2):
-    same = [p for p in a.graded if p in b.graded]
-    if same:
-      made.append(_counted(a.model, b.model, [a.graded[p] - b.graded[p] for p in same]))
+    ours, theirs = keyed.both(a.graded, b.graded)
+    if len(ours):
+      made.append(_counted(a.model, b.model, ours['score'] - theirs['score']))
   for path, file in outside.head_to_head.items():
     if file.count:
       made.append(WinTieLoss(
@@ -111,11 +125,11 @@ def wins(found: list[Evaluated], outside: external.External) -> list[WinTieLoss]
   return made
 
 
-def _counted(a: str, b: str, margins: list[float]) -> WinTieLoss:
-  outcomes = [1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins]
-  return WinTieLoss(a=a, b=b, by='oracle', count=len(outcomes), wins=outcomes.count(1.0),
-                    ties=outcomes.count(0.5), losses=outcomes.count(0.0),
-                    rate=estimates.mean([x] for x in outcomes))
+def _counted(a: str, b: str, margins: np.ndarray) -> WinTieLoss:
+  outcomes = (1 + np.sign(margins)) / 2
+  wins, ties, losses = (int((outcomes == x).sum()) for x in (1, 0.5, 0))
+  return WinTieLoss(a=a, b=b, by='oracle', count=len(outcomes), wins=wins, ties=ties, losses=losses,
+                    rate=estimates.mean_of(outcomes, np.ones(len(outcomes))))
 
 
 def _head_to_head(a: Evaluated, b: Evaluated, outside: external.External) -> Iterator[Difference]:
@@ -142,40 +156,32 @@ def _apart(measure: str, a: Evaluated, b: Evaluated, outside: external.External)
                     ours=ours.value, theirs=theirs.value, change=estimates.apart(ours, theirs))
 
 
-def _by_pair(measure: str, a: Evaluated, b: Evaluated, ranked: list[schema.RankedPrompt],
+def _by_pair(measure: str, a: Evaluated, b: Evaluated, ranked: np.ndarray,
              both_scored: bool) -> Difference | None:
   """The difference in the share of pairs of replies that a judge orders as people ranked them.
 
   Equal scores are errors, as in `eval.agreement`. both_scored: only the pairs whose replies have
-  scores of both judges; else all pairs, and a pair without scores is an error.
+  scores of both judges; else all pairs that both judged, and one without scores is an error.
   """
-  if not a.judgements or not b.judgements or None in (a.quorum, b.quorum):
+  if None in (a.quorum, b.quorum):
     return None
-  asked = {j.response_id for j in a.judgements} & {j.response_id for j in b.judgements}
-  groups = []  # of each prompt: (whether a is right, whether b is right) of every pair
-  for prompt in ranked:
-    replies = [(reply.rank, name) for reply in prompt.replies
-               if (name := records.join(prompt.id, reply.id)) in asked]
-    pairs = [sorted(pair) for pair in itertools.combinations(replies, 2)
-             if pair[0][0] != pair[1][0]]
-    groups.append([
-        (_is_right(a.scores, better, worse), _is_right(b.scores, better, worse))
-        for (_, better), (_, worse) in pairs
-        if not both_scored or all(x in y.scores for x in (better, worse) for y in (a, b))])
-  change = estimates.mean([float(x) - float(y) for x, y in group] for group in groups)
-  if not change:
+  scores = [(_scores(x, ranked['id']), _scores(x, ranked['worse_id'])) for x in (a, b)]
+  every = [x for better, worse in scores for x in (better[1], worse[1])]  # whether it was judged
+  if both_scored:
+    every = [~np.isnan(x[0]) for pair in scores for x in pair]
+  counts = np.logical_and.reduce(every)
+  ours, theirs = (better[0][counts] > worse[0][counts] for better, worse in scores)
+  if not len(ours):
     return None
-  every = [pair for group in groups for pair in group]
-  ours, theirs = (sum(pair[i] for pair in every) / len(every) for i in range(2))
-  return Difference(measure=measure, model=a.model, against=b.model, change=change, ours=ours,
-                    theirs=theirs, paired=True)
+  change = estimates.mean_of(*keyed.totals(
+      ranked['prompt_id'][counts], ours.astype(float) - theirs))
+  return Difference(measure=measure, model=a.model, against=b.model, change=change,
+                    ours=float(ours.mean()), theirs=float(theirs.mean()), paired=True)
 
 
-def _is_right(scores: dict[str, float], better: str, worse: str) -> bool:
-  return better in scores and worse in scores and scores[better] > scores[worse]
-
-
-def _parse_rates(found: Evaluated) -> dict[str, float]:
-  """{prompt id: share of the judgements of its replies that have a score}."""
-  return {prompt: sum(group) / len(group)
-          for prompt, group in measures.parsed(found.judgements).items()}
+def _scores(found: Evaluated, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The scores of replies, NaN without one, and whether they were judged."""
+  place = keyed.find(found.replies['id'], ids)
+  scores = np.full(len(ids), np.nan)
+  scores[place >= 0] = found.replies['score'][place[place >= 0]]
+  return scores, place >= 0

@@ -5,10 +5,12 @@ mean is that over prompts, and the interval is Student's t interval with prompts
 freedom. For one value per prompt this is the usual standard error. Means over seeds have the same
 interval, with seeds in the place of prompts. Shares have Wilson's interval.
 """
-from collections.abc import Iterable
+import array
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
 
+import numpy as np
 from scipy import stats
 
 NORMAL = float(stats.norm.ppf(0.975))  # half a normal 95 % interval, in standard errors
@@ -43,22 +45,27 @@ class Value:
 def mean(groups: Iterable[Iterable[float]], of: str = 'prompts') -> Value | None:
   """The values of each prompt -> their mean over all values; None without any value.
 
-  The standard error is sqrt(P / (P - 1) * sum_p (sum of residuals of prompt p)^2) / N for N values
-  of P prompts (the cluster-robust variance of Liang and Zeger 1986 with its usual correction).
-
   >>> mean([[1.0], [2.0], [4.0]]).value
   2.3333333333333335
   """
-  groups = [list(group) for group in groups]
-  groups = [group for group in groups if group]
-  if not groups:
+  return mean_of(*_totals(groups), of)
+
+
+def mean_of(sums: Sequence[float], counts: Sequence[int], of: str = 'prompts') -> Value | None:
+  """The sum and the number of the values of each prompt -> the `mean` over all values.
+
+  The standard error is sqrt(P / (P - 1) * sum_p (sum of residuals of prompt p)^2) / N for N values
+  of P prompts (the cluster-robust variance of Liang and Zeger 1986 with its usual correction).
+  """
+  sums, counts = (np.asarray(x, float) for x in (sums, counts))
+  sums, counts = sums[counts > 0], counts[counts > 0]
+  if not len(counts):
     return None
-  number = sum(map(len, groups))
-  value = math.fsum(x for group in groups for x in group) / number
-  count = len(groups)
+  number, count = float(counts.sum()), len(counts)
+  value = math.fsum(sums) / number
   if count < 2:
     return Value(value=value, count=count, of=of)
-  squares = math.fsum(math.fsum(x - value for x in group) ** 2 for group in groups)
+  squares = math.fsum((sums - counts * value) ** 2)
   error = math.sqrt(count / (count - 1) * squares) / number
   return around(value, error, count, of)
 
@@ -66,18 +73,34 @@ def mean(groups: Iterable[Iterable[float]], of: str = 'prompts') -> Value | None
 def share(groups: Iterable[Iterable[bool]], of: str = 'prompts') -> Value | None:
   """The yes and no of each prompt -> the share of yes, with Wilson's interval.
 
-  The interval is that of as many independent values as give the standard error of `mean`, which
-  keeps it between 0 and 1; where all values are equal, of as many as there are prompts.
-
   >>> share([[True], [True], [False], [True]]).value
   0.75
   """
-  found = mean(groups, of)
+  return share_of(*_totals(groups), of)
+
+
+def share_of(sums: Sequence[float], counts: Sequence[int], of: str = 'prompts') -> Value | None:
+  """The numbers of yes and of all values of each prompt -> the `share` of yes.
+
+  The interval is that of as many independent values as give the standard error of `mean`, which
+  keeps it between 0 and 1; where all values are equal, of as many as there are prompts.
+  """
+  found = mean_of(sums, counts, of)
   if found is None or found.low is None:
     return found
   p, error = found.value, (found.high - found.value) / _t(found.count)
   values = p * (1 - p) / error ** 2 if error > 0 else found.count
   return dataclasses.replace(found, **wilson(p, values))
+
+
+def _totals(groups: Iterable[Iterable[float]]) -> tuple[array.array, array.array]:
+  """The sum and the number of the values of each group."""
+  sums, counts = array.array('d'), array.array('q')
+  for group in groups:
+    values = list(group)
+    sums.append(math.fsum(values))
+    counts.append(len(values))
+  return sums, counts
 
 
 def wilson(p: float, count: float) -> dict[str, float]:

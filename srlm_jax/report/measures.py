@@ -1,16 +1,15 @@
 """The measures of a model: what each one is, and its values with intervals and counts."""
-from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
-import functools
 import statistics
 from typing import Literal
 
 from etils import epath
+import numpy as np
 
 from srlm_jax import schema
-from srlm_jax.report import estimates, external, results, summaries
+from srlm_jax.report import estimates, external, results, samples, summaries, tallies
 from srlm_jax.report.estimates import Value
-from srlm_jax.reward import scores as scoring
 
 Source = Literal['oracle', 'people', 'outside judge', 'benchmark', 'own judge', 'count']
 
@@ -81,57 +80,56 @@ _ORACLE_FILE = _kind(_ORACLE, 'score', 'standard_error', 'prompts', 'greedy',
 
 @dataclasses.dataclass
 class Evaluated:
-  """The records of a model's evaluation; empty where the run does not have them."""
+  """What is kept of the records of a model's evaluation; empty where the run does not have them.
+
+  The tables are those of `keyed`, and distinct.
+  """
   model: str
   folder: epath.Path
-  answers: dict[str, schema.Response]       # to the held-out prompts, by prompt id
-  graded: dict[str, float]                  # oracle scores of these answers, by prompt id
-  judgements: list[schema.Judgement]        # of the ranked replies, without their texts
-  quorum: int | None                        # judgements that a score needs; None: not known
-
-  @functools.cached_property
-  def scores(self) -> dict[str, float]:
-    """{response id: mean score} of the ranked replies that have one."""
-    if self.quorum is None:
-      return {}
-    return {name: score.mean
-            for name, score in scoring.by_response(self.judgements, self.quorum).items()
-            if score.mean is not None}
+  answers: tallies.Responses        # to the held-out prompts; the ids are those of the prompts
+  graded: np.ndarray                # oracle scores of these answers: prompt id, score
+  replies: np.ndarray               # the judged ranked replies: id, score; NaN without one
+  parsed: np.ndarray                # of the prompts of these replies: id, judgements, parsed ones
+  quorum: int | None                # judgements that a score needs; None: not known
+  warnings: tuple[str, ...] = ()    # of the health checks
+  texts: samples.OfAnswers = dataclasses.field(default_factory=samples.OfAnswers)
 
 
 def read(workdir, model: str) -> Evaluated:
   """The evaluation of a model, as far as it exists."""
-  folder = epath.Path(workdir) / model
+  folder, texts = epath.Path(workdir) / model, samples.OfAnswers()
   started = summaries.started(folder / 'agreement')
+  quorum = started.config.eval_quorum if started else None
+  answers = tallies.answers(texts.answers(results.shards(
+      folder / 'answers', 'responses', schema.Response)))
+  judged = tallies.judgements(results.shards(
+      folder / 'judge_eval', 'judgements', schema.Judgement))
   return Evaluated(
-      model=model, folder=folder, graded=results.graded(folder),
-      answers={r.prompt_id: r for r in results.shards(
-          folder / 'answers', 'responses', schema.Response)},
-      judgements=[dataclasses.replace(j, text='', thinking='') for j in results.shards(
-          folder / 'judge_eval', 'judgements', schema.Judgement)],
-      quorum=started.config.eval_quorum if started else None)
+      model=model, folder=folder, answers=answers, graded=results.graded(folder), texts=texts,
+      quorum=quorum, replies=judged.by_response(quorum), parsed=judged.by_prompt(),
+      warnings=(
+          *judged.health.warnings(f'{model}/judge_eval'),
+          *answers.health.warnings(f'{model}/answers')))
 
 
 def of_model(found: Evaluated, outside: external.External) -> dict[str, Value]:
   """{key of MEASURES: value} of the measures that exist."""
-  made = _of_files(found)
-  answers = found.answers.values()
+  made, answers = _of_files(found), found.answers.rows
+  ones = np.ones(len(answers))
   made |= dict(
-      oracle=estimates.mean([x] for x in found.graded.values()) or made.get('oracle'),
-      characters=estimates.mean([len(r.response)] for r in answers) or made.get('characters'),
-      tokens=estimates.mean([r.n_tokens] for r in answers),
-      finished=estimates.share([r.finish == schema.EOS] for r in answers),
-      parsed=estimates.share(parsed(found.judgements).values()) or made.get('parsed'))
+      oracle=_mean(found.graded['score']) or made.get('oracle'),
+      characters=_mean(answers['characters']) or made.get('characters'),
+      tokens=_mean(answers['tokens']),
+      finished=estimates.share_of(found.answers.finished, ones),
+      parsed=estimates.share_of(found.parsed['parsed'], found.parsed['judgements']) or made.get(
+          'parsed'))
   made |= outside.of_model(found.model)
   return {key: value for key in MEASURES if (value := made.get(key)) is not None}
 
 
-def parsed(judgements: Iterable[schema.Judgement]) -> dict[str, list[bool]]:
-  """Whether each judgement has a score, by prompt id."""
-  groups = {}
-  for j in judgements:
-    groups.setdefault(j.prompt_id, []).append(j.score is not None)
-  return groups
+def _mean(values: np.ndarray) -> Value | None:
+  """The mean of a number per prompt."""
+  return estimates.mean_of(values, np.ones(len(values)))
 
 
 def _of_files(found: Evaluated) -> dict[str, Value | None]:
@@ -181,7 +179,7 @@ class Lengths:
   most: float
 
 
-def lengths(values: Iterable[int]) -> Lengths | None:
+def lengths(values: Sequence[int] | np.ndarray) -> Lengths | None:
   """Lengths in characters or tokens -> their mean and quantiles; None without any.
 
   A quantile is the value with linear interpolation between neighbours (numpy's default).
@@ -189,13 +187,9 @@ def lengths(values: Iterable[int]) -> Lengths | None:
   >>> lengths([1, 2, 3, 4, 5]).quarter
   2.0
   """
-  values = sorted(values)
-  if not values:
+  if not len(values):
     return None
-  def quantile(share: float) -> float:
-    at = share * (len(values) - 1)
-    below = values[int(at)]
-    return below + (at - int(at)) * (values[min(int(at) + 1, len(values) - 1)] - below)
-  return Lengths(count=len(values), mean=statistics.fmean(values), low=quantile(0.05),
-                 quarter=quantile(0.25), median=quantile(0.5), three_quarters=quantile(0.75),
-                 high=quantile(0.95), most=float(values[-1]))
+  low, quarter, median, three_quarters, high, most = np.quantile(
+      values, (0.05, 0.25, 0.5, 0.75, 0.95, 1)).tolist()
+  return Lengths(count=len(values), mean=statistics.fmean(values), low=low, quarter=quarter,
+                 median=median, three_quarters=three_quarters, high=high, most=most)

@@ -5,9 +5,11 @@ import dataclasses
 import statistics
 
 from etils import epath
+import numpy as np
 
-from srlm_jax import catalog, records, schema
+from srlm_jax import catalog, InputError, records, schema
 from srlm_jax.config import MODELS
+from srlm_jax.report import keyed
 from srlm_jax.reward import scores
 
 _AGREEMENT, _AUDIT = 'agreement/agreement.json', 'audit/audit.json'
@@ -91,10 +93,14 @@ def of_models(workdir) -> list[dict]:
 
   A row also has `model` and the intervals (`Column.interval`) that exist.
   """
-  rows, previous, baseline = [], {}, {}
+  rows, previous, baseline = [], *2 * [keyed.table((), 'score')]
   for model in trained(workdir):
     folder = epath.Path(workdir) / model
     grades = graded(folder)
+    for other in (previous, baseline):
+      if len(grades) and len(other) and not keyed.same(grades, other):
+        raise InputError(f'{folder}/oracle/graded.jsonl and that of an earlier model grade answers '
+                         f'to different prompts; restore the files of this run')
     paired = compare(grades, previous, baseline)
     previous = grades
     if model == 'sft':
@@ -114,28 +120,35 @@ def trained(workdir) -> list[str]:
   return [model for model in MODELS if _is_trained(epath.Path(workdir) / model)]
 
 
-def graded(folder) -> dict[str, float]:
-  """MODEL/oracle -> {prompt id: score of the sampled response}; {} if there is no such file."""
+def graded(folder) -> np.ndarray:
+  """MODEL/oracle -> a distinct table: prompt id, score of the sampled response.
+
+  It is empty if there is no such file.
+  """
   path = folder / 'oracle' / 'graded.jsonl'
-  return {r.prompt_id: r.score for r in lines(path, schema.GradedResponse)}
+  return keyed.distinct(keyed.table(
+      ((hash(r.prompt_id), r.score) for r in each(path, schema.GradedResponse)), 'score'))
 
 
-def compare(grades: dict[str, float], previous: dict[str, float],
-            baseline: dict[str, float]) -> dict:
-  """Compares the scores of a model, {prompt id: score}, with those of two other models.
+def compare(grades: np.ndarray, previous: np.ndarray, baseline: np.ndarray) -> dict:
+  """Compares the scores of a model, a table of `graded`, with those of two other models.
 
   gain, gain_error: the mean difference from the previous model, paired by prompt, and its standard
   error. wins, losses: the shares of prompts on which the score is above or below that of the SFT
   baseline. Without scores to compare, the keys are absent.
   """
-  found = {}
-  if grades and previous:
-    gains = [grades[p] - previous[p] for p in grades]
+  found, gains, margins = {}, gained(grades, previous), gained(grades, baseline)
+  if len(gains):
     found |= dict(gain=statistics.fmean(gains), gain_error=scores.standard_error(gains))
-  if grades and baseline:
-    found |= dict(wins=statistics.fmean(grades[p] > baseline[p] for p in grades),
-                  losses=statistics.fmean(grades[p] < baseline[p] for p in grades))
+  if len(margins):
+    found |= dict(wins=float((margins > 0).mean()), losses=float((margins < 0).mean()))
   return found
+
+
+def gained(grades: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """The difference of two tables of `graded` on every prompt that both have [prompts]."""
+  ours, theirs = keyed.both(grades, others)
+  return ours['score'] - theirs['score']
 
 
 def seconds(workdir) -> dict[str, float]:
@@ -197,17 +210,17 @@ def lines(path, kind: type[records.Record]) -> list[records.Record]:
 
   Ignores a last line without a newline, which a killed stage may leave.
   """
-  return [*_each(path, kind)]
+  return [*each(path, kind)]
 
 
 def shards(folder, stem: str, kind: type[records.Record]) -> Iterator[records.Record]:
   """The records of all shards STEM-*-of-*.jsonl of a stage, finished or not, in turn."""
   for path in sorted(folder.glob(f'{stem}-*-of-*.jsonl')):
-    yield from _each(path, kind)
+    yield from each(path, kind)
 
 
-def _each(path, kind: type[records.Record]) -> Iterator[records.Record]:
-  """The records of a file, see `lines`; only one line of it is in memory."""
+def each(path, kind: type[records.Record]) -> Iterator[records.Record]:
+  """`lines` of which only one is in memory."""
   name = str(path)  # slow for paths of etils
   with records.reading(path, _AGAIN):
     if not path.exists():

@@ -1,19 +1,18 @@
 """The data that each model was trained on: who wrote and judged it, its yields and its scores."""
 from collections import Counter
-from collections.abc import Iterable
 import dataclasses
 import functools
 
 from etils import epath
+import numpy as np
 
-from srlm_jax import records, schema
+from srlm_jax import schema
 from srlm_jax.config import MODELS
-from srlm_jax.report import estimates, measures, results, summaries
+from srlm_jax.report import estimates, keyed, measures, results, samples, summaries, tallies
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Lengths
-from srlm_jax.reward import health, scores as scoring
+from srlm_jax.reward import health
 
-PROMPTS = 40  # with all their texts in the samples, per round and of the held-out ones
 STAGES = ('prompts', 'respond', 'judge', 'pairs')  # they make a round's training data
 
 
@@ -50,14 +49,14 @@ class Round:
 
 @dataclasses.dataclass
 class Data:
-  """The records of a round, as far as they exist, and the summaries of its finished stages."""
+  """What is kept of the records of a round, and the summaries of its finished stages."""
   model: str
   stages: dict[str, summaries.Started]
-  attempts: list[schema.Attempt]
-  responses: list[schema.Response]
-  judgements: list[schema.Judgement]   # texts only of the prompts of `first`
-  pairs: list[schema.Pair]
-  positives: list[schema.Positive]
+  attempts: Counter                # {reason why it was rejected, '' if accepted: attempts}
+  responses: tallies.Responses
+  judgements: tallies.Judgements
+  pairs: tallies.Pairs
+  texts: samples.OfRound
 
   def summary(self, stage: str):
     """The summary of a stage; None if it has not finished."""
@@ -70,9 +69,18 @@ class Data:
     return next((quorum for quorum in found if quorum), None)
 
   @functools.cached_property
-  def scores(self) -> dict[str, scoring.Score]:
-    """{response id: its score}; {} if the quorum is not known."""
-    return scoring.by_response(self.judgements, self.quorum) if self.quorum else {}
+  def scores(self) -> np.ndarray:
+    """A table of the judged responses and their scores; empty if the quorum is not known."""
+    return self.judgements.by_response(self.quorum)[:None if self.quorum else 0]
+
+  @property
+  def prompts(self) -> int:
+    """Prompts that have a response."""
+    return len(np.unique(self.responses.rows['prompt_id']))
+
+  @property
+  def samples(self) -> samples.Samples:
+    return self.texts.made(self.model, self.prompts, self.quorum)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,21 +104,17 @@ def read(workdir, model: str, stages: dict[str, summaries.Started]) -> Data | No
   """
   if not any(name in stages for name in STAGES):
     return None
-  folder = epath.Path(workdir) / model
-  responses = list(results.shards(folder / 'respond', 'responses', schema.Response))
-  shown = {*first({r.prompt_id for r in responses})}
+  folder, texts = epath.Path(workdir) / model, samples.OfRound()
   return Data(
-      model=model, stages=stages, responses=responses,
-      attempts=results.lines(folder / 'prompts' / 'attempts.jsonl', schema.Attempt),
-      judgements=[j if j.prompt_id in shown else dataclasses.replace(j, text='', thinking='')
-                  for j in results.shards(folder / 'judge', 'judgements', schema.Judgement)],
-      pairs=results.lines(folder / 'pairs' / 'pairs.jsonl', schema.Pair),
-      positives=results.lines(folder / 'pairs' / 'positives.jsonl', schema.Positive))
-
-
-def first(names: Iterable[str]) -> list[str]:
-  """The ids of the prompts whose texts are shown: those with the smallest hash."""
-  return sorted(names, key=records.digest)[:PROMPTS]
+      model=model, stages=stages, texts=texts,
+      attempts=Counter(a.reason for a in results.each(
+          folder / 'prompts' / 'attempts.jsonl', schema.Attempt)),
+      responses=tallies.responses(texts.responses(results.shards(
+          folder / 'respond', 'responses', schema.Response))),
+      judgements=tallies.judgements(texts.judgements(results.shards(
+          folder / 'judge', 'judgements', schema.Judgement))),
+      pairs=tallies.pairs(texts.pairs(results.each(
+          folder / 'pairs' / 'pairs.jsonl', schema.Pair))))
 
 
 def of(data: Data, workdir, params: dict[str, str]) -> Round:
@@ -120,20 +124,21 @@ def of(data: Data, workdir, params: dict[str, str]) -> Round:
       _Audit())
   def known(stage: str) -> str:
     return params.get(data.stages[stage].params, '') if stage in data.stages else ''
+  parsed = data.judgements.by_prompt()
   by = data.stages['judge'].config.judge_by if 'judge' in data.stages else ''
   return Round(
       model=data.model, writer=known('respond'),
       judge=by if by not in ('', 'model') else known('judge'),
       funnel=tuple(funnel(data)), scale=(judge.lowest, judge.highest) if judge else None,
-      judge_mean=_audited(audit, 'judge_mean') or _judge_mean(data), parsed=estimates.share(
-          measures.parsed(data.judgements).values()),
+      judge_mean=_audited(audit, 'judge_mean') or _judge_mean(data), parsed=estimates.share_of(
+          parsed['parsed'], parsed['judgements']),
       oracle_mean=_audited(audit, 'oracle_mean'),
-      judge_scores=histogram(data.judgements, judge), oracle_scores=audit.oracle_histogram,
+      judge_scores=histogram(data), oracle_scores=audit.oracle_histogram,
       right=_share(audit.right, audit.pairs), wrong=_share(audit.wrong, audit.pairs),
-      characters=measures.lengths(len(r.response) for r in data.responses),
-      tokens=measures.lengths(r.n_tokens for r in data.responses),
-      chosen=measures.lengths(len(p.chosen) for p in data.pairs),
-      rejected=measures.lengths(len(p.rejected) for p in data.pairs),
+      characters=measures.lengths(data.responses.rows['characters']),
+      tokens=measures.lengths(data.responses.rows['tokens']),
+      chosen=measures.lengths(data.pairs.rows['chosen']),
+      rejected=measures.lengths(data.pairs.rows['rejected']),
       pairs=pairs, warnings=tuple(warnings(data)))
 
 
@@ -146,20 +151,19 @@ def funnel(data: Data) -> list[Yield]:
   if 'prompts' in data.stages:
     made += _prompts(data)
   if data.responses:
-    finish = Counter(r.finish for r in data.responses)
+    finish = data.responses.finish
     made += [Yield(label='responses', count=finish.total()),
              Yield(label='finished responses', count=finish[schema.EOS], lost=_positive({
                  'cut at the length limit': finish[schema.CUT],
                  'prompt too long': finish[schema.TOO_LONG]}))]
   if data.judgements:
-    unparsed = health.unparsed(data.judgements)
-    count = len(data.judgements)
+    unparsed, count = data.judgements.health.unparsed, len(data.judgements)
     made += [Yield(label='judgements', count=count),
              Yield(label='parsed judgements', count=count - unparsed.total(), lost=dict(unparsed))]
-  if data.responses and (scored := data.scores):
-    good = sum(score.mean is not None for score in scored.values())
-    made.append(Yield(label='scored candidates', count=good, lost=_positive({
-        f'fewer than {data.quorum} scores': len(scored) - good})))
+  if data.responses and len(data.scores):
+    lost = int(np.isnan(data.scores['score']).sum())
+    made.append(Yield(label='scored candidates', count=len(data.scores) - lost, lost=_positive({
+        f'fewer than {data.quorum} scores': lost})))
   if pairs := data.summary('pairs'):
     kind = 'positives' if pairs.positives else 'pairs'
     made.append(Yield(label=kind, count=getattr(pairs, kind), lost=pairs.dropped))
@@ -175,16 +179,16 @@ def _prompts(data: Data) -> list[Yield]:
     wanted, attempts, accepted = summary.wanted, summary.attempts, summary.prompts
     dropped = summary.dropped
   else:
-    dropped, wanted = Counter(a.reason for a in data.attempts), stage.config.prompts_count
+    dropped, wanted = data.attempts.copy(), stage.config.prompts_count
     attempts, accepted = dropped.total(), dropped.pop('', 0)
   made = [] if wanted is None else [Yield(label='prompts wanted', count=wanted)]
   return [*made, Yield(label='attempts', count=attempts),
           Yield(label='accepted prompts', count=accepted, lost=dict(dropped))]
 
 
-def histogram(judgements: list[schema.Judgement], judge: schema.JudgeSummary | None):
+def histogram(data: Data) -> dict[str, int]:
   """{whole score: count}, from the lowest to the highest score of the judge's scale if known."""
-  found = scoring.histogram(j.score for j in judgements if j.score is not None)
+  found, judge = data.judgements.health.histogram, data.summary('judge')
   if not judge or not found or judge.highest - judge.lowest > 10:
     return found
   scale = range(round(judge.lowest), round(judge.highest) + 1)
@@ -193,13 +197,14 @@ def histogram(judgements: list[schema.Judgement], judge: schema.JudgeSummary | N
 
 def warnings(data: Data) -> list[str]:
   """A sentence for each statistic of the data that indicates a known failure."""
-  model, found = data.model, []
-  found += health.warn_judgements(f'{model}/judge', data.judgements)
-  found += health.warn_responses(f'{model}/respond', data.responses)
-  if data.responses and data.judgements and data.quorum:
-    found += health.warn_ties(f'{model}/judge', data.responses, data.judgements, data.quorum)
+  model, ties = data.model, health.Ties()
+  found = data.judgements.health.warnings(f'{model}/judge')
+  found += data.responses.health.warnings(f'{model}/respond')
+  for means in keyed.groups(*_scored(data)):
+    ties.add(means.tolist())
+  found += ties.warnings(f'{model}/judge')
   if (pairs := data.summary('pairs')) and not pairs.positives:
-    found += health.warn_pairs(f'{model}/pairs', data.pairs, pairs.prompts)
+    found += data.pairs.health.warnings(f'{model}/pairs', pairs.prompts)
   return found
 
 
@@ -224,12 +229,19 @@ def is_control(workdir) -> bool:
 
 def _judge_mean(data: Data) -> Value | None:
   """The mean over the candidates that have a score."""
-  writers = {r.id: r.prompt_id for r in data.responses}
-  groups = {}
-  for name, score in data.scores.items():
-    if score.mean is not None:
-      groups.setdefault(writers.get(name, name), []).append(score.mean)
-  return estimates.mean(groups.values())
+  return estimates.mean_of(*keyed.totals(*_scored(data)))
+
+
+def _scored(data: Data) -> tuple[np.ndarray, np.ndarray]:
+  """The prompt ids and the scores of the candidates that have a score.
+
+  A judged response that is not there, as in an unfinished run, is a prompt of its own.
+  """
+  scored = data.scores[~np.isnan(data.scores['score'])]
+  responses = keyed.distinct(data.responses.rows)
+  place, prompts = keyed.find(responses['id'], scored['id']), scored['id'].copy()
+  prompts[place >= 0] = responses['prompt_id'][place[place >= 0]]
+  return prompts, scored['score']
 
 
 def _audited(audit: _Audit, name: str) -> Value | None:

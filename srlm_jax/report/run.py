@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from etils import epath
+import numpy as np
 
 from srlm_jax import catalog, model_files, schema
 from srlm_jax.config import MODELS
@@ -23,7 +24,7 @@ from srlm_jax.report.doubts import Doubt
 from srlm_jax.report.estimates import Value
 from srlm_jax.report.measures import Evaluated, Lengths
 from srlm_jax.report.rounds import Round
-from srlm_jax.reward import health, scores as scoring
+from srlm_jax.reward import scores as scoring
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,9 @@ class Run:
   held_out: samples.HeldOut
   warnings: tuple[str, ...]        # sentences of the health checks
   stopping: dict[str, Stopping] = dataclasses.field(default_factory=dict)
-  # For comparisons with other runs.
+  # For comparisons with other runs; empty, and None, after them.
   evaluated: dict[str, Evaluated]
-  ranked: list[schema.RankedPrompt]
+  ranked: np.ndarray | None        # see differences.pairs
   differences: dict[tuple[str, str], list[Difference]]
 
   @property
@@ -122,7 +123,8 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
   models = tuple(row['model'] for row in rows)
   found = [measures.read(workdir, model) for model in models]
   values = {e.model: measures.of_model(e, outside) for e in found}
-  ranked = results.lines(workdir / 'data' / 'seeds' / 'ranked.jsonl', schema.RankedPrompt)
+  ranked = differences.pairs(results.each(
+      workdir / 'data' / 'seeds' / 'ranked.jsonl', schema.RankedPrompt))
   data = [made for model in MODELS if (made := _round(workdir, model, stages))]
   made_rounds = tuple(made for made, _ in data)
   by_model = {e.model: e for e in found}
@@ -133,12 +135,12 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
                      workdir)
   unfinished = tuple('/'.join(key) for key, stage in stages.items() if stage.seconds is None)
   warnings = (*(w for r in made_rounds for w in r.warnings), *_warnings(found, stages, curves))
-  is_sandbox = any(part == 'oracle' for _, part in stages) or any(e.graded for e in found)
+  is_sandbox = any(part == 'oracle' for _, part in stages) or any(len(e.graded) for e in found)
   facts = doubts.Facts(
       has_outside=any(step.decided_by for step in made_steps if step.about == 'answers'),
       judges=frozenset(r.judge for r in made_rounds), has_control=has_control, seeds=1,
       is_sandbox=is_sandbox, stopped=stopped, unfinished=unfinished, warnings=len(warnings))
-  answers = {e.model: e.answers for e in found if e.answers}
+  answered = [e for e in found if e.answers]
   return Run(
       name=name, size=summaries.run_results(workdir).size, stopped=stopped, rows=rows,
       seed=_last(stages, 'seed'), is_sandbox=is_sandbox, models=models, values=values,
@@ -148,15 +150,15 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
       eft=_by_model(lambda folder: summaries.summary(folder / 'eft'), workdir),
       training=_by_model(lambda folder: summaries.summary(folder / 'model'), workdir),
       curves=curves, stopping=_by_model(_stopping, workdir),
-      characters={m: measures.lengths(len(r.response) for r in x.values())
-                  for m, x in answers.items()},
-      tokens={m: measures.lengths(r.n_tokens for r in x.values()) for m, x in answers.items()},
-      oracle_scores={e.model: scoring.histogram(e.graded.values()) for e in found if e.graded},
+      characters={e.model: measures.lengths(e.answers.rows['characters']) for e in answered},
+      tokens={e.model: measures.lengths(e.answers.rows['tokens']) for e in answered},
+      oracle_scores={e.model: scoring.histogram(e.graded['score']) for e in found
+                     if len(e.graded)},
       costs=tuple(_costs(workdir, stages, _sampled(made_rounds, found))), unfinished=unfinished,
       missing=tuple(_missing(models, stages, found, outside, curves)), external=outside,
       samples=tuple(shown for _, shown in data if shown.prompts),
-      held_out=samples.held_out(answers, {e.model: e.graded for e in found}), warnings=warnings,
-      evaluated=by_model, ranked=ranked, differences=made)
+      held_out=_held_out(answered), warnings=warnings, evaluated=by_model, ranked=ranked,
+      differences=made)
 
 
 def _round(workdir, model: str, stages: dict[tuple[str, str], summaries.Started]) -> (
@@ -165,7 +167,18 @@ def _round(workdir, model: str, stages: dict[tuple[str, str], summaries.Started]
   own = {name: stage for (owner, name), stage in stages.items() if owner == model}
   if not (data := rounds.read(workdir, model, own)):
     return None
-  return rounds.of(data, workdir, rounds.names(stages)), samples.of_round(data)
+  return rounds.of(data, workdir, rounds.names(stages)), data.samples
+
+
+def _held_out(found: Sequence[Evaluated]) -> samples.HeldOut:
+  """The samples of the models that answered."""
+  graded = {e.model: e.graded for e in found}
+  def oracle(model: str, prompt: str) -> float | None:
+    score = graded[model]['score'][graded[model]['id'] == hash(prompt)].tolist()
+    return score[0] if score else None
+  ids = [e.answers.rows['id'] for e in found]
+  total = len(np.unique(np.concatenate(ids))) if ids else 0
+  return samples.held_out({e.model: e.texts for e in found}, oracle, total)
 
 
 def _by_model(read_one: Callable[[epath.Path], Any], workdir) -> dict:
@@ -208,8 +221,7 @@ def _warnings(found: list[Evaluated], stages: dict, curves: dict[str, list[Metri
   """Warnings of the evaluations and of the trainings; those of the data are in the rounds."""
   made = []
   for e in found:
-    made += health.warn_judgements(f'{e.model}/judge_eval', e.judgements)
-    made += health.warn_responses(f'{e.model}/answers', e.answers.values())
+    made += e.warnings
   for (owner, name), stage in stages.items():
     summary = stage.summary
     if name == 'model' and summary and sum(summary.dropped.values()) > summary.examples:
@@ -238,7 +250,7 @@ class _Tokens:
 def _sampled(made: Sequence[Round], found: list[Evaluated]) -> dict[tuple[str, str], int]:
   """{(model, stage): tokens of its responses} of the stages whose responses were read."""
   return {(r.model, 'respond'): round(r.tokens.mean * r.tokens.count) for r in made if r.tokens} | {
-      (e.model, 'answers'): sum(a.n_tokens for a in e.answers.values()) for e in found if e.answers}
+      (e.model, 'answers'): int(e.answers.rows['tokens'].sum()) for e in found if e.answers}
 
 
 def _costs(workdir, stages: dict, sampled: dict[tuple[str, str], int]) -> list[StageCost]:
@@ -251,10 +263,9 @@ def _costs(workdir, stages: dict, sampled: dict[tuple[str, str], int]) -> list[S
       if rows and stage.summary:
         tokens = round(stage.summary.steps * rows.shape[0] * rows.shape[1] *
                        stage.summary.padding_free)
-    elif tokens is None and (rest := [*results.shards(folder, 'responses', _Tokens)]):
-      tokens = sum(r.n_tokens for r in rest)  # of all starts
-    elif tokens is None:
-      tokens = stage.generated
+    elif tokens is None:  # those of the responses are of all starts
+      tokens = sum(r.n_tokens for r in results.shards(folder, 'responses', _Tokens)
+                   ) or stage.generated
     made.append(StageCost(owner=owner, stage=name, seconds=stage.seconds, tokens=tokens))
   return made
 

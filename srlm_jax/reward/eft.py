@@ -13,11 +13,18 @@ The target of a reply is its judgement whose score is nearest to the mean. The t
 must not contain a discordant pair either, or the prompt is dropped. Finally the most frequent score
 is downsampled to the count of the runner-up.
 """
+import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
 
-from srlm_jax import catalog, cli, conversation, hosts, records, schema, stage
+from srlm_jax import catalog, cli, conversation, hosts, records, schema, spill, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import judges, scores as scoring
+
+DOWNSAMPLED = 'downsampled: most frequent score'
+Agreed = tuple[list[schema.EftExample], dict[str, str]]  # {id of another reply: reason}
 
 
 def run(config, workdir):
@@ -32,74 +39,116 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  ranked = ranking.of_split(s, 'train')
-  judgements = []
-  if config.eft.targets == 'baseline':
-    judgements = list(s.read('judge/judgements-*.jsonl'))
-    scores = scoring.by_response(judgements, config.eft.quorum)
-    agreed, dropped = from_baseline(ranked, scores, judge)
-  else:
-    agreed, dropped = from_ranks(ranked, judge)
-  kept = balance(agreed)
-  kept_ids = {e.id for e in kept}
-  dropped |= {e.id: 'downsampled: most frequent score'
-              for e in agreed if e.id not in kept_ids}
-  found = _summary(ranked, judgements, agreed, kept, dropped)
+  seen = survey(s, config, judge)
+  found = _summary(seen)
   hosts.log(f'{s.title}: {table(found)}')
-  if not kept:
+  if not found.examples:
     hosts.log(f'{s.title}: no judgement of the SFT baseline agrees with the human ranks on any of '
-              f'{len(ranked)} prompts; the model is too weak to write EFT data, use '
+              f'{found.prompts} prompts; the model is too weak to write EFT data, use '
               f'eft.targets=ranks instead')
   s.begin()
   if hosts.is_first_host():
-    records.write(s.folder / 'dropped.jsonl',
-                  (schema.DroppedReply(id=name, reason=reason)
-                   for name, reason in sorted(dropped.items())))
-    records.write(s.folder / 'eft.jsonl', kept)
+    _write(s, _agreed(s, config, judge), seen.balance)
   s.finish(found)
 
 
-def _summary(ranked: list[schema.RankedPrompt], judgements: list[schema.Judgement],
-             agreed: list[schema.EftExample], kept: list[schema.EftExample],
-             dropped: dict[str, str]) -> schema.EftSummary:
+def _agreed(s: stage.Stage, config, judge: judges.Judge,
+            counts: Counter | None = None) -> Iterator[tuple[schema.RankedPrompt, Agreed]]:
+  """Yields the ranked prompts with their examples, one by one.
+
+  counts: gets the number of judgements by score, None for those without one
+  """
+  if config.eft.targets != 'baseline':
+    for r in ranking.of_split(s, 'train'):
+      yield r, from_ranks(r, judge)
+    return
+  file = 'judge/judgements-*.jsonl'
+  judged = scoring.Judged(s.read(file), config.eft.quorum, s.path(file))
+  for r in ranking.of_split(s, 'train'):
+    yield r, from_baseline(r, [judged.of(_reply_id(r, reply)) for reply in r.replies], judge)
+  judged.finish()
+  if counts is not None:
+    counts.update(judged.counts)
+
+
+@dataclasses.dataclass
+class Survey:
+  """The counts of all prompts before the scores are balanced, and the balance."""
+  balance: 'Balance'
+  prompts: int = 0
+  replies: int = 0
+  judged: Counter = dataclasses.field(default_factory=Counter)   # judgements by score, or None
+  dropped: Counter = dataclasses.field(default_factory=Counter)  # replies by reason
+
+
+def survey(s: stage.Stage, config, judge: judges.Judge) -> Survey:
+  """Reads all inputs once, before anything is written."""
+  seen = Survey(Balance())
+  for r, (examples, dropped) in _agreed(s, config, judge, seen.judged):
+    seen.prompts += 1
+    seen.replies += len(r.replies)
+    seen.dropped.update(dropped.values())
+    for example in examples:
+      seen.balance.add(example)
+  return seen
+
+
+def _write(s: stage.Stage, agreed: Iterator[tuple[schema.RankedPrompt, Agreed]],
+           balance: 'Balance'):
+  """Writes the examples that are kept, and the other replies in the order of their ids."""
+  lines = spill.Spill()
+  with records.replacing(s.folder / 'eft.jsonl') as out:
+    for _, (examples, dropped) in agreed:
+      for example in examples:
+        if balance.keeps(example):
+          out.write(records.dump(example))
+        else:
+          dropped[example.id] = DOWNSAMPLED
+      for name, reason in dropped.items():
+        lines.add(name, records.dump(schema.DroppedReply(id=name, reason=reason)))
+  with records.replacing(s.folder / 'dropped.jsonl') as out:
+    out.writelines(lines.sorted())
+
+
+def _summary(seen: Survey) -> schema.EftSummary:
   """The counts and score histograms that go to done.json."""
-  parsed = [j.score for j in judgements if j.score is not None]
+  before, after = seen.balance.before, seen.balance.after
+  made, judged = before.total(), +seen.judged
+  dropped = seen.dropped + Counter({DOWNSAMPLED: made - after.total()})
+  judgements = judged.total()
+  del judged[None]
   return schema.EftSummary(
-      examples=len(kept), prompts=len(ranked), replies=sum(len(r.replies) for r in ranked),
-      judgements=len(judgements), parsed=len(parsed),
-      dropped=dict(sorted(Counter(dropped.values()).items())),
-      scores_judged=scoring.histogram(parsed),
-      scores_before=scoring.histogram(e.score for e in agreed),
-      scores=scoring.histogram(e.score for e in kept))
+      examples=after.total(), prompts=seen.prompts, replies=seen.replies, judgements=judgements,
+      parsed=judged.total(), dropped=dict(sorted(dropped.items())),
+      scores_judged=scoring.histogram(judged.elements()),
+      scores_before=scoring.histogram(before.elements()),
+      scores=scoring.histogram(after.elements()))
 
 
-def from_baseline(
-    ranked: list[schema.RankedPrompt], scores: dict[str, scoring.Score],
-    judge: judges.Judge) -> tuple[list[schema.EftExample], dict[str, str]]:
-  """-> the examples that satisfy the rules above, and {reply id: reason} of the dropped replies."""
-  examples, dropped = [], {}
-  for r in ranked:
-    replies = [(reply, scores.get(_reply_id(r, reply))) for reply in r.replies]
-    why = _disagreement([(reply.rank, score.mean if score else None)
-                         for reply, score in replies])
-    if why:
-      dropped |= {_reply_id(r, reply): why for reply, _ in replies}
-      continue
-    targets = []
-    for reply, score in replies:
-      if target := _nearest_to_mean(score):
-        targets.append((reply, target))
-      else:
-        dropped[_reply_id(r, reply)] = 'no finished judgement'
-    # Means in the order of the ranks may have nearest judgements that are not in that order: the
-    # judgements nearest to 3.5 and 3.3 may be 3 and 4.
-    orders = scoring.orders([(reply.rank, target.score) for reply, target in targets])
-    if min(orders, default=0) < 0:
-      dropped |= {_reply_id(r, reply): 'targets contradict the human ranks' for reply, _ in targets}
+def from_baseline(r: schema.RankedPrompt, scores: Sequence[scoring.Score],
+                  judge: judges.Judge) -> Agreed:
+  """A prompt and the scores of its replies -> its examples, which satisfy the rules above.
+
+  Returns them with {reply id: reason} of the other replies.
+  """
+  replies = list(zip(r.replies, scores, strict=True))
+  why = _disagreement([(reply.rank, score.mean) for reply, score in replies])
+  if why:
+    return [], {_reply_id(r, reply): why for reply in r.replies}
+  targets, dropped = [], {}
+  for reply, score in replies:
+    if target := _nearest_to_mean(score):
+      targets.append((reply, target))
     else:
-      examples += [_example(r, reply, target.text, target.score, judge, target.token_ids)
-                   for reply, target in targets]
-  return examples, dropped
+      dropped[_reply_id(r, reply)] = 'no finished judgement'
+  # Means in the order of the ranks may have nearest judgements that are not in that order: the
+  # judgements nearest to 3.5 and 3.3 may be 3 and 4.
+  orders = scoring.orders([(reply.rank, target.score) for reply, target in targets])
+  if min(orders, default=0) < 0:
+    return [], dropped | {_reply_id(r, reply): 'targets contradict the human ranks'
+                          for reply, _ in targets}
+  return [_example(r, reply, target.text, target.score, judge, target.token_ids)
+          for reply, target in targets], dropped
 
 
 def _nearest_to_mean(score: scoring.Score) -> schema.Judgement | None:
@@ -118,38 +167,66 @@ def _disagreement(replies: list[tuple[int, float | None]]) -> str:
   return '' if max(orders, default=0) > 0 else 'no pair agrees with the human ranks'
 
 
-def from_ranks(ranked: list[schema.RankedPrompt],
-               judge: judges.Judge) -> tuple[list[schema.EftExample], dict[str, str]]:
+def from_ranks(r: schema.RankedPrompt, judge: judges.Judge) -> Agreed:
   """Human ranks as scores: the best rank gets the highest score, the worst rank the lowest.
 
   The ranks between are spaced evenly. The justification only states the rank. Returns what
   `from_baseline` returns.
   """
-  examples, dropped = [], {}
-  for r in ranked:
-    worst = max(reply.rank for reply in r.replies)
-    for reply in r.replies:
-      if worst == 0:
-        dropped[_reply_id(r, reply)] = 'all replies have the same human rank'
-        continue
-      score = judge.nearest(judge.highest - (judge.highest - judge.lowest) * reply.rank / worst)
-      text = f'People ranked it {reply.rank + 1} of {len(r.replies)}.\n{judge.state(score)}'
-      examples.append(_example(r, reply, text, score, judge))
-  return examples, dropped
+  worst, examples = max(reply.rank for reply in r.replies), []
+  if worst == 0:
+    return [], {_reply_id(r, reply): 'all replies have the same human rank' for reply in r.replies}
+  for reply in r.replies:
+    score = judge.nearest(judge.highest - (judge.highest - judge.lowest) * reply.rank / worst)
+    text = f'People ranked it {reply.rank + 1} of {len(r.replies)}.\n{judge.state(score)}'
+    examples.append(_example(r, reply, text, score, judge))
+  return examples, {}
 
 
-def balance(examples: list[schema.EftExample]) -> list[schema.EftExample]:
+class Balance:
   """Downsamples the most frequent score to the runner-up's count (PAPER 3.1).
 
-  A hash of the ids selects the examples, so that the selection is reproducible.
+  A hash of the ids selects the examples, so that the selection is reproducible. All examples are
+  added before any is kept.
   """
-  counts = Counter(scoring.whole(e.score) for e in examples).most_common()
-  if len(counts) < 2:
-    return examples
-  (most_frequent, _), (_, limit) = counts[:2]
-  ids = [e.id for e in examples if scoring.whole(e.score) == most_frequent]
-  removed = set(sorted(ids, key=records.digest)[limit:])
-  return [e for e in examples if e.id not in removed]
+
+  def __init__(self):
+    self._hashes = {}  # {whole score: hashes of the ids}
+
+  def add(self, example: schema.EftExample):
+    hashes = self._hashes.setdefault(scoring.whole(example.score), array.array('Q'))
+    hashes.append(_hash(example))
+
+  @property
+  def before(self) -> Counter:
+    """{whole score: examples}."""
+    return Counter({score: len(hashes) for score, hashes in self._hashes.items()})
+
+  @property
+  def after(self) -> Counter:
+    """The same of those that are kept."""
+    return Counter({score: min(count, self._limit[1]) if score == self._limit[0] else count
+                    for score, count in self.before.items()})
+
+  def keeps(self, example: schema.EftExample) -> bool:
+    """Whether an example that was added is kept."""
+    return scoring.whole(example.score) != self._limit[0] or _hash(example) <= self._last
+
+  @functools.cached_property
+  def _limit(self) -> tuple[int | None, int]:
+    """The most frequent score, None without another one, and how many examples of it are kept."""
+    counts = self.before.most_common(2)
+    return (counts[0][0], counts[1][1]) if len(counts) > 1 else (None, 0)
+
+  @functools.cached_property
+  def _last(self) -> int:
+    """The largest hash of the examples with that score that are kept."""
+    score, limit = self._limit
+    return sorted(self._hashes[score])[limit - 1]
+
+
+def _hash(example: schema.EftExample) -> int:
+  return int(records.digest(example.id), 16)
 
 
 def table(found: schema.EftSummary) -> str:

@@ -4,8 +4,9 @@ Scores can rise while agreement with the human ranks falls. So these statistics 
 model improved. They show when it cannot have improved.
 """
 from collections import Counter
-from collections.abc import Iterable
-import statistics
+from collections.abc import Iterable, Iterator
+import itertools
+import operator
 
 from srlm_jax import catalog, cli, hosts, InputError, schema, stage
 from srlm_jax.reward import scores as scoring
@@ -46,161 +47,252 @@ def measure(s: stage.Stage, model: str, quorum: int) -> dict:
 
   Shares are fractions from 0 to 1. Lengths are in characters.
   """
-  responses = list(s.read('respond/responses-*.jsonl'))
-  judgements = list(s.read('judge/judgements-*.jsonl'))
   found, sentences = {}, []
-  if attempts := list(s.read('prompts/attempts.jsonl')):
-    found['prompts'] = of_prompts(attempts, list(s.read('prompts/prompts.jsonl')))
-  if responses:
-    found['responses'] = of_responses(responses)
-    sentences += warn_responses(f'{model}/respond', responses)
-  if judgements:
-    found['judgements'] = of_judgements(judgements)
-    sentences += warn_judgements(f'{model}/judge', judgements)
-  if responses and judgements:
-    found['ties'] = of_ties(responses, judgements, quorum)
-    sentences += warn_ties(f'{model}/judge', responses, judgements, quorum)
-  prompts = len({r.prompt_id for r in responses})
+  if s.has('prompts/attempts.jsonl'):
+    attempts = of_prompts(s.read('prompts/attempts.jsonl'), s.read('prompts/prompts.jsonl'))
+    found |= dict(prompts=attempts) if attempts['attempts'] else {}
+  responses, judgements, ties = Responses(), Judgements(), Ties()
+  _count(s, quorum, responses, judgements, ties)
+  if responses.count:
+    found['responses'] = responses.found()
+    sentences += responses.warnings(f'{model}/respond')
+  if judgements.count:
+    found['judgements'] = judgements.found()
+    sentences += judgements.warnings(f'{model}/judge')
+  if responses.count and judgements.count:
+    found['ties'] = ties.found()
+    sentences += ties.warnings(f'{model}/judge')
   if s.has('pairs/positives.jsonl'):
     found['positives'] = sum(1 for _ in s.read('pairs/positives.jsonl'))
   elif s.has('pairs/pairs.jsonl'):
-    pairs = list(s.read('pairs/pairs.jsonl'))
-    found['pairs'] = of_pairs(pairs, prompts)
-    sentences += warn_pairs(f'{model}/pairs', pairs, prompts)
+    pairs = Pairs(s.read('pairs/pairs.jsonl'))
+    found['pairs'] = pairs.found(responses.prompts)
+    sentences += pairs.warnings(f'{model}/pairs', responses.prompts)
   return dict(found, warnings=sentences)
 
 
-def of_prompts(attempts: list[schema.Attempt], prompts: list[schema.Prompt]) -> dict:
+def _count(s: stage.Stage, quorum: int, responses: 'Responses', judgements: 'Judgements',
+           ties: 'Ties'):
+  """Adds the responses and the judgements of the stage's inputs, prompt by prompt."""
+  file = 'judge/judgements-*.jsonl'
+  made = judgements.passing(s.read(file))
+  if not s.has('respond/responses-*.jsonl'):
+    for _ in made:  # counts them
+      pass
+    return
+  judged = scoring.Judged(made, quorum, s.path(file)) if s.has(file) else None
+  for group in by_prompt(s.read('respond/responses-*.jsonl')):
+    responses.add(group)
+    if judged:
+      ties.add(judged.of(r.id).mean for r in group)
+  if judged:
+    judged.finish()
+
+
+def of_prompts(attempts: Iterable[schema.Attempt], prompts: Iterable[schema.Prompt]) -> dict:
   """Counts of attempts, accepted prompts and drop reasons."""
-  dropped = Counter(a.reason for a in attempts)
-  passed = dropped.pop('', 0)
-  dropped['more than wanted'] = passed - len(prompts)
-  return dict(attempts=len(attempts), accepted=len(prompts),
-              dropped=dict(sorted((+dropped).items())))
+  dropped, accepted = Counter(a.reason for a in attempts), sum(1 for _ in prompts)
+  made, passed = dropped.total(), dropped.pop('', 0)
+  dropped['more than wanted'] = passed - accepted
+  return dict(attempts=made, accepted=accepted, dropped=dict(sorted((+dropped).items())))
 
 
-def of_responses(responses: list[schema.Response]) -> dict:
-  """Counts, the unfinished and the duplicated share, the mean length."""
-  finish = Counter(r.finish for r in responses)
-  return dict(
-      count=len(responses), unfinished=round(1 - finish[schema.EOS] / len(responses), 4),
-      cut=finish[schema.CUT], too_long=finish[schema.TOO_LONG],
-      repeated=round(_repeated(responses), 4),
-      empty=sum(not r.response.strip() for r in responses),
-      characters=_mean_length(r.response for r in responses))
+def by_prompt(responses: Iterable[schema.Response]) -> Iterator[list[schema.Response]]:
+  """Yields the responses to each prompt, which follow each other."""
+  for _, group in itertools.groupby(responses, operator.attrgetter('prompt_id')):
+    yield list(group)
 
 
-def of_judgements(judgements: list[schema.Judgement]) -> dict:
-  """Counts, the parse rate, parse failures by reason, and the score histogram.
+class Responses:
+  """Statistics of responses. The responses to a prompt must follow each other."""
 
-  `largest_share` is the share of the most frequent score.
+  def __init__(self, responses: Iterable[schema.Response] = ()):
+    self.prompts, self._distinct, self._empty = 0, 0, 0
+    self._finish, self._characters = Counter(), scoring.Mean()
+    for group in by_prompt(responses):
+      self.add(group)
+
+  def add(self, group: list[schema.Response]):
+    """Adds all responses to a prompt."""
+    texts = [r.response.strip() for r in group]
+    self.prompts += 1
+    self._distinct += len({*texts})
+    self._empty += texts.count('')
+    for r in group:
+      self._finish[r.finish] += 1
+      self._characters.add(len(r.response))
+
+  @property
+  def count(self) -> int:
+    return self._characters.count
+
+  @property
+  def _repeated(self) -> float:
+    """The fraction of responses that duplicate another response to the same prompt."""
+    return 1 - self._distinct / self.count if self.count else 0.0
+
+  def found(self) -> dict:
+    """Counts, the unfinished and the duplicated share, the mean length."""
+    finish = self._finish
+    return dict(
+        count=self.count, unfinished=round(1 - finish[schema.EOS] / self.count, 4),
+        cut=finish[schema.CUT], too_long=finish[schema.TOO_LONG],
+        repeated=round(self._repeated, 4), empty=self._empty,
+        characters=self._characters.rounded(1))
+
+  def warnings(self, title: str) -> list[str]:
+    """Warnings: more responses are cut than finished; most candidates duplicate another one."""
+    finish, sentences = self._finish, []
+    if finish[schema.CUT] > finish[schema.EOS]:
+      sentences.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, '
+                       f'{finish["eos"]:,} are finished; the model does not end its answers, or '
+                       f'the limit is too low.')
+    if self._repeated > REPEATED:
+      sentences.append(f'{title}: {self._repeated:.0%} of the candidates duplicate another one of '
+                       f'their prompt; raise the temperature to make them differ.')
+    return sentences
+
+
+class Judgements:
+  """Statistics of judgements.
+
+  unparsed: the number of judgements without a score, by reason
   """
-  parsed = [j.score for j in judgements if j.score is not None]
-  histogram = scoring.histogram(parsed)
-  return dict(
-      count=len(judgements), parse_rate=round(len(parsed) / len(judgements), 4),
-      unparsed=dict(sorted(unparsed(judgements).items())), score_histogram=histogram,
-      largest_share=round(max(histogram.values()) / len(parsed), 4) if parsed else None)
+
+  def __init__(self, judgements: Iterable[schema.Judgement] = ()):
+    self.count, self.unparsed, self._scores = 0, Counter(), Counter()
+    for judgement in judgements:
+      self.add(judgement)
+
+  def add(self, judgement: schema.Judgement):
+    self.count += 1
+    if judgement.score is None:
+      self.unparsed[judgement.reason] += 1
+    else:
+      self._scores[scoring.whole(judgement.score)] += 1
+
+  def passing(self, judgements: Iterable[schema.Judgement]) -> Iterator[schema.Judgement]:
+    """Yields the judgements, and adds each before."""
+    for judgement in judgements:
+      self.add(judgement)
+      yield judgement
+
+  @property
+  def histogram(self) -> dict[str, int]:
+    """{whole score: judgements}."""
+    return scoring.histogram(self._scores.elements())
+
+  def found(self) -> dict:
+    """Counts, the parse rate, parse failures by reason, and the score histogram.
+
+    `largest_share` is the share of the most frequent score.
+    """
+    parsed = self._scores.total()
+    return dict(
+        count=self.count, parse_rate=round(parsed / self.count, 4),
+        unparsed=dict(sorted(self.unparsed.items())),
+        score_histogram=self.histogram,
+        largest_share=round(max(self._scores.values()) / parsed, 4) if parsed else None)
+
+  def warnings(self, title: str) -> list[str]:
+    """Warnings: the parse rate is low; most scores have the same value."""
+    parsed, sentences = self._scores.total(), []
+    if parsed < PARSED * self.count:
+      why = ', '.join(f'{n:,} {reason}' for reason, n in self.unparsed.items())
+      sentences.append(f'{title}: {parsed:,} of {self.count:,} judgements have a score '
+                       f'(the others: {why}), fewer than {PARSED:.0%}.')
+    for value, count in self._scores.items():
+      if count > ONE_SCORE * parsed:
+        sentences.append(f'{title}: {count / parsed:.0%} of the scores are {value}; the judge '
+                         f'hardly distinguishes the responses.')
+    return sentences
 
 
-def of_ties(responses: list[schema.Response], judgements: list[schema.Judgement],
-            quorum: int) -> dict:
-  """The number of prompts with at least two scored candidates.
+class Ties:
+  """The prompts with at least two scored candidates, and those of them with equal scores only."""
 
-  `all_equal` is the fraction of these prompts whose candidates all have the same score.
-  """
-  scores, groups = scoring.by_response(judgements, quorum), {}
-  for r in responses:
-    score = scores.get(r.id)
-    if score and score.mean is not None:
-      groups.setdefault(r.prompt_id, []).append(score.mean)
-  groups = [means for means in groups.values() if len(means) > 1]
-  equal = sum(len(set(means)) == 1 for means in groups)
-  return dict(prompts=len(groups), all_equal=round(equal / max(len(groups), 1), 4))
+  def __init__(self):
+    self._prompts, self._equal = 0, 0
 
+  def add(self, means: Iterable[float | None]):
+    """Adds a prompt by the mean scores of its candidates."""
+    means = [mean for mean in means if mean is not None]
+    self._prompts += len(means) > 1
+    self._equal += len(means) > 1 and len({*means}) == 1
 
-def of_pairs(pairs: list[schema.Pair], prompts: int) -> dict:
-  """The yield, mean lengths of the chosen and rejected responses, the mean score margin."""
-  chosen, rejected = _mean_lengths(pairs)
-  margins = [p.chosen_score - p.rejected_score for p in pairs]
-  return dict(
-      count=len(pairs), per_1000_prompts=round(1000 * len(pairs) / max(prompts, 1), 1),
-      chosen_characters=chosen, rejected_characters=rejected,
-      length_gap=round(chosen - rejected, 1),
-      margin=round(statistics.fmean(margins), 3) if margins else None)
+  def found(self) -> dict:
+    """The number of these prompts; `all_equal` is the fraction with equal scores only."""
+    return dict(prompts=self._prompts, all_equal=round(self._equal / max(self._prompts, 1), 4))
+
+  def warnings(self, title: str) -> list[str]:
+    """Warning: most prompts have candidates with equal scores only."""
+    share = self.found()['all_equal']
+    if share <= TIED:
+      return []
+    return [f'{title}: for {share:.0%} of the prompts all candidates have the same score; these '
+            f'prompts give no pair.']
 
 
-def warn_judgements(title: str, judgements: list[schema.Judgement]) -> list[str]:
-  """Warnings: the parse rate is low; most scores have the same value."""
-  scores = [scoring.whole(j.score) for j in judgements if j.score is not None]
-  sentences = []
-  if len(scores) < PARSED * len(judgements):
-    why = ', '.join(f'{n:,} {reason}' for reason, n in unparsed(judgements).items())
-    sentences.append(f'{title}: {len(scores):,} of {len(judgements):,} judgements have a score '
-                     f'(the others: {why}), fewer than {PARSED:.0%}.')
-  for value, count in Counter(scores).items():
-    if count > ONE_SCORE * len(scores):
-      sentences.append(f'{title}: {count / len(scores):.0%} of the scores are {value}; the judge '
-                       f'hardly distinguishes the responses.')
-  return sentences
+class Pairs:
+  """Statistics of pairs. `prompts`: the number of prompts that were answered."""
+
+  def __init__(self, pairs: Iterable[schema.Pair]):
+    self._chosen, self._rejected, self._margin = (scoring.Mean() for _ in range(3))
+    for pair in pairs:
+      self._chosen.add(len(pair.chosen))
+      self._rejected.add(len(pair.rejected))
+      self._margin.add(pair.chosen_score - pair.rejected_score)
+
+  def found(self, prompts: int) -> dict:
+    """The yield, mean lengths of the chosen and rejected responses, the mean score margin."""
+    count, (chosen, rejected) = self._margin.count, self._lengths()
+    return dict(
+        count=count, per_1000_prompts=round(1000 * count / max(prompts, 1), 1),
+        chosen_characters=chosen, rejected_characters=rejected,
+        length_gap=round(chosen - rejected, 1), margin=self._margin.rounded(3))
+
+  def warnings(self, title: str, prompts: int) -> list[str]:
+    """Warnings: the prompts gave few pairs; chosen responses are much longer than rejected ones."""
+    count, (chosen, rejected) = self._margin.count, self._lengths()
+    sentences = []
+    if 1000 * count < FEW * prompts:
+      sentences.append(f'{title}: {count:,} pairs from {prompts:,} prompts, fewer than {FEW} '
+                       f'per 1,000.')
+    if count and chosen > LONGER * rejected:
+      sentences.append(f'{title}: chosen responses have {chosen:,.0f} characters on average, '
+                       f'rejected ones {rejected:,.0f}; the model may only learn to prefer length.')
+    return sentences
+
+  def _lengths(self) -> tuple[float, float]:
+    """The mean lengths of the chosen and of the rejected responses, in characters; 0 without any.
+    """
+    return self._chosen.rounded(1) or 0.0, self._rejected.rounded(1) or 0.0
+
+
+# For all records of a kind at once.
+def warn_judgements(title: str, judgements: Iterable[schema.Judgement]) -> list[str]:
+  return Judgements(judgements).warnings(title)
 
 
 def warn_responses(title: str, responses: Iterable[schema.Response]) -> list[str]:
-  """Warnings: more responses are cut than finished; most candidates duplicate another one."""
-  responses = list(responses)
-  finish, sentences = Counter(r.finish for r in responses), []
-  if finish[schema.CUT] > finish[schema.EOS]:
-    sentences.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, '
-                     f'{finish["eos"]:,} are finished; the model does not end its answers, or the '
-                     f'limit is too low.')
-  if _repeated(responses) > REPEATED:
-    sentences.append(f'{title}: {_repeated(responses):.0%} of the candidates duplicate another one '
-                     f'of their prompt; raise the temperature to make them differ.')
-  return sentences
+  return Responses(responses).warnings(title)
 
 
-def warn_ties(title: str, responses: list[schema.Response], judgements: list[schema.Judgement],
-              quorum: int) -> list[str]:
-  """Warning: most prompts have candidates with equal scores only."""
-  share = of_ties(responses, judgements, quorum)['all_equal']
-  if share <= TIED:
-    return []
-  return [f'{title}: for {share:.0%} of the prompts all candidates have the same score; these '
-          f'prompts give no pair.']
+def warn_ties(title: str, responses: Iterable[schema.Response],
+              judgements: Iterable[schema.Judgement], quorum: int) -> list[str]:
+  scores, ties = scoring.by_response(judgements, quorum), Ties()
+  for group in by_prompt(responses):
+    ties.add(scores[r.id].mean for r in group if r.id in scores)
+  return ties.warnings(title)
 
 
-def warn_pairs(title: str, pairs: list[schema.Pair], prompts: int) -> list[str]:
-  """Warnings: the prompts gave few pairs; chosen responses are much longer than rejected ones."""
-  chosen, rejected = _mean_lengths(pairs)
-  sentences = []
-  if 1000 * len(pairs) < FEW * prompts:
-    sentences.append(f'{title}: {len(pairs):,} pairs from {prompts:,} prompts, fewer than {FEW} '
-                     f'per 1,000.')
-  if pairs and chosen > LONGER * rejected:
-    sentences.append(f'{title}: chosen responses have {chosen:,.0f} characters on average, '
-                     f'rejected ones {rejected:,.0f}; the model may only learn to prefer length.')
-  return sentences
+def warn_pairs(title: str, pairs: Iterable[schema.Pair], prompts: int) -> list[str]:
+  return Pairs(pairs).warnings(title, prompts)
 
 
-def unparsed(judgements: list[schema.Judgement]) -> Counter:
+def unparsed(judgements: Iterable[schema.Judgement]) -> Counter:
   """The number of judgements without a score, by reason."""
-  return Counter(j.reason for j in judgements if j.score is None)
-
-
-def _repeated(responses: list[schema.Response]) -> float:
-  """The fraction of responses that duplicate another response to the same prompt."""
-  distinct = {(r.prompt_id, r.response.strip()) for r in responses}
-  return 1 - len(distinct) / len(responses) if responses else 0.0
-
-
-def _mean_lengths(pairs: list[schema.Pair]) -> tuple[float, float]:
-  """Of the chosen and of the rejected responses, in characters."""
-  return _mean_length(p.chosen for p in pairs), _mean_length(p.rejected for p in pairs)
-
-
-def _mean_length(texts: Iterable[str]) -> float:
-  lengths = [len(text) for text in texts]
-  return round(statistics.fmean(lengths), 1) if lengths else 0.0
+  return Judgements(judgements).unparsed
 
 
 if __name__ == '__main__':

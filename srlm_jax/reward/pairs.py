@@ -2,9 +2,12 @@
 
 The data are preference pairs, or positive examples for SFT with `pairs.strategy=positives_only`.
 """
+import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
 import dataclasses
-import statistics
+import itertools
+import operator
 
 from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.conversation import Messages
@@ -33,68 +36,137 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  prompts, judgements = load(s, config)
-  if not prompts or not judgements:
-    raise InputError(f'{s.folder.parent} has {len(prompts)} answered prompts and {len(judgements)} '
-                     f'judgements; run the respond and judge stages first')
+  seen = survey(s, config)
   s.begin()
   if not hosts.is_first_host():
     return s.finish()
-  made, dropped = select(prompts, config.pairs)
-  records.write(s.folder / 'scores.jsonl', (
-      schema.CandidateScore(id=c.id, score=c.score, spread=c.spread)
-      for p in prompts for c in p.candidates))
   kind = 'positives' if strategy == strategies.POSITIVES else 'pairs'
-  records.write(s.folder / f'{kind}.jsonl', made)
-  found = summary(strategy, prompts, judgements, made, dropped)
+  made = Made(config.pairs, seen.rate)
+  with (records.replacing(s.folder / 'scores.jsonl') as scores,
+        records.replacing(s.folder / f'{kind}.jsonl') as out):
+    for prompt in read(s, config):
+      scores.writelines(records.dump(schema.CandidateScore(id=c.id, score=c.score, spread=c.spread))
+                        for c in prompt.candidates)
+      out.writelines(map(records.dump, made.of(prompt)))
+  found = summary(seen, made)
   hosts.log(f'{s.title}: {table(found)}')
   s.finish(found)
 
 
-def load(s: stage.Stage, config) -> tuple[list[ScoredPrompt], list[schema.Judgement]]:
-  """Reads the inputs -> prompts with candidates, and the sampler's judgements."""
-  quorum = config.judge.quorum
-  responses = [(r, False) for r in s.read('respond/responses-*.jsonl')]
-  judgements = list(s.read('judge/judgements-*.jsonl'))
-  again, implicit = {}, {}
-  if catalog.needs('judge_again', config):
-    found = s.read('judge_again/judgements-*.jsonl')
-    scores = scoring.by_response(found, quorum)
-    again = {name: score.mean for name, score in scores.items()}
-  if catalog.needs('implicit', config):
-    rewards = s.read('implicit/rewards-*.jsonl')
-    implicit = {r.id: r.reward for r in rewards}
-  if catalog.needs('respond_older', config):
-    older = s.read('respond_older/responses-*.jsonl')
-    responses += [(r, True) for r in older]
-    judgements += s.read('judge_older/judgements-*.jsonl')
-  scores = scoring.by_response(judgements, quorum)
-  prompts = {}
-  for r, older in responses:
-    score = scores.get(r.id, scoring.Score(None, None, []))
-    prompt = prompts.setdefault(r.prompt_id, ScoredPrompt(r.prompt_id, r.prompt, [], r.messages))
-    prompt.candidates.append(strategies.Candidate(
-        r.id, r.response, r.finish, score.mean, score.spread, again.get(r.id), implicit.get(r.id),
-        older, r.token_ids))
-  return list(prompts.values()), judgements
+def read(s: stage.Stage, config,
+         judged: Sequence[scoring.Judged] = ()) -> Iterator[ScoredPrompt]:
+  """Yields the prompts with their scored candidates, one by one.
+
+  All files are in the order of the prompts, so no more of them than one prompt is in memory.
+  judged: those of `_judged`, if the caller wants their counts
+  """
+  own, older_scores, again = judged or _judged(s, config)
+  implicit, older = (
+      records.Matched(s.read(file), operator.attrgetter(key), s.path(file))
+      if catalog.needs(name, config) else None
+      for name, file, key in (('implicit', 'implicit/rewards-*.jsonl', 'id'),
+                              ('respond_older', 'respond_older/responses-*.jsonl', 'prompt_id')))
+
+  def candidate(r: schema.Response, scores: scoring.Judged, is_older: bool):
+    score = scores.of(r.id)
+    return strategies.Candidate(
+        r.id, r.response, r.finish, score.mean, score.spread,
+        again.of(r.id).mean if again else None,
+        next((x.reward for x in implicit.of(r.id)), None) if implicit else None,
+        is_older, r.token_ids)
+  responses = s.read('respond/responses-*.jsonl')
+  for prompt_id, group in itertools.groupby(responses, operator.attrgetter('prompt_id')):
+    group = list(group)
+    candidates = [candidate(r, own, False) for r in group]
+    if older:
+      candidates += [candidate(r, older_scores, True) for r in older.of(prompt_id)]
+    yield ScoredPrompt(prompt_id, group[0].prompt, candidates, group[0].messages)
+  for file in (older, own, older_scores, again, implicit):
+    if file:
+      file.finish()
 
 
-def select(prompts: list[ScoredPrompt], config) -> tuple[
-    list[schema.Pair] | list[schema.Positive], Counter]:
-  """-> pairs or positives, and the number of prompts without any, by reason."""
-  make = _positives if config.strategy == strategies.POSITIVES else _pair
-  made, dropped = [], Counter()
-  for prompt in prompts:
-    new = make(prompt, config)
-    if isinstance(new, str):
-      dropped[new] += 1
-    else:
-      made += new
-  if config.strategy == 'consistency' and made:
-    taus = {p.id: strategies.kendall_tau(p.candidates) for p in prompts}
-    rate = strategies.consistency_rate([tau for tau in taus.values() if tau is not None])
-    made = [dataclasses.replace(pair, tau=taus[pair.id], soft_label=rate) for pair in made]
-  return made, dropped
+def _judged(s: stage.Stage, config) -> list[scoring.Judged | None]:
+  """The scores by the sampler, of its own and of the older model's responses, and by that model.
+
+  None: the strategy does not need them.
+  """
+  files = dict(judge=True, judge_older=catalog.needs('judge_older', config),
+               judge_again=catalog.needs('judge_again', config))
+  return [scoring.Judged(s.read(f'{name}/judgements-*.jsonl'), config.judge.quorum,
+                         s.path(f'{name}/judgements-*.jsonl')) if is_needed else None
+          for name, is_needed in files.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+  """The statistics of what the stage reads."""
+  prompts: int
+  judgements: int          # by the sampler
+  parsed: int              # that have a score
+  histogram: dict[str, int]
+  all_scores_equal: int    # prompts
+  spread: float | None     # mean standard deviation of the judgements of a response
+  rate: float              # strategy `consistency`: the soft label; otherwise 1
+
+
+def survey(s: stage.Stage, config) -> Survey:
+  """Reads all inputs once, before anything is written. Raises InputError as they do."""
+  prompts, equal, spread, taus = 0, 0, scoring.Mean(), array.array('d')
+  judged = _judged(s, config)
+  for prompt in read(s, config, judged):
+    prompts += 1
+    equal += strategies.has_tie(prompt.candidates)
+    for candidate in prompt.candidates:
+      if candidate.spread is not None:
+        spread.add(candidate.spread)
+    if config.pairs.strategy == 'consistency':
+      tau = strategies.kendall_tau(prompt.candidates)
+      taus.extend([] if tau is None else [tau])
+  counts = sum((scores.counts for scores in judged[:2] if scores), Counter())
+  judgements = counts.total()
+  if not prompts or not judgements:
+    raise InputError(f'{s.folder.parent} has {prompts} answered prompts and {judgements} '
+                     f'judgements; run the respond and judge stages first')
+  del counts[None]
+  return Survey(
+      prompts, judgements, counts.total(), scoring.histogram(counts.elements()), equal,
+      spread.rounded(2), strategies.consistency_rate(taus) if taus else 1.0)
+
+
+class Made:
+  """The pairs or positives that are made of prompts, one by one, and their statistics.
+
+  count: pairs or positives; dropped: the number of prompts without any, by reason
+  """
+
+  def __init__(self, config, rate: float):
+    """`config`: the section `pairs`; `rate`: the soft label with the strategy `consistency`."""
+    self.config, self._rate = config, rate
+    self.count, self.dropped, self.smallest_margin = 0, Counter(), None
+    self.margin, self.chosen, self.rejected, self.longer = (scoring.Mean() for _ in range(4))
+
+  def of(self, prompt: ScoredPrompt) -> list[schema.Pair] | list[schema.Positive]:
+    """The pair or the positives of a prompt; [] if there are none."""
+    is_positive = self.config.strategy == strategies.POSITIVES
+    found = (_positives if is_positive else _pair)(prompt, self.config)
+    if isinstance(found, str):
+      self.dropped[found] += 1
+      return []
+    self.count += len(found)
+    if is_positive:
+      return found
+    pair, = found
+    margin = pair.chosen_score - pair.rejected_score
+    self.smallest_margin = min(margin, self.smallest_margin or margin)
+    for mean, value in ((self.margin, margin), (self.chosen, len(pair.chosen)),
+                        (self.rejected, len(pair.rejected)),
+                        (self.longer, len(pair.chosen) - len(pair.rejected))):
+      mean.add(value)
+    if self.config.strategy == 'consistency':
+      pair = dataclasses.replace(pair, tau=strategies.kendall_tau(prompt.candidates),
+                                 soft_label=self._rate)
+    return [pair]
 
 
 def _pair(prompt: ScoredPrompt, config) -> list[schema.Pair] | str:
@@ -120,27 +192,21 @@ def _positives(prompt: ScoredPrompt, config) -> list[schema.Positive] | str:
           for c in found]
 
 
-def summary(
-    strategy: str, prompts: list[ScoredPrompt], judgements: list[schema.Judgement],
-    made: list[schema.Pair] | list[schema.Positive], dropped: Counter) -> schema.PairsSummary:
+def summary(seen: Survey, made: Made) -> schema.PairsSummary:
   """The statistics of done.json: yield, drop reasons, ties, score margins, mean lengths."""
-  pairs = [] if strategy == strategies.POSITIVES else made
-  parsed = [j.score for j in judgements if j.score is not None]
-  chosen, rejected = [len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs]
-  margins = [p.chosen_score - p.rejected_score for p in pairs]
-  is_weighted = strategy == 'consistency' and pairs
+  strategy = made.config.strategy
+  is_positive, smallest = strategy == strategies.POSITIVES, made.smallest_margin
   return schema.PairsSummary(
-      strategy=strategy, pairs=len(pairs), positives=len(made) - len(pairs), prompts=len(prompts),
-      pairs_per_1000_prompts=round(1000 * len(made) / len(prompts), 1),
-      judgements=len(judgements), parsed=len(parsed), score_histogram=scoring.histogram(parsed),
-      dropped=dict(dropped),
-      all_scores_equal=sum(strategies.has_tie(p.candidates) for p in prompts),
-      spread=_mean([c.spread for p in prompts for c in p.candidates if c.spread is not None]),
-      margin=_mean(margins), smallest_margin=round(min(margins), 2) if margins else None,
-      chosen_characters=_mean(chosen), rejected_characters=_mean(rejected),
-      chosen_minus_rejected_characters=_mean(
-          [a - b for a, b in zip(chosen, rejected, strict=True)]),
-      soft_label=round(pairs[0].soft_label, 4) if is_weighted else None)
+      strategy=strategy, pairs=0 if is_positive else made.count,
+      positives=made.count if is_positive else 0, prompts=seen.prompts,
+      pairs_per_1000_prompts=round(1000 * made.count / seen.prompts, 1),
+      judgements=seen.judgements, parsed=seen.parsed, score_histogram=seen.histogram,
+      dropped=dict(made.dropped), all_scores_equal=seen.all_scores_equal, spread=seen.spread,
+      margin=made.margin.rounded(2),
+      smallest_margin=None if smallest is None else round(smallest, 2),
+      chosen_characters=made.chosen.rounded(2), rejected_characters=made.rejected.rounded(2),
+      chosen_minus_rejected_characters=made.longer.rounded(2),
+      soft_label=round(seen.rate, 4) if strategy == 'consistency' and made.count else None)
 
 
 def table(found: schema.PairsSummary) -> str:
@@ -161,10 +227,6 @@ def table(found: schema.PairsSummary) -> str:
   values = {label: getattr(found, key) for key, label in labels.items()}
   lines += [f'  {label:48}{value:6g}' for label, value in values.items() if value is not None]
   return '\n'.join(lines)
-
-
-def _mean(values: list[float]) -> float | None:
-  return round(statistics.fmean(values), 2) if values else None
 
 
 if __name__ == '__main__':

@@ -1,16 +1,19 @@
 """Aggregates judgements into scores: the mean and spread of those that parsed, and statistics."""
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
+import fractions
 import itertools
 import math
+import operator
 import statistics
 
 import numpy as np
 
-from srlm_jax import schema
+from srlm_jax import records, schema
 
-DRAWS = 4000  # bootstrap resamples
+DRAWS = 4000         # bootstrap resamples
+WEIGHTS = 2_000_000  # of the prompts in the resamples that are computed together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,25 +22,72 @@ class Score:
   mean: float | None    # None if fewer judgements parsed than the quorum
   # Population standard deviation of the parsed judgements. None if `mean` is None.
   spread: float | None
-  judgements: list[schema.Judgement]
+  judgements: Sequence[schema.Judgement]
 
 
-def by_response(judgements: Iterable[schema.Judgement], quorum: int) -> dict[str, Score]:
-  """Judgement records -> {response id: Score}.
+def of(judgements: Sequence[schema.Judgement], quorum: int) -> Score:
+  """The judgements of one response -> its score.
 
   A judgement that failed to parse is missing data. It does not count as a score of 0.
   """
+  parsed = [j.score for j in judgements if j.score is not None]
+  if parsed and len(parsed) >= quorum:
+    return Score(statistics.fmean(parsed), statistics.pstdev(parsed), judgements)
+  return Score(None, None, judgements)
+
+
+def by_response(judgements: Iterable[schema.Judgement], quorum: int) -> dict[str, Score]:
+  """All judgement records -> {response id: Score}."""
   grouped = {}
   for judgement in judgements:
     grouped.setdefault(judgement.response_id, []).append(judgement)
-  scores = {}
-  for response_id, group in grouped.items():
-    parsed = [j.score for j in group if j.score is not None]
-    if parsed and len(parsed) >= quorum:
-      scores[response_id] = Score(statistics.fmean(parsed), statistics.pstdev(parsed), group)
-    else:
-      scores[response_id] = Score(None, None, group)
-  return scores
+  return {response_id: of(group, quorum) for response_id, group in grouped.items()}
+
+
+class Judged:
+  """The scores of responses, which are asked for in the order in which they were judged.
+
+  counts: {score, or None for a judgement without one: judgements}, of those that were read so far
+  """
+
+  def __init__(self, judgements: Iterable[schema.Judgement], quorum: int, source):
+    """`source`: the path of the judgements, for errors."""
+    self.counts, self._quorum = Counter(), quorum
+    self._found = records.Matched(judgements, operator.attrgetter('response_id'), source)
+
+  def of(self, response_id: str) -> Score:
+    """The score of a response; without a mean if no judgement is of it."""
+    judgements = self._found.of(response_id)
+    self.counts.update(j.score for j in judgements)
+    return of(judgements, self._quorum)
+
+  def finish(self):
+    """Raises InputError for judgements of other responses; see `records.Matched`."""
+    self._found.finish()
+
+
+class Mean:
+  """A running mean: exactly `statistics.fmean` of the numbers that were added.
+
+  >>> mean = Mean()
+  >>> mean.value, mean.add(0.1), mean.add(0.2), mean.value
+  (None, None, None, 0.15000000000000002)
+  """
+
+  def __init__(self):
+    self.count, self._sum = 0, fractions.Fraction()
+
+  def add(self, value: float):
+    self.count += 1
+    self._sum += fractions.Fraction(value)
+
+  @property
+  def value(self) -> float | None:
+    """None without a number."""
+    return float(self._sum) / self.count if self.count else None
+
+  def rounded(self, digits: int) -> float | None:
+    return None if self.value is None else round(self.value, digits)
 
 
 def orders(replies: list[tuple[float, float]]) -> list[float]:
@@ -51,6 +101,17 @@ def orders(replies: list[tuple[float, float]]) -> list[float]:
   """
   return [(b[0] - a[0]) * (a[1] - b[1])
           for a, b in itertools.combinations(replies, 2) if a[0] != b[0]]
+
+
+def ranks(values: Iterable[float]) -> tuple[int, ...]:
+  """The place of each value among the distinct ones: what rank correlations depend on.
+
+  >>> ranks([2.5, 1.0, 4.0, 2.5])
+  (1, 0, 2, 1)
+  """
+  values = list(values)
+  places = {value: i for i, value in enumerate(sorted({*values}))}
+  return tuple(places[value] for value in values)
 
 
 def standard_error(values: list[float]) -> float:
@@ -67,9 +128,12 @@ def intervals(sums: np.ndarray, counts: np.ndarray) -> list[list[float] | None]:
   prompts, measures = sums.shape
   if not prompts:
     return [None] * measures
-  rng = np.random.default_rng(0)
-  weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), DRAWS)  # [DRAWS, prompts]
-  numerators, denominators = weights @ sums, weights @ counts               # [DRAWS, measures]
+  rng, size = np.random.default_rng(0), max(1, WEIGHTS // prompts)
+  numerators, denominators = np.empty((2, DRAWS, measures))
+  for start in range(0, DRAWS, size):  # all weights together would be DRAWS x prompts
+    rows = slice(start, min(start + size, DRAWS))
+    weights = rng.multinomial(prompts, np.full(prompts, 1 / prompts), rows.stop - start)
+    numerators[rows], denominators[rows] = weights @ sums, weights @ counts
   found = []
   for numerator, denominator in zip(numerators.T, denominators.T, strict=True):
     defined = denominator > 0

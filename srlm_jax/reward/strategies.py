@@ -11,11 +11,13 @@
 """
 from collections.abc import Callable
 import dataclasses
+import functools
 import itertools
 
 from scipy import stats
 
 from srlm_jax import closest, InputError
+from srlm_jax.reward import scores as scoring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +152,13 @@ def kendall_tau(candidates: list[Candidate]) -> float | None:
   both = [(c.score, c.again) for c in candidates if c.valid and c.again is not None]
   if len(both) < 2:
     return None
-  scores, older_scores = zip(*both, strict=True)
-  if len(set(scores)) == 1 or len(set(older_scores)) == 1:
-    return 0.0
-  return float(stats.kendalltau(scores, older_scores).statistic)
+  return _kendall_tau(*map(scoring.ranks, zip(*both, strict=True)))
+
+
+@functools.lru_cache(10_000)  # scipy takes half a millisecond, and few candidates have few orders
+def _kendall_tau(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+  """Of two rankings, see `scores.ranks`."""
+  return 0.0 if len({*a}) == 1 or len({*b}) == 1 else float(stats.kendalltau(a, b).statistic)
 
 
 def consistency_rate(taus: list[float]) -> float:

@@ -8,16 +8,20 @@ limits apply: `meta_judge.share` bounds the share of these pairs among all pairs
 Without it the judge would learn to give its favourite score.
 """
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 import math
+import operator
 
+import msgspec
 import numpy as np
 from scipy import optimize
 
-from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, stage
+from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, spill, stage
 from srlm_jax.data import templates
-from srlm_jax.reward import judges, scores as scoring
+from srlm_jax.reward import health, judges, scores as scoring
 from srlm_jax.sample import engine as engines, judge as judging, shards
 
 SLOTS = ('request', 'first', 'second')
@@ -28,9 +32,17 @@ Group = list[schema.Judgement]  # of one response
 
 
 @dataclasses.dataclass(frozen=True)
+class Judged:
+  """A response whose judgements are compared."""
+  asked: str    # the judge prompt
+  group: Group
+
+
+@dataclasses.dataclass(frozen=True)
 class Item:
   """Two judgements of a response to compare, in this order."""
   id: str
+  asked: str
   first: schema.Judgement
   second: schema.Judgement
 
@@ -59,44 +71,76 @@ def run(config, workdir):
   if config.judge.n < 2:
     raise InputError(f'config.judge.n is {config.judge.n}, but comparing judgements needs at least '
                      f'two per response; set it to 2 or more')
-  asked = {r.id: judge.render(prompt=conversation.shown(r), response=judging.seen(r, config.judge))
-           for r in s.read('respond/responses-*.jsonl')}
-  judgements = s.read('judge/judgements-*.jsonl')
   pair_count = sum(1 for _ in s.read('pairs/pairs.jsonl'))
-  groups = most_uncertain(scoring.by_response(judgements, config.judge.quorum), c.responses)
-  comparisons = _compare(s, config, meta, asked, groups)
+  selected = select(s, config, judge)
+  items = sum(len(judged.group) * (len(judged.group) - 1) for judged in selected)
+  winners = Winners(_compare(s, config, meta, selected, items))
   if not hosts.is_first_host():
     return s.finish()
-  made, dropped = _make_pairs(asked, groups, comparisons)
-  kept = limit(made, pair_count, c.share, c.score_share)
-  dropped['over the share limits'] = len(made) - len(kept)
-  records.write(s.folder / 'judge_pairs.jsonl', kept)
+  made = Made(selected, s, winners.weights)
+  kept = limit(made.ratings, pair_count, c.share, c.score_share)
+  dropped = made.dropped + Counter({'over the share limits': len(made.ratings) - len(kept)})
+  with records.replacing(s.folder / 'judge_pairs.jsonl') as out:
+    out.writelines(map(made.line, kept))
   if not kept:
-    reasons = ', '.join(f'{n} {why}' for why, n in (+dropped).items())
-    hosts.log(f'{s.title}: no pairs of judgements from {len(groups)} responses with at least two '
+    reasons = ', '.join(f'{n} {why}' for why, n in dropped.items())
+    hosts.log(f'{s.title}: no pairs of judgements from {len(selected)} responses with at least two '
               f'distinct judgements; dropped: {reasons or "none"}')
-  unparsed = Counter(x.reason for x in comparisons if x.reason)
   s.finish(
-      judge_pairs=len(kept), responses=len(groups), comparisons=len(comparisons),
-      parsed=len(comparisons) - unparsed.total(), unparsed=dict(sorted(unparsed.items())),
-      first_wins=sum(x.winner == 1 for x in comparisons),
-      second_wins=sum(x.winner == -1 for x in comparisons),
-      dropped=dict(+dropped), scores_chosen=scoring.histogram(p.chosen_score for p in kept))
+      judge_pairs=len(kept), responses=len(selected), comparisons=winners.count,
+      parsed=winners.count - winners.unparsed.total(),
+      unparsed=dict(sorted(winners.unparsed.items())), first_wins=winners.first,
+      second_wins=winners.second, dropped=dict(dropped),
+      scores_chosen=scoring.histogram(rating.chosen_score for rating in kept))
 
 
-def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
-             groups: list[Group]) -> list[schema.Comparison]:
-  """Samples the comparisons of every ordered pair in a group -> the records of all hosts.
+class Selected:
+  """The responses whose judgements are compared, in the order of their prompts' ids; on a disk."""
 
-  asked: {response id: judge prompt}.
+  def __init__(self):
+    self._lines, self._count = spill.Spill(), 0
+
+  def add(self, prompt_id: str, judged: Judged):
+    self._lines.add(prompt_id, msgspec.json.encode(judged).decode())
+    self._count += 1
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __iter__(self) -> Iterator[Judged]:
+    decode = msgspec.json.Decoder(Judged).decode
+    return map(decode, self._lines.sorted())
+
+
+def select(s: stage.Stage, config, judge: judges.Judge) -> Selected:
+  """Reads the responses and their judgements, prompt by prompt -> those to compare.
+
+  The order is that of the ids, so that it does not depend on the number of hosts.
+  """
+  selected, file = Selected(), 'judge/judgements-*.jsonl'
+  scores = scoring.Judged(s.read(file), config.judge.quorum, s.path(file))
+  for responses in health.by_prompt(s.read('respond/responses-*.jsonl')):
+    by_id = {r.id: r for r in responses}
+    for group in most_uncertain([scores.of(r.id) for r in responses], config.meta_judge.responses):
+      r = by_id[group[0].response_id]
+      asked = judge.render(prompt=conversation.shown(r), response=judging.seen(r, config.judge))
+      selected.add(r.prompt_id, Judged(asked, group))
+  scores.finish()
+  return selected
+
+
+def _compare(s: stage.Stage, config, meta: judges.Judge, selected: Selected,
+             count: int) -> Iterator[schema.Comparison]:
+  """Samples the comparisons of every ordered pair in a group, `count` in all.
+
+  Returns the records of all hosts.
   """
   c = config.meta_judge
-  items = [Item(_comparison_id(first, second), first, second)
-           for group in groups for first, second in itertools.permutations(group, 2)]
+  items = (Item(_comparison_id(first, second), judged.asked, first, second)
+           for judged in selected for first, second in itertools.permutations(judged.group, 2))
 
   def prompt(item, tokenizer):
-    text = meta.render(request=asked[item.first.response_id], first=item.first.text,
-                       second=item.second.text)
+    text = meta.render(request=item.asked, first=item.first.text, second=item.second.text)
     return templates.encode_prompt(config.chat, text, tokenizer)
 
   def record(item, _, said, result):
@@ -105,8 +149,7 @@ def _compare(s: stage.Stage, config, meta: judges.Judge, asked: dict[str, str],
         id=item.id, response_id=item.first.response_id, first=item.first.id,
         second=item.second.id, text=said.text, winner=winner, reason=reason, finish=result.finish)
   sampling = engines.Sampling(c.temperature, c.top_p, c.max_tokens, c.top_k)
-  return list(shards.write(
-      s, 'comparisons', sampling, items, len(items), prompt, record))
+  return shards.write(s, 'comparisons', sampling, items, count, prompt, record)
 
 
 def _comparison_id(first: schema.Judgement, second: schema.Judgement) -> str:
@@ -114,55 +157,82 @@ def _comparison_id(first: schema.Judgement, second: schema.Judgement) -> str:
   return f'{first.id}:{second.id.replace("%", "%25").replace(":", "%3A")}'
 
 
-def _make_pairs(
-    asked: dict[str, str], groups: list[Group],
-    comparisons: list[schema.Comparison]) -> tuple[list[schema.JudgePair], Counter]:
-  """-> one pair per response, and the number of responses without one, by reason."""
-  weights = position_weights([x.winner for x in comparisons])
-  of_response = {}
-  for comparison in comparisons:
-    of_response.setdefault(comparison.response_id, []).append(comparison)
-  made, dropped = [], Counter()
-  for group in groups:
-    response_id = group[0].response_id
-    found = best_and_worst(group, of_response[response_id], weights)
-    if isinstance(found, str):
-      dropped[found] += 1
-    else:
-      made.append(_pair(asked[response_id], *found))
-  return made, dropped
+class Winners:
+  """Counts of comparisons: all, wins in each position, and those without a winner by reason."""
+
+  def __init__(self, comparisons: Iterable[schema.Comparison]):
+    winners, self.unparsed = Counter(), Counter()
+    for comparison in comparisons:
+      winners[comparison.winner] += 1
+      if comparison.reason:
+        self.unparsed[comparison.reason] += 1
+    self.count, self.first, self.second = winners.total(), winners[1], winners[-1]
+    self.weights = position_weights(self.first, self.second)
 
 
-def most_uncertain(scores: dict[str, scoring.Score], responses: int) -> list[Group]:
-  """-> groups of judgements, one per selected response, at least two judgements each.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rating:
+  """What a pair of judgements is selected by."""
+  id: str  # of the pair
+  chosen_score: float
+  chosen_elo: float
+  rejected_elo: float
 
-  Selects, per prompt, the `responses` responses whose judgements have the largest spread. A group
-  has the finished, parsed judgements with distinct texts. The order is that of the ids, so that it
-  does not depend on the number of hosts.
+
+class Made:
+  """The pairs of judgements, one per response.
+
+  ratings: of each pair; dropped: the number of responses without one, by reason
   """
-  by_prompt = {}
-  for score in scores.values():
+
+  def __init__(self, selected: Selected, s: stage.Stage, weights: tuple[float, float]):
+    """`s`: the stage, which has written the comparisons."""
+    self.ratings, self.dropped, self._pairs = [], Counter(), spill.Spill()
+    comparisons = records.Matched(
+        records.read_shards(s.folder, 'comparisons', schema.Comparison),
+        operator.attrgetter('response_id'), s.folder / 'comparisons-*.jsonl')
+    for judged in selected:
+      response_id = judged.group[0].response_id
+      found = best_and_worst(judged.group, comparisons.of(response_id), weights)
+      if isinstance(found, str):
+        self.dropped[found] += 1
+        continue
+      pair = _pair(judged.asked, *found)
+      self.ratings.append(Rating(pair.id, pair.chosen_score, pair.chosen_elo, pair.rejected_elo))
+      self._pairs.add(pair.id, records.dump(pair))
+    comparisons.finish()
+
+  def line(self, rating: Rating) -> str:
+    """The pair as a line of a file."""
+    line, = self._pairs.get(rating.id)
+    return line
+
+
+def most_uncertain(scores: Iterable[scoring.Score], responses: int) -> list[Group]:
+  """The scores of a prompt's responses -> groups of at least two judgements, one per response.
+
+  Selects the `responses` responses whose judgements have the largest spread. A group has the
+  finished, parsed judgements with distinct texts.
+  """
+  found = []
+  for score in scores:
     usable = [j for j in score.judgements if j.score is not None and j.finish == schema.EOS]
     first_of_text = {j.text: j for j in reversed(usable)}
     if score.mean is not None and len(first_of_text) > 1:
-      judgement = score.judgements[0]
       group = list(reversed(first_of_text.values()))
-      by_prompt.setdefault(judgement.prompt_id, []).append(
-          (-score.spread, judgement.response_id, group))
-  return [group for _, found in sorted(by_prompt.items())
-          for _, _, group in sorted(found)[:responses]]
+      found.append((-score.spread, group[0].response_id, group))
+  return [group for *_, group in sorted(found, key=operator.itemgetter(0, 1))[:responses]]
 
 
-def position_weights(winners: list[float | None]) -> tuple[float, float]:
-  """Winners of comparisons -> the weight of a win in the first position and of a win in the second.
+def position_weights(first: int, second: int) -> tuple[float, float]:
+  """The wins in each position -> the weight of a win in the first and of a win in the second.
 
   The weight is the other position's share of all wins. So wins in the position that the model
   prefers count less.
 
-  >>> position_weights([1.0, 1.0, 1.0, -1.0])
+  >>> position_weights(3, 1)
   (0.25, 0.75)
   """
-  first, second = winners.count(1), winners.count(-1)
   wins = first + second
   return (second / wins, first / wins) if wins else (0.5, 0.5)
 
@@ -182,6 +252,11 @@ def elo(wins: np.ndarray) -> np.ndarray:
   return e - e.mean()
 
 
+@functools.lru_cache(10_000)  # scipy takes milliseconds, and few groups have other wins
+def _elo(wins: tuple[tuple[float, ...], ...]) -> np.ndarray:
+  return elo(np.array(wins))
+
+
 def best_and_worst(
     group: Group, comparisons: list[schema.Comparison], weights) -> tuple[Rated, Rated] | str:
   """-> the judgements of a response with the highest and the lowest Elo score, or a reason."""
@@ -195,7 +270,7 @@ def best_and_worst(
       wins[second, first] += weights[1]
   if not wins.any():
     return 'no comparison has a winner'
-  scores = elo(wins)
+  scores = np.asarray(_elo(tuple(map(tuple, wins.tolist()))))
   best, worst = int(scores.argmax()), int(scores.argmin())
   if math.isclose(scores[best], scores[worst], abs_tol=1e-6):
     return 'all Elo scores are equal'
@@ -203,25 +278,27 @@ def best_and_worst(
           Rated(group[worst], round(float(scores[worst]), 4)))
 
 
-def limit(made: list[schema.JudgePair], pair_count: int, share: float,
-          score_share: float) -> list[schema.JudgePair]:
+def limit(made: Sequence[Rating], pair_count: int, share: float,
+          score_share: float) -> list[Rating]:
   """Selects the pairs of judgements with the largest Elo difference within two limits.
 
   1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
   2. At most `score_share` of them have the same chosen score.
   """
   maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
-  ordered = sorted(made, key=lambda p: p.rejected_elo - p.chosen_elo)
-  for size in range(min(maximum, len(made)), 0, -1):  # the largest selection that satisfies both
-    per_score = math.floor(score_share * size + 1e-9)
-    count, kept = Counter(), []
-    for pair in ordered:
-      if count[pair.chosen_score] < per_score and len(kept) < size:
-        count[pair.chosen_score] += 1
-        kept.append(pair)
-    if len(kept) == size:
-      return kept
-  return []
+  counts = Counter(pair.chosen_score for pair in made)
+
+  def most(size: int) -> int:
+    """With the same chosen score, in a selection of this size."""
+    return math.floor(score_share * size + 1e-9)
+  size = next((size for size in range(min(maximum, len(made)), 0, -1)  # the largest that there is
+               if sum(min(count, most(size)) for count in counts.values()) >= size), 0)
+  taken, kept = Counter(), []
+  for pair in sorted(made, key=lambda p: p.rejected_elo - p.chosen_elo):
+    if taken[pair.chosen_score] < most(size) and len(kept) < size:
+      taken[pair.chosen_score] += 1
+      kept.append(pair)
+  return kept
 
 
 def _pair(prompt: str, best: Rated, worst: Rated) -> schema.JudgePair:

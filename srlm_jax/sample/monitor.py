@@ -28,7 +28,7 @@ class Monitor:
   def add(self, new: Iterable[records.Record]):
     """Adds the records of a request, or of several; writes a point if one is due.
 
-    Those that a run on another number of hosts left (`records.kept`) are JSON objects.
+    Those that a run on another number of hosts left (`records.Kept`) are JSON objects.
     """
     record = None
     for record in new:

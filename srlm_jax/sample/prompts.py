@@ -158,12 +158,14 @@ def generate_prompts(
   c, path = config.prompts, s.folder / 'attempts.jsonl'
   out = records.Appender(path) if hosts.is_first_host() else None
   hosts.sync(f'{s.title} was opened')  # the first host may remove a line that a kill cut off
-  previous = [(a.text, a.finish) for a in records.read(path, schema.Attempt)]  # of a killed run
+  count = sum(1 for _ in records.read(path, schema.Attempt))  # of a killed run
   hosts.sync(f'{s.title} was read')    # before the first host appends a round
+  previous = ((a.text, a.finish) for a in itertools.islice(
+      records.read(path, schema.Attempt), count))
   shown = out and monitor.Monitor(s.folder, 'attempts', schema.Attempt, out.count, author.work)
   accepted, first = [], 0
   while len(accepted) < c.count and first < c.max_attempts * c.count:
-    texts = previous[first:first + c.round]
+    texts = list(itertools.islice(previous, c.round))
     if len(texts) < c.round:
       texts = _write_round(s.title, author, {
           first + i: draw_shots(config, shot_pool, accepted, first + i) for i in range(c.round)})

@@ -31,7 +31,7 @@ class Shard:
     if hosts.is_first_host():
       records.keep_shards(folder, stem, group.count)
     hosts.sync(f'{folder} {stem} continues')
-    self.kept = records.kept(folder, stem)
+    self.kept = records.Kept(folder, stem)
     self.path = folder / records.shard_name(stem, group.index, group.count)
     self._file = records.Appender(self.path) if group.is_first_host else None
     self.count = group.gather(self._file.count if self._file else 0)[group.index]

@@ -2,11 +2,16 @@
 
 The oracle is the program that grades sandbox responses (`world.grade`).
 """
+import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+import itertools
+import operator
 import statistics
 
-from srlm_jax import catalog, cli, hosts, schema, stage
+from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.report import estimates
-from srlm_jax.reward import scores as scoring
+from srlm_jax.reward import health, scores as scoring
 from srlm_jax.sandbox import world
 
 
@@ -17,60 +22,79 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  responses = list(s.read('respond/responses-*.jsonl'))
-  judgements = s.read('judge/judgements-*.jsonl')
-  means = {name: score.mean
-           for name, score in scoring.by_response(judgements, config.judge.quorum).items()
-           if score.mean is not None}
-  found = measure(responses, means, list(s.read('pairs/pairs.jsonl')))
+  judged = scoring.Judged(s.read('judge/judgements-*.jsonl'), config.judge.quorum,
+                          s.path('judge/judgements-*.jsonl'))
+  pairs = records.Matched(s.read('pairs/pairs.jsonl'), operator.attrgetter('id'),
+                          s.path('pairs/pairs.jsonl'))
+  found = measure(s.read('respond/responses-*.jsonl'), lambda name: judged.of(name).mean, pairs.of)
+  judged.finish()
+  pairs.finish()
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)
   s.finish(**{key: found[key] for key in ('right', 'tied', 'wrong', 'judge_mean', 'oracle_mean')})
 
 
-def measure(responses: list[schema.Response], judged: dict[str, float],
-            pairs: list[schema.Pair]) -> dict:
-  """Candidates, mean judge scores by response id, pairs -> the numbers of audit.json.
+def measure(responses: Iterable[schema.Response], score: Callable[[str], float | None],
+            pairs: Callable[[str], Iterable[schema.Pair]]) -> dict:
+  """Candidates, those of a prompt one after the other -> the numbers of audit.json.
+
+  score: response id -> its mean judge score, if it has one; pairs: prompt id -> its pairs. Both are
+  called in the order of the candidates.
 
   right, tied, wrong: shares of the pairs in which the oracle prefers the chosen response, neither,
   or the rejected one. judge_mean, oracle_mean: means over the judged candidates; if judge_mean
   alone rises over the iterations, that is reward hacking. within_half: share of judged candidates
   whose judge score is within half a point of the oracle's. characters: mean length of a candidate.
-  Prompts that are not sandbox instructions count only in `candidates` and `characters`. A share or
-  a mean of nothing is None. intervals: the 95 % intervals of both means, over the `prompts` that
-  have a judged candidate.
+  Prompts that are not sandbox instructions count only in `candidates`, `characters` and `pairs`. A
+  share or a mean of nothing is None. intervals: the 95 % intervals of both means, over the
+  `prompts` that have a judged candidate.
   """
-  known = [r for r in responses if world.parse(r.prompt)]
-  grades = {r.id: sum(world.grade(r.prompt, r.response)) for r in known}
-  by_prompt = {}
-  for r in known:
-    if r.id in judged:
-      by_prompt.setdefault(r.prompt_id, []).append((judged[r.id], grades[r.id]))
-  both = [pair for found in by_prompt.values() for pair in found]
-  margins = [grades[p.chosen_id] - grades[p.rejected_id]
-             for p in pairs if p.chosen_id in grades]
+  characters, margins, histogram, made = scoring.Mean(), Counter(), Counter(), 0
+  judge, oracle, sizes = array.array('d'), array.array('d'), array.array('l')  # of the judged ones
+  for group in health.by_prompt(responses):
+    grades, before = {}, len(judge)
+    for r in group:
+      characters.add(len(r.response))
+      mean = score(r.id)
+      if not world.parse(r.prompt):
+        continue
+      grades[r.id] = sum(world.grade(r.prompt, r.response))
+      if mean is not None:
+        judge.append(mean)
+        oracle.append(grades[r.id])
+    histogram.update(grades.values())
+    if len(judge) > before:
+      sizes.append(len(judge) - before)
+    for pair in pairs(group[0].prompt_id):
+      made += 1
+      if pair.chosen_id in grades and pair.rejected_id in grades:
+        margins[grades[pair.chosen_id] - grades[pair.rejected_id]] += 1
+  judge_mean, oracle_mean = (_mean(values) for values in (judge, oracle))
   return dict(
-      candidates=len(responses), of_the_world=len(known), judged=len(both), pairs=len(pairs),
-      right=_mean([m > 0 for m in margins]), tied=_mean([m == 0 for m in margins]),
-      wrong=_mean([m < 0 for m in margins]),
-      judge_mean=_mean([j for j, _ in both]), oracle_mean=_mean([o for _, o in both]),
-      within_half=_mean([abs(j - o) <= 0.5 for j, o in both]),
-      prompts=len(by_prompt), intervals=dict(
-          judge_mean=_interval([[j for j, _ in found] for found in by_prompt.values()]),
-          oracle_mean=_interval([[o for _, o in found] for found in by_prompt.values()])),
-      characters=_mean([len(r.response) for r in responses], digits=2),
-      oracle_histogram=scoring.histogram(list(grades.values())))
+      candidates=characters.count, of_the_world=histogram.total(), judged=len(judge), pairs=made,
+      right=_share(margins, lambda m: m > 0), tied=_share(margins, lambda m: m == 0),
+      wrong=_share(margins, lambda m: m < 0), judge_mean=judge_mean, oracle_mean=oracle_mean,
+      within_half=_mean([abs(j - o) <= 0.5 for j, o in zip(judge, oracle, strict=True)]),
+      prompts=len(sizes), intervals=dict(judge_mean=_interval(judge, sizes),
+                                         oracle_mean=_interval(oracle, sizes)),
+      characters=characters.rounded(2), oracle_histogram=scoring.histogram(histogram.elements()))
 
 
-def _mean(values: list[float], digits: int = 4) -> float | None:
-  return round(statistics.fmean(values), digits) if values else None
+def _share(counts: Counter, holds: Callable[[int], bool]) -> float | None:
+  total = counts.total()
+  return round(sum(n for x, n in counts.items() if holds(x)) / total, 4) if total else None
 
 
-def _interval(groups: list[list[float]]) -> list[float] | None:
-  """The values of each prompt -> the 95 % interval of their mean; None for fewer than two prompts.
-  """
-  found = estimates.mean(groups)
+def _mean(values: Sequence[float]) -> float | None:
+  return round(statistics.fmean(values), 4) if values else None
+
+
+def _interval(values: Sequence[float], sizes: Iterable[int]) -> list[float] | None:
+  """Values, so many of each prompt -> the 95 % interval of their mean; None for fewer than two
+  prompts."""
+  rest = iter(values)
+  found = estimates.mean(itertools.islice(rest, size) for size in sizes)
   return [round(found.low, 4), round(found.high, 4)] if found and found.low is not None else None
 
 

@@ -20,13 +20,16 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  responses = list(s.read('respond/responses-*.jsonl'))
+  for _ in s.read('respond/responses-*.jsonl'):  # may raise InputError before anything is written
+    pass
   s.begin()
-  judged = [_judgement(r, j, by, config.seed, judge)
-            for r in responses for j in range(config.judge.n)]
+
+  def judged():
+    return (_judgement(r, j, by, config.seed, judge)
+            for r in s.read('respond/responses-*.jsonl') for j in range(config.judge.n))
   if hosts.is_first_host():
-    records.write(s.folder / records.shard_name('judgements', 0, 1), judged)
-  s.finish(judging.summary(judge, judged))
+    records.write(s.folder / records.shard_name('judgements', 0, 1), judged())
+  s.finish(judging.summary(judge, judged()))
 
 
 def _judgement(response: schema.Response, j: int, by: str, seed: int, judge) -> schema.Judgement:

@@ -1,4 +1,6 @@
 """Scores a model's responses and its judgements with the oracle, the program that grades them."""
+import array
+from collections.abc import Callable, Iterable
 import dataclasses
 import statistics
 
@@ -26,14 +28,15 @@ def run(config, workdir):
     return
   answers, greedy = (list(s.read(f'{name}/responses-*.jsonl'))
                      for name in ('answers', 'answers_greedy'))
-  judgements = s.read('judge_eval/judgements-*.jsonl')
-  judged = scoring.by_response(judgements, config.eval.quorum)
+  file = 'judge_eval/judgements-*.jsonl'
+  judged = scoring.Judged(s.read(file), config.eval.quorum, s.path(file))
   points = [world.grade(a.prompt, a.response) for a in answers]
   ranked = ranking.of_split(s, configs.ranked_split(config))
   result = of_answers(answers, points)
   best = [sum(world.grade(a.prompt, a.response)) for a in greedy]
   result |= dict(greedy=statistics.fmean(best), greedy_standard_error=scoring.standard_error(best))
-  result |= of_judge(ranked, {name: score.mean for name, score in judged.items()})
+  result |= of_judge(ranked, lambda name: judged.of(name).mean)
+  judged.finish()
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
@@ -59,8 +62,11 @@ def of_answers(answers: list[schema.Response], points: list[tuple[bool, ...]]) -
       histogram=scoring.histogram(scores))
 
 
-def of_judge(ranked: list[schema.RankedPrompt], judged: dict[str, float | None]) -> dict:
-  """Ranked prompts and mean judge scores by response id -> agreement of judge and oracle.
+def of_judge(ranked: Iterable[schema.RankedPrompt],
+             judged: Callable[[str], float | None]) -> dict:
+  """Ranked prompts, and response id -> mean judge score: agreement of judge and oracle.
+
+  `judged` is called in the order of the replies.
 
   judge_pairwise: over the `judge_pairs` pairs of scored replies with different grades, the share
   that the judge orders as the grades do; ties count as errors. judge_exact: over the
@@ -69,17 +75,18 @@ def of_judge(ranked: list[schema.RankedPrompt], judged: dict[str, float | None])
   judge reaches this pairwise accuracy, because the ranks are noisy. intervals: the 95 % interval of
   each, over prompts. Undefined values are None.
   """
-  sums, counts = [], []
+  terms = array.array('d')  # [prompts, sums and counts, measures]
   for r in ranked:
     replies = [(sum(world.grade(r.prompt, reply.text)), reply.rank,
-                judged.get(records.join(r.id, reply.id))) for reply in r.replies]
+                judged(records.join(r.id, reply.id))) for reply in r.replies]
     scored = [(grade, score) for grade, _, score in replies if score is not None]
     by_grade = scoring.orders([(-grade, score) for grade, score in scored])
     by_rank = scoring.orders([(rank, grade) for grade, rank, _ in replies])
     exact = [scoring.whole(score) == grade for grade, score in scored]
-    sums.append([sum(d > 0 for d in by_grade), sum(exact), sum(d > 0 for d in by_rank)])
-    counts.append([len(by_grade), len(exact), len(by_rank)])
-  sums, counts = (np.array(rows, float).reshape(-1, 3) for rows in (sums, counts))
+    terms.extend([sum(d > 0 for d in by_grade), sum(exact), sum(d > 0 for d in by_rank),
+                  len(by_grade), len(exact), len(by_rank)])
+  terms = np.array(terms).reshape(-1, 2, 3)
+  sums, counts = (np.ascontiguousarray(terms[:, i]) for i in range(2))
   names = ('judge_pairwise', 'judge_exact', 'ceiling')
   shares = {name: float(hits / total) if total else None
             for name, hits, total in zip(names, sums.sum(0), counts.sum(0), strict=True)}

@@ -31,8 +31,11 @@ def cached(config, workdir, source, model, packed: Packing, mesh) -> dict[str, l
   stage's manifest holds hashes of parameters, pairs, tokens and chat template; InputError for a
   folder made with others.
   """
-  tokens = hashlib.sha256('\n'.join(map(repr, packed.all)).encode()).hexdigest()
-  s = stage.Stage(catalog.find('train', 'reference'), config, workdir, f'{config.chat} {tokens}')
+  tokens = hashlib.sha256()
+  for i, example in enumerate(packed.all):
+    tokens.update(f'{chr(10) if i else ""}{example!r}'.encode())
+  s = stage.Stage(catalog.find('train', 'reference'), config, workdir,
+                  f'{config.chat} {tokens.hexdigest()}')
   path = s.folder / FILE
   if not s.done:
     c = config.train
