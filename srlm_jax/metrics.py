@@ -214,9 +214,9 @@ class Writer:
   def __init__(self, folder, step: int):
     self._file = storage.growing(epath.Path(folder) / 'metrics.jsonl')
     self.kept, size = [], 0
-    for line in self._file.lines():  # steps ascend, and a kill may have cut off the last line
-      scalars = json.loads(line) if line.endswith(b'}\n') else None
-      if scalars is None or scalars['step'] > step:
+    for line in self._file.lines():  # steps ascend
+      scalars = json.loads(line)
+      if scalars['step'] > step:
         break
       self.kept.append(scalars)
       size += len(line)
