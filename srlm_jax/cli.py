@@ -2,6 +2,7 @@
 import contextlib
 import re
 import sys
+import tempfile
 
 from absl import app, flags, logging
 from etils import epath
@@ -74,15 +75,24 @@ def run_app(start):
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
-    except (*storage.errors(), OSError) as error:
-      if not isinstance(error, storage.errors()) and not storage.is_forbidden(error):
-        raise
-      print(f'error: {storage.no_access("the bucket", error)}', file=sys.stderr)
-      sys.exit(1)
     except preemption.Stopped as stopped:
       print(f'{stopped}; the same command continues', file=sys.stderr)
       sys.exit(preemption.EXIT_CODE)
+    except Exception as error:  # Orbax and TensorStore raise many types for a full disk
+      if isinstance(error, storage.errors()) or (
+          isinstance(error, OSError) and storage.is_forbidden(error)):
+        known = storage.no_access('the bucket', error)
+      elif not (known := storage.failure(error, _places())):
+        raise
+      print(f'error: {known}', file=sys.stderr)
+      sys.exit(1)
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _places() -> list[str]:
+  """The folders that this program may write into: the paths in its flags, and the temporary one."""
+  given = [path for argument in sys.argv[1:] if '/' in (path := argument.partition('=')[2])]
+  return [*(path for path in given if '://' not in path), tempfile.gettempdir()]
 
 
 @contextlib.contextmanager

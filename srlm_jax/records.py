@@ -6,6 +6,7 @@ in .jsonl or .jsonl.gz.
 from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -183,6 +184,8 @@ def replacing(path):
     with storage.replacing(path) as file:
       yield file
   except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+      raise storage.failure(error) from error
     obstacle = storage.obstacle(path)
     why = f': {obstacle} is a file, not a folder' if obstacle else f' ({error.strerror or error})'
     raise InputError(f'{path} cannot be written{why}; give another path') from error

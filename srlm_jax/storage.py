@@ -26,7 +26,7 @@ import numpy as np
 
 from srlm_jax import InputError
 
-SECONDS = 10.0     # a bucket may lack the last SECONDS of a growing file; a disk, after a power loss
+SECONDS = 10.0     # a growing file in a bucket, or after a power loss, lacks at most these
 TIMEOUT = 60       # seconds without an answer of the bucket, after which a request is repeated
 NOT_SUPPORTED = ('s3', 'az', 'hf', 'gcs')  # schemes of other stores, and a common mistake
 COMMITTED = 'commit_success.txt'  # Orbax writes it into a step in a bucket when it is complete
@@ -101,6 +101,51 @@ def errors() -> tuple[type[Exception], ...]:
 def is_forbidden(error: OSError) -> bool:
   """Whether gcsfs raised this error because the account lacks a permission."""
   return str(error).startswith('Forbidden: ')
+
+
+def failure(error: BaseException, places: Sequence[str] = ()) -> InputError | None:
+  """-> the InputError for a disk that is full or fails, or forbids access; None for another error.
+
+  The error of the file system may be the cause of `error`, or a text in it, as in TensorStore's.
+  `places`: paths of which one is meant if the error names none.
+  """
+  while True:
+    for number, advice in _ADVICE.items():
+      if isinstance(error, OSError):
+        is_meant, path = error.errno == number, error.filename
+      else:
+        is_meant, path = os.strerror(number) in str(error), None
+      if is_meant:
+        named = re.search(r'"(/[^"]+)"', str(error))
+        return InputError(advice(path or (named[1] if named else None), places))
+    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if error is None:
+      return None
+
+
+def _full(path: str | None, places: Sequence[str]) -> str:
+  """The sentence about a full disk: that of the path, or that of `places` with the least space."""
+  folders = [next(p for p in (at, *at.parents) if p.is_dir())
+             for at in map(pathlib.Path.absolute, map(pathlib.Path, [path] if path else places))]
+  free, total, folder = min((*shutil.disk_usage(at)[::-2], str(at)) for at in folders)
+  return (f'the disk of {folder} is full ({free >> 20} MB free of {total >> 20} MB); free space, '
+          f'and run the same command again')
+
+
+def _refused(reason: str, advice: str):
+  return lambda path, places: f'{path or " or ".join(places)} cannot be used ({reason}); {advice}'
+
+
+_ADVICE = {  # of an error number: (path, places) -> the sentence
+    errno.ENOSPC: _full,
+    errno.EDQUOT: _refused('the disk quota is used up', 'free space, and run the same command '
+                           'again'),
+    errno.EFBIG: _refused('the file would exceed the limit of ulimit -f', 'raise the limit, and '
+                          'run the same command again'),
+    errno.EIO: _refused('the disk fails', 'check it, and run the same command again'),
+    errno.EROFS: _refused('the disk is read-only', 'give another path'),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _refused(
+        'permission denied', 'correct its owner and permissions, or give another path'))}
 
 
 def absolute(path):
@@ -342,9 +387,7 @@ class Mirror:
     self.local = pathlib.Path(self._temporary.name if self._temporary else path)
 
   def upload(self):
-    if not self._temporary:
-      sync_names(self.local)
-    else:
+    if self._temporary:
       for file in self.local.iterdir():
         _bucket().put_file(str(file), str(self._path / file.name))
 

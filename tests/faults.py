@@ -42,7 +42,7 @@ class Stage:
   def arguments(self, workdir) -> list[str]:
     flags = [flag.format(workdir=workdir) for flag in self.flags]
     if self.config:
-      model = dict(baseline='sft', iter1='m1', iter2='m2')[self.config]
+      model = dict(sft='sft', iter1='m1', iter2='m2')[self.config]
       changes = (change.rpartition(':') for change in CHANGES)
       flags += [f'--config={self.config}:tiny', f'--workdir={workdir}',
                 *(f'--config.{rest}' for models, _, rest in changes if models in ('', model))]
@@ -53,7 +53,7 @@ M0 = ROOT / 'srlm_jax' / 'sandbox' / 'm0'
 STAGES = (
     Stage('conversion', 'checkpoint.convert', 'm0/model',
           (f'--from_hf={M0}', '--out={workdir}/m0/model')),
-    Stage('seeds', 'sandbox', 'data/seeds', config='baseline'),
+    Stage('seeds', 'sandbox', 'data/seeds', config='sft'),
     Stage('eft', 'reward.eft', 'm1/eft', config='iter1'),
     Stage('prompts', 'sample.prompts', 'm2/prompts', config='iter2'),
     Stage('respond', 'sample.respond', 'm2/respond', config='iter2'),
@@ -120,74 +120,123 @@ def sentence(code: int, out: str, err: str) -> str:
 class Workplace:
   """A finished run at a small size, and a folder in which its stages run again."""
 
-  def __init__(self, folder):
+  def __init__(self, folder, whole=None):
     self.folder = pathlib.Path(folder)
     self.run, self.log = self.folder / 'run', self.folder / 'log'
     self.programs = server()
     self.logged = server(**power_loss.environment(self.run, self.log))
-    whole = self.folder / 'whole'
-    changes = (f'--set={change}' for change in CHANGES)
-    ended = self.programs.run('loop', ['--size=tiny', f'--workdir={whole}', '--last=m2', *changes])
-    if ended[0]:
-      raise Wrong(f'the loop failed: {ended}')
-    self.whole = whole
+    self.whole = pathlib.Path(whole or self.folder / 'whole')
+    if not whole:
+      changes = (f'--set={change}' for change in CHANGES)
+      self.succeed('loop', ['--size=tiny', f'--workdir={self.whole}', '--last=m2', *changes])
 
-  def start(self, stage: Stage):
+  def succeed(self, program: str, arguments, before: str = '', by=None):
+    code, out, err = (by or self.programs).run(program, arguments, before)
+    if code:
+      raise Wrong(f'{program}: exit code {code}: {(out + err)[-3000:]}')
+
+  def start(self, stage: Stage, run):
     """Makes the folder `run`: what the finished run has without the folder of the stage."""
-    shutil.rmtree(self.run, ignore_errors=True)
-    shutil.copytree(self.whole, self.run, symlinks=True)
-    shutil.rmtree(self.run / stage.folder, ignore_errors=True)
-
-  def result(self, stage: Stage):
-    return outcome(self.run / stage.folder)
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(self.whole, run, symlinks=True)
+    target = run / stage.folder
+    target.unlink() if target.is_file() else shutil.rmtree(target, ignore_errors=True)
 
   def crashes(self, stage: Stage, count: int, rng: random.Random) -> collections.Counter:
     """Loses power `count` times while a stage runs -> the number of times of each result."""
-    self.start(stage)
+    self.start(stage, self.run)
     disk = power_loss.Disk(self.run)
     self.log.unlink(missing_ok=True)
     arguments = stage.arguments(self.run)
-    ended = self.logged.run(stage.program, arguments)
-    if ended[0]:
-      raise Wrong(f'{stage.name}: {ended}')
-    wanted, total = self.result(stage), sum(1 for _ in power_loss.events(self.log))
-    moments = sorted(rng.randrange(total) for _ in range(count))
+    self.succeed(stage.program, arguments, by=self.logged)
+    wanted, total = outcome(self.run / stage.folder), sum(1 for _ in power_loss.events(self.log))
+    moments = [rng.randrange(total) for _ in range(count)]
     states = self.folder / 'states'
-    shutil.rmtree(states, ignore_errors=True)
     for i, event in enumerate(power_loss.events(self.log)):
       disk.apply(event)
-      for n in [n for n, moment in enumerate(moments) if moment == i]:
-        disk.save(states / str(n), None if n % 2 else rng)
+      for n, moment in enumerate(moments):
+        if moment == i:
+          disk.save(states / str(n), rng if n % 2 else None)
     disk.check()
     found = collections.Counter()
-    for n in range(count):
+    for n, moment in enumerate(moments):
       shutil.rmtree(self.run)
       (states / str(n)).rename(self.run)
-      ended = self.programs.run(stage.program, arguments, SOON)
-      if ended[0]:
-        print(f'  {stage.name}, event {moments[n]} of {total}: {sentence(*ended)}')
+      code, *printed = self.programs.run(stage.program, arguments, SOON)
+      where = f'{stage.name}, event {moment} of {total}, {"random" if n % 2 else "strict"}'
+      if code:
+        print(f'{where}: {sentence(code, *printed)}', flush=True)
         found['refused'] += 1
-      elif (now := self.result(stage)) != wanted:
-        differ = [k for k in {*now, *wanted} if now.get(k) != wanted.get(k)]
-        raise Wrong(f'{stage.name}, event {moments[n]} of {total}: {differ} differ')
       else:
+        same(where, outcome(self.run / stage.folder), wanted)
         found['resumed'] += 1
     return found
+
+  @contextlib.contextmanager
+  def disk(self):
+    """Yields a small disk of its own, in memory."""
+    at = self.folder / 'disk'
+    at.mkdir(exist_ok=True)
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=512m', 'disk', str(at)], check=True)
+    try:
+      yield at
+    finally:
+      subprocess.run(['umount', '-l', str(at)], check=True)
+
+  def full_disk(self, stage: Stage, count: int, rng: random.Random) -> collections.Counter:
+    """Runs a stage `count` times on a disk with less space than it needs."""
+    found = collections.Counter()
+    with self.disk() as disk:
+      run, filler = disk / 'run', disk / 'filler'
+      arguments = stage.arguments(run)
+      self.start(stage, run)
+      before = shutil.disk_usage(disk).free
+      self.succeed(stage.program, arguments)
+      wanted, needed = outcome(run / stage.folder), before - shutil.disk_usage(disk).free
+      for _ in range(count):
+        self.start(stage, run)
+        left = rng.randrange(needed)
+        with filler.open('wb') as file:
+          os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left)
+        ended = self.programs.run(stage.program, arguments)
+        where = f'{stage.name} with {left >> 10} KB of {needed >> 10}'
+        filler.unlink()
+        found['had enough' if not ended[0] else 'refused'] += 1
+        if ended[0] and f'the disk of {disk}' not in sentence(*ended):
+          raise Wrong(f'{where}: {ended}')
+        self.succeed(stage.program, arguments)
+        same(where, outcome(run / stage.folder), wanted)
+    return found
+
+  def size_limit(self, stage: Stage, count: int, rng: random.Random) -> collections.Counter:
+    """Runs a stage `count` times with a limit on the size of a file."""
+    found, arguments = collections.Counter(), stage.arguments(self.run)
+    self.start(stage, self.run)
+    self.succeed(stage.program, arguments)
+    wanted = outcome(self.run / stage.folder)
+    for _ in range(count):
+      self.start(stage, self.run)
+      limit = int(10 ** rng.uniform(2, 6.5))
+      ended = self.programs.run(stage.program, arguments, (
+          f'import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({limit}, r.RLIM_INFINITY))'))
+      found['had enough' if not ended[0] else 'refused'] += 1
+      if ended[0] and 'ulimit -f' not in sentence(*ended):
+        raise Wrong(f'{stage.name} with files of {limit} bytes: {ended}')
+      self.succeed(stage.program, arguments)
+      same(f'{stage.name} with files of {limit} bytes', outcome(self.run / stage.folder), wanted)
+    return found
+
+
+def same(where: str, now: dict, wanted: dict):
+  """Raises Wrong if two results of `outcome` differ."""
+  if differ := sorted(k for k in {*now, *wanted} if now.get(k, 0) != wanted.get(k, 0)):
+    raise Wrong(f'{where}: {", ".join(differ)} differ')
 
 
 def main():
   begun, rng = time.time(), random.Random(0)
   with tempfile.TemporaryDirectory() as folder:
     place = Workplace(folder)
-    print(f'the loop: {time.time() - begun:.0f} s', flush=True)
-    for stage in STAGES:
-      if sys.argv[1:] and stage.name not in sys.argv[1:]:
-        continue
-      at = time.time()
-      try:
-        print(stage.name, dict(place.crashes(stage, 8, rng)), f'{time.time() - at:.0f} s', flush=True)
-      except Wrong as e:
-        print('WRONG', stage.name, e, flush=True)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,8 @@
 """Simulates power loss: rebuilds a folder as a disk may hold it after a crash at any moment.
 
-`power_loss.c` logs what programs do below a folder. `Disk` replays the log. A file's data is durable
-after a sync of the file, and its name after a sync of its folder; all else may be lost, see `save`.
+`power_loss.c` logs what programs do below a folder. `Disk` replays the log. A file's data is
+durable after a sync of the file, and its name after a sync of its folder; all else may be lost, see
+`save`.
 
 A library that is preloaded needs no rights. FUSE and a block device that logs its writes need root
 and a kernel that has them, and see only what their own file system does: ext4 syncs more than it is
