@@ -27,6 +27,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data.ranked_tune=12',
            'data.test_prompts=24', 'data.valid_prompts=24', 'prompts.count=48', 'sample.slots=64',
            'm1:train.epochs=2', 'm2:train.save_every=2', 'train.batch=8')
+NOBODY = 65534
+AS_NOBODY = f'import os; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})'
 SOON = 'import srlm_jax.lock as l; l.BEAT = 0.2; l.STALE = 0'  # does not wait for a stale lock
 
 
@@ -41,12 +43,12 @@ class Stage:
 
   def arguments(self, workdir) -> list[str]:
     flags = [flag.format(workdir=workdir) for flag in self.flags]
-    if self.config:
-      model = dict(sft='sft', iter1='m1', iter2='m2')[self.config]
-      changes = (change.rpartition(':') for change in CHANGES)
-      flags += [f'--config={self.config}:tiny', f'--workdir={workdir}',
-                *(f'--config.{rest}' for models, _, rest in changes if models in ('', model))]
-    return flags
+    if not self.config:
+      return flags
+    model = dict(sft='sft', iter1='m1', iter2='m2')[self.config]
+    changes = (change.rpartition(':') for change in CHANGES)
+    return [f'--config={self.config}:tiny', f'--workdir={workdir}', *flags,
+            *(f'--config.{rest}' for models, _, rest in changes if models in ('', model))]
 
 
 M0 = ROOT / 'srlm_jax' / 'sandbox' / 'm0'
@@ -225,6 +227,60 @@ class Workplace:
       self.succeed(stage.program, arguments)
       same(f'{stage.name} with files of {limit} bytes', outcome(self.run / stage.folder), wanted)
     return found
+
+  def full_folder(self, stage: Stage, fault: str, use: str, sentences: str) -> collections.Counter:
+    """Runs a stage while another folder that it uses is full, `disk` in the statement `use`.
+
+    `sentences`: what it then says, '' if it must do its work.
+    """
+    self.start(stage, self.run)
+    arguments = stage.arguments(self.run)
+    with self.disk() as disk:
+      with (disk / 'filler').open('wb') as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
+      ended = self.programs.run(stage.program, arguments, f'disk = {str(disk)!r}; {use}')
+      if sentences and not re.search(sentences.format(disk=disk), sentence(*ended)):
+        raise Wrong(f'{stage.name}, {fault}: {ended}')
+      if not sentences and ended[0]:
+        raise Wrong(f'{stage.name}, {fault}: {ended}')
+    self.succeed(stage.program, arguments)
+    now = outcome(self.run / stage.folder)
+    self.start(stage, self.run)
+    self.succeed(stage.program, arguments)
+    same(f'{stage.name}, {fault}', now, outcome(self.run / stage.folder))
+    return collections.Counter({'refused' if sentences else 'did its work': 1})
+
+  def forbidden(self, stage: Stage) -> dict[str, collections.Counter]:
+    """Runs a stage as a user without rights, in several ways."""
+    found, parent = {}, (self.run / stage.folder).parent
+    self.folder.chmod(0o755)
+
+    def check(fault: str, change, before: str, wanted: str = 'permission denied'):
+      self.start(stage, self.run)
+      for path in (self.run, *self.run.rglob('*')):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+      change()
+      seen = listing(self.folder)
+      said = sentence(*self.programs.run(stage.program, stage.arguments(self.run), before))
+      if wanted not in said or str(self.run) not in said or listing(self.folder) != seen:
+        raise Wrong(f'{stage.name}, {fault}: {said}; {listing(self.folder) ^ seen} differ')
+      found[fault] = collections.Counter(refused=1)
+
+    def give_to_root():
+      for path in (self.run, *self.run.rglob('*')):
+        os.chown(path, 0, 0, follow_symlinks=False)
+    check('run of another user', give_to_root, AS_NOBODY)
+    if stage.config:  # others do not write into the workdir itself
+      check('read-only workdir', lambda: self.run.chmod(0o555), AS_NOBODY)
+    check('read-only folder above', lambda: parent.chmod(0o555), AS_NOBODY)
+    check('workdir without x', lambda: self.run.chmod(0o644), AS_NOBODY)
+    return found
+
+
+def listing(folder) -> set[tuple]:
+  """Everything below a folder: paths, modes and, of files, the time of the last change."""
+  return {(str(path), path.lstat().st_mode, not path.is_dir() and path.lstat().st_mtime_ns)
+          for path in folder.rglob('*')}
 
 
 def same(where: str, now: dict, wanted: dict):
