@@ -65,6 +65,8 @@ def run_app(start):
   """
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
+    logging.get_absl_handler().addFilter(_is_to_print)
+    sys.unraisablehook = _print_unraisable
     try:
       preemption.listen()
       for argument in sys.argv[1:]:
@@ -87,6 +89,18 @@ def run_app(start):
       print(f'error: {known}', file=sys.stderr)
       sys.exit(1)
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _print_unraisable(found):
+  """Prints an error that nobody gets, but not those after the first array that was not saved."""
+  if str(found.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(found)
+
+
+def _is_to_print(record) -> bool:
+  """Whether a log record is printed: Orbax logs an error of the disk, and then raises it too."""
+  error = record.exc_info and record.exc_info[1]
+  return not error or not storage.failure(error)
 
 
 def _places() -> list[str]:

@@ -125,8 +125,13 @@ def failure(error: BaseException, places: Sequence[str] = ()) -> InputError | No
 
 def _full(path: str | None, places: Sequence[str]) -> str:
   """The sentence about a full disk: that of the path, or that of `places` with the least space."""
-  folders = [next(p for p in (at, *at.parents) if p.is_dir())
-             for at in map(pathlib.Path.absolute, map(pathlib.Path, [path] if path else places))]
+  folders = [next(p for p in (at, *at.parents) if p.is_dir()) for at in map(
+      pathlib.Path.absolute, map(pathlib.Path, [path] if path else places or ['.']))]
+  if path:  # its own folder may be a temporary one: name the place that it is in
+    disk = folders[0].stat().st_dev
+    folders += sorted({at for at in map(pathlib.Path, places) if at.is_dir()
+                       and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
+    folders = folders[-1:]
   free, total, folder = min((*shutil.disk_usage(at)[::-2], str(at)) for at in folders)
   return (f'the disk of {folder} is full ({free >> 20} MB free of {total >> 20} MB); free space, '
           f'and run the same command again')
