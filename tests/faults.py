@@ -1,8 +1,14 @@
 """Power loss, full disks and folders without permission, for every stage: `python tests/faults.py`.
 
-Prints a table: stage, fault, number of times, outcome. A stage that met a fault runs again with the
-same command and must then have the same files, or name the damaged file in one sentence.
+Prints a table: stage, fault, number of times, outcome. A stage that met a fault ends with one
+sentence. The same command, once the fault is gone, must give the same files as without it. After a
+power loss it may also refuse, with one sentence about the damaged file. Outcomes:
+  resumed       the same files after a power loss
+  refused       one sentence; then the same files, but for a power loss
+  had enough    the stage needed less than there was
+  did its work  the fault does not matter
 """
+import argparse
 import atexit
 import collections
 import contextlib
@@ -12,10 +18,8 @@ import os
 import pathlib
 import random
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -144,13 +148,17 @@ class Workplace:
     target = run / stage.folder
     target.unlink() if target.is_file() else shutil.rmtree(target, ignore_errors=True)
 
-  def crashes(self, stage: Stage, count: int, rng: random.Random) -> collections.Counter:
-    """Loses power `count` times while a stage runs -> the number of times of each result."""
+  def crashes(self, stage: Stage, count: int, rng: random.Random,
+              before: str = '') -> collections.Counter:
+    """Loses power `count` times while a stage runs -> the number of times of each result.
+
+    `before`: statements that run before the stage that loses power.
+    """
     self.start(stage, self.run)
     disk = power_loss.Disk(self.run)
     self.log.unlink(missing_ok=True)
     arguments = stage.arguments(self.run)
-    self.succeed(stage.program, arguments, by=self.logged)
+    self.succeed(stage.program, arguments, before, self.logged)
     wanted, total = outcome(self.run / stage.folder), sum(1 for _ in power_loss.events(self.log))
     moments = [rng.randrange(total) for _ in range(count)]
     states = self.folder / 'states'
@@ -289,10 +297,59 @@ def same(where: str, now: dict, wanted: dict):
     raise Wrong(f'{where}: {", ".join(differ)} differ')
 
 
+def rounds(place: Workplace, rng: random.Random, is_root: bool, has_cc: bool):
+  """Yields (stage, fault, times of each result): the quick faults, then rounds without end."""
+  find = {stage.name: stage for stage in STAGES}
+  if is_root:
+    for stage in STAGES:
+      for fault, times in place.forbidden(stage).items():
+        yield stage.name, fault, times
+    for name, fault, use, said in FULL_FOLDERS:
+      yield name, fault, place.full_folder(find[name], fault, use, said)
+  while True:
+    for stage in STAGES:
+      if has_cc:
+        yield stage.name, 'power loss', place.crashes(stage, 6, rng)
+      if is_root:
+        yield stage.name, 'full disk', place.full_disk(stage, 3, rng)
+      yield stage.name, 'limit of a file\'s size', place.size_limit(stage, 2, rng)
+
+
+FULL_FOLDERS = (  # stage, fault, a statement that uses `disk`, what the stage says
+    ('respond', 'full compilation cache',
+     "import jax; jax.config.update('jax_compilation_cache_dir', disk + '/compiled'); "
+     "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)", ''),
+    ('export', 'full temporary folder', 'import tempfile; tempfile.tempdir = disk',
+     '^error: the disk of {disk} is full'),
+    ('pairs', 'full disk of the log',
+     "import os; os.dup2(os.open(disk + '/log', os.O_WRONLY | os.O_CREAT), 1)", ' is full '))
+
+
 def main():
-  begun, rng = time.time(), random.Random(0)
-  with tempfile.TemporaryDirectory() as folder:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--minutes', type=float, default=20, help='ends after a fault at this time')
+  parser.add_argument('--seed', type=int, default=0)
+  given, begun = parser.parse_args(), time.time()
+  is_root, has_cc = os.geteuid() == 0, bool(shutil.which('cc'))
+  if not is_root:
+    print('skipped: full disks and folders without permission, which need root')
+  if not has_cc:
+    print('skipped: power loss, which needs a C compiler, cc')
+  table = collections.defaultdict(collections.Counter)
+  with tempfile.TemporaryDirectory(prefix='faults-') as folder:
     place = Workplace(folder)
+    print(f'the loop that the stages are of: {time.time() - begun:.0f} s', flush=True)
+    for stage, fault, times in rounds(place, random.Random(given.seed), is_root, has_cc):
+      table[stage, fault] += times
+      if time.time() - begun > 60 * given.minutes:
+        break
+  print(f'{"stage":12} {"fault":24} {"times":>5}  outcome')
+  for (stage, fault), times in sorted(table.items()):
+    print(f'{stage:12} {fault:24} {times.total():5}  '
+          + ', '.join(f'{result} {n}' for result, n in sorted(times.items())))
+  total = sum(table.values(), collections.Counter())
+  print(f'{total.total()} faults in {time.time() - begun:.0f} s: '
+        + ', '.join(f'{result} {n}' for result, n in sorted(total.items())))
 
 
 if __name__ == '__main__':

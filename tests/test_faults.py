@@ -365,6 +365,22 @@ def test_a_stage_resumes_after_power_loss(place, stage):
 
 
 @pytest.mark.slow
+@needs_cc
+def test_without_a_sync_a_stage_does_not_resume(place):
+  pairs = next(stage for stage in faults.STAGES if stage.name == 'pairs')
+  broken = 'import os; os.fsync = lambda file: None'
+  assert place.crashes(pairs, 20, random.Random(0), broken)['refused']
+
+
+@pytest.mark.slow
+@needs_root
+@pytest.mark.parametrize('name, fault, use, said', faults.FULL_FOLDERS)
+def test_another_folder_that_a_stage_uses_is_full(place, name, fault, use, said):
+  stage = next(s for s in faults.STAGES if s.name == name)
+  assert place.full_folder(stage, fault, use, said).total() == 1
+
+
+@pytest.mark.slow
 @needs_root
 @by_name
 def test_a_stage_says_that_the_disk_is_full_and_resumes(place, stage):
