@@ -2,6 +2,7 @@
 import contextlib
 import re
 import sys
+import tempfile
 
 from absl import app, flags, logging
 from etils import epath
@@ -64,6 +65,8 @@ def run_app(start):
   """
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
+    logging.get_absl_handler().addFilter(_is_to_print)
+    sys.unraisablehook = _print_unraisable
     try:
       preemption.listen()
       for argument in sys.argv[1:]:
@@ -74,15 +77,36 @@ def run_app(start):
     except InputError as error:
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
-    except (*storage.errors(), OSError) as error:
-      if not isinstance(error, storage.errors()) and not storage.is_forbidden(error):
-        raise
-      print(f'error: {storage.no_access("the bucket", error)}', file=sys.stderr)
-      sys.exit(1)
     except preemption.Stopped as stopped:
       print(f'{stopped}; the same command continues', file=sys.stderr)
       sys.exit(preemption.EXIT_CODE)
+    except Exception as error:  # Orbax and TensorStore raise many types for a full disk
+      if isinstance(error, storage.errors()) or (
+          isinstance(error, OSError) and storage.is_forbidden(error)):
+        known = storage.no_access('the bucket', error)
+      elif not (known := storage.failure(error, _places())):
+        raise
+      print(f'error: {known}', file=sys.stderr)
+      sys.exit(1)
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _print_unraisable(found):
+  """Prints an error that nobody gets, but not those after the first array that was not saved."""
+  if str(found.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(found)
+
+
+def _is_to_print(record) -> bool:
+  """Whether a log record is printed: Orbax logs an error of the disk, and then raises it too."""
+  error = record.exc_info and record.exc_info[1]
+  return not error or not storage.failure(error)
+
+
+def _places() -> list[str]:
+  """The folders that this program may write into: the paths in its flags, and the temporary one."""
+  given = [path for argument in sys.argv[1:] if '/' in (path := argument.partition('=')[2])]
+  return [*(path for path in given if '://' not in path), tempfile.gettempdir()]
 
 
 @contextlib.contextmanager

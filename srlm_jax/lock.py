@@ -109,7 +109,7 @@ class _File:
 
   def create(self, mine: dict) -> bool:
     """Creates the lock file with the content `mine` -> whether the lock was free."""
-    self.path.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(self.path.parent)
     try:
       file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
@@ -125,7 +125,7 @@ class _File:
         mtime, text = os.fstat(f.fileno()).st_mtime_ns, f.read()  # the text is never older
     except FileNotFoundError:
       return None
-    return Lock(_parse(text), mtime, len(text))
+    return Lock(_parse(text), mtime, len(text.strip(b'\0')))  # a power loss may leave NUL bytes
 
   def beat(self, mine: dict):
     """Updates the heartbeat; if another run has renamed the lock to check it, the next one will."""

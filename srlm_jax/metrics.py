@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import os
+import socket
+import struct
 import time
 import types
 import uuid
@@ -33,15 +35,18 @@ class Board:
   """Writes to TensorBoard, FOLDER/tensorboard/NAME, and to the run of `weights_and_biases`.
 
   `folder`: that of a stage. What a killed run wrote for steps after `step` is hidden. Other
-  programs see a value within `SECONDS`, in a bucket within `UPLOAD_SECONDS`.
+  programs see a value at once, in a bucket within `UPLOAD_SECONDS`.
   """
 
   def __init__(self, folder, name: str = '', step: int = -1):
-    import tensorboardX
+    from tensorboardX import proto
     self._events = storage.Mirror(epath.Path(folder) / 'tensorboard' / name)
-    self._writer = tensorboardX.SummaryWriter(
-        str(self._events.local), purge_step=step + 1, flush_secs=SECONDS,
-        filename_suffix=f'.{time.time_ns()}')  # otherwise a second one may overwrite the file
+    # tensorboardX writes in a thread, and waits for it forever after an error, as of a full disk.
+    self._file = storage.growing(self._events.local / (
+        f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}'))
+    self._add(0, file_version='brain.Event:2')
+    self._add(step + 1, session_log=proto.event_pb2.SessionLog(
+        status=proto.event_pb2.SessionLog.START))
     self._title = '/'.join([*_place(folder), name]).rstrip('/')
     self._written = self._uploaded = time.monotonic()
     if _wandb:
@@ -59,16 +64,17 @@ class Board:
     A histogram is {value: its number}, and its name has to differ from those of the scalars. Texts
     are Markdown.
     """
+    from tensorboardX import summary
     bins = {name: _bins(counts) for name, counts in histograms.items()}
     for name, value in scalars.items():
-      self._writer.add_scalar(name, value, step)
+      self._add(step, summary=summary.scalar(name, value))
     for name, (counts, edges) in bins.items():
       middles = (edges[:-1] + edges[1:]) / 2
-      self._writer.add_histogram_raw(
+      self._add(step, summary=summary.histogram_raw(
           name, edges[0], edges[-1], counts.sum(), counts @ middles, counts @ middles**2,
-          edges[1:].tolist(), counts.tolist(), step)
+          edges[1:].tolist(), counts.tolist()))
     for name, text in texts.items():
-      self._writer.add_text(name, text, step)
+      self._add(step, summary=summary.text(name, text))
     if _wandb:
       _log(self._title, step, scalars, bins)
     self._written = time.monotonic()
@@ -77,13 +83,21 @@ class Board:
 
   def flush(self):
     """Saves what was written."""
-    self._writer.flush()
+    self._file.flush()
     self._events.upload()
     self._uploaded = time.monotonic()
 
   def close(self):
-    self._writer.close()
+    self._file.close()
     self._events.close()
+
+  def _add(self, step: int, **fields):
+    """Appends an event as a record: length, checksum, data, checksum."""
+    from tensorboardX import proto, record_writer
+    data = proto.event_pb2.Event(wall_time=time.time(), step=step, **fields).SerializeToString()
+    length = struct.pack('<Q', len(data))
+    checks = [struct.pack('<I', record_writer.masked_crc32c(x)) for x in (length, data)]
+    self._file.write(b''.join((length, checks[0], data, checks[1])))
 
 
 def _bins(counts: Mapping[float, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -216,9 +230,9 @@ class Writer:
   def __init__(self, folder, step: int):
     self._file = storage.growing(epath.Path(folder) / 'metrics.jsonl')
     self.kept, size = [], 0
-    for line in self._file.lines():  # steps ascend, and a kill may have cut off the last line
-      scalars = json.loads(line) if line.endswith(b'}\n') else None
-      if scalars is None or scalars['step'] > step:
+    for line in self._file.lines():  # steps ascend
+      scalars = json.loads(line)
+      if scalars['step'] > step:
         break
       self.kept.append(scalars)
       size += len(line)

@@ -6,6 +6,7 @@ in .jsonl or .jsonl.gz.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -227,6 +228,8 @@ def replacing(path):
     with storage.replacing(path) as file:
       yield file
   except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+      raise storage.failure(error) from error
     obstacle = storage.obstacle(path)
     why = f': {obstacle} is a file, not a folder' if obstacle else f' ({error.strerror or error})'
     raise InputError(f'{path} cannot be written{why}; give another path') from error
@@ -245,25 +248,26 @@ def write(path, records: Iterable) -> int:
 class Appender:
   """A file that grows record by record. `count`: the whole records that are in it.
 
-  A line that a kill cut off is removed when the file is opened again.
+  When the file is opened again, a damaged line (`GrowingFile.lines`) is removed, and what follows.
   """
 
   def __init__(self, path):
     self.path = epath.Path(path)
     self._file = storage.growing(path)
-    self.count, whole, size = 0, 0, 0  # lines; bytes of whole lines; bytes
+    self.count, size = 0, 0
     for line in self._file.lines():
-      size += len(line)
       if not line.strip():
         raise InputError(f'{self.path} has an empty line, which no stage writes; delete '
                          f'{self.path.parent} and run its stage again')
-      if line.endswith(b'\n'):
-        self.count, whole = self.count + 1, size
-    if whole < size:  # the last line was cut off
-      self._file.truncate(whole)
+      self.count, size = self.count + 1, size + len(line)
+    self._file.truncate(size)
 
   def append(self, records: Iterable):
-    """Appends records; a kill loses none of them, in a bucket those of `storage.SECONDS`."""
+    """Appends records.
+
+    A kill loses none of them. In a bucket it loses those of the last `storage.SECONDS`, as a power
+    loss does on a disk.
+    """
     lines = [dump(record) for record in records]
     self._file.write(''.join(lines).encode())
     self.count += len(lines)

@@ -137,7 +137,7 @@ class Stage:
     if hosts.is_first_host():
       path = self.folder / 'manifest.json'
       before = read_manifest(path).get('environments', []) if path.exists() else []
-      self.folder.mkdir(parents=True, exist_ok=True)
+      storage.make_folder(self.folder)
       environments = [*(other for other in before if other != now), now]
       write_json(path, dict(self._manifest, environments=environments))
     params = self._manifest['params']
@@ -167,6 +167,7 @@ class Stage:
       spent = dict(seconds=seconds)
       if self._generated:
         spent['generated'] = self._generated
+      storage.sync(self.folder)
       files = records.contents(self.folder)
       write_json(self.folder / 'done.json', dict(summary, files=files, **spent))
       metrics.show_finished(self._workdir, self.title)

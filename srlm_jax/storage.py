@@ -2,9 +2,13 @@
 
 An object in a bucket is written whole or not at all. It cannot be appended to, renamed or linked.
 All else is the same for both with `etils.epath`, which reaches a bucket with gcsfs.
+
+A disk loses in a power loss what was not synced: the data of a file, and its entry in its folder.
+So a new name, by `replacing`, `making_folder` or of a checkpoint, only ever refers to synced data.
 """
 from collections.abc import Iterator, Sequence
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -22,7 +26,7 @@ import numpy as np
 
 from srlm_jax import InputError
 
-SECONDS = 10.0     # a growing object in a bucket lacks what was written in the last SECONDS
+SECONDS = 10.0     # a growing file in a bucket, or after a power loss, lacks at most these
 TIMEOUT = 60       # seconds without an answer of the bucket, after which a request is repeated
 NOT_SUPPORTED = ('s3', 'az', 'hf', 'gcs')  # schemes of other stores, and a common mistake
 COMMITTED = 'commit_success.txt'  # Orbax writes it into a step in a bucket when it is complete
@@ -99,6 +103,56 @@ def is_forbidden(error: OSError) -> bool:
   return str(error).startswith('Forbidden: ')
 
 
+def failure(error: BaseException, places: Sequence[str] = ()) -> InputError | None:
+  """-> the InputError for a disk that is full or fails, or forbids access; None for another error.
+
+  The error of the file system may be the cause of `error`, or a text in it, as in TensorStore's.
+  `places`: paths of which one is meant if the error names none.
+  """
+  while True:
+    for number, advice in _ADVICE.items():
+      if isinstance(error, OSError):
+        is_meant, path = error.errno == number, error.filename
+      else:
+        is_meant, path = os.strerror(number) in str(error), None
+      if is_meant:
+        named = re.search(r'"(/[^"]+)"', str(error))
+        return InputError(advice(path or (named[1] if named else None), places))
+    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if error is None:
+      return None
+
+
+def _full(path: str | None, places: Sequence[str]) -> str:
+  """The sentence about a full disk: that of the path, or that of `places` with the least space."""
+  folders = [next(p for p in (at, *at.parents) if p.is_dir()) for at in map(
+      pathlib.Path.absolute, map(pathlib.Path, [path] if path else places or ['.']))]
+  if path:  # its own folder may be a temporary one: name the place that it is in
+    disk = folders[0].stat().st_dev
+    folders += sorted({at for at in map(pathlib.Path, places) if at.is_dir()
+                       and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
+    folders = folders[-1:]
+  free, total, folder = min((*shutil.disk_usage(at)[::-2], str(at)) for at in folders)
+  return (f'the disk of {folder} is full ({free >> 20} MB free of {total >> 20} MB); free space, '
+          f'and run the same command again')
+
+
+def _refused(reason: str, advice: str):
+  return lambda path, places: f'{path or " or ".join(places)} cannot be used ({reason}); {advice}'
+
+
+_ADVICE = {  # of an error number: (path, places) -> the sentence
+    errno.ENOSPC: _full,
+    errno.EDQUOT: _refused('the disk quota is used up', 'free space, and run the same command '
+                           'again'),
+    errno.EFBIG: _refused('the file would exceed the limit of ulimit -f', 'raise the limit, and '
+                          'run the same command again'),
+    errno.EIO: _refused('the disk fails', 'check it, and run the same command again'),
+    errno.EROFS: _refused('the disk is read-only', 'give another path'),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _refused(
+        'permission denied', 'correct its owner and permissions, or give another path'))}
+
+
 def absolute(path):
   """The path from the root of the file system, or with the name of the bucket."""
   return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
@@ -109,6 +163,63 @@ def obstacle(path):
   if is_remote(path):  # a bucket has no folders
     return None
   return next((p for p in epath.Path(path).parents if p.exists() and not p.is_dir()), None)
+
+
+def sync(path):
+  """Makes a file, or a folder with all that is in it, durable: a power loss does not change it.
+
+  An object in a bucket always is.
+  """
+  if is_remote(path):
+    return
+  for folder, _, names in os.walk(path, topdown=False):
+    for name in names:
+      if not os.path.islink(file := os.path.join(folder, name)):
+        _sync(file)
+    _sync(folder)
+  if not os.path.isdir(path):
+    _sync(path)
+  _sync(pathlib.Path(path).parent)
+
+
+def sync_names(folder):
+  """Makes the names in a folder durable."""
+  if not is_remote(folder):
+    _sync(folder)
+
+
+def _sync(path):
+  """Syncs the data of a file, or the names in a folder."""
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  except OSError as error:
+    # Some network file systems cannot sync folders.
+    if error.errno != errno.EINVAL or not os.path.isdir(path):
+      error.filename = os.fspath(path)
+      raise
+  finally:
+    os.close(file)
+
+
+def make_folder(path):
+  """Makes a folder, and those above it, durably, if they do not exist."""
+  path = epath.Path(path)
+  new = [] if is_remote(path) else [p for p in (path, *path.parents) if not p.exists()]
+  path.mkdir(parents=True, exist_ok=True)
+  for folder in new:
+    _sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _naming(path):
+  """Adds the path to an error of the file system that has none, as errors of `write` do."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno is not None:
+      error.filename = os.fspath(path)
+    raise
 
 
 @contextlib.contextmanager
@@ -125,12 +236,15 @@ def replacing(path, mode: str = 'w') -> Iterator:
       file.flush()
       _bucket().put_file(file.name, str(path))
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
+  make_folder(path.parent)
   partial = path.parent / f'{path.name}.partial'
   try:
-    with partial.open(mode, encoding=encoding) as file:
+    with _naming(path), partial.open(mode, encoding=encoding) as file:
       yield file
+      file.flush()
+      os.fsync(file.fileno())
     partial.replace(path)
+    _sync(path.parent)
   except BaseException:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
@@ -146,29 +260,56 @@ class GrowingFile:
   """A file on a disk to which lines are appended."""
 
   def __init__(self, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    self._file = open(path, 'a+b')
+    make_folder(path.parent)
+    is_new = not path.exists()
+    self._file = open(path, 'ab', buffering=0)
+    if is_new:
+      _sync(path.parent)
+    self._saved, self._is_saved = time.monotonic(), True
 
   def lines(self) -> Iterator[bytes]:
-    """Yields the lines; a kill may have cut off the last one."""
-    self._file.seek(0)
-    while line := self._file.readline():
-      yield line
+    """Yields the lines up to the first damaged one.
+
+    A kill or a full disk may have cut off the last line. After a power loss, data that had not
+    reached the disk may be missing or read as NUL bytes.
+    """
+    with open(self._file.name, 'rb') as file:
+      for line in file:
+        if not line.endswith(b'\n') or b'\0' in line:
+          return
+        yield line
 
   def truncate(self, size: int):
     """Keeps the first `size` bytes."""
-    self._file.truncate(size)
+    if size < os.fstat(self._file.fileno()).st_size:
+      self._file.truncate(size)
+      self._is_saved = False
+      self.flush()  # before other data takes the place
 
   def write(self, lines: bytes):
-    """Appends whole lines."""
-    self._file.write(lines)
-    self._file.flush()
+    """Appends whole lines. A kill does not lose them, a power loss those of the last `SECONDS`."""
+    self._append(lines)
+    self._is_saved = False
+    if time.monotonic() - self._saved >= SECONDS:
+      self.flush()
 
   def flush(self):
-    """Saves what was written: a kill does not lose it."""
+    """Saves what was written: a power loss does not lose it."""
+    if not self._is_saved:
+      with _naming(self._file.name):
+        os.fsync(self._file.fileno())
+    self._saved, self._is_saved = time.monotonic(), True
 
   def close(self):
-    self._file.close()
+    try:
+      self.flush()
+    finally:
+      self._file.close()
+
+  def _append(self, data: bytes):
+    with _naming(self._file.name):
+      while data:
+        data = data[self._file.write(data):]
 
 
 class GrowingObject(GrowingFile):
@@ -181,7 +322,7 @@ class GrowingObject(GrowingFile):
 
   def __init__(self, path):
     self._path, self._parts, self._pending, self._size = path, [], b'', 0
-    self._file = tempfile.NamedTemporaryFile()  # a copy
+    self._file = tempfile.NamedTemporaryFile(buffering=0)  # a copy
     is_new = not path.exists()
     if not is_new:
       self._append(path.read_bytes())
@@ -196,9 +337,10 @@ class GrowingObject(GrowingFile):
     _growing.add(self)
 
   def truncate(self, size):
-    super().truncate(size)
-    self._size = size
-    self._upload()
+    if size < self._size:
+      self._file.truncate(size)
+      self._size = size
+      self._upload()
 
   def write(self, lines):
     self._pending += lines
@@ -224,12 +366,11 @@ class GrowingObject(GrowingFile):
   def _append(self, data: bytes):
     """Appends to the copy."""
     self._file.seek(0, os.SEEK_END)
-    self._file.write(data)
+    super()._append(data)
     self._size += len(data)
 
   def _upload(self):
     """Writes the copy to PATH, and then deletes the parts, which it holds."""
-    self._file.flush()
     _bucket().put_file(self._file.name, str(self._path))
     if self._parts:
       _bucket().rm(self._parts)
@@ -323,6 +464,7 @@ def link(target, path, without: str = ''):
     copy_tree(target, path, without)
   elif not path.exists():
     os.symlink(absolute(target), path)
+    _sync(path.parent)
 
 
 def unlink(path):
@@ -367,11 +509,14 @@ def making_folder(out) -> Iterator:
   if remote:
     partial.write_text('')
   else:
-    folder.mkdir(parents=True)
+    make_folder(folder)
   try:
-    yield folder
+    with _naming(out):
+      yield folder
     if not remote:
+      sync(folder)
       os.rename(partial, out)
+      _sync(out.parent)
   except BaseException:
     folder.rmtree(missing_ok=True)
     raise

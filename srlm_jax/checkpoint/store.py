@@ -35,6 +35,18 @@ class _Kept:
     return [step in kept for step in steps]
 
 
+class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """A step that gets its name when its files are durable, and before older steps are deleted.
+
+  TensorStore syncs the arrays. Orbax alone syncs neither its own files nor the new name.
+  """
+
+  async def finalize(self):
+    storage.sync(self.get())
+    await super().finalize()
+    storage.sync_names(self.get_final().parent)
+
+
 def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda step: True,
             ) -> ocp.CheckpointManager:
   """Orbax's manager of `folder`/steps: saves asynchronously, keeps the last `keep` steps or all.
@@ -42,9 +54,12 @@ def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda
   A step that is not planned, which a run saves before it stops, is kept until the next save: so an
   interrupted run ends with the same checkpoints as any other.
   """
-  options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(keep, is_planned), create=True,
-                                         enable_async_checkpointing=True)
-  return ocp.CheckpointManager(storage.absolute(folder) / 'steps', options=options)
+  steps = storage.absolute(folder) / 'steps'
+  storage.make_folder(steps)
+  options = ocp.CheckpointManagerOptions(
+      preservation_policy=_Kept(keep, is_planned), enable_async_checkpointing=True,
+      temporary_path_class=None if storage.is_remote(steps) else _DurableStep)
+  return ocp.CheckpointManager(steps, options=options)
 
 
 def save(saver: ocp.CheckpointManager, step: int, params, train=None, force: bool = False):
@@ -178,6 +193,7 @@ def write_model_files(config: model_config.Config, source, folder,
   if adapter:
     text = json.dumps(dataclasses.asdict(adapter), indent=1)
     (epath.Path(folder) / model_files.LORA).write_text(text + '\n')
+  storage.sync(folder)  # a resumed run does not write them again
 
 
 def abstract_on(mesh, tree, dtype: str):

@@ -4,6 +4,7 @@ XLA runs decode attention on a CPU as thousands of tiny matrix products, at a fi
 bandwidth. This program reads each key once and has no other overhead. Without a C++ compiler the
 sampler uses XLA, and the log names the kernels that it used.
 """
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -65,24 +66,38 @@ def _register() -> bool:
 
 
 def _library(compiler: str) -> pathlib.Path | None:
-  """The compiled program in the user's cache folder; None if it does not compile."""
+  """The compiled program in the user's cache folder; None if it does not compile.
+
+  A cache folder that is full or of another user changes nothing: the records must not depend on it.
+  """
   cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
   # -march=native: another processor needs another program.
   parts = SOURCE.read_text(), compiler, *FLAGS, jax.__version__, platform.machine(), _processor()
   name = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
   path = cache / 'srlm_jax' / f'cpu_decode-{name}.so'
-  if path.exists():
-    return path
   try:
+    if path.exists():
+      return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
       made = pathlib.Path(folder) / path.name
-      subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)],
-                     check=True, capture_output=True)
+      _compile(compiler, made)
       made.replace(path)  # another process may make the same file
+    return path
+  except (OSError, subprocess.CalledProcessError):
+    pass
+  own = pathlib.Path(tempfile.mkdtemp(prefix='srlm_jax-'))
+  atexit.register(shutil.rmtree, own, ignore_errors=True)
+  try:
+    _compile(compiler, own / path.name)
   except (OSError, subprocess.CalledProcessError):
     return None
-  return path
+  return own / path.name
+
+
+def _compile(compiler: str, path):
+  subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(path)],
+                 check=True, capture_output=True)
 
 
 def _processor() -> str:
