@@ -115,7 +115,7 @@ def test_a_resumed_run_keeps_its_rows_on_another_mesh():
   shape = packed.shape.rows, packed.shape.width
   again = Packing(draw(200), 16, 1, 0, 256, parts=2, rows_and_width=shape)
   assert [again.ids(s) for s in range(len(again))] == [packed.ids(s) for s in range(len(packed))]
-  with pytest.raises(InputError, match='steps of 8 rows .* rows must be a multiple of 3'):
+  with pytest.raises(InputError, match='step has 8 rows .* rows must be a multiple of 3'):
     Packing(draw(200), 16, 1, 0, 256, parts=3, rows_and_width=shape)
 
 

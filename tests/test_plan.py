@@ -148,7 +148,7 @@ def test_training_makes_the_planned_choices(pod, reference, monkeypatch, tmp_pat
   shape = dataclasses.replace(PRESETS['llama2-70b'], dtype='bfloat16', dropout=0.1)
   examples = drawn(200, 100, 1000, 3072)
   s = types.SimpleNamespace(config=catalog.find('train').view(config), folder=tmp_path)
-  chosen = train._choose(s, shape, Examples(examples, {}))
+  chosen = train._choose(s, shape, Examples(examples, {}), None)
   m, c = chosen.mesh, chosen.train
   assert (m.data, m.fsdp, m.tensor) == dataclasses.astuple(step.mesh)
   assert (c.accumulate, c.remat) == (step.accumulate, step.remat)
