@@ -13,7 +13,7 @@ from srlm_jax import config as configs, InputError, records, schema, sharding
 from srlm_jax.checkpoint import store
 from srlm_jax.data import packing
 from srlm_jax.models import llama
-from srlm_jax.train import batch as batches, run as train, state as train_state, step as train_step
+from srlm_jax.train import batch as batches, run as train, step as train_step
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 2, 2)]
 DEVICES = jax.devices()
@@ -59,37 +59,36 @@ def end(folder):
   return json.loads((folder / train.ROWS).read_text()), lines, jax.device_get(params)
 
 
-def steps(shape, examples):
-  """The parameters after three steps of SFT on a mesh, with the rows of `packing.fixed`."""
-  # Adam moves a weight whose gradient is all rounding by up to the learning rate in a step.
-  config = keys_of('sft', batch=8, learning_rate=1e-4, learning_rate_end=1e-4)
-  mesh = make_mesh(*shape)
+@functools.cache
+def steps(shape):
+  """The parameters after three steps of gradient descent, with the rows of `packing.fixed`."""
+  mesh, examples = make_mesh(*shape), draw('sft', 40)
   rows = packing.fixed(8, examples, 8, 1, 0, 32, 8)
   packed = packing.Packing(examples, 8, 1, 0, 32, shape[0] * shape[1], 8, rows)
   with jax.set_mesh(mesh):
     params = init(TINY)
-    params = jax.tree.map(sharding.put, params, sharding.shardings(params, mesh))
-    tx = train_state.optimizer(config, 3)
-    abstract = train_state.abstract(TINY, config, tx, mesh)
-    out = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(functools.partial(train_state.TrainState.create, tx=tx),
-                    out_shardings=out)(params)
-    step = train_step.make(llama.Llama(TINY), tx, config, state)
+    places = sharding.shardings(params, mesh)
+    params = jax.tree.map(sharding.put, params, places)
+
+    @functools.partial(jax.jit, out_shardings=places)
+    def step(params, batch):
+      model = llama.Llama(TINY)
+      gradient, _ = train_step.gradient(model, keys_of('sft'), params, {}, batch, None)
+      return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     for i in range(3):
-      batch = sharding.put_batch(batches.pack(packed.rows(i), packed.shape), mesh)
-      state, _ = step(state, {}, batch, jax.random.key(0))
-  return jax.device_get(state.params)
+      params = step(params, sharding.put_batch(batches.pack(packed.rows(i), packed.shape), mesh))
+  return jax.device_get(params)
 
 
-def test_steps_of_the_same_rows_give_the_same_parameters_on_every_mesh():
-  examples = draw('sft', 40)
-  wanted, *others = (steps(shape, examples) for shape in MESHES)
-  for found in others:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), wanted, found)
+@pytest.mark.parametrize('shape', [
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in MESHES[1:-1]), MESHES[-1]], ids=str)
+def test_steps_of_the_same_rows_give_the_same_parameters_on_every_mesh(shape):
+  wanted = steps(MESHES[0])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), wanted, steps(shape))
   with jax.set_mesh(make_mesh(1, 1, 1)):
     before = init(TINY)
   assert max(abs(a - b).max() for a, b in
-             zip(*map(jax.tree.leaves, (wanted, before)), strict=True)) > 1e-4
+             zip(*map(jax.tree.leaves, (wanted, before)), strict=True)) > 1e-3
 
 
 @pytest.mark.slow
