@@ -586,7 +586,7 @@ def _check_training(t: ConfigDict, names: list[str]):
   if not (t.pack or is_open(t.rows) or t.rows == t.batch):
     raise InputError(f'config.train.rows is {t.rows}, and without packing (train.pack=False) a '
                      f'step has one row for each of the {t.batch} examples of train.batch; leave '
-                     f'train.rows at -1')
+                     f'it at -1')
   if t.select not in ('', 'auto', 'wins', 'agreement') and not _names_checkpoint(t.select):
     raise InputError(f'config.train.select is {t.select!r}; it is empty, auto, wins, agreement, or '
                      'a command with {checkpoint} in it')

@@ -153,7 +153,7 @@ def test_rows_that_cannot_hold_the_batch_are_refused_with_the_number_that_can():
   with pytest.raises(InputError, match=message):
     packing.fixed(3, examples, 16, 1, 0, 256, 16)
   assert packing.fixed(4, examples, 16, 1, 0, 256, 16)[0] == 4
-  with pytest.raises(InputError, match='every step has 4 rows .* a multiple of 8, config.train.acc'):
+  with pytest.raises(InputError, match='every step has 4 rows .* must be a multiple of 8'):
     Packing(examples, 16, 1, 0, 256, parts=8, rows_and_width=(4, 240))
 
 

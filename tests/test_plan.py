@@ -156,6 +156,18 @@ def test_training_makes_the_planned_choices(pod, reference, monkeypatch, tmp_pat
   assert (packed.shape.rows, packed.shape.width) == (step.rows, step.width)
 
 
+@pytest.mark.parametrize('rows', [4, 8, 16])
+def test_a_given_number_of_rows_is_planned_and_divides_over_the_mesh(rows):
+  for pod in ('v5p-8', 'v5p-64', 'v6e-64', '8xh200'):
+    found = make('m2', pod, '7b', **{'train.rows': rows})
+    step = next(s for s in found.stages if s.name == 'model').programs[0]
+    assert step.rows == rows and rows % (step.mesh.parts * step.accumulate) == 0
+    assert step.width == 2048 + found.config.respond.max_tokens
+  message = f'every step has {rows} rows .* must be a multiple of 32, config.train.accumulate times'
+  with pytest.raises(InputError, match=message):
+    make('m2', 'v5p-64', '7b', **{'train.rows': rows, 'mesh.fsdp': 32, 'mesh.tensor': 1})
+
+
 @pytest.mark.parametrize('pod, size', [
     ('v5p-8', '7b'), ('8xh200', '7b'), ('v5p-256', '70b'), ('v6e-256', '70b'), ('v4-64', '70b')])
 def test_sampling_makes_the_planned_choices(pod, size, monkeypatch, tmp_path):

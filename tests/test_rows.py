@@ -119,9 +119,9 @@ def test_the_same_rows_train_the_same_parameters_on_every_mesh(run, name, keys):
     run(MESHES[-1], name, **keys | dict(rows=2))
 
 
-def test_rows_that_do_not_suit_the_mesh_or_the_batch_are_refused_and_nothing_is_written(run, tmp_path):
+def test_rows_that_suit_neither_mesh_nor_batch_are_refused_and_write_nothing(run, tmp_path):
   cases = [
-      (dict(rows=6), 'every step has 6 rows .*; here rows must be a multiple of 4, config.train.acc'),
+      (dict(rows=6), 'every step has 6 rows .*; here rows must be a multiple of 4, config'),
       (dict(rows=4, accumulate=2), 'every step has 4 rows .* a multiple of 8, config.train.accum'),
       (dict(rows=1, accumulate=1, max_length=40), 'config.train.rows is 1, and so many rows of at '
        r'most \d+ tokens hold fewer examples per step than config.train.batch = 8; \d+ rows hold')]
@@ -136,7 +136,7 @@ def test_the_config_refuses_rows_that_no_data_could_have():
   for keys, message in (
       (dict(rows=17), r'config.train.rows is 17, more than the 16 of train.batch'),
       (dict(rows=0), r'config.train.rows is 0; it must be -1, or above 0'),
-      (dict(rows=4, pack=False), r'config.train.rows is 4, and without packing .* leave train.rows')):
+      (dict(rows=4, pack=False), r'config.train.rows is 4, and without packing .* leave it')):
     changed = config.copy_and_resolve_references()
     changed.train.update(keys)
     with pytest.raises(InputError, match=message):
