@@ -298,7 +298,7 @@ STAGES = (
     Spec('model', 'train', ('metrics.jsonl', 'rows.json'), reads_training_data=True,
          runs=('init',),
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
-             'init', 'data', 'loss', 'reference', 'batch', 'pack', 'accumulate', 'epochs',
+             'init', 'data', 'loss', 'reference', 'batch', 'pack', 'rows', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
              'dtype', 'moments', 'lora_rank', 'lora_alpha', 'lora_targets', 'save_every',

@@ -216,6 +216,8 @@ _SECTIONS = {
         data=Setting(('',), Values(tuple), 'names of the files to train on', PAPER),
         batch=Setting(16, COUNT, 'examples or pairs per step; with packing, on average', PAPER),
         pack=Setting(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
+        # the same number on every mesh makes the same steps: docs/training.md
+        rows=Setting(-1, COUNT_OR_OPEN, 'packed rows per step; -1: the fewest for the mesh', OURS),
         # more micro-batches keep fewer activations in memory; the result is the same
         accumulate=Setting(-1, COUNT_OR_OPEN, 'micro-batches per step; -1: chosen', OURS),
         epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
@@ -527,7 +529,7 @@ def _check_order(values: dict):
   for low, high in (('judge.quorum', 'judge.n'), ('eft.quorum', 'eft.judgements'),
                     ('eval.quorum', 'eval.judgements'), ('prompts.min_words', 'prompts.max_words'),
                     ('train.learning_rate_end', 'train.learning_rate'),
-                    ('train.accumulate', 'train.batch')):
+                    ('train.accumulate', 'train.batch'), ('train.rows', 'train.batch')):
     if values[low] > values[high] and not is_open(values[high]):
       raise InputError(f'config.{low} is {values[low]}, more than the {values[high]} of {high}; '
                        f'lower one or raise the other')
@@ -581,6 +583,10 @@ def _check_training(t: ConfigDict, names: list[str]):
   if t.loss in PAIR_LOSSES and not t.beta > 0:
     raise InputError(f'config.train.beta is {t.beta}; it must be above 0 with '
                      f'train.loss={t.loss}')
+  if not (t.pack or is_open(t.rows) or t.rows == t.batch):
+    raise InputError(f'config.train.rows is {t.rows}, and without packing (train.pack=False) a '
+                     f'step has one row for each of the {t.batch} examples of train.batch; leave '
+                     f'it at -1')
   if t.select not in ('', 'auto', 'wins', 'agreement') and not _names_checkpoint(t.select):
     raise InputError(f'config.train.select is {t.select!r}; it is empty, auto, wins, agreement, or '
                      'a command with {checkpoint} in it')

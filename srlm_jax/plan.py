@@ -36,6 +36,7 @@ from srlm_jax import (
   loop,
   pods,
 )
+from srlm_jax.data import packing
 from srlm_jax.models import costs, kernels, llama, sizing
 from srlm_jax.models.config import PRESETS
 from srlm_jax.models.costs import Seconds, Tokens
@@ -284,6 +285,8 @@ class Planner:
     found = sizing.training(config, shape, devices(self.pod), work)
     mesh, accumulate, remat = _mesh(found, 'mesh'), found['train.accumulate'], found['train.remat']
     multiple = kernels.for_training(self.pod.platform, shape, remat).width_multiple
+    if not configs.is_open(c.rows):
+      packing.refuse_rows(work.rows, mesh.parts * accumulate)
     rows, width = _up(work.rows, mesh.parts * accumulate), _up(work.width, multiple)
     tokens = rows // (mesh.parts * accumulate) * width
     parts = sizing.training_parts(shape, mesh, tokens, has_reference, accumulate, remat, c.moments,

@@ -115,8 +115,46 @@ def test_a_resumed_run_keeps_its_rows_on_another_mesh():
   shape = packed.shape.rows, packed.shape.width
   again = Packing(draw(200), 16, 1, 0, 256, parts=2, rows_and_width=shape)
   assert [again.ids(s) for s in range(len(again))] == [packed.ids(s) for s in range(len(packed))]
-  with pytest.raises(InputError, match='steps of 8 rows .* rows must be a multiple of 3'):
+  with pytest.raises(InputError, match='step has 8 rows .* rows must be a multiple of 3'):
     Packing(draw(200), 16, 1, 0, 256, parts=3, rows_and_width=shape)
+
+
+@pytest.mark.parametrize('responses', [1, 2])
+def test_a_given_number_of_rows_makes_the_same_steps_on_every_mesh(responses):
+  examples, parts = draw(200, responses), (1, 2, 4, 8)
+  shape = packing.fixed(8, examples, 16, 2, 0, 256, 16)
+  packed = [Packing(examples, 16, 2, 0, 256, n, rows_and_width=shape) for n in parts]
+  wanted = packed[0]
+  for one in packed:
+    assert one.shape == wanted.shape and len(one) == len(wanted)
+    assert all(one.rows(step) == wanted.rows(step) for step in range(len(wanted)))
+  assert wanted.shape.rows == 8 and wanted.count == 400
+  counts = [len(names(wanted, step)) for step in range(len(wanted))]
+  assert 0.95 * 16 <= np.mean(counts[:-1]) <= 16
+  # What the mesh of 8 shards would choose itself, which others would not.
+  chosen = [Packing(examples, 16, 2, 0, 256, n) for n in parts]
+  assert chosen[-1].shape == wanted.shape and chosen[0].shape != wanted.shape
+  assert chosen[0].ids(0) != wanted.ids(0)
+
+
+def test_the_width_for_a_given_number_of_rows_is_the_smallest_that_holds_the_batch():
+  examples = [Example(f'e{i}', [1], ([1] * 59,)) for i in range(64)]  # 60 tokens each
+  def width(rows):
+    return packing.fixed(rows, examples, 16, 1, 0, 256, 16)[1]
+  assert [width(rows) for rows in (4, 6, 8, 16)] == [240, 192, 128, 64]
+  longer = [*examples, Example('long', [1], ([1] * 300,))]  # more than the width of the config
+  assert packing.fixed(16, longer, 16, 1, 0, 256, 16) == (16, 304)
+
+
+def test_rows_that_cannot_hold_the_batch_are_refused_with_the_number_that_can():
+  examples = [Example(f'e{i}', [1], ([1] * 59,)) for i in range(64)]
+  message = (r'config.train.rows is 3, and so many rows of at most 256 tokens hold fewer examples '
+             r'per step than config.train.batch = 16; 4 rows hold them')
+  with pytest.raises(InputError, match=message):
+    packing.fixed(3, examples, 16, 1, 0, 256, 16)
+  assert packing.fixed(4, examples, 16, 1, 0, 256, 16)[0] == 4
+  with pytest.raises(InputError, match='every step has 4 rows .* must be a multiple of 8'):
+    Packing(examples, 16, 1, 0, 256, parts=8, rows_and_width=(4, 240))
 
 
 def test_an_example_without_room_enters_a_later_step():

@@ -148,12 +148,24 @@ def test_training_makes_the_planned_choices(pod, reference, monkeypatch, tmp_pat
   shape = dataclasses.replace(PRESETS['llama2-70b'], dtype='bfloat16', dropout=0.1)
   examples = drawn(200, 100, 1000, 3072)
   s = types.SimpleNamespace(config=catalog.find('train').view(config), folder=tmp_path)
-  chosen = train._choose(s, shape, Examples(examples, {}))
+  chosen = train._choose(s, shape, Examples(examples, {}), None)
   m, c = chosen.mesh, chosen.train
   assert (m.data, m.fsdp, m.tensor) == dataclasses.astuple(step.mesh)
   assert (c.accumulate, c.remat) == (step.accumulate, step.remat)
   packed = Packing(examples, c.batch, 2, 0, c.max_length, step.mesh.parts * c.accumulate, 128)
   assert (packed.shape.rows, packed.shape.width) == (step.rows, step.width)
+
+
+@pytest.mark.parametrize('rows', [4, 8, 16])
+def test_a_given_number_of_rows_is_planned_and_divides_over_the_mesh(rows):
+  for pod in ('v5p-8', 'v5p-64', 'v6e-64', '8xh200'):
+    found = make('m2', pod, '7b', **{'train.rows': rows})
+    step = next(s for s in found.stages if s.name == 'model').programs[0]
+    assert step.rows == rows and rows % (step.mesh.parts * step.accumulate) == 0
+    assert step.width == 2048 + found.config.respond.max_tokens
+  message = f'every step has {rows} rows .* must be a multiple of 32, config.train.accumulate times'
+  with pytest.raises(InputError, match=message):
+    make('m2', 'v5p-64', '7b', **{'train.rows': rows, 'mesh.fsdp': 32, 'mesh.tensor': 1})
 
 
 @pytest.mark.parametrize('pod, size', [

@@ -132,7 +132,7 @@ def test_a_run_resumes_bit_identically_and_with_its_rows_on_another_mesh_or_is_r
 
   workdir, _ = run('narrow', mesh=(2, 2, 2), **keys)
   kill(workdir)
-  with pytest.raises(InputError, match='steps of 4 rows .* rows must be a multiple of 8'):
+  with pytest.raises(InputError, match='step has 4 rows .* rows must be a multiple of 8'):
     run('narrow', mesh=(8, 1, 1), **keys)
 
 

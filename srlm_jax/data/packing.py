@@ -59,21 +59,21 @@ class Packing:
     """`width`: maximum row width (at least the longest example); 0 disables packing.
 
     The number of rows is a multiple of `parts` and the width of `multiple`. `rows_and_width`: those
-    of a run that is resumed; InputError if they are not such multiples.
+    of `fixed`, or of a run that is resumed; InputError if they are not such multiples.
     """
     lengths = list(map(len, examples))
     longest = max(lengths)
     if not width:
       lengths = [_round_up(longest, multiple)] * len(lengths)
-    total = max(1, round(epochs * len(examples)))
+    total = _total(examples, epochs)
     pack = functools.partial(_pack, lengths, batch, total, seed)
     if rows_and_width:
       rows, width = rows_and_width
-      if rows % parts or width % multiple:
+      refuse_rows(rows, parts)
+      if width % multiple:
         raise InputError(
-            f'the run began with steps of {rows} rows of {width} tokens; here rows must be a '
-            f'multiple of {parts}, config.train.accumulate times data x fsdp of config.mesh, and '
-            f'tokens of {multiple}; choose another mesh')
+            f'the run began with rows of {width} tokens; here they must be a multiple of '
+            f'{multiple}; continue on the kind of device on which it began')
     elif not width:
       rows, width = batch, lengths[0]
       if batch % parts:
@@ -82,7 +82,8 @@ class Packing:
             f'times data x fsdp of config.mesh; choose a multiple, or move devices to '
             f'config.mesh.tensor')
     else:
-      rows, width = _shape(pack, lengths, min(batch, total), max(width, longest), parts, multiple)
+      rows = _fewest(pack, lengths, min(batch, total), max(width, longest), parts, multiple)
+      width = _narrowest(pack, lengths, min(batch, total), max(width, longest), rows, multiple)
     self.all = examples
     self._steps = list(pack(width, rows))
     packed = [row for step in self._steps for row in step]
@@ -132,20 +133,57 @@ def layout(examples: Sequence[Example]) -> Row:
   return Row(**{name: np.asarray(values, np.int32) for name, values in row.items()})
 
 
-def _shape(pack, lengths, batch: int, width: int, parts: int, multiple: int) -> tuple[int, int]:
-  """The fewest rows, and then the smallest width, that hold `batch` examples per step on average.
+def fixed(rows: int, examples: Sequence[Example], batch: int, epochs: float, seed: int, width: int,
+          multiple: int) -> tuple[int, int]:
+  """-> `rows` and the smallest width with which they hold `batch` examples per step on average.
 
-  Tries each candidate on the first TRIAL_STEPS steps.
+  The width depends on no mesh. It is at most `width` or the longest example; InputError if rows of
+  that width hold fewer.
   """
-  def holds(rows, width):
-    counts = [sum(map(len, step)) for step in itertools.islice(pack(width, rows), TRIAL_STEPS)]
-    full = counts[:-1] or counts  # the last step of a run may hold fewer
-    return sum(full) >= MIN_FILL * batch * len(full)
+  lengths, total = list(map(len, examples)), _total(examples, epochs)
+  pack, count = functools.partial(_pack, lengths, batch, total, seed), min(batch, total)
+  widest = _round_up(max(width, *lengths), multiple)
+  if not _holds(pack, count, rows, widest):
+    least = _fewest(pack, lengths, count, widest, 1, multiple)
+    raise InputError(f'config.train.rows is {rows}, and so many rows of at most {widest} tokens '
+                     f'hold fewer examples per step than config.train.batch = {batch}; {least} '
+                     f'rows hold them')
+  return rows, _narrowest(pack, lengths, count, widest, rows, multiple)
+
+
+def refuse_rows(rows: int, parts: int):
+  """InputError if the rows of a step do not divide over the shards and micro-batches of a mesh."""
+  if rows % parts:
+    raise InputError(
+        f'every step has {rows} rows (config.train.rows, or rows.json of a run that is resumed); '
+        f'here rows must be a multiple of {parts}, config.train.accumulate times data x fsdp of '
+        f'config.mesh; choose another mesh, or for a new run other rows')
+
+
+def _total(examples: Sequence[Example], epochs: float) -> int:
+  return max(1, round(epochs * len(examples)))
+
+
+def _fewest(pack, lengths, batch: int, width: int, parts: int, multiple: int) -> int:
+  """The fewest rows, a multiple of `parts`, that hold `batch` examples per step on average."""
   tokens, widest = batch * sum(lengths) / len(lengths), _round_up(width, multiple)
-  rows = next(n for n in itertools.count(_round_up(tokens / widest, parts), parts)
-              if holds(n, widest))
-  narrowest = _round_up(max(max(lengths), tokens / rows), multiple)
-  return rows, next(n for n in range(narrowest, widest + 1, multiple) if holds(rows, n))
+  return next(n for n in itertools.count(_round_up(tokens / widest, parts), parts)
+              if _holds(pack, batch, n, widest))
+
+
+def _narrowest(pack, lengths, batch: int, width: int, rows: int, multiple: int) -> int:
+  """The smallest width with which `rows` hold `batch` examples per step on average."""
+  tokens = batch * sum(lengths) / len(lengths)
+  least = _round_up(max(max(lengths), tokens / rows), multiple)
+  return next(n for n in range(least, _round_up(width, multiple) + 1, multiple)
+              if _holds(pack, batch, rows, n))
+
+
+def _holds(pack, batch: int, rows: int, width: int) -> bool:
+  """Whether the first TRIAL_STEPS steps hold `batch` examples on average."""
+  counts = [sum(map(len, step)) for step in itertools.islice(pack(width, rows), TRIAL_STEPS)]
+  full = counts[:-1] or counts  # the last step of a run may hold fewer
+  return sum(full) >= MIN_FILL * batch * len(full)
 
 
 def _pack(lengths, batch: int, total: int, seed: int, width: int,

@@ -208,19 +208,20 @@ def _share(name: str, x, mesh: Mesh) -> float:
 
 
 def work(c, mean: float, longest: int, has_reference: bool,
-         begun: tuple[int, int] | None = None) -> Work:
+         known: tuple[int, int] | None = None) -> Work:
   """What a step computes with examples of these lengths in tokens; `c`: the section `train`.
 
-  `begun`: the rows and the width of a run that is resumed.
+  `known`: the rows and their width, if they do not depend on the mesh.
   """
-  longest = max(c.max_length if c.pack else 0, longest)
-  if begun:
-    rows, width = begun
-  elif c.pack:
-    rows, width = c.batch * mean / longest, longest
+  width = max(c.max_length if c.pack else 0, longest)
+  if known:
+    rows, width = known
+  elif not c.pack:
+    rows = c.batch
   else:
-    rows, width = c.batch, longest
-  return Work(rows, width, has_reference, is_exact=bool(begun) or not c.pack)
+    rows = c.batch * mean / width if configs.is_open(c.rows) else c.rows
+  is_exact = bool(known) or not c.pack or not configs.is_open(c.rows)
+  return Work(rows, width, has_reference, is_exact)
 
 
 def forward_parts(shape: Config, mesh: Mesh, tokens: int, platform: str) -> dict[str, float]:

@@ -60,10 +60,11 @@ def run(config, workdir, wins: Callable[[int], bool] | None = None):
   if s.done:
     return
   data = _examples(config, source, shape, files)
-  config = _choose(s, shape, data)
+  rows = _known_rows(config, s.folder, shape, data)
+  config = _choose(s, shape, data, rows)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):
-    setup = _prepare(config, workdir, s, source, shape, data, mesh)
+    setup = _prepare(config, workdir, s, source, shape, data, rows, mesh)
   last, stopped, is_begun = max(model_files.steps(s.folder), default=0), '', False
   for before, end in itertools.pairwise([0, *setup.ends]):
     if end > last:
@@ -114,26 +115,38 @@ def _examples(config, source, shape, files) -> training.Examples:
   return data
 
 
-def _choose(s: stage.Stage, shape, data: training.Examples):
-  """-> the config with values for its open keys; a resumed run keeps its rows."""
+def _known_rows(config, folder, shape, data: training.Examples) -> tuple[int, int] | None:
+  """The rows and their width, if they do not depend on the mesh, else None.
+
+  Those of a run that is resumed, or the rows of the config and the smallest width for them.
+  """
+  c = config.train
+  if (begun := _begun_rows(folder)) or configs.is_open(c.rows) or not c.pack:
+    return begun
+  multiple = kernels.for_training(jax.default_backend(), shape, c.remat).width_multiple
+  return packing.fixed(c.rows, data.examples, c.batch, configs.epochs(c), config.seed,
+                       c.max_length, multiple)
+
+
+def _choose(s: stage.Stage, shape, data: training.Examples, rows: tuple[int, int] | None):
+  """-> the config with values for its open keys; `rows`: of `_known_rows`."""
   c, lengths = s.config.train, [len(e) for e in data.examples]
   work = sizing.work(c, sum(lengths) / len(lengths), max(lengths),
-                     objectives.find(c).needs_reference_params, _begun_rows(s.folder))
+                     objectives.find(c).needs_reference_params, rows)
   return catalog.replace(s.config, sizing.training(s.config, shape, sizing.devices(), work))
 
 
-def _prepare(config, workdir, s, source, shape, data: training.Examples, mesh) -> Setup:
+def _prepare(config, workdir, s, source, shape, data: training.Examples, rows, mesh) -> Setup:
   """Packs the data, computes cached log-probs of the reference, and builds the step."""
   c, objective = config.train, objectives.find(config.train)
   choice = kernels.for_training(jax.default_backend(), shape, c.remat)
   model = llama.Llama(shape, choice, c.remat)
-  packed = _pack(config, data, mesh, choice.width_multiple, configs.epochs(c),
-                 _begun_rows(s.folder))
+  packed = _pack(config, data, mesh, choice.width_multiple, configs.epochs(c), rows)
   tx = train_state.optimizer(c, len(packed))
   abstract = train_state.abstract(shape, c, tx, mesh)
   make_batch = objective.pack
   if objective.needs_reference_logps:
-    once = _pack(config, data, mesh, choice.width_multiple, epochs=1)
+    once = _pack(config, data, mesh, choice.width_multiple, 1, rows)
     logps = reference.cached(config, workdir, source, model, once, mesh)
     make_batch = functools.partial(make_batch, reference_logps=logps)
   step = train_step.make(model, tx, c, abstract)
@@ -367,9 +380,9 @@ def _begun_rows(folder) -> tuple[int, int] | None:
 
 
 def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
-          begun: tuple[int, int] | None = None) -> packing.Packing:
-  """`begun`: the rows and the width of a resumed run, which are reused on any mesh."""
+          rows: tuple[int, int] | None) -> packing.Packing:
+  """`rows`: of `_known_rows`."""
   c = config.train
   parts = c.accumulate * mesh.shape['data'] * mesh.shape['fsdp']
   return packing.Packing(data.examples, c.batch, epochs, config.seed,
-                         c.max_length if c.pack else 0, parts, multiple, begun)
+                         c.max_length if c.pack else 0, parts, multiple, rows)

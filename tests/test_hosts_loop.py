@@ -1,0 +1,238 @@
+"""The whole loop on several hosts, one CPU device each, against one host; and with a lost host.
+
+With `-s` it prints a table: the largest difference of a parameter of each model, its last loss, and
+the records that differ.
+"""
+import collections
+import json
+import re
+import shutil
+import sys
+import time
+
+from conftest import CHANGES, config_flags, main, make_mesh
+import jax
+import processes
+import pytest
+
+from srlm_jax import catalog, model_files, preemption, records, schema
+from srlm_jax.checkpoint import convert, store
+
+pytestmark = pytest.mark.slow
+MODELS = 'sft', 'm1', 'm2', 'm3'
+ROWS = 'train.rows=4'  # the same on 1, 2 and 4 hosts
+EXACT = 1e-5           # parameters of the same steps on another mesh, at most
+
+
+def loop(workdir, changes=(*CHANGES, ROWS)):
+  """The command of the whole loop."""
+  return [sys.executable, '-m', 'srlm_jax.loop', '--size=tiny', f'--workdir={workdir}',
+          *(f'--set={change}' for change in changes)]
+
+
+def finish(runs):
+  for code, errors in processes.ends(runs, seconds=900):
+    assert code == 0, errors
+
+
+def begun(folder, one):
+  """A workdir with M0, which one host converts: a run on several hosts does not."""
+  shutil.copytree(one / 'm0', folder / 'm0')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """The folder of a finished loop on one host."""
+  workdir = tmp_path_factory.mktemp('one') / 'run'
+  main('loop', *loop(workdir)[3:])
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def several(one, tmp_path_factory):
+  """A function: number of hosts -> the folder of a finished loop on them."""
+  made = {}
+  def get(hosts):
+    if hosts not in made:
+      made[hosts] = begun(tmp_path_factory.mktemp(f'hosts{hosts}') / 'run', one)
+      finish(processes.start(hosts, *loop(made[hosts])))
+    return made[hosts]
+  return get
+
+
+def parameters(folder):
+  mesh = make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    return jax.tree.leaves(jax.device_get(store.restore_params(folder, mesh, 'float32')[0]))
+
+
+def difference(a, b) -> float:
+  """The largest difference of a parameter of two models."""
+  return max(float(abs(x - y).max()) for x, y in zip(parameters(a), parameters(b), strict=True))
+
+
+def made_by(folder) -> dict[str, list[str]]:
+  """{file: its records as JSON} of a stage; the shards of a file are one, in request order."""
+  found = {}
+  for path in sorted(folder.glob('*.jsonl')):
+    file = re.sub(r'-\d{5}-of-\d{5}\.', '-*.', path.name)
+    if file not in catalog.KINDS or file in found:
+      continue  # metrics.jsonl, or another shard
+    kind = catalog.KINDS[file]
+    rows = (records.read_shards(folder, catalog.stem(file), kind) if file.endswith(catalog.SHARDS)
+            else records.read(path, kind))
+    found[file] = [records.dump(row) for row in rows]
+  return found
+
+
+def differing(a: list[str], b: list[str]) -> int:
+  """The records of one list that the other one lacks, whichever are more."""
+  a, b = collections.Counter(a), collections.Counter(b)
+  return max((a - b).total(), (b - a).total())
+
+
+def compared(one, other) -> list[dict]:
+  """For every model: what differs between two runs of the loop.
+
+  data: the records of its training data that differ
+  records: those of all of its stages, of `total`
+  moved: the largest difference of a parameter
+  loss: the last of both
+  reports: files of numbers that differ
+  """
+  rows = []
+  for model in MODELS:
+    row = dict(model=model, data=0, records=0, total=0, reports=[])
+    for done in sorted(one.glob(f'{model}/*/done.json')):
+      here, there = done.parent, other / model / done.parent.name
+      a, b = made_by(here), made_by(there)
+      assert a.keys() == b.keys(), here
+      row['records'] += sum(differing(a[file], b[file]) for file in a)
+      row['total'] += sum(map(len, a.values()))
+      if here.name in ('eft', 'pairs'):
+        row['data'] += differing(*(x[f'{here.name}.jsonl'] for x in (a, b)))
+      for name in ('agreement.json', 'oracle.json', 'health.json', 'audit.json'):
+        if (here / name).exists() and (here / name).read_text() != (there / name).read_text():
+          row['reports'].append(name)
+    folders = one / model / 'model', other / model / 'model'
+    row['loss'] = [json.loads((f / 'done.json').read_text())['loss'] for f in folders]
+    row['rows'] = [json.loads((f / 'rows.json').read_text())['shape'] for f in folders]
+    row['moved'] = difference(*folders)
+    rows.append(row)
+  return rows
+
+
+def show(title: str, rows: list[dict]):
+  """Prints what `compared` found as a table."""
+  print(f'\n{title}\nmodel  largest difference  last loss        training data  records')
+  for row in rows:
+    losses = ', '.join(f'{loss:.4f}' for loss in row['loss'])
+    print(f'{row["model"]:5}  {row["moved"]:18.2g}  {losses:15}  {row["data"]:13}  '
+          f'{row["records"]} of {row["total"]} {" ".join(row["reports"])}')
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_the_loop_on_several_hosts_gives_the_models_and_records_of_one(one, several, hosts):
+  """Until a sampled token differs: parameters that differ by rounding may move a draw."""
+  rows = compared(one, several(hosts))
+  show(f'{hosts} hosts and one', rows)
+  is_same = True
+  for row in rows:
+    assert row['rows'][0] == row['rows'][1] and row['rows'][0][0] == 4
+    is_same = is_same and not row['data']
+    if is_same:
+      assert row['moved'] <= EXACT and row['records'] <= 0.02 * row['total']
+      assert row['loss'][0] == pytest.approx(row['loss'][1], abs=1e-4)
+      assert row['records'] or not row['reports']
+  assert rows[0]['moved'] > 0  # the mesh was another one
+  assert not rows[0]['data'] and not rows[1]['data']
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_a_lost_host_and_a_restart_change_nothing(one, several, tmp_path, hosts):
+  """Killed while M1 judges, and while M2 is trained; each time the same command continues."""
+  folder = begun(tmp_path / 'run', one)
+  judged = folder / 'm2' / 'judge' / records.shard_name('judgements', hosts - 1, hosts)
+  saved = folder / 'm2' / 'model'
+  for victim, has_begun, stage in (
+      (0, lambda: judged.exists() and judged.stat().st_size, judged.parent),
+      (hosts - 1, lambda: len(model_files.steps(saved)) > 1, saved)):
+    runs = processes.start(hosts, *loop(folder))
+    while not has_begun():
+      time.sleep(0.02)
+      assert all(run.poll() is None for run in runs), processes.ends(runs)
+    runs[victim].kill()
+    found = processes.ends(runs)
+    found.pop(victim)
+    assert found == [(preemption.EXIT_CODE, processes.lost(victim, hosts))] * (hosts - 1)
+    assert not (stage / 'done.json').exists()
+  finish(processes.start(hosts, *loop(folder)))
+  wanted = several(hosts)
+
+  def files(workdir):
+    return {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob('*.jsonl')
+            if path.name != 'metrics.jsonl'}
+  assert files(folder) == files(wanted)
+  for model in MODELS:
+    ends = [model_files.read_hashes(workdir / model / 'model') for workdir in (folder, wanted)]
+    assert ends[0] == ends[1]
+
+
+def train(hosts, one, folder, changes):
+  """Trains M2 anew, in a copy of a finished run -> the copy."""
+  for part in ('data', 'm1', 'm2/pairs'):
+    shutil.copytree(one / part, folder / part)
+  flags = *config_flags('m2'), *(f'--config.{change}' for change in changes)
+  finish(processes.start(hosts, sys.executable, '-m', 'srlm_jax.train', '--config=iter2:tiny',
+                         f'--workdir={folder}', *flags))
+  return folder
+
+
+VARIANTS = {
+    'cached reference, two micro-batches, dropout': (
+        'train.rows=8', 'train.accumulate=2', 'train.reference=cached', 'train.dropout=0.1'),
+    'LoRA': ('train.rows=4', 'train.lora_rank=4', 'train.learning_rate=2e-4',
+             'train.learning_rate_end=2e-5')}
+
+
+@pytest.mark.parametrize('changes', VARIANTS.values(), ids=VARIANTS)
+def test_dpo_on_two_and_on_four_hosts_ends_with_the_parameters_of_one(one, tmp_path, changes):
+  folders = [train(hosts, one, tmp_path / str(hosts), changes) / 'm2' / 'model'
+             for hosts in (1, 2, 4)]
+  losses = [json.loads((folder / 'done.json').read_text())['loss'] for folder in folders]
+  moved = [difference(folders[0], folder) for folder in folders[1:]]
+  print(f'\n{changes}: largest difference on 2 hosts {moved[0]:.2g}, on 4 {moved[1]:.2g}; '
+        f'last loss on 1, 2 and 4 {losses}')
+  assert 0 < max(moved) <= EXACT and losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+  assert difference(folders[0], one / 'm1' / 'model') > 10 * EXACT
+  logps = [folder.parent / 'reference' / 'logps.jsonl' for folder in folders]
+  if logps[0].exists():  # the same pairs in the same order
+    ids = [[json.loads(line)['id'] for line in path.read_text().splitlines()] for path in logps]
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_an_adapter_trained_on_two_hosts_is_sampled_and_exported_by_any_number(one, tmp_path):
+  two = train(2, one, tmp_path / 'two', VARIANTS['LoRA'])
+  assert (two / 'm2' / 'model' / 'lora.json').exists()
+  command = [sys.executable, '-m', 'srlm_jax.sample.respond', '--config=iter2:tiny', '--on=heldout',
+             *config_flags('m2')]
+  group = '--config.sample_mesh.data=1', '--config.sample_mesh.tensor=2'
+  found = {}
+  for name, hosts, flags in (('1', 1, ()), ('2', 2, ()), ('4', 4, ()), ('group of 2', 2, group),
+                             ('2 groups', 4, group)):
+    folder = two / 'm2' / 'answers'
+    shutil.rmtree(folder, ignore_errors=True)
+    finish(processes.start(hosts, *command, f'--workdir={two}', *flags))
+    found[name] = list(records.read_shards(folder, 'responses', schema.Response))
+    assert len(list(folder.glob('*.jsonl'))) == (hosts if not flags else hosts // 2)
+  assert found['1'] and found['1'] == found['2'] == found['4']
+  assert found['group of 2'] == found['2 groups']
+  differ = sum(a != b for a, b in zip(found['1'], found['2 groups'], strict=True))
+  print(f'\nadapter, group of two hosts: {differ} of {len(found["1"])} answers differ')
+  assert differ <= 0.05 * len(found['1'])
+  # The export is the model that training and sampling compute.
+  convert.to_hf(two / 'm2' / 'model', tmp_path / 'hf')
+  convert.from_hf(tmp_path / 'hf', tmp_path / 'back')
+  assert difference(two / 'm2' / 'model', tmp_path / 'back') < 1e-6
+  assert difference(one / 'm1' / 'model', tmp_path / 'back') > 10 * EXACT
