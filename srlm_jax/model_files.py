@@ -62,7 +62,8 @@ def steps(folder) -> list[int]:
   """The completely saved steps of a checkpoint folder, in ascending order."""
   path = epath.Path(folder) / 'steps'
   found = path.iterdir() if path.exists() else ()
-  return sorted(int(p.name) for p in found if p.name.isdigit() and storage.is_committed(p))
+  return sorted(int(p.name) for p in found
+                if p.name.isascii() and p.name.isdigit() and storage.is_committed(p))
 
 
 def latest(folder) -> int:
@@ -78,7 +79,7 @@ def latest(folder) -> int:
   advice = 'delete it, and run the selection again'
   chosen = records.read_json(selected, advice)
   step = chosen.get('step') if isinstance(chosen, dict) else None
-  if step not in found:
+  if type(step) is not int or step not in found:
     raise InputError(f'{selected} names the step {step}, and there is {found}; {advice}')
   return step
 
@@ -149,8 +150,10 @@ def read_adapter(folder) -> Adapter | None:
   path = epath.Path(folder) / LORA
   if not path.exists():
     return None
-  return records.parse(path.read_bytes(), str(path), Adapter,
-                       f'restore it, or delete {folder} and train that model again')
+  advice = f'restore it, or delete {folder} and train that model again'
+  with records.reading(path, advice):
+    data = path.read_bytes()
+  return records.parse(data, str(path), Adapter, advice)
 
 
 def base_folder(folder, adapter: Adapter):
