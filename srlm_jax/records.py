@@ -11,9 +11,9 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import operator
 import re
+import sys
 from typing import TypeVar
 import zlib
 
@@ -125,8 +125,8 @@ def keep_shards(folder, stem: str, count: int):
     Appender(other).close()  # removes a line that the kill cut off
   if others:
     before = [path] if path.exists() else []
-    write(path, {record['id']: record for shard in [*before, *others]
-                 for _, record in read_any(shard)}.values())
+    write(path, {_text(record, 'id', where): record for shard in [*before, *others]
+                 for where, record in read_any(shard)}.values())
   for other in others:
     other.unlink()
 
@@ -134,9 +134,17 @@ def keep_shards(folder, stem: str, count: int):
 def kept(folder, stem: str) -> dict[str, list[dict]]:
   """{id of a request: its records} that `keep_shards` has kept."""
   path, found = _kept_file(folder, stem), {}
-  for _, record in read_any(path) if path.exists() else ():
-    found.setdefault(record[_REQUEST.get(stem, 'id')], []).append(record)
+  for where, record in read_any(path) if path.exists() else ():
+    found.setdefault(_text(record, _REQUEST.get(stem, 'id'), where), []).append(record)
   return found
+
+
+def _text(record: dict, field: str, where: str) -> str:
+  """The value of a field, which must be a string."""
+  if not isinstance(value := record.get(field), str):
+    raise InputError(f'{where}: "{field}" is {str(value)[:40]}, not a string; delete the folder of '
+                     f'that stage and run it again')
+  return value
 
 
 def drop_kept(folder, stem: str):
@@ -154,9 +162,23 @@ def read_json(path, advice: str):
   with reading(path, advice):
     data = path.read_bytes()
   try:
-    return json.loads(data)
+    return _json(data)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{path}: not JSON ({error}); {advice}') from error
+
+
+def _json(data: bytes):
+  """The value of a JSON text. Raises ValueError or RecursionError if it is not JSON.
+
+  A text with an unpaired surrogate is refused too: it could not be written as UTF-8.
+  """
+  value = json.loads(data)
+  if b'\\u' in data:
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      raise ValueError('it contains an unpaired surrogate such as \\ud800') from error
+  return value
 
 
 @contextlib.contextmanager
@@ -260,8 +282,8 @@ def contents(folder) -> dict[str, list]:
     found[str(path.relative_to(folder))] = describe(path)
     names = seen.setdefault(path.name.partition('-')[0], set())
     for where, record in read_any(path) if path.suffix == '.jsonl' else ():
-      if (name := record.get('id')) is not None:
-        if hash(name) in names:
+      if record.get('id') is not None:
+        if hash(name := _text(record, 'id', where)) in names:
           raise InputError(f'{where}: a second record with the id {name!r}; delete {folder} and '
                            f'run its stage again')
         names.add(hash(name))
@@ -284,7 +306,7 @@ def describe(path) -> list:
   if path.is_dir():
     raise InputError(f'{path} is a folder; give a file')
   digest, count = hashlib.sha256(), 0
-  with path.open('rb') as f:
+  with reading(path, 'make it readable'), path.open('rb') as f:
     while block := f.read(1 << 20):
       digest.update(block)
       count += block.count(b'\n')
@@ -311,8 +333,9 @@ def is_number(value) -> bool:
   >>> is_number(2.5), is_number(True), is_number(float('nan'))
   (True, False, False)
   """
-  return isinstance(value, int | float) and not isinstance(value, bool) and (
-      isinstance(value, int) or math.isfinite(value))
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return False
+  return abs(value) <= sys.float_info.max  # False for NaN, and an int may be larger than any float
 
 
 def parse(line: bytes, where: str, kind: type[Record],
@@ -348,7 +371,7 @@ def _decoder(kind: type) -> msgspec.json.Decoder:
 
 def _object(line: bytes, where: str) -> dict:
   try:
-    record = json.loads(line)
+    record = _json(line)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{where}: not a JSON object ({error}); correct or delete the line') from error
   if not isinstance(record, dict):

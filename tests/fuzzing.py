@@ -114,6 +114,36 @@ def damaged(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> by
   return data
 
 
+def other_values(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
+  """`data` with other numbers and texts of the same types, so that its reader may accept it."""
+  lines = data.splitlines(keepends=True)
+  is_lines = len(lines) > 1 and lines[0].rstrip().endswith(b'}')
+  i = rng.randrange(len(lines)) if is_lines else 0
+  try:
+    root = [json.loads(lines[i] if is_lines else data)]
+  except (ValueError, RecursionError):
+    return damaged(rng, data, others)
+  leaves = [(parent, key) for parent, key in _places(root)
+            if not isinstance(parent[key], dict | list)]
+  for parent, key in rng.sample(leaves, min(len(leaves), rng.choice((1, 1, 2, 5)))):
+    parent[key] = _similar(rng, parent[key])
+  changed = json.dumps(root[0]).encode()
+  return b''.join([*lines[:i], changed + b'\n', *lines[i + 1:]]) if is_lines else changed
+
+
+def _similar(rng, old):
+  if isinstance(old, bool):
+    return not old
+  if isinstance(old, int):
+    return rng.choice((0, 1, 2, 7, old + 1, max(0, old - 1), 10 ** 6, 10 ** 15))
+  if isinstance(old, float):
+    return rng.choice((0.0, -old, old / 3, old * 1e6, 1.0, -1.0, 1e-300, 1e15, -1e15, 3))
+  if isinstance(old, str):
+    return rng.choice(('', 'a', old + 'x', old[1:], old.upper(), 'm1', 'm3', 'p0', 'a/b', ' ',
+                       '\0', 'x' * 2000, '\u2028'))
+  return rng.choice((0, 1, 0.5, 'a'))
+
+
 def _changed_bytes(rng, data: bytes, others) -> bytes:
   """Bytes are changed, removed, repeated, moved, or come from elsewhere."""
   start = rng.randrange(len(data) + 1)

@@ -13,13 +13,14 @@ import samples
 from srlm_jax import conversation, InputError, records, schema
 
 # Parts of JSON files with tables, which are not lines.
-RESULTS = (schema.Harness, schema.Distributions, schema.PromptSet, schema.Nearest)
+RESULTS = (schema.Harness, schema.Distributions, schema.PromptSet, schema.Nearest, schema.Rows)
 KINDS = [kind for kind in vars(schema).values()
          if dataclasses.is_dataclass(kind) and kind not in RESULTS]
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-TYPES = {str: st.text(), int: st.integers(-2**53, 2**53), float: FLOATS,
+FLOATS = st.floats(-1e15, 1e15)
+COUNTS = st.integers(0, 10**15)
+TYPES = {str: st.text(), int: COUNTS, float: FLOATS,
          float | None: st.none() | FLOATS,
-         dict[str, int]: st.dictionaries(st.text(), st.integers(0, 2**53)),
+         dict[str, int]: st.dictionaries(st.text(), COUNTS),
          tuple[int, ...]: st.lists(st.integers(0, 2**31)).map(tuple),
          tuple[float, ...]: st.lists(FLOATS).map(tuple),
          conversation.Messages: st.sampled_from(((), conversation.in_turns(['a', ' b', 'c'])))}

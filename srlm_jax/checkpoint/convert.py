@@ -12,7 +12,6 @@ Hugging Face tensor + 1 GiB.
 """
 import collections
 import hashlib
-import itertools
 import json
 import math
 
@@ -119,8 +118,8 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   dtypes = {name: np.dtype('float32') if adapters else array.dtype.numpy_dtype
             for name, array in stored.items()}
   if foreign := sorted(name for name, found in dtypes.items() if found not in hf.NAMES):
-    raise InputError(f'{params}: array {foreign[0]} is {dtypes[foreign[0]]}, which no parameter is; '
-                     f'the checkpoint is damaged, restore it from a copy')
+    raise InputError(f'{params}: array {foreign[0]} is {dtypes[foreign[0]]}, which no parameter '
+                     f'is; the checkpoint is damaged, restore it from a copy')
   files = hf.shards(config, dtypes, shard_bytes)
   dtype = str(dtypes['embed_VD'])
   model_files.read_hashes(folder, step)  # before a changed tokenizer is read

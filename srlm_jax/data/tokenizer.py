@@ -335,8 +335,8 @@ def _renamed(backend: dict, names: dict[int, str], separator: str, path):
 
 
 def _with_gaps(path) -> InputError:
-  return InputError(f'{path} has a vocabulary with gaps in its ids, so text and added tokens cannot '
-                    f'be distinguished; number its pieces from 0 without gaps')
+  return InputError(f'{path} has a vocabulary with gaps in its ids, so text and added tokens '
+                    f'cannot be distinguished; number its pieces from 0 without gaps')
 
 
 def _mask(text: str, number: int) -> str:

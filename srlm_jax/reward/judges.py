@@ -34,6 +34,7 @@ from srlm_jax.data import templates
 
 _DEFAULT = dict(scale=[0, 5], lines=['Score'], example='It is relevant and useful.\nScore: 3')
 _KEYS = ('scale', 'lines', 'pattern', 'words', 'example')
+MOST = 1e9  # of a score
 
 
 class _Line(NamedTuple):
@@ -311,8 +312,9 @@ def _judge(path, header: dict, text: str, slots) -> Judge:
                        f'{", ".join(_KEYS)}')
   scale = header.get('scale')
   if not (isinstance(scale, list) and len(scale) == 2 and all(map(records.is_number, scale))
-          and scale[0] < scale[1]):
-    raise InputError(f'{path}: scale is {scale}; it must be [lowest, highest], two numbers')
+          and -MOST <= scale[0] < scale[1] <= MOST):
+    raise InputError(f'{path}: scale is {scale!r:.100}; it must be [lowest, highest], two numbers '
+                     f'from {-MOST:g} to {MOST:g}')
   labels, pattern = _labels_or_pattern(path, header)
   words = _words(path, header.get('words', {}), scale)
   example = str(header.get('example', ''))
@@ -341,7 +343,7 @@ def _labels_or_pattern(path, header: dict) -> tuple[tuple[str, ...], str]:
   pattern = header['pattern']
   try:
     groups = re.compile(pattern).groups
-  except (re.error, TypeError) as error:
+  except (re.error, TypeError, OverflowError, RecursionError) as error:
     raise InputError(f'{path}: {pattern!r} is not a regular expression ({error})') from error
   if groups != 1:
     raise InputError(f'{path}: the pattern {pattern!r} must have one group, the value')
@@ -367,7 +369,7 @@ def _split(path, text: str) -> tuple[dict | None, str]:
     raise InputError(f'{path}: a header must be at the start of the file, between two lines +++')
   try:
     return tomllib.loads(parts[1]), parts[2]
-  except tomllib.TOMLDecodeError as error:
+  except (ValueError, RecursionError) as error:  # ValueError: also of an int of 5,000 digits
     raise InputError(f'{path}: the header between the lines +++ is not TOML ({error})') from error
 
 
