@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import pathlib
+import re
 import shutil
 import socket
 import threading
@@ -202,7 +203,7 @@ def damaged_adapter(rng, data: bytes, others) -> bytes:
 
 def read_adapter(given):
   folder = workplace('adapter')
-  for name, data in dict(adapter()) | dict([given]):
+  for name, data in (dict(adapter()) | dict([given])).items():
     (folder / name).write_bytes(data)
   peft.read(folder, checkpoint())
 
@@ -363,8 +364,8 @@ ROUTES = ('/v1/completions', '/v1/chat/completions')
 def requests() -> list[tuple[str, bytes]]:
   completion = dict(
       model='m', prompt=['Name a fruit.', 'Why?'], max_tokens=8, temperature=0.7, top_p=0.9,
-      top_k=5, n=2, seed=1, stop=['\n', 'x'], stream=False, logprobs=2, echo=True, user='u', metadata={},
-      presence_penalty=0, logit_bias={}, suffix=None, best_of=2)
+      top_k=5, n=2, seed=1, stop=['\n', 'x'], stream=False, logprobs=2, echo=True, user='u',
+      metadata={}, presence_penalty=0, logit_bias={}, suffix=None, best_of=2)
   chat = dict(
       model='m', messages=[dict(role='system', content='Be brief.'), dict(
           role='user', content=[dict(type='text', text='Name a fruit.')])], max_tokens=8,
@@ -430,16 +431,20 @@ class Hostile:
       with connection, contextlib.suppress(OSError):
         connection.settimeout(5)
         received = b''
-        while b'\r\n\r\n' not in received:
-          received += connection.recv(65536)
-        head, _, body = received.partition(b'\r\n\r\n')
-        size = next(int(line[15:]) for line in head.lower().split(b'\r\n')
-                    if line.startswith(b'content-length:'))
-        while len(body) < size:
-          body += connection.recv(65536)
+        while not self._is_whole(received):
+          if not (part := connection.recv(2**16)):
+            raise ConnectionError('the client has left')
+          received += part
         connection.sendall(self.answer)
         while self.endless:
           connection.sendall(self.endless)
+
+  @staticmethod
+  def _is_whole(received: bytes) -> bool:
+    """Whether that is all of a request."""
+    head, end, body = received.partition(b'\r\n\r\n')
+    sizes = re.findall(rb'(?i)\r\ncontent-length: (\d+)', head)
+    return bool(end) and len(body) >= int(sizes[0] if sizes else 0)
 
 
 @functools.cache
