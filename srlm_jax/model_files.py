@@ -217,11 +217,16 @@ def read_source(folder) -> dict[str, list[str]]:
 
 
 def copy(source, folder):
-  """Copies config.json and the tokenizer files from `source` to `folder`."""
+  """Copies config.json and the tokenizer files from `source` to `folder`.
+
+  Raises InputError for a folder in place of a file.
+  """
   source, folder = epath.Path(source), epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   for name in names(source):
     (folder / name).parent.mkdir(exist_ok=True)
+    if (source / name).is_dir():
+      raise InputError(f'{source / name} is a folder; delete it, or download the file again')
     (source / name).copy(folder / name, overwrite=True)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from srlm_jax import InputError, model_files
+from srlm_jax.checkpoint import convert, hf
 from srlm_jax.conversation import Message
 from srlm_jax.data import rendering
 from srlm_jax.eval import endpoint
@@ -84,7 +86,8 @@ def test_an_interrupted_rendering_leaves_no_text_for_the_next(monkeypatch):
 
 
 def test_the_renderer_ends_with_its_program():
-  code = ('import os; from srlm_jax.data import rendering as r; from srlm_jax.conversation import '
+  code = ('import os; from srlm_jax.data import rendering as r; from srlm_jax.checkpoint import convert, hf
+from srlm_jax.conversation import '
           'Message as M; r.render(r.Template("a", "t"), [M("user", "b")], {}, True); '
           'print(r._renderer(os.getpid())._process.pid)')
   for end in ('', '; os.kill(os.getpid(), 9)'):
@@ -160,6 +163,26 @@ def test_other_folders_in_steps_are_no_steps(tmp_path, name):
   (tmp_path / 'steps' / name).mkdir(parents=True)
   (tmp_path / 'steps' / '7').mkdir()
   assert model_files.steps(tmp_path) == [7]
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.model', 'generation_config.json',
+                                  'model.safetensors', 'tokenizer.json'])
+def test_a_folder_in_place_of_a_file_is_an_error(tmp_path, name):
+  shutil.copytree(fuzz_models.source(), tmp_path / 'source')
+  (tmp_path / 'source' / name).unlink(missing_ok=True)
+  (tmp_path / 'source' / name).mkdir()
+  with pytest.raises(InputError, match=name):
+    convert.from_hf(tmp_path / 'source', tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_header_that_claims_more_than_a_file_has_is_not_read(tmp_path):
+  path = tmp_path / 'x.safetensors'
+  with path.open('wb') as file:
+    file.write((2 * 10**7).to_bytes(8, 'little'))
+    file.truncate(10**8)  # takes no space
+  with pytest.raises(InputError, match='is not a complete safetensors file .its header claims 20,'):
+    hf.read_header(path)
 
 
 @pytest.mark.parametrize('damage', ['empty', 'cut', 'flipped', 'folder'])
