@@ -173,7 +173,7 @@ def _json(data: bytes):
   A text with an unpaired surrogate is refused too: it could not be written as UTF-8.
   """
   value = json.loads(data)
-  if b'\\u' in data:
+  if b'\\u' in data or b'\xed' in data:  # an escape, or the first byte of an encoded surrogate
     try:
       json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -138,10 +138,16 @@ def paired(runs, model: str, others, other: str) -> dict | None:
   for run, against in zip(runs, others, strict=True):
     mine = results.graded(run / model)
     theirs = results.graded(against / other) if other else {}
+    if mine and theirs and mine.keys() != theirs.keys():
+      raise InputError(f'{run / model} and {against / other} have graded answers to different '
+                       f'prompts; compare runs with the same data')
     if mine and theirs:
       differences.append({prompt: mine[prompt] - theirs[prompt] for prompt in mine})
   if not differences:
     return None
+  if any(found.keys() != differences[0].keys() for found in differences):
+    raise InputError(f'{runs[0]} and the runs with other seeds have graded answers to different '
+                     f'prompts; restore the data of these runs')
   by_prompt = [statistics.fmean(run[prompt] for run in differences) for prompt in differences[0]]
   by_run = [statistics.fmean(run.values()) for run in differences]
   return dict(over_seeds(by_run), over_prompts=scores.standard_error(by_prompt),
@@ -188,7 +194,7 @@ def overview(folder) -> str:
   Shows the score of each model and, for the last model, the difference from the loops of the same
   seeds and other means.
   """
-  found = {path: results.read(path, Study) for path in folder.glob('*.json')}
+  found = {path: study for path in folder.glob('*.json') if (study := results.read(path, Study))}
   models = configs.MODELS[2:]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, *_OVERVIEW]]
   for path, study in sorted(found.items(), key=lambda item: (item[1].name != LOOP, item[1].name)):
@@ -198,9 +204,9 @@ def overview(folder) -> str:
       scored = [results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models]
       lines.append([study.name, str(study.seeds), *scored, *_difference(last['against']),
                     *(_mean(last, heading) for heading in _OVERVIEW)])
-    except (IndexError, KeyError, TypeError) as error:
-      raise InputError(f'{path}: not the rows of a study (no {error}); delete it, and run that '
-                       f'study again') from error
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+      raise InputError(f'{path}: not the rows of a study ({type(error).__name__}: {error}); delete '
+                       f'it, and run that study again') from error
   return results.aligned(lines)
 
 

@@ -19,14 +19,13 @@ import numpy as np
 from safetensors.numpy import save, save_file
 import test_tokenizer
 
-from srlm_jax import config as configs, InputError, model_files
+from srlm_jax import config as configs, InputError
 from srlm_jax.checkpoint import arrays, convert, hf, peft
 from srlm_jax.conversation import Message
 from srlm_jax.data import rendering, templates, tokenizer as tokenizers
 from srlm_jax.eval import endpoint
-from srlm_jax.models import config as model_config, lora
+from srlm_jax.models import config as model_config
 from srlm_jax.models.config import Config, PRESETS
-from srlm_jax.reward import judges
 from srlm_jax.serve import app, text
 from srlm_jax.serve.worker import Piece, PromptLogps
 
@@ -208,39 +207,6 @@ def read_adapter(given):
   peft.read(folder, checkpoint())
 
 
-# The files that `model_files` reads; the hash of the last covers the others.
-DESCRIBING = ('config.json', 'tokenizer_config.json', 'source.json', 'selected.json', 'lora.json',
-              'steps/0/hash/metadata')
-
-
-def describing() -> list[tuple[str, bytes]]:
-  own = {'selected.json': b'{"step": 0}', 'lora.json': json.dumps(dict(
-      rank=2, alpha=4.0, targets=['q_proj'], base=str(checkpoint()), step=0,
-      params=model_files.recorded_hash(checkpoint()))).encode()}
-  return [(name, own.get(name) or (checkpoint() / name).read_bytes()) for name in DESCRIBING]
-
-
-def read_model_folder(given):
-  """The reader sees an adapter that its hashes cover: damage is found later than by the hash."""
-  name, data = given
-  folder = fresh('model', checkpoint())
-  if name.endswith('metadata') or not data:
-    (folder / name).write_bytes(data)
-  else:
-    (folder / name).write_bytes(data)
-    path = folder / 'steps/0/hash/metadata'
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(
-        files=model_files.hashes(folder))))
-  model_files.exists(folder)
-  model_files.has_chat_template(folder)
-  model_files.read_source(folder)
-  for _, base in model_files.bases(folder):
-    assert base
-  model_files.read_hashes(folder)
-  if found := model_files.read_adapter(folder):
-    assert lora.shapes(CONFIG, found.rank, found.targets) and found.alpha / found.rank < 1e38
-
-
 def array_files() -> list[tuple[str, bytes]]:
   params = checkpoint() / 'steps/0/params'
   return [(str(path.relative_to(params)), path.read_bytes())
@@ -302,19 +268,6 @@ def chat_templates() -> list[bytes]:
 def read_chat_template(data: bytes):
   template = rendering.Template(data.decode(errors='surrogateescape'), 'the template')
   assert isinstance(rendering.render(template, SAID, VARIABLES, True), str)
-
-
-def judge_templates() -> list[bytes]:
-  """The templates for one response; those for two have other slots."""
-  found = [path.read_bytes() for path in sorted((PACKAGE / 'reward').glob('judge_*.txt'))]
-  return [data for data in found if b'{response}' in data]
-
-
-def read_judge(path):
-  judge = judges.load(str(path))
-  assert judge.render(prompt='Why?', response='So.') and judge.parse('Score: 3')
-  with contextlib.suppress(InputError):  # a template that can parse no score that it states
-    judge.state(judge.nearest(judge.lowest))
 
 
 # HTTP requests to the server.
@@ -533,12 +486,10 @@ TARGETS = [
            damage=header_of_tensors, megabytes=512),
     Target('safetensors_index', [index()], read_index, share=0.5),
     Target('peft', adapter(), read_adapter, damage=damaged_adapter, share=0.5),
-    Target('model_folder', describing(), read_model_folder, share=0.2),
     Target('checkpoint', array_files(), read_arrays, share=0.05, seconds=30, megabytes=512),
     Target('zarray', [zarray()], read_zarray, share=0.05, seconds=30, megabytes=512),
     Target('chat_template', chat_templates(), read_chat_template, examples=BOMBS, share=0.3,
            seconds=60),
-    Target('judge_template', judge_templates(), fuzzing.in_file(read_judge, 'judge.txt')),
     Target('server', requests(), ask, share=0.5),
     Target('judge_answer', answers(), ask_judge, examples=HOSTILE, damage=damaged_answer,
            share=0.2, seconds=60),

@@ -86,13 +86,13 @@ def test_an_interrupted_rendering_leaves_no_text_for_the_next(monkeypatch):
 
 
 def test_the_renderer_ends_with_its_program():
-  code = ('import os; from srlm_jax.data import rendering as r; from srlm_jax.checkpoint import convert, hf
-from srlm_jax.conversation import '
+  code = ('import os; from srlm_jax.data import rendering as r; from srlm_jax.conversation import '
           'Message as M; r.render(r.Template("a", "t"), [M("user", "b")], {}, True); '
           'print(r._renderer(os.getpid())._process.pid)')
   for end in ('', '; os.kill(os.getpid(), 9)'):
-    found = subprocess.run([sys.executable, '-c', f'{code}; import sys; sys.stdout.flush(){end}'],
-                           capture_output=True, text=True, timeout=60)
+    command = f'{code}; import sys; sys.stdout.flush(){end}'
+    found = subprocess.run([sys.executable, '-c', command], capture_output=True, text=True,
+                           timeout=60)
     pid = int(found.stdout)
     for _ in range(500):
       path = pathlib.Path(f'/proc/{pid}/cmdline')
