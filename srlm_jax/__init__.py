@@ -3,7 +3,17 @@ import difflib
 
 
 class InputError(Exception):
-  """What the user gave cannot be used; the message is one sentence: what, where, and what to do."""
+  """What the user gave cannot be used; the message is one sentence: what, where, and what to do.
+
+  A very long message, which quotes a long value, is cut in its middle.
+  """
+  MOST = 1200  # characters
+
+  def __init__(self, message: str):
+    if len(message) > self.MOST:
+      half = self.MOST // 2 - 10
+      message = f'{message[:half]} [..] {message[-half:]}'
+    super().__init__(message)
 
 
 def closest(word: str, words) -> str:

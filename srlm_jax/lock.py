@@ -125,6 +125,9 @@ class _File:
         mtime, text = os.fstat(f.fileno()).st_mtime_ns, f.read()  # the text is never older
     except FileNotFoundError:
       return None
+    except OSError as error:  # a folder, or not readable
+      raise InputError(f'{path or self.path} is not a lock that this program wrote '
+                       f'({error.strerror}); move or delete it') from error
     return Lock(_parse(text), mtime, len(text.strip(b'\0')))  # a power loss may leave NUL bytes
 
   def beat(self, mine: dict):
@@ -248,7 +251,7 @@ def _parse(text: bytes) -> dict:
   """The holder; {} if the text is not a JSON object."""
   try:
     holder = json.loads(text)
-  except ValueError:
+  except (ValueError, RecursionError):
     return {}
   return holder if isinstance(holder, dict) else {}
 

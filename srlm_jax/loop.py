@@ -106,10 +106,10 @@ def _run(size: str, workdir, every: dict[str, ConfigDict]):
   hosts.log(f'{workdir / "results.json"}, {workdir / "report.html"}: {time.time() - started:.0f} s')
 
 
-def _finished(workdir) -> dict[str, str]:
-  """{path: text} of the files that a stage or a conversion writes last."""
+def _finished(workdir) -> dict[str, bytes]:
+  """{path: content} of the files that a stage or a conversion writes last."""
   paths = (*workdir.glob('*/*/done.json'), *workdir.glob(f'*/model/{model_files.SOURCE}'))
-  return {str(path): path.read_text() for path in paths}
+  return {str(path): path.read_bytes() for path in paths if not path.is_dir()}
 
 
 def refuse_mistakes(config):

@@ -140,7 +140,11 @@ def show_finished(workdir, title: str):
     scalars = {}
     for path in sorted((epath.Path(workdir) / model).glob('*/done.json')
                        if iteration >= ITERATIONS[owner] else ()):
-      found = _numbers(path.parent.name, json.loads(path.read_text()))
+      advice = f'delete {path.parent}, and run that stage again'
+      summary = records.read_json(path, advice)
+      if not isinstance(summary, dict):
+        raise InputError(f'{path} is damaged: it is not a JSON object; {advice}')
+      found = _numbers(path.parent.name, summary)
       scalars |= found
       if _wandb and (model, path.parent.name) == (owner, stage):
         _log('models', iteration, found, {})
@@ -160,8 +164,9 @@ def _numbers(name: str, summary: dict) -> dict[str, float]:
     inner = {f'/{k}': v for k, v in value.items()} if isinstance(value, dict) else {'': value}
     found |= {f'{name}/{key}{k}': v for k, v in inner.items() if records.is_number(v)}
   for rate, (part, whole) in RATES.items():
-    if rate.startswith(f'{name}/') and summary.get(whole):
-      found[rate] = summary[part] / summary[whole]
+    dividend, divisor = (found.get(f'{name}/{key}') for key in (part, whole))
+    if rate.startswith(f'{name}/') and divisor and dividend is not None:
+      found[rate] = dividend / divisor
   return found
 
 
@@ -230,8 +235,11 @@ class Writer:
   def __init__(self, folder, step: int):
     self._file = storage.growing(epath.Path(folder) / 'metrics.jsonl')
     self.kept, size = [], 0
-    for line in self._file.lines():  # steps ascend
-      scalars = json.loads(line)
+    # Steps ascend, and a kill may have cut off the last line.
+    for number, line in enumerate(self._file.lines(), 1):
+      if not line.endswith(b'}\n'):
+        break
+      scalars = _line(line, f'{folder}/metrics.jsonl:{number}')
       if scalars['step'] > step:
         break
       self.kept.append(scalars)
@@ -268,7 +276,22 @@ def finite(where: str, values: dict) -> dict:
 
 def last(folder) -> dict:
   """The last line of FOLDER/metrics.jsonl."""
-  return json.loads((epath.Path(folder) / 'metrics.jsonl').read_text().splitlines()[-1])
+  path = epath.Path(folder) / 'metrics.jsonl'
+  with records.reading(path, f'delete {folder} to train again'):
+    lines = path.read_bytes().splitlines()
+  found = _line(lines[-1] if lines else b'', f'{path}:{len(lines)}')
+  if 'loss' not in found:
+    raise InputError(f'{path}:{len(lines)}: it has no "loss"; delete {folder} to train again')
+  return found
+
+
+def _line(line: bytes, where: str) -> dict:
+  """A line of metrics.jsonl. Raises InputError if it is not one."""
+  advice = 'delete the folder of that model to train it again'
+  scalars = records.parse(line, where, dict[str, int | float], advice)
+  if not isinstance(scalars.get('step'), int):
+    raise InputError(f'{where}: its "step" is not a whole number; {advice}')
+  return scalars
 
 
 class Clock:

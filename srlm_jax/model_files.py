@@ -5,7 +5,6 @@ Converted models (step 0, parameters only) and trained models have the same layo
 """
 from collections.abc import Iterator
 import dataclasses
-import hashlib
 
 from etils import epath
 
@@ -62,7 +61,8 @@ def steps(folder) -> list[int]:
   """The completely saved steps of a checkpoint folder, in ascending order."""
   path = epath.Path(folder) / 'steps'
   found = path.iterdir() if path.exists() else ()
-  return sorted(int(p.name) for p in found if p.name.isdigit() and storage.is_committed(p))
+  return sorted(int(p.name) for p in found
+                if p.name.isascii() and p.name.isdigit() and storage.is_committed(p))
 
 
 def latest(folder) -> int:
@@ -78,8 +78,9 @@ def latest(folder) -> int:
   advice = 'delete it, and run the selection again'
   chosen = records.read_json(selected, advice)
   step = chosen.get('step') if isinstance(chosen, dict) else None
-  if step not in found:
-    raise InputError(f'{selected} names the step {step}, and there is {found}; {advice}')
+  if type(step) is not int or step not in found:  # True == 1
+    raise InputError(f'{selected} names the step {configs.show(step)}, and there is {found}; '
+                     f'{advice}')
   return step
 
 
@@ -118,7 +119,7 @@ def hashes(folder) -> dict[str, str]:
   """{name: hash} of config.json, the tokenizer files, source.json and lora.json of a model."""
   folder = epath.Path(folder)
   found = [*names(folder), *(name for name in (SOURCE, LORA) if (folder / name).exists())]
-  return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in found}
+  return {name: records.hash_file(folder / name) for name in found}
 
 
 def has_chat_template(folder) -> bool:
@@ -145,12 +146,18 @@ def adapter(rank: int, alpha: float, targets, base, folder) -> Adapter:
 
 
 def read_adapter(folder) -> Adapter | None:
-  """Reads lora.json; None for a model without adapter."""
+  """Reads lora.json; None for a model without adapter. Raises InputError if it is damaged."""
   path = epath.Path(folder) / LORA
   if not path.exists():
     return None
-  return records.parse(path.read_bytes(), str(path), Adapter,
-                       f'restore it, or delete {folder} and train that model again')
+  advice = f'restore it, or delete {folder} and train that model again'
+  with records.reading(path, advice):
+    data = path.read_bytes()
+  found = records.parse(data, str(path), Adapter, advice)
+  if not (1 <= found.rank < 2**24 and found.step >= 0 and found.targets and
+          {*found.targets} <= {*configs.LORA_TARGETS} and '\0' not in found.base):
+    raise InputError(f'{path} describes no adapter: {configs.show(found)}; {advice}')
+  return found
 
 
 def base_folder(folder, adapter: Adapter):
@@ -165,11 +172,25 @@ def bases(folder) -> Iterator[tuple[str, epath.Path]]:
 
   Ends before the first of another workdir, whose `base` in lora.json is relative to that one.
   """
-  while adapter := read_adapter(folder):
+  for adapter, base in _chain(folder):
     if adapter.base.startswith('/') or '://' in adapter.base:
       return
+    yield adapter.base, base
+
+
+def _chain(folder) -> Iterator[tuple[Adapter, epath.Path]]:
+  """Yields the adapter in `folder` and the folder that it changes, then the same for that one, ...
+
+  Raises InputError for an adapter that changes itself.
+  """
+  seen = {storage.absolute(folder)}
+  while adapter := read_adapter(folder):
     folder = base_folder(folder, adapter)
-    yield adapter.base, folder
+    if (where := storage.absolute(folder)) in seen:
+      raise InputError(f'{where} is a LoRA adapter that changes itself, by {LORA} there and in '
+                       f'{len(seen)} folders; restore it from a copy')
+    seen.add(where)
+    yield adapter, folder
 
 
 def _is_of_workdir(folder) -> bool:
@@ -196,11 +217,16 @@ def read_source(folder) -> dict[str, list[str]]:
 
 
 def copy(source, folder):
-  """Copies config.json and the tokenizer files from `source` to `folder`."""
+  """Copies config.json and the tokenizer files from `source` to `folder`.
+
+  Raises InputError for a folder in place of a file.
+  """
   source, folder = epath.Path(source), epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   for name in names(source):
     (folder / name).parent.mkdir(exist_ok=True)
+    if (source / name).is_dir():
+      raise InputError(f'{source / name} is a folder; delete it, or download the file again')
     (source / name).copy(folder / name, overwrite=True)
 
 
@@ -217,6 +243,8 @@ def read_hashes(folder, step: int | None = None) -> StepHashes:
     raise InputError(f'{folder}: {", ".join(changed)} changed after the model was made; restore '
                      f'the original files, or delete {folder} and convert or train that model '
                      f'again')
+  for _ in _chain(folder):  # before the check, which also checks the models below
+    pass
   if adapter := read_adapter(folder):
     _check_base(folder, adapter)
   return found

@@ -12,9 +12,9 @@ import gzip
 import hashlib
 import itertools
 import json
-import math
 import operator
 import re
+import sys
 from typing import TypeVar
 import zlib
 
@@ -160,9 +160,9 @@ def keep_shards(folder, stem: str, count: int):
   if others:
     found = spill.Spill()
     for shard in [*([path] if path.exists() else []), *others]:
-      for _, record in read_any(shard):
-        if record['id'] not in found:
-          found.add(record['id'], dump(record))
+      for where, record in read_any(shard):
+        if (name := _text(record, 'id', where)) not in found:
+          found.add(name, dump(record))
     with replacing(path) as file:
       file.writelines(found)
   for other in others:
@@ -176,12 +176,20 @@ class Kept:
     path, self._lines = _kept_file(folder, stem), None
     if path.exists():
       self._lines = spill.Spill()
-      for _, record in read_any(path):
-        self._lines.add(record[_REQUEST.get(stem, 'id')], dump(record))
+      for where, record in read_any(path):
+        self._lines.add(_text(record, _REQUEST.get(stem, 'id'), where), dump(record))
 
   def get(self, request: str, default=()) -> Sequence[dict]:
     """The records of a request; `default` if there are none."""
     return [*map(json.loads, self._lines.get(request))] or default if self._lines else default
+
+
+def _text(record: dict, field: str, where: str) -> str:
+  """The value of a field, which must be a string."""
+  if not isinstance(value := record.get(field), str):
+    raise InputError(f'{where}: "{field}" is {str(value)[:40]}, not a string; delete the folder of '
+                     f'that stage and run it again')
+  return value
 
 
 def drop_kept(folder, stem: str):
@@ -199,9 +207,23 @@ def read_json(path, advice: str):
   with reading(path, advice):
     data = path.read_bytes()
   try:
-    return json.loads(data)
+    return _json(data)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{path}: not JSON ({error}); {advice}') from error
+
+
+def _json(data: bytes):
+  """The value of a JSON text. Raises ValueError or RecursionError if it is not JSON.
+
+  A text with an unpaired surrogate is refused too: it could not be written as UTF-8.
+  """
+  value = json.loads(data)
+  if b'\\u' in data or b'\xed' in data:  # an escape, or the first byte of an encoded surrogate
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+      raise ValueError('it contains an unpaired surrogate such as \\ud800') from error
+  return value
 
 
 @contextlib.contextmanager
@@ -318,8 +340,8 @@ def _refuse_repeated(paths: list, folder):
   def ids():
     for path in paths:
       for where, record in read_any(path):
-        if (name := record.get('id')) is not None:
-          yield where, name
+        if record.get('id') is not None:
+          yield where, _text(record, 'id', where)
   # Hashes take less memory than the ids. Only ids whose hash occurs twice are compared.
   hashes = np.fromiter((hash(name) for _, name in ids()), np.int64)
   hashes.sort()
@@ -348,7 +370,7 @@ def describe(path) -> list:
   if path.is_dir():
     raise InputError(f'{path} is a folder; give a file')
   digest, count = hashlib.sha256(), 0
-  with path.open('rb') as f:
+  with reading(path, 'make it readable'), path.open('rb') as f:
     while block := f.read(1 << 20):
       digest.update(block)
       count += block.count(b'\n')
@@ -375,8 +397,9 @@ def is_number(value) -> bool:
   >>> is_number(2.5), is_number(True), is_number(float('nan'))
   (True, False, False)
   """
-  return isinstance(value, int | float) and not isinstance(value, bool) and (
-      isinstance(value, int) or math.isfinite(value))
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return False
+  return abs(value) <= sys.float_info.max  # False for NaN, and an int may be larger than any float
 
 
 def parse(line: bytes, where: str, kind: type[Record],
@@ -412,7 +435,7 @@ def _decoder(kind: type) -> msgspec.json.Decoder:
 
 def _object(line: bytes, where: str) -> dict:
   try:
-    record = json.loads(line)
+    record = _json(line)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{where}: not a JSON object ({error}); correct or delete the line') from error
   if not isinstance(record, dict):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import dataclasses
 import hashlib
 import json
+import re
 import time
 
 from etils import epath
@@ -244,11 +245,16 @@ def read_manifest(path) -> dict:
   advice = 'delete that folder or use another --workdir'
   found = records.read_json(path, advice)
   is_ours = isinstance(found, dict) and found.get('format') == FORMAT
-  if not is_ours or not isinstance(found.get('config'), dict) or not isinstance(
-      found.get('environments', []), list):
+  if not is_ours or not isinstance(found.get('config'), dict) or not _are_environments(
+      found.get('environments', [])):
     raise InputError(f'{path} is damaged, or was written by another version of srlm_jax (this one '
                      f'writes format {FORMAT}); {advice}')
   return found
+
+
+def _are_environments(found) -> bool:
+  return isinstance(found, list) and all(
+      isinstance(e, dict) and isinstance(e.get('config', {}), dict) for e in found)
 
 
 def require_finished(folder):
@@ -277,6 +283,8 @@ def finished(folder) -> dict:
     raise InputError(f'{path} lacks "files" or "seconds": it is damaged, or from an older version; '
                      f'{advice}')
   for name, entry in found['files'].items():
+    if not re.fullmatch(f'({records.ANSWERS}/)?[^/\0]{{1,255}}', name) or name in ('.', '..'):
+      raise InputError(f'{path} names the file {name!r}, which no stage writes; {advice}')
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
       raise InputError(f'{path}: the entry of {name} is {str(entry)[:40]}, not a count and a hash; '
                        f'{advice}')

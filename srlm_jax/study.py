@@ -196,7 +196,7 @@ def overview(folder) -> str:
   Shows the score of each model and, for the last model, the difference from the loops of the same
   seeds and other means.
   """
-  found = {path: results.read(path, Study) for path in folder.glob('*.json')}
+  found = {path: study for path in folder.glob('*.json') if (study := results.read(path, Study))}
   models = configs.MODELS[2:]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, *_OVERVIEW]]
   for path, study in sorted(found.items(), key=lambda item: (item[1].name != LOOP, item[1].name)):
@@ -206,9 +206,9 @@ def overview(folder) -> str:
       scored = [results.number(rows.get(m, {}).get('oracle 0-5'), 'oracle 0-5') for m in models]
       lines.append([study.name, str(study.seeds), *scored, *_difference(last['against']),
                     *(_mean(last, heading) for heading in _OVERVIEW)])
-    except (IndexError, KeyError, TypeError) as error:
-      raise InputError(f'{path}: not the rows of a study (no {error}); delete it, and run that '
-                       f'study again') from error
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+      raise InputError(f'{path}: not the rows of a study ({type(error).__name__}: {error}); delete '
+                       f'it, and run that study again') from error
   return results.aligned(lines)
 
 

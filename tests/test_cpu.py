@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import os
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,35 @@ def test_the_kernel_is_compiled_once_into_the_cache_folder(tmp_path, monkeypatch
   assert os.listdir(made.parent) == [made.name]
 
 
-@pytest.mark.parametrize('compiler', ['false', '/no/compiler'])
+@needs_compiler
+@pytest.mark.parametrize('damage', [b'', b'\x7fELF', None])
+def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, damage):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setattr(cpu, 'FLAGS', ('-shared', '-fPIC', '-w', '-O0'))  # compiles faster
+  made = cpu._library('c++')
+  before = made.read_bytes()
+  made.write_bytes(before[:len(before) // 2] if damage is None else damage)
+  assert cpu._library('c++') == made and made.read_bytes() == before
+
+
+@pytest.mark.parametrize('cache', ['file', 'no home', 'no library'])
+def test_without_a_cache_folder_the_sampler_uses_xla(tmp_path, monkeypatch, cache):
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+  monkeypatch.setenv('CXX', 'true' if cache == 'no library' else 'c++')
+  if cache == 'no home':
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(cpu.pathlib.Path, 'home', mock.Mock(side_effect=RuntimeError('no home')))
+  if cache == 'no library':  # a compiler that makes a file which is no program
+    monkeypatch.setattr(cpu, '_library', lambda compiler: tmp_path / 'file')
+  cpu._register.cache_clear()
+  try:
+    assert kernels.choose('cpu', CONFIG) is attention.CPU
+  finally:
+    cpu._register.cache_clear()
+
+
+@pytest.mark.parametrize('compiler', ['false', '/no/compiler', 'true'])
 def test_without_a_compiler_the_sampler_uses_xla(tmp_path, monkeypatch, compiler):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   monkeypatch.setenv('CXX', compiler)

@@ -25,7 +25,7 @@ ORDER = '''
 '''
 # Third-party packages that may be imported inside a function: slow, or optional.
 LATE = {'sentencepiece', 'transformers', 'tokenizers', 'aiohttp', 'gcsfs', 'google', 'requests',
-        'openai', 'alpaca_eval', 'lm_eval', 'tensorboardX', 'wandb'}
+        'openai', 'httpx2', 'alpaca_eval', 'lm_eval', 'tensorboardX', 'wandb'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 # Modules that only transform records: they work without JAX.
 WITHOUT_JAX = ('storage', 'config', 'ablations', 'pods', 'conversation', 'schema', 'spill',

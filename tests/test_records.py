@@ -3,48 +3,14 @@ import dataclasses
 import gzip
 import json
 import os
-import typing
 
 from etils import epath
 from hypothesis import given, strategies as st
 import pytest
 import samples
+import schemas
 
-from srlm_jax import conversation, InputError, records, schema
-
-# Parts of JSON files with tables, which are not lines.
-RESULTS = (schema.Harness, schema.Distributions, schema.PromptSet, schema.Nearest)
-KINDS = [kind for kind in vars(schema).values()
-         if dataclasses.is_dataclass(kind) and kind not in RESULTS]
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-TYPES = {str: st.text(), int: st.integers(-2**53, 2**53), float: FLOATS,
-         float | None: st.none() | FLOATS,
-         dict[str, int]: st.dictionaries(st.text(), st.integers(0, 2**53)),
-         tuple[int, ...]: st.lists(st.integers(0, 2**31)).map(tuple),
-         tuple[float, ...]: st.lists(FLOATS).map(tuple),
-         conversation.Messages: st.sampled_from(((), conversation.in_turns(['a', ' b', 'c'])))}
-
-
-def any_record(kind):
-  """A strategy for the records of a kind, with and without values that equal the default."""
-  required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
-  def any_value(hint):
-    if hint in TYPES:
-      return TYPES[hint]
-    if typing.get_origin(hint) is typing.Literal:
-      return st.sampled_from(typing.get_args(hint))
-    return st.lists(any_record(typing.get_args(hint)[0]), max_size=3).map(tuple)
-  fields = {name: any_value(hint) for name, hint in typing.get_type_hints(kind).items()}
-  return st.fixed_dictionaries(
-      {name: value for name, value in fields.items() if name in required},
-      optional={name: value for name, value in fields.items() if name not in required}
-  ).map(lambda values: kind(**values | _prompt(values)))
-
-
-def _prompt(values) -> dict:
-  """The prompt that a record with messages must have."""
-  messages = values.get('messages')
-  return dict(prompt=conversation.text(messages)) if messages else {}
+from srlm_jax import InputError, records, schema
 
 
 def prompts(*names):
@@ -65,9 +31,9 @@ def test_records_round_trip_through_a_file(tmp_path):
       (f'{tmp_path}/x.jsonl:2', dict(id='b', prompt=''))]
 
 
-@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize('kind', schemas.KINDS, ids=lambda kind: kind.__name__)
 def test_a_line_leaves_out_defaults_and_gives_an_equal_record(kind):
-  @given(any_record(kind))
+  @given(schemas.any_record(kind))
   def check(record):
     line = records.dump(record)
     assert line.count('\n') == 1 and records.parse(line.encode(), '', kind) == record

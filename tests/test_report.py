@@ -24,7 +24,9 @@ def filled(kind, **given):
   """An object of `kind`, a dataclass; required fields that are not given are empty, 0 or None."""
   def empty(hint):
     choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-    return choices[0] if choices else hint() if callable(hint) else None
+    if choices or typing.get_origin(hint) is typing.Union:
+      return choices[0] if choices else None
+    return hint() if callable(hint) else None
   values = {field.name: empty(field.type) for field in dataclasses.fields(kind)
             if field.default is dataclasses.MISSING}
   return kind(**values | given)

@@ -693,3 +693,19 @@ def test_thinking_is_told_from_the_text_of_a_chat(
   form = api.ChatFormat('x', 0, MODEL, {})
   for added in (form.choice(0, whole, False)['message'], form.delta(0, whole, False)['delta']):
     assert added.get('reasoning_content', '') == thought and added.get('content', '') == said
+
+
+@pytest.mark.parametrize('fields', [
+    dict(temperature=1e-300), dict(temperature=2, top_p=1e-300), dict(top_k=10**9),
+    dict(seed=-2**63), dict(seed=2**63 - 1), dict(temperature=2, top_k=1),
+    dict(n=128, max_tokens=1), dict(stop=['', '\0', '\ufffd', ' ' * 1000]),
+    dict(prompt='\0' * 30), dict(prompt=[[0], [1023]]), dict(max_tokens=0, echo=True, logprobs=5),
+    dict(prompt='\ufeff\u202e\U0010ffff')])
+def test_extreme_values_do_not_stop_the_engine(served, fields):
+  """A request that is allowed must not end the thread that serves all others."""
+  extra = dict(top_k=fields.pop('top_k')) if 'top_k' in fields else None
+  made = served.client.completions.create(
+      **GREEDY | dict(prompt=PROMPT, temperature=1, extra_body=extra, max_tokens=4) | fields)
+  assert len(made.choices) in (1, 2, 128) and all(choice.finish_reason for choice in made.choices)
+  assert served.raw('GET', '/health')[1]['status'] == 'ok'
+  served.idle()

@@ -1,4 +1,7 @@
 """The stored arrays of a checkpoint, read with TensorStore."""
+import contextlib
+import itertools
+
 import tensorstore as ts
 
 from srlm_jax import InputError, storage
@@ -38,16 +41,36 @@ def _open(params, name: str, shape: tuple, context):
     raise InputError(f'{params}: array {name} has shape {list(array.shape)}, '
                      f'but its config.json requires {list(shape)}; '
                      f'restore the config.json of this checkpoint')
+  chunk = array.chunk_layout.read_chunk.shape
+  # TensorStore would take the memory of a whole chunk, and end the process if there is not enough.
+  if any(part > max(size, 1) for part, size in zip(chunk, shape, strict=True)):
+    raise InputError(_damaged(params, f'the chunks {list(chunk)} of {name} are larger than it'))
   return array
 
 
 def read(array):
   """A stored array or a part of it as a numpy array; InputError if it is damaged."""
-  try:
+  with _reading():
     return array.read().result()
+
+
+def read_into(target, array):
+  """Reads a stored array into `target`, memory of its shape, chunk by chunk; errors as `read`."""
+  axes = [[slice(i, min(i + step, size)) for i in range(0, size, step)]
+          for size, step in zip(array.shape, array.chunk_layout.read_chunk.shape, strict=True)]
+  for index in itertools.product(*axes):
+    with _reading():
+      target[index] = array[index].read().result()
+
+
+@contextlib.contextmanager
+def _reading():
+  try:
+    yield
   except ValueError as error:
     raise InputError(_damaged('an array of a checkpoint', error)) from error
 
 
 def _damaged(what, error) -> str:
+  error = ' '.join(str(error).split())[:300]
   return f'{what} cannot be read ({error}); the checkpoint is damaged, restore it from a copy'

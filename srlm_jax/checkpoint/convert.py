@@ -12,7 +12,6 @@ Hugging Face tensor + 1 GiB.
 """
 import collections
 import hashlib
-import itertools
 import json
 import math
 
@@ -118,6 +117,9 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(config)})
   dtypes = {name: np.dtype('float32') if adapters else array.dtype.numpy_dtype
             for name, array in stored.items()}
+  if foreign := sorted(name for name, found in dtypes.items() if found not in hf.NAMES):
+    raise InputError(f'{params}: array {foreign[0]} is {dtypes[foreign[0]]}, which no parameter '
+                     f'is; the checkpoint is damaged, restore it from a copy')
   files = hf.shards(config, dtypes, shard_bytes)
   dtype = str(dtypes['embed_VD'])
   model_files.read_hashes(folder, step)  # before a changed tokenizer is read
@@ -133,7 +135,7 @@ def to_hf(folder, out, step: int | None = None, shard_bytes: int = hf.SHARD_BYTE
         for leaf, layer in part:
           array = stored[leaf.name]
           tensor = np.empty(leaf.hf_shape, array.dtype.numpy_dtype)
-          _read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
+          arrays.read_into(leaf.ours(tensor), array[layer] if leaf.stacked else array)
           if adapters:
             read.add_tensor(leaf, layer, tensor)
             tensor = _adapted(leaf, layer, tensor, adapters)
@@ -311,14 +313,6 @@ def _chunk_rows(shape, dtype) -> int:
   """Rows per chunk: nearly equal chunks of at most CHUNK_BYTES, but of at least one row."""
   chunks = -(-math.prod(shape) * dtype.itemsize // store.CHUNK_BYTES)
   return -(-shape[0] // chunks)
-
-
-def _read_into(target, array):
-  """Reads a stored array into `target`, memory of its shape, chunk by chunk."""
-  axes = [[slice(i, min(i + step, size)) for i in range(0, size, step)]
-          for size, step in zip(array.shape, array.chunk_layout.read_chunk.shape, strict=True)]
-  for index in itertools.product(*axes):
-    target[index] = array[index].read().result()
 
 
 def _write(file, tensor, sha256):

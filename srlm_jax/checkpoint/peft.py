@@ -70,6 +70,20 @@ def from_peft(source, base, out) -> str:
 
   -> a description. Raises InputError for what is not supported, and for adapters of other models.
   """
+  config = model_config.load(base)
+  rank, alpha, targets, arrays = read(source, base)
+  adapter = model_files.adapter(rank, alpha, targets, base, out)
+  with storage.making_folder(out) as made:
+    store.write_model_files(config, base, made, adapter)
+    _save(made, traverse_util.unflatten_dict(arrays, sep='.'))
+  return _described(arrays)
+
+
+def read(source, base) -> tuple[int, float, list[str], dict]:
+  """-> rank, alpha, targets and {path: array} of a PEFT folder that adapts the checkpoint `base`.
+
+  Raises InputError as `from_peft`.
+  """
   source = epath.Path(source)
   config, fields = model_config.load(base), _read_fields(source / CONFIG)
   rank, alpha = fields['r'], fields['lora_alpha']
@@ -100,11 +114,7 @@ def from_peft(source, base, out) -> str:
   if isinstance(named, list) and {str(name).rpartition('.')[2] for name in named} != {*targets}:
     raise InputError(f'{source / CONFIG}: target_modules is {configs.show(named)}, and {TENSORS} '
                      f'has tensors of {", ".join(targets)}; {ADVICE}')
-  adapter = model_files.adapter(rank, alpha, targets, base, out)
-  with storage.making_folder(out) as made:
-    store.write_model_files(config, base, made, adapter)
-    _save(made, traverse_util.unflatten_dict(arrays, sep='.'))
-  return _described(arrays)
+  return rank, alpha, targets, arrays
 
 
 def _save(folder, arrays):

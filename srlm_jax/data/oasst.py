@@ -51,7 +51,8 @@ class _MessageTable:
 
   def __enter__(self):
     self._database = sqlite3.connect('')  # '': a temporary file
-    self._database.execute('create table message (id text, parent text, place text, record text)')
+    self._database.execute(
+        'create table message (id text primary key, parent text, place text, record text)')
     return self
 
   def __exit__(self, *_):
@@ -60,8 +61,11 @@ class _MessageTable:
   def insert(self, where: str, record: dict):
     names = (_field(record, 'message_id', where, str),
              _field(record, 'parent_id', where, str, NoneType))
-    self._database.execute('insert into message values (?, ?, ?, ?)',
-                           (*names, where, json.dumps(record)))
+    try:
+      self._database.execute('insert into message values (?, ?, ?, ?)',
+                             (*names, where, json.dumps(record)))
+    except sqlite3.IntegrityError as error:  # then the tree might be endless
+      raise InputError(f'{where}: a second message with the id {names[0]!r}; delete one') from error
 
   def index(self):
     """Indexes the messages by parent; call it after the last `insert`."""

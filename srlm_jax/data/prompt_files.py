@@ -149,7 +149,7 @@ def _rows(path) -> Iterator[tuple[str, dict]]:
 
 def is_fastchat(questions: Sequence[Question]) -> bool:
   """Whether they are MT-Bench's, or of another file in its format."""
-  return 'turns' in questions[0].fields
+  return next(key for key in _KINDS if key in questions[0].fields) == 'turns'
 
 
 def model_outputs(questions: Sequence[Question], answers: Sequence[schema.Response],

@@ -8,7 +8,7 @@ from srlm_jax import InputError, schema
 from srlm_jax.config import CHATS
 from srlm_jax.conversation import Message, Messages
 from srlm_jax.data import rendering, thinking
-from srlm_jax.data.tokenizer import Template
+from srlm_jax.data.rendering import Template
 
 NO_TOKENS = dict(bos_token='', eos_token='')
 CHATML = ('<|im_start|>', '<|im_end|>')  # the tokens that the format chatml needs
@@ -131,9 +131,9 @@ def _chat(kind: str, said: Messages, tokenizer, prompt: bool = True) -> str:
       raise InputError('this tokenizer has no chat template (a text, or a list with one that is '
                        'named default); set config.chat to plain, llama2 or chatml')
   else:
-    template = Template(source(kind), f'the chat template {kind}')
+    template = Template(source(kind), f'the chat template {kind}', is_own=True)
   if tokenizer is None:
-    return rendering.render(template.source, said, NO_TOKENS, prompt, template.name)
+    return rendering.render(template, said, NO_TOKENS, prompt)
   if kind == 'chatml' and (absent := {*CHATML} - {*tokenizer.added.values()}):
     raise InputError(f'config.chat is chatml, but the tokenizer has no token '
                      f'{" or ".join(sorted(absent))}; use a tokenizer with both, or set '

@@ -1,6 +1,6 @@
 """Converts text to token ids and back with the tokenizer of a model. Does not use the network."""
 from collections.abc import Mapping, Sequence
-import dataclasses
+import contextlib
 import itertools
 import json
 import re
@@ -13,18 +13,12 @@ from etils import epath
 from srlm_jax import InputError, model_files, records, storage
 from srlm_jax.conversation import Message
 from srlm_jax.data import rendering
+from srlm_jax.data.rendering import Template
 
 # The names of the tokens that open and close a model's thinking, in the families that have them.
 THINKING = (('<think>', '</think>'), ('[THINK]', '[/THINK]'))
 _LETTER, _SIGN = '\ua66e', '\u2e0e'  # characters that no added token contains
 _NUMBER = 0x20000  # the first of 42,719 rare letters, which number the messages
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-  """A chat template. `name` is for errors."""
-  source: str
-  name: str
 
 
 class Tokenizer:
@@ -79,7 +73,7 @@ class Tokenizer:
     without its thinking if the template leaves that out.
     """
     def rendered(some):
-      return rendering.render(template.source, some, self.special, prompt, template.name)
+      return rendering.render(template, some, self.special, prompt)
     starts = self._hidden_thinking(messages, rendered)
     messages = [Message(m.role, m.content.rpartition(self._end)[2]) if start else m
                 for m, start in zip(messages, starts, strict=True)]
@@ -176,26 +170,45 @@ def load_transformers(folder: str):
       folder, config=config, local_files_only=True, trust_remote_code=False)
 
 
+@contextlib.contextmanager
+def _refusing(what: str):
+  """Turns what a library of tokenizers raises into InputError; `what`: a file, and its fault."""
+  try:
+    yield
+  except InputError:
+    raise
+  except BaseException as error:  # the libraries raise Exception itself, and on a panic of Rust
+    # a class that is no Exception and cannot be imported.
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+      raise
+    raise InputError(f'{what} ({" ".join(str(error).split())}); download it again or use another '
+                     f'tokenizer') from error
+
+
 class _SentencePiece(Tokenizer):
 
   def __init__(self, folder):
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
-    path = folder / 'tokenizer.model'
+    path = self._path = folder / 'tokenizer.model'
+    with records.reading(path, 'copy the tokenizer of the model there'):
+      data = path.read_bytes()
     try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
       raise InputError(f'{path} is not a SentencePiece model; download it again') from error
     if self._model.eos_id() < 0:
       raise InputError(f'{path} has no eos piece; train it with one')
-    proto = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto())
+    with _refusing(f'{path} is not a SentencePiece model'):
+      proto = sentencepiece_model_pb2.ModelProto.FromString(self._model.serialized_model_proto())
+      pieces = [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
     if marks := [p.piece for p in proto.pieces
                  if p.type == p.USER_DEFINED and re.search(r'[<\[|].*[>\]|]', p.piece)]:
       raise InputError(f'{path} encodes {", ".join(marks[:3])} in any text as one control piece, '
                        f'so a prompt or response could forge it; '
                        f'add the tokenizer.json of the model to the folder')
     size, bos, eos = self._model.vocab_size(), self._model.bos_id(), self._model.eos_id()
-    added = {i: self._model.id_to_piece(i) for i in range(size) if self._model.is_control(i)}
+    added = {i: piece for i, piece in enumerate(pieces) if self._model.is_control(i)}
     special = dict(bos_token=added[bos]) if bos >= 0 else {}
     super().__init__(size, bos if bos >= 0 else None, _eos_ids(folder, eos, size), added,
                      special | dict(eos_token=added[eos]),
@@ -203,12 +216,14 @@ class _SentencePiece(Tokenizer):
 
   def encode(self, text):  # sentencepiece never produces control pieces from text
     texts = self._secret_pattern.split(text)  # with ids of control pieces between them
-    return [i for even, part in enumerate(texts) if part
-            for i in ([int(part)] if even % 2 else self._model.encode(part))]
+    with _refusing(f'{self._path} cannot encode {text[:60]!r}'):
+      return [i for even, part in enumerate(texts) if part
+              for i in ([int(part)] if even % 2 else self._model.encode(part))]
 
   def decode(self, ids):
-    return ''.join(self._model.decode(group) if known else '\ufffd' * len(group)
-                   for known, group in _runs(ids, self.size))
+    with _refusing(f'{self._path} cannot decode token ids'):
+      return ''.join(self._model.decode(group) if known else '\ufffd' * len(group)
+                     for known, group in _runs(ids, self.size))
 
   def _added_in(self, text):
     ids = {name: i for i, name in self.added.items()}
@@ -225,30 +240,33 @@ class _Transformers(Tokenizer):
   """
 
   def __init__(self, folder):
-    try:
+    path = self._path = folder / 'tokenizer.json'
+    with _refusing(f'transformers cannot load {path} without remote code'):
       with storage.local_folder(folder, model_files.names(folder)) as local:
         self._model = load_transformers(local)
       backend = json.loads(self._model.backend_tokenizer.to_str())
-    except Exception as error:  # the tokenizers library raises no narrower class
-      raise InputError(f'transformers cannot load {folder / "tokenizer.json"} without remote code '
-                       f'({error}); download it again or use another tokenizer') from error
+      adds_bos = self._model('a')['input_ids'][:1] == [self._model.bos_token_id]
+      ids = self._model.get_vocab().values()
     if self._model.eos_token_id is None:
       raise InputError(f'the tokenizer in {folder} has no eos token; add one to '
                        f'tokenizer_config.json')
+    if {*ids} != {*range(len(self._model))}:
+      raise _with_gaps(path)
     # Added tokens of spaces only (GPT-NeoX, Gemma) control nothing, so text may contain them.
     added = {t['id']: t['content'] for t in backend['added_tokens']
              if t['special'] or t['content'].replace('▁', ' ').strip()}
     super().__init__(len(self._model), self._model.bos_token_id,
                      _eos_ids(folder, self._model.eos_token_id, len(self._model)), added,
                      self._model.special_tokens_map, _default_template(self._model, folder),
-                     self._model('a')['input_ids'][:1] == [self._model.bos_token_id])
-    self._folder, self._separator = folder, f'<{self._secret}>'
-    self._copy, self._ids = _renamed(backend, self._secret_names, self._separator,
-                                     folder / 'tokenizer.json')
+                     adds_bos)
+    self._separator = f'<{self._secret}>'
+    with _refusing(f'{path} cannot be used with renamed added tokens'):
+      self._copy, self._ids = _renamed(backend, self._secret_names, self._separator, path)
 
   def encode(self, text):
     while True:
-      found = self._copy.encode(text, add_special_tokens=False)
+      with _refusing(f'{self._path} cannot encode {text[:60]!r}'):
+        found = self._copy.encode(text, add_special_tokens=False)
       forged = [(i, *span) for i, span in zip(found.ids, found.offsets, strict=True)
                 if i not in self._ids and self._is_added(i, text[slice(*span)])]
       if not forged:
@@ -258,19 +276,20 @@ class _Transformers(Tokenizer):
         part, name = text[start:end], self.added[i]
         name = name if name in part else part
         if len(name) < 2:
-          raise InputError(f'the character {name!r} is an added token of {self._folder}, and its '
-                           f'vocabulary has no other id for it; remove it from added_tokens in '
-                           f'tokenizer.json')
+          raise InputError(f'the character {name!r} is an added token of {self._path}, and its '
+                           f'vocabulary has no other id for it; remove it from added_tokens')
         part = part.replace(name, name[0] + self._separator + name[1:])
         text = text[:start] + part + text[end:]
 
   def decode(self, ids):
-    return ''.join(
-        self._model.decode(group, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if known else '\ufffd' * len(group) for known, group in _runs(ids, self.size))
+    with _refusing(f'{self._path} cannot decode token ids'):
+      return ''.join(
+          self._model.decode(group, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+          if known else '\ufffd' * len(group) for known, group in _runs(ids, self.size))
 
   def _added_in(self, text):
-    found = self._model(text, add_special_tokens=False, return_offsets_mapping=True)
+    with _refusing(f'{self._path} cannot encode {text[:60]!r}'):
+      found = self._model(text, add_special_tokens=False, return_offsets_mapping=True)
     return [(i, start, end)
             for i, (start, end) in zip(found['input_ids'], found['offset_mapping'], strict=True)
             if self._is_added(i, text[start:end])]
@@ -310,10 +329,14 @@ def _renamed(backend: dict, names: dict[int, str], separator: str, path):
   copy.add_special_tokens([tokenizers.AddedToken(separator, normalized=False)])
   new = [copy.token_to_id(name) for name in (*names.values(), separator)]
   if not set(new).isdisjoint(copy.get_vocab(with_added_tokens=False).values()):
-    raise InputError(f'{path} has a vocabulary with gaps in its ids, so text and added tokens '
-                     f'cannot be distinguished; number its pieces from 0 without gaps')
+    raise _with_gaps(path)
   return copy, {copy.token_to_id(t['content']): t['id'] for t in tokens} | {
       separator: new[-1]}
+
+
+def _with_gaps(path) -> InputError:
+  return InputError(f'{path} has a vocabulary with gaps in its ids, so text and added tokens '
+                    f'cannot be distinguished; number its pieces from 0 without gaps')
 
 
 def _mask(text: str, number: int) -> str:

@@ -53,6 +53,8 @@ from srlm_jax.sample import engine as engines, judge as judging, monitor
 FILE = 'endpoint.jsonl'
 TELL = 30           # seconds between two lines about requests that failed
 LONGEST_PAUSE = 60  # seconds between attempts, unless the server asks for more (Retry-After)
+LONGEST_ASKED = 3600     # seconds that a server may ask for; after more, the program ends
+MOST_ANSWER = 2**24      # bytes of an HTTP response
 OPENAI = 'api.openai.com'
 # Variables that the library would send to any server.
 OF_OPENAI = ('OPENAI_ORG_ID', 'OPENAI_PROJECT_ID', 'OPENAI_CUSTOM_HEADERS')
@@ -241,7 +243,7 @@ class Remote(Client):
     with _without(*(() if self._is_openai() else OF_OPENAI)):
       # Another key in the environment (OPENAI_API_KEY) would be sent if none were given here.
       self._api = openai.OpenAI(base_url=c.url, api_key=self._secret or 'none', timeout=c.timeout,
-                                max_retries=0)
+                                max_retries=0, http_client=_http_client(openai, c.timeout))
     self._stopping, self._lock = threading.Event(), threading.Lock()
     self._tell_after = 0.0
     self._pace = _Pace(c.per_minute, self._stopping)
@@ -292,6 +294,10 @@ class Remote(Client):
         self._cache.put(self._one_attempt(key, request))
         return key
       except _Failure as failure:
+        if failure.retry_after > LONGEST_ASKED:
+          raise self._error(f'{failure.reason}, and asks to wait for {failure.retry_after:.0f} s; '
+                            f'the answers so far are kept, run the same command again then'
+                            ) from None
         if attempt == self._attempts or self._stopping.is_set():
           raise self._error(f'{failure.reason} ({attempt} attempts); the answers so far are kept, '
                             f'run the same command again later') from None
@@ -324,8 +330,9 @@ class Remote(Client):
                         ) from None
     except openai.APITimeoutError:
       raise _Failure(f'did not answer in {self._api.timeout:g} s') from None
-    except (openai.APIError, ValueError) as error:  # no connection, or no JSON
-      raise _Failure(f'gave no answer: {str(error) or type(error).__name__}') from None
+    except (openai.APIError, ValueError, RecursionError) as error:  # no connection, or no JSON
+      why = f' ({error.__cause__})' if isinstance(error, openai.APIConnectionError) else ''
+      raise _Failure(f'gave no answer: {str(error) or type(error).__name__}{why}') from None
 
   def _body(self, request: Request) -> dict:
     s = self._sampling
@@ -398,6 +405,42 @@ def _prompt(chat: str, messages: conversation.Messages, tokenizer) -> list[int]:
   return templates.encode_prompt(chat, messages, tokenizer)
 
 
+def _http_client(openai, timeout: float):
+  """A client for HTTP that refuses a response of more than MOST_ANSWER bytes or `timeout` seconds.
+
+  The library has no limit for the first, and one for each part for the second.
+  """
+  import httpx2
+
+  class Body(httpx2.SyncByteStream):
+    """The body of a response."""
+
+    def __init__(self, body):
+      self._body, self._end = body, time.monotonic() + timeout
+
+    def __iter__(self):
+      size = 0
+      for part in self._body:
+        size += len(part)
+        if size > MOST_ANSWER:
+          raise httpx2.ReadError(f'the answer has more than {MOST_ANSWER:,} bytes')
+        if time.monotonic() > self._end:
+          raise httpx2.ReadTimeout('')
+        yield part
+
+    def close(self):
+      self._body.close()
+
+  def limit(response):
+    coding = response.headers.get('content-encoding', 'identity')
+    if coding != 'identity':  # a small body could become a large one
+      raise httpx2.DecodingError(f'the answer is encoded as {coding[:20]!r}, which was not asked '
+                                 f'for')
+    response.stream = Body(response.stream)
+  return openai.DefaultHttpxClient(timeout=timeout, headers={'Accept-Encoding': 'identity'},
+                                   event_hooks=dict(response=[limit]))
+
+
 @contextlib.contextmanager
 def _without(*names: str):
   """A block in which environment variables are not set."""
@@ -453,7 +496,7 @@ def _retry_after(text: str | None) -> float:
     try:
       when = email.utils.parsedate_to_datetime(text)
       seconds = (when - datetime.datetime.now(datetime.UTC)).total_seconds()
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, IndexError):
       seconds = 0.0
   return seconds if 0 < seconds < float('inf') else 0.0
 

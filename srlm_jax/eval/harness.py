@@ -93,7 +93,8 @@ def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
   shots, counts, subtasks, config = (
       data[key] if isinstance(data.get(key), dict) else {}
       for key in ('n-shot', 'n-samples', 'group_subtasks', 'config'))
-  limit = config['limit'] if records.is_number(config.get('limit')) else None
+  limit = config.get('limit')
+  limit = limit if records.is_number(limit) and 0 < limit < 2**53 else None
   # lm-eval writes the source of a template, that of the tokenizer.
   chat = config.get('chat') or ('tokenizer' if data.get('chat_template') else '')
   found = {}
@@ -114,8 +115,8 @@ def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
       raise InputError(f'{path}: {name} has {metric} = {value!r}, which is not between 0 and 1; '
                        f'give the results file as lm-eval wrote it')
     error = values.get(metric.replace(',', '_stderr,'))  # 'N/A' where there is none
-    error = 100 * error if records.is_number(error) and error >= 0 else None
-    found[task] = Result(metric, 100 * value, error, shots.get(name),
+    error = 100 * error if records.is_number(error) and 0 <= error <= 1 else None
+    found[task] = Result(metric, 100 * value, error, _whole(shots.get(name)),
                          _count(name, counts, subtasks), limit, str(chat))
   if not found:
     raise InputError(f'{path} holds none of the tasks {", ".join(tasks or TASKS)}; '
@@ -125,11 +126,24 @@ def read_results(path, tasks: Sequence[str] = ()) -> dict[str, Result]:
 
 def _count(name: str, counts: dict, subtasks: dict) -> int | None:
   """The documents of a task, or of all tasks of a group; None if the file does not say."""
-  if parts := subtasks.get(name):
-    found = [_count(part, counts, subtasks) for part in parts]
-    return None if None in found else sum(found)
-  count = counts[name].get('effective') if isinstance(counts.get(name), dict) else None
-  return count if isinstance(count, int) else None
+  parts, todo, seen = [], [name], set()
+  while todo:  # a group may contain groups
+    if not isinstance(part := todo.pop(), str) or part in seen:
+      return None
+    seen.add(part)
+    inside = subtasks.get(part)
+    if inside and not isinstance(inside, list):
+      return None
+    todo += inside or ()
+    if not inside:
+      count = counts[part].get('effective') if isinstance(counts.get(part), dict) else None
+      parts.append(_whole(count))
+  return None if None in parts else sum(parts)
+
+
+def _whole(value) -> int | None:
+  """A count of the file; None if it is none."""
+  return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def read_models(given: Sequence[str], tasks: Sequence[str] = ()) -> dict[str, dict[str, Result]]:

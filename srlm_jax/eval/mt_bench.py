@@ -18,6 +18,7 @@ FastChat's format, a judge (`srlm_jax.eval.endpoint`) makes the judgments first:
 from collections.abc import Container, Iterator
 import dataclasses
 import re
+import string
 import time
 
 from absl import flags
@@ -204,9 +205,13 @@ def _fastchat(prompts, question: prompt_files.Turns, answers, reference, turn: i
     texts |= {f'question_{i + 1}': question.turns[i], f'answer_{i + 1}': answers[i]}
     if needs_reference:
       texts[f'ref_answer_{i + 1}'] = reference[i]
+  text = ''
   try:
-    text = prompt.prompt_template.format(**texts)
-  except (LookupError, ValueError, AttributeError) as error:
+    for before, slot, form, conversion in string.Formatter().parse(prompt.prompt_template):
+      if form or conversion:  # a width may be any number
+        raise ValueError(f'the slot {{{slot}}} has a format')
+      text += before + ('' if slot is None else texts[slot])
+  except (KeyError, ValueError) as error:
     raise InputError(f'the prompt {prompt.name} of --judge_prompts cannot be filled ({error}); '
                      f'correct its slots') from error
   system = [conversation.Message('system', prompt.system_prompt)] if prompt.system_prompt else []

@@ -24,6 +24,7 @@ from srlm_jax.models.config import Config
 
 SOURCE = pathlib.Path(__file__).with_name('cpu_decode.cc')
 HANDLERS = dict(srlm_cpu_decode='SrlmCpuDecode', srlm_cpu_append='SrlmCpuAppend')
+SECONDS = 600  # most that the compiler may take; it takes 5
 FLAGS = ('-std=c++17', '-O3', '-march=native', '-shared', '-fPIC', '-w')
 WIDTHS = 16, 32, 64, 128  # of a head
 
@@ -52,14 +53,20 @@ def append(cache: Cache, k, v, layer, position) -> Cache:
 
 @functools.cache
 def _register() -> bool:
-  """Compiles and registers the program once per process; False if there is no compiler."""
+  """Compiles and registers the program once per process.
+
+  False if there is no compiler, or no folder from which a program may be loaded.
+  """
   compiler = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
   if not compiler:
     return False
   library = _library(compiler)
   if not library:
     return False
-  found = ctypes.cdll.LoadLibrary(str(library))
+  try:
+    found = ctypes.cdll.LoadLibrary(str(library))
+  except OSError:  # a disk that allows no programs
+    return False
   for name, handler in HANDLERS.items():
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, handler)), platform='cpu')
   return True
@@ -68,36 +75,42 @@ def _register() -> bool:
 def _library(compiler: str) -> pathlib.Path | None:
   """The compiled program in the user's cache folder; None if it does not compile.
 
-  A cache folder that is full or of another user changes nothing: the records must not depend on it.
+  Its name has its hash: one that is damaged would end the process, and is compiled again. A cache
+  folder that is full or of another user changes nothing: the records must not depend on it.
   """
-  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
   # -march=native: another processor needs another program.
   parts = SOURCE.read_text(), compiler, *FLAGS, jax.__version__, platform.machine(), _processor()
-  name = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
-  path = cache / 'srlm_jax' / f'cpu_decode-{name}.so'
+  name = 'cpu_decode-' + _hash('\0'.join(parts).encode())
   try:
-    if path.exists():
-      return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-      made = pathlib.Path(folder) / path.name
-      _compile(compiler, made)
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+    folder = cache / 'srlm_jax'
+    for path in folder.glob(f'{name}-*.so'):
+      if path.name == f'{name}-{_hash(path.read_bytes())}.so':
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+      made = _compile(compiler, pathlib.Path(temporary, f'{name}.so'))
+      path = folder / f'{name}-{_hash(made.read_bytes())}.so'
       made.replace(path)  # another process may make the same file
     return path
-  except (OSError, subprocess.CalledProcessError):
+  except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: there is no home
     pass
   own = pathlib.Path(tempfile.mkdtemp(prefix='srlm_jax-'))
   atexit.register(shutil.rmtree, own, ignore_errors=True)
   try:
-    _compile(compiler, own / path.name)
-  except (OSError, subprocess.CalledProcessError):
+    return _compile(compiler, own / f'{name}.so')
+  except (OSError, subprocess.SubprocessError):
     return None
-  return own / path.name
 
 
-def _compile(compiler: str, path):
+def _compile(compiler: str, path: pathlib.Path) -> pathlib.Path:
   subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(path)],
-                 check=True, capture_output=True)
+                 check=True, capture_output=True, timeout=SECONDS)
+  return path
+
+
+def _hash(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -68,8 +68,8 @@ def _kind(keys: dict, *more: str) -> type:
   """A dataclass of the numbers of a JSON file, all of which may be absent, and their intervals."""
   names = dict.fromkeys([*more, *(key for row in keys.values() for key in row[:2])])
   return dataclasses.make_dataclass('Numbers', [
-      *((name, float | None, None) for name in names),
-      ('intervals', dict[str, tuple[float, float] | None], dataclasses.field(
+      *((name, schema.Number | None, None) for name in names),
+      ('intervals', dict[str, tuple[schema.Number, schema.Number] | None], dataclasses.field(
           default_factory=dict))])
 
 

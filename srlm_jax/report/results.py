@@ -3,9 +3,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 import dataclasses
 import statistics
+from typing import Annotated
 
 from etils import epath
 import numpy as np
+import msgspec
 
 from srlm_jax import catalog, InputError, records, schema
 from srlm_jax.config import MODELS
@@ -66,22 +68,24 @@ TABLES = dict(
         Column('oracle mean', _AUDIT, 'oracle_mean', 2)))
 COLUMNS = tuple(column for table in TABLES.values() for column in table)
 PAGE_ONLY = ('exact', 'spearman', 'kendall')  # columns for which a terminal is too narrow
+# A count stays an int.
+_NUMBER = Annotated[int, msgspec.Meta(ge=-10**15, le=10**15)] | schema.Number
 _DIGITS = {column.heading: column.digits for column in COLUMNS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Done:
   """done.json of any stage; both of its last start."""
-  seconds: float
-  generated: int | None = None  # tokens that a model sampled
+  seconds: schema.Number
+  generated: schema.Count | None = None  # tokens that a model sampled
 
 
 def _numbers(file: str) -> type:
   """A dataclass of the numbers of COLUMNS in a JSON file, with their intervals."""
   keys = [column.key for column in COLUMNS if column.file == file]
-  intervals = dict[str, tuple[float, float] | None]
+  intervals = dict[str, tuple[schema.Number, schema.Number] | None]
   return dataclasses.make_dataclass('Numbers', [
-      *((key, int | float | None, None) for key in keys),
+      *((key, _NUMBER | None, None) for key in keys),
       ('intervals', intervals, dataclasses.field(default_factory=dict))])
 
 

@@ -86,15 +86,16 @@ class Data:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Audit:
   """audit.json: what is shown of it."""
-  judged: int = 0
-  prompts: int | None = None
-  pairs: int = 0
-  right: float | None = None
-  wrong: float | None = None
-  judge_mean: float | None = None
-  oracle_mean: float | None = None
-  intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
-  oracle_histogram: dict[str, int] = dataclasses.field(default_factory=dict)
+  judged: schema.Count = 0
+  prompts: schema.Count | None = None
+  pairs: schema.Count = 0
+  right: schema.Number | None = None
+  wrong: schema.Number | None = None
+  judge_mean: schema.Number | None = None
+  oracle_mean: schema.Number | None = None
+  intervals: dict[str, tuple[schema.Number, schema.Number] | None] = dataclasses.field(
+      default_factory=dict)
+  oracle_histogram: dict[str, schema.Count] = dataclasses.field(default_factory=dict)
 
 
 def read(workdir, model: str, stages: dict[str, summaries.Started]) -> Data | None:

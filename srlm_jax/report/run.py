@@ -30,18 +30,18 @@ from srlm_jax.reward import scores as scoring
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metrics:
   """A line of metrics.jsonl: a logged training step, counted from 0. None: not written."""
-  step: int
-  loss: float | None = None
-  margin: float | None = None
-  accuracy: float | None = None
-  chosen_reward: float | None = None
-  rejected_reward: float | None = None
-  chosen_logp: float | None = None
-  rejected_logp: float | None = None
-  grad_norm: float | None = None
-  tokens_per_second: float | None = None
-  alarm_chosen_falling: int | None = None
-  alarm_margin_without_accuracy: int | None = None
+  step: schema.Count
+  loss: schema.Number | None = None
+  margin: schema.Number | None = None
+  accuracy: schema.Number | None = None
+  chosen_reward: schema.Number | None = None
+  rejected_reward: schema.Number | None = None
+  chosen_logp: schema.Number | None = None
+  rejected_logp: schema.Number | None = None
+  grad_norm: schema.Number | None = None
+  tokens_per_second: schema.Number | None = None
+  alarm_chosen_falling: schema.Count | None = None
+  alarm_margin_without_accuracy: schema.Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Stopping:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Selected:
   """selected.json."""
-  step: int
+  step: schema.Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,15 +236,9 @@ def _warnings(found: list[Evaluated], stages: dict, curves: dict[str, list[Metri
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rows:
-  """rows.json of a training: rows of a batch and their width in tokens."""
-  shape: tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tokens:
   """A response: its number of tokens."""
-  n_tokens: int
+  n_tokens: schema.Count
 
 
 def _sampled(made: Sequence[Round], found: list[Evaluated]) -> dict[tuple[str, str], int]:
@@ -259,7 +253,7 @@ def _costs(workdir, stages: dict, sampled: dict[tuple[str, str], int]) -> list[S
   for (owner, name), stage in stages.items():
     folder, tokens = workdir / owner / name, sampled.get((owner, name))
     if name == 'model':
-      rows = results.read(folder / 'rows.json', _Rows)
+      rows = results.read(folder / 'rows.json', schema.Rows)
       if rows and stage.summary:
         tokens = round(stage.summary.steps * rows.shape[0] * rows.shape[1] *
                        stage.summary.padding_free)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from srlm_jax import catalog, InputError, stage
+from srlm_jax import catalog, InputError, schema, stage
 from srlm_jax.report import results
 
 
@@ -18,12 +18,12 @@ class Config(msgspec.Struct, rename=lambda name: name.replace('_', '.')):
   """
   model: str = ''
   judge_template: str = ''
-  judge_n: int | None = None
-  judge_quorum: int | None = None
+  judge_n: schema.Count | None = None
+  judge_quorum: schema.Count | None = None
   judge_by: str = ''           # '' if the writer of the responses judges them
-  eval_quorum: int | None = None
-  seed: int | None = None
-  prompts_count: int | None = None
+  eval_quorum: schema.Count | None = None
+  seed: schema.Count | None = None
+  prompts_count: schema.Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -341,7 +341,7 @@ def _labels_or_pattern(path, header: dict) -> tuple[tuple[str, ...], str]:
   pattern = header['pattern']
   try:
     groups = re.compile(pattern).groups
-  except (re.error, TypeError) as error:
+  except (re.error, TypeError, OverflowError, RecursionError) as error:
     raise InputError(f'{path}: {pattern!r} is not a regular expression ({error})') from error
   if groups != 1:
     raise InputError(f'{path}: the pattern {pattern!r} must have one group, the value')
@@ -367,7 +367,7 @@ def _split(path, text: str) -> tuple[dict | None, str]:
     raise InputError(f'{path}: a header must be at the start of the file, between two lines +++')
   try:
     return tomllib.loads(parts[1]), parts[2]
-  except tomllib.TOMLDecodeError as error:
+  except (ValueError, RecursionError) as error:  # also of a number with too many digits
     raise InputError(f'{path}: the header between the lines +++ is not TOML ({error})') from error
 
 

@@ -5,7 +5,6 @@ The method is Self-Instruct (Wang et al. 2023), as PAPER 2.2 uses it.
 from collections import Counter
 import dataclasses
 import itertools
-import json
 import random
 import re
 import string
@@ -116,11 +115,10 @@ def evaluation_prompts(path) -> list[str]:
   counts as a prompt. Raises InputError if it has none of them.
   """
   if path.suffix == '.json':
-    try:
-      found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-      raise InputError(
-          f'config.prompts.held_out: {path} cannot be read as JSON ({error})') from error
+    found = records.read_json(path, 'give another file as config.prompts.held_out')
+    if not isinstance(found, list):
+      raise InputError(f'config.prompts.held_out: {path} is not a JSON list; give a list of '
+                       f'prompts')
   else:
     found = [record for _, record in records.read_any(path)]
   prompts = []

@@ -3,7 +3,6 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import itertools
-import json
 import time
 
 from etils import epath
@@ -20,6 +19,7 @@ from srlm_jax import (
   metrics,
   model_files,
   preemption,
+  records,
   schema,
   sharding,
   stage,
@@ -376,7 +376,10 @@ def _begun_rows(folder) -> tuple[int, int] | None:
   if not (folder / ROWS).exists():
     raise InputError(f'{folder} has checkpoints but no {ROWS}, so it cannot be resumed; delete it '
                      f'to train again')
-  return tuple(json.loads((folder / ROWS).read_text())['shape'])
+  advice = f'delete {folder} to train again'
+  with records.reading(folder / ROWS, advice):
+    data = (folder / ROWS).read_bytes()
+  return records.parse(data, str(folder / ROWS), schema.Rows, advice).shape
 
 
 def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
