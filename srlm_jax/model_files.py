@@ -5,7 +5,6 @@ Converted models (step 0, parameters only) and trained models have the same layo
 """
 from collections.abc import Iterator
 import dataclasses
-import hashlib
 
 from etils import epath
 
@@ -119,7 +118,7 @@ def hashes(folder) -> dict[str, str]:
   """{name: hash} of config.json, the tokenizer files, source.json and lora.json of a model."""
   folder = epath.Path(folder)
   found = [*names(folder), *(name for name in (SOURCE, LORA) if (folder / name).exists())]
-  return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in found}
+  return {name: records.hash_file(folder / name) for name in found}
 
 
 def has_chat_template(folder) -> bool:
