@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pathlib
+import re
 import shutil
 import types
 from unittest import mock
@@ -32,7 +33,7 @@ from srlm_jax import (
 from srlm_jax.data import oasst, prompt_files, ranked, templates
 from srlm_jax.eval import agreement, alpaca, endpoint, harness, head_to_head, mt_bench
 from srlm_jax.report import page
-from srlm_jax.reward import eft, health, judges, pairs
+from srlm_jax.reward import eft, health, judges, pairs, scores
 from srlm_jax.sample import meta_judge, prompts
 from srlm_jax.sandbox import audit
 from srlm_jax.train import run as train
@@ -82,12 +83,12 @@ def quiet():
 class Files:
   """A folder of which one file at a time is damaged, and read. Afterwards it is as before."""
 
-  def __init__(self, make, read, is_consistent=False):
-    """make(folder) writes it; read(folder) reads it.
+  def __init__(self, make, read, is_consistent=False, of=''):
+    """make(folder) writes it; read(folder) reads it. of: a pattern of the files to damage.
 
     is_consistent: the done.json beside the file then has the hash of the damaged file.
     """
-    self._make, self._read, self._is_consistent = make, read, is_consistent
+    self._make, self._read, self._is_consistent, self._of = make, read, is_consistent, of
 
   @functools.cached_property
   def _made(self) -> tuple[pathlib.Path, dict[str, bytes]]:
@@ -98,7 +99,7 @@ class Files:
                     for path in sorted(folder.rglob('*')) if path.is_file()}
 
   def __iter__(self):
-    return iter(self._made[1].items())
+    return iter([item for item in self._made[1].items() if re.match(self._of, item[0])])
 
   def __call__(self, given: fuzzing.Input):
     """Reads the folder with one file as given."""
@@ -134,14 +135,20 @@ def finished_run(folder):
 report = Files(finished_run, lambda folder: page.remake([folder], folder.parent / 'report.html'))
 
 
-def run_stages(folder):
-  """The stages that need no model."""
-  for program, name in ((pairs, 'm2'), (health, 'm2'), (audit, 'm2'), (eft, 'm1'),
-                        (agreement, 'm2')):
-    program.run(configs.get(name, 'tiny'), folder)
+def run_stages(*found):
+  """Runs stages that need no model: (program, model) of each."""
+  def run(folder):
+    # A board has a process and threads of its own.
+    with mock.patch.object(metrics, 'Board'), mock.patch.object(scores, 'DRAWS', 10):
+      for program, name in found:
+        program.run(configs.get(name, 'tiny'), folder)
+  return run
 
 
-stages = Files(tiny_run.make, run_stages, is_consistent=True)
+round_stages = Files(tiny_run.make, run_stages((pairs, 'm2'), (health, 'm2'), (audit, 'm2')),
+                     is_consistent=True, of='m2/(prompts|respond|judge)/')
+ranked_stages = Files(tiny_run.make, run_stages((eft, 'm1'), (agreement, 'm2')),
+                      is_consistent=True, of='data/seeds/ranked|m1/judge/|m2/judge_eval/')
 
 
 def make_model(folder):
@@ -447,6 +454,7 @@ TARGETS = [
     Target('completion', [json.dumps(COMPLETION).encode()], read_completion),
     Target('study', STUDIES, STUDIES, damage=damaged_file),
     Target('set', [text.encode() for text in SETS], read_set, damage=changed_text),
-    Target('stages', stages, stages, damage=damaged_file, share=0.1),
+    Target('round_stages', round_stages, round_stages, damage=damaged_file, share=0.1),
+    Target('ranked_stages', ranked_stages, ranked_stages, damage=damaged_file, share=0.1),
     Target('report', report, report, damage=damaged_file, share=0.05),
 ]

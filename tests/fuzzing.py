@@ -251,6 +251,8 @@ def run(target: Target, inputs: int, seed: int = 0, progress: Callable[[int], No
   own = list(target.examples)
   count = len(own) + max(1, round(inputs * target.share))
   began = time.perf_counter()
+  with contextlib.suppress(Exception):  # what is imported and kept for all inputs is not counted
+    target.read(valid[0])
   with _bounded(target.megabytes) as peak:
     for i in range(count):
       progress(i)
