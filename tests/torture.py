@@ -41,13 +41,13 @@ import fsspec
 import numpy as np
 import orbax.checkpoint as ocp
 
-from srlm_jax import preemption
+from srlm_jax import preemption, storage
 from srlm_jax.sandbox import data as sandbox
 
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 CONTINUES = '; the same command continues'
 # Lines of stderr that are not the program's own: of Gloo's connections, and of progress bars.
-NOISE = re.compile(r'\[Gloo\]|it/s|rows/s|unit/s|step/s|tensor/s|\?tensor|%\|')
+NOISE = re.compile(r'\[Gloo\]|_default.py|google_auth|it/s|(rows|unit|step|tensor)s?/s|%\|')
 BAD = re.compile(r'Traceback|Exception ignored|Fatal Python|terminate called|Segmentation|'
                  r'Aborted|core dumped')
 SECONDS = 240  # for all processes to end after a kill; more is a hang
@@ -403,9 +403,11 @@ class Bucket(Place):
   def __init__(self, root, base, rng):
     super().__init__(root, base)
     self.url = f'gs://{buckets.BUCKET}/torture/w'
-    self._server, self._files = bucket_server(), fsspec.filesystem('gs')
+    self._server, self._files, self._inputs = bucket_server(), fsspec.filesystem('gs'), set()
+
     def some(method, url, body):
       return rng.random() < 0.01
+
     def repeatable(method, url, body):  # not Orbax's renames, a copy and a deletion
       return some(method, url, body) and (method == 'GET' or '/upload/' in url)
     self.faults = [*(buckets.Fault(kind, 10**6, some) for kind in (503, 429, 'cut')),
@@ -413,10 +415,24 @@ class Bucket(Place):
                    buckets.Fault('hang', 3, repeatable)]
 
   def begin(self, case):
+    self._case = case
     super().begin(case)
-    if self._files.exists(self.url):
-      self._files.rm(self.url, recursive=True)
-    self._files.put(f'{self.run}/', f'{self.url}/', recursive=True)
+    there = self._there()
+    for name in [name for name in there if name not in self._inputs or name.startswith(case.makes)]:
+      self._files.rm_file(f'{self.url}/{name}')
+    wanted = {str(p.relative_to(self.run)): p for p in self.run.rglob('*') if p.is_file()
+              and not {'compiled', 'tensorboard', 'train', 'selectable', 'sft'} & {*p.parts}}
+    self._inputs = {*wanted} | {f'{folder.relative_to(self.run)}/{storage.COMMITTED}'
+                                for step in self.run.glob('*/model/steps/*')
+                                for folder in (step, step / 'params', step / 'hash')}
+    for name in self._inputs - {*self._there()}:
+      self._files.pipe_file(f'{self.url}/{name}',
+                            wanted[name].read_bytes() if name in wanted else b'')
+
+  def _there(self) -> list[str]:
+    """The names of all objects in the workdir."""
+    start = f'{buckets.BUCKET}/torture/w/'
+    return [name.removeprefix(start) for name in self._files.find(self.url)]
 
   def state(self, case):
     made = f'{self.url}/{case.makes[0]}'
@@ -425,8 +441,12 @@ class Bucket(Place):
     return 'after' if self._files.exists(f'{made}/done.json') else 'during'
 
   def tree(self):
-    shutil.rmtree(self.run.parent)
-    self._files.get(f'{self.url}/', f'{self.run}/', recursive=True)
+    """Downloads all but the inputs."""
+    super().begin(self._case)
+    for name in self._there():
+      if name not in self._inputs and not {'compiled', 'tensorboard'} & {*name.split('/')}:
+        (self.run / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.run / name).write_bytes(self._files.cat_file(f'{self.url}/{name}'))
     return super().tree()
 
   @contextlib.contextmanager
