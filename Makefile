@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo evaluate sandbox-m0 test test-slow test-browser test-parity aot aot-full aot-gpu bench-peers \
+.PHONY: setup demo evaluate sandbox-m0 test test-slow test-browser test-parity torture aot aot-full aot-gpu bench-peers \
   check-vllm check-device lint lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
@@ -80,6 +80,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed  ## the tests that are too slow for every change
 	$(BIN)/python -m pytest -q -m slow
+
+torture: .venv/.installed  ## kills every program at random moments, on a disk and in a bucket; under an hour
+	$(BIN)/python tests/torture.py
 
 test-browser: .venv-browser/.installed  ## the report in Chromium (Debian: chromium, chromium-driver)
 	.venv-browser/bin/python -m pytest -q tests/test_page.py

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def serve():
 
   import srlm_jax.loop
   import srlm_jax.study  # noqa: F401
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `python -m srlm_jax.PROGRAM` sets it
   warnings.filterwarnings('ignore', message='os.fork', category=RuntimeWarning)  # of JAX
   print('ready', flush=True)
   for line in sys.stdin:

@@ -172,19 +172,17 @@ def test_an_interrupted_program_releases_its_lock_and_prints_one_line(tmp_path):
 IMPORTS = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
-os.execv(sys.executable, 'python -X importtime -m srlm_jax.reward.health'.split())
+os.execv(sys.executable, [sys.executable, *'-X importtime -m srlm_jax.reward.health'.split()])
 """
 
 
 def test_a_program_that_still_imports_ends_without_a_traceback():
   process = subprocess.Popen([sys.executable, '-c', IMPORTS], cwd=ROOT, text=True,
                              stderr=subprocess.PIPE, env=dict(os.environ, JAX_PLATFORMS='cpu'))
-  found = ['']
-  while ' numpy' not in found[-1]:  # in the middle of the imports
-    found.append(process.stderr.readline())
+  while ' numpy' not in (line := process.stderr.readline()):  # in the middle of the imports
+    assert line
   process.send_signal(signal.SIGINT)
-  found += process.communicate()[1].splitlines()
-  assert process.returncode == -signal.SIGINT and not any('Traceback' in line for line in found)
+  assert 'Traceback' not in process.communicate()[1] and process.returncode == -signal.SIGINT
 
 
 class Store(dict):

@@ -53,7 +53,7 @@ BAD = re.compile(r'Traceback|Exception ignored|Fatal Python|terminate called|Seg
 SECONDS = 240  # for all processes to end after a kill; more is a hang
 # Shorter waits for a lost host, and for one that never connects.
 FAST = 'from srlm_jax import hosts, peers; peers.TIMEOUT, peers.BEAT, hosts.JOIN = 12, 1, 20\n'
-DPO = '--config.train.save_every=1', '--config.train.keep=2', '--config.train.dropout=0.1'
+TRAIN = '--config.train.save_every=1', '--config.train.keep=2', '--config.train.dropout=0.1'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _stage(name: str, program: str, model: str, *more: str, flags=(), **options)
 
 def _train(what: str, model: str, *flags: str, program: str = 'train', makes=('model',), **options
            ) -> Case:
-  case = _stage('model', program, model, what, flags=(*DPO, *flags), **options)
+  case = _stage('model', program, model, what, flags=(
+      *TRAIN, f'--config.train.epochs={dict(m1=0.2, m2=1.0)[model]}', *flags), **options)
   return dataclasses.replace(case, makes=tuple(f'{model}/{name}' for name in makes))
 
 
@@ -91,12 +92,12 @@ CASES = (
          ('to_hf',), is_alone=True, in_bucket=True),
     Case('seeds', 'sandbox', ('--config=sft:tiny', '--workdir=RUN', *config_flags('sft')),
          ('data/seeds',)),
-    _train('SFT', 'm1', '--config.train.epochs=0.5'),
+    _train('SFT', 'm1'),
     _train('DPO', 'm2', in_bucket=True),
     _train('DPO, cached', 'm2', '--config.train.reference=cached', makes=('model', 'reference')),
     _train('DPO, LoRA', 'm2', *_LORA, in_bucket=True),
-    _train('stopping', 'm2', '--config.train.select=wins', '--config.train.save_every=5',
-           program='stopping', makes=('model', 'stopping')),
+    _train('stopping', 'm2', '--config.train.select=wins', '--config.train.save_every=3',
+           '--config.train.max_epochs=1', program='stopping', makes=('model', 'stopping')),
     _stage('judge', 'sample.judge', 'm1'),
     _stage('eft', 'reward.eft', 'm1'),
     _stage('prompts', 'sample.prompts', 'm2', in_bucket=True),
@@ -177,8 +178,7 @@ class Hosts:
       for i, server in enumerate(self.servers):
         hit = moment and moment.change and not armed and i == moment.victims[0]
         at, number = (moment.change, int(moment.number)) if hit else (0, 0)
-        text = ('import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n'
-                f'{before}\n')
+        text = f'import os, sys\n{before}\n'
         if len(self.servers) > 1:
           text += f'os.environ.update({dict(run, SRLM_HOST=str(i))!r})\n{FAST}'
         if not armed:
@@ -595,6 +595,14 @@ def make_base(hosts: Hosts, base: pathlib.Path):
   (base / 'kept').rename(model)
 
 
+def environment(root) -> dict[str, str]:
+  """The environment of the programs, beside that of this one."""
+  return dict(bucket_server().env, JAX_PLATFORMS='cpu', XLA_FLAGS='',
+              TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS='5',
+              JAX_COMPILATION_CACHE_DIR=str(root / 'compiled'),
+              JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
+
+
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--seed', type=int, default=0)
@@ -605,14 +613,10 @@ def main():
   parser.add_argument('--work', default='', help='a folder for all files; by default a new one')
   parser.add_argument('--loud', action='store_true', help='prints every start')
   args = parser.parse_args()
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
   only = {name.strip() for name in args.only.split(';')} - {''}
   root = pathlib.Path(args.work or tempfile.mkdtemp(prefix='torture-'))
   root.mkdir(parents=True, exist_ok=True)
-  env = dict(os.environ, **bucket_server().env, JAX_PLATFORMS='cpu', XLA_FLAGS='',
-             TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS='5',
-             JAX_COMPILATION_CACHE_DIR=str(root / 'compiled'),
-             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
+  env = dict(os.environ, **environment(root))
   rows, base = [], root / 'base'
   for count in [args.processes] if args.processes else [1, 2]:
     hosts = Hosts(count, env)
