@@ -33,8 +33,9 @@ def test_a_killed_conversion_ends_as_an_undisturbed_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name, count, kills, in_bucket', [
     ('m2 DPO, LoRA', 1, 3, False), ('m2 prompts', 1, 3, False), ('m2 judge', 1, 3, False),
-    ('m2 pairs', 1, 3, False), ('report', 1, 3, False), ('loop', 1, 6, False), ('m2 DPO', 2, 3, False),
-    ('m2 meta_judge', 2, 3, False), ('m2 DPO, LoRA', 2, 2, True), ('m2 respond', 1, 3, True)])
+    ('m2 pairs', 1, 3, False), ('report', 1, 3, False), ('loop', 1, 6, False),
+    ('m2 DPO', 2, 3, False), ('m2 meta_judge', 2, 3, False), ('m2 DPO, LoRA', 2, 2, True),
+    ('m2 respond', 1, 3, True)])
 def test_killed_programs_end_as_undisturbed_ones(name, count, kills, in_bucket, others, tmp_path):
   kill(name, count, others, tmp_path, kills, in_bucket)
 

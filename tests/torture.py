@@ -66,7 +66,7 @@ class Case:
   is_alone: bool = False      # runs in one process only
   needs: tuple[str, ...] = () # parts of the finished loop that are there; (): all
   kills: int = 0              # 0: as --kills
-  in_bucket: bool = False     # runs also in a bucket
+  in_bucket: int = 0          # runs also in a bucket, in at most so many processes
 
 
 def _stage(name: str, program: str, model: str, *more: str, flags=(), **options) -> Case:
@@ -84,33 +84,36 @@ def _train(what: str, model: str, *flags: str, program: str = 'train', makes=('m
   return dataclasses.replace(case, makes=tuple(f'{model}/{name}' for name in makes))
 
 
+# Of a program that another case has killed already.
+_SEEN = dict(is_alone=True, kills=1)
 _LORA = '--config.train.lora_rank=4', '--config.train.learning_rate=1e-3'
 CASES = (
     Case('convert from HF', 'checkpoint.convert', (f'--from_hf={sandbox.M0}', '--out=RUN/from_hf'),
-         ('from_hf',), is_alone=True, in_bucket=True),
+         ('from_hf',), is_alone=True, in_bucket=1),
     Case('convert to HF', 'checkpoint.convert', ('--checkpoint=RUN/m2/model', '--to_hf=RUN/to_hf'),
-         ('to_hf',), is_alone=True, in_bucket=True),
+         ('to_hf',), is_alone=True, in_bucket=1),
     Case('seeds', 'sandbox', ('--config=sft:tiny', '--workdir=RUN', *config_flags('sft')),
          ('data/seeds',)),
     _train('SFT', 'm1'),
-    _train('DPO', 'm2', in_bucket=True),
+    _train('DPO', 'm2', in_bucket=1),
     _train('DPO, cached', 'm2', '--config.train.reference=cached', makes=('model', 'reference')),
-    _train('DPO, LoRA', 'm2', *_LORA, in_bucket=True),
+    _train('DPO, LoRA', 'm2', *_LORA, in_bucket=2),
     _train('stopping', 'm2', '--config.train.select=wins', '--config.train.save_every=3',
            '--config.train.max_epochs=1', program='stopping', makes=('model', 'stopping')),
     _stage('judge', 'sample.judge', 'm1'),
     _stage('eft', 'reward.eft', 'm1'),
-    _stage('prompts', 'sample.prompts', 'm2', in_bucket=True),
-    _stage('respond', 'sample.respond', 'm2', in_bucket=True),
+    _stage('prompts', 'sample.prompts', 'm2', in_bucket=1),
+    _stage('respond', 'sample.respond', 'm2', in_bucket=2),
     _stage('judge', 'sample.judge', 'm2'),
-    *(_stage(spec.name, spec.program, 'm2', flags=on(spec)) for spec in OTHERS.values()),
-    _stage('pairs', 'reward.pairs', 'm2', in_bucket=True),
+    *(_stage(spec.name, spec.program, 'm2', flags=on(spec), **(_SEEN if spec.on else {}))
+      for spec in OTHERS.values()),
+    _stage('pairs', 'reward.pairs', 'm2', in_bucket=1),
     _stage('health', 'reward.health', 'm2'),
     _stage('audit', 'sandbox.audit', 'm2'),
-    _stage('judge_eval', 'sample.judge', 'm2', flags=('--on=eval',)),
+    _stage('judge_eval', 'sample.judge', 'm2', flags=('--on=eval',), **_SEEN),
     _stage('agreement', 'eval.agreement', 'm2'),
-    _stage('answers', 'sample.respond', 'm2', flags=('--on=heldout',)),
-    _stage('answers_greedy', 'sample.respond', 'm2', flags=('--on=greedy',)),
+    _stage('answers', 'sample.respond', 'm2', flags=('--on=heldout',), **_SEEN),
+    _stage('answers_greedy', 'sample.respond', 'm2', flags=('--on=greedy',), **_SEEN),
     _stage('oracle', 'sandbox.oracle', 'm2'),
     Case('head-to-head', 'eval.head_to_head', (
         '--graded', '--a=RUN/m2/oracle', '--b=RUN/sft/oracle', '--out=RUN/m2_sft'), ('m2_sft',),
@@ -122,7 +125,7 @@ CASES = (
     Case('loop', 'loop', ('--size=tiny', '--workdir=RUN', '--last=m2',
                           *(f'--set={change}' for change in CHANGES),
                           '--set=m1,m2:train.dropout=0.1', '--set=m1:train.epochs=1'),
-         ('.',), needs=('m0',), kills=12, in_bucket=True),
+         ('.',), needs=('m0',), kills=12, in_bucket=1),
     Case('study', 'study', ('--workdir=RUN/study', '--seeds=1', '--last=m1',
                             *(f'--set={change}' for change in CHANGES), '--name=short',
                             '--set=sft,m1:train.epochs=0.5'),
@@ -606,7 +609,7 @@ def environment(root) -> dict[str, str]:
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--kills', type=int, default=0, help='per program; 0: 3, with two: 2')
+  parser.add_argument('--kills', type=int, default=0, help='per program; 0: 3, of some others')
   parser.add_argument('--only', default='', help='names of programs, divided by ;')
   parser.add_argument('--processes', type=int, default=0, help='1 or 2; 0: both')
   parser.add_argument('--place', default='', choices=('', 'disk', 'bucket'), help='empty: both')
@@ -627,10 +630,10 @@ def main():
         make_base(alone, base)
       for place, case in itertools.product(('disk', 'bucket'), CASES):
         if (args.place not in ('', place) or only and case.name not in only
-            or case.is_alone and count > 1 or place == 'bucket' and not case.in_bucket):
+            or case.is_alone and count > 1 or place == 'bucket' and case.in_bucket < count):
           continue
         rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
-        kills = args.kills or case.kills // count or (3 if count == 1 else 2)
+        kills = args.kills or case.kills // count or 3
         bucket = Bucket(root, base, rng) if place == 'bucket' else None
         rows.append(torture(case, hosts, Place(root, base), bucket, kills, rng, args.loud))
         row = rows[-1]
