@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo evaluate sandbox-m0 test test-slow fuzz test-browser test-parity aot aot-full aot-gpu \
-  bench-peers check-vllm check-device lint audit lock clean
+.PHONY: setup demo evaluate sandbox-m0 test test-slow fuzz torture test-browser test-parity aot aot-full \
+  aot-gpu bench-peers check-vllm check-device lint audit lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -84,6 +84,10 @@ test-slow: .venv/.installed  ## the tests that are too slow for every change
 TARGET ?=
 fuzz: .venv/.installed  ## 100,000 damaged inputs for every reader; at most an hour. TARGET=NAME: one
 	$(BIN)/python tests/fuzzing.py $(TARGET)
+
+torture: .venv/.installed  ## kills every program at random moments, on a disk and in a bucket; under an hour
+	$(BIN)/python tests/torture.py
+	$(BIN)/python tests/faults.py
 
 test-browser: .venv-browser/.installed  ## the report in Chromium (Debian: chromium, chromium-driver)
 	.venv-browser/bin/python -m pytest -q tests/test_page.py

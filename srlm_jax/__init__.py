@@ -1,5 +1,11 @@
 """Self-rewarding language models (Yuan et al. 2024) in JAX."""
 import difflib
+import signal
+import sys
+
+if sys.argv[:1] == ['-m'] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  # This is `python -m srlm_jax.PROGRAM`, and Ctrl-C ends it at once until `cli.run_app` starts.
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class InputError(Exception):

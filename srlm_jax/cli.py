@@ -1,6 +1,8 @@
 """What every program does first: flags, hosts, the workdir's lock; and errors as one sentence."""
 import contextlib
+import os
 import re
+import signal
 import sys
 import tempfile
 
@@ -61,8 +63,11 @@ def run_app(start):
   """Runs `start(argv)` as a program: joins the hosts.
 
   An InputError is printed, exit code 1. After SIGTERM, and if another host is lost, the exit code
-  is preemption.EXIT_CODE.
+  is preemption.EXIT_CODE, after Ctrl-C preemption.INTERRUPTED.
   """
+  if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+    signal.signal(signal.SIGINT, _interrupted)  # under nohup, SIGINT stays ignored
+
   def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax logs every file
     logging.get_absl_handler().addFilter(_is_to_print)
@@ -107,6 +112,14 @@ def _places() -> list[str]:
   """The folders that this program may write into: the paths in its flags, and the temporary one."""
   given = [path for argument in sys.argv[1:] if '/' in (path := argument.partition('=')[2])]
   return [*(path for path in given if '://' not in path), tempfile.gettempdir()]
+def _interrupted(*_):
+  """Ctrl-C ends the program as a kill does, but for the lock, and with a message.
+
+  A KeyboardInterrupt would be lost if it came within one of JAX's callbacks from C++.
+  """
+  os.write(2, b'interrupted; the same command continues\n')  # Python may be inside of sys.stderr
+  lock.release()
+  os._exit(preemption.INTERRUPTED)
 
 
 @contextlib.contextmanager

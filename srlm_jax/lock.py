@@ -10,6 +10,7 @@ import getpass
 import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import threading
@@ -83,6 +84,7 @@ def _held(path, folder, flag: str, is_patient: bool = False):
     if other := _current_holder(file, folder, is_patient):
       raise InputError(f'{folder} is in use by {_describe(other)}; wait for that run, '
                        f'or use another {flag}')
+  file.clean()
   ended = threading.Event()
   heartbeat = threading.Thread(target=_beat, args=(file, folder, mine, ended), daemon=True)
   heartbeat.start()
@@ -143,9 +145,17 @@ class _File:
     except FileNotFoundError:
       return
     if self.read(aside) != lock:  # another run has taken over: restore its lock
-      with contextlib.suppress(FileExistsError):
+      with contextlib.suppress(FileExistsError, FileNotFoundError):
         os.link(aside, self.path)
     aside.unlink(missing_ok=True)
+
+  def clean(self):
+    """Removes the stale locks that a run had renamed when it was killed."""
+    for path in self.path.parent.iterdir():
+      if re.fullmatch(rf'{re.escape(self.path.name)}\.[0-9a-f]{{32}}', path.name):
+        lock = self.read(path)
+        if lock and _state(lock.holder) == 'ended':
+          path.unlink(missing_ok=True)
 
   def release(self, mine: dict):
     """Deletes the lock of this run, and the folders that it made and left empty."""
@@ -196,6 +206,9 @@ class _Object:
   def remove(self, lock: Lock):
     with self._access():
       self._store.write(self.path.name, None, if_equal=lock.generation).result()
+
+  def clean(self):
+    """A bucket holds nothing else."""
 
   def release(self, mine: dict):
     if (now := self.read()) and now.holder.get('id') == mine['id']:

@@ -19,6 +19,7 @@ from srlm_jax import hosts
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 KILLED = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C
 POLL = 0.5      # seconds between two looks into the key-value store
 
 _received = threading.Event()

@@ -83,18 +83,18 @@ def _measure_steps(s: stage.Stage, config, workdir, folder) -> dict[int, float]:
   measured = {r.step for r in records.read(path, schema.Measure)}
   hosts.sync(f'{s.title} read')    # before the first host appends a line
   for step in model_files.steps(folder):
-    if step in measured:
-      continue
-    candidate = make_workdir(workdir, s.folder / str(step), config.name, step)
-    if by == 'agreement':
-      measure = _agreement(config, candidate)
-    else:
-      measure = _command(by, candidate / config.name / 'model')
-    hosts.log(f'{s.title}: step {step}, {measure:.4f}')
-    if out:
-      out.append([schema.Measure(step=step, measure=measure)])
-    hosts.sync(f'{s.title} {step}')
-    if out:
+    candidate = s.folder / str(step)
+    if step not in measured:
+      make_workdir(workdir, candidate, config.name, step)
+      if by == 'agreement':
+        measure = _agreement(config, candidate)
+      else:
+        measure = _command(by, candidate / config.name / 'model')
+      hosts.log(f'{s.title}: step {step}, {measure:.4f}')
+      if out:
+        out.append([schema.Measure(step=step, measure=measure)])
+      hosts.sync(f'{s.title} {step}')
+    if out:  # also of a measured step: a kill may have come in between
       storage.unlink(candidate / config.name / 'model' / 'steps' / str(step))
   if out:
     out.close()

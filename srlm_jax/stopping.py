@@ -171,13 +171,13 @@ def _answers(s: stage.Stage, workdir, step: int) -> epath.Path:
   config.eval.split = 'valid'
   folder = s.folder / str(step)
   answers = folder / config.name / 'answers'
+  source = stage.model_folder(workdir, config.name if step else config.train.init)
+  of = step or model_files.latest(source)
   if not (answers / 'done.json').exists():
-    source = stage.model_folder(workdir, config.name if step else config.train.init)
-    of = step or model_files.latest(source)
     candidate = selection.make_workdir(workdir, folder, config.name, of, source)
     respond.run(config, candidate, 'heldout')
-    if hosts.is_first_host():
-      storage.unlink(candidate / config.name / 'model' / 'steps' / str(of))
+  if hosts.is_first_host():  # also if the answers are done: a kill may have come in between
+    storage.unlink(folder / config.name / 'model' / 'steps' / str(of))
   return answers
 
 

@@ -481,7 +481,8 @@ def copy_tree(source, target, without: str = ''):
   In a bucket, files that say that a folder is complete come last.
   """
   if not is_remote(source):
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(without) if without else None)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(without) if without else None,
+                    dirs_exist_ok=True)
     return
   found = [pathlib.Path(name).relative_to(_key(source)) for name in _bucket().find(str(source))]
   for file in sorted(found, key=lambda file: (file.name in LAST, file)):

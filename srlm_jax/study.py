@@ -86,13 +86,15 @@ def main(argv):
 
 
 def take(source, run, parts):
-  """Copies the `parts` of a run that exist in `source` and not in `run`.
+  """Copies the `parts` of a run that exist in `source` and not, or not completely, in `run`.
 
   The stages of the run check that the copies fit its config.
   """
   for part in parts:
-    if (source / part).exists() and not (run / part).exists():
-      storage.copy_tree(source / part, run / part)
+    is_there = (run / part).exists() and not (run / f'{part}.partial').exists()
+    if (source / part).exists() and not is_there:
+      with storage.making_folder(run / part) as folder:
+        storage.copy_tree(source / part, folder)
 
 
 def table(runs, loops) -> list[dict]:

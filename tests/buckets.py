@@ -1,7 +1,8 @@
 """A Cloud Storage server for the tests: gcp-storage-emulator behind a proxy.
 
 The proxy adds what the emulator (2026.7) lacks and clients rely on: preconditions on generations,
-and the generation of an object that is read. It can also make requests fail.
+the generation of an object that is read, and the answer to the last part of a resumable upload when
+a client, which has not received it, sends that part again. It can also make requests fail.
 
 `python tests/buckets.py` starts a server and prints the environment in which programs use it.
 """
@@ -55,6 +56,7 @@ class Server:
     self._emulator._api._httpd.handle_error = lambda *_: None  # of closed connections
     self._lock = threading.Lock()
     self.faults, self.requests = [], []
+    self._uploaded = {}  # answers to the last parts of resumable uploads
     server = self
 
     class Handler(_Handler):
@@ -103,6 +105,11 @@ class Server:
       if wanted is not None and wanted != found:
         return 412, {}, b'{"error": {"code": 412, "message": "conditionNotMet"}}'
       status, found_headers, data = self._forward(method, path, headers, body)
+      if upload := query.get('upload_id'):
+        if status == 404 and upload in self._uploaded:
+          return self._uploaded[upload]
+        if status == 200:
+          self._uploaded[upload] = status, found_headers, data
     if found and query.get('alt') == 'media':
       found_headers['x-goog-generation'] = found
     return status, found_headers, data

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,25 +16,30 @@ import warnings
 
 
 class Server:
-  """The process that forks. `env` and `cwd` are those of every program."""
+  """The process that forks. `env` and `cwd` are those of every program. Used by one thread."""
 
   def __init__(self, env: dict[str, str], cwd):
     self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
                                      stdout=subprocess.PIPE, text=True, env=env, cwd=cwd)
     self._process.stdout.readline()
+    self.pid = None
 
-  def run(self, program: str, flags, before: str = '') -> tuple[int, str, str]:
+  def run(self, program: str, flags, before: str = '', is_ended_whole: bool = False
+          ) -> tuple[int, str, str]:
     """-> exit code, stdout and stderr of a program; `before`: statements that run first.
 
-    While it runs, `pid` is its process.
+    While it runs, `pid` is its process. is_ended_whole: it ends as Python does, which waits for
+    threads and calls the functions of `atexit`; otherwise at once, which is faster.
     """
     with tempfile.TemporaryDirectory() as folder:
       out, err = (pathlib.Path(folder) / name for name in ('out', 'err'))
-      request = dict(program=program, flags=list(flags), out=str(out), err=str(err), before=before)
+      request = dict(program=program, flags=list(flags), out=str(out), err=str(err), before=before,
+                     is_ended_whole=is_ended_whole)
       self._process.stdin.write(json.dumps(request) + '\n')
       self._process.stdin.flush()
       self.pid = int(self._process.stdout.readline())
       code = int(self._process.stdout.readline())
+      self.pid = None
       return code, out.read_text(), err.read_text()
 
 
@@ -43,6 +49,7 @@ def serve():
 
   import srlm_jax.loop
   import srlm_jax.study  # noqa: F401
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `python -m srlm_jax.PROGRAM` sets it
   warnings.filterwarnings('ignore', message='os.fork', category=RuntimeWarning)  # of JAX
   print('ready', flush=True)
   for line in sys.stdin:
@@ -65,7 +72,7 @@ def refuse_pickles(event: str, args: tuple):
       raise RuntimeError(f'{caller} reads a pickle that names {".".join(args)}')
 
 
-def _run(program: str, flags: list[str], out: str, err: str, before: str):
+def _run(program: str, flags: list[str], out: str, err: str, before: str, is_ended_whole: bool):
   for stream, path in ((0, os.devnull), (1, out), (2, err)):
     os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
   code = 0
@@ -82,6 +89,8 @@ def _run(program: str, flags: list[str], out: str, err: str, before: str):
   except BaseException:
     traceback.print_exc()
     code = 1
+  if is_ended_whole:
+    sys.exit(code)
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,20 @@ def test_the_lock_of_a_killed_run_is_taken_over_at_once(tmp_path, start, capsys)
   kill(start())
   assert_taken_over(tmp_path)
   assert not capsys.readouterr().err  # no message about waiting
+
+
+def test_what_a_run_left_that_was_killed_while_it_took_over_is_removed(tmp_path, start):
+  """It had renamed a stale lock, and not yet deleted it. That of a run that lives stays."""
+  process = start()
+  shutil.copy(tmp_path / 'lock.json', tmp_path / f'lock.json.{"a" * 32}')
+  kill(process)
+  other = dict(json.loads((tmp_path / 'lock.json').read_text()), **lock._pid_scope(),
+               pid=os.getpid(), started=lock._start_ticks('self'))
+  (tmp_path / f'lock.json.{"b" * 32}').write_text(json.dumps(other))
+  (tmp_path / 'lock.json.mine').write_text('')
+  with lock.held(tmp_path):
+    pass
+  assert {p.name for p in tmp_path.iterdir()} == {f'lock.json.{"b" * 32}', 'lock.json.mine'}
 
 
 def test_a_lock_of_another_host_without_a_heartbeat_is_stale(tmp_path, monkeypatch):

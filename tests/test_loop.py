@@ -314,35 +314,6 @@ def test_every_strategy_makes_pairs_or_positives(others, tmp_path, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage', APPENDED)
-def test_a_stage_killed_many_times_ends_byte_identical(demo, tmp_path, stage):
-  module, name = f'sample.{stage}', APPENDED[stage]
-  shutil.copytree(demo[0], tmp_path / 'run')
-  folder = tmp_path / 'run' / 'm2' / stage
-  whole = {p.name: p.read_bytes() for p in folder.glob('*.jsonl')}
-  shutil.rmtree(folder)
-  command = [sys.executable, '-m', f'srlm_jax.{module}', '--config=configs/iter2.py:tiny',
-             f'--workdir={tmp_path / "run"}', *config_flags('m2')]
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS='')
-
-  def size():
-    return (folder / name).stat().st_size if (folder / name).exists() else 0
-  kills, ended = 0, None
-  while ended is None:
-    before = size()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and size() <= before:  # until it writes something
-      time.sleep(0.01)
-    ended = process.poll()
-    process.kill()
-    process.wait()
-    kills += ended is None
-  assert ended == 0 and kills
-  assert {p.name: p.read_bytes() for p in folder.glob('*.jsonl')} == whole
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('stage', OTHERS)
 def test_the_other_killed_stages_end_byte_identical(others, tmp_path, stage):
   spec = OTHERS[stage]

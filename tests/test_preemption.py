@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,19 @@ def test_training_saves_at_the_next_step_and_ends_as_without_a_stop(
   assert model_files.steps(whole) == [6, 8]
 
 
+def test_what_a_kill_left_of_older_checkpoints_is_deleted(tmp_path, tokenizer_folder):
+  """After the last save, Orbax deletes an older step. A kill may come before, or within."""
+  folder = train_sft(tmp_path, tokenizer_folder)
+  whole = outcome(folder)
+  steps = folder / 'steps'
+  shutil.copytree(steps / '6', steps / '3')
+  shutil.rmtree(steps / '3' / 'params')
+  (steps / '9.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
+  (folder / 'done.json').unlink()
+  train_sft(tmp_path, tokenizer_folder)
+  assert outcome(folder) == whole and sorted(p.name for p in steps.iterdir()) == ['6', '8']
+
+
 def test_sampling_stops_after_the_call_and_continues(tmp_path, mesh, default_handler):
   requests = [engines.Request(str(i), [1, 5 + i], 2) for i in range(12)]
 
@@ -130,6 +144,45 @@ def test_a_stopped_program_says_so_and_exits_with_the_code_for_try_again():
   assert done.stderr.splitlines()[-1] == (
       'm2/respond: stopped by SIGTERM; finished records are saved; the same command continues')
   assert done.returncode == preemption.EXIT_CODE
+
+
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+from srlm_jax import cli
+def start(argv):
+  with cli.locked(sys.argv[1]):
+    print(os.listdir(sys.argv[1]))
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGINT)
+cli.run_app(start)
+"""
+
+
+def test_an_interrupted_program_releases_its_lock_and_prints_one_line(tmp_path):
+  (tmp_path / 'kept').write_text('')
+  sys_argv = [sys.executable, '-c', INTERRUPTED.replace('sys.argv[1]', repr(str(tmp_path)))]
+  done = subprocess.run(sys_argv, cwd=ROOT, capture_output=True, text=True,
+                        env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''))
+  assert (done.returncode, done.stderr) == (
+      preemption.INTERRUPTED, 'interrupted; the same command continues\n')
+  assert 'lock.json' in done.stdout and [p.name for p in tmp_path.iterdir()] == ['kept']
+
+
+IMPORTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+os.execv(sys.executable, [sys.executable, *'-X importtime -m srlm_jax.reward.health'.split()])
+"""
+
+
+def test_a_program_that_still_imports_ends_without_a_traceback():
+  process = subprocess.Popen([sys.executable, '-c', IMPORTS], cwd=ROOT, text=True,
+                             stderr=subprocess.PIPE, env=dict(os.environ, JAX_PLATFORMS='cpu'))
+  while ' numpy' not in (line := process.stderr.readline()):  # in the middle of the imports
+    assert line
+  process.send_signal(signal.SIGINT)
+  assert 'Traceback' not in process.communicate()[1] and process.returncode == -signal.SIGINT
 
 
 class Store(dict):

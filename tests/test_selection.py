@@ -81,7 +81,10 @@ def test_a_killed_selection_resumes(trained):
   path.write_text(path.read_text().replace('0.75', '0.95'))  # shows if step 2 is measured again
   (path.parent / 'manifest.json').unlink()  # it has the other command
   (path.parent / '3' / 'data').unlink()  # as if killed before this link was made
+  left = path.parent / '2' / 'm2' / 'model' / 'steps' / '2'  # as if before this one was removed
+  left.symlink_to(folder / 'steps' / '2')
   selection.run(config(MEASURE), workdir)
+  assert not left.is_symlink()
   assert measures(path.parent) == {1: 0.5, 2: 0.95, 3: 0.6, 4: 0.75}
 
 

@@ -407,10 +407,13 @@ def test_a_study_in_a_bucket_copies_what_its_runs_share(bucket):
   for name in ('m1/model/x', 'm2/x', 'm0/model/x'):
     (path / 'loop-0' / name).write_text(name)
   (path / 'blind-0' / 'm0' / 'model' / 'own').write_text('')
+  (path / 'blind-0' / 'm1.partial').write_text('')  # a kill cut off an earlier copy
+  (path / 'blind-0' / 'm1' / 'model' / 'x').write_text('m1')
   study.take(path / 'loop-0', path / 'blind-0', study.SHARED)
   assert (path / 'blind-0' / 'm1' / 'model' / 'x').read_text() == 'm1/model/x'
   assert not (path / 'blind-0' / 'm0' / 'model' / 'x').exists()
   assert not (path / 'blind-0' / 'm2').exists()
+  assert not (path / 'blind-0' / 'm1.partial').exists()
   stage.write_json(path / 'loop.json', dict(
       name='loop', seeds=5, changes=[],
       models=[dict(dict.fromkeys(study.COLUMNS), gain=None, errors={}, judge={}, against=None,

@@ -73,6 +73,17 @@ def test_shared_parts_are_copied_unless_they_exist(tmp_path):
   assert not (tmp_path / 'blind-0' / 'm2').exists()
 
 
+def test_a_copy_that_a_kill_cut_off_begins_again(tmp_path):
+  for name in ('a', 'b'):
+    records.write(tmp_path / 'loop-0' / 'm1' / 'eft' / f'{name}.jsonl', [dict(id=name)])
+  (tmp_path / 'blind-0' / 'm1.partial' / 'eft').mkdir(parents=True)
+  (tmp_path / 'blind-0' / 'm1.partial' / 'eft' / 'a.jsonl').write_text('{"i')
+  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', study.SHARED)
+  assert [p.name for p in (tmp_path / 'blind-0').iterdir()] == ['m1']
+  found = {p.name: p.read_text() for p in tmp_path.glob('blind-0/m1/eft/*')}
+  assert found == {'a.jsonl': '{"id": "a"}\n', 'b.jsonl': '{"id": "b"}\n'}
+
+
 @pytest.mark.slow
 def test_a_study_runs_the_loop_of_every_seed(tmp_path):
   flags = [f'--workdir={tmp_path}', '--seeds=1', *(f'--set={c}' for c in CHANGES)]

@@ -29,10 +29,13 @@ class _Kept:
   def should_preserve(self, checkpoints, *, context):
     """-> whether to keep each of the checkpoints, which are in ascending order."""
     del context
-    steps = [c.step for c in checkpoints]
+    kept = self.kept([c.step for c in checkpoints])
+    return [c.step in kept for c in checkpoints]
+
+  def kept(self, steps: list[int]) -> set[int]:
+    """Those of the steps, in ascending order, that are kept."""
     planned = list(filter(self.is_planned, steps))
-    kept = {*(planned[-self.keep:] if self.keep else planned), *steps[-1:]}
-    return [step in kept for step in steps]
+    return {*(planned[-self.keep:] if self.keep else planned), *steps[-1:]}
 
 
 class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -60,6 +63,17 @@ def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda
       preservation_policy=_Kept(keep, is_planned), enable_async_checkpointing=True,
       temporary_path_class=None if storage.is_remote(steps) else _DurableStep)
   return ocp.CheckpointManager(steps, options=options)
+
+
+def prune(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda step: True):
+  """Deletes what `manager` would not keep in `folder`/steps; arguments as there.
+
+  A run that is killed after its last save may leave an older step, or a part of one.
+  """
+  kept = {str(step) for step in _Kept(keep, is_planned).kept(model_files.steps(folder))}
+  for path in (storage.absolute(folder) / 'steps').iterdir():
+    if path.name.partition('.')[0].isdigit() and path.name not in kept:
+      path.rmtree()
 
 
 def save(saver: ocp.CheckpointManager, step: int, params, train=None, force: bool = False):

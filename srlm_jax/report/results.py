@@ -6,8 +6,8 @@ import statistics
 from typing import Annotated
 
 from etils import epath
-import numpy as np
 import msgspec
+import numpy as np
 
 from srlm_jax import catalog, InputError, records, schema
 from srlm_jax.config import MODELS

@@ -75,6 +75,8 @@ def run(config, workdir, wins: Callable[[int], bool] | None = None):
       if before == 0:
         _save_start(config, s, setup, mesh)
       break
+  if hosts.is_first_host():
+    store.prune(s.folder, *_kept(config.train, setup.packed))
   _finish(s, setup, end, stopped)
 
 
@@ -206,8 +208,7 @@ def _print_sizes(config, s, setup: Setup):
 def _open(config, s, setup: Setup, kept: list[int]):
   """Writes the files of a new run -> the manager of checkpoints."""
   c, packed = config.train, setup.packed
-  saver = store.manager(s.folder, c.keep if c.select in ('', 'wins') else None,
-                        lambda step: step % c.save_every == 0 or step == len(packed))
+  saver = store.manager(s.folder, *_kept(c, packed))
   if kept:
     hosts.log(f'{s.title}: continues after step {kept[-1]}')
   elif hosts.is_first_host():
@@ -216,6 +217,12 @@ def _open(config, s, setup: Setup, kept: list[int]):
     store.write_model_files(setup.model.config, setup.source, s.folder, adapter)
     stage.write_json(s.folder / ROWS, dict(shape=(packed.shape.rows, packed.shape.width)))
   return saver
+
+
+def _kept(c, packed: packing.Packing) -> tuple[int | None, Callable[[int], bool]]:
+  """Which checkpoints of a run stay: the arguments of `store.manager`."""
+  return (c.keep if c.select in ('', 'wins') else None,
+          lambda step: step % c.save_every == 0 or step == len(packed))
 
 
 def _loop(config, s, setup: Setup, state, frozen, saver, mesh, end: int):
