@@ -112,6 +112,8 @@ def _places() -> list[str]:
   """The folders that this program may write into: the paths in its flags, and the temporary one."""
   given = [path for argument in sys.argv[1:] if '/' in (path := argument.partition('=')[2])]
   return [*(path for path in given if '://' not in path), tempfile.gettempdir()]
+
+
 def _interrupted(*_):
   """Ctrl-C ends the program as a kill does, but for the lock, and with a message.
 
