@@ -4,6 +4,7 @@ XLA runs decode attention on a CPU as thousands of tiny matrix products, at a fi
 bandwidth. This program reads each key once and has no other overhead. Without a C++ compiler the
 sampler uses XLA, and the log names the kernels that it used.
 """
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -74,11 +75,13 @@ def _register() -> bool:
 def _library(compiler: str) -> pathlib.Path | None:
   """The compiled program in the user's cache folder; None if it does not compile.
 
-  Its name has its hash: one that is damaged would end the process, and is compiled again.
+  Its name has its hash: one that is damaged would end the process, and is compiled again. A cache
+  folder that is full or of another user changes nothing: the records must not depend on it.
   """
   # -march=native: another processor needs another program.
   parts = SOURCE.read_text(), compiler, *FLAGS, jax.__version__, platform.machine(), _processor()
   name = 'cpu_decode-' + _hash('\0'.join(parts).encode())
+  failures = OSError, subprocess.SubprocessError, RuntimeError  # RuntimeError: there is no home
   try:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
     folder = cache / 'srlm_jax'
@@ -87,14 +90,24 @@ def _library(compiler: str) -> pathlib.Path | None:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-      made = pathlib.Path(temporary) / f'{name}.so'
-      subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)],
-                     check=True, capture_output=True, timeout=SECONDS)
-      path = folder / f'{name}-{_hash(made.read_bytes())}.so'
-      made.replace(path)  # another process may make the same file
-  except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: there is no home
+      made = _compile(compiler, pathlib.Path(temporary), name)
+      return made.replace(folder / made.name)  # another process may make the same file
+  except failures:
+    pass
+  own = pathlib.Path(tempfile.mkdtemp(prefix='srlm_jax-'))
+  atexit.register(shutil.rmtree, own, ignore_errors=True)
+  try:
+    return _compile(compiler, own, name)
+  except failures:
     return None
-  return path
+
+
+def _compile(compiler: str, folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Compiles the program -> FOLDER/NAME-HASH.so."""
+  made = folder / f'{name}.so'
+  subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)],
+                 check=True, capture_output=True, timeout=SECONDS)
+  return made.replace(folder / f'{name}-{_hash(made.read_bytes())}.so')
 
 
 def _hash(data: bytes) -> str:
