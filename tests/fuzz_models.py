@@ -137,6 +137,21 @@ def tokenizer_files(*files: str) -> list[tuple[str, bytes]]:
           for file in files]
 
 
+def damaged_tokenizers() -> list[tuple[str, bytes]]:
+  """Files on which the tokenizers library panics, fails only when it encodes, or has other ids."""
+  (name, data), = tokenizer_files('metaspace/tokenizer.json')
+  found = [json.loads(data) for _ in range(3)]
+  found[0]['model']['continuing_subword_prefix'] = 'x' * 24  # longer than a piece
+  found[1]['normalizer'] = dict(type='Precompiled', precompiled_charsmap=1e30)
+  vocab = found[2]['model']['vocab']
+  vocab[max(vocab, key=vocab.get)] = 10**6
+  (unigram, data), = tokenizer_files('unigram/tokenizer.json')
+  without_unk = json.loads(data)
+  without_unk['model']['unk_id'] = None
+  return [*((name, json.dumps(one).encode()) for one in found),
+          (unigram, json.dumps(without_unk).encode())]
+
+
 def json_of_tokenizer(rng, data: bytes, others) -> bytes:
   """Damages all but the vocabulary, which is most of a file and easy to read."""
   if rng.random() < 0.2:
@@ -479,7 +494,8 @@ TARGETS = [
     Target('tokenizer_model', tokenizer_files('sentencepiece/tokenizer.model'), read_tokenizer,
            examples=SENTENCEPIECE),
     Target('tokenizer_json', tokenizer_files(*(f'{kind}/tokenizer.json' for kind in KINDS)),
-           read_tokenizer, damage=json_of_tokenizer, share=0.15, seconds=30),
+           read_tokenizer, examples=damaged_tokenizers(), damage=json_of_tokenizer, share=0.15,
+           seconds=30),
     Target('tokenizer_config', tokenizer_files('sentencepiece/tokenizer_config.json', *(
         f'{kind}/tokenizer_config.json' for kind in KINDS)), read_tokenizer, share=0.1, seconds=30),
     Target('safetensors', [save(weights(), dict(format='pt'))], read_tensors,

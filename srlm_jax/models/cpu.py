@@ -81,6 +81,7 @@ def _library(compiler: str) -> pathlib.Path | None:
   # -march=native: another processor needs another program.
   parts = SOURCE.read_text(), compiler, *FLAGS, jax.__version__, platform.machine(), _processor()
   name = 'cpu_decode-' + _hash('\0'.join(parts).encode())
+  failures = OSError, subprocess.SubprocessError, RuntimeError  # RuntimeError: there is no home
   try:
     cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
     folder = cache / 'srlm_jax'
@@ -89,24 +90,24 @@ def _library(compiler: str) -> pathlib.Path | None:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-      made = _compile(compiler, pathlib.Path(temporary, f'{name}.so'))
-      path = folder / f'{name}-{_hash(made.read_bytes())}.so'
-      made.replace(path)  # another process may make the same file
-    return path
-  except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: there is no home
+      made = _compile(compiler, pathlib.Path(temporary), name)
+      return made.replace(folder / made.name)  # another process may make the same file
+  except failures:
     pass
   own = pathlib.Path(tempfile.mkdtemp(prefix='srlm_jax-'))
   atexit.register(shutil.rmtree, own, ignore_errors=True)
   try:
-    return _compile(compiler, own / f'{name}.so')
-  except (OSError, subprocess.SubprocessError):
+    return _compile(compiler, own, name)
+  except failures:
     return None
 
 
-def _compile(compiler: str, path: pathlib.Path) -> pathlib.Path:
-  subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(path)],
+def _compile(compiler: str, folder: pathlib.Path, name: str) -> pathlib.Path:
+  """Compiles the program -> FOLDER/NAME-HASH.so."""
+  made = folder / f'{name}.so'
+  subprocess.run([compiler, *FLAGS, f'-I{jax.ffi.include_dir()}', str(SOURCE), '-o', str(made)],
                  check=True, capture_output=True, timeout=SECONDS)
-  return path
+  return made.replace(folder / f'{name}-{_hash(made.read_bytes())}.so')
 
 
 def _hash(data: bytes) -> str:
