@@ -1,5 +1,6 @@
 """What every program does first: flags, hosts, the workdir's lock; and errors as one sentence."""
 import contextlib
+import errno
 import re
 import sys
 
@@ -20,6 +21,12 @@ from srlm_jax import (
   preemption,
   storage,
 )
+
+# What a path, a disk or a permission is to blame for, not this program.
+OF_FILES = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+            errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO,
+            errno.EFBIG, errno.ESTALE, errno.ENOTEMPTY, errno.ENODEV, errno.ENXIO)
+MOST_PARTS = 100  # folders in the path of a workdir
 
 
 def main(run, **extra):
@@ -44,6 +51,10 @@ def main(run, **extra):
     except OSError as error:
       raise InputError(f'--config={file} cannot be read; give the path of a file, or a name: '
                        f'{", ".join(configs.FILES)}') from error
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError) as error:
+      raise InputError(f'--config={file} is not a Python file that defines get_config() ({error}); '
+                       f'give a file like those in configs/, or a name: {", ".join(configs.FILES)}'
+                       ) from error
     given = flags.FLAGS.config
     configs.check(given)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
@@ -75,14 +86,23 @@ def run_app(start):
       print(f'error: {error}', file=sys.stderr)
       sys.exit(1)
     except (*storage.errors(), OSError) as error:
-      if not isinstance(error, storage.errors()) and not storage.is_forbidden(error):
+      is_remote = isinstance(error, storage.errors()) or storage.is_forbidden(error)
+      if not is_remote and error.errno not in OF_FILES:
         raise
-      print(f'error: {storage.no_access("the bucket", error)}', file=sys.stderr)
+      text = storage.no_access('the bucket', error) if is_remote else _of_file(error)
+      print(f'error: {text}', file=sys.stderr)
       sys.exit(1)
     except preemption.Stopped as stopped:
       print(f'{stopped}; the same command continues', file=sys.stderr)
       sys.exit(preemption.EXIT_CODE)
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _of_file(error: OSError) -> str:
+  """An error of the file system as one sentence."""
+  name = configs.short(str(error.filename), 300) if error.filename else 'a file or a folder'
+  return (f'{name} cannot be read or written ({error.strerror}); give another path, or mend what '
+          f'is there')
 
 
 @contextlib.contextmanager
@@ -111,9 +131,12 @@ def locked(workdir):
 def cache_compilations(workdir):
   """Enables JAX's compilation cache in WORKDIR/compiled, unless one is configured.
 
-  Raises InputError if the workdir is a file, or below one.
+  Raises InputError if the workdir is a file, or below one, or not a usable path.
   """
   folder = epath.Path(workdir)
+  if len(folder.parts) > MOST_PARTS:
+    raise InputError(f'--workdir={configs.short(str(workdir))} has {len(folder.parts)} parts; give '
+                     f'a path of at most {MOST_PARTS}')
   if obstacle := storage.obstacle(folder / 'compiled'):
     raise InputError(f'--workdir={workdir}: {obstacle} is a file, not a folder; give another path')
   if not jax.config.jax_compilation_cache_dir:

@@ -454,7 +454,7 @@ TARGETS = [
     Target('completion', [json.dumps(COMPLETION).encode()], read_completion),
     Target('study', STUDIES, STUDIES, damage=damaged_file),
     Target('set', [text.encode() for text in SETS], read_set, damage=changed_text),
-    Target('round_stages', round_stages, round_stages, damage=damaged_file, share=0.1),
-    Target('ranked_stages', ranked_stages, ranked_stages, damage=damaged_file, share=0.1),
+    Target('round_stages', round_stages, round_stages, damage=damaged_file, share=0.05),
+    Target('ranked_stages', ranked_stages, ranked_stages, damage=damaged_file, share=0.05),
     Target('report', report, report, damage=damaged_file, share=0.05),
 ]
