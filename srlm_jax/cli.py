@@ -24,6 +24,8 @@ from srlm_jax import (
   storage,
 )
 
+MOST_PARTS = 100  # folders in the path of a workdir
+
 
 def main(run, **extra):
   """Runs `run(config, workdir, ..)` as a program with the flags --config and --workdir.
@@ -47,6 +49,10 @@ def main(run, **extra):
     except OSError as error:
       raise InputError(f'--config={file} cannot be read; give the path of a file, or a name: '
                        f'{", ".join(configs.FILES)}') from error
+    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError) as error:
+      raise InputError(f'--config={file} is not a Python file that defines get_config() ({error}); '
+                       f'give a file like those in configs/, or a name: {", ".join(configs.FILES)}'
+                       ) from error
     given = flags.FLAGS.config
     configs.check(given)
     workdir = flags.FLAGS.workdir or default_workdir(file, size)
@@ -150,9 +156,12 @@ def locked(workdir):
 def cache_compilations(workdir):
   """Enables JAX's compilation cache in WORKDIR/compiled, unless one is configured.
 
-  Raises InputError if the workdir is a file, or below one.
+  Raises InputError if the workdir is a file, or below one, or not a usable path.
   """
   folder = epath.Path(workdir)
+  if len(folder.parts) > MOST_PARTS:
+    raise InputError(f'--workdir={configs.short(str(workdir))} has {len(folder.parts)} parts; give '
+                     f'a path of at most {MOST_PARTS}')
   if obstacle := storage.obstacle(folder / 'compiled'):
     raise InputError(f'--workdir={workdir}: {obstacle} is a file, not a folder; give another path')
   if not jax.config.jax_compilation_cache_dir:

@@ -104,13 +104,13 @@ def is_forbidden(error: OSError) -> bool:
 
 
 def failure(error: BaseException, places: Sequence[str] = ()) -> InputError | None:
-  """-> the InputError for a disk that is full or fails, or forbids access; None for another error.
+  """-> the InputError for what a disk, a permission or a path is to blame for; None for another error.
 
   The error of the file system may be the cause of `error`, or a text in it, as in TensorStore's.
   `places`: paths of which one is meant if the error names none.
   """
   while True:
-    for number, advice in _ADVICE.items():
+    for number, advice in (_ADVICE | _OF_PATHS if isinstance(error, OSError) else _ADVICE).items():
       if isinstance(error, OSError):
         is_meant, path = error.errno == number, error.filename
       else:
@@ -151,6 +151,10 @@ _ADVICE = {  # of an error number: (path, places) -> the sentence
     errno.EROFS: _refused('the disk is read-only', 'give another path'),
     **dict.fromkeys((errno.EACCES, errno.EPERM), _refused(
         'permission denied', 'correct its owner and permissions, or give another path'))}
+_OF_PATHS = {number: _refused(os.strerror(number), 'give another path, or mend what is there')
+             for number in (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+                            errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ESTALE, errno.ENODEV,
+                            errno.ENXIO)}
 
 
 def absolute(path):

@@ -266,8 +266,6 @@ def run(target: Target, inputs: int, seed: int = 0, progress: Callable[[int], No
             f'{target.name}, input {i} of seed {seed}: {defect[1]}\nshrunk input: {_shown(small)}')
         if len(seen) == FOUND:
           break
-      if i % 1000 == 0:
-        gc.collect()
     result.megabytes = peak()
   result.seconds = time.perf_counter() - began
   return result

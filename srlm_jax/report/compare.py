@@ -80,7 +80,7 @@ def study(folder) -> dict[str, dict[int, epath.Path]]:
   {} if the folder is a run itself, or has no such subfolder.
   """
   folder, found = epath.Path(folder), {}
-  if results.trained(folder) or not folder.exists():
+  if results.trained(folder) or not folder.is_dir():
     return {}
   for path in sorted(folder.iterdir()):
     if (match := re.fullmatch(r'(.+)-(\d+)', path.name)) and results.trained(path):
