@@ -104,7 +104,7 @@ def is_forbidden(error: OSError) -> bool:
 
 
 def failure(error: BaseException, places: Sequence[str] = ()) -> InputError | None:
-  """-> the InputError for what a disk, a permission or a path is to blame for; None for another error.
+  """-> the InputError for an error of the disk, a permission or a path; None for another one.
 
   The error of the file system may be the cause of `error`, or a text in it, as in TensorStore's.
   `places`: paths of which one is meant if the error names none.
