@@ -12,6 +12,7 @@ import time
 
 from conftest import CHANGES, config_flags, main, make_mesh
 import jax
+import numpy as np
 import processes
 import pytest
 
@@ -21,7 +22,9 @@ from srlm_jax.checkpoint import convert, store
 pytestmark = pytest.mark.slow
 MODELS = 'sft', 'm1', 'm2', 'm3'
 ROWS = 'train.rows=4'  # the same on 1, 2 and 4 hosts
-EXACT = 1e-5           # parameters of the same steps on another mesh, at most
+EXACT = 1e-5           # the difference of a parameter after the same steps on another mesh, and
+SHARE = 1e-4           # the share of the parameters of which it may be more:
+MOST = 1e-4            # AdamW moves a weight whose gradient is all rounding by up to its rate
 
 
 def loop(workdir, changes=(*CHANGES, ROWS)):
@@ -35,12 +38,6 @@ def finish(runs):
     assert code == 0, errors
 
 
-def begun(folder, one):
-  """A workdir with M0, which one host converts: a run on several hosts does not."""
-  shutil.copytree(one / 'm0', folder / 'm0')
-  return folder
-
-
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
   """The folder of a finished loop on one host."""
@@ -49,27 +46,16 @@ def one(tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(scope='module')
-def several(one, tmp_path_factory):
-  """A function: number of hosts -> the folder of a finished loop on them."""
-  made = {}
-  def get(hosts):
-    if hosts not in made:
-      made[hosts] = begun(tmp_path_factory.mktemp(f'hosts{hosts}') / 'run', one)
-      finish(processes.start(hosts, *loop(made[hosts])))
-    return made[hosts]
-  return get
-
-
 def parameters(folder):
   mesh = make_mesh(1, 1, 1)
   with jax.set_mesh(mesh):
     return jax.tree.leaves(jax.device_get(store.restore_params(folder, mesh, 'float32')[0]))
 
 
-def difference(a, b) -> float:
-  """The largest difference of a parameter of two models."""
-  return max(float(abs(x - y).max()) for x, y in zip(parameters(a), parameters(b), strict=True))
+def differences(a, b) -> np.ndarray:
+  """The difference of every parameter of two models."""
+  return np.concatenate([abs(x - y).flatten()
+                         for x, y in zip(parameters(a), parameters(b), strict=True)])
 
 
 def made_by(folder) -> dict[str, list[str]]:
@@ -98,6 +84,7 @@ def compared(one, other) -> list[dict]:
   data: the records of its training data that differ
   records: those of all of its stages, of `total`
   moved: the largest difference of a parameter
+  apart: the share of the parameters that differ by more than EXACT
   loss: the last of both
   reports: files of numbers that differ
   """
@@ -118,7 +105,8 @@ def compared(one, other) -> list[dict]:
     folders = one / model / 'model', other / model / 'model'
     row['loss'] = [json.loads((f / 'done.json').read_text())['loss'] for f in folders]
     row['rows'] = [json.loads((f / 'rows.json').read_text())['shape'] for f in folders]
-    row['moved'] = difference(*folders)
+    found = differences(*folders)
+    row |= dict(moved=float(found.max()), apart=float((found > EXACT).mean()))
     rows.append(row)
   return rows
 
@@ -133,50 +121,61 @@ def show(title: str, rows: list[dict]):
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
-def test_the_loop_on_several_hosts_gives_the_models_and_records_of_one(one, several, hosts):
-  """Until a sampled token differs: parameters that differ by rounding may move a draw."""
-  rows = compared(one, several(hosts))
+def test_the_loop_on_several_hosts_gives_the_models_and_records_of_one(one, tmp_path, hosts):
+  """Until a sampled token differs: parameters that differ by rounding may move a draw.
+
+  After that the next model is trained on other data, and what differs is counted and printed.
+  """
+  other = tmp_path / 'run'
+  shutil.copytree(one / 'm0', other / 'm0')  # a run on several hosts does not convert it
+  finish(processes.start(hosts, *loop(other)))
+  rows = compared(one, other)
   show(f'{hosts} hosts and one', rows)
   is_same = True
   for row in rows:
     assert row['rows'][0] == row['rows'][1] and row['rows'][0][0] == 4
     is_same = is_same and not row['data']
     if is_same:
-      assert row['moved'] <= EXACT and row['records'] <= 0.02 * row['total']
+      assert row['moved'] <= MOST and row['apart'] <= SHARE
       assert row['loss'][0] == pytest.approx(row['loss'][1], abs=1e-4)
-      assert row['records'] or not row['reports']
+      assert row['records'] <= 0.02 * row['total'] and (row['records'] or not row['reports'])
   assert rows[0]['moved'] > 0  # the mesh was another one
-  assert not rows[0]['data'] and not rows[1]['data']
+  assert not rows[0]['data'] and not rows[1]['data']  # at least these two are compared
 
 
-@pytest.mark.parametrize('hosts', [2, 4])
-def test_a_lost_host_and_a_restart_change_nothing(one, several, tmp_path, hosts):
-  """Killed while M1 judges, and while M2 is trained; each time the same command continues."""
-  folder = begun(tmp_path / 'run', one)
-  judged = folder / 'm2' / 'judge' / records.shard_name('judgements', hosts - 1, hosts)
-  saved = folder / 'm2' / 'model'
-  for victim, has_begun, stage in (
-      (0, lambda: judged.exists() and judged.stat().st_size, judged.parent),
-      (hosts - 1, lambda: len(model_files.steps(saved)) > 1, saved)):
-    runs = processes.start(hosts, *loop(folder))
-    while not has_begun():
-      time.sleep(0.02)
-      assert all(run.poll() is None for run in runs), processes.ends(runs)
-    runs[victim].kill()
-    found = processes.ends(runs)
-    found.pop(victim)
-    assert found == [(preemption.EXIT_CODE, processes.lost(victim, hosts))] * (hosts - 1)
-    assert not (stage / 'done.json').exists()
-  finish(processes.start(hosts, *loop(folder)))
-  wanted = several(hosts)
+def kill_and_continue(hosts, command, victim, has_begun):
+  """Runs a command, kills a host once it `has_begun`, and runs it again."""
+  runs = processes.start(hosts, *command)
+  while not has_begun():
+    time.sleep(0.02)
+    assert all(run.poll() is None for run in runs), processes.ends(runs)
+  runs[victim].kill()
+  found = processes.ends(runs)
+  found.pop(victim)
+  assert found == [(preemption.EXIT_CODE, processes.lost(victim, hosts))] * (hosts - 1)
+  finish(processes.start(hosts, *command))
 
-  def files(workdir):
-    return {path.relative_to(workdir): path.read_bytes() for path in workdir.rglob('*.jsonl')
-            if path.name != 'metrics.jsonl'}
-  assert files(folder) == files(wanted)
-  for model in MODELS:
-    ends = [model_files.read_hashes(workdir / model / 'model') for workdir in (folder, wanted)]
-    assert ends[0] == ends[1]
+
+def test_one_of_four_hosts_is_lost_in_sampling_and_in_training_and_a_restart_changes_nothing(
+    one, tmp_path):
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  for folder in (whole, killed):
+    for part in ('data', 'm1', 'm2/respond', 'm2/pairs'):
+      shutil.copytree(one / part, folder / part)
+
+  def command(program, folder):
+    return [sys.executable, '-m', f'srlm_jax.{program}', '--config=iter2:tiny',
+            f'--workdir={folder}', *config_flags('m2'), f'--config.{ROWS}']
+  for program in ('sample.judge', 'train'):
+    finish(processes.start(4, *command(program, whole)))
+  shards = [killed / 'm2' / 'judge' / records.shard_name('judgements', i, 4) for i in range(4)]
+  kill_and_continue(4, command('sample.judge', killed), 0,
+                    lambda: shards[3].exists() and shards[3].stat().st_size)
+  model = killed / 'm2' / 'model'
+  kill_and_continue(4, command('train', killed), 3, lambda: len(model_files.steps(model)) > 1)
+  for shard in shards:
+    assert shard.read_bytes() == (whole / 'm2' / 'judge' / shard.name).read_bytes()
+  assert model_files.read_hashes(model) == model_files.read_hashes(whole / 'm2' / 'model')
 
 
 def train(hosts, one, folder, changes):
@@ -201,11 +200,13 @@ def test_dpo_on_two_and_on_four_hosts_ends_with_the_parameters_of_one(one, tmp_p
   folders = [train(hosts, one, tmp_path / str(hosts), changes) / 'm2' / 'model'
              for hosts in (1, 2, 4)]
   losses = [json.loads((folder / 'done.json').read_text())['loss'] for folder in folders]
-  moved = [difference(folders[0], folder) for folder in folders[1:]]
-  print(f'\n{changes}: largest difference on 2 hosts {moved[0]:.2g}, on 4 {moved[1]:.2g}; '
-        f'last loss on 1, 2 and 4 {losses}')
-  assert 0 < max(moved) <= EXACT and losses == pytest.approx([losses[0]] * 3, abs=1e-4)
-  assert difference(folders[0], one / 'm1' / 'model') > 10 * EXACT
+  moved = [differences(folders[0], folder) for folder in folders[1:]]
+  print(f'\n{changes}: largest difference on 2 hosts {moved[0].max():.2g}, on 4 '
+        f'{moved[1].max():.2g}; last loss on 1, 2 and 4 {losses}')
+  for found in moved:
+    assert 0 < found.max() <= MOST and (found > EXACT).mean() <= SHARE
+  assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+  assert differences(folders[0], one / 'm1' / 'model').max() > MOST
   logps = [folder.parent / 'reference' / 'logps.jsonl' for folder in folders]
   if logps[0].exists():  # the same pairs in the same order
     ids = [[json.loads(line)['id'] for line in path.read_text().splitlines()] for path in logps]
@@ -219,20 +220,18 @@ def test_an_adapter_trained_on_two_hosts_is_sampled_and_exported_by_any_number(o
              *config_flags('m2')]
   group = '--config.sample_mesh.data=1', '--config.sample_mesh.tensor=2'
   found = {}
-  for name, hosts, flags in (('1', 1, ()), ('2', 2, ()), ('4', 4, ()), ('group of 2', 2, group),
-                             ('2 groups', 4, group)):
+  for name, hosts, flags in (('one', 1, ()), ('two', 2, ()), ('group of two', 2, group)):
     folder = two / 'm2' / 'answers'
     shutil.rmtree(folder, ignore_errors=True)
     finish(processes.start(hosts, *command, f'--workdir={two}', *flags))
     found[name] = list(records.read_shards(folder, 'responses', schema.Response))
-    assert len(list(folder.glob('*.jsonl'))) == (hosts if not flags else hosts // 2)
-  assert found['1'] and found['1'] == found['2'] == found['4']
-  assert found['group of 2'] == found['2 groups']
-  differ = sum(a != b for a, b in zip(found['1'], found['2 groups'], strict=True))
-  print(f'\nadapter, group of two hosts: {differ} of {len(found["1"])} answers differ')
-  assert differ <= 0.05 * len(found['1'])
+    assert len(list(folder.glob('*.jsonl'))) == (1 if flags else hosts)
+  assert found['one'] and found['one'] == found['two']
+  differ = sum(a != b for a, b in zip(found['one'], found['group of two'], strict=True))
+  print(f'\nadapter, group of two hosts: {differ} of {len(found["one"])} answers differ')
+  assert differ <= 0.05 * len(found['one'])
   # The export is the model that training and sampling compute.
   convert.to_hf(two / 'm2' / 'model', tmp_path / 'hf')
   convert.from_hf(tmp_path / 'hf', tmp_path / 'back')
-  assert difference(two / 'm2' / 'model', tmp_path / 'back') < 1e-6
-  assert difference(one / 'm1' / 'model', tmp_path / 'back') > 10 * EXACT
+  assert differences(two / 'm2' / 'model', tmp_path / 'back').max() < 1e-6
+  assert differences(one / 'm1' / 'model', tmp_path / 'back').max() > MOST
