@@ -74,6 +74,15 @@ def test_the_sampling_benchmark_runs_every_part(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_memory_runs_a_program_on_runs_of_both_sizes(tmp_path):
+  rows = quick('memory', tmp_path, '--only=health')['rows']
+  assert [(r['program'], r['prompts'], r['records']) for r in rows] == [
+      ('writing', 20, 0), ('writing', 100, 0),
+      ('health', 20, 20 * (1 + 2 + 4 + 12)), ('health', 100, 100 * (1 + 2 + 4 + 12))]
+  assert all(100 < r['peak_mb'] < 500 and 0 < r['cpu_seconds'] for r in rows)
+
+
+@pytest.mark.slow
 def test_the_host_needs_less_than_half_of_the_time_of_a_call(tmp_path):
   found = quick('host', tmp_path)
   assert found['samples'] == 3 * found['requests'] and found['scores'] > 0

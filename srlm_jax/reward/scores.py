@@ -114,7 +114,7 @@ def ranks(values: Iterable[float]) -> tuple[int, ...]:
   return tuple(places[value] for value in values)
 
 
-def standard_error(values: list[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
   """The standard error of the mean; 0 for a single value."""
   return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 

@@ -26,40 +26,47 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  answers, greedy = (list(s.read(f'{name}/responses-*.jsonl'))
-                     for name in ('answers', 'answers_greedy'))
-  file = 'judge_eval/judgements-*.jsonl'
+  answers, file = 'answers/responses-*.jsonl', 'judge_eval/judgements-*.jsonl'
   judged = scoring.Judged(s.read(file), config.eval.quorum, s.path(file))
-  points = [world.grade(a.prompt, a.response) for a in answers]
-  ranked = ranking.of_split(s, configs.ranked_split(config))
-  result = of_answers(answers, points)
-  best = [sum(world.grade(a.prompt, a.response)) for a in greedy]
+  result = of_answers(s.read(answers))
+  best = array.array('l', (sum(world.grade(a.prompt, a.response))
+                           for a in s.read('answers_greedy/responses-*.jsonl')))
   result |= dict(greedy=statistics.fmean(best), greedy_standard_error=scoring.standard_error(best))
-  result |= of_judge(ranked, lambda name: judged.of(name).mean)
+  result |= of_judge(ranking.of_split(s, configs.ranked_split(config)),
+                     lambda name: judged.of(name).mean)
   judged.finish()
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
-    graded = (schema.GradedResponse(**dataclasses.asdict(a), score=float(sum(p)))
-              for a, p in zip(answers, points, strict=True))
-    records.write(s.folder / 'graded.jsonl', graded)
+    records.write(s.folder / 'graded.jsonl', map(_graded, s.read(answers)))
   s.finish(**{key: None if result[key] is None else round(result[key], 3) for key in _SUMMARY})
 
 
-def of_answers(answers: list[schema.Response], points: list[tuple[bool, ...]]) -> dict:
-  """Responses and their points (`world.grade`) -> the numbers of the responses.
+def _graded(answer: schema.Response) -> schema.GradedResponse:
+  fields = {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
+  return schema.GradedResponse(**fields, score=float(sum(world.grade(answer.prompt,
+                                                                     answer.response))))
 
-  score: mean number of points, with its standard error over prompts. points: for each point, the
-  share of responses that earn it. characters: mean length. finished: share that ended with eos.
+
+def of_answers(answers: Iterable[schema.Response]) -> dict:
+  """Responses -> the numbers of the responses.
+
+  score: mean number of points (`world.grade`), with its standard error over prompts. points: for
+  each point, the share of responses that earn it. characters: mean length. finished: share that
+  ended with eos.
   """
-  scores = [sum(p) for p in points]
+  scores, points, characters, finished = array.array('l'), [0] * 5, 0, 0
+  for answer in answers:
+    earned = world.grade(answer.prompt, answer.response)
+    scores.append(sum(earned))
+    points = [total + point for total, point in zip(points, earned, strict=True)]
+    characters += len(answer.response)
+    finished += answer.finish == schema.EOS
   count = len(scores)
   return dict(
       score=statistics.fmean(scores), standard_error=scoring.standard_error(scores), prompts=count,
-      points=[sum(p[i] for p in points) / count for i in range(5)],
-      characters=sum(len(a.response) for a in answers) / count,
-      finished=sum(a.finish == schema.EOS for a in answers) / count,
-      histogram=scoring.histogram(scores))
+      points=[total / count for total in points], characters=characters / count,
+      finished=finished / count, histogram=scoring.histogram(scores))
 
 
 def of_judge(ranked: Iterable[schema.RankedPrompt],
