@@ -231,12 +231,14 @@ def test_a_part_does_not_replace_the_result_of_more_prompts(tmp_path):
   for name in 'ab':
     records.write(tmp_path / name / 'graded.jsonl', [
         schema.GradedResponse(**answer(i, 'x', score=i)) for i in range(4)])
-  flags = f'--a={tmp_path}/a', f'--b={tmp_path}/b', '--graded'
-  def count(*more):
-    code, _, err = run(*flags, f'--out={tmp_path}', *more)
-    result = json.loads((tmp_path / 'head_to_head.json').read_text())
-    return code, result['count'], err
-  assert count('--limit=2')[:2] == (0, 2) and count()[:2] == (0, 4)
-  code, kept, err = count('--limit=2')
-  assert (code, kept) == (1, 4) and 'compares 4 prompts, and would be replaced by' in err
-  assert count('--limit=9')[:2] == (0, 4)
+  path = tmp_path / 'head_to_head.json'
+  path.write_text(json.dumps(dict(head_to_head.tally(['win'] * 3), a='', b='', left_out=1)))
+  before = path.read_bytes()
+  code, _, err = run(f'--a={tmp_path}/a', f'--b={tmp_path}/b', '--graded', f'--out={tmp_path}',
+                     '--limit=2')
+  assert code == 1 and 'compares 4 prompts, and would be replaced by a comparison of 2' in err
+  assert path.read_bytes() == before
+  both = head_to_head.Both(tmp_path / 'a', tmp_path / 'b', is_graded=True, limit=9)
+  assert both.count == 4 and len([*both]) == 4
+  head_to_head._refuse_fewer(path, both.count)
+  assert len([*head_to_head.Both(tmp_path / 'a', tmp_path / 'b', True, limit=3)]) == 3

@@ -43,8 +43,8 @@ def read(workdirs: Sequence) -> Contents:
       found, why = compare.from_first(made[0], run)
       across += found
       refused += [why] if why else []
-      run = dataclasses.replace(run, evaluated={}, ranked=None)  # the tables are large
-    made.append(run)
+      run = dataclasses.replace(run, evaluated={})  # the tables are large
+    made.append(dataclasses.replace(run, ranked=None))
   return Contents(title=', '.join(named), runs=tuple(made), arms=(), across=tuple(across),
                   refused=tuple(refused), paper=paper.tables())
 

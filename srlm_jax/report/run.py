@@ -119,13 +119,13 @@ def read(workdir, name: str, rows: list[dict], stopped: str, has_control: bool) 
   workdir = epath.Path(workdir)
   stages = {(owner, part): stage for owner in ('data', *MODELS) for part in catalog.NAMES
             if (stage := summaries.started(workdir / owner / part))}
+  data = [made for model in MODELS if (made := _round(workdir, model, stages))]
   outside = external.read(workdir)
   models = tuple(row['model'] for row in rows)
   found = [measures.read(workdir, model) for model in models]
   values = {e.model: measures.of_model(e, outside) for e in found}
   ranked = differences.pairs(results.each(
       workdir / 'data' / 'seeds' / 'ranked.jsonl', schema.RankedPrompt))
-  data = [made for model in MODELS if (made := _round(workdir, model, stages))]
   made_rounds = tuple(made for made, _ in data)
   by_model = {e.model: e for e in found}
   made = {(a, b): differences.between(by_model[a], by_model[b], ranked, outside)

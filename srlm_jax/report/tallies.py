@@ -1,9 +1,13 @@
 """Responses and judgements as numbers: what the report keeps of records that may not fit in memory.
 """
+import array
 from collections import Counter
 from collections.abc import Iterable
 import dataclasses
+import itertools
 import math
+import operator
+import statistics
 import typing
 
 import numpy as np
@@ -69,47 +73,57 @@ def _responses(found: Iterable[schema.Response], name: str) -> Responses:
 
 @dataclasses.dataclass(frozen=True)
 class Judgements:
-  """rows: a table with the fields prompt_id and score, NaN without one; ids are of responses."""
+  """rows: a table with a row per run of judgements of one response, which is the id. Fields:
+
+  prompt_id
+  judgements
+  end         place in `scores` where the scores of the run end
+  """
   rows: np.ndarray
+  scores: np.ndarray   # in the order of the rows
   health: health.Judgements
 
   def __len__(self) -> int:
-    return len(self.rows)
-
-  @property
-  def parsed(self) -> np.ndarray:
-    """Whether each has a score."""
-    return ~np.isnan(self.rows['score'])
+    return self.health.count
 
   def by_response(self, quorum: int | None) -> np.ndarray:
     """A distinct table of the judged responses with their mean score, as `scores.by_response`.
 
     It is NaN for fewer scores than the quorum, and if that is not known.
     """
-    ids, row = np.unique(self.rows['id'], return_inverse=True)
-    parsed = self.parsed
-    counts = np.bincount(row[parsed], minlength=len(ids))
-    order = np.argsort(row[parsed], kind='stable')
-    scores = memoryview(self.rows['score'][parsed][order])
+    ids, ends = self.rows['id'], self.rows['end'].astype(int)
+    starts, scores = np.concatenate([[0], ends[:-1]]), memoryview(self.scores)
     enough = max(quorum or math.inf, 1)
-    return keyed.table((
-        (name, math.fsum(scores[end - n:end]) / n if n >= enough else math.nan)
-        for name, n, end in zip(ids, counts, counts.cumsum(), strict=True)), 'score')
 
+    def means():
+      for name, runs in itertools.groupby(np.argsort(ids, kind='stable'), ids.__getitem__):
+        found = [*itertools.chain.from_iterable(scores[starts[i]:ends[i]] for i in runs)]
+        yield name, statistics.fmean(found) if len(found) >= enough else math.nan
+    return keyed.table(means(), 'score')
 
   def by_prompt(self) -> np.ndarray:
     """A distinct table: prompt id, judgements, and how many of them have a score."""
     ids, row = np.unique(self.rows['prompt_id'], return_inverse=True)
-    return keyed.table(zip(ids, np.bincount(row), np.bincount(row, self.parsed), strict=True),
-                       'judgements', 'parsed')
+    parsed = np.diff(self.rows['end'], prepend=0)
+    return keyed.table(zip(ids, np.bincount(row, self.rows['judgements']),
+                           np.bincount(row, parsed), strict=True), 'judgements', 'parsed')
 
 
 def judgements(found: Iterable[schema.Judgement]) -> Judgements:
   """Reads judgements, in any order."""
-  counted = health.Judgements()
-  return Judgements(keyed.table((
-      (hash(j.response_id), hash(j.prompt_id), math.nan if j.score is None else j.score)
-      for j in counted.passing(found)), 'prompt_id', 'score'), counted)
+  counted, scores = health.Judgements(), array.array('d')
+
+  def rows():
+    names = operator.attrgetter('response_id', 'prompt_id')
+    for (response, prompt), run in itertools.groupby(counted.passing(found), names):
+      count = 0
+      for j in run:
+        count += 1
+        if j.score is not None:
+          scores.append(j.score)
+      yield hash(response), hash(prompt), count, len(scores)
+  rows = keyed.table(rows(), 'prompt_id', 'judgements', 'end')
+  return Judgements(rows, np.array(scores), counted)
 
 
 @dataclasses.dataclass(frozen=True)
