@@ -13,6 +13,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -298,21 +299,21 @@ def same(where: str, now: dict, wanted: dict):
 
 
 def rounds(place: Workplace, rng: random.Random, is_root: bool, has_cc: bool):
-  """Yields (stage, fault, times of each result): the quick faults, then rounds without end."""
+  """Yields (stage, fault, times of each result), without end; the quick faults once."""
   find = {stage.name: stage for stage in STAGES}
-  if is_root:
-    for stage in STAGES:
-      for fault, times in place.forbidden(stage).items():
-        yield stage.name, fault, times
-    for name, fault, use, said in FULL_FOLDERS:
-      yield name, fault, place.full_folder(find[name], fault, use, said)
-  while True:
+  for number in itertools.count():
     for stage in STAGES:
       if has_cc:
-        yield stage.name, 'power loss', place.crashes(stage, 6, rng)
+        yield stage.name, 'power loss', place.crashes(stage, 4, rng)
       if is_root:
-        yield stage.name, 'full disk', place.full_disk(stage, 3, rng)
-      yield stage.name, 'limit of a file\'s size', place.size_limit(stage, 2, rng)
+        yield stage.name, 'full disk', place.full_disk(stage, 2, rng)
+      yield stage.name, 'limit of a file\'s size', place.size_limit(stage, 1, rng)
+    if is_root and not number:
+      for name, fault, use, said in FULL_FOLDERS:
+        yield name, fault, place.full_folder(find[name], fault, use, said)
+      for stage in STAGES:
+        for fault, times in place.forbidden(stage).items():
+          yield stage.name, fault, times
 
 
 FULL_FOLDERS = (  # stage, fault, a statement that uses `disk`, what the stage says

@@ -45,9 +45,12 @@ class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
   """
 
   async def finalize(self):
-    storage.sync(self.get())
+    is_step = self.get_final().name.isdigit()  # else it is a part of one, which is still to follow
+    if is_step:
+      storage.sync(self.get())
     await super().finalize()
-    storage.sync_names(self.get_final().parent)
+    if is_step:
+      storage.sync_names(self.get_final().parent)
 
 
 def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda step: True,
