@@ -153,6 +153,19 @@ LORA = ('train.rows=4', 'train.lora_rank=4', 'train.learning_rate=2e-4',
         'train.learning_rate_end=2e-5')
 
 
+def test_an_adapter_trained_on_two_and_on_four_hosts_is_that_of_one(one, tmp_path):
+  folders = [train(hosts, one, tmp_path / str(hosts), LORA) / 'm2' / 'model'
+             for hosts in (1, 2, 4)]
+  losses = [json.loads((folder / 'done.json').read_text())['loss'] for folder in folders]
+  moved = [differences(folders[0], folder) for folder in folders[1:]]
+  print(f'\nadapter: largest difference on 2 hosts {moved[0].max():.2g}, on 4 '
+        f'{moved[1].max():.2g}; last loss on 1, 2 and 4 {losses}')
+  for found in moved:
+    assert 0 < found.max() <= 1e-5
+  assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+  assert differences(folders[0], one / 'm1' / 'model').max() > MOST
+
+
 def test_an_adapter_trained_on_two_hosts_is_sampled_and_exported_by_any_number(one, tmp_path):
   two = train(2, one, tmp_path / 'two', LORA)
   assert (two / 'm2' / 'model' / 'lora.json').exists()
