@@ -671,13 +671,13 @@ def expected(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('victim', [0, 1])
-def test_training_continues_after_a_host_was_killed(workdir, expected, victim):
-  folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-lost{victim}')
+def test_training_continues_after_the_first_host_was_killed(workdir, expected):
+  """Another one: tests/test_hosts_loop.py."""
+  folder = shutil.copytree(workdir, workdir.parent / f'{workdir.name}-lost')
   model = folder / 'sft' / 'model'
   runs = processes.start(2, *few_steps(folder))
   wait_for_lines(model / 'metrics.jsonl', 24, runs)
-  kill_and_check(runs, victim)
+  kill_and_check(runs, 0)
   assert not (model / 'done.json').exists() and model_files.steps(model)
   finish_all(processes.start(2, *few_steps(folder)))
   assert model_files.recorded_hash(model) == expected

@@ -492,7 +492,11 @@ def test_hosts_divide_the_prompts_of_a_file_and_write_the_answers_of_one(demo, t
   run_on_hosts(4, 'respond', workdir, flag, *mesh)
   groups = found()
   assert len(list(folder.glob('*-of-00002.jsonl'))) == 4
-  assert [r['id'] for r in groups[0]['responses']] == [r['id'] for r in one[0]['responses']]
+  for stem in stems:
+    assert [r['id'] for r in groups[0][stem]] == [r['id'] for r in one[0][stem]]
+    differ = sum(a != b for a, b in zip(groups[0][stem], one[0][stem], strict=True))
+    print(f'{stem}, groups of 2: {differ} of {len(one[0][stem])} answers differ')
+    assert differ <= 1  # rounding may move a draw
   cut(dict(responses=1.0, responses_2=0.5))
   run_on_hosts(4, 'respond', workdir, flag, *mesh)
   assert found() == groups
