@@ -32,12 +32,12 @@ import time
 import traceback
 import types
 import urllib.parse
-import warnings
 
 import buckets
 from conftest import bucket_server, CHANGES, config_flags, on, OTHERS, ROOT
 import forks
 import fsspec
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -302,16 +302,23 @@ class Tree:
       if text := _differs(name, path, other.files[name]):
         return text
     for name, path in self.arrays.items():
-      with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of arrays without a sharding
-        a, b = (ocp.PyTreeCheckpointer().restore(p) for p in (path, other.arrays[name]))
-      if differs := ocp.tree.to_flat_dict(a).keys() ^ ocp.tree.to_flat_dict(b).keys():
+      a, b = map(_arrays, (path, other.arrays[name]))
+      if differs := a.keys() ^ b.keys():
         return f'{name}: {differs}'
-      b = ocp.tree.to_flat_dict(b)
-      for key, x in ocp.tree.to_flat_dict(a).items():
-        if np.asarray(x).tobytes() != np.asarray(b[key]).tobytes():
+      for key, x in a.items():
+        if x.dtype != b[key].dtype or x.tobytes() != b[key].tobytes():
           return f'{name}: {key} differs'
     return ''
+
+
+def _arrays(path) -> dict[tuple, np.ndarray]:
+  """All arrays that Orbax saved in a folder, whatever devices they were on."""
+  handler = ocp.PyTreeCheckpointHandler()
+  args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                      handler.metadata(path).tree)
+  with ocp.Checkpointer(handler) as reader:
+    found = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+  return {key: np.asarray(x) for key, x in jax.tree_util.tree_leaves_with_path(found)}
 
 
 def _differs(name: str, a, b) -> str:
