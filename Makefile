@@ -87,7 +87,7 @@ fuzz: .venv/.installed  ## 100,000 damaged inputs for every reader; at most an h
 
 torture: .venv/.installed  ## kills every program at random moments, on a disk and in a bucket; under an hour
 	$(BIN)/python tests/torture.py
-	$(BIN)/python tests/faults.py
+	$(BIN)/python tests/faults.py --minutes=20
 
 test-browser: .venv-browser/.installed  ## the report in Chromium (Debian: chromium, chromium-driver)
 	.venv-browser/bin/python -m pytest -q tests/test_page.py
