@@ -89,7 +89,7 @@ for ((restarts = ${SRLM_RESTARTS:-3}; ; restarts--)); do
   start "$@"
   run
   code=$?
-  # Above 128: killed by a signal.
-  ((restarts > 0 && (code == saved || code > 128))) || exit "$code"
+  # Above 128: killed by a signal. 130: by Ctrl-C.
+  ((restarts > 0 && (code == saved || code > 128 && code != 130))) || exit "$code"
   echo "starting all $hosts processes again" >&2
 done

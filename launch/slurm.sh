@@ -42,8 +42,8 @@ cd "$SLURM_SUBMIT_DIR"
 code=0
 # When one process ends, the others have 120 s, for example to save.
 srun --kill-on-bad-exit=0 --wait=120 "$@" || code=$?
-# 75: the program has saved, or lost a host. Above 128: a signal ended a process.
-if ((code == 75 || code > 128)) && ((${SLURM_RESTART_COUNT:-0} < ${SRLM_RESTARTS:-20})); then
+# 75: the program has saved, or lost a host. Above 128: a signal ended a process; 130: Ctrl-C.
+if ((code == 75 || code > 128 && code != 130)) && ((${SLURM_RESTART_COUNT:-0} < ${SRLM_RESTARTS:-20})); then
   # A job that was cancelled is no longer running.
   state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
   [[ $state != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"

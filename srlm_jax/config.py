@@ -529,7 +529,7 @@ def _check_order(values: dict):
   for low, high in (('judge.quorum', 'judge.n'), ('eft.quorum', 'eft.judgements'),
                     ('eval.quorum', 'eval.judgements'), ('prompts.min_words', 'prompts.max_words'),
                     ('train.learning_rate_end', 'train.learning_rate'),
-                    ('train.accumulate', 'train.batch'), ('train.rows', 'train.batch')):
+                    ('train.accumulate', 'train.batch')):
     if values[low] > values[high] and not is_open(values[high]):
       raise InputError(f'config.{low} is {values[low]}, more than the {values[high]} of {high}; '
                        f'lower one or raise the other')

@@ -200,8 +200,8 @@ def weights_and_biases(workdir) -> Iterator[None]:
   workdir = epath.Path(workdir)
   path = workdir / 'wandb.txt'
   if not path.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(uuid.uuid4().hex)
+    with storage.replacing(path) as file:
+      file.write(uuid.uuid4().hex)
   try:
     run = wandb.init(project=project, id=path.read_text(), resume='allow', name=workdir.name)
   except wandb.Error as error:

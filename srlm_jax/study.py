@@ -91,7 +91,8 @@ def take(source, run, parts):
   The stages of the run check that the copies fit its config.
   """
   for part in parts:
-    is_there = (run / part).exists() and not (run / f'{part}.partial').exists()
+    is_cut_off = storage.is_remote(run) and (run / f'{part}.partial').exists()
+    is_there = (run / part).exists() and not is_cut_off
     if (source / part).exists() and not is_there:
       with storage.making_folder(run / part) as folder:
         storage.copy_tree(source / part, folder)

@@ -1,5 +1,7 @@
 """Checkpoints: save, restore, hashes, and errors for damaged or mismatched files."""
 import json
+import os
+import pathlib
 
 from conftest import init, make_mesh
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax import InputError, model_files, sharding
+from srlm_jax import InputError, model_files, sharding, storage
 from srlm_jax.checkpoint import convert, hashes, store
 from srlm_jax.models import config as model_config
 from srlm_jax.models.config import PRESETS
@@ -55,6 +57,49 @@ def test_a_changed_value_changes_the_hash(saved, mesh):
   path.write_text(path.read_text().replace(hashes.hash_params(params), '0' * 16))
   with pytest.raises(InputError, match='damaged'):
     store.restore_params(folder, mesh, 'float32')
+
+
+def test_all_files_of_a_step_are_synced_with_their_last_content(tmp_path, tokenizer_folder, mesh,
+                                                                monkeypatch):
+  synced, sync = {}, storage._sync
+
+  def record(path):
+    path = pathlib.Path(path)
+    synced[path.stat().st_ino] = path.read_bytes() if path.is_file() else sorted(os.listdir(path))
+    sync(path)
+  monkeypatch.setattr(storage, '_sync', record)
+  store.write_model_files(TINY, tokenizer_folder, tmp_path)
+  saver = store.manager(tmp_path, keep=2)
+  store.save(saver, 7, init(TINY), dict(step=jnp.asarray(7)))
+  saver.close()
+  steps = tmp_path / 'steps'
+  paths = [steps, *steps.rglob('*')]
+  assert {'_CHECKPOINT_METADATA', 'commit_success.txt', 'metadata', '7'} <= {p.name for p in paths}
+  for path in paths:
+    content = path.read_bytes() if path.is_file() else sorted(os.listdir(path))
+    assert synced[path.stat().st_ino] == content, path
+
+
+def test_a_step_is_restored_without_what_orbax_writes_before_the_name_is_durable(saved, mesh):
+  folder, params = saved
+  for name in ('_CHECKPOINT_METADATA', 'commit_success.txt'):
+    (folder / 'steps' / '7' / name).write_text('')
+  jax.tree.map(np.testing.assert_array_equal, store.restore_params(folder, mesh, 'float32')[0],
+               params)
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.named(mesh, ''))
+  assert store.restore_train(folder, 7, dict(step=step))['step'] == 7
+  saver = store.manager(folder, keep=2)
+  store.save(saver, 8, params)
+  saver.close()
+  assert model_files.steps(folder) == [7, 8]
+
+
+def test_pruning_deletes_old_steps_and_parts_of_steps_and_nothing_else(tmp_path):
+  others = '2.backup', '12.tar', 'notes.txt', 'best'
+  for name in ('1', '2', '3', '4', '5.orbax-checkpoint-tmp', '5.orbax-checkpoint-tmp-1', *others):
+    (tmp_path / 'steps' / name).mkdir(parents=True)
+  store.prune(tmp_path, keep=2)
+  assert sorted(p.name for p in (tmp_path / 'steps').iterdir()) == sorted(['3', '4', *others])
 
 
 def test_structured_changes_do_not_cancel_in_the_hash():

@@ -353,6 +353,40 @@ def place(demo, tmp_path_factory):
   return faults.Workplace(folder, demo[0])
 
 
+@pytest.mark.parametrize('user, path, missing', [
+    (1000, '/bin:/usr/bin', 'need root'), (0, '', 'needs a C compiler, cc')])
+def test_what_cannot_be_tested_is_an_error_unless_it_is_left_out(
+    user, path, missing, monkeypatch, capsys):
+  class Begun(Exception):
+    pass
+
+  def begin(folder):
+    raise Begun
+  monkeypatch.setattr(os, 'geteuid', lambda: user)
+  monkeypatch.setenv('PATH', path)
+  monkeypatch.setattr(faults, 'Workplace', begin)
+  monkeypatch.setattr(sys, 'argv', ['faults.py'])
+  with pytest.raises(SystemExit, match=f'cannot test .*{missing}; --skip'):
+    faults.main()
+  monkeypatch.setattr(sys, 'argv', ['faults.py', '--skip'])
+  with pytest.raises(Begun):
+    faults.main()
+  assert 'skipped: ' in capsys.readouterr().out
+
+
+def test_make_torture_runs_both_programs_and_fails_if_one_does(tmp_path):
+  (tmp_path / 'python').write_text('#!/bin/sh\necho "ran $@"\n[ "$1" != "$FAILS" ]\n')
+  (tmp_path / 'python').chmod(0o755)
+  programs = 'tests/torture.py', 'tests/faults.py'
+  for fails in ('', *programs):
+    done = subprocess.run(
+        ['make', '-o', '.venv/.installed', 'torture', f'BIN={tmp_path}', 'FAULTS=--skip'],
+        cwd=faults.ROOT, env=dict(os.environ, FAILS=fails), capture_output=True, text=True)
+    assert bool(done.returncode) == bool(fails), done.stderr
+    ran = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith('ran ')]
+    assert [line[0] for line in ran] == [*programs] and ran[1][-1] == '--skip'
+
+
 by_name = pytest.mark.parametrize('stage', faults.STAGES, ids=lambda stage: stage.name)
 
 

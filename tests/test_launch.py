@@ -383,7 +383,7 @@ def test_slurm_process_uses_all_gpus_of_its_node(slurm):
 @pytest.mark.parametrize('code, state, restarts, again', [
     (75, 'RUNNING', 0, True), (137, 'RUNNING', 0, True), (143, 'RUNNING', 19, True),
     (75, 'RUNNING', 20, False), (143, 'CANCELLED', 0, False), (1, 'RUNNING', 0, False),
-    (0, 'RUNNING', 0, False)])
+    (0, 'RUNNING', 0, False), (130, 'RUNNING', 0, False)])
 def test_slurm_queues_a_job_again_that_saved_or_lost_a_process(slurm, code, state, restarts, again):
   run, folder = slurm
   program(folder / 'bin' / 'scontrol', 'echo scontrol "$@"')
@@ -431,6 +431,11 @@ def test_local_starts_again_at_most_a_number_of_times(tmp_path):
   work = f'echo "$SRLM_COORDINATOR" >>{tmp_path}/starts; exit 75'
   assert launch(1, 'bash', '-c', work, SRLM_RESTARTS='2').returncode == 75
   assert len(set((tmp_path / 'starts').read_text().split())) == 3  # each at another port
+
+
+def test_local_does_not_start_a_program_again_that_ctrl_c_ended(tmp_path):
+  done = launch(1, 'bash', '-c', f'echo x >>{tmp_path}/starts; exit 130', SRLM_RESTARTS='2')
+  assert done.returncode == 130 and (tmp_path / 'starts').read_text() == 'x\n'
 
 
 def test_local_gives_every_process_its_index_and_gpus():

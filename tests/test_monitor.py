@@ -1,4 +1,5 @@
 """What TensorBoard and Weights & Biases show of a stage while it runs."""
+import contextlib
 import json
 import os
 import subprocess
@@ -124,6 +125,30 @@ def test_weights_and_biases_are_not_imported_unless_asked_for_and_named_if_missi
     with metrics.weights_and_biases(tmp_path):
       raise AssertionError
   assert not [*tmp_path.iterdir()]
+
+
+def test_a_kill_leaves_no_empty_id_of_weights_and_biases(tmp_path, monkeypatch):
+  """A kill is an error here: `wandb.txt` must not exist before its content is written."""
+  class Killed(BaseException):
+    pass
+
+  def kill():
+    assert not (tmp_path / 'run' / 'wandb.txt').exists()
+    raise Killed
+  ids, wandb = [], types.ModuleType('wandb')
+  wandb.Error = OSError
+  wandb.init = lambda **options: contextlib.nullcontext(ids.append(options['id']))
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
+  monkeypatch.setenv('WANDB_PROJECT', 'x')
+  monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: name)
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(os, 'fsync', lambda file: kill())
+    with metrics.weights_and_biases(tmp_path / 'run'):
+      raise AssertionError
+  for _ in range(2):
+    with metrics.weights_and_biases(tmp_path / 'run'):
+      pass
+  assert len(ids) == 2 and ids[0] == ids[1] == (tmp_path / 'run' / 'wandb.txt').read_text() != ''
 
 
 RUN = '''

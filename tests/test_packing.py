@@ -146,6 +146,15 @@ def test_the_width_for_a_given_number_of_rows_is_the_smallest_that_holds_the_bat
   assert packing.fixed(16, longer, 16, 1, 0, 256, 16) == (16, 304)
 
 
+def test_more_rows_than_examples_per_step_are_those_that_so_many_shards_choose():
+  examples = draw(200, 2)
+  given = Packing(examples, 16, 2, 0, 256, 32,
+                  rows_and_width=packing.fixed(32, examples, 16, 2, 0, 256, 16))
+  chosen = Packing(examples, 16, 2, 0, 256, 32)
+  assert given.shape == chosen.shape and given.shape.rows == 32
+  assert [given.rows(i) for i in range(len(given))] == [chosen.rows(i) for i in range(len(chosen))]
+
+
 def test_rows_that_cannot_hold_the_batch_are_refused_with_the_number_that_can():
   examples = [Example(f'e{i}', [1], ([1] * 59,)) for i in range(64)]
   message = (r'config.train.rows is 3, and so many rows of at most 256 tokens hold fewer examples '

@@ -82,6 +82,9 @@ def test_a_copy_that_a_kill_cut_off_begins_again(tmp_path):
   assert [p.name for p in (tmp_path / 'blind-0').iterdir()] == ['m1']
   found = {p.name: p.read_text() for p in tmp_path.glob('blind-0/m1/eft/*')}
   assert found == {'a.jsonl': '{"id": "a"}\n', 'b.jsonl': '{"id": "b"}\n'}
+  (tmp_path / 'blind-0' / 'm1.partial').mkdir()  # beside a complete copy
+  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', study.SHARED)
+  assert {p.name: p.read_text() for p in tmp_path.glob('blind-0/m1/eft/*')} == found
 
 
 @pytest.mark.slow

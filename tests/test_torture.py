@@ -48,6 +48,7 @@ def write(folder):
                      ('report.html', '<p>12.5 s</p><p>0.5</p>')):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
+  (folder / 'm2/model/tokenizer.model').write_bytes(b'\0\x80\x01\xff')
   ocp.PyTreeCheckpointer().save(folder / 'm2/model/steps/3/params', dict(a=np.arange(3.0)))
   return folder
 
@@ -55,7 +56,7 @@ def write(folder):
 @pytest.mark.parametrize('change', [
     'm2/pairs/pairs.jsonl.partial', 'lock.json', 'm2/respond/responses.kept', 'm2/new/',
     'm2/model/steps/2/', 'm2/pairs/pairs.jsonl', 'm2/pairs/done.json',
-    'm2/model/metrics.jsonl', 'report.html', 'm2/model/steps/3/params'])
+    'm2/model/metrics.jsonl', 'report.html', 'm2/model/tokenizer.model', 'm2/model/steps/3/params'])
 def test_a_difference_of_files_or_arrays_is_found(change, tmp_path):
   a, b = (write(tmp_path / name) for name in 'ab')
   for name, old, new in (('m2/pairs/done.json', '1.5', '2.5'), ('report.html', '12.5', '13.7'),
@@ -69,6 +70,8 @@ def test_a_difference_of_files_or_arrays_is_found(change, tmp_path):
     ocp.PyTreeCheckpointer().save(path, dict(a=np.arange(3.0) + [0, 0, 1e-15]))
   elif change.endswith('/'):
     path.mkdir(parents=True)
+  elif path.suffix == '.model':
+    path.write_bytes(b'\0\x99\x01\xfe')  # the same text, were its errors replaced
   elif path.exists():
     path.write_text(path.read_text().replace('1', '3').replace('"a"', '"b"').replace('0.5', '0.6'))
   else:
@@ -95,6 +98,19 @@ def test_an_end_that_is_not_promised_is_found(ends, number, victims, is_fine):
   moment = torture.Moment(number, victims) if number else None
   found = torture.unexpected([torture.End(code, '', err) for code, err in ends], moment)
   assert (found == '') == is_fine
+
+
+def test_a_program_that_ignores_all_signals_is_found(tmp_path):
+  class Deaf:
+    """Hosts whose program ends by itself, whatever it gets."""
+    servers = [None]
+
+    def run(self, *args):
+      return [torture.End(0, '', '')], 3, 'somewhere' if args[4] else ''
+  (tmp_path / 'base').mkdir()
+  place = torture.Place(tmp_path, tmp_path / 'base')
+  row = torture.torture(CASES['report'], Deaf(), place, None, 3, np.random.default_rng(0), False)
+  assert 'ignored 6 signals in a row' in row.result and row.starts == 6 and not row.kills
 
 
 def test_changes_of_files_are_counted_and_the_chosen_one_sends_the_signal(tmp_path, monkeypatch):

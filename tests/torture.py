@@ -50,6 +50,7 @@ CONTINUES = '; the same command continues'
 NOISE = re.compile(r'\[Gloo\]|_default.py|google_auth|it/s|(rows|unit|step|tensor)s?/s|%\|')
 BAD = re.compile(r'Traceback|Exception ignored|Fatal Python|terminate called|Segmentation|'
                  r'Aborted|core dumped')
+MOST_IGNORED = 5  # signals in a row after which a program ends with code 0: they came too late
 SECONDS = 240  # for all processes to end after a kill; more is a hang
 # Shorter waits for a lost host, and for one that never connects.
 FAST = 'from srlm_jax import hosts, peers; peers.TIMEOUT, peers.BEAT, hosts.JOIN = 12, 1, 20\n'
@@ -328,12 +329,15 @@ def _differs(name: str, a, b) -> str:
     return '' if a.is_dir() and b.is_dir() else name
   if a.name in ('_CHECKPOINT_METADATA', 'commit_success.txt') or filecmp.cmp(a, b, shallow=False):
     return ''
+  if a.name not in ('done.json', 'metrics.jsonl', 'report.html'):
+    return f'{name} differs: {_first(a.read_bytes(), b.read_bytes())}'
   x, y = (_comparable(path) for path in (a, b))
   return '' if x == y else f'{name} differs: {_first(x, y)}'
 
 
 def _comparable(path):
-  text = path.read_text(errors='replace')
+  """The content of a file, without times."""
+  text = path.read_text()
   if path.name == 'done.json':
     found = json.loads(text)
     found.pop('seconds', None)
@@ -343,9 +347,7 @@ def _comparable(path):
   if path.name == 'metrics.jsonl':
     return [{k: v for k, v in json.loads(line).items() if k != 'tokens_per_second'}
             for line in text.splitlines()]
-  if path.name == 'report.html':
-    return re.sub(r'\b[\d.,]+ (?:s|min|h)\b', '', text)
-  return text
+  return re.sub(r'\b[\d.,]+ (?:s|min|h)\b', '', text)  # of the report
 
 
 def _first(x, y) -> str:
@@ -525,7 +527,7 @@ def torture(case: Case, hosts: Hosts, disk: Place, bucket: Bucket | None, kills:
         raise Failed(f'without kills: {text}')
     place.begin(case)
     left = [*rng.permutation(SIGNALS), *rng.choice(SIGNALS, kills)][:kills]
-    is_done = False
+    is_done, ignored = False, 0
     while left or not is_done:
       if is_done:
         place.begin(case)
@@ -546,6 +548,9 @@ def torture(case: Case, hosts: Hosts, disk: Place, bucket: Bucket | None, kills:
         row.kills[signal.Signals(moment.number).name] += 1
         row.states[place.state(case)] += 1
         left.pop(0)
+        ignored = 0
+      elif where and (ignored := ignored + 1) > MOST_IGNORED:
+        raise Failed(f'it ignored {ignored} signals in a row')
       if is_done and (text := Tree(whole, not bucket).difference(place.tree())):
         raise Failed(text)
     row.result = 'equal'

@@ -39,9 +39,10 @@ class _Kept:
 
 
 class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-  """A step that gets its name when its files are durable, and before older steps are deleted.
+  """A step whose files are durable before older steps are deleted.
 
-  TensorStore syncs the arrays. Orbax alone syncs neither its own files nor the new name.
+  Those that a restore needs are durable before the step gets its name. Orbax then writes two more,
+  _CHECKPOINT_METADATA and commit_success.txt, directly before it renames the step.
   """
 
   async def finalize(self):
@@ -50,7 +51,7 @@ class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
       storage.sync(self.get())
     await super().finalize()
     if is_step:
-      storage.sync_names(self.get_final().parent)
+      storage.sync(self.get_final())
 
 
 def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda step: True,
@@ -75,7 +76,8 @@ def prune(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda s
   """
   kept = {str(step) for step in _Kept(keep, is_planned).kept(model_files.steps(folder))}
   for path in (storage.absolute(folder) / 'steps').iterdir():
-    if path.name.partition('.')[0].isdigit() and path.name not in kept:
+    is_part = ocp.path.atomicity.TMP_DIR_SUFFIX in path.name
+    if (is_part or path.name.isdigit()) and path.name not in kept:
       path.rmtree()
 
 
