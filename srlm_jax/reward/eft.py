@@ -66,7 +66,7 @@ def _agreed(s: stage.Stage, config, judge: judges.Judge,
   judged = scoring.Judged(s.read(file), config.eft.quorum, s.path(file))
   for r in ranking.of_split(s, 'train'):
     yield r, from_baseline(r, [judged.of(_reply_id(r, reply)) for reply in r.replies], judge)
-  judged.finish()
+  judged.finish(s.path(ranking.SEEDS))
   if counts is not None:
     counts.update(judged.counts)
 

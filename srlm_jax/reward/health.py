@@ -74,19 +74,19 @@ def measure(s: stage.Stage, model: str, quorum: int) -> dict:
 def _count(s: stage.Stage, quorum: int, responses: 'Responses', judgements: 'Judgements',
            ties: 'Ties'):
   """Adds the responses and the judgements of the stage's inputs, prompt by prompt."""
-  file = 'judge/judgements-*.jsonl'
+  file, answers = 'judge/judgements-*.jsonl', 'respond/responses-*.jsonl'
   made = judgements.passing(s.read(file))
-  if not s.has('respond/responses-*.jsonl'):
+  if not s.has(answers):
     for _ in made:  # counts them
       pass
     return
   judged = scoring.Judged(made, quorum, s.path(file)) if s.has(file) else None
-  for group in by_prompt(s.read('respond/responses-*.jsonl')):
+  for group in by_prompt(s.read(answers)):
     responses.add(group)
     if judged:
       ties.add(judged.of(r.id).mean for r in group)
   if judged:
-    judged.finish()
+    judged.finish(s.path(answers))
 
 
 def of_prompts(attempts: Iterable[schema.Attempt], prompts: Iterable[schema.Prompt]) -> dict:

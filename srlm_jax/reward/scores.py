@@ -61,9 +61,9 @@ class Judged:
     self.counts.update(j.score for j in judgements)
     return of(judgements, self._quorum)
 
-  def finish(self):
+  def finish(self, other):
     """Raises InputError for judgements of other responses; see `records.Matched`."""
-    self._found.finish()
+    self._found.finish(other)
 
 
 class Mean:

@@ -22,13 +22,14 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
+  responses = 'respond/responses-*.jsonl'
   judged = scoring.Judged(s.read('judge/judgements-*.jsonl'), config.judge.quorum,
                           s.path('judge/judgements-*.jsonl'))
   pairs = records.Matched(s.read('pairs/pairs.jsonl'), operator.attrgetter('id'),
                           s.path('pairs/pairs.jsonl'))
-  found = measure(s.read('respond/responses-*.jsonl'), lambda name: judged.of(name).mean, pairs.of)
-  judged.finish()
-  pairs.finish()
+  found = measure(s.read(responses), lambda name: judged.of(name).mean, pairs.of)
+  for file in (judged, pairs):
+    file.finish(s.path(responses))
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)

@@ -39,7 +39,7 @@ def run(config, workdir):
   result |= dict(greedy=statistics.fmean(best), greedy_standard_error=scoring.standard_error(best))
   result |= of_judge(ranking.of_split(s, configs.ranked_split(config)),
                      lambda name: judged.of(name).mean)
-  judged.finish()
+  judged.finish(s.path(ranking.SEEDS))
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
