@@ -120,9 +120,9 @@ def _summary(seen: Survey) -> schema.EftSummary:
   return schema.EftSummary(
       examples=after.total(), prompts=seen.prompts, replies=seen.replies, judgements=judgements,
       parsed=judged.total(), dropped=dict(sorted(dropped.items())),
-      scores_judged=scoring.histogram(judged.elements()),
-      scores_before=scoring.histogram(before.elements()),
-      scores=scoring.histogram(after.elements()))
+      scores_judged=scoring.histogram(judged),
+      scores_before=scoring.histogram(before),
+      scores=scoring.histogram(after))
 
 
 def from_baseline(r: schema.RankedPrompt, scores: Sequence[scoring.Score],

@@ -132,7 +132,7 @@ def survey(s: stage.Stage, config) -> Survey:
                      f'judgements; run the respond and judge stages first')
   del counts[None]
   return Survey(
-      prompts, judgements, counts.total(), scoring.histogram(counts.elements()), equal,
+      prompts, judgements, counts.total(), scoring.histogram(counts), equal,
       spread.rounded(2), strategies.consistency_rate(taus) if taus else 1.0)
 
 

@@ -79,7 +79,7 @@ def measure(responses: Iterable[schema.Response], score: Callable[[str], float |
       within_half=_mean([abs(j - o) <= 0.5 for j, o in zip(judge, oracle, strict=True)]),
       prompts=len(sizes), intervals=dict(judge_mean=_interval(judge, sizes),
                                          oracle_mean=_interval(oracle, sizes)),
-      characters=characters.rounded(2), oracle_histogram=scoring.histogram(histogram.elements()))
+      characters=characters.rounded(2), oracle_histogram=scoring.histogram(histogram))
 
 
 def _share(counts: Counter, holds: Callable[[int], bool]) -> float | None:
