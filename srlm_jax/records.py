@@ -123,11 +123,14 @@ class Matched:
     self._next = next(self._groups, None)
     return found
 
-  def finish(self):
-    """Raises InputError if there are records of a name that was not asked for, or not in order."""
+  def finish(self, other):
+    """Raises InputError if there are records of a name that was not asked for, or not in order.
+
+    `other`: the path of the file that has the names.
+    """
     if self._next is not None:
-      raise InputError(f'{self._source}: the records of {self._next[0]} belong to nothing that '
-                       f'their stage reads, or are not in its order; delete '
+      raise InputError(f'{self._source} has records of {self._next[0]}, which {other} does not '
+                       f'have in this place; restore {other}, or delete '
                        f'{epath.Path(self._source).parent} and run its stage again')
 
 

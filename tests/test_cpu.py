@@ -1,7 +1,10 @@
+import ctypes
 import dataclasses
 import functools
 import os
+import pathlib
 import shutil
+import tempfile
 from unittest import mock
 
 import jax
@@ -68,49 +71,86 @@ def test_append_writes_one_key_per_row_in_place():
   assert made.k.unsafe_buffer_pointer() == before
 
 
+@pytest.fixture
+def flags(monkeypatch):
+  """Flags with which the kernel compiles faster."""
+  monkeypatch.setattr(cpu, 'FLAGS', ('-std=c++17', '-shared', '-fPIC', '-w', '-O0'))
+
+
+def library(compiler='c++'):
+  """The file of the loaded kernel."""
+  return pathlib.Path(cpu._library(compiler)._name)
+
+
 @needs_compiler
 def test_the_kernel_is_compiled_once_into_the_cache_folder(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   compiler = shutil.which('c++')
-  made = cpu._library(compiler)
+  made = library(compiler)
   before = made.stat().st_mtime_ns
-  assert cpu._library(compiler) == made and made.stat().st_mtime_ns == before
+  assert library(compiler) == made and made.stat().st_mtime_ns == before
   assert os.listdir(made.parent) == [made.name]
 
 
 @needs_compiler
 @pytest.mark.parametrize('damage', [b'', b'\x7fELF', None])
-def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, damage):
+def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch, flags, damage):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-  monkeypatch.setattr(cpu, 'FLAGS', ('-shared', '-fPIC', '-w', '-O0'))  # compiles faster
-  made = cpu._library('c++')
+  made = library()
   before = made.read_bytes()
+  made.unlink()  # this process has loaded that file
   made.write_bytes(before[:len(before) // 2] if damage is None else damage)
-  assert cpu._library('c++') == made and made.read_bytes() == before
+  assert library() == made and made.read_bytes() == before
 
 
 @needs_compiler
-@pytest.mark.parametrize('has_home', [True, False])
-def test_without_a_cache_folder_the_library_is_compiled_elsewhere(tmp_path, monkeypatch, has_home):
+@pytest.mark.parametrize('fault', ['a file', 'no home', 'no programs'])
+def test_without_a_cache_folder_the_library_is_compiled_elsewhere(tmp_path, monkeypatch, flags,
+                                                                  fault):
   (tmp_path / 'file').write_text('')
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-  monkeypatch.setattr(cpu, 'FLAGS', ('-shared', '-fPIC', '-w', '-O0'))
-  if not has_home:
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'elsewhere'))
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file' if fault == 'a file' else
+                                           tmp_path / 'cache'))
+  if fault == 'no home':
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setattr(cpu.pathlib.Path, 'home', mock.Mock(side_effect=RuntimeError('no home')))
-  made = cpu._library('c++')
-  assert made.stat().st_size > 1000 and not made.is_relative_to(tmp_path)
+  if fault == 'no programs':
+    _refuse_programs_of(tmp_path / 'cache', monkeypatch)
+  found = cpu._library('c++')
+  assert all(hasattr(found, handler) for handler in cpu.HANDLERS.values())
+  assert pathlib.Path(found._name).is_relative_to(tmp_path / 'elsewhere')
+  assert not os.listdir(tmp_path / 'elsewhere')  # it was removed after it was loaded
 
 
-def test_a_library_that_does_not_load_leaves_xla(tmp_path, monkeypatch):
-  (tmp_path / 'file').write_text('')
-  monkeypatch.setattr(cpu, '_library', lambda compiler: tmp_path / 'file')
-  monkeypatch.setenv('CXX', 'c++')
+def _refuse_programs_of(folder, monkeypatch):
+  """Refuses to load programs from a folder, as a disk that is mounted with noexec does."""
+  load = ctypes.CDLL
+
+  def loaded(path):
+    if pathlib.Path(path).is_relative_to(folder):
+      raise OSError('failed to map segment from shared object')
+    return load(path)
+  monkeypatch.setattr(ctypes, 'CDLL', loaded)
+
+
+@needs_compiler
+def test_a_library_that_loads_from_no_folder_leaves_xla(tmp_path, monkeypatch, flags):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  _refuse_programs_of('/', monkeypatch)
   cpu._register.cache_clear()
   try:
     assert kernels.choose('cpu', CONFIG) is attention.CPU
   finally:
     cpu._register.cache_clear()
+
+
+def test_a_compiler_that_fails_is_run_once(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  compiler, log = tmp_path / 'c++', tmp_path / 'log'
+  compiler.write_text(f'#!/bin/sh\necho run >> {log}\nexit 1\n')
+  compiler.chmod(0o755)
+  assert cpu._library(str(compiler)) is None and log.read_text() == 'run\n'
 
 
 @pytest.mark.parametrize('compiler', ['false', '/no/compiler', 'true'])

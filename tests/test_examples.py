@@ -42,6 +42,19 @@ def test_sft_adds_no_eos_to_a_truncated_response(tokenizer, finish, ends):
   assert (made.responses[0][-1] == tokenizer.eos_ids[0]) == ends
 
 
+@pytest.mark.parametrize('max_length', [1, 4, 7, 31])
+def test_a_corpus_is_the_tokens_of_its_documents_in_order(tokenizer, max_length):
+  texts = ['pear', 'fig plum ' * 20, 'pear fig', 'plum ' * 50]
+  tokens = [token for text in texts
+            for token in (*tokenizer.start, *tokenizer.encode(text), tokenizer.eos_ids[0])]
+  made = examples.corpus([schema.Document(id=text, text=text) for text in texts], tokenizer,
+                         max_length).examples
+  whole = len(tokens) // max_length * max_length
+  assert [token for e in made for token in (*e.prompt, *e.responses[0])] == tokens[:whole]
+  assert [e.id for e in made] == [f'row{i}' for i in range(whole // max_length)]
+  assert {len(e) for e in made} == {max_length}
+
+
 def test_a_corpus_fills_its_rows(tokenizer):
   documents = [schema.Document(id=str(i), text='pear fig plum') for i in range(30)]
   made = examples.corpus(documents, tokenizer, 32).examples

@@ -85,6 +85,40 @@ def test_an_interrupted_rendering_leaves_no_text_for_the_next(monkeypatch):
   assert real.poll() is not None and render(PAIR, 'second') == 'second<s>'
 
 
+def test_an_unexpected_end_of_the_renderer_is_not_blamed_on_the_template():
+  render(PAIR)
+  rendering._renderer(os.getpid())._process.kill()
+  with pytest.raises(InputError, match='^the template was not rendered, because the process that '
+                                       'renders it ended .exit code -9.; start the program again'):
+    render(PAIR)
+  assert render(PAIR, 'again') == 'again<s>'
+
+
+def test_the_renderer_is_apart_from_its_program(tmp_path, monkeypatch):
+  """It imports nothing of the current folder, and gets no signals of the process group."""
+  (tmp_path / 'jinja2.py').write_text('raise SystemExit("a module of the current folder")')
+  monkeypatch.chdir(tmp_path)
+  renderer = rendering._Renderer()
+  assert renderer.ask(('a', [], {}, False)) == ['a', '']
+  assert os.getpgid(renderer._process.pid) != os.getpgid(0)
+  renderer.close()
+
+
+def test_a_limit_that_is_lower_already_stays():
+  code = """
+import resource
+from srlm_jax.data.rendering import _limit
+for kind, most in ((resource.RLIMIT_NOFILE, 70), (resource.RLIMIT_CPU, 70),
+                   (resource.RLIMIT_NOFILE, 30), (resource.RLIMIT_CPU, 100)):
+  if most == 70:
+    resource.setrlimit(kind, (50, 90))
+  _limit(kind, most)
+  print(*resource.getrlimit(kind))
+"""
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert found.stdout == '50 90\n70 90\n30 90\n90 90\n'
+
+
 def test_the_renderer_ends_with_its_program():
   code = ('import os; from srlm_jax.data import rendering as r; from srlm_jax.conversation import '
           'Message as M; r.render(r.Template("a", "t"), [M("user", "b")], {}, True); '

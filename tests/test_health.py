@@ -17,23 +17,25 @@ def responses(*texts, finish='eos'):
 
 
 def test_a_healthy_iteration_has_no_warning():
-  assert not health.warn_judgements('m2/judge', judgements(1, 2, 3, 4, 5, 0, 2, 3, 4, 1))
-  assert not health.warn_responses('m2/respond', responses('a', 'b', 'c', 'd'))
-  assert not health.warn_pairs('m2/pairs', [pair('p', chosen='x' * 14, rejected='x' * 10)], 10)
+  assert not health.Judgements(judgements(1, 2, 3, 4, 5, 0, 2, 3, 4, 1)).warnings('m2/judge')
+  assert not health.Responses(responses('a', 'b', 'c', 'd')).warnings('m2/respond')
+  pairs = health.Pairs([pair('p', chosen='x' * 14, rejected='x' * 10)])
+  assert not pairs.warnings('m2/pairs', 10)
 
 
 def test_each_known_failure_gives_a_warning():
-  found = health.warn_judgements('m2/judge', judgements(4, 4, 4, 4, 4, 4, 4, None, None, 1))
+  found = health.Judgements(judgements(4, 4, 4, 4, 4, 4, 4, None, None, 1)).warnings('m2/judge')
   assert found[0] == ('m2/judge: 8 of 10 judgements have a score (the others: 2 no score), '
                       'fewer than 90%.')
   assert found[1].startswith('m2/judge: 88% of the scores are 4; the judge hardly distinguishes')
-  cut = health.warn_responses('m2', responses('a', 'b', finish='length'))
+  cut = health.Responses(responses('a', 'b', finish='length')).warnings('m2')
   assert 'are cut at the length limit' in cut[0]
   same_prompt = [dataclasses.replace(r, prompt_id='p') for r in responses('a', 'a ', 'a', ' a')]
-  assert '75% of the candidates duplicate' in health.warn_responses('m2', same_prompt)[0]
-  long = health.warn_pairs('m2/pairs', [pair('p', chosen='x' * 16, rejected='x' * 10)], 9)
+  assert '75% of the candidates duplicate' in health.Responses(same_prompt).warnings('m2')[0]
+  pairs = health.Pairs([pair('p', chosen='x' * 16, rejected='x' * 10)])
+  long = pairs.warnings('m2/pairs', 9)
   assert 'only learn to prefer length' in long[0]
-  assert health.warn_pairs('m2/pairs', [], 20) == [
+  assert health.Pairs([]).warnings('m2/pairs', 20) == [
       'm2/pairs: 0 pairs from 20 prompts, fewer than 100 per 1,000.']
 
 
@@ -87,7 +89,6 @@ def test_m1_has_only_judgements(tmp_path):
 
 
 def test_no_data_gives_no_warning():
-  assert health.warn_responses('m1/respond', []) == []
-  assert health.warn_judgements('m2/judge', []) == []
-  assert health.warn_ties('m2/judge', [], [], 1) == []
-  assert health.warn_pairs('m2/pairs', [], 0) == []
+  for empty in (health.Responses(), health.Judgements(), health.Ties()):
+    assert empty.warnings('m2') == []
+  assert health.Pairs([]).warnings('m2/pairs', 0) == []

@@ -135,10 +135,11 @@ def test_values_of_one_prompt_are_not_independent():
 def test_shares_have_wilsons_interval():
   expected = stats.binomtest(7, 20).proportion_ci(method='wilson')
   assert estimates.wilson(0.35, 20) == pytest.approx(dict(low=expected.low, high=expected.high))
-  found = estimates.share([i < 7] for i in range(20))  # the standard error is that of 19 values
+  found = estimates.share_of([i < 7 for i in range(20)], [1] * 20)
+  # The standard error is that of 19 values.
   assert dict(low=found.low, high=found.high) == pytest.approx(estimates.wilson(0.35, 19))
   every = stats.binomtest(9, 9).proportion_ci(method='wilson')
-  found = estimates.share([True] for _ in range(9))
+  found = estimates.share_of([True] * 9, [1] * 9)
   assert (found.value, found.low, found.high) == (1, pytest.approx(every.low), 1)
 
 

@@ -5,12 +5,14 @@ import doctest
 import itertools
 import json
 import re
+import shutil
 import string
 
 import numpy as np
 import pytest
 import samples
 import sentencepiece
+import tiny_run
 
 from srlm_jax import config as configs, InputError, records, schema
 from srlm_jax.checkpoint import hf
@@ -251,6 +253,15 @@ def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
   assert (found['judge_exact'], found['judge_replies']) == (1 / 2, 2)
   assert found['ceiling'] == perfect['ceiling']
   assert oracle.of_judge([], {}.get)['judge_pairwise'] is None
+
+
+@pytest.mark.parametrize('part', ['answers', 'answers_greedy'])
+def test_the_oracle_refuses_a_model_without_answers(tmp_path, part):
+  shutil.rmtree(tiny_run.make(tmp_path) / 'm2' / 'oracle')
+  (tmp_path / 'm2' / part / 'responses-00000-of-00001.jsonl').write_text('')
+  tiny_run.consistent(tmp_path / 'm2' / part)
+  with pytest.raises(InputError, match=f'/m2/{part}/responses.* has no records; delete .*/{part} '):
+    oracle.run(configs.get('m2', 'tiny'), tmp_path)
 
 
 @pytest.mark.parametrize('by', ['oracle', 'random'])

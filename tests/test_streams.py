@@ -152,8 +152,10 @@ def test_records_in_another_order_are_refused_before_anything_is_written(
   config.pairs.strategy = strategy
   found[stage] = found[stage][::-1]
   write(tmp_path, found)
-  with pytest.raises(InputError, match=f'm2/{stage}/.*-\\*.jsonl: the records of p.* belong to '
-                                       f'nothing .* run its stage again'):
+  other = 'm2/respond_older/' if stage == 'judge_older' else 'm2/respond/'
+  with pytest.raises(InputError, match=(
+      f'm2/{stage}/.*-\\*.jsonl has records of p.*, which .*/{other}.* does not have in this place'
+      f'; restore .*/{other}.*, or delete .*/m2/{stage} and run its stage again')):
     pairs.run(config, tmp_path)
   assert not (tmp_path / 'm2' / 'pairs').exists()
 

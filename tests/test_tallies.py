@@ -66,7 +66,7 @@ def test_responses_are_counted(found):
            for n, (prompt, text, finish) in enumerate(found)]
   made = tallies.responses(given)
   assert len(made) == len(given)
-  assert +made.finish == Counter(r.finish for r in given)
+  assert made.health.finish == Counter(r.finish for r in given)
   assert made.rows['characters'].tolist() == [len(r.response) for r in given]
   assert made.rows['tokens'].tolist() == [r.n_tokens for r in given]
   assert made.health.count == len(given)

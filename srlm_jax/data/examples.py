@@ -94,9 +94,11 @@ def corpus(documents: Iterable[schema.Document], tokenizer, max_length: int) -> 
   made, rest = Stored(), []
   for document in documents:
     rest += [*tokenizer.start, *tokenizer.encode(document.text), tokenizer.eos_ids[0]]
-    while len(rest) >= max_length:
-      row, rest = rest[:max_length], rest[max_length:]
-      made.append(Example(f'row{len(made)}', row[:1], (row[1:],)))
+    whole = len(rest) // max_length * max_length
+    for start in range(0, whole, max_length):
+      made.append(Example(f'row{len(made)}', rest[start:start + 1],
+                          (rest[start + 1:start + max_length],)))
+    rest = rest[whole:]
   if not made:
     raise InputError(f'the corpus has {len(rest)} tokens, fewer than one row of {max_length}; '
                      f'add text, or lower config.train.max_length')

@@ -88,7 +88,8 @@ class _Renderer:
       self._process = None
     if ended == -signal.SIGXCPU:
       return '', f'needs more than {SECONDS} s of CPU time; {ADVICE}'
-    return '', f'ends the process that renders it (exit code {ended}); {ADVICE}'
+    return '', f'was not rendered, because the process that renders it ended (exit code {ended})' \
+               f'; start the program again, and if this repeats, {ADVICE}'
 
   def close(self):
     """Ends the process."""
@@ -110,14 +111,17 @@ def _renderer(process: int) -> _Renderer:
 def _start() -> subprocess.Popen:
   root = str(pathlib.Path(__file__).parents[2])
   paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+  # -P: no modules of the current folder. A session of its own: signals are for the parent only.
   return subprocess.Popen(
-      [sys.executable, '-m', 'srlm_jax.data.rendering'], stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE, env=os.environ | dict(PYTHONPATH=os.pathsep.join(paths)))
+      [sys.executable, '-P', '-m', 'srlm_jax.data.rendering'], stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE, env=os.environ | dict(PYTHONPATH=os.pathsep.join(paths)),
+      start_new_session=True)
 
 
 def main():
   """Renders what comes as lines on stdin, under the limits, until stdin ends."""
-  for number in (signal.SIGINT, signal.SIGTERM):  # they are for the parent, which closes stdin
+  # A service manager sends them to all processes; the parent closes stdin.
+  for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
   _limit(resource.RLIMIT_AS, MEMORY)
   _limit(resource.RLIMIT_CORE, 0)
@@ -133,9 +137,13 @@ def main():
 
 
 def _limit(kind: int, most: int):
-  """Sets a limit of this process, unless it is lower already."""
-  _, hard = resource.getrlimit(kind)
-  resource.setrlimit(kind, (most if hard < 0 else min(most, hard), hard))
+  """Sets a soft limit of this process, unless it is lower already.
+
+  That of CPU time grows with each rendering, so only the hard limit bounds it.
+  """
+  soft, hard = resource.getrlimit(kind)
+  bound = hard if kind == resource.RLIMIT_CPU else soft
+  resource.setrlimit(kind, (most if bound == resource.RLIM_INFINITY else min(most, bound), hard))
 
 
 def _rendered(source: str, messages: list[dict], variables: dict, prompt: bool) -> tuple[str, str]:

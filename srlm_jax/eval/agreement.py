@@ -50,7 +50,7 @@ def run(config, workdir):
       replies = [(reply.rank, judged.of(records.join(r.id, reply.id)).mean) for reply in r.replies]
       unscored += sum(score is None for _, score in replies)
       yield replies
-    judged.finish()
+    judged.finish(s.path(ranking.SEEDS))
   result = agreement(prompts(), highest)
   result['split'] = split
   result['replies_without_score'] = unscored

@@ -4,7 +4,7 @@ XLA runs decode attention on a CPU as thousands of tiny matrix products, at a fi
 bandwidth. This program reads each key once and has no other overhead. Without a C++ compiler the
 sampler uses XLA, and the log names the kernels that it used.
 """
-import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -63,43 +63,43 @@ def _register() -> bool:
   library = _library(compiler)
   if not library:
     return False
-  try:
-    found = ctypes.cdll.LoadLibrary(str(library))
-  except OSError:  # a disk that allows no programs
-    return False
   for name, handler in HANDLERS.items():
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, handler)), platform='cpu')
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, handler)), platform='cpu')
   return True
 
 
-def _library(compiler: str) -> pathlib.Path | None:
-  """The compiled program in the user's cache folder; None if it does not compile.
+def _library(compiler: str) -> ctypes.CDLL | None:
+  """The compiled program, loaded; None if it does not compile, or loads from no folder.
 
-  Its name has its hash: one that is damaged would end the process, and is compiled again. A cache
-  folder that is full or of another user changes nothing: the records must not depend on it.
+  A cache folder that is full, of another user, or on a disk from which no program may be loaded
+  changes nothing: the records must not depend on it.
   """
   # -march=native: another processor needs another program.
   parts = SOURCE.read_text(), compiler, *FLAGS, jax.__version__, platform.machine(), _processor()
   name = 'cpu_decode-' + _hash('\0'.join(parts).encode())
-  failures = OSError, subprocess.SubprocessError, RuntimeError  # RuntimeError: there is no home
   try:
-    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-    folder = cache / 'srlm_jax'
-    for path in folder.glob(f'{name}-*.so'):
-      if path.name == f'{name}-{_hash(path.read_bytes())}.so':
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-      made = _compile(compiler, pathlib.Path(temporary), name)
-      return made.replace(folder / made.name)  # another process may make the same file
-  except failures:
-    pass
-  own = pathlib.Path(tempfile.mkdtemp(prefix='srlm_jax-'))
-  atexit.register(shutil.rmtree, own, ignore_errors=True)
-  try:
-    return _compile(compiler, own, name)
-  except failures:
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+      return ctypes.CDLL(str(_cached(compiler, name)))
+    with tempfile.TemporaryDirectory(prefix='srlm_jax-') as folder:  # a loaded program stays loaded
+      return ctypes.CDLL(str(_compile(compiler, pathlib.Path(folder), name)))
+  except (OSError, subprocess.SubprocessError):
     return None
+
+
+def _cached(compiler: str, name: str) -> pathlib.Path:
+  """The compiled program in the user's cache folder, NAME-HASH.so.
+
+  A damaged program, which would end the process, does not have its hash, and is compiled again.
+  """
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  folder = cache / 'srlm_jax'
+  for path in folder.glob(f'{name}-*.so'):
+    if path.name == f'{name}-{_hash(path.read_bytes())}.so':
+      return path
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    made = _compile(compiler, pathlib.Path(temporary), name)
+    return made.replace(folder / made.name)  # another process may make the same file
 
 
 def _compile(compiler: str, folder: pathlib.Path, name: str) -> pathlib.Path:

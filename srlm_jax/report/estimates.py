@@ -48,7 +48,12 @@ def mean(groups: Iterable[Iterable[float]], of: str = 'prompts') -> Value | None
   >>> mean([[1.0], [2.0], [4.0]]).value
   2.3333333333333335
   """
-  return mean_of(*_totals(groups), of)
+  sums, counts = array.array('d'), array.array('q')
+  for group in groups:
+    values = list(group)
+    sums.append(math.fsum(values))
+    counts.append(len(values))
+  return mean_of(sums, counts, of)
 
 
 def mean_of(sums: Sequence[float], counts: Sequence[int], of: str = 'prompts') -> Value | None:
@@ -70,20 +75,15 @@ def mean_of(sums: Sequence[float], counts: Sequence[int], of: str = 'prompts') -
   return around(value, error, count, of)
 
 
-def share(groups: Iterable[Iterable[bool]], of: str = 'prompts') -> Value | None:
-  """The yes and no of each prompt -> the share of yes, with Wilson's interval.
-
-  >>> share([[True], [True], [False], [True]]).value
-  0.75
-  """
-  return share_of(*_totals(groups), of)
-
-
 def share_of(sums: Sequence[float], counts: Sequence[int], of: str = 'prompts') -> Value | None:
-  """The numbers of yes and of all values of each prompt -> the `share` of yes.
+  """The numbers of yes and of all values of each prompt -> the share of yes.
 
-  The interval is that of as many independent values as give the standard error of `mean`, which
-  keeps it between 0 and 1; where all values are equal, of as many as there are prompts.
+  It has Wilson's interval, that of as many independent values as give the standard error of
+  `mean`, which keeps it between 0 and 1; where all values are equal, of as many as there are
+  prompts.
+
+  >>> share_of([1, 1, 0, 1], [1, 1, 1, 1]).value
+  0.75
   """
   found = mean_of(sums, counts, of)
   if found is None or found.low is None:
@@ -91,16 +91,6 @@ def share_of(sums: Sequence[float], counts: Sequence[int], of: str = 'prompts') 
   p, error = found.value, (found.high - found.value) / _t(found.count)
   values = p * (1 - p) / error ** 2 if error > 0 else found.count
   return dataclasses.replace(found, **wilson(p, values))
-
-
-def _totals(groups: Iterable[Iterable[float]]) -> tuple[array.array, array.array]:
-  """The sum and the number of the values of each group."""
-  sums, counts = array.array('d'), array.array('q')
-  for group in groups:
-    values = list(group)
-    sums.append(math.fsum(values))
-    counts.append(len(values))
-  return sums, counts
 
 
 def wilson(p: float, count: float) -> dict[str, float]:

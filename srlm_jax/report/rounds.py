@@ -74,13 +74,8 @@ class Data:
     return self.judgements.by_response(self.quorum)[:None if self.quorum else 0]
 
   @property
-  def prompts(self) -> int:
-    """Prompts that have a response."""
-    return len(np.unique(self.responses.rows['prompt_id']))
-
-  @property
   def samples(self) -> samples.Samples:
-    return self.texts.made(self.model, self.prompts, self.quorum)
+    return self.texts.made(self.model, self.responses.health.prompts, self.quorum)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +147,7 @@ def funnel(data: Data) -> list[Yield]:
   if 'prompts' in data.stages:
     made += _prompts(data)
   if data.responses:
-    finish = data.responses.finish
+    finish = data.responses.health.finish
     made += [Yield(label='responses', count=finish.total()),
              Yield(label='finished responses', count=finish[schema.EOS], lost=_positive({
                  'cut at the length limit': finish[schema.CUT],

@@ -1,7 +1,6 @@
 """Responses and judgements as numbers: what the report keeps of records that may not fit in memory.
 """
 import array
-from collections import Counter
 from collections.abc import Iterable
 import dataclasses
 import itertools
@@ -33,12 +32,6 @@ class Responses:
 
   def __len__(self) -> int:
     return len(self.rows)
-
-  @property
-  def finish(self) -> Counter:
-    """{why it ends: responses}."""
-    return Counter({name: int((self.rows['finish'] == i).sum())
-                    for i, name in enumerate(_FINISHES)})
 
   @property
   def finished(self) -> np.ndarray:
@@ -73,11 +66,11 @@ def _responses(found: Iterable[schema.Response], name: str) -> Responses:
 
 @dataclasses.dataclass(frozen=True)
 class Judgements:
-  """rows: a table with a row per run of judgements of one response, which is the id. Fields:
+  """rows: a table with a row per group of consecutive judgements of one response, the id. Fields:
 
   prompt_id
   judgements
-  end         place in `scores` where the scores of the run end
+  end         place in `scores` where the scores of the group end
   """
   rows: np.ndarray
   scores: np.ndarray   # in the order of the rows
@@ -96,8 +89,8 @@ class Judgements:
     enough = max(quorum or math.inf, 1)
 
     def means():
-      for name, runs in itertools.groupby(np.argsort(ids, kind='stable'), ids.__getitem__):
-        found = [*itertools.chain.from_iterable(scores[starts[i]:ends[i]] for i in runs)]
+      for name, groups in itertools.groupby(np.argsort(ids, kind='stable'), ids.__getitem__):
+        found = [*itertools.chain.from_iterable(scores[starts[i]:ends[i]] for i in groups)]
         yield name, statistics.fmean(found) if len(found) >= enough else math.nan
     return keyed.table(means(), 'score')
 
@@ -115,9 +108,9 @@ def judgements(found: Iterable[schema.Judgement]) -> Judgements:
 
   def rows():
     names = operator.attrgetter('response_id', 'prompt_id')
-    for (response, prompt), run in itertools.groupby(counted.passing(found), names):
+    for (response, prompt), group in itertools.groupby(counted.passing(found), names):
       count = 0
-      for j in run:
+      for j in group:
         count += 1
         if j.score is not None:
           scores.append(j.score)

@@ -66,7 +66,7 @@ def _agreed(s: stage.Stage, config, judge: judges.Judge,
   judged = scoring.Judged(s.read(file), config.eft.quorum, s.path(file))
   for r in ranking.of_split(s, 'train'):
     yield r, from_baseline(r, [judged.of(_reply_id(r, reply)) for reply in r.replies], judge)
-  judged.finish()
+  judged.finish(s.path(ranking.SEEDS))
   if counts is not None:
     counts.update(judged.counts)
 
@@ -120,9 +120,9 @@ def _summary(seen: Survey) -> schema.EftSummary:
   return schema.EftSummary(
       examples=after.total(), prompts=seen.prompts, replies=seen.replies, judgements=judgements,
       parsed=judged.total(), dropped=dict(sorted(dropped.items())),
-      scores_judged=scoring.histogram(judged.elements()),
-      scores_before=scoring.histogram(before.elements()),
-      scores=scoring.histogram(after.elements()))
+      scores_judged=scoring.histogram(judged),
+      scores_before=scoring.histogram(before),
+      scores=scoring.histogram(after))
 
 
 def from_baseline(r: schema.RankedPrompt, scores: Sequence[scoring.Score],

@@ -74,19 +74,19 @@ def measure(s: stage.Stage, model: str, quorum: int) -> dict:
 def _count(s: stage.Stage, quorum: int, responses: 'Responses', judgements: 'Judgements',
            ties: 'Ties'):
   """Adds the responses and the judgements of the stage's inputs, prompt by prompt."""
-  file = 'judge/judgements-*.jsonl'
+  file, answers = 'judge/judgements-*.jsonl', 'respond/responses-*.jsonl'
   made = judgements.passing(s.read(file))
-  if not s.has('respond/responses-*.jsonl'):
+  if not s.has(answers):
     for _ in made:  # counts them
       pass
     return
   judged = scoring.Judged(made, quorum, s.path(file)) if s.has(file) else None
-  for group in by_prompt(s.read('respond/responses-*.jsonl')):
+  for group in by_prompt(s.read(answers)):
     responses.add(group)
     if judged:
       ties.add(judged.of(r.id).mean for r in group)
   if judged:
-    judged.finish()
+    judged.finish(s.path(answers))
 
 
 def of_prompts(attempts: Iterable[schema.Attempt], prompts: Iterable[schema.Prompt]) -> dict:
@@ -104,11 +104,14 @@ def by_prompt(responses: Iterable[schema.Response]) -> Iterator[list[schema.Resp
 
 
 class Responses:
-  """Statistics of responses. The responses to a prompt must follow each other."""
+  """Statistics of responses. The responses to a prompt must follow each other.
+
+  prompts: those that have a response; finish: {why it ends: responses}
+  """
 
   def __init__(self, responses: Iterable[schema.Response] = ()):
     self.prompts, self._distinct, self._empty = 0, 0, 0
-    self._finish, self._characters = Counter(), scoring.Mean()
+    self.finish, self._characters = Counter(), scoring.Mean()
     for group in by_prompt(responses):
       self.add(group)
 
@@ -119,7 +122,7 @@ class Responses:
     self._distinct += len({*texts})
     self._empty += texts.count('')
     for r in group:
-      self._finish[r.finish] += 1
+      self.finish[r.finish] += 1
       self._characters.add(len(r.response))
 
   @property
@@ -133,7 +136,7 @@ class Responses:
 
   def found(self) -> dict:
     """Counts, the unfinished and the duplicated share, the mean length."""
-    finish = self._finish
+    finish = self.finish
     return dict(
         count=self.count, unfinished=round(1 - finish[schema.EOS] / self.count, 4),
         cut=finish[schema.CUT], too_long=finish[schema.TOO_LONG],
@@ -142,7 +145,7 @@ class Responses:
 
   def warnings(self, title: str) -> list[str]:
     """Warnings: more responses are cut than finished; most candidates duplicate another one."""
-    finish, sentences = self._finish, []
+    finish, sentences = self.finish, []
     if finish[schema.CUT] > finish[schema.EOS]:
       sentences.append(f'{title}: {finish["length"]:,} responses are cut at the length limit, '
                        f'{finish["eos"]:,} are finished; the model does not end its answers, or '
@@ -180,7 +183,7 @@ class Judgements:
   @property
   def histogram(self) -> dict[str, int]:
     """{whole score: judgements}."""
-    return scoring.histogram(self._scores.elements())
+    return scoring.histogram(self._scores)
 
   def found(self) -> dict:
     """Counts, the parse rate, parse failures by reason, and the score histogram.
@@ -267,32 +270,6 @@ class Pairs:
     """The mean lengths of the chosen and of the rejected responses, in characters; 0 without any.
     """
     return self._chosen.rounded(1) or 0.0, self._rejected.rounded(1) or 0.0
-
-
-# For all records of a kind at once.
-def warn_judgements(title: str, judgements: Iterable[schema.Judgement]) -> list[str]:
-  return Judgements(judgements).warnings(title)
-
-
-def warn_responses(title: str, responses: Iterable[schema.Response]) -> list[str]:
-  return Responses(responses).warnings(title)
-
-
-def warn_ties(title: str, responses: Iterable[schema.Response],
-              judgements: Iterable[schema.Judgement], quorum: int) -> list[str]:
-  scores, ties = scoring.by_response(judgements, quorum), Ties()
-  for group in by_prompt(responses):
-    ties.add(scores[r.id].mean for r in group if r.id in scores)
-  return ties.warnings(title)
-
-
-def warn_pairs(title: str, pairs: Iterable[schema.Pair], prompts: int) -> list[str]:
-  return Pairs(pairs).warnings(title, prompts)
-
-
-def unparsed(judgements: Iterable[schema.Judgement]) -> Counter:
-  """The number of judgements without a score, by reason."""
-  return Judgements(judgements).unparsed
 
 
 if __name__ == '__main__':

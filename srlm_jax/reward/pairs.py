@@ -60,12 +60,13 @@ def read(s: stage.Stage, config,
   All files are in the order of the prompts, so no more of them than one prompt is in memory.
   judged: those of `_judged`, if the caller wants their counts
   """
+  responses, of_older = 'respond/responses-*.jsonl', 'respond_older/responses-*.jsonl'
   own, older_scores, again = judged or _judged(s, config)
   implicit, older = (
       records.Matched(s.read(file), operator.attrgetter(key), s.path(file))
       if catalog.needs(name, config) else None
       for name, file, key in (('implicit', 'implicit/rewards-*.jsonl', 'id'),
-                              ('respond_older', 'respond_older/responses-*.jsonl', 'prompt_id')))
+                              ('respond_older', of_older, 'prompt_id')))
 
   def candidate(r: schema.Response, scores: scoring.Judged, is_older: bool):
     score = scores.of(r.id)
@@ -74,16 +75,17 @@ def read(s: stage.Stage, config,
         again.of(r.id).mean if again else None,
         next((x.reward for x in implicit.of(r.id)), None) if implicit else None,
         is_older, r.token_ids)
-  responses = s.read('respond/responses-*.jsonl')
-  for prompt_id, group in itertools.groupby(responses, operator.attrgetter('prompt_id')):
+  for prompt_id, group in itertools.groupby(s.read(responses), operator.attrgetter('prompt_id')):
     group = list(group)
     candidates = [candidate(r, own, False) for r in group]
     if older:
       candidates += [candidate(r, older_scores, True) for r in older.of(prompt_id)]
     yield ScoredPrompt(prompt_id, group[0].prompt, candidates, group[0].messages)
-  for file in (older, own, older_scores, again, implicit):
+  for file in (older, own, again, implicit):
     if file:
-      file.finish()
+      file.finish(s.path(responses))
+  if older_scores:
+    older_scores.finish(s.path(of_older))
 
 
 def _judged(s: stage.Stage, config) -> list[scoring.Judged | None]:
@@ -130,7 +132,7 @@ def survey(s: stage.Stage, config) -> Survey:
                      f'judgements; run the respond and judge stages first')
   del counts[None]
   return Survey(
-      prompts, judgements, counts.total(), scoring.histogram(counts.elements()), equal,
+      prompts, judgements, counts.total(), scoring.histogram(counts), equal,
       spread.rounded(2), strategies.consistency_rate(taus) if taus else 1.0)
 
 

@@ -61,9 +61,9 @@ class Judged:
     self.counts.update(j.score for j in judgements)
     return of(judgements, self._quorum)
 
-  def finish(self):
+  def finish(self, other):
     """Raises InputError for judgements of other responses; see `records.Matched`."""
-    self._found.finish()
+    self._found.finish(other)
 
 
 class Mean:
@@ -143,12 +143,15 @@ def intervals(sums: np.ndarray, counts: np.ndarray) -> list[list[float] | None]:
 
 
 def histogram(values: Iterable[float]) -> dict[str, int]:
-  """The count of each score, after rounding to whole scores.
+  """The count of each score, or a Counter of scores, after rounding to whole scores.
 
-  >>> histogram([4.0, 3.7, 2.0])
-  {'2': 1, '4': 2}
+  >>> histogram([4.0, 3.7, 2.0]), histogram(Counter({4.0: 1, 3.7: 5}))
+  ({'2': 1, '4': 2}, {'4': 6})
   """
-  return {str(k): n for k, n in sorted(Counter(map(whole, values)).items())}
+  counts = Counter()
+  for value, count in Counter(values).items():
+    counts[whole(value)] += count
+  return {str(score): count for score, count in sorted((+counts).items())}
 
 
 def whole(value: float) -> int:

@@ -6,7 +6,7 @@ request (one prompt, n samples) is prefilled once, and its K/V are copied to n s
 prefix of a stream's first requests (the judge's rubric) is prefilled once, and every row reads it.
 """
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -34,7 +34,7 @@ from srlm_jax.data import templates, tokenizer as tokenizers
 from srlm_jax.models import cache as caches, config as model_config, int8, kernels, llama, sizing
 from srlm_jax.sample import programs
 from srlm_jax.sample.draw import PerRow, Sampling
-from srlm_jax.sample.schedule import Request, Result, Schedule
+from srlm_jax.sample.schedule import KeptSamples, Request, Result, Schedule
 
 PREFIX_REQUESTS = 64  # first requests of a stream, whose common prefix is shared
 MIN_PREFIX = 16       # tokens; a shorter prefix does not pay for its part of the attention
@@ -132,7 +132,7 @@ class Engine:
     preemption.stop_if_requested(self.title, self._agreement)
 
   def generate(self, requests: Iterable[Request], sampling: Sampling, done: int = 0,
-               kept: Mapping[str, Sized] = types.MappingProxyType({})) -> Iterator[
+               kept: KeptSamples = types.MappingProxyType({})) -> Iterator[
       tuple[Request, list[Result]]]:
     """Yields every request with its n results, in order.
 

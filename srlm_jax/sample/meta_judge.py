@@ -117,15 +117,15 @@ def select(s: stage.Stage, config, judge: judges.Judge) -> Selected:
 
   The order is that of the ids, so that it does not depend on the number of hosts.
   """
-  selected, file = Selected(), 'judge/judgements-*.jsonl'
+  selected, file, answers = Selected(), 'judge/judgements-*.jsonl', 'respond/responses-*.jsonl'
   scores = scoring.Judged(s.read(file), config.judge.quorum, s.path(file))
-  for responses in health.by_prompt(s.read('respond/responses-*.jsonl')):
+  for responses in health.by_prompt(s.read(answers)):
     by_id = {r.id: r for r in responses}
     for group in most_uncertain([scores.of(r.id) for r in responses], config.meta_judge.responses):
       r = by_id[group[0].response_id]
       asked = judge.render(prompt=conversation.shown(r), response=judging.seen(r, config.judge))
       selected.add(r.prompt_id, Judged(asked, group))
-  scores.finish()
+  scores.finish(s.path(answers))
   return selected
 
 
@@ -200,7 +200,7 @@ class Made:
       pair = _pair(judged.asked, *found)
       self.ratings.append(Rating(pair.id, pair.chosen_score, pair.chosen_elo, pair.rejected_elo))
       self._pairs.add(pair.id, records.dump(pair))
-    comparisons.finish()
+    comparisons.finish(s.path('judge/judgements-*.jsonl'))
 
   def line(self, rating: Rating) -> str:
     """The pair as a line of a file."""

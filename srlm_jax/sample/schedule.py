@@ -3,9 +3,9 @@
 Plain Python: it handles token ids and counts, no arrays.
 """
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from srlm_jax import InputError
 from srlm_jax.sample.draw import Sampling
@@ -62,11 +62,17 @@ class _Entry:
   unfinished: int  # number of results
 
 
+class KeptSamples(Protocol):
+  """Samples that the caller has, by the id of their request: a mapping, or `records.Kept`."""
+
+  def get(self, request: str, default: Sized) -> Sized: ...
+
+
 class Schedule:
   """Assigns free slots to waiting samples in request order, and returns results in that order."""
 
   def __init__(self, requests: Iterable[Request], slots: int, prompt_limit: int, known: int,
-               kept: Mapping[str, Sized], max_held: int, together: bool, refill: bool):
+               kept: KeptSamples, max_held: int, together: bool, refill: bool):
     """
     prompt_limit: longer prompts, in tokens, are not sampled
     known: the number of samples at the start of the stream that the caller already has

@@ -22,13 +22,14 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
+  responses = 'respond/responses-*.jsonl'
   judged = scoring.Judged(s.read('judge/judgements-*.jsonl'), config.judge.quorum,
                           s.path('judge/judgements-*.jsonl'))
   pairs = records.Matched(s.read('pairs/pairs.jsonl'), operator.attrgetter('id'),
                           s.path('pairs/pairs.jsonl'))
-  found = measure(s.read('respond/responses-*.jsonl'), lambda name: judged.of(name).mean, pairs.of)
-  judged.finish()
-  pairs.finish()
+  found = measure(s.read(responses), lambda name: judged.of(name).mean, pairs.of)
+  for file in (judged, pairs):
+    file.finish(s.path(responses))
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)
@@ -78,7 +79,7 @@ def measure(responses: Iterable[schema.Response], score: Callable[[str], float |
       within_half=_mean([abs(j - o) <= 0.5 for j, o in zip(judge, oracle, strict=True)]),
       prompts=len(sizes), intervals=dict(judge_mean=_interval(judge, sizes),
                                          oracle_mean=_interval(oracle, sizes)),
-      characters=characters.rounded(2), oracle_histogram=scoring.histogram(histogram.elements()))
+      characters=characters.rounded(2), oracle_histogram=scoring.histogram(histogram))
 
 
 def _share(counts: Counter, holds: Callable[[int], bool]) -> float | None:

@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from srlm_jax import catalog, cli, config as configs, hosts, records, schema, stage
+from srlm_jax import catalog, cli, config as configs, hosts, InputError, records, schema, stage
 from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
@@ -26,15 +26,20 @@ def run(config, workdir):
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
-  answers, file = 'answers/responses-*.jsonl', 'judge_eval/judgements-*.jsonl'
+  answers, greedy = 'answers/responses-*.jsonl', 'answers_greedy/responses-*.jsonl'
+  file = 'judge_eval/judgements-*.jsonl'
   judged = scoring.Judged(s.read(file), config.eval.quorum, s.path(file))
+  for name in (answers, greedy):
+    if next(iter(s.read(name)), None) is None:
+      raise InputError(f'{s.path(name)} has no records; delete {s.path(name).parent} and run its '
+                       f'stage again')
   result = of_answers(s.read(answers))
   best = array.array('l', (sum(world.grade(a.prompt, a.response))
-                           for a in s.read('answers_greedy/responses-*.jsonl')))
+                           for a in s.read(greedy)))
   result |= dict(greedy=statistics.fmean(best), greedy_standard_error=scoring.standard_error(best))
   result |= of_judge(ranking.of_split(s, configs.ranked_split(config)),
                      lambda name: judged.of(name).mean)
-  judged.finish()
+  judged.finish(s.path(ranking.SEEDS))
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'oracle.json', result)
