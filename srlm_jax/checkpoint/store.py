@@ -39,9 +39,11 @@ class _Kept:
 
 
 class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-  """A step that gets its name when its files are durable, and before older steps are deleted.
+  """A step whose files are durable before it gets its name, and whose name is before the next one.
 
-  TensorStore syncs the arrays. Orbax alone syncs neither its own files nor the new name.
+  TensorStore syncs the arrays. Orbax alone syncs neither its own files nor the new name. It writes
+  two of them, which no restore needs, right before it renames the step: they are synced after that,
+  and before older steps are deleted.
   """
 
   async def finalize(self):
@@ -50,7 +52,7 @@ class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
       storage.sync(self.get())
     await super().finalize()
     if is_step:
-      storage.sync_names(self.get_final().parent)
+      storage.sync(self.get_final())
 
 
 def manager(folder, keep: int | None, is_planned: Callable[[int], bool] = lambda step: True,
