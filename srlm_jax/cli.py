@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 
 from absl import app, flags, logging
 from etils import epath
@@ -32,8 +33,7 @@ def main(run, **extra):
 
   `extra`: more flags, name=(default, help), which are passed on.
   """
-  config_flags.DEFINE_config_file(
-      'config', None, 'One model: iter2, iter2:tiny, or the path of a file.')
+  define_config('One model: iter2, iter2:tiny, or the path of a file.')
   flags.DEFINE_string('workdir', None, 'Folder of the whole run; default: runs/CONFIG-SIZE.')
   flags.mark_flag_as_required('config')
   for name, (default, text) in extra.items():
@@ -49,13 +49,12 @@ def main(run, **extra):
     except OSError as error:
       raise InputError(f'--config={file} cannot be read; give the path of a file, or a name: '
                        f'{", ".join(configs.FILES)}') from error
-    except (SyntaxError, ValueError, AttributeError, RecursionError, MemoryError) as error:
-      raise InputError(f'--config={file} is not a Python file that defines get_config() ({error}); '
-                       f'give a file like those in configs/, or a name: {", ".join(configs.FILES)}'
-                       ) from error
+    except AttributeError as error:
+      raise InputError(f'--config={file} defines a get_config() that returns no config ({error}); '
+                       f'{_CONFIGS}') from error
     given = flags.FLAGS.config
     configs.check(given)
-    workdir = flags.FLAGS.workdir or default_workdir(file, size)
+    workdir = flags.FLAGS.workdir = flags.FLAGS.workdir or default_workdir(file, size)
     config = base.fit(given, workdir)
     if line := base.chosen({config.name: config}, {config.name: given}):
       hosts.log(line)
@@ -63,6 +62,28 @@ def main(run, **extra):
     with locked(workdir):
       run(config, workdir, **{name: flags.FLAGS[name].value for name in extra})
   run_app(start)
+
+
+_CONFIGS = f'give a file like those in configs/, or a name: {", ".join(configs.FILES)}'
+
+
+def define_config(text: str):
+  """Defines the flag --config; `text`: its help."""
+  config_flags.DEFINE_config_file('config', None, text)
+  parser = flags.FLAGS['config'].parser
+  load = parser.parse
+
+  def parse(path: str):
+    try:
+      return load(path)
+    except InputError:
+      raise
+    except Exception as error:  # a config file is a program, which may raise any
+      line = ''.join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+      kind, _, said = line.partition(': ')
+      raise InputError(f'--config={configs.short(path)} raises {kind} ({configs.short(said)}); '
+                       f'{_CONFIGS}') from error
+  parser.parse = parse
 
 
 def run_app(start):
@@ -111,12 +132,17 @@ def _print_unraisable(found):
 def _is_to_print(record) -> bool:
   """Whether a log record is printed: Orbax logs an error of the disk, and then raises it too."""
   error = record.exc_info and record.exc_info[1]
-  return not error or not storage.failure(error)
+  is_of_orbax = f'{os.sep}orbax{os.sep}' in record.pathname
+  return not (error and is_of_orbax and storage.failure(error))
 
 
 def _places() -> list[str]:
-  """The folders that this program may write into: the paths in its flags, and the temporary one."""
-  given = [path for argument in sys.argv[1:] if '/' in (path := argument.partition('=')[2])]
+  """The paths that this program may write: those in its flags, and the temporary folder."""
+  given = []
+  for name, value in flags.FLAGS.flag_values_dict().items():
+    for path in value if isinstance(value, list) else [value]:
+      if isinstance(path, str) and path and (name in ('workdir', 'out') or '/' in path):
+        given.append(path)
   return [*(path for path in given if '://' not in path), tempfile.gettempdir()]
 
 
@@ -198,7 +224,10 @@ def _parse_flags(argv):
   try:
     _refuse_old_keys(argv)
     return flags.FLAGS([_config_file(argument) for argument in argv])
-  except (flags.Error, InputError, AttributeError, KeyError, ValueError, TypeError, OSError,
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(1)
+  except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError,
           RecursionError) as error:
     print(f'error: {_flag_error(error)}', file=sys.stderr)
     sys.exit(1)
@@ -222,7 +251,7 @@ def _flag_error(error: Exception) -> str:
     text = f'--config has no key "{text.strip(chr(34) + chr(39))}"'
   elif missing := re.search(r'flag --(\w+)=None: .* must have a value', text):
     text = f'--{missing[1]} is missing'
-  text = text.replace('InputError: ', '').replace('ValueError: ', '').strip()
+  text = text.replace('ValueError: ', '').strip()
   lines = text.splitlines()
   text = lines[-1] if 'Traceback' in text else ' '.join(lines)
   # A long value is shortened by itself first, because the reason follows it.

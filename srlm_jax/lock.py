@@ -116,8 +116,12 @@ class _File:
       file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
       return False
-    with os.fdopen(file, 'w') as f:
-      json.dump(mine, f)
+    try:
+      with os.fdopen(file, 'w') as f:
+        json.dump(mine, f)
+    except BaseException:  # half a lock would stop the next run
+      self.path.unlink(missing_ok=True)
+      raise
     return True
 
   def read(self, path=None) -> Lock | None:

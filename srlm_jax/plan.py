@@ -23,7 +23,7 @@ import textwrap
 from absl import flags
 from etils import epath
 import jax.numpy as jnp
-from ml_collections import config_flags, ConfigDict
+from ml_collections import ConfigDict
 
 from srlm_jax import (
   ablations,
@@ -673,9 +673,8 @@ def report(planned: list[ConfigDict], pod: Pod, lengths: dict[str, float],
 
 
 def define_flags():
-  config_flags.DEFINE_config_file(
-      'config', None, 'One model: iter2, iter2:70b, or the path of a file; without it, all models '
-      'of the loop.')
+  cli.define_config('One model: iter2, iter2:70b, or the path of a file; without it, all models of '
+                    'the loop.')
   flags.DEFINE_string('pod', None, f'Where it runs: {pods.FORMS}.', required=True)
   flags.DEFINE_enum('size', 'auto', configs.SIZES, 'Without --config: the size.')
   flags.DEFINE_string('m0', '', 'Without --config: the Hugging Face folder of M0, or a name of '

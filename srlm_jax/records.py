@@ -241,7 +241,7 @@ def reading(path, advice: str):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, mode: str = 'w'):
   """Yields an open file that replaces `path` when the block ends; an error leaves `path` unchanged.
 
   Raises InputError for an error of the file system.
@@ -250,7 +250,7 @@ def replacing(path):
   if path.is_dir():
     raise InputError(f'{path} is a folder; give the name of a file')
   try:
-    with storage.replacing(path) as file:
+    with storage.replacing(path, mode) as file:
       yield file
   except OSError as error:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -273,7 +273,9 @@ def write(path, records: Iterable) -> int:
 class Appender:
   """A file that grows record by record. `count`: the whole records that are in it.
 
-  When the file is opened again, a damaged line (`GrowingFile.lines`) is removed, and what follows.
+  When the file is opened again, a damaged line (`GrowingFile.lines`) is removed, and what follows,
+  which is printed. If more than one line is removed, FILE.damaged keeps them: after a power loss
+  they are the last ones, but a disk that fails may damage an early line.
   """
 
   def __init__(self, path):
@@ -285,7 +287,22 @@ class Appender:
         raise InputError(f'{self.path} has an empty line, which no stage writes; delete '
                          f'{self.path.parent} and run its stage again')
       self.count, size = self.count + 1, size + len(line)
-    self._file.truncate(size)
+    if removed := self._file.after(size):
+      self._keep(removed)
+      self._file.truncate(size)
+
+  def _keep(self, removed: bytes):
+    """Says what is removed, and saves it if it is more than one line."""
+    where = ''
+    if removed.strip(b'\0').count(b'\n') > 1:
+      kept = self.path.parent / f'{self.path.name}.damaged'
+      before = kept.read_bytes() if kept.exists() else b''
+      with replacing(kept, 'wb') as file:
+        file.write(before + removed)
+      where = f'; {kept} keeps them'
+    print(f'{self.path}: line {self.count + 1} is damaged, as by a kill or a power loss; the '
+          f'{len(removed)} bytes from there on are removed and made again{where}',
+          file=sys.stderr, flush=True)
 
   def append(self, records: Iterable):
     """Appends records.

@@ -107,6 +107,7 @@ def select(folder, step: int):
   for other in model_files.steps(folder):
     if other != step:
       (folder / 'steps' / str(other)).rmtree()
+  storage.sync_names(folder / 'steps')
 
 
 def make_workdir(workdir, folder, name: str, step: int, source=None):
@@ -118,17 +119,18 @@ def make_workdir(workdir, folder, name: str, step: int, source=None):
   source = source or stage.model_folder(workdir, name)
   model = folder / name / 'model'
   if hosts.is_first_host():
-    (model / 'steps').mkdir(parents=True, exist_ok=True)
+    storage.make_folder(model / 'steps')
     model_files.copy(source, model)
     for file in (model_files.LORA, model_files.SOURCE):
       if (source / file).exists():
         (source / file).copy(model / file, overwrite=True)
     for base, there in model_files.bases(source):
-      (folder / base).parent.mkdir(parents=True, exist_ok=True)
+      storage.make_folder((folder / base).parent)
       storage.link(there, folder / base)
     storage.link(stage.seeds(workdir).parent, folder / 'data')
     storage.link(source / 'steps' / str(step), model / 'steps' / str(step),
                  without='train')
+    storage.sync(model)  # a stage in `folder` that is done does not need it again
   hosts.sync(f'{folder} made')
   return folder
 

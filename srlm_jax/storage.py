@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
@@ -106,25 +107,46 @@ def is_forbidden(error: OSError) -> bool:
 def failure(error: BaseException, places: Sequence[str] = ()) -> InputError | None:
   """-> the InputError for an error of the disk, a permission or a path; None for another one.
 
-  The error of the file system may be the cause of `error`, or a text in it, as in TensorStore's.
-  `places`: paths of which one is meant if the error names none.
+  The error of the file system may be the cause of `error`. Of an error with only a text, as those
+  of TensorStore, the text must name a path in quotes. `places`: the paths that the user gave, of
+  which one is meant if the error names none. An error such as a missing file is only that of a path
+  if the path is one of `places`, or in or above one.
   """
-  while True:
-    for number, advice in (_ADVICE | _OF_PATHS if isinstance(error, OSError) else _ADVICE).items():
-      if isinstance(error, OSError):
-        is_meant, path = error.errno == number, error.filename
-      else:
-        is_meant, path = os.strerror(number) in str(error), None
-      if is_meant:
-        named = re.search(r'"(/[^"]+)"', str(error))
-        return InputError(advice(path or (named[1] if named else None), places))
-    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if error is None:
-      return None
+  if isinstance(error, OSError) and error.errno in _OF_PATHS and _is_given(error.filename, places):
+    return InputError(_OF_PATHS[error.errno](error.filename, places))
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _ADVICE:
+      return InputError(_ADVICE[error.errno](error.filename, places))
+    if isinstance(error, sqlite3.OperationalError) and getattr(  # only SQLite's own have a code
+        error, 'sqlite_errorcode', 0) & 0xff in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+      return InputError(f'temporary files in {(at := _database_folder())} cannot be written '
+                        f'({error}; {_space(at)}); free space there, or set TMPDIR to another '
+                        f'folder')
+    if named := re.search(r'"(/[^"]+)"', str(error)):
+      for number, advice in _ADVICE.items():
+        if os.strerror(number) in str(error):
+          return InputError(advice(named[1], places))
+    error = error.__cause__
+  return None
+
+
+def _is_given(path, places: Sequence[str]) -> bool:
+  """Whether a path is one of `places`, or in or above one."""
+  if not isinstance(path, str):
+    return False
+  path, given = os.path.abspath(path), map(os.path.abspath, places)
+  return any(os.path.commonpath([path, at]) in (path, at) for at in given)
+
+
+def _database_folder() -> str:
+  """Where SQLite puts temporary files."""
+  given = os.environ.get('SQLITE_TMPDIR'), os.environ.get('TMPDIR')
+  return next((at for at in (*given, '/var/tmp', '/usr/tmp', '/tmp')
+               if at and os.path.isdir(at) and os.access(at, os.W_OK | os.X_OK)), '.')
 
 
 def _full(path: str | None, places: Sequence[str]) -> str:
-  """The sentence about a full disk: that of the path, or that of `places` with the least space."""
+  """The sentence about a full disk: that of the path, or one of those of `places`."""
   folders = [next(p for p in (at, *at.parents) if p.is_dir()) for at in map(
       pathlib.Path.absolute, map(pathlib.Path, [path] if path else places or ['.']))]
   if path:  # its own folder may be a temporary one: name the place that it is in
@@ -132,9 +154,17 @@ def _full(path: str | None, places: Sequence[str]) -> str:
     folders += sorted({at for at in map(pathlib.Path, places) if at.is_dir()
                        and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
     folders = folders[-1:]
-  free, total, folder = min((*shutil.disk_usage(at)[::-2], str(at)) for at in folders)
-  return (f'the disk of {folder} is full ({free >> 20} MB free of {total >> 20} MB); free space, '
-          f'and run the same command again')
+  disks = {at.stat().st_dev: at for at in reversed(folders)}  # the first folder of each
+  named = ' or '.join(f'the disk of {at} ({_space(at)})' for at in reversed(disks.values()))
+  return f'{named} is full; free space, and run the same command again'
+
+
+def _space(folder) -> str:
+  """How much space a disk has, and that no file can be made if it has no inodes left."""
+  disk = os.statvfs(folder)
+  free, total = (blocks * disk.f_frsize >> 20 for blocks in (disk.f_bavail, disk.f_blocks))
+  no_inodes = ', no inodes left' if disk.f_files and not disk.f_favail else ''
+  return f'{free} MiB free of {total} MiB{no_inodes}'
 
 
 def _refused(reason: str, advice: str):
@@ -179,7 +209,8 @@ def sync(path):
   for folder, _, names in os.walk(path, topdown=False):
     for name in names:
       if not os.path.islink(file := os.path.join(folder, name)):
-        _sync(file)
+        with contextlib.suppress(FileNotFoundError):  # NFS hides and deletes files that are open
+          _sync(file)
     _sync(folder)
   if not os.path.isdir(path):
     _sync(path)
@@ -228,9 +259,9 @@ def _naming(path):
 
 @contextlib.contextmanager
 def replacing(path, mode: str = 'w') -> Iterator:
-  """Yields an open file that replaces `path` when the block ends; an error leaves `path` unchanged.
+  """Yields an open file that replaces `path` when the block ends. Text is UTF-8.
 
-  Text is UTF-8.
+  An error leaves `path` unchanged, except one of the last sync, when it is already replaced.
   """
   path = epath.Path(path)
   encoding = None if 'b' in mode else 'utf-8'
@@ -282,6 +313,12 @@ class GrowingFile:
         if not line.endswith(b'\n') or b'\0' in line:
           return
         yield line
+
+  def after(self, size: int) -> bytes:
+    """What follows the first `size` bytes."""
+    with open(self._file.name, 'rb') as file:
+      file.seek(size)
+      return file.read()
 
   def truncate(self, size: int):
     """Keeps the first `size` bytes."""
@@ -467,16 +504,18 @@ def link(target, path, without: str = ''):
   if is_remote(path):
     copy_tree(target, path, without)
   elif not path.exists():
+    pathlib.Path(path).unlink(missing_ok=True)  # a link whose target is gone
     os.symlink(absolute(target), path)
     _sync(path.parent)
 
 
 def unlink(path):
-  """Removes what `link` made."""
+  """Removes what `link` made, durably."""
   if is_remote(path):
     path.rmtree(missing_ok=True)
-  else:
-    pathlib.Path(path).unlink(missing_ok=True)
+  elif os.path.lexists(path):
+    pathlib.Path(path).unlink()
+    _sync(path.parent)
 
 
 def copy_tree(source, target, without: str = ''):

@@ -1,10 +1,11 @@
 """Power loss, full disks and folders without permission, for every stage: `python tests/faults.py`.
 
 Prints a table: stage, fault, number of times, outcome. A stage that met a fault ends with one
-sentence. The same command, once the fault is gone, must give the same files as without it. After a
-power loss it may also refuse, with one sentence about the damaged file. Outcomes:
+sentence. The same command, once the fault is gone, must give the same files and arrays as without
+it. Outcomes:
   resumed       the same files after a power loss
-  refused       one sentence; then the same files, but for a power loss
+  was done      a conversion refuses to replace its output, which is complete, after a power loss
+  refused       one sentence; then the same files
   had enough    the stage needed less than there was
   did its work  the fault does not matter
 """
@@ -26,6 +27,7 @@ import time
 
 import forks
 import power_loss
+import stored
 
 ROOT = pathlib.Path(__file__).parent.parent
 # As in conftest.py, which this program does not import because it starts JAX.
@@ -39,10 +41,10 @@ SOON = 'import srlm_jax.lock as l; l.BEAT = 0.2; l.STALE = 0'  # does not wait f
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A command, and the folder in the workdir that it makes."""
+  """A command, and the folders in the workdir that it makes."""
   name: str
   program: str
-  folder: str
+  folders: tuple[str, ...]
   flags: tuple[str, ...] = ()
   config: str = ''   # of --config, for the stages of a model
 
@@ -52,23 +54,28 @@ class Stage:
       return flags
     model = dict(sft='sft', iter1='m1', iter2='m2')[self.config]
     changes = (change.rpartition(':') for change in CHANGES)
-    return [f'--config={self.config}:tiny', f'--workdir={workdir}', *flags,
-            *(f'--config.{rest}' for models, _, rest in changes if models in ('', model))]
+    return [f'--config={self.config}:tiny', f'--workdir={workdir}',
+            *(f'--config.{rest}' for models, _, rest in changes if models in ('', model)), *flags]
 
 
+SELECT = '--config.train.select=agreement'
 M0 = ROOT / 'srlm_jax' / 'sandbox' / 'm0'
 STAGES = (
-    Stage('conversion', 'checkpoint.convert', 'm0/model',
+    Stage('conversion', 'checkpoint.convert', ('m0/model',),
           (f'--from_hf={M0}', '--out={workdir}/m0/model')),
-    Stage('seeds', 'sandbox', 'data/seeds', config='sft'),
-    Stage('eft', 'reward.eft', 'm1/eft', config='iter1'),
-    Stage('prompts', 'sample.prompts', 'm2/prompts', config='iter2'),
-    Stage('respond', 'sample.respond', 'm2/respond', config='iter2'),
-    Stage('judge', 'sample.judge', 'm2/judge', config='iter2'),
-    Stage('pairs', 'reward.pairs', 'm2/pairs', config='iter2'),
-    Stage('training', 'train', 'm2/model', ('--config.train.dropout=0.1',), 'iter2'),
-    Stage('agreement', 'eval.agreement', 'm2/agreement', config='iter2'),
-    Stage('export', 'checkpoint.convert', 'hf',
+    Stage('seeds', 'sandbox', ('data/seeds',), config='sft'),
+    Stage('eft', 'reward.eft', ('m1/eft',), config='iter1'),
+    Stage('prompts', 'sample.prompts', ('m2/prompts',), config='iter2'),
+    Stage('respond', 'sample.respond', ('m2/respond',), config='iter2'),
+    Stage('judge', 'sample.judge', ('m2/judge',), config='iter2'),
+    Stage('pairs', 'reward.pairs', ('m2/pairs',), config='iter2'),
+    Stage('training', 'train', ('m2/model',), ('--config.train.dropout=0.1',), 'iter2'),
+    Stage('selection', 'selection', ('m2/selection', 'm2/model'), (SELECT,), 'iter2'),
+    Stage('stopping', 'stopping', ('m2/stopping', 'm2/model'),
+          ('--config.train.select=wins', '--config.train.save_every=3',
+           '--config.train.max_epochs=1'), 'iter2'),
+    Stage('agreement', 'eval.agreement', ('m2/agreement',), config='iter2'),
+    Stage('export', 'checkpoint.convert', ('hf',),
           ('--checkpoint={workdir}/m2/model', '--to_hf={workdir}/hf')),
 )
 
@@ -84,30 +91,36 @@ def server(**more) -> forks.Server:
   return forks.Server({**found, **more}, ROOT)
 
 
-def outcome(folder) -> dict[str, object]:
-  """What must not depend on a fault: {path: content} of the files of a stage or a model.
+def outcome(run, stage: Stage) -> dict[str, object]:
+  """What must not depend on a fault: {path: content} of the files and arrays that a stage makes.
 
-  Of a checkpoint, the recorded hash: restoring it compares that with the arrays. The times in
-  done.json and the speed in metrics.jsonl are left out, and TensorBoard's files.
+  The times in done.json and the speed in metrics.jsonl are left out, and TensorBoard's files.
   """
-  found, folder = {}, pathlib.Path(folder)
-  for path in sorted(folder.rglob('*')):
-    name = str(path.relative_to(folder))
-    if path.is_dir() or name.startswith('tensorboard/'):
+  found, run = {}, pathlib.Path(run)
+  for path in sorted(path for folder in stage.folders for path in (run / folder).rglob('*')):
+    name = str(path.relative_to(run))
+    if 'tensorboard' in path.parts or path.suffix == '.damaged':
       continue
-    if re.match(r'steps/\d+/', name):
-      if name.endswith('hash/metadata'):
+    if path.is_symlink():
+      found[name] = os.readlink(path)
+    elif in_step := re.search(r'/steps/\d+/(.+)', name):
+      if in_step[1] in ('params', 'train'):
+        for key, x in stored.arrays(path).items():
+          found[f'{name} {key}'] = x.dtype, x.shape, x.tobytes()
+      elif in_step[1] == 'hash/metadata':
         found[name] = path.read_text()
-    elif name.endswith('metrics.jsonl'):
+    elif path.is_dir():
+      continue
+    elif path.name == 'metrics.jsonl':
       found[name] = [{k: v for k, v in json.loads(line).items() if k != 'tokens_per_second'}
                      for line in path.read_text().splitlines()]
-    elif name == 'done.json':
+    elif path.name == 'done.json':
       done = json.loads(path.read_text())
       done['files'] = {k: v for k, v in done['files'].items() if k != 'metrics.jsonl'}
       found[name] = {k: v for k, v in done.items() if k not in ('seconds', 'generated')}
-    elif name == 'README.md':  # of an export; it has times
+    elif path.name == 'README.md':  # of an export; it has times
       found[name] = None
-    elif name != 'manifest.json':
+    elif path.name != 'manifest.json':
       found[name] = path.read_bytes()
   return found
 
@@ -143,11 +156,20 @@ class Workplace:
       raise Wrong(f'{program}: exit code {code}: {(out + err)[-3000:]}')
 
   def start(self, stage: Stage, run):
-    """Makes the folder `run`: what the finished run has without the folder of the stage."""
+    """Makes the folder `run`: what the finished run has without the folders of the stage.
+
+    A selection begins with a model that was trained for it.
+    """
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(self.whole, run, symlinks=True)
-    target = run / stage.folder
-    target.unlink() if target.is_file() else shutil.rmtree(target, ignore_errors=True)
+    for folder in stage.folders:
+      shutil.rmtree(run / folder, ignore_errors=True)
+    if stage.name == 'selection':
+      trained = self.folder / 'trained to select'
+      if not trained.exists():
+        self.succeed('train', stage.arguments(run))
+        shutil.move(run / 'm2/model', trained)
+      shutil.copytree(trained, run / 'm2/model')
 
   def crashes(self, stage: Stage, count: int, rng: random.Random,
               before: str = '') -> collections.Counter:
@@ -160,7 +182,7 @@ class Workplace:
     self.log.unlink(missing_ok=True)
     arguments = stage.arguments(self.run)
     self.succeed(stage.program, arguments, before, self.logged)
-    wanted, total = outcome(self.run / stage.folder), sum(1 for _ in power_loss.events(self.log))
+    wanted, total = outcome(self.run, stage), sum(1 for _ in power_loss.events(self.log))
     moments = [rng.randrange(total) for _ in range(count)]
     states = self.folder / 'states'
     for i, event in enumerate(power_loss.events(self.log)):
@@ -175,12 +197,11 @@ class Workplace:
       (states / str(n)).rename(self.run)
       code, *printed = self.programs.run(stage.program, arguments, SOON)
       where = f'{stage.name}, event {moment} of {total}, {"random" if n % 2 else "strict"}'
-      if code:
-        print(f'{where}: {sentence(code, *printed)}', flush=True)
-        found['refused'] += 1
-      else:
-        same(where, outcome(self.run / stage.folder), wanted)
-        found['resumed'] += 1
+      was_done = code and 'already exists' in (said := sentence(code, *printed))
+      if code and not (was_done and stage.program == 'checkpoint.convert'):
+        raise Wrong(f'{where}: {said}')
+      same(where, outcome(self.run, stage), wanted)
+      found['was done' if code else 'resumed'] += 1
     return found
 
   @contextlib.contextmanager
@@ -203,7 +224,7 @@ class Workplace:
       self.start(stage, run)
       before = shutil.disk_usage(disk).free
       self.succeed(stage.program, arguments)
-      wanted, needed = outcome(run / stage.folder), before - shutil.disk_usage(disk).free
+      wanted, needed = outcome(run, stage), before - shutil.disk_usage(disk).free
       for _ in range(count):
         self.start(stage, run)
         left = rng.randrange(needed)
@@ -216,7 +237,7 @@ class Workplace:
         if ended[0] and f'the disk of {disk}' not in sentence(*ended):
           raise Wrong(f'{where}: {ended}')
         self.succeed(stage.program, arguments)
-        same(where, outcome(run / stage.folder), wanted)
+        same(where, outcome(run, stage), wanted)
     return found
 
   def size_limit(self, stage: Stage, count: int, rng: random.Random) -> collections.Counter:
@@ -224,7 +245,7 @@ class Workplace:
     found, arguments = collections.Counter(), stage.arguments(self.run)
     self.start(stage, self.run)
     self.succeed(stage.program, arguments)
-    wanted = outcome(self.run / stage.folder)
+    wanted = outcome(self.run, stage)
     for _ in range(count):
       self.start(stage, self.run)
       limit = int(10 ** rng.uniform(2, 6.5))
@@ -234,7 +255,7 @@ class Workplace:
       if ended[0] and 'ulimit -f' not in sentence(*ended):
         raise Wrong(f'{stage.name} with files of {limit} bytes: {ended}')
       self.succeed(stage.program, arguments)
-      same(f'{stage.name} with files of {limit} bytes', outcome(self.run / stage.folder), wanted)
+      same(f'{stage.name} with files of {limit} bytes', outcome(self.run, stage), wanted)
     return found
 
   def full_folder(self, stage: Stage, fault: str, use: str, sentences: str) -> collections.Counter:
@@ -253,15 +274,15 @@ class Workplace:
       if not sentences and ended[0]:
         raise Wrong(f'{stage.name}, {fault}: {ended}')
     self.succeed(stage.program, arguments)
-    now = outcome(self.run / stage.folder)
+    now = outcome(self.run, stage)
     self.start(stage, self.run)
     self.succeed(stage.program, arguments)
-    same(f'{stage.name}, {fault}', now, outcome(self.run / stage.folder))
+    same(f'{stage.name}, {fault}', now, outcome(self.run, stage))
     return collections.Counter({'refused' if sentences else 'did its work': 1})
 
   def forbidden(self, stage: Stage) -> dict[str, collections.Counter]:
     """Runs a stage as a user without rights, in several ways."""
-    found, parent = {}, (self.run / stage.folder).parent
+    found, parent = {}, (self.run / stage.folders[0]).parent
     self.folder.chmod(0o755)
 
     def check(fault: str, change, before: str, wanted: str = 'permission denied'):
@@ -321,7 +342,11 @@ FULL_FOLDERS = (  # stage, fault, a statement that uses `disk`, what the stage s
      "import jax; jax.config.update('jax_compilation_cache_dir', disk + '/compiled'); "
      "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)", ''),
     ('export', 'full temporary folder', 'import tempfile; tempfile.tempdir = disk',
-     '^error: the disk of {disk} is full'),
+     r'^error: the disk of {disk} \(.* is full'),
+    ('eft', 'full folder of temporary databases',
+     "import sqlite3; sqlite3.connect('').execute(f'pragma temp_store_directory = \"{disk}\"'); "
+     'from srlm_jax import spill; spill.MEMORY = 0',
+     '^error: temporary files in .* cannot be written'),
     ('pairs', 'full disk of the log',
      "import os; os.dup2(os.open(disk + '/log', os.O_WRONLY | os.O_CREAT), 1)", ' is full '))
 

@@ -341,6 +341,23 @@ def test_a_refused_config_writes_no_file(module, flag, tmp_path):
   assert not [p for p in tmp_path.rglob('*') if p.is_file()]
 
 
+@pytest.mark.parametrize('text, shown', [
+    ('import nope', "raises ModuleNotFoundError (No module named 'nope')"),
+    ('def get_config(): return x', "raises NameError (name 'x' is not defined)"),
+    ('def get_config(): return {}["k"]', "raises KeyError ('k')"),
+    ('def get_config(): raise ValueError("bad value")', 'raises ValueError (bad value)'),
+    ('def (', 'raises SyntaxError (invalid syntax)'),
+    ('', "raises AttributeError (module 'config_config' has no attribute 'get_config')"),
+    ('def get_config(): return {}', 'defines a get_config() that returns no config')])
+def test_a_config_file_that_raises_is_one_sentence(text, shown, tmp_path):
+  file = tmp_path / 'a.py'
+  file.write_text(text)
+  printed = main('train', f'--config={file}', f'--workdir={tmp_path / "run"}', code=1)
+  errors = [line for line in printed.splitlines() if line.startswith('error: ')]
+  assert len(errors) == 1 and errors[0].startswith(f'error: --config={file} {shown}'), printed
+  assert 'Traceback' not in printed and 'give a file like those in configs/' in printed
+
+
 @pytest.mark.parametrize('flag, shown', [
     ('--config.respond.n=' + '9' * 5000, '--config.respond.n=99'),
     ('--config.train.batch=' + 'x' * 5000, '--config.train.batch=xx'),

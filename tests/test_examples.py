@@ -85,3 +85,26 @@ def test_invalid_records_are_refused(tokenizer):
   assert made.dropped == {'chosen and rejected the same tokens': 1}
   with pytest.raises(InputError, match='two training records have the id a'):
     examples.sft([record('a'), record('a')], tokenizer, 'plain', 64)
+
+
+def test_a_file_that_takes_only_a_part_gets_the_rest_or_the_example_is_refused(monkeypatch):
+  made, taken = examples.Stored(), []
+
+  class Partly:
+    """A file that takes 7 bytes at once."""
+    def __init__(self, file):
+      self._file, self.fileno = file, file.fileno
+
+    def write(self, data):
+      taken.append(len(data))
+      return self._file.write(data[:7])
+  monkeypatch.setattr(made, '_file', Partly(made._file))
+  first = examples.Example('a', [5, 6], ([7, 8, 9, 10, 11],))
+  made.append(first)
+  made.append(first)
+  assert len(taken) > 4 and [*made] == [first, first]
+  with open('/dev/full', 'wb', buffering=0) as full:
+    monkeypatch.setattr(made, '_file', full)
+    with pytest.raises(OSError):
+      made.append(first)
+  assert len(made) == 2

@@ -1,4 +1,5 @@
 """The lock of a workdir or output folder: held, stale, damaged, and under clock skew."""
+import errno
 import json
 import os
 import pathlib
@@ -256,6 +257,18 @@ def test_a_file_that_is_not_a_lock_is_not_removed(tmp_path, text):
   (tmp_path / 'lock.json').write_text(text)
   os.utime(tmp_path / 'lock.json', (0, 0))
   assert_refused(tmp_path, 'lock.json is not a lock that this program wrote; move or delete it')
+
+
+def test_a_lock_that_could_not_be_written_is_removed(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'x')
+  with monkeypatch.context() as changed:
+    changed.setattr(json, 'dump', full)
+    with pytest.raises(OSError), lock.held(tmp_path):
+      pass
+  assert not (tmp_path / 'lock.json').exists()
+  with lock.held(tmp_path):
+    assert (tmp_path / 'lock.json').exists()
 
 
 def test_a_run_that_writes_no_files_leaves_no_folder(tmp_path):

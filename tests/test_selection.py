@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shlex
 import sys
 
@@ -69,6 +70,19 @@ def test_a_command_selects_the_earliest_best_step_and_the_others_are_deleted(tra
   assert before.count(b'\n') == 4
   selection.run(c, workdir)  # is done, so it changes nothing
   assert path.read_bytes() == before
+
+
+def test_a_candidate_is_durable_before_its_stages_run(trained, monkeypatch):
+  workdir, _, _ = trained
+  synced, sync = [], os.fsync
+  monkeypatch.setattr(os, 'fsync', lambda file: (
+      synced.append(os.readlink(f'/proc/self/fd/{file}')), sync(file)))
+  candidate = selection.make_workdir(workdir, workdir / 'm2' / 'selection' / '4', 'm2', 4)
+  made = {str(candidate), str(candidate.parent), str(candidate.parent.parent)}
+  for path in pathlib.Path(candidate).rglob('*'):
+    if not path.is_symlink():
+      made.add(str(path))
+  assert len(made) > 6 and made <= {*synced}
 
 
 def test_a_killed_selection_resumes(trained):

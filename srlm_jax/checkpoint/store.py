@@ -39,10 +39,11 @@ class _Kept:
 
 
 class _DurableStep(ocp.path.atomicity.AtomicRenameTemporaryPath):
-  """A step whose files are durable before older steps are deleted.
+  """A step whose files are durable before it gets its name, and whose name is before the next one.
 
-  Those that a restore needs are durable before the step gets its name. Orbax then writes two more,
-  _CHECKPOINT_METADATA and commit_success.txt, directly before it renames the step.
+  TensorStore syncs the arrays. Orbax alone syncs neither its own files nor the new name. It writes
+  two of them, which no restore needs, right before it renames the step: they are synced after that,
+  and before older steps are deleted.
   """
 
   async def finalize(self):

@@ -48,8 +48,10 @@ class Stored(Sequence[Example]):
   def append(self, example: Example):
     parts = [example.prompt, *example.responses]
     data = np.asarray([len(parts), *map(len, parts), *itertools.chain(*parts)], np.int32).tobytes()
-    self._file.write(data)
-    self._ends.append(self._ends[-1] + len(data))
+    end = self._ends[-1] + len(data)
+    while data:  # a disk that is nearly full takes a part, and then raises OSError
+      data = data[self._file.write(data):]
+    self._ends.append(end)
     self._ids.append(example.id)
     self._soft_labels.append(example.soft_label)
 
