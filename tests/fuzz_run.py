@@ -5,6 +5,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -38,8 +39,9 @@ from srlm_jax.sample import meta_judge, prompts
 from srlm_jax.sandbox import audit
 from srlm_jax.train import run as train
 
-# Instead of a file's bytes: it is a folder, a link to nothing, a link to itself, absent.
-PLACES = (b'//folder', b'//dangling', b'//loop', b'//absent')
+# Instead of a file's bytes: it is a folder, a link to nothing, to itself, or to a device without an
+# end, a pipe that nobody writes to, absent.
+PLACES = (b'//folder', b'//dangling', b'//loop', b'//zero', b'//pipe', b'//absent')
 
 
 def place(path: pathlib.Path, data: bytes):
@@ -51,7 +53,11 @@ def place(path: pathlib.Path, data: bytes):
     path.symlink_to('nothing')
   elif data == PLACES[2]:
     path.symlink_to(path.name)
-  elif data != PLACES[3]:
+  elif data == PLACES[3]:
+    path.symlink_to('/dev/zero')
+  elif data == PLACES[4]:
+    os.mkfifo(path)
+  elif data != PLACES[5]:
     path.write_bytes(data)
 
 
@@ -112,19 +118,22 @@ class Files:
       with quiet():
         self._read(folder)
     finally:
-      self._restore(folder, files, name)
+      self._restore(folder, files)
 
-  def _restore(self, folder, files, name):
-    remove(folder / name)
-    done = str(pathlib.PurePath(name).with_name('done.json'))
-    for file in {name, done} & files.keys():
-      (folder / file).write_bytes(files[file])
-    for path in folder.rglob('*'):  # what the reader wrote
-      if str(path.relative_to(folder)) not in files and not path.is_dir():
-        path.unlink()
-    for file, data in files.items():
-      if not (folder / file).exists():
-        (folder / file).write_bytes(data)
+  def _restore(self, folder, files):
+    """Removes what is not as it was made, and writes what is missing then."""
+    folders = {str(parent) for name in files for parent in pathlib.PurePath(name).parents}
+    for path in sorted(folder.rglob('*'), reverse=True):  # the files of a folder before it
+      name = str(path.relative_to(folder))
+      is_as_made = not path.is_symlink() and (
+          name in folders if path.is_dir() else
+          path.is_file() and name in files and path.read_bytes() == files[name])
+      if not is_as_made:
+        remove(path)
+    for name, data in files.items():
+      if not (folder / name).exists():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def finished_run(folder):
@@ -189,9 +198,9 @@ def read_shards(folder):
   """As readers do, and as a stage that continues on one host."""
   list(records.read_shards(folder, 'responses', schema.Response))
   records.contents(folder)
-  records.kept(folder, 'responses')
+  records.Kept(folder, 'responses').get('p9')
   records.keep_shards(folder, 'responses', 1)
-  records.kept(folder, 'responses')
+  records.Kept(folder, 'responses').get('p0')
 
 
 def append(path):
@@ -340,8 +349,8 @@ def read_replies(path):
 def read_cache(path):
   cache = endpoint.Cache(path)
   try:
-    for key in cache._places:
-      cache.get(key)
+    for answer in records.read(path, schema.JudgeAnswer):
+      assert cache.get(answer.id).id == answer.id
   finally:
     cache.close()
 
