@@ -67,11 +67,12 @@ class Result:
   places: set = dataclasses.field(default_factory=set)  # lines that raised InputError
   seconds: float = 0.0
   megabytes: float = 0.0
+  last: str = ''  # the last InputError
   defects: list[str] = dataclasses.field(default_factory=list)
 
   def line(self) -> str:
-    return (f'{self.name:<26} {self.inputs:>8,} {self.same:>7,} {self.accepted:>9,} {self.refused:>8,} '
-            f'{len(self.places):>7} {self.seconds:>8.1f} {self.megabytes:>6.0f}')
+    return (f'{self.name:<26} {self.inputs:>8,} {self.same:>7,} {self.accepted:>9,} '
+            f'{self.refused:>8,} {len(self.places):>7} {self.seconds:>8.1f} {self.megabytes:>6.0f}')
 
 
 HEADER = f'{"target":<26} {"inputs":>8} {"same":>7} {"accepted":>9} {"refused":>8} ' \
@@ -271,7 +272,8 @@ def run(target: Target, inputs: int, seed: int = 0, progress: Callable[[int], No
       given = own[i] if i < len(own) else _input(target, seeds, datas, seed, i - len(own))
       outcome, defect = _feed(target, given, peak, result)
       if outcome and outcome != wanted.get(given, outcome):
-        defect = 'undamaged', f'an undamaged input was {outcome}, but must be {wanted[given]}'
+        defect = 'undamaged', (f'an undamaged input was {outcome}, but must be {wanted[given]} '
+                               f'{result.last}')
       result.inputs += 1
       if _meaning(given) in same:
         result.same += 1
@@ -384,6 +386,7 @@ def _feed(target: Target, given: Input, peak, result: Result | None = None):
     outcome = 'refused'
     if result:
       result.places.add(_place(error))
+      result.last = str(error)
     if len(str(error)) > 2000 or not str(error).strip():
       defect = 'message', f'an InputError of {len(str(error))} characters'
   except TooLong as error:
