@@ -13,9 +13,11 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import re
+import stat
 import sys
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 import zlib
 
 from etils import epath
@@ -30,6 +32,11 @@ Record = TypeVar('Record')  # a dataclass of `schema`
 _REQUEST = dict(responses='prompt_id', responses_2='prompt_id', judgements='response_id')
 HASHED = ('.json', '.jsonl', '.model')  # the files of a stage that done.json lists
 ANSWERS = 'model_answer'  # a folder of FastChat, whose files it lists too
+# Bytes that are read of one line: the ids of a million tokens take 8 MB, and their text 5 MB, or
+# 24 MB if all of its characters are escaped. As Python objects it may take some 25 times as much.
+MOST_LINE = 32 << 20
+# Bytes that are read of a file with one JSON value; the largest known is a tokenizer.json of 33 MB.
+MOST_JSON = 128 << 20
 
 
 def read(path, kind: type[Record]) -> Iterator[Record]:
@@ -58,12 +65,23 @@ def _lines(path) -> Iterator[tuple[str, bytes]]:
     lines = gzip.open(raw) if path.suffix == '.gz' else raw
     name, number = str(path), 0  # slow for paths of etils
     try:
-      for number, line in enumerate(lines, 1):
+      for number, line in numbered(lines, name):
         if line.strip():
           yield f'{name}:{number}', line
     except (EOFError, OSError, zlib.error) as error:
       raise InputError(f'{path}:{number + 1}: the file cannot be read further ({error}); fetch it '
                        f'again') from error
+
+
+def numbered(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
+  """Yields (number, line) for every line; raises InputError for one longer than MOST_LINE."""
+  for number in itertools.count(1):
+    if not (line := file.readline(MOST_LINE + 1)):
+      return
+    if len(line) > MOST_LINE:
+      raise InputError(f'{name}:{number}: the line is longer than {MOST_LINE >> 20} MB; shorten or '
+                       f'delete the record')
+    yield number, line
 
 
 def read_shards(folder, stem: str, kind: type[Record]) -> Iterator[Record]:
@@ -207,8 +225,10 @@ def _kept_file(folder, stem: str):
 def read_json(path, advice: str):
   """The value of a JSON file. Raises InputError, which ends with `advice`."""
   path = epath.Path(path)
-  with reading(path, advice):
-    data = path.read_bytes()
+  with reading(path, advice), path.open('rb') as file:
+    data = file.read(MOST_JSON + 1)
+  if len(data) > MOST_JSON:
+    raise InputError(f'{path} is larger than {MOST_JSON >> 20} MB; {advice}')
   try:
     return _json(data)
   except (ValueError, RecursionError) as error:
@@ -231,13 +251,29 @@ def _json(data: bytes):
 
 @contextlib.contextmanager
 def reading(path, advice: str):
-  """Turns an error of the file system while reading `path` into an InputError with `advice`."""
+  """Turns an error of the file system while reading `path` into an InputError with `advice`.
+
+  Raises InputError too if `path` is a pipe or a device, which may never end.
+  """
+  _refuse_endless(path, advice)
   try:
     yield
   except IsADirectoryError as error:
     raise InputError(f'{path} is a folder; {advice}') from error
   except OSError as error:
     raise InputError(f'{path} cannot be read ({error.strerror or error}); {advice}') from error
+
+
+def _refuse_endless(path, advice: str):
+  """Raises InputError for what is no file or folder; a path that cannot be looked at passes."""
+  if storage.is_remote(path):
+    return
+  try:
+    mode = os.stat(path).st_mode
+  except (OSError, ValueError):  # whoever opens it gets the same error; ValueError: a NUL in it
+    return
+  if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    raise InputError(f'{path} is a pipe, a socket or a device, not a file; {advice}')
 
 
 @contextlib.contextmanager
@@ -280,6 +316,7 @@ class Appender:
 
   def __init__(self, path):
     self.path = epath.Path(path)
+    _refuse_endless(path, 'delete it')
     self._file = storage.growing(path)
     self.count, size = 0, 0
     for line in self._file.lines():

@@ -4,13 +4,18 @@ import dataclasses
 import functools
 import gzip
 import io
+import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
+import tempfile
 import types
 from unittest import mock
 
+from conftest import tokenizer_bytes
+from etils import epath
 import fuzzing
 from fuzzing import Target
 from hypothesis import strategies as st
@@ -27,19 +32,30 @@ from srlm_jax import (
   model_files,
   records,
   schema,
+  selection,
   stage,
+  stopping,
   study,
 )
-from srlm_jax.data import oasst, prompt_files, ranked, templates
-from srlm_jax.eval import agreement, alpaca, endpoint, harness, head_to_head, mt_bench
+from srlm_jax.data import oasst, prompt_files, ranked, templates, tokenizer as tokenizers
+from srlm_jax.eval import (
+  agreement,
+  alpaca,
+  distributions,
+  endpoint,
+  harness,
+  head_to_head,
+  mt_bench,
+)
 from srlm_jax.report import page
 from srlm_jax.reward import eft, health, judges, pairs, scores
-from srlm_jax.sample import meta_judge, prompts
-from srlm_jax.sandbox import audit
-from srlm_jax.train import run as train
+from srlm_jax.sample import engine as engines, meta_judge, prompts, shards
+from srlm_jax.sandbox import audit, oracle, world
+from srlm_jax.train import objectives, run as train
 
-# Instead of a file's bytes: it is a folder, a link to nothing, a link to itself, absent.
-PLACES = (b'//folder', b'//dangling', b'//loop', b'//absent')
+# Instead of a file's bytes: it is a folder, a link to nothing, to itself, or to a device without an
+# end, a pipe that nobody writes to, absent.
+PLACES = (b'//folder', b'//dangling', b'//loop', b'//zero', b'//pipe', b'//absent')
 
 
 def place(path: pathlib.Path, data: bytes):
@@ -51,7 +67,11 @@ def place(path: pathlib.Path, data: bytes):
     path.symlink_to('nothing')
   elif data == PLACES[2]:
     path.symlink_to(path.name)
-  elif data != PLACES[3]:
+  elif data == PLACES[3]:
+    path.symlink_to('/dev/zero')
+  elif data == PLACES[4]:
+    os.mkfifo(path)
+  elif data != PLACES[5]:
     path.write_bytes(data)
 
 
@@ -68,6 +88,13 @@ def damaged_file(rng, data, others):
   if way < 0.04:
     return rng.choice(PLACES)
   return (fuzzing.other_values if way < 0.6 else fuzzing.damaged)(rng, data, others)
+
+
+def damaged_gzip(rng, data, others):
+  """Damages the compressed bytes, or what they hold."""
+  if rng.random() < 0.5:
+    return fuzzing.damaged(rng, data, others)
+  return gzip.compress(fuzzing.damaged(rng, gzip.decompress(data)), mtime=0)
 
 
 @contextlib.contextmanager
@@ -112,19 +139,22 @@ class Files:
       with quiet():
         self._read(folder)
     finally:
-      self._restore(folder, files, name)
+      self._restore(folder, files)
 
-  def _restore(self, folder, files, name):
-    remove(folder / name)
-    done = str(pathlib.PurePath(name).with_name('done.json'))
-    for file in {name, done} & files.keys():
-      (folder / file).write_bytes(files[file])
-    for path in folder.rglob('*'):  # what the reader wrote
-      if str(path.relative_to(folder)) not in files and not path.is_dir():
-        path.unlink()
-    for file, data in files.items():
-      if not (folder / file).exists():
-        (folder / file).write_bytes(data)
+  def _restore(self, folder, files):
+    """Removes what is not as it was made, and writes what is missing then."""
+    folders = {str(parent) for name in files for parent in pathlib.PurePath(name).parents}
+    for path in sorted(folder.rglob('*'), reverse=True):  # the files of a folder before it
+      name = str(path.relative_to(folder))
+      is_as_made = not path.is_symlink() and (
+          name in folders if path.is_dir() else
+          path.is_file() and name in files and path.read_bytes() == files[name])
+      if not is_as_made:
+        remove(path)
+    for name, data in files.items():
+      if not (folder / name).exists():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def finished_run(folder):
@@ -135,14 +165,190 @@ def finished_run(folder):
 report = Files(finished_run, lambda folder: page.remake([folder], folder.parent / 'report.html'))
 
 
-def run_stages(*found):
-  """Runs stages that need no model: (program, model) of each."""
+def run_stages(*found, **changes):
+  """Runs stages that need no model: (program, model) of each. changes: of the config."""
   def run(folder):
     # A board has a process and threads of its own.
     with mock.patch.object(metrics, 'Board'), mock.patch.object(scores, 'DRAWS', 10):
       for program, name in found:
-        program.run(configs.get(name, 'tiny'), folder)
+        program.run(config_of(name, **changes), folder)
   return run
+
+
+def config_of(name, **changes):
+  """The config of a model; SECTION_KEY=VALUE in it."""
+  config = configs.get(name, 'tiny').unlock()
+  for key, value in changes.items():
+    section, _, key = key.partition('_')
+    config[section][key] = value
+  return config
+
+
+def run_without(*stages):
+  """Writes a finished run without some of its stages."""
+  def make(folder):
+    finished_run(folder)
+    for name in stages:
+      shutil.rmtree(folder / name)
+  return make
+
+
+def grade_all(folder):
+  """The stage with grades of its own, because the prompts are not of the sandbox."""
+  def grade(_, response):
+    return [len(response) > i for i in range(5)]
+  with mock.patch.object(world, 'grade', grade):
+    run_stages((oracle, 'm2'))(folder)
+
+
+oracle_stage = Files(run_without('m2/oracle'), grade_all, is_consistent=True,
+                     of='data/seeds/ranked|m2/(answers|answers_greedy|judge_eval)/')
+
+BY_REWARD = dict(pairs_strategy='implicit_reward')
+
+
+def make_rewards(folder):
+  run_without('m2/pairs')(folder)
+  rewards = [schema.ImplicitReward(id=f'p{i}/{n}', reward=0.5 * n - i, logp=-1.0, older_logp=-2.0)
+             for i in range(3) for n in range(2)]
+  tiny_run.write(folder, config_of('m2', **BY_REWARD), 'implicit', {
+      tiny_run.shard('rewards'): rewards}, dict(responses=6, without_reward=0))
+
+
+reward_stage = Files(make_rewards, run_stages((pairs, 'm2'), **BY_REWARD), is_consistent=True,
+                     of='m2/(respond|judge|implicit)/')
+
+
+def make_comparisons(folder):
+  finished_run(folder)
+  names = [f'p{i}/{n}' for i in range(3) for n in range(2)]
+  records.write(folder / 'm2' / 'meta_judge' / tiny_run.shard('comparisons'), [
+      schema.Comparison(id=f'{name}/{a}:{name}/{b}', response_id=name, first=f'{name}/{a}',
+                        second=f'{name}/{b}', text='?', winner=b - a, reason='', finish='eos')
+      for name in names[:-1] for a, b in itertools.permutations(range(2))])
+
+
+def compare_judgements(folder):
+  """The stage with comparisons that a model has written."""
+  def written(s, stem, *_):
+    s.begin()
+    return records.read_shards(s.folder, stem, schema.Comparison)
+  with mock.patch.object(shards, 'write', written):
+    run_stages((meta_judge, 'm2'), meta_judge_responses=2)(folder)
+
+
+comparisons = Files(make_comparisons, compare_judgements, is_consistent=True,
+                    of='m2/(respond|judge|pairs|meta_judge)/')
+
+
+def compare_answers(folder):
+  """As eval.head_to_head does, with replies of a judge and with grades."""
+  for part, is_graded in (('answers', False), ('oracle', True)):
+    both = head_to_head.Both(folder / 'm2' / part, folder / 'm1' / part, is_graded)
+    if is_graded:
+      result = head_to_head.compare_scores((a.score, b.score) for a, b in both)
+    else:
+      found = head_to_head.verdicts(head_to_head.requests(both), {
+          request.id: 'A' for request in head_to_head.requests(both)})
+      result = head_to_head.compare(found)
+    result |= head_to_head._mean_lengths(both, None)
+    records.dump(schema.HeadToHead(a='m2', b='m1', **result))
+
+
+answers = Files(finished_run, compare_answers, is_consistent=True, of='m[12]/(answers|oracle)/')
+
+
+def read_distributions(folder):
+  """All that eval.distributions reads beside the model."""
+  sources, _ = distributions.find(folder)
+  distributions.prompts_of(sources, 2)
+  distributions.read(folder / distributions.FILE)
+
+
+prompt_sets = Files(finished_run, read_distributions, is_consistent=True,
+                    of='data/seeds/|m1/eft/|m2/prompts/|eval/distributions')
+
+COMMAND = 'measure {checkpoint}'
+
+
+def make_steps(folder):
+  """Two checkpoints, of which one is measured."""
+  finished_run(folder)
+  model = folder / 'm2' / 'model'
+  shutil.copytree(model / 'steps' / '10', model / 'steps' / '20')
+  (model / 'selected.json').unlink()
+  path = model / 'manifest.json'
+  found = json.loads(path.read_text())
+  found['config']['train.select'] = COMMAND
+  stage.write_json(path, found)
+  records.write(folder / 'm2' / 'selection' / 'measures.jsonl', [
+      schema.Measure(step=10, measure=0.25)])
+
+
+def select(folder):
+  with mock.patch.object(selection, '_command', lambda *_: 0.5):
+    run_stages((selection, 'm2'), train_select=COMMAND)(folder)
+
+
+measures = Files(make_steps, select,
+                 of='m2/selection/|m2/model/(manifest|done|steps|config|selected)')
+BY_WINS = dict(train_select='wins', train_judge='random')
+
+
+def make_wins(folder):
+  """Two comparisons of checkpoints, of which one was made."""
+  make_steps(folder)
+  shutil.rmtree(folder / 'm2' / 'selection')
+  stopping._stage(config_of('m2', **BY_WINS), folder).begin()
+
+
+def stop(folder):
+  """Early stopping with answers and checkpoints that are there."""
+  def train_run(config, workdir, wins):
+    wins(10) and wins(20)
+
+  def answers_of(_, workdir, step):
+    return workdir / ('m2' if step == 20 else 'm1') / 'answers'
+  with (mock.patch.object(train, 'run', train_run), mock.patch.object(
+      stopping, '_answers', answers_of), mock.patch.object(engines, 'choose', lambda c, _: c)):
+    run_stages((stopping, 'm2'), **BY_WINS)(folder)
+
+
+wins = Files(make_wins, stop, is_consistent=True,
+             of='m2/stopping/|m2/model/(manifest|done)|m[12]/answers/|data/seeds/heldout')
+
+
+@functools.cache
+def trained_on() -> tuple[pathlib.Path, tokenizers.Tokenizer]:
+  """A folder for a file of training data, and a tokenizer."""
+  folder = fuzzing.folders()
+  (folder / 'tokenizer.model').write_bytes(tokenizer_bytes())
+  return folder, tokenizers.load(folder)
+
+
+def training_files() -> list[tuple[str, bytes]]:
+  with tempfile.TemporaryDirectory() as folder:
+    finished_run(pathlib.Path(folder))
+    paths = [pathlib.Path(folder, name) for name in (
+        'data/seeds/ift.jsonl', 'm1/eft/eft.jsonl', 'm2/pairs/pairs.jsonl')]
+    found = [(path.name, path.read_bytes()) for path in paths]
+  positive = schema.Positive(id='a', prompt='Why?', response='So.', score=5.0, finish='eos')
+  documents = [schema.Document(id=f'{i}', text='Name a fruit. ' * 20) for i in range(3)]
+  return [*found, ('positives.jsonl', lines([dataclasses.asdict(positive)])),
+          ('corpus.jsonl', lines(map(dataclasses.asdict, documents)))]
+
+
+def read_training(given):
+  """The examples of a file of training data, for each objective that takes it."""
+  name, data = given
+  folder, tokenizer = trained_on()
+  path = folder / name
+  path.write_bytes(data)
+  config = config_of('m2', train_data=('corpus',) if name == 'corpus.jsonl' else ('pairs',)).train
+  found = objectives.sft_examples(config, 'plain', [epath.Path(path)], tokenizer)
+  if name == 'pairs.jsonl':
+    found = objectives.pair_examples(config, 'plain', [epath.Path(path)], tokenizer)
+  assert all(found.examples[i].responses for i in range(len(found.examples)))
 
 
 round_stages = Files(tiny_run.make, run_stages((pairs, 'm2'), (health, 'm2'), (audit, 'm2')),
@@ -189,9 +395,9 @@ def read_shards(folder):
   """As readers do, and as a stage that continues on one host."""
   list(records.read_shards(folder, 'responses', schema.Response))
   records.contents(folder)
-  records.kept(folder, 'responses')
+  records.Kept(folder, 'responses').get('p9')
   records.keep_shards(folder, 'responses', 1)
-  records.kept(folder, 'responses')
+  records.Kept(folder, 'responses').get('p0')
 
 
 def append(path):
@@ -228,8 +434,10 @@ def loaded(name):
 TEMPLATES = sorted(path.stem.removeprefix('judge_')
                    for path in pathlib.Path(judges.__file__).parent.glob('judge_*.txt'))
 JUDGEMENTS = [(name, text.encode()) for name in TEMPLATES for text in (
-    loaded(name).example, loaded(name).state(loaded(name).highest),
-    f'1 point for relevance.\n**Total {loaded(name).state(loaded(name).lowest)}** out of 5 points')]
+    loaded(name).example, loaded(name).state(loaded(name).highest))]
+# For a template without numbers there is no total.
+TOTALS = [(name, f'1 point for relevance.\n**Total {loaded(name).state(loaded(name).lowest)}** out '
+           f'of 5 points'.encode()) for name in TEMPLATES]
 
 
 def verdict(data):
@@ -340,8 +548,8 @@ def read_replies(path):
 def read_cache(path):
   cache = endpoint.Cache(path)
   try:
-    for key in cache._places:
-      cache.get(key)
+    for answer in records.read(path, schema.JudgeAnswer):
+      assert cache.get(answer.id).id == answer.id
   finally:
     cache.close()
 
@@ -409,6 +617,11 @@ STUDIES = Files(lambda folder: (folder.mkdir(), (folder / 'loop.json').write_tex
 ARRAY = st.one_of(*(schemas.any_record(kind).map(
     lambda row: (type(row).__name__, records.dump(row).encode())) for kind in schemas.KINDS))
 
+def in_folder(name: str, files: Files, share: float) -> Target:
+  """A target whose inputs are the files of a folder."""
+  return Target(name, files, files, damage=damaged_file, is_folder=True, share=share)
+
+
 TARGETS = [
     Target('parse', ARRAY,
            lambda given: records.parse(given[1], 'x.jsonl:1', getattr(schema, given[0]))),
@@ -417,18 +630,18 @@ TARGETS = [
     Target('read_json', [json.dumps(LM_EVAL).encode(), json.dumps(TREE).encode()],
            fuzzing.in_file(lambda path: records.read_json(path, 'give another file'))),
     Target('gzip', [gzip.compress(lines(rows), mtime=0) for rows in (RANKED, OASST)],
-           fuzzing.in_file(lambda path: list(records.read_any(path)), 'x.jsonl.gz')),
-    Target('shards', files := Files(make_shards, read_shards), files, damage=damaged_file,
-           share=0.5),
+           fuzzing.in_file(lambda path: list(records.read_any(path)), 'x.jsonl.gz'),
+           damage=damaged_gzip),
+    in_folder('shards', Files(make_shards, read_shards), share=0.5),
     Target('appender', [lines([dataclasses.asdict(samples.response(f'p{i}/0')) for i in range(3)])],
            fuzzing.in_file(append, 'x.jsonl')),
-    Target('model_folder', files := Files(make_model, read_model), files, damage=damaged_file,
-           share=0.25),
-    Target('model_folder_consistent', files := Files(make_model, read_model, is_consistent=True),
-           files, damage=damaged_file, share=0.25),
-    Target('lock', [json.dumps(LOCK).encode(), json.dumps(LOCK | lock._pid_scope()).encode()],
-           fuzzing.in_file(read_lock, 'lock.json')),
-    Target('judgement', JUDGEMENTS, judge_text),
+    in_folder('model_folder', Files(make_model, read_model), share=0.25),
+    in_folder('model_folder_consistent', Files(make_model, read_model, is_consistent=True),
+              share=0.25),
+    Target('lock', [json.dumps(LOCK | lock._pid_scope() | dict(started=1)).encode()],
+           fuzzing.in_file(read_lock, 'lock.json'), refused=[json.dumps(LOCK).encode()]),
+    Target('judgement', JUDGEMENTS + [x for x in TOTALS if b'Score: ' in x[1]], judge_text,
+           refused=[x for x in TOTALS if b'Score: ' not in x[1]]),
     Target('verdict', [b'Both are good.\nWinner: A', b'So [[B]] is better.', b'Rating: [[7.5]]'],
            verdict),
     Target('judge_template', template_files(), fuzzing.in_file(read_templates, 'judge.txt')),
@@ -444,18 +657,26 @@ TARGETS = [
            fuzzing.in_file(read_prompts, 'x.json')),
     Target('held_out_prompts', [json.dumps(rows).encode() for rows in (QUESTIONS, ANNOTATIONS)],
            fuzzing.in_file(prompts.evaluation_prompts, 'x.json')),
-    Target('mt_bench', files := Files(make_mt_bench, read_mt_bench), files, damage=damaged_file),
+    in_folder('mt_bench', Files(make_mt_bench, read_mt_bench), share=1),
     Target('alpaca', [json.dumps(ANNOTATIONS).encode()], fuzzing.in_file(read_alpaca)),
-    Target('lm_eval', files := Files(make_harness, read_harness), files, damage=damaged_file),
+    in_folder('lm_eval', Files(make_harness, read_harness), share=1),
     Target('head_to_head', [lines([dict(id='ab', text='Winner: A'), dict(id='ba', text='[[C]]')])],
            fuzzing.in_file(read_replies, 'x.jsonl')),
     Target('judge_cache', [lines([dataclasses.asdict(schema.JudgeAnswer(
         id=f'{i}', text='[[7]]', finish='eos', prompt_tokens=5)) for i in range(3)])],
            fuzzing.in_file(read_cache, 'endpoint.jsonl')),
     Target('completion', [json.dumps(COMPLETION).encode()], read_completion),
-    Target('study', STUDIES, STUDIES, damage=damaged_file),
+    in_folder('study', STUDIES, share=1),
     Target('set', [text.encode() for text in SETS], read_set, damage=changed_text, share=0.5),
-    Target('round_stages', round_stages, round_stages, damage=damaged_file, share=0.025),
-    Target('ranked_stages', ranked_stages, ranked_stages, damage=damaged_file, share=0.025),
-    Target('report', report, report, damage=damaged_file, share=0.05),
+    Target('training_records', training_files(), read_training, share=0.5),
+    in_folder('round_stages', round_stages, share=0.05),
+    in_folder('ranked_stages', ranked_stages, share=0.05),
+    in_folder('oracle', oracle_stage, share=0.05),
+    in_folder('implicit_reward', reward_stage, share=0.05),
+    in_folder('meta_judge', comparisons, share=0.05),
+    in_folder('answers', answers, share=0.05),
+    in_folder('distributions', prompt_sets, share=0.05),
+    in_folder('selection', measures, share=0.05),
+    in_folder('stopping', wins, share=0.05),
+    in_folder('report', report, share=0.05),
 ]

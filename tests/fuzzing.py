@@ -2,8 +2,8 @@
 
 A `Target` is a reader with valid inputs. Input i of a target is one of them, damaged with random
 numbers that depend only on the seed, the target's name and i. `make fuzz` runs 100,000 inputs per
-target, `make fuzz TARGET=NAME` those of one; tests/test_fuzz*.py run 2,000. Targets are declared in
-the modules of MODULES, in a list `TARGETS`.
+target, `make fuzz TARGET=NAME` those of one; tests/test_fuzz*.py run 2,000. A slow target has a
+`share` of these. Targets are declared in the modules of MODULES, in a list `TARGETS`.
 """
 import argparse
 from collections.abc import Callable, Sequence
@@ -47,9 +47,11 @@ class Target:
   name: str
   valid: st.SearchStrategy | Sequence[Input]  # inputs that the reader accepts
   read: Callable[[Input], object]             # raises InputError for bad input
+  refused: Sequence[Input] = ()   # inputs that it refuses, which are damaged too
   examples: Sequence[Input] = ()  # damaged inputs that are tried first, such as earlier findings
+  is_folder: bool = False         # valid: files of one folder, which together are one valid input
   damage: Callable | None = None  # (rng, data, others) -> bytes, instead of `damaged`
-  share: float = 1.0              # of the inputs, for a slow reader
+  share: float = 1.0              # of the inputs, for a slow reader; at least one per valid input
   seconds: float = 10.0           # most per input; ample, because the machine may be loaded
   megabytes: int = 256            # most memory beside what the process had before
 
@@ -59,20 +61,22 @@ class Result:
   """What the inputs of a target led to."""
   name: str
   inputs: int = 0
+  same: int = 0  # inputs that mean the same as undamaged ones, and count as neither of the next two
   accepted: int = 0
   refused: int = 0
   places: set = dataclasses.field(default_factory=set)  # lines that raised InputError
   seconds: float = 0.0
   megabytes: float = 0.0
+  last: str = ''  # the last InputError
   defects: list[str] = dataclasses.field(default_factory=list)
 
   def line(self) -> str:
-    return (f'{self.name:<26} {self.inputs:>8,} {self.accepted:>9,} {self.refused:>8,} '
-            f'{len(self.places):>7} {self.seconds:>8.1f} {self.megabytes:>6.0f}')
+    return (f'{self.name:<26} {self.inputs:>8,} {self.same:>7,} {self.accepted:>9,} '
+            f'{self.refused:>8,} {len(self.places):>7} {self.seconds:>8.1f} {self.megabytes:>6.0f}')
 
 
-HEADER = f'{"target":<26} {"inputs":>8} {"accepted":>9} {"refused":>8} {"reasons":>7} ' \
-         f'{"s":>8} {"MB":>6}'
+HEADER = f'{"target":<26} {"inputs":>8} {"same":>7} {"accepted":>9} {"refused":>8} ' \
+         f'{"reasons":>7} {"s":>8} {"MB":>6}'
 
 
 # Text that replaces a JSON value, or is put somewhere into other text.
@@ -99,9 +103,12 @@ _HOLE = '\x01hole\x01'  # stands for text that is not the JSON of a Python value
 
 
 def damaged(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-  """`data` with one or a few changes, or unchanged, or noise; `others` are spliced into it."""
+  """`data` with one or a few changes, or unchanged, or noise; `others` are spliced into it.
+
+  Unchanged data must be accepted: they show that the input before left nothing behind.
+  """
   way = rng.random()
-  if way < 0.08:
+  if way < 0.03:
     return data
   if way < 0.11:
     return rng.choice(NOISE)
@@ -244,24 +251,37 @@ class TooLong(BaseException):
 
 
 def run(target: Target, inputs: int, seed: int = 0, progress: Callable[[int], None] = id) -> Result:
-  """Feeds the target's examples and `inputs` damaged inputs to it; calls progress(i) before i."""
+  """Feeds undamaged and `inputs` damaged inputs to the target; calls progress(i) before input i.
+
+  The first inputs are the target's valid and refused ones, which must be, and its examples.
+  """
   result, seen = Result(target.name), set()
-  valid = _valid(target)
-  datas = [_data(x) for x in valid]
-  own = list(target.examples)
-  count = len(own) + max(1, round(inputs * target.share))
+  valid, refused = _valid(target), list(target.refused)
+  wanted = dict.fromkeys(valid, 'accepted') | dict.fromkeys(refused, 'refused')
+  same = {_meaning(given) for given in wanted}
+  seeds = valid + refused
+  datas = [_data(x) for x in seeds]
+  own = [*(valid[:1] if target.is_folder else valid), *refused, *target.examples]
+  count = len(own) + max(len(seeds), round(inputs * target.share))
   began = time.perf_counter()
   with contextlib.suppress(Exception):  # what is imported and kept for all inputs is not counted
     target.read(valid[0])
   with _bounded(target.megabytes) as peak:
     for i in range(count):
       progress(i)
-      given = own[i] if i < len(own) else _input(target, valid, datas, seed, i)
-      defect = _feed(target, given, peak, result)
+      given = own[i] if i < len(own) else _input(target, seeds, datas, seed, i - len(own))
+      outcome, defect = _feed(target, given, peak, result)
+      if outcome and outcome != wanted.get(given, outcome):
+        defect = 'undamaged', (f'an undamaged input was {outcome}, but must be {wanted[given]} '
+                               f'{result.last}')
       result.inputs += 1
+      if _meaning(given) in same:
+        result.same += 1
+      elif outcome:
+        setattr(result, outcome, getattr(result, outcome) + 1)
       if defect and defect[0] not in seen:
         seen.add(defect[0])
-        small = _shrunk(target, given, defect[0], peak)
+        small = given if given in wanted else _shrunk(target, given, defect[0], peak)
         result.defects.append(
             f'{target.name}, input {i} of seed {seed}: {defect[1]}\nshrunk input: {_shown(small)}')
         if len(seen) == FOUND:
@@ -272,7 +292,7 @@ def run(target: Target, inputs: int, seed: int = 0, progress: Callable[[int], No
 
 
 def check(target: Target, inputs: int, seed: int = 0):
-  """Raises AssertionError for a defect, or if (nearly) all inputs were accepted, or refused."""
+  """Raises AssertionError for a defect, or if nearly all damaged inputs had the same outcome."""
   result = run(target, inputs, seed)
   assert not result.defects, '\n\n'.join(result.defects)
   assert (problem := one_sided(result)) is None, problem
@@ -280,10 +300,12 @@ def check(target: Target, inputs: int, seed: int = 0):
 
 
 def one_sided(result: Result) -> str | None:
-  """Why a target tests little: inputs that a reader all accepts, or all refuses at once."""
+  """Why a target tests little: nearly all damaged inputs were accepted, or nearly all refused."""
+  damaged_count = result.inputs - result.same
   for name, count in (('accepted', result.accepted), ('refused', result.refused)):
-    if count < 0.01 * result.inputs:
-      return f'{result.name}: {count} of {result.inputs} inputs were {name}; damage them otherwise'
+    if count < 0.01 * damaged_count:
+      return (f'{result.name}: {count} of {damaged_count} damaged inputs were {name}; damage them '
+              f'otherwise')
   return None
 
 
@@ -325,9 +347,10 @@ def _valid(target: Target) -> list[Input]:
   return found
 
 
-def _input(target: Target, valid, datas, seed: int, i: int) -> Input:
+def _input(target: Target, seeds, datas, seed: int, i: int) -> Input:
+  """Damaged input i; each of the undamaged `seeds` is damaged at least once."""
   rng = random.Random(f'{seed} {target.name} {i}')
-  given = rng.choice(valid)
+  given = seeds[i] if i < len(seeds) else rng.choice(seeds)
   return _with(given, (target.damage or damaged)(rng, _data(given), datas))
 
 
@@ -339,11 +362,23 @@ def _with(given: Input, data: bytes) -> Input:
   return (given[0], data) if isinstance(given, tuple) else data
 
 
+def _meaning(given: Input) -> Input:
+  """The input with its JSON, or the JSON of its lines, written in one way; otherwise as it is."""
+  data = _data(given)
+  with contextlib.suppress(ValueError, RecursionError):
+    try:
+      data = json.dumps(json.loads(data)).encode()
+    except ValueError:
+      data = b'\n'.join(json.dumps(json.loads(line)).encode()
+                        for line in data.splitlines() if line.strip())
+  return _with(given, data)
+
+
 def _feed(target: Target, given: Input, peak, result: Result | None = None):
-  """Feeds one input -> None, or (kind of defect, its text)."""
+  """Feeds one input -> (outcome, None) or (None, (kind of defect, its text))."""
   begin, before = time.monotonic(), peak()
   signal.setitimer(signal.ITIMER_REAL, target.seconds)
-  defect = None
+  outcome, defect = None, None
   try:
     target.read(given)
     outcome = 'accepted'
@@ -351,6 +386,7 @@ def _feed(target: Target, given: Input, peak, result: Result | None = None):
     outcome = 'refused'
     if result:
       result.places.add(_place(error))
+      result.last = str(error)
     if len(str(error)) > 2000 or not str(error).strip():
       defect = 'message', f'an InputError of {len(str(error))} characters'
   except TooLong as error:
@@ -359,13 +395,11 @@ def _feed(target: Target, given: Input, peak, result: Result | None = None):
     defect = (type(error).__name__, *_place(error)), f'{error!r:.500}\n{_frames(error)}'
   finally:
     signal.setitimer(signal.ITIMER_REAL, 0)
-  if result and not defect:
-    setattr(result, outcome, getattr(result, outcome) + 1)
   if not defect and time.monotonic() - begin > target.seconds:
     defect = 'time', f'{time.monotonic() - begin:.1f} s, more than {target.seconds}'
   if not defect and peak() > target.megabytes:
     defect = 'memory', f'{peak():.0f} MB, {before:.0f} before, allowed {target.megabytes}'
-  return defect
+  return (None, defect) if defect else (outcome, None)
 
 
 def _place(error: BaseException) -> tuple[str, int]:
@@ -389,7 +423,7 @@ def _shrunk(target: Target, given: Input, kind, peak) -> Input:
   def fails(data: bytes) -> bool:
     nonlocal left
     left -= 1
-    found = _feed(target, _with(given, data), peak)
+    _, found = _feed(target, _with(given, data), peak)
     return bool(found) and found[0] == kind
 
   data, before = _data(given), None

@@ -23,7 +23,7 @@ def make(workdir) -> pathlib.Path:
   for name in MODELS:
     _model(workdir, name)
   config = configs.get('m1', 'tiny')
-  _judge(workdir, config, 'judge', [f'q{i}/{j}' for i in range(3) for j in range(3)], n=2)
+  _judge(workdir, config, 'judge', [f'q0/{j}' for j in range(3)], n=2)  # q0 is for training
   _round(workdir)
   _evaluations(workdir)
   stage.write_json(workdir / 'results.json', dict(

@@ -230,7 +230,7 @@ def each(path, kind: type[records.Record]) -> Iterator[records.Record]:
     if not path.exists():
       return
     with path.open('rb') as file:
-      for number, line in enumerate(file, 1):
+      for number, line in records.numbered(file, name):
         if line.endswith(b'\n') and line.strip():
           yield records.parse(line, f'{name}:{number}', kind)
 

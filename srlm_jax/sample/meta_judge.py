@@ -263,6 +263,9 @@ def best_and_worst(
   index = {j.id: i for i, j in enumerate(group)}
   wins = np.zeros((len(group), len(group)))
   for x in comparisons:
+    if x.first not in index or x.second not in index:
+      raise InputError(f'the comparison {x.id} is of a judgement that this stage does not compare; '
+                       f'delete the folder meta_judge of that model and run its stage again')
     first, second = index[x.first], index[x.second]
     if x.winner == 1:
       wins[first, second] += weights[0]
