@@ -35,7 +35,7 @@ from srlm_jax.eval import agreement, alpaca, endpoint, harness, head_to_head, mt
 from srlm_jax.report import page
 from srlm_jax.reward import eft, health, judges, pairs, scores
 from srlm_jax.sample import meta_judge, prompts
-from srlm_jax.sandbox import audit
+from srlm_jax.sandbox import audit, oracle
 from srlm_jax.train import run as train
 
 # Instead of a file's bytes: it is a folder, a link to nothing, a link to itself, absent.
@@ -149,6 +149,35 @@ round_stages = Files(tiny_run.make, run_stages((pairs, 'm2'), (health, 'm2'), (a
                      is_consistent=True, of='m2/(prompts|respond|judge)/')
 ranked_stages = Files(tiny_run.make, run_stages((eft, 'm1'), (agreement, 'm2')),
                       is_consistent=True, of='data/seeds/ranked|m1/judge/|m2/judge_eval/')
+
+
+def make_for_oracle(folder):
+  """A run whose prompts are instructions of the sandbox."""
+  shutil.rmtree(tiny_run.make(folder) / 'm2' / 'oracle')
+  for path in (folder / 'data/seeds/ranked.jsonl', *folder.glob('m2/answers*/*.jsonl')):
+    path.write_text(re.sub(r'"prompt": "[^"]*"', '"prompt": "Name two nice fruits."',
+                           path.read_text()))
+    tiny_run.consistent(path.parent)
+
+
+def make_answers(folder):
+  made = tiny_run.make(folder.parent / 'other')
+  for name in ('m1', 'm2'):
+    for part in ('answers', 'oracle'):
+      shutil.copytree(made / name / part, folder / name / part)
+  shutil.rmtree(made)
+
+
+def read_answers(folder):
+  """As a comparison of two models does, by a judge and by grades."""
+  both = head_to_head.Both(folder / 'm1' / 'answers', folder / 'm2' / 'answers')
+  list(head_to_head.requests(both))
+  graded = head_to_head.Both(folder / 'm1' / 'oracle', folder / 'm2' / 'oracle', is_graded=True)
+  head_to_head.compare_scores((a.score, b.score) for a, b in graded)
+
+
+oracle_stage = Files(make_for_oracle, run_stages((oracle, 'm2')), is_consistent=True,
+                     of='data/seeds/ranked|m2/(answers|answers_greedy|judge_eval)/')
 
 
 def make_model(folder):
@@ -449,6 +478,8 @@ TARGETS = [
     Target('lm_eval', files := Files(make_harness, read_harness), files, damage=damaged_file),
     Target('head_to_head', [lines([dict(id='ab', text='Winner: A'), dict(id='ba', text='[[C]]')])],
            fuzzing.in_file(read_replies, 'x.jsonl')),
+    Target('compared_answers', files := Files(make_answers, read_answers, is_consistent=True),
+           files, damage=damaged_file, share=0.1),
     Target('judge_cache', [lines([dataclasses.asdict(schema.JudgeAnswer(
         id=f'{i}', text='[[7]]', finish='eos', prompt_tokens=5)) for i in range(3)])],
            fuzzing.in_file(read_cache, 'endpoint.jsonl')),
@@ -457,5 +488,6 @@ TARGETS = [
     Target('set', [text.encode() for text in SETS], read_set, damage=changed_text, share=0.5),
     Target('round_stages', round_stages, round_stages, damage=damaged_file, share=0.025),
     Target('ranked_stages', ranked_stages, ranked_stages, damage=damaged_file, share=0.025),
-    Target('report', report, report, damage=damaged_file, share=0.05),
+    Target('oracle_stage', oracle_stage, oracle_stage, damage=damaged_file, share=0.025),
+    Target('report', report, report, damage=damaged_file, share=0.1),
 ]
