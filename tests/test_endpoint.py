@@ -111,6 +111,25 @@ def test_every_template_gets_the_grade_in_its_own_format():
   assert judge.parse(oracle.answer(judge.render(prompt='Why?', response='x')))[0] is None
 
 
+def test_kept_answers_are_given_one_at_a_time(tmp_path):
+  """A resumed run has one of their requests in memory, not all."""
+  read = []
+
+  def requests(count):
+    for request in asked(count):
+      read.append(request.id)
+      yield request
+  with sandbox(tmp_path) as (url, log):
+    c = section(url, concurrency=1)
+    with endpoint.open(c, tmp_path / 'out') as client:
+      dict(client.ask(asked(20)))
+    with endpoint.open(c, tmp_path / 'out') as client:
+      read_before = [(len(read), name) for name, _ in client.ask(requests(24))]
+  assert read_before[:20] == [(i + 1, f'q{i}') for i in range(20)]
+  assert [name for _, name in read_before] == read == [f'q{i}' for i in range(24)]
+  assert len(log()) == 24
+
+
 def test_one_failure_in_five_and_all_answers_arrive(tmp_path, quick):
   wanted = {r.id: oracle.answer(r.messages[0].content) for r in asked(40)}
   with sandbox(tmp_path, fail=5) as (url, log):

@@ -156,6 +156,7 @@ class Client:
       tuple[str, schema.JudgeAnswer]]:
     """`ask` with the whole answers."""
     ready, waiting, before = collections.deque(), {}, len(self._used)
+    requests = iter(requests)
 
     def missing():
       for request in requests:
@@ -177,6 +178,12 @@ class Client:
         yield name, answer
     new = 0
     with preemption.deferred(), _progress(self.title, total) as progress:
+      for request in requests:  # answers that a stopped run kept, one at a time in memory
+        if (key := self._key(request)) not in self._cache:
+          requests = itertools.chain([request], requests)
+          break
+        ready.append((request.id, key))
+        yield from given()
       with contextlib.closing(self._send(missing())) as keys:
         for key in keys:
           new += 1
