@@ -507,6 +507,6 @@ TARGETS = [
     Target('chat_template', chat_templates(), read_chat_template, examples=BOMBS, share=0.3,
            seconds=60),
     Target('server', requests(), ask, share=0.5),
-    Target('judge_answer', answers(), ask_judge, examples=HOSTILE, damage=damaged_answer,
-           share=0.2, seconds=60),
+    Target('judge_answer', answers()[:2], ask_judge, refused=answers()[2:], examples=HOSTILE,
+           damage=damaged_answer, share=0.2, seconds=60),
 ]

@@ -176,10 +176,10 @@ def run_stages(*found, **changes):
 
 
 def config_of(name, **changes):
-  """The config of a model; SECTION_KEY=VALUE in it."""
+  """The config of a model; changes: {SECTION.KEY: value}."""
   config = configs.get(name, 'tiny').unlock()
   for key, value in changes.items():
-    section, _, key = key.partition('_')
+    section, _, key = key.partition('.')
     config[section][key] = value
   return config
 
@@ -204,7 +204,7 @@ def grade_all(folder):
 oracle_stage = Files(run_without('m2/oracle'), grade_all, is_consistent=True,
                      of='data/seeds/ranked|m2/(answers|answers_greedy|judge_eval)/')
 
-BY_REWARD = dict(pairs_strategy='implicit_reward')
+BY_REWARD = {'pairs.strategy': 'implicit_reward'}
 
 
 def make_rewards(folder):
@@ -234,7 +234,7 @@ def compare_judgements(folder):
     s.begin()
     return records.read_shards(s.folder, stem, schema.Comparison)
   with mock.patch.object(shards, 'write', written):
-    run_stages((meta_judge, 'm2'), meta_judge_responses=2)(folder)
+    run_stages((meta_judge, 'm2'), **{'meta_judge.responses': 2})(folder)
 
 
 comparisons = Files(make_comparisons, compare_judgements, is_consistent=True,
@@ -287,12 +287,12 @@ def make_steps(folder):
 
 def select(folder):
   with mock.patch.object(selection, '_command', lambda *_: 0.5):
-    run_stages((selection, 'm2'), train_select=COMMAND)(folder)
+    run_stages((selection, 'm2'), **{'train.select': COMMAND})(folder)
 
 
 measures = Files(make_steps, select,
                  of='m2/selection/|m2/model/(manifest|done|steps|config|selected)')
-BY_WINS = dict(train_select='wins', train_judge='random')
+BY_WINS = {'train.select': 'wins', 'train.judge': 'random'}
 
 
 def make_wins(folder):
@@ -344,7 +344,8 @@ def read_training(given):
   folder, tokenizer = trained_on()
   path = folder / name
   path.write_bytes(data)
-  config = config_of('m2', train_data=('corpus',) if name == 'corpus.jsonl' else ('pairs',)).train
+  data_names = ('corpus',) if name == 'corpus.jsonl' else ('pairs',)
+  config = config_of('m2', **{'train.data': data_names}).train
   found = objectives.sft_examples(config, 'plain', [epath.Path(path)], tokenizer)
   if name == 'pairs.jsonl':
     found = objectives.pair_examples(config, 'plain', [epath.Path(path)], tokenizer)

@@ -1,6 +1,5 @@
 """Writes a small run: a few records of every stage, without a model, for tests of readers."""
 import dataclasses
-import json
 import pathlib
 
 import samples
@@ -214,7 +213,7 @@ def consistent(folder):
   """Makes the done.json of a stage that of its files now, if it can be read."""
   path = pathlib.Path(folder) / 'done.json'
   try:
-    done = json.loads(path.read_bytes())
+    done = records.read_json(path, '')  # refuses a device
     done['files'] = records.contents(folder)
   except Exception:  # a damaged done.json, or records without sense: they stay as they are
     return
