@@ -8,7 +8,6 @@ plain       .txt with one prompt per line, or JSON lines with `prompt`
 """
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
 
 from etils import epath
 import msgspec
@@ -89,13 +88,9 @@ def read(path) -> list[Question]:
   questions, seen = [], {}
   for i, (where, row) in enumerate(rows):
     try:
-      json.dumps(row, ensure_ascii=False).encode()
       question = _question(msgspec.convert(row, _KINDS[key]), str(i), row)
     except msgspec.ValidationError as error:
       raise InputError(f'{where}: {records.sentence(error)}; correct it') from error
-    except UnicodeEncodeError as error:
-      raise InputError(f'{where}: it contains an unpaired surrogate such as \\ud800, which is not '
-                       f'text; correct it') from error
     said = [m.content for m in conversation.of(question)[-1:]]
     if not all(text.strip() for text in [*said, *row.get('turns', ())]):
       raise InputError(f'{where}: a prompt is blank; delete it')
