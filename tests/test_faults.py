@@ -17,6 +17,7 @@ from absl import flags
 from conftest import init
 from etils import epath
 import faults
+import orbax.checkpoint as ocp
 import power_loss
 import pytest
 
@@ -535,6 +536,18 @@ def test_the_outcome_of_a_stage_covers_files_links_and_arrays(tmp_path, tokenize
     change()
     with pytest.raises(Exception):  # noqa: B017  (Wrong, or Orbax cannot read the array)
       faults.same('', faults.outcome(run, stage), whole)
+
+
+def test_what_orbax_writes_last_into_a_step_is_synced_too(tmp_path, mesh, monkeypatch):
+  synced, sync = [], os.fsync
+  monkeypatch.setattr(os, 'fsync', lambda file: (
+      synced.append(os.readlink(f'/proc/self/fd/{file}')), sync(file)))
+  saver = store.manager(tmp_path, None)
+  saver.save(1, args=ocp.args.Composite(hash=ocp.args.JsonSave({})))
+  saver.close()
+  step = tmp_path / 'steps' / '1'
+  made = {str(step), str(step.parent), *(str(p) for p in step.rglob('*'))}
+  assert str(step / '_CHECKPOINT_METADATA') in made and made <= {*synced}
 
 
 def test_a_refusal_after_power_loss_is_wrong_but_for_a_conversion_that_is_done(
