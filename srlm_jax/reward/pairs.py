@@ -160,7 +160,8 @@ class Made:
       return found
     pair, = found
     margin = pair.chosen_score - pair.rejected_score
-    self.smallest_margin = min(margin, self.smallest_margin or margin)
+    if self.smallest_margin is None or margin < self.smallest_margin:
+      self.smallest_margin = margin
     for mean, value in ((self.margin, margin), (self.chosen, len(pair.chosen)),
                         (self.rejected, len(pair.rejected)),
                         (self.longer, len(pair.chosen) - len(pair.rejected))):
