@@ -7,6 +7,7 @@ import statistics
 from hypothesis import given, settings, strategies as st
 import memory
 import numpy as np
+import processes
 import pytest
 import samples as make
 
@@ -142,7 +143,7 @@ def costs(tmp_path_factory):
   before = 'pairs, max_min', 'agreement', 'oracle'  # they write what the report reads
   programs = [p for p in memory.PROGRAMS if p.name in (*before, *READERS)]
   folder = tmp_path_factory.mktemp('runs')
-  return [memory.measure(programs, prompts, folder) for prompts in SIZES]
+  return [processes.apart(memory.measure, programs, prompts, folder) for prompts in SIZES]
 
 
 @pytest.mark.slow
