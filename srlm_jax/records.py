@@ -10,6 +10,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import operator
@@ -21,6 +22,7 @@ from typing import BinaryIO, TypeVar
 import zlib
 
 from etils import epath
+import fsspec
 import msgspec
 import numpy as np
 
@@ -75,6 +77,8 @@ def _lines(path) -> Iterator[tuple[str, bytes]]:
 
 def numbered(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
   """Yields (number, line) for every line; raises InputError for one longer than MOST_LINE."""
+  if isinstance(file, fsspec.spec.AbstractBufferedFile):  # of a bucket; it reads only whole lines
+    file = io.BufferedReader(file)
   for number in itertools.count(1):
     if not (line := file.readline(MOST_LINE + 1)):
       return

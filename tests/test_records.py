@@ -277,10 +277,12 @@ def denied(*args, **kwargs):
 def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
   path = epath.Path(tmp_path / 'x.jsonl')
   path.write_bytes(LINE)  # patched below, because root ignores file modes
-  for method in ('exists', 'open', 'read_bytes'):
+  for method, read in (('exists', lambda: list(records.read_any(path))),
+                       ('open', lambda: list(records.read_any(path))),
+                       ('open', lambda: records.read_json(path, ''))):
     monkeypatch.setattr(type(path), method, denied)
     with pytest.raises(InputError, match=r'x.jsonl cannot be read \(Permission denied\)'):
-      records.read_json(path, '') if method == 'read_bytes' else list(records.read_any(path))
+      read()
     monkeypatch.undo()
   monkeypatch.setattr(type(path), 'open', denied)
   with pytest.raises(InputError, match=r'y.jsonl cannot be written \(Permission denied\); give'):
