@@ -242,26 +242,6 @@ def _read_all(params):
     arrays.read_into(np.empty(array.shape, array.dtype.numpy_dtype), array)
 
 
-def read_zarray(data: bytes):
-  """The description of an array in a store whose checksums are right: a hostile checkpoint."""
-  import tensorstore as ts
-  folder = fresh('zarray', checkpoint())
-  params = folder / 'steps/0/params'
-  store = ts.KvStore.open(dict(driver='ocdbt', base=f'file://{params}/')).result()
-  store.write(f'{LEAF}/.zarray', data).result()
-  _read_all(params)
-
-
-LEAF = 'layers.mlp.gate_DF'
-
-
-def zarray() -> bytes:
-  import tensorstore as ts
-  params = checkpoint() / 'steps/0/params'
-  store = ts.KvStore.open(dict(driver='ocdbt', base=f'file://{params}/')).result()
-  return store.read(f'{LEAF}/.zarray').result().value
-
-
 SAID = (Message('system', 'Be brief.'), Message('user', 'Name a fruit.'), Message('assistant', 'A'),
         Message('user', 'Another.'))
 VARIABLES = dict(bos_token='<s>', eos_token='</s>')
@@ -503,7 +483,6 @@ TARGETS = [
     Target('safetensors_index', [index()], read_index, share=0.5),
     Target('peft', adapter(), read_adapter, damage=damaged_adapter, share=0.5),
     Target('checkpoint', array_files(), read_arrays, share=0.05, seconds=30, megabytes=512),
-    Target('zarray', [zarray()], read_zarray, share=0.05, seconds=30, megabytes=512),
     Target('chat_template', chat_templates(), read_chat_template, examples=BOMBS, share=0.3,
            seconds=60),
     Target('server', requests(), ask, share=0.5),
