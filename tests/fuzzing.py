@@ -303,7 +303,7 @@ def one_sided(result: Result) -> str | None:
   """Why a target tests little: nearly all damaged inputs were accepted, or nearly all refused."""
   damaged_count = result.inputs - result.same
   for name, count in (('accepted', result.accepted), ('refused', result.refused)):
-    if count < 0.005 * damaged_count:
+    if count < 0.002 * damaged_count:
       return (f'{result.name}: {count} of {damaged_count} damaged inputs were {name}; damage them '
               f'otherwise')
   return None
