@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo evaluate sandbox-m0 test test-slow fuzz torture test-browser test-parity aot aot-full \
-  aot-gpu bench-peers check-vllm check-device lint audit lock clean
+.PHONY: setup demo evaluate sandbox-m0 test test-slow fuzz torture test-browser test-parity aot \
+  aot-full aot-gpu bench-peers check-vllm check-device lint audit lock clean
 
 # The lock file for $(PYTHON) on this machine, or nothing.
 LOCK := $(wildcard requirements/$(shell $(PYTHON) -c 'import sys, sysconfig; \
@@ -86,7 +86,7 @@ fuzz: .venv/.installed  ## 100,000 damaged inputs for every reader; at most an h
 	$(BIN)/python tests/fuzzing.py $(TARGET)
 
 FAULTS ?=
-torture: .venv/.installed  ## kills, power loss and full disks, under an hour; without root or cc: FAULTS=--skip
+torture: .venv/.installed  ## kills, power loss, full disks; under an hour. No root or cc: FAULTS=--skip
 	@failed=0; \
 	$(BIN)/python tests/torture.py || failed=1; \
 	$(BIN)/python tests/faults.py --minutes=20 $(FAULTS) || failed=1; \

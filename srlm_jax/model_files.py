@@ -151,9 +151,7 @@ def read_adapter(folder) -> Adapter | None:
   if not path.exists():
     return None
   advice = f'restore it, or delete {folder} and train that model again'
-  with records.reading(path, advice):
-    data = path.read_bytes()
-  found = records.parse(data, str(path), Adapter, advice)
+  found = records.read_object(path, Adapter, advice)
   if not (1 <= found.rank < 2**24 and found.step >= 0 and found.targets and
           {*found.targets} <= {*configs.LORA_TARGETS} and '\0' not in found.base):
     raise InputError(f'{path} describes no adapter: {configs.show(found)}; {advice}')

@@ -228,15 +228,24 @@ def _kept_file(folder, stem: str):
 
 def read_json(path, advice: str):
   """The value of a JSON file. Raises InputError, which ends with `advice`."""
+  try:
+    return _json(_whole(path, advice))
+  except (ValueError, RecursionError) as error:
+    raise InputError(f'{path}: not JSON ({error}); {advice}') from error
+
+
+def read_object(path, kind: type[Record], advice: str) -> Record:
+  """The JSON object of a file as an object of `kind`; errors as `read_json`."""
+  return parse(_whole(path, advice), str(path), kind, advice)
+
+
+def _whole(path, advice: str) -> bytes:
   path = epath.Path(path)
   with reading(path, advice), path.open('rb') as file:
     data = file.read(MOST_JSON + 1)
   if len(data) > MOST_JSON:
     raise InputError(f'{path} is larger than {MOST_JSON >> 20} MB; {advice}')
-  try:
-    return _json(data)
-  except (ValueError, RecursionError) as error:
-    raise InputError(f'{path}: not JSON ({error}); {advice}') from error
+  return data
 
 
 def _json(data: bytes):

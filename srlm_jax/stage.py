@@ -296,7 +296,7 @@ def summary(folder):
   finished(folder)
   path = epath.Path(folder) / 'done.json'
   kind = catalog.SUMMARIES[path.parent.name]
-  return records.parse(path.read_bytes(), str(path), kind, 'delete it, and run that stage again')
+  return records.read_object(path, kind, 'delete it, and run that stage again')
 
 
 def write_json(path, value):

@@ -107,8 +107,8 @@ def read(path) -> schema.Distributions | None:
   """The result in a file; None if there is none. Raises InputError if it is damaged."""
   if not path.exists():
     return None
-  return records.parse(path.read_bytes(), str(path), schema.Distributions,
-                       'delete it, and run srlm_jax.eval.distributions again')
+  return records.read_object(path, schema.Distributions,
+                             'delete it, and run srlm_jax.eval.distributions again')
 
 
 def _identity(found: schema.Distributions) -> tuple:

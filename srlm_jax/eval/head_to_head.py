@@ -316,7 +316,7 @@ def main(argv):
 def _refuse_fewer(path, count: int):
   """Raises InputError if `path` has the result of more prompts than `count`."""
   if path.exists():
-    before = records.parse(path.read_bytes(), str(path), schema.HeadToHead)
+    before = records.read_object(path, schema.HeadToHead, 'correct or delete it')
     if (every := before.count + before.left_out) > count:
       raise InputError(f'{path} compares {every:,} prompts, and would be replaced by a comparison '
                        f'of {count:,}; give another --out, or delete it')

@@ -383,10 +383,7 @@ def _begun_rows(folder) -> tuple[int, int] | None:
   if not (folder / ROWS).exists():
     raise InputError(f'{folder} has checkpoints but no {ROWS}, so it cannot be resumed; delete it '
                      f'to train again')
-  advice = f'delete {folder} to train again'
-  with records.reading(folder / ROWS, advice):
-    data = (folder / ROWS).read_bytes()
-  return records.parse(data, str(folder / ROWS), schema.Rows, advice).shape
+  return records.read_object(folder / ROWS, schema.Rows, f'delete {folder} to train again').shape
 
 
 def _pack(config, data: training.Examples, mesh, multiple: int, epochs: float,
