@@ -17,6 +17,7 @@ import fuzzing
 from fuzzing import Target
 import numpy as np
 from safetensors.numpy import save, save_file
+import tensorstore as ts
 import test_tokenizer
 
 from srlm_jax import config as configs, InputError
@@ -240,6 +241,26 @@ def _read_all(params):
   stored = arrays.open_all(params, {leaf.name: leaf.shape for leaf in hf.leaves(CONFIG)})
   for array in stored.values():
     arrays.read_into(np.empty(array.shape, array.dtype.numpy_dtype), array)
+
+
+ARRAY = 'layers.mlp.gate_DF'
+
+
+def read_zarray(data: bytes):
+  """The description of an array in a store whose checksums are right: a hostile checkpoint."""
+  folder = fresh('zarray', checkpoint())
+  params = folder / 'steps/0/params'
+  _store(params).write(f'{ARRAY}/{arrays.DESCRIPTION}', data).result()
+  _read_all(params)
+
+
+def zarray() -> bytes:
+  params = checkpoint() / 'steps/0/params'
+  return _store(params).read(f'{ARRAY}/{arrays.DESCRIPTION}').result().value
+
+
+def _store(params):
+  return ts.KvStore.open(dict(driver='ocdbt', base=f'file://{params}/')).result()
 
 
 SAID = (Message('system', 'Be brief.'), Message('user', 'Name a fruit.'), Message('assistant', 'A'),
@@ -483,6 +504,7 @@ TARGETS = [
     Target('safetensors_index', [index()], read_index, share=0.5),
     Target('peft', adapter(), read_adapter, damage=damaged_adapter, share=0.5),
     Target('checkpoint', array_files(), read_arrays, share=0.05, seconds=30, megabytes=512),
+    Target('zarray', [zarray()], read_zarray, share=0.05, seconds=30, megabytes=512),
     Target('chat_template', chat_templates(), read_chat_template, examples=BOMBS, share=0.3,
            seconds=60),
     Target('server', requests(), ask, share=0.5),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from srlm_jax import InputError, model_files, sharding, storage
 from srlm_jax.checkpoint import convert, hashes, store
@@ -219,6 +220,22 @@ def test_damaged_arrays_are_reported_as_damage_not_as_another_model(saved, mesh,
     path.write_bytes(path.read_bytes()[:size])
   with pytest.raises(InputError, match='params cannot be read.*the checkpoint is damaged'):
     store.restore_params(folder, mesh, 'float32')
+
+
+def test_a_deep_description_of_an_array_is_refused_before_tensorstore_parses_it(saved, mesh):
+  folder, _ = saved
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  step = dict(step=jax.ShapeDtypeStruct((), jnp.int32, sharding=device))
+  for part, array, read in (
+      ('params', 'layers.mlp.gate_DF', lambda: store.restore_params(folder, mesh, 'float32')),
+      ('train', 'step', lambda: store.restore_train(folder, 7, step))):
+    path = folder / 'steps' / '7' / part
+    stored = ts.KvStore.open(dict(driver='ocdbt', base=f'file://{path}/')).result()
+    assert b'"zarr_format"' in stored.read(f'{array}/.zarray').result().value
+    read()
+    stored.write(f'{array}/.zarray', b'[' * 10**5 + b']' * 10**5).result()
+    with pytest.raises(InputError, match=f'{array}/.zarray is too long.*the checkpoint is damaged'):
+      read()
 
 
 @pytest.mark.parametrize('name', [

@@ -8,12 +8,29 @@ from srlm_jax import InputError, storage
 
 INDEX = 'cache_pool#index'  # TensorStore's name of the memory for the index of a checkpoint
 INDEX_BYTES = 2**26         # which all its arrays share
+DESCRIPTION = '.zarray'     # the JSON that describes an array
+MOST_DESCRIPTION = 2**14    # bytes; those of a checkpoint have a few hundred
 
 
 def spec(folder, name: str) -> dict:
   """TensorStore's spec of an array in an Orbax folder."""
   return dict(driver='zarr', kvstore=dict(
       driver='ocdbt', base=storage.kvstore(folder), path=f'{name}/'))
+
+
+def check(folder):
+  """Raises InputError if the description of an array in an Orbax folder is too long.
+
+  TensorStore parses it recursively: JSON that is nested too deep would end the process.
+  """
+  try:
+    store = ts.KvStore.open(dict(driver='ocdbt', base=storage.kvstore(folder))).result()
+    names = [name for name in store.list().result() if name.endswith(DESCRIPTION.encode())]
+    for name, read in [(name, store.read(name)) for name in names]:
+      if len(read.result().value) > MOST_DESCRIPTION:
+        raise InputError(_damaged(folder, f'{name.decode(errors="replace")} is too long'))
+  except ValueError as error:
+    raise InputError(_damaged(folder, error)) from error
 
 
 def open_all(params, shapes: dict[str, tuple]) -> dict:
@@ -23,6 +40,7 @@ def open_all(params, shapes: dict[str, tuple]) -> dict:
   """
   if not params.exists():
     raise InputError(f'{params} does not exist; train or convert that model first')
+  check(params)
   context = ts.Context({INDEX: dict(total_bytes_limit=INDEX_BYTES)})
   return {name: _open(params, name, shape, context) for name, shape in shapes.items()}
 

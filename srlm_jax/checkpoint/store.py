@@ -243,6 +243,7 @@ def _restore(path, abstract):
   """Restores a pytree of arrays; InputError if it is missing, damaged or of another model."""
   if not path.exists():
     raise InputError(f'{path} does not exist; train or convert that model first')
+  arrays.check(path)
   args = jax.tree.map(
       lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
       abstract)

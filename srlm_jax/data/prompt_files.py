@@ -82,11 +82,14 @@ def read(path) -> list[Question]:
   rows = list(_rows(path))
   if not rows:
     raise InputError(f'{path} has no prompts; {_ADVICE}')
-  key = next((key for key in _KINDS if key in rows[0][1]), '')
+  key = _kind(rows[0][1])
   if not key:
     raise InputError(f'{rows[0][0]}: no "instruction", "turns" or "prompt"; {_ADVICE}')
   questions, seen = [], {}
   for i, (where, row) in enumerate(rows):
+    if _kind(row) not in (key, ''):
+      raise InputError(f'{where}: has "{_kind(row)}", which the first prompt has not; delete it '
+                       f'or give prompts of one kind')
     try:
       question = _question(msgspec.convert(row, _KINDS[key]), str(i), row)
     except msgspec.ValidationError as error:
@@ -102,6 +105,11 @@ def read(path) -> list[Question]:
     seen[name] = where
     questions.append(question)
   return questions
+
+
+def _kind(row: dict) -> str:
+  """The field that tells what kind of prompt it is; '' if it has none of them."""
+  return next((key for key in _KINDS if key in row), '')
 
 
 def _question(found: _Instruction | Turns | _Plain, index: str, row: dict) -> Question:
