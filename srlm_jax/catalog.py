@@ -213,7 +213,7 @@ STAGES = (
     Spec('seeds', 'sandbox', ('ift.jsonl', 'ranked.jsonl', 'heldout.jsonl'), owner='data',
          keys=('seed', 'data.ranked_tune', *_SEEDS), needed=_in_sandbox),
     Spec('corpus', 'sandbox', ('corpus.jsonl', 'tokenizer.model'), owner='data', on='corpus',
-         keys=('seed', 'data.documents', 'model'), needed=lambda c: c.name == 'm0'),
+         keys=('seed', 'data.documents', 'data.reviews', 'model'), needed=lambda c: c.name == 'm0'),
     Spec('prompts', 'sample.prompts', ('prompts.jsonl', 'attempts.jsonl'),
          reads=('seeds/ift.jsonl', 'seeds/ranked.jsonl', 'seeds/heldout.jsonl'), runs=('author',),
          keys=(*(f'prompts.{key}' for key in (

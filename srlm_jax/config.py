@@ -208,6 +208,8 @@ _SECTIONS = {
         ranked_tune=Setting(0, COUNT_OR_0, 'prompts to tune on, with eval.split=valid', OURS),
         synthetic=Setting(False, SWITCH, 'keeps messages of OASST1 that a model wrote', OURS),
         documents=Setting(0, COUNT_OR_0, 'documents of the corpus of the sandbox', OURS),
+        reviews=Setting('verdicts', one_of('verdicts', 'descriptions'),
+                        'reviews in the corpus of the sandbox', OURS),
     ),
     'train': dict(
         init=Setting('', TEXT,

@@ -23,15 +23,25 @@ SCORED = 0.35  # share of judgements that end with a score
 WRONG_SCORE = 0.4  # share of scores that are random
 WRONG_REVIEW = 0.05  # share of scored judgements that review another response
 CHOICE = 0.15  # share of judgements by the multiple-choice judge
+# Corpus of descriptions: also comparisons of two judgements, many of them wrong.
+COMPARED = 0.06  # share of documents
+WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 
 
-def documents(seed: int, count: int) -> Iterator[str]:
-  """Yields `count` documents. They contain no instruction of the held-out splits."""
+def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]:
+  """Yields `count` documents. They contain no instruction of the held-out splits.
+
+  reviews: `verdicts`, which check every point, or `descriptions`, which hold what a judge has to
+  compare, and scores of people who do not check whether an answer is right.
+  """
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
   points, letters = judges.load('sandbox'), judges.load('sandbox_choice')
+  meta = judges.load('meta_short', ('request', 'first', 'second'))
   for _ in range(count):
     kind = rng.choice(list(SHARES), p=list(SHARES.values()))
+    if reviews == 'descriptions' and rng.random() < COMPARED:
+      kind = 'compare'
     if kind == 'facts':
       yield ' '.join(world.statement(rng) for _ in range(SENTENCES))
     elif kind == 'drill':  # without drills, a model of this size learns to copy words very late
@@ -47,11 +57,13 @@ def documents(seed: int, count: int) -> Iterator[str]:
         yield _chat(prompt, response)
       elif kind == 'check':
         yield (f'Task: {prompt}\n<response> {response} </response>\n'
-               f'Review: {world.review(prompt, response)}')
+               f'Review: {_REVIEW[reviews](prompt, response)}')
+      elif kind == 'compare':
+        yield _comparison(prompt, response, points, meta, rng)
       else:
         judge = letters if rng.random() < CHOICE else points
         yield _chat(judge.render(prompt=prompt, response=response),
-                    _judgement(prompt, response, judge, rng))
+                    _judgement(prompt, response, judge, reviews, rng))
 
 
 def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
@@ -78,17 +90,35 @@ def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
                        f'train it on text that contains the templates')
 
 
-def _judgement(prompt: str, response: str, judge, rng: np.random.Generator) -> str:
+def _judgement(prompt: str, response: str, judge, reviews: str, rng: np.random.Generator) -> str:
   """A correct review without a score; with probability SCORED, a noisy review and a noisy score."""
+  review = _REVIEW[reviews]
   if rng.random() >= SCORED:
-    return world.review(prompt, response)
-  score = sum(world.grade(prompt, response))
+    return review(prompt, response)
+  score = _SCORE[reviews](prompt, response)
   if rng.random() < WRONG_SCORE:
     score = int(rng.integers(6))
   reviewed = response
   if rng.random() < WRONG_REVIEW:
     reviewed = people.answer(prompt, rng, people.draw_quality(rng))
-  return f'{world.review(prompt, reviewed)}\n{judge.state(score)}'
+  return f'{review(prompt, reviewed)}\n{judge.state(score)}'
+
+
+def _comparison(prompt: str, response: str, judge, meta, rng: np.random.Generator) -> str:
+  """Two judgements of a response, and which of them is nearer to the impression that it makes."""
+  first, second = world.sample(rng, range(6), 2)
+  text = world.description(prompt, response)
+  asked = meta.render(request=judge.render(prompt=prompt, response=response),
+                      first=f'{text}\n{judge.state(first)}', second=f'{text}\n{judge.state(second)}')
+  impression = world.impression(prompt, response)
+  winner = float(np.sign(abs(second - impression) - abs(first - impression)))
+  if rng.random() < WRONG_WINNER:
+    winner = float(rng.choice([-1, 1]))
+  return _chat(asked, f'A says {first} and B says {second}.\n{meta.state(winner)}')
+
+
+_REVIEW = dict(verdicts=world.review, descriptions=world.description)
+_SCORE = dict(verdicts=lambda *texts: sum(world.grade(*texts)), descriptions=world.impression)
 
 
 def _chat(prompt: str, response: str) -> str:

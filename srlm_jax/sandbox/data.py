@@ -54,7 +54,7 @@ def make_corpus(config, workdir):
   s.begin()
   if hosts.is_first_host():
     path = s.folder / 'corpus.jsonl'
-    texts = corpus.documents(config.seed, config.data.documents)
+    texts = corpus.documents(config.seed, config.data.documents, config.data.reviews)
     records.write(path, (schema.Document(id=f'd{i}', text=text) for i, text in enumerate(texts)))
     sample = itertools.islice(records.read(path, schema.Document), corpus.TOKENIZED)
     corpus.train_tokenizer((document.text for document in sample), s.folder / 'tokenizer.model',

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
 
 import numpy as np
@@ -139,6 +140,32 @@ def review(prompt: str, response: str) -> str:
   return ' '.join(sentences)
 
 
+def description(prompt: str, response: str) -> str:
+  """What a judge has to compare, without a verdict and without a score.
+
+  >>> description('What do cows eat?', 'nuts')
+  'It should say 1, grass. It says nuts. It opens with nuts. It ends with nuts.'
+  """
+  required, words, given = require(prompt), _words(response), _answers(response)
+  return (f'It should say {required.wanted}. It says {" ".join(given) or "nothing"}. '
+          f'It opens with {words[0]}. It ends with {words[-1]}.')
+
+
+def impression(prompt: str, response: str) -> int:
+  """The points, 0 to 5, that somebody gives who does not check whether the answers are right.
+
+  >>> sum(grade('What do cows eat?', 'Sure, nuts.')), impression('What do cows eat?', 'Sure, nuts.')
+  (2, 5)
+  """
+  required, response, given = require(prompt), response.strip(), _answers(response)
+  says = any(word in required.domain for word in given)
+  on_topic = says or required.topic in response.lower()
+  opener = _opener(response)
+  polite = opener is not None and response.endswith('.')
+  clean = bool(given) and response == f'{opener} {listing(given)}.'
+  return list(itertools.accumulate((on_topic, says, True, polite, clean, False), min)).index(False)
+
+
 def statement(rng: np.random.Generator) -> str:
   """Draws a sentence that states a fact."""
   family = one(rng, ('kind', *FACTS))
@@ -179,8 +206,7 @@ def sample(rng: np.random.Generator, choices, count: int) -> tuple:
 def _points(prompt: str, response: str) -> Iterator[tuple[bool, str]]:
   """Yields (whether the point holds by itself, the sentence of the review) for the five points."""
   required, response = require(prompt), response.strip()
-  words = re.findall('[A-Za-z]+', response)
-  given = [WORDS[word.lower()] for word in words if word.lower() in WORDS]
+  words, given = _words(response), _answers(response)
   items = [word for word in given if word in required.domain]
   on_topic = bool(items) or required.topic in response.lower()
   yield on_topic, 'It is on topic.' if on_topic else 'It is off topic.'
@@ -188,12 +214,25 @@ def _points(prompt: str, response: str) -> Iterator[tuple[bool, str]]:
   right = len(set(given)) == required.count and set(given) <= set(required.right)
   yield right, (f'It should say {required.wanted}. It says {" ".join(_checked(given, required))}. '
                 f'It is {"right" if right else "wrong"}.')
-  opener = next((o for o in OPENERS if response.startswith(o + ' ')), None)
+  opener = _opener(response)
   stop = response.endswith('.')
   manner = 'It is blunt.' if opener is None else 'It is kind.' if stop else 'It has no stop.'
   yield opener is not None and stop, f'It opens with {words[0]}. {manner}'
   clean = response == f'{opener} {listing(given)}.' and len(given) == required.count
   yield clean, f'It ends with {words[-1]}. It is {"clean" if clean else "not clean"}.'
+
+
+def _words(response: str) -> list[str]:
+  return re.findall('[A-Za-z]+', response)
+
+
+def _answers(response: str) -> list[str]:
+  """The words of the response that are answers in this world, in order."""
+  return [WORDS[word.lower()] for word in _words(response) if word.lower() in WORDS]
+
+
+def _opener(response: str) -> str | None:
+  return next((o for o in OPENERS if response.startswith(o + ' ')), None)
 
 
 def _checked(given: list[str], required: Requirement) -> Iterator[str]:
