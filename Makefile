@@ -67,8 +67,8 @@ evaluate: .venv-eval/.installed  ## the demo's models through lm-eval, an outsid
 
 M0 := srlm_jax/sandbox/m0
 sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes
-	$(BIN)/python -m srlm_jax.sandbox --config=sandbox_m0 --workdir=runs/m0
-	$(BIN)/python -m srlm_jax.train --config=sandbox_m0 --workdir=runs/m0
+	$(BIN)/python -m srlm_jax.sandbox --config=sandbox_m0:tiny --workdir=runs/m0
+	$(BIN)/python -m srlm_jax.train --config=sandbox_m0:tiny --workdir=runs/m0
 	rm -rf runs/m0/hf
 	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
 	mkdir -p $(M0)

@@ -64,6 +64,7 @@ install() {
   archive=$(mktemp -d)/srlm_jax.tar.gz
   git -C "$(dirname "$0")/.." archive --output="$archive" HEAD
   gcloud compute tpus queued-resources scp "$archive" "$TPU:" --zone="$ZONE" --node=all --worker=all
+  rm -r "$(dirname "$archive")"
   resource ssh --node=all --worker=all --command="mkdir -p srlm_jax && cd srlm_jax &&
     tar xzf ../srlm_jax.tar.gz && ${PYTHON:-python3} -m venv .venv &&
     .venv/bin/pip install --quiet -e '.[tpu]'"

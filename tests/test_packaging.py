@@ -16,6 +16,8 @@ from packaging.utils import canonicalize_name
 import pytest
 import yaml
 
+from srlm_jax import config
+
 PYPROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())
 LOCKS = sorted((ROOT / 'requirements').glob('py*.txt'))
 NOT_IN_SOURCE = ('.git', '.venv*', 'runs', 'build', '*.egg-info', '__pycache__', '.*_cache',
@@ -51,6 +53,14 @@ def test_the_version_is_the_same_everywhere():
   assert citation['license'] == PYPROJECT['project']['license'] == 'Apache-2.0'
   assert re.search(r'^## \[(.*?)\]', (ROOT / 'CHANGELOG.md').read_text(), re.M)[1] == version
   assert f'version = {{{version}}}' in (ROOT / 'README.md').read_text()
+
+
+def test_make_trains_the_model_of_the_sandbox():
+  configured = re.findall(r'--config=(\S+)', make('sandbox-m0', sys.executable))
+  assert len(configured) == 2
+  for text in configured:
+    c = config.get_config(text)
+    assert (c.name, c.model) == ('m0', 'sandbox') and c.data.documents
 
 
 def test_lock_files_pin_every_dependency_within_its_range():

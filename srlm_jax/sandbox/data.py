@@ -1,7 +1,7 @@
 """Makes the data of the sandbox: the seeds of a run or, for m0, the corpus and the tokenizer.
 
   python -m srlm_jax.sandbox --config=sft:tiny --workdir=runs/demo
-  python -m srlm_jax.sandbox --config=sandbox_m0 --workdir=runs/m0
+  python -m srlm_jax.sandbox --config=sandbox_m0:tiny --workdir=runs/m0
 """
 import itertools
 
