@@ -141,16 +141,17 @@ def tokenizer_files(*files: str) -> list[tuple[str, bytes]]:
 def damaged_tokenizers() -> list[tuple[str, bytes]]:
   """Files on which the tokenizers library panics, fails only when it encodes, or has other ids."""
   (name, data), = tokenizer_files('metaspace/tokenizer.json')
-  found = [json.loads(data) for _ in range(3)]
+  found = [json.loads(data) for _ in range(4)]
   found[0]['model']['continuing_subword_prefix'] = 'x' * 24  # longer than a piece
   found[1]['normalizer'] = dict(type='Precompiled', precompiled_charsmap=1e30)
   vocab = found[2]['model']['vocab']
   vocab[max(vocab, key=vocab.get)] = 10**6
+  found[3]['model']['vocab'][max(vocab, key=vocab.get)] = 2**31
   (unigram, data), = tokenizer_files('unigram/tokenizer.json')
   without_unk = json.loads(data)
   without_unk['model']['unk_id'] = None
-  return [*((name, json.dumps(one).encode()) for one in found),
-          (unigram, json.dumps(without_unk).encode())]
+  files = [(name, json.dumps(one).encode()) for one in found]
+  return [*files[:3], (unigram, json.dumps(without_unk).encode()), files[3]]
 
 
 def json_of_tokenizer(rng, data: bytes, others) -> bytes:
