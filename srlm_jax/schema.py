@@ -20,6 +20,7 @@ from srlm_jax.conversation import Messages
 
 # Ranges far beyond any use: sums and squares of such numbers are finite, and text shows them.
 Number = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 

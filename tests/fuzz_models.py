@@ -141,16 +141,17 @@ def tokenizer_files(*files: str) -> list[tuple[str, bytes]]:
 def damaged_tokenizers() -> list[tuple[str, bytes]]:
   """Files on which the tokenizers library panics, fails only when it encodes, or has other ids."""
   (name, data), = tokenizer_files('metaspace/tokenizer.json')
-  found = [json.loads(data) for _ in range(3)]
+  found = [json.loads(data) for _ in range(4)]
   found[0]['model']['continuing_subword_prefix'] = 'x' * 24  # longer than a piece
   found[1]['normalizer'] = dict(type='Precompiled', precompiled_charsmap=1e30)
   vocab = found[2]['model']['vocab']
   vocab[max(vocab, key=vocab.get)] = 10**6
+  found[3]['model']['vocab'][max(vocab, key=vocab.get)] = 2**31
   (unigram, data), = tokenizer_files('unigram/tokenizer.json')
   without_unk = json.loads(data)
   without_unk['model']['unk_id'] = None
-  return [*((name, json.dumps(one).encode()) for one in found),
-          (unigram, json.dumps(without_unk).encode())]
+  files = [(name, json.dumps(one).encode()) for one in found]
+  return [*files[:3], (unigram, json.dumps(without_unk).encode()), files[3]]
 
 
 def json_of_tokenizer(rng, data: bytes, others) -> bytes:
@@ -466,11 +467,21 @@ HOSTILE = (
 
 
 def ask_judge(data: bytes):
-  """One attempt. A failure after which the client tries again counts as an InputError."""
+  """One attempt. A failure after which the client tries again counts as an InputError.
+
+  The client may use the connection of the answer before, which the server is about to close. Then
+  it tries a second time.
+  """
   server, client = hostile()
   server.answer = data
+  request = endpoint.Request('r', (Message('user', 'Why?'),))
   try:
-    answer = client._one_attempt('key', endpoint.Request('r', (Message('user', 'Why?'),)))
+    try:
+      answer = client._one_attempt('key', request)
+    except endpoint._Failure as failure:
+      if 'Server disconnected' not in failure.reason:
+        raise
+      answer = client._one_attempt('key', request)
   except endpoint._Failure as failure:
     pause = endpoint._pause(3, failure.retry_after)
     assert 0 < pause < 1e6 or failure.retry_after > endpoint.LONGEST_ASKED

@@ -35,6 +35,7 @@ from srlm_jax import (
   selection,
   stage,
   stopping,
+  storage,
   study,
 )
 from srlm_jax.data import oasst, prompt_files, ranked, templates, tokenizer as tokenizers
@@ -171,7 +172,10 @@ def run_stages(*found, **changes):
     # A board has a process and threads of its own.
     with mock.patch.object(metrics, 'Board'), mock.patch.object(scores, 'DRAWS', 10):
       for program, name in found:
-        program.run(config_of(name, **changes), folder)
+        try:
+          program.run(config_of(name, **changes), folder)
+        except OSError as error:  # as cli.run_app does
+          raise storage.failure(error, [str(folder)]) or error from error
   return run
 
 
@@ -617,10 +621,18 @@ STUDIES = Files(lambda folder: (folder.mkdir(), (folder / 'loop.json').write_tex
     study.overview)
 ARRAY = st.one_of(*(schemas.any_record(kind).map(
     lambda row: (type(row).__name__, records.dump(row).encode())) for kind in schemas.KINDS))
+# Damaged files of a run, on which a report once failed.
+IN_REPORT = [('m2/audit/audit.json', b'{"pairs": 3, "right": -1}'),
+             ('eval/alpaca_m2.json', b'//loop'),
+             ('m1/judge/done.json', json.dumps(dict(
+                 judgements=6, parsed=5, lowest=-1e15, highest=-1e15, unparsed={}, seconds=0
+             )).encode())]
 
-def in_folder(name: str, files: Files, share: float) -> Target:
+
+def in_folder(name: str, files: Files, share: float, examples=()) -> Target:
   """A target whose inputs are the files of a folder."""
-  return Target(name, files, files, damage=damaged_file, is_folder=True, share=share)
+  return Target(name, files, files, damage=damaged_file, is_folder=True, share=share,
+                examples=examples)
 
 
 TARGETS = [
@@ -679,5 +691,5 @@ TARGETS = [
     in_folder('distributions', prompt_sets, share=0.05),
     in_folder('selection', measures, share=0.05),
     in_folder('stopping', wins, share=0.05),
-    in_folder('report', report, share=0.05),
+    in_folder('report', report, share=0.05, examples=IN_REPORT),
 ]

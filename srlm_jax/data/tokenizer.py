@@ -17,6 +17,8 @@ from srlm_jax.data.rendering import Template
 
 # The names of the tokens that open and close a model's thinking, in the families that have them.
 THINKING = (('<think>', '</think>'), ('[THINK]', '[/THINK]'))
+# The highest id in a tokenizer.json: its library takes 4 bytes for each missing id below it.
+MOST_ID = 2**24
 _LETTER, _SIGN = '\ua66e', '\u2e0e'  # characters that no added token contains
 _NUMBER = 0x20000  # the first of 42,719 rare letters, which number the messages
 
@@ -243,6 +245,8 @@ class _Transformers(Tokenizer):
     path = self._path = folder / 'tokenizer.json'
     with _refusing(f'transformers cannot load {path} without remote code'):
       with storage.local_folder(folder, model_files.names(folder)) as local:
+        if _highest_id(json.loads((epath.Path(local) / path.name).read_bytes())) > MOST_ID:
+          raise _with_gaps(path)
         self._model = load_transformers(local)
       backend = json.loads(self._model.backend_tokenizer.to_str())
       adds_bos = self._model('a')['input_ids'][:1] == [self._model.bos_token_id]
@@ -297,6 +301,13 @@ class _Transformers(Tokenizer):
   def _is_added(self, i: int, text: str) -> bool:
     """Whether the id is an added token. The unk id counts only if `text` contains its name."""
     return i in self.added and (i != self._model.unk_token_id or self.added[i] in text)
+
+
+def _highest_id(backend) -> int:
+  """The highest id in the vocabulary of a tokenizer.json; -1 if it has no list of ids."""
+  vocab = backend['model'].get('vocab')
+  ids = vocab.values() if isinstance(vocab, dict) else ()
+  return max((i for i in ids if isinstance(i, int)), default=-1)
 
 
 def _settings(folder) -> dict:

@@ -145,11 +145,12 @@ def scores(run: Run) -> list[Chart]:
 
 
 def _on_scale(bars: dict[str, int], scale: tuple[float, float] | None) -> dict[str, float]:
-  """Counts -> shares, with the unused scores of a scale with few values."""
+  """Counts -> shares, with the unused scores of a scale with few values, if all are on it."""
   if scale and 0 < (size := round(scale[1]) - round(scale[0]) + 1) <= _MAX_BARS:
-    bars = {str(value): bars.get(str(value), 0)
-            for value in range(round(scale[0]), round(scale[0]) + size)}
-  total = sum(bars.values())
+    values = [str(value) for value in range(round(scale[0]), round(scale[0]) + size)]
+    if bars.keys() <= {*values}:
+      bars = {value: bars.get(value, 0) for value in values}
+  total = sum(bars.values()) or 1
   return {name: count / total for name, count in bars.items()}
 
 

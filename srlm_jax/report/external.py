@@ -81,8 +81,9 @@ def read(workdir) -> External:
   folder, run = epath.Path(workdir) / 'eval', pathlib.Path(workdir).resolve().name
 
   def found(pattern: str, kind: type[records.Record]) -> dict:
-    return {str(path.relative_to(folder)): results.read(path, kind)
-            for path in sorted(folder.glob(pattern))} if folder.exists() else {}
+    files = {str(path.relative_to(folder)): results.read(path, kind)
+             for path in sorted(folder.glob(pattern))} if folder.exists() else {}
+    return {path: file for path, file in files.items() if file is not None}  # not of broken links
 
   def named(file, *fields: str):
     return dataclasses.replace(file, **{x: model_name(getattr(file, x), run) for x in fields})

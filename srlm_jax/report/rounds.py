@@ -84,8 +84,8 @@ class _Audit:
   judged: schema.Count = 0
   prompts: schema.Count | None = None
   pairs: schema.Count = 0
-  right: schema.Number | None = None
-  wrong: schema.Number | None = None
+  right: schema.Share | None = None
+  wrong: schema.Share | None = None
   judge_mean: schema.Number | None = None
   oracle_mean: schema.Number | None = None
   intervals: dict[str, tuple[schema.Number, schema.Number] | None] = dataclasses.field(
