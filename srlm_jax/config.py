@@ -20,9 +20,10 @@ SIZES = ('auto', 'tiny', 'stories', '7b', '13b', '70b')  # auto: what suits M0
 CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # chat formats: data/templates.py
 FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
-# Names in train.data: corpus, ift, eft and positives are for SFT, pairs and judge_pairs for DPO
+# Names in train.data: corpus, ift, eft and positives are for SFT, the others for DPO
 # (and pairs for SFT on the chosen responses).
-TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs')
+TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs', 'majority_pairs',
+                 'swapped_pairs')
 PAIR_LOSSES = ('dpo',)  # values of train.loss that train on pairs and have a reference
 LOSSES = ('sft', *PAIR_LOSSES)
 # Names in train.lora_targets: the linear layers of a block, as Hugging Face and PEFT name them.
@@ -363,6 +364,11 @@ _SECTIONS = {
         share=Setting(0.15, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
         score_share=Setting(0.5, SHARE,
                          'highest share of judge pairs whose chosen score is the same', OURS),
+    ),
+    'judge_pairs': dict(  # of majority_pairs and swapped_pairs in train.data
+        share=Setting(0.5, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
+        score_share=Setting(0.5, SHARE,
+                            'highest share of them whose chosen score is the same', OURS),
     ),
     'eval': dict(  # answers to held-out prompts
         # valid: the prompts to tune on, and data.ranked_tune of the ranked replies

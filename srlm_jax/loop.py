@@ -32,7 +32,7 @@ from srlm_jax.checkpoint import convert
 from srlm_jax.data import seeds, templates
 from srlm_jax.eval import agreement, endpoint
 from srlm_jax.report import page, results
-from srlm_jax.reward import eft, health, judges, pairs, strategies
+from srlm_jax.reward import eft, health, judge_pairs, judges, pairs, strategies
 from srlm_jax.sample import engine as engines, implicit, judge, meta_judge, prompts, respond
 from srlm_jax.sandbox import audit, control, data as sandbox, oracle
 from srlm_jax.train import run as train
@@ -239,6 +239,11 @@ def make_pairs(config, workdir):
   refuse_too_few(config, stage.summary(workdir / config.name / 'pairs'))
   if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
+  if catalog.needs('judge_swapped', config):
+    judge.run(config, workdir, 'swapped')
+  for name in ('majority', 'swapped'):
+    if catalog.needs(name, config):
+      judge_pairs.run(config, workdir, name)
 
 
 def refuse_too_few(config, made: schema.PairsSummary):

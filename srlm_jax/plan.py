@@ -265,7 +265,9 @@ class Planner:
     known = dict(
         ift=(c.data.ift, answers), eft=(EFT * c.data.ranked_train, judgements),
         positives=(POSITIVES * prompts * c.respond.n, answers), pairs=(pairs, answers),
-        judge_pairs=(pairs * c.meta_judge.share / (1 - c.meta_judge.share), judgements))
+        judge_pairs=(pairs * c.meta_judge.share / (1 - c.meta_judge.share), judgements),
+        **dict.fromkeys(('majority_pairs', 'swapped_pairs'), (
+            pairs * c.judge_pairs.share / (1 - c.judge_pairs.share), judgements)))
     for name in configs.training_data(c):
       if name not in known:
         raise InputError(f'config.train.data names {name}, whose size is not known before it is '
@@ -357,7 +359,8 @@ class Planner:
                  c.meta_judge.max_tokens)
     of_ranked = dict(ranked=c.data.ranked_train, eval=c.data.ranked_eval,
                      agreement=c.data.ranked_eval * self.saved)
-    items = of_ranked[spec.on] * REPLIES if spec.on in of_ranked else count * c.respond.n
+    items = of_ranked[spec.on] * REPLIES if spec.on in of_ranked else count * (
+        1 if spec.on == 'swapped' else c.respond.n)
     n = c.eval.judgements if spec.on == 'agreement' else spec.count(c)
     return Job(items, n, rubric, judged, self.judgement, c.judge.max_tokens)
 

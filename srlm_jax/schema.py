@@ -201,8 +201,8 @@ class JudgePair(Preference):
   rejected_id: str
   chosen_score: Number
   rejected_score: Number
-  chosen_elo: Number
-  rejected_elo: Number
+  chosen_elo: Number | None = None  # of meta-judging
+  rejected_elo: Number | None = None
 
 
 @_record

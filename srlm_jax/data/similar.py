@@ -1,7 +1,7 @@
 """Finds similar texts: ROUGE-L against many texts at once, and leaks of held-out prompts."""
 import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import re
 
 import numpy as np
@@ -62,10 +62,12 @@ class Index:
         return self.texts[i]
     return None
 
-  def nearest(self, text: str) -> tuple[float, int] | None:
+  def nearest(self, text: str, allowed: Callable[[int], bool] = lambda i: True,
+              ) -> tuple[float, int] | None:
     """The highest ROUGE-L F of a text with one of the index, and the position of that one.
 
-    Among equal ones, the first added. None if no text has a word in common with it.
+    Among equal ones, the first added. None if no text whose position is `allowed` has a word in
+    common with it.
 
     >>> Index(['Name a nice fruit.', 'Why is the sky blue?']).nearest('Is the sky blue?')
     (0.888888888888889, 1)
@@ -77,6 +79,8 @@ class Index:
     for i in np.argsort(-bounds, kind='stable').tolist():
       if not common[i] or bounds[i] < best[0] - _TOLERANCE:
         break
+      if not allowed(i):
+        continue
       self.compared += 1
       best = max(best, (rouge_l(self._tokens[i], words), -i))
     return (best[0], -best[1]) if best[0] else None

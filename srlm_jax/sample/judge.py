@@ -1,6 +1,6 @@
 """LLM-as-a-judge: samples several judgements per response and keeps the text of each."""
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 
 from srlm_jax import (
@@ -13,8 +13,8 @@ from srlm_jax import (
   schema,
   stage,
 )
-from srlm_jax.data import ranked as ranking, templates
-from srlm_jax.reward import judges
+from srlm_jax.data import ranked as ranking, similar, templates
+from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, shards
 
 OF_RESPONSES = ('responses', 'again', 'older')  # values of --on that judge sampled responses
@@ -36,6 +36,8 @@ def run(config, workdir, on: str = ''):
   again      the older model (pairs.older) judges the same candidates
              -> MODEL/judge_again
   older      the sampler judges the candidates of the older model -> MODEL/judge_older
+  swapped    the sampler judges responses to similar other prompts (`swapped`)
+             -> MODEL/judge_swapped
   ranked     the sampler judges the ranked replies of the seed data, for EFT -> MODEL/judge
   eval       MODEL itself judges the ranked replies for evaluation (`config.ranked_split`)
              -> MODEL/judge_eval
@@ -110,6 +112,9 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
 
 def items(s: stage.Stage, config, on: str) -> Iterator[Item]:
   """Yields what to judge."""
+  if on == 'swapped':
+    yield from swapped(lambda: s.read('respond/responses-*.jsonl'), config.judge)
+    return
   if on in OF_RESPONSES:
     source, = s.spec.reads
     for r in s.read(source):
@@ -118,6 +123,28 @@ def items(s: stage.Stage, config, on: str) -> Iterator[Item]:
   for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
     for reply in r.replies:
       yield Item(records.join(r.id, reply.id), r.id, conversation.shown(r), reply.text)
+
+
+def swapped(read: Callable[[], Iterable[schema.Response]], config) -> Iterator[Item]:
+  """Yields each prompt with a response to another one, which is therefore worse than its own.
+
+  The other prompt is the most similar one that has no response in common with this one; else it may
+  ask for the same. Of its responses, the first that ended by itself is taken. read() -> responses,
+  those of a prompt one after the other; config: the section `judge`.
+  """
+  names, index, said, first = [], similar.Index(), [], []
+  for group in scoring.by_prompt(read()):
+    names.append(group[0].prompt_id)
+    index.add(conversation.shown(group[0]))
+    texts = [seen(r, config) for r in group]
+    said.append({hash(text) for text in texts})
+    first.append(next((text for r, text in zip(group, texts, strict=True)
+                       if r.finish == schema.EOS), None))
+  for i, name in enumerate(names):
+    found = index.nearest(index.texts[i], lambda j, i=i: j != i and first[j] is not None
+                          and said[i].isdisjoint(said[j]))
+    if found:
+      yield Item(records.join(name, names[found[1]]), name, index.texts[i], first[found[1]])
 
 
 if __name__ == '__main__':

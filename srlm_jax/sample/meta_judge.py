@@ -21,7 +21,7 @@ from scipy import optimize
 
 from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, spill, stage
 from srlm_jax.data import templates
-from srlm_jax.reward import health, judges, scores as scoring
+from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, judge as judging, shards
 
 SLOTS = ('request', 'first', 'second')
@@ -119,7 +119,7 @@ def select(s: stage.Stage, config, judge: judges.Judge) -> Selected:
   """
   selected, file, answers = Selected(), 'judge/judgements-*.jsonl', 'respond/responses-*.jsonl'
   scores = scoring.Judged(s.read(file), config.judge.quorum, s.path(file))
-  for responses in health.by_prompt(s.read(answers)):
+  for responses in scoring.by_prompt(s.read(answers)):
     by_id = {r.id: r for r in responses}
     for group in most_uncertain([scores.of(r.id) for r in responses], config.meta_judge.responses):
       r = by_id[group[0].response_id]
@@ -175,8 +175,7 @@ class Rating:
   """What a pair of judgements is selected by."""
   id: str  # of the pair
   chosen_score: float
-  chosen_elo: float
-  rejected_elo: float
+  gap: float  # between the Elo scores
 
 
 class Made:
@@ -198,7 +197,7 @@ class Made:
         self.dropped[found] += 1
         continue
       pair = _pair(judged.asked, *found)
-      self.ratings.append(Rating(pair.id, pair.chosen_score, pair.chosen_elo, pair.rejected_elo))
+      self.ratings.append(Rating(pair.id, pair.chosen_score, pair.chosen_elo - pair.rejected_elo))
       self._pairs.add(pair.id, records.dump(pair))
     comparisons.finish(s.path('judge/judgements-*.jsonl'))
 
@@ -297,7 +296,7 @@ def limit(made: Sequence[Rating], pair_count: int, share: float,
   size = next((size for size in range(min(maximum, len(made)), 0, -1)  # the largest that there is
                if sum(min(count, most(size)) for count in counts.values()) >= size), 0)
   taken, kept = Counter(), []
-  for pair in sorted(made, key=lambda p: p.rejected_elo - p.chosen_elo):
+  for pair in sorted(made, key=lambda p: -p.gap):
     if taken[pair.chosen_score] < most(size) and len(kept) < size:
       taken[pair.chosen_score] += 1
       kept.append(pair)

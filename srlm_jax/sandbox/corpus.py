@@ -107,9 +107,9 @@ def _judgement(prompt: str, response: str, judge, reviews: str, rng: np.random.G
 def _comparison(prompt: str, response: str, judge, meta, rng: np.random.Generator) -> str:
   """Two judgements of a response, and which of them is nearer to the impression that it makes."""
   first, second = world.sample(rng, range(6), 2)
-  text = world.description(prompt, response)
-  asked = meta.render(request=judge.render(prompt=prompt, response=response),
-                      first=f'{text}\n{judge.state(first)}', second=f'{text}\n{judge.state(second)}')
+  texts = [f'{world.description(prompt, response)}\n{judge.state(x)}' for x in (first, second)]
+  asked = meta.render(request=judge.render(prompt=prompt, response=response), first=texts[0],
+                      second=texts[1])
   impression = world.impression(prompt, response)
   winner = float(np.sign(abs(second - impression) - abs(first - impression)))
   if rng.random() < WRONG_WINNER:
