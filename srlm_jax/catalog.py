@@ -310,7 +310,8 @@ STAGES = (
          keys=('chat', 'model', 'seed', *(f'train.{key}' for key in (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'rows', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
-             'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'length_normalize', 'max_length',
+             'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'sft_weight', 'length_normalize',
+             'max_length',
              'dtype', 'moments', 'lora_rank', 'lora_alpha', 'lora_targets', 'save_every',
              'select', 'max_epochs'))),
          unrecorded=('train.keep', 'train.log_every', 'train.remat', 'mesh.data', 'mesh.fsdp',
@@ -405,7 +406,7 @@ READ_IF = {
     'train.lora_alpha': lambda c: c.train.lora_rank > 0,
     'train.lora_targets': lambda c: c.train.lora_rank > 0,
     **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',
-                     'train.length_normalize'), _trains_on_pairs),
+                     'train.length_normalize', 'train.sft_weight'), _trains_on_pairs),
 }
 
 

@@ -221,6 +221,7 @@ _SECTIONS = {
         pack=Setting(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
         # the same number on every mesh makes the same steps: docs/training.md
         rows=Setting(-1, COUNT_OR_OPEN, 'packed rows per step; -1: the fewest for the mesh', OURS),
+        sft_weight=Setting(1.0, WEIGHT, 'of a demonstration among pairs', OURS),
         # more micro-batches keep fewer activations in memory; the result is the same
         accumulate=Setting(-1, COUNT_OR_OPEN, 'micro-batches per step; -1: chosen', OURS),
         epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),

@@ -107,10 +107,19 @@ def corpus(documents: Iterable[schema.Document], tokenizer, max_length: int) -> 
   return Examples(made, {})
 
 
-def dpo(pairs: Iterable[schema.Preference], tokenizer, chat: str, max_length: int) -> Examples:
-  """-> examples of two responses, chosen and rejected; eos as in `sft`."""
+def dpo(pairs: Iterable[schema.Preference | schema.Demonstration | schema.EftExample], tokenizer,
+        chat: str, max_length: int) -> Examples:
+  """-> examples of two responses, chosen and rejected; eos as in `sft`.
+
+  Of a record with one response, the second is empty: the loss is then that of SFT.
+  """
   kept = _Kept()
   for pair in pairs:
+    if not isinstance(pair, schema.Preference):
+      encoded = _encode(pair, pair.response, pair.finish, pair.token_ids, tokenizer, chat,
+                        max_length)
+      kept.add(pair.id, [encoded, encoded if isinstance(encoded, str) else (encoded[0], [])])
+      continue
     if pair.chosen.strip() == pair.rejected.strip():
       raise InputError(f'pair {pair.id}: chosen and rejected are the same text; remove the pair')
     if not 0 <= pair.soft_label <= 1:

@@ -14,6 +14,7 @@ def dpo(config, policy, reference, lengths, soft_labels):
   `config`: the `train` section. lengths [..., 2]: tokens of the responses. soft_labels [...]: see
   `dpo_loss`. Metrics are {name: [...]}.
   """
+  is_pair, lengths = lengths[..., 1] > 0, jnp.maximum(lengths, 1)
   log_ratios = policy - reference
   if config.length_normalize:
     log_ratios /= lengths
@@ -21,6 +22,7 @@ def dpo(config, policy, reference, lengths, soft_labels):
   loss, margin = dpo_loss(log_ratios, config.beta, soft_labels)
   if config.nll_weight:
     loss += config.nll_weight * nll(policy[..., 0], lengths[..., 0])
+  loss = jnp.where(is_pair, loss, config.sft_weight * nll(policy[..., 0], lengths[..., 0]))
   return loss, dict(margin=margin, accuracy=(margin > 0).astype(jnp.float32),
                     chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
                     chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])

@@ -40,8 +40,11 @@ def sft_examples(config, chat: str, files: Sequence, tokenizer) -> Examples:
 
 
 def pair_examples(config, chat: str, files: Sequence, tokenizer) -> Examples:
-  """Pairs of responses to the same prompt."""
-  return training.dpo(_read(files, schema.Preference), tokenizer, chat, config.max_length)
+  """Pairs of responses to the same prompt, and demonstrations."""
+  kinds = ((file, catalog.KINDS[file.name]) for file in files)
+  found = (record for file, kind in kinds for record in records.read(
+      file, schema.Preference if issubclass(kind, schema.Preference) else kind))
+  return training.dpo(found, tokenizer, chat, config.max_length)
 
 
 _SFT = Objective(sft_examples, batches.pack, losses.sft_loss)

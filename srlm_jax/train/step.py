@@ -83,7 +83,7 @@ def sums(model, config, params, frozen, batch: Batch, key):
     reference = pair_logps(token_logps(model, frozen, batch, None), batch)
     reference = jax.lax.stop_gradient(reference)
   lengths = pair_logps(jnp.ones_like(batch.target_positions, jnp.float32), batch)
-  loss, metrics = loss_fn(config, policy, reference, jnp.maximum(lengths, 1), batch.soft_labels)
+  loss, metrics = loss_fn(config, policy, reference, lengths, batch.soft_labels)
   found = jax.tree.map(lambda x: (x * batch.pair_mask).sum(), dict(metrics, loss=loss))
   return found.pop('loss'), found
 
