@@ -278,7 +278,7 @@ class Tree:
 
   Left out: TensorBoard's events, which hold times, and compiled programs. done.json without
   `seconds` and `generated`, which are of the last start, and without the hash of metrics.jsonl;
-  metrics.jsonl without tokens_per_second; the report without seconds. The arrays of a checkpoint
+  metrics.jsonl without tokens_per_second; the report without seconds and tokens. The arrays of a checkpoint
   are compared by value, because Orbax draws the names of their files.
   """
 
@@ -338,7 +338,7 @@ def _comparable(path):
             for line in text.splitlines()]
   # Of the report, in which the stages of a chart are sorted by their seconds.
   text = re.sub(r'<svg[^>]*aria-label="seconds per stage.*?</svg>', '', text, flags=re.DOTALL)
-  return re.sub(r'\b[\d.,]+ (?:s|min|h)\b', '', text)
+  return re.sub(r'\b[\d.,]+ (?:s|min|h|tokens)\b', '', text)
 
 
 def _first(x, y) -> str:
