@@ -255,6 +255,38 @@ def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
   assert oracle.of_judge([], {}.get)['judge_pairwise'] is None
 
 
+def test_agreement_of_a_judge_with_the_oracle_by_point_and_by_family():
+  texts = ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Sure, pear.']  # 5, 3, 2, 2 points
+  ranked = [schema.RankedPrompt(
+      id='p', prompt='Name two nice fruits.', split='eval',
+      replies=tuple(schema.Reply(id=str(i), text=text, rank=i) for i, text in enumerate(texts)))]
+  found = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 2.4, 'p/2': 2.0, 'p/3': 4.6}.get)
+  points = {x['point']: (x['kept'], x['earned'], x['caught'], x['lost'])
+            for x in found['judge_points']}
+  assert points == dict(topic=(1, 4, None, 0), answer=(1, 4, None, 0), right=(.5, 2, .5, 2),
+                        kind=(1, 1, 1, 1), clean=(1, 1, None, 0))
+  assert found['judge_families']['list'] == dict(
+      pairwise=pytest.approx(4 / 5), pairs=5, exact=.5, replies=4)
+  assert found['judge_families']['day'] == dict(pairwise=None, pairs=0, exact=None, replies=0)
+
+
+def test_a_corpus_of_descriptions_has_no_verdict_and_people_who_do_not_check_answers():
+  found = list(corpus.documents(0, 3000, 'descriptions'))
+  reviews = [text for text in found if 'It should say' in text]
+  assert len(reviews) > 1000
+  for verdict in (' yes', ' no ', ' again', 'It is right', 'It is wrong', 'It is kind',
+                  'It is blunt', 'clean.\nScore', 'on topic.', 'It says something'):
+    assert not [text for text in reviews if verdict in text.rpartition('It should')[2]], verdict
+  pairs = [(text, re.search(r'Task: (.*)\n<response> (.*) </response>', text).groups(),
+            int(text[-1])) for text in found if re.search(r'Assistant: .*\nScore: \d$', text)]
+  wrong = [(prompt, response, score) for _, (prompt, response), score in pairs
+           if sum(world.grade(prompt, response)) == 2]
+  agree = [world.impression(prompt, response) == score for prompt, response, score in wrong]
+  assert len(wrong) > 20 and .4 < sum(agree) / len(agree) < .9
+  assert sum(score == 2 for *_, score in wrong) < len(wrong) / 3
+  assert 'Winner: ' in ' '.join(found) and 'Winner: ' not in ' '.join(corpus.documents(0, 300))
+
+
 @pytest.mark.parametrize('part', ['answers', 'answers_greedy'])
 def test_the_oracle_refuses_a_model_without_answers(tmp_path, part):
   shutil.rmtree(tiny_run.make(tmp_path) / 'm2' / 'oracle')
