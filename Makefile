@@ -65,14 +65,15 @@ demo: .venv/.installed  ## the whole loop, M0 to M3, in the sandbox
 evaluate: .venv-eval/.installed  ## the demo's models through lm-eval, an outside judge and the report
 	PYTHON=.venv-eval/bin/python launch/evaluate_demo.sh $(RUN)
 
-M0 := srlm_jax/sandbox/m0
-sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes
-	$(BIN)/python -m srlm_jax.sandbox --config=sandbox_m0:tiny --workdir=runs/m0
-	$(BIN)/python -m srlm_jax.train --config=sandbox_m0:tiny --workdir=runs/m0
-	rm -rf runs/m0/hf
-	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0/m0/model --to_hf=runs/m0/hf
+SIZE ?= tiny
+M0 := srlm_jax/sandbox/$(if $(filter hard,$(SIZE)),m0_hard,m0)
+sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes. SIZE=hard: the other one
+	$(BIN)/python -m srlm_jax.sandbox --config=sandbox_m0:$(SIZE) --workdir=runs/m0_$(SIZE)
+	$(BIN)/python -m srlm_jax.train --config=sandbox_m0:$(SIZE) --workdir=runs/m0_$(SIZE)
+	rm -rf runs/m0_$(SIZE)/hf
+	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0_$(SIZE)/m0/model --to_hf=runs/m0_$(SIZE)/hf
 	mkdir -p $(M0)
-	cp $(addprefix runs/m0/hf/,config.json model.safetensors tokenizer.model) runs/m0/m0/model/metrics.jsonl runs/m0/m0/model/manifest.json runs/m0/m0/model/done.json $(M0)/
+	cp $(addprefix runs/m0_$(SIZE)/hf/,config.json model.safetensors tokenizer.model) runs/m0_$(SIZE)/m0/model/metrics.jsonl runs/m0_$(SIZE)/m0/model/manifest.json runs/m0_$(SIZE)/m0/model/done.json $(M0)/
 	@echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
 
 test: .venv/.installed

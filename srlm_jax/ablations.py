@@ -32,12 +32,12 @@ ABLATIONS = dict(
 )
 SIZES = dict(
     auto=dict(positives_only=_POSITIVES),  # the learning rate is chosen for the loss
-    tiny=dict(
+    **dict.fromkeys(('tiny', 'hard'), dict(
         multiple_choice=('judge.template=sandbox_choice',),
         positives_only=(*_POSITIVES,
                         'm2,m3,m4:train.learning_rate=3e-4',
                         'm2,m3,m4:train.learning_rate_end=3e-5',
-                        'm2,m3,m4:train.epochs=2')),
+                        'm2,m3,m4:train.epochs=2'))),
     stories=dict(
         multiple_choice=('judge.template=short_choice',),
         positives_only=(*_POSITIVES,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from srlm_jax import closest, InputError
 
-SIZES = ('auto', 'tiny', 'stories', '7b', '13b', '70b')  # auto: what suits M0
+SIZES = ('auto', 'tiny', 'hard', 'stories', '7b', '13b', '70b')  # auto: what suits M0
 CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # chat formats: data/templates.py
 FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
 MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
@@ -415,8 +415,8 @@ def get(name: str, size: str = '70b') -> ConfigDict:
   c.size = size
   c.model = f'llama2-{size}'
   _model(c)
-  if size in ('auto', 'tiny', 'stories'):  # the defaults are the paper's, whose M0 is Llama 2
-    {'auto': _auto, 'tiny': _tiny, 'stories': _stories}[size](c)
+  if size in _CHANGED:
+    _CHANGED[size](c)
   return c.lock()
 
 
@@ -761,6 +761,12 @@ def _tiny(c: ConfigDict):
     t.beta = 2.0              # at 0.1 the model loses its skill as a judge
 
 
+def _hard(c: ConfigDict):
+  """The sandbox with an M0 that does not know how to judge; see docs/judge.md."""
+  _tiny(c)
+  c.data.reviews = 'descriptions'
+
+
 def _small(c: ConfigDict):
   """What the sizes for a laptop's CPU have in common."""
   c.chat = 'plain'
@@ -769,3 +775,7 @@ def _small(c: ConfigDict):
   c.sample.dtype = 'float32'
   c.train.dtype = 'float32'
   c.train.select = ''
+
+
+# The sizes whose defaults are not the paper's, whose M0 is Llama 2.
+_CHANGED = dict(auto=_auto, tiny=_tiny, hard=_hard, stories=_stories)

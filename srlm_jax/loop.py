@@ -46,7 +46,7 @@ def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the run.', required=True)
   flags.DEFINE_enum('size', 'auto', configs.SIZES, 'Preset of model, data and training; auto: what '
                     'suits M0.')
-  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
+  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny and hard have their own).')
   flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'The last model to train.')
   flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own data).')
   flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
@@ -150,7 +150,7 @@ def refuse_too_long(config, shape):
 def convert_m0(config, workdir):
   """M0 as a checkpoint, from a Hugging Face folder."""
   folder = stage.model_folder(workdir, 'm0')
-  source = config.m0 or (sandbox.M0 if config.model == 'sandbox' else '')
+  source = config.m0 or (sandbox.M0S.get(config.size, '') if config.model == 'sandbox' else '')
   if config.data.source != 'sandbox' and not config.data.path:
     raise InputError('--data is missing: the OASST1 file to make seeds from, '
                      '2023-04-12_oasst_ready.trees.jsonl.gz')

@@ -52,8 +52,8 @@ class Study:
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
   flags.DEFINE_enum('size', 'tiny', configs.SIZES, 'Size of the model, the data and the training.')
-  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny has its own).')
-  flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own data).')
+  flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny and hard have their own).')
+  flags.DEFINE_string('data', '', 'OASST1 files (tiny and hard make their own data).')
   flags.DEFINE_integer('seeds', 5, 'Number of runs; the seeds are 0, 1, ..', lower_bound=1)
   flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
                     'A change from srlm_jax/ablations.py.')
