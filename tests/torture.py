@@ -278,8 +278,8 @@ class Tree:
 
   Left out: TensorBoard's events, which hold times, and compiled programs. done.json without
   `seconds` and `generated`, which are of the last start, and without the hash of metrics.jsonl;
-  metrics.jsonl without tokens_per_second; the report without seconds and tokens. The arrays of a checkpoint
-  are compared by value, because Orbax draws the names of their files.
+  metrics.jsonl without tokens_per_second; the report without seconds and tokens. The arrays of a
+  checkpoint are compared by value, because Orbax draws the names of their files.
   """
 
   def __init__(self, folder, has_folders: bool = True):
