@@ -278,8 +278,8 @@ class Tree:
 
   Left out: TensorBoard's events, which hold times, and compiled programs. done.json without
   `seconds` and `generated`, which are of the last start, and without the hash of metrics.jsonl;
-  metrics.jsonl without tokens_per_second; the report without seconds and tokens. The arrays of a checkpoint
-  are compared by value, because Orbax draws the names of their files.
+  metrics.jsonl without tokens_per_second; the report without seconds and tokens. The arrays of a
+  checkpoint are compared by value, because Orbax draws the names of their files.
   """
 
   def __init__(self, folder, has_folders: bool = True):
@@ -291,6 +291,7 @@ class Tree:
                    and p.name in ('params', 'train') and p.parent.parent.name == 'steps'}
     self.files = {str(p.relative_to(folder)): p for p in found
                   if not {*p.parents, p} & {*self.arrays.values()}
+                  and p.name != 'commit_success.txt'  # of Orbax in a bucket
                   and (has_folders or not p.is_dir())}
 
   def difference(self, other: 'Tree') -> str:
@@ -316,7 +317,7 @@ def _differs(name: str, a, b) -> str:
     return '' if a.is_symlink() and b.is_symlink() and os.readlink(a) == os.readlink(b) else name
   if a.is_dir() or b.is_dir():
     return '' if a.is_dir() and b.is_dir() else name
-  if a.name in ('_CHECKPOINT_METADATA', 'commit_success.txt') or filecmp.cmp(a, b, shallow=False):
+  if a.name == '_CHECKPOINT_METADATA' or filecmp.cmp(a, b, shallow=False):
     return ''
   if a.name not in ('done.json', 'metrics.jsonl', 'report.html'):
     return f'{name} differs: {_first(a.read_bytes(), b.read_bytes())}'
@@ -424,7 +425,7 @@ class Bucket(Place):
     for name in [name for name in there if name not in self._inputs or name.startswith(case.makes)]:
       self._files.rm_file(f'{self.url}/{name}')
     wanted = {str(p.relative_to(self.run)): p for p in self.run.rglob('*') if p.is_file()
-              and not {'compiled', 'tensorboard', 'train', 'selectable', 'sft'} & {*p.parts}}
+              and not {'compiled', 'tensorboard', 'train', 'selectable'} & {*p.parts}}
     self._inputs = {*wanted} | {f'{folder.relative_to(self.run)}/{storage.COMMITTED}'
                                 for step in self.run.glob('*/model/steps/*')
                                 for folder in (step, step / 'params', step / 'hash')}
