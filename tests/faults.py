@@ -225,6 +225,8 @@ class Workplace:
       before = shutil.disk_usage(disk).free
       self.succeed(stage.program, arguments)
       wanted, needed = outcome(run, stage), before - shutil.disk_usage(disk).free
+      if needed <= 0:
+        raise Wrong(f'{stage.name}: there were {before} bytes free, and {before - needed} after it')
       for _ in range(count):
         self.start(stage, run)
         left = rng.randrange(needed)
@@ -371,6 +373,8 @@ def main():
     print(f'the loop that the stages are of: {time.time() - begun:.0f} s', flush=True)
     for stage, fault, times in rounds(place, random.Random(given.seed), is_root, has_cc):
       table[stage, fault] += times
+      print(f'{time.time() - begun:5.0f} s  {stage}, {fault}: '
+            + ', '.join(f'{result} {n}' for result, n in sorted(times.items())), flush=True)
       if time.time() - begun > 60 * given.minutes:
         break
   print(f'{"stage":12} {"fault":24} {"times":>5}  outcome')
