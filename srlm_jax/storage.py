@@ -604,6 +604,7 @@ def _configure():
   It would give up after 5 minutes.
   """
   import aiohttp
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  for name in ('gcsfs', 'asyncio'):  # asyncio: of files that are open when the program ends
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
   _SETTINGS.update(requests_timeout=timeout)

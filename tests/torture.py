@@ -637,7 +637,7 @@ def main():
             or case.is_alone and count > 1 or place == 'bucket' and case.in_bucket < count):
           continue
         rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
-        kills = args.kills or case.kills // count or 3
+        kills = args.kills or (0 if place == 'bucket' else case.kills // count) or 3
         bucket = Bucket(root, base, rng) if place == 'bucket' else None
         rows.append(torture(case, hosts, Place(root, base), bucket, kills, rng, args.loud))
         row = rows[-1]
