@@ -28,6 +28,7 @@ import numpy as np
 from srlm_jax import InputError
 
 SECONDS = 10.0     # a growing file in a bucket, or after a power loss, lacks at most these
+LITTLE = 2**26     # bytes; a disk that has less is the one that is full
 TIMEOUT = 60       # seconds without an answer of the bucket, after which a request is repeated
 NOT_SUPPORTED = ('s3', 'az', 'hf', 'gcs')  # schemes of other stores, and a common mistake
 COMMITTED = 'commit_success.txt'  # Orbax writes it into a step in a bucket when it is complete
@@ -146,7 +147,10 @@ def _database_folder() -> str:
 
 
 def _full(path: str | None, places: Sequence[str]) -> str:
-  """The sentence about a full disk: that of the path, or one of those of `places`."""
+  """The sentence about a full disk: that of the path, or one of those of `places`.
+
+  Of several, those are named that have less than `LITTLE` space, if there are any.
+  """
   folders = [next(p for p in (at, *at.parents) if p.is_dir()) for at in map(
       pathlib.Path.absolute, map(pathlib.Path, [path] if path else places or ['.']))]
   if path:  # its own folder may be a temporary one: name the place that it is in
@@ -155,7 +159,8 @@ def _full(path: str | None, places: Sequence[str]) -> str:
                        and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
     folders = folders[-1:]
   disks = {at.stat().st_dev: at for at in reversed(folders)}  # the first folder of each
-  named = ' or '.join(f'the disk of {at} ({_space(at)})' for at in reversed(disks.values()))
+  full = [at for at in reversed(disks.values()) if shutil.disk_usage(at).free < LITTLE]
+  named = ' or '.join(f'the disk of {at} ({_space(at)})' for at in full or reversed(disks.values()))
   return f'{named} is full; free space, and run the same command again'
 
 
