@@ -138,6 +138,11 @@ def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path
   shutil.rmtree(workdir)
 
 
+def costs(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> dict:
+  """-> {name: (cost, records read)}, as `measure`."""
+  return {name: (cost, count) for name, cost, count in measure(programs, prompts, folder)}
+
+
 def _counted(folder: pathlib.Path) -> int:
   """The number of records of a finished stage."""
   done = folder / 'done.json'
