@@ -125,7 +125,7 @@ CASES = (
     Case('loop', 'loop', ('--size=tiny', '--workdir=RUN', '--last=m2',
                           *(f'--set={change}' for change in CHANGES),
                           '--set=m1,m2:train.dropout=0.1', '--set=m1:train.epochs=1'),
-         ('.',), needs=('m0',), kills=12, in_bucket=1),
+         ('.',), needs=('m0',), kills=8, in_bucket=1),
     Case('study', 'study', ('--workdir=RUN/study', '--seeds=1', '--last=m1',
                             *(f'--set={change}' for change in CHANGES), '--name=short',
                             '--set=sft,m1:train.epochs=0.5'),
