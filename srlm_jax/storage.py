@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import sqlite3
+import stat
 import sys
 import tempfile
 import time
@@ -149,7 +150,8 @@ def _database_folder() -> str:
 def _full(path: str | None, places: Sequence[str]) -> str:
   """The sentence about a full disk: that of the path, or one of those of `places`.
 
-  Of several, those are named that have less than `LITTLE` space, if there are any.
+  Of several, those are named that have less than `LITTLE` space, if there are any. If none has, it
+  may be the disk of the file to which the output goes.
   """
   folders = [next(p for p in (at, *at.parents) if p.is_dir()) for at in map(
       pathlib.Path.absolute, map(pathlib.Path, [path] if path else places or ['.']))]
@@ -159,8 +161,12 @@ def _full(path: str | None, places: Sequence[str]) -> str:
                        and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
     folders = folders[-1:]
   disks = {at.stat().st_dev: at for at in reversed(folders)}  # the first folder of each
-  full = [at for at in reversed(disks.values()) if shutil.disk_usage(at).free < LITTLE]
-  named = ' or '.join(f'the disk of {at} ({_space(at)})' for at in full or reversed(disks.values()))
+  known = {str(at): at for at in reversed(disks.values())}
+  full = {name: at for name, at in known.items() if shutil.disk_usage(at).free < LITTLE}
+  if not path and not full:
+    full = {f'the {name}': at for at, name in ((1, 'output'), (2, 'errors')) if stat.S_ISREG(
+        os.fstat(at).st_mode) and shutil.disk_usage(at).free < LITTLE}
+  named = ' or '.join(f'the disk of {name} ({_space(at)})' for name, at in (full or known).items())
   return f'{named} is full; free space, and run the same command again'
 
 

@@ -349,7 +349,8 @@ FULL_FOLDERS = (  # stage, fault, a statement that uses `disk`, what the stage s
      'from srlm_jax import spill; spill.MEMORY = 0',
      '^error: temporary files in .* cannot be written'),
     ('pairs', 'full disk of the log',
-     "import os; os.dup2(os.open(disk + '/log', os.O_WRONLY | os.O_CREAT), 1)", ' is full '))
+     "import os; os.dup2(os.open(disk + '/log', os.O_WRONLY | os.O_CREAT), 1)",
+     r'^error: the disk of the output \(.* is full; '))
 
 
 def main():
