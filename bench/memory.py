@@ -124,19 +124,23 @@ def run(command: Sequence[str], log: pathlib.Path) -> Cost:
               usage.ru_utime + usage.ru_stime)
 
 
-def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> dict:
-  """-> {name: [cost, records read]} of the programs on a run of so many prompts, and of `writing`
-  that run."""
+def measure(programs: Sequence[Program], prompts: int, folder: pathlib.Path
+            ) -> Iterator[tuple[str, Cost, int]]:
+  """Yields (name, cost, records read) of writing a run of so many prompts, and of the programs."""
   workdir, log = folder / 'run', folder / 'log'
   shutil.rmtree(workdir, ignore_errors=True)
-  costs = run([sys.executable, __file__, f'--write={workdir}', f'--prompts={prompts}'], log)
-  found = {'writing': [costs, 0]}
+  yield 'writing', run([sys.executable, __file__, f'--write={workdir}', f'--prompts={prompts}'],
+                       log), 0
   for program in programs:
     shutil.rmtree(workdir / program.writes, ignore_errors=True)
-    found[program.name] = [run(program.command(workdir), log),
-                           sum(_counted(workdir / p) for p in program.reads)]
+    cost = run(program.command(workdir), log)
+    yield program.name, cost, sum(_counted(workdir / p) for p in program.reads)
   shutil.rmtree(workdir)
-  return found
+
+
+def costs(programs: Sequence[Program], prompts: int, folder: pathlib.Path) -> dict:
+  """-> {name: (cost, records read)}, as `measure`."""
+  return {name: (cost, count) for name, cost, count in measure(programs, prompts, folder)}
 
 
 def _counted(folder: pathlib.Path) -> int:
@@ -144,14 +148,6 @@ def _counted(folder: pathlib.Path) -> int:
   done = folder / 'done.json'
   files = json.loads(done.read_text())['files'] if done.exists() else {}
   return sum(count or 0 for count, _ in files.values())
-
-
-def table(found: dict[int, dict], base: dict) -> list[dict]:
-  """{prompts: result of `measure`} -> one row per program and number of prompts."""
-  return [dict(program=name, prompts=prompts, peak_mb=round(cost.peak),
-               over_base_mb=round(cost.peak - base[name][0].peak), seconds=round(cost.seconds, 1),
-               cpu_seconds=round(cost.cpu, 1), records=count)
-          for name in base for prompts, result in found.items() for cost, count in [result[name]]]
 
 
 def main():
@@ -168,17 +164,21 @@ def main():
   if f.instant:
     return instant(f.instant, f.flags)
   programs, sizes = [p for p in PROGRAMS if f.only in p.name], QUICK if f.quick else SIZES
-  with tempfile.TemporaryDirectory(prefix='srlm-memory-') as folder:
-    base, *found = (measure(programs, prompts, pathlib.Path(folder)) for prompts in (BASE, *sizes))
-  rows = table(dict(zip(sizes, found, strict=True)), base)
-  machine = platform.processor() or platform.machine()
+  machine, rows = platform.processor() or platform.machine(), []
   print(f'{machine}, {os.cpu_count()} cores; {CANDIDATES} candidates per prompt, {JUDGEMENTS} '
         f'judgements per candidate')
   print(f'{"program":26} {"prompts":>8} {"peak MB":>8} {"over base":>10} {"seconds":>8} '
-        f'{"CPU s":>8} {"records":>10}')
-  for r in rows:
-    print(f'{r["program"]:26} {r["prompts"]:8,} {r["peak_mb"]:8,} {r["over_base_mb"]:10,} '
-          f'{r["seconds"]:8,} {r["cpu_seconds"]:8,} {r["records"]:10,}')
+        f'{"CPU s":>8} {"records":>10}', flush=True)
+  with tempfile.TemporaryDirectory(prefix='srlm-memory-') as folder:
+    base = {name: cost for name, cost, _ in measure(programs, BASE, pathlib.Path(folder))}
+    for prompts in sizes:
+      for name, cost, count in measure(programs, prompts, pathlib.Path(folder)):
+        r = dict(program=name, prompts=prompts, peak_mb=round(cost.peak),
+                 over_base_mb=round(cost.peak - base[name].peak), seconds=round(cost.seconds, 1),
+                 cpu_seconds=round(cost.cpu, 1), records=count)
+        rows.append(r)
+        print(f'{name:26} {prompts:8,} {r["peak_mb"]:8,} {r["over_base_mb"]:10,} '
+              f'{r["seconds"]:8,} {r["cpu_seconds"]:8,} {count:10,}', flush=True)
   over = sorted({r['program'] for r in rows if r['peak_mb'] > LIMIT})
   print(f'above {LIMIT} MB: {", ".join(over) or "none"}')
   timing.report(dict(machine=machine, limit_mb=LIMIT, rows=rows), f.json)

@@ -69,12 +69,16 @@ class _Watch:
     """Connects this process to the others of the run; exits if some do not connect."""
     _call_in_place_of_abort(self._lost)
     utils.absl_set_min_log_level(3)  # XLA logs the end of a host as an error, in several lines
+    has_joined = False
     try:
       hosts.join(TIMEOUT, self._lost)
+      has_joined = True
       self._note(0)
       hosts.store().wait_at_barrier('srlm/noted', hosts.JOIN * 1000)
       self._look()
     except RuntimeError as error:
+      if has_joined:
+        self._await_reason(error)
       if 'bad_cast' not in str(error):  # what is left of a status, see `_call_in_place_of_abort`
         self._exit(f'this process cannot join the others ({error}); see SRLM_HOSTS, SRLM_HOST and '
                    f'SRLM_COORDINATOR in launch/local.sh', 1)
@@ -163,8 +167,14 @@ class _Watch:
     # The notes of a lost host are the oldest; without host 0, whose store has them, none is old.
     silent = {host: changed for host, (_, changed) in self._notes.items()
               if self._looked - changed > 2 * BEAT}
-    host = min(silent, key=silent.get) if silent else 0
-    self._exit(f'{self._name(host)} was lost; the same command continues from what is saved',
+    others = [host for host in range(_count()) if host != _index()]
+    if silent:
+      who = self._name(min(silent, key=silent.get))
+    elif len(others) == 1 or self._notes and _index():
+      who = self._name(others[0])
+    else:
+      who = 'a host'  # which had not written its first note
+    self._exit(f'{who} was lost; the same command continues from what is saved',
                preemption.EXIT_CODE)
 
   def _name(self, host: int) -> str:
@@ -181,13 +191,22 @@ class _Watch:
 
   def _depart(self, code: int):
     """Exits without JAX's barrier of all hosts."""
+    # In a thread, because XLA may hold a lock of the store until this process has ended.
+    farewell = threading.Thread(target=self._say_farewell, daemon=True)
+    try:
+      farewell.start()
+      farewell.join(2 * FAREWELL)
+    except RuntimeError:  # from Python 3.12, no thread starts while the interpreter ends
+      self._say_farewell()
+    self._flush_and_exit(code)
+
+  def _say_farewell(self):
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       hosts.store().key_value_set(f'srlm/departed/{_index()}', '')
       deadline = time.monotonic() + FAREWELL
       while (_index() == 0 and time.monotonic() < deadline and
              len(hosts.store().key_value_dir_get('srlm/departed/')) < _count()):
         time.sleep(0.1)
-    self._flush_and_exit(code)
 
   def _flush_and_exit(self, code: int):
     lock.release()

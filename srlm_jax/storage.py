@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import sqlite3
+import stat
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ import numpy as np
 from srlm_jax import InputError
 
 SECONDS = 10.0     # a growing file in a bucket, or after a power loss, lacks at most these
+LITTLE = 2**26     # bytes; a disk that has less is the one that is full
 TIMEOUT = 60       # seconds without an answer of the bucket, after which a request is repeated
 NOT_SUPPORTED = ('s3', 'az', 'hf', 'gcs')  # schemes of other stores, and a common mistake
 COMMITTED = 'commit_success.txt'  # Orbax writes it into a step in a bucket when it is complete
@@ -146,7 +148,11 @@ def _database_folder() -> str:
 
 
 def _full(path: str | None, places: Sequence[str]) -> str:
-  """The sentence about a full disk: that of the path, or one of those of `places`."""
+  """The sentence about a full disk: that of the path, or one of those of `places`.
+
+  Of several, those are named that have less than `LITTLE` space, if there are any. If none has, it
+  may be the disk of the file to which the output goes.
+  """
   folders = [next(p for p in (at, *at.parents) if p.is_dir()) for at in map(
       pathlib.Path.absolute, map(pathlib.Path, [path] if path else places or ['.']))]
   if path:  # its own folder may be a temporary one: name the place that it is in
@@ -155,7 +161,12 @@ def _full(path: str | None, places: Sequence[str]) -> str:
                        and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
     folders = folders[-1:]
   disks = {at.stat().st_dev: at for at in reversed(folders)}  # the first folder of each
-  named = ' or '.join(f'the disk of {at} ({_space(at)})' for at in reversed(disks.values()))
+  known = {str(at): at for at in reversed(disks.values())}
+  full = {name: at for name, at in known.items() if shutil.disk_usage(at).free < LITTLE}
+  if not path and not full:
+    full = {f'the {name}': at for at, name in ((1, 'output'), (2, 'errors')) if stat.S_ISREG(
+        os.fstat(at).st_mode) and shutil.disk_usage(at).free < LITTLE}
+  named = ' or '.join(f'the disk of {name} ({_space(at)})' for name, at in (full or known).items())
   return f'{named} is full; free space, and run the same command again'
 
 
@@ -604,6 +615,7 @@ def _configure():
   It would give up after 5 minutes.
   """
   import aiohttp
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  for name in ('gcsfs', 'asyncio'):  # asyncio: of files that are open when the program ends
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
   _SETTINGS.update(requests_timeout=timeout)

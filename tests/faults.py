@@ -36,6 +36,7 @@ CHANGES = ('data.ift=160', 'data.ranked_train=120', 'data.ranked_eval=24', 'data
            'm1:train.epochs=2', 'm2:train.save_every=2', 'train.batch=8')
 NOBODY = 65534
 AS_NOBODY = f'import os; os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})'
+LEAST = 2**17  # bytes that a stage needs; a selection deletes checkpoints, and so needs fewer
 SOON = 'import srlm_jax.lock as l; l.BEAT = 0.2; l.STALE = 0'  # does not wait for a stale lock
 
 
@@ -227,7 +228,7 @@ class Workplace:
       wanted, needed = outcome(run, stage), before - shutil.disk_usage(disk).free
       for _ in range(count):
         self.start(stage, run)
-        left = rng.randrange(needed)
+        left = rng.randrange(max(needed, LEAST))
         with filler.open('wb') as file:
           os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - left)
         ended = self.programs.run(stage.program, arguments)
@@ -348,7 +349,8 @@ FULL_FOLDERS = (  # stage, fault, a statement that uses `disk`, what the stage s
      'from srlm_jax import spill; spill.MEMORY = 0',
      '^error: temporary files in .* cannot be written'),
     ('pairs', 'full disk of the log',
-     "import os; os.dup2(os.open(disk + '/log', os.O_WRONLY | os.O_CREAT), 1)", ' is full '))
+     "import os; os.dup2(os.open(disk + '/log', os.O_WRONLY | os.O_CREAT), 1)",
+     r'^error: the disk of the output \(.* is full; '))
 
 
 def main():
@@ -371,6 +373,8 @@ def main():
     print(f'the loop that the stages are of: {time.time() - begun:.0f} s', flush=True)
     for stage, fault, times in rounds(place, random.Random(given.seed), is_root, has_cc):
       table[stage, fault] += times
+      print(f'{time.time() - begun:5.0f} s  {stage}, {fault}: '
+            + ', '.join(f'{result} {n}' for result, n in sorted(times.items())), flush=True)
       if time.time() - begun > 60 * given.minutes:
         break
   print(f'{"stage":12} {"fault":24} {"times":>5}  outcome')

@@ -312,10 +312,17 @@ def test_a_bug_while_an_error_is_handled_is_not_that_error():
     assert storage.failure(error, ['/run']) is None
 
 
-def test_a_full_disk_without_a_name_is_one_of_the_disks_that_are_used(tmp_path, monkeypatch):
+@pytest.mark.parametrize('free, named', [
+    ((2**30, 2**30), 'the disk of {} (space) or the disk of /proc (space) is full; '),
+    ((2**30, 2**20), 'the disk of /proc (space) is full; '),
+    ((2**20, 2**30), 'the disk of {} (space) is full; ')])
+def test_a_full_disk_without_a_name_is_one_of_the_disks_that_are_used(
+    tmp_path, monkeypatch, free, named):
   monkeypatch.setattr(storage, '_space', lambda folder: 'space')
+  monkeypatch.setattr(shutil, 'disk_usage', lambda folder: types.SimpleNamespace(
+      free=free[str(folder) == '/proc']))
   said = str(storage.failure(OSError(errno.ENOSPC, 'x'), [f'{tmp_path}/new/run', '/proc', '/proc']))
-  assert said.startswith(f'the disk of {tmp_path} (space) or the disk of /proc (space) is full; ')
+  assert said.startswith(named.format(tmp_path))
 
 
 def test_a_disk_without_inodes_says_so(monkeypatch):

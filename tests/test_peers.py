@@ -1,4 +1,5 @@
 """How the processes of a run end when one of them is lost or ends with an error."""
+import re
 import signal
 import socket
 import sys
@@ -72,6 +73,25 @@ def test_hosts_that_do_not_all_connect_end_with_one_sentence():
   assert ends([process, other])[0] == (preemption.EXIT_CODE, [
       'error: the hosts of this run did not all connect within 3 s; start the command on all of '
       'them'])
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_host_that_is_lost_right_after_it_connected_is_named(victim):
+  found = ends(start(2, sys.executable, '-c', f"""
+import os
+from srlm_jax import cli, hosts, peers
+peers.TIMEOUT, peers.BEAT = 4, 0.5
+def join(*args, own=hosts.join):
+  own(*args)
+  if os.environ['SRLM_HOST'] == '{victim}':
+    {KILL}
+hosts.join = join
+cli.run_app(lambda argv: None)
+"""))
+  assert found[victim] == (-signal.SIGKILL, [])
+  code, lines = found[1 - victim]
+  assert code == preemption.EXIT_CODE and len(lines) == 1
+  assert re.match(rf'error: host {victim} of 2 .*was lost; the same command continues', lines[0])
 
 
 @pytest.mark.slow

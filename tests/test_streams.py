@@ -324,7 +324,7 @@ def test_the_memory_of_stages_hardly_grows_with_their_records(tmp_path):
   """In memory, the records of 3,000 prompts would take 90 MB or more."""
   names = 'pairs, temporal', 'health', 'audit', 'eft', 'agreement', 'meta-judge', 'judge'
   programs = [p for p in memory.PROGRAMS if p.name in (*names, 'pairs, max_min')]
-  base, found = (processes.apart(memory.measure, programs, prompts, tmp_path)
+  base, found = (processes.apart(memory.costs, programs, prompts, tmp_path)
                  for prompts in (10, 3000))
   assert {*names} < found.keys()
   for name, (cost, count) in found.items():

@@ -143,7 +143,7 @@ def costs(tmp_path_factory):
   before = 'pairs, max_min', 'agreement', 'oracle'  # they write what the report reads
   programs = [p for p in memory.PROGRAMS if p.name in (*before, *READERS)]
   folder = tmp_path_factory.mktemp('runs')
-  return [processes.apart(memory.measure, programs, prompts, folder) for prompts in SIZES]
+  return [processes.apart(memory.costs, programs, prompts, folder) for prompts in SIZES]
 
 
 @pytest.mark.slow

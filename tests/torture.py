@@ -125,7 +125,7 @@ CASES = (
     Case('loop', 'loop', ('--size=tiny', '--workdir=RUN', '--last=m2',
                           *(f'--set={change}' for change in CHANGES),
                           '--set=m1,m2:train.dropout=0.1', '--set=m1:train.epochs=1'),
-         ('.',), needs=('m0',), kills=12, in_bucket=1),
+         ('.',), needs=('m0',), kills=8, in_bucket=1),
     Case('study', 'study', ('--workdir=RUN/study', '--seeds=1', '--last=m1',
                             *(f'--set={change}' for change in CHANGES), '--name=short',
                             '--set=sft,m1:train.epochs=0.5'),
@@ -637,7 +637,7 @@ def main():
             or case.is_alone and count > 1 or place == 'bucket' and case.in_bucket < count):
           continue
         rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
-        kills = args.kills or case.kills // count or 3
+        kills = args.kills or (0 if place == 'bucket' else case.kills // count) or 3
         bucket = Bucket(root, base, rng) if place == 'bucket' else None
         rows.append(torture(case, hosts, Place(root, base), bucket, kills, rng, args.loud))
         row = rows[-1]

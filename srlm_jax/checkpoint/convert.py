@@ -291,7 +291,8 @@ class LazyArrayHandler(ocp.type_handlers.NumpyHandler):
     spec = arrays.spec(info.parent_dir / 'ocdbt.process_0', info.name)
     spec.update(metadata=dict(chunks=chunk, compressor=dict(id='zstd', level=1)),
                 store_data_equal_to_fill_value=True)
-    return await ts.open(spec, create=True, dtype=value.dtype, shape=value.shape)
+    # open: in a bucket, a request that is repeated because its answer was lost may find the array.
+    return await ts.open(spec, create=True, open=True, dtype=value.dtype, shape=value.shape)
 
 
 def _rows(leaf: hf.Leaf, layer: int, tensor):
