@@ -255,6 +255,21 @@ def test_agreement_of_a_judge_with_the_oracle_and_the_ceiling_of_the_ranks():
   assert oracle.of_judge([], {}.get)['judge_pairwise'] is None
 
 
+def test_agreement_of_a_judge_with_the_oracle_by_point_and_by_family():
+  texts = ['Sure, pear and fig.', 'pear and fig.', 'pear.', 'Sure, pear.']  # 5, 3, 2, 2 points
+  ranked = [schema.RankedPrompt(
+      id='p', prompt='Name two nice fruits.', split='eval',
+      replies=tuple(schema.Reply(id=str(i), text=text, rank=i) for i, text in enumerate(texts)))]
+  found = oracle.of_judge(ranked, {'p/0': 5.0, 'p/1': 2.4, 'p/2': 2.0, 'p/3': 4.6}.get)
+  points = {x['point']: (x['kept'], x['earned'], x['caught'], x['lost'])
+            for x in found['judge_points']}
+  assert points == dict(topic=(1, 4, None, 0), answer=(1, 4, None, 0), right=(.5, 2, .5, 2),
+                        kind=(1, 1, 1, 1), clean=(1, 1, None, 0))
+  assert found['judge_families']['list'] == dict(
+      pairwise=pytest.approx(4 / 5), pairs=5, exact=.5, replies=4)
+  assert found['judge_families']['day'] == dict(pairwise=None, pairs=0, exact=None, replies=0)
+
+
 @pytest.mark.parametrize('part', ['answers', 'answers_greedy'])
 def test_the_oracle_refuses_a_model_without_answers(tmp_path, part):
   shutil.rmtree(tiny_run.make(tmp_path) / 'm2' / 'oracle')

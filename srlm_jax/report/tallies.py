@@ -13,7 +13,7 @@ import numpy as np
 
 from srlm_jax import schema
 from srlm_jax.report import keyed
-from srlm_jax.reward import health
+from srlm_jax.reward import health, scores as scoring
 
 _FINISHES = typing.get_args(schema.Finish)
 
@@ -55,7 +55,7 @@ def _responses(found: Iterable[schema.Response], name: str) -> Responses:
   counted = health.Responses()
 
   def rows():
-    for group in health.by_prompt(found):
+    for group in scoring.by_prompt(found):
       counted.add(group)
       for r in group:
         yield (hash(getattr(r, name)), hash(r.prompt_id), hash((r.prompt_id, r.prompt)),

@@ -5,8 +5,6 @@ model improved. They show when it cannot have improved.
 """
 from collections import Counter
 from collections.abc import Iterable, Iterator
-import itertools
-import operator
 
 from srlm_jax import catalog, cli, hosts, InputError, schema, stage
 from srlm_jax.reward import scores as scoring
@@ -81,7 +79,7 @@ def _count(s: stage.Stage, quorum: int, responses: 'Responses', judgements: 'Jud
       pass
     return
   judged = scoring.Judged(made, quorum, s.path(file)) if s.has(file) else None
-  for group in by_prompt(s.read(answers)):
+  for group in scoring.by_prompt(s.read(answers)):
     responses.add(group)
     if judged:
       ties.add(judged.of(r.id).mean for r in group)
@@ -97,12 +95,6 @@ def of_prompts(attempts: Iterable[schema.Attempt], prompts: Iterable[schema.Prom
   return dict(attempts=made, accepted=accepted, dropped=dict(sorted((+dropped).items())))
 
 
-def by_prompt(responses: Iterable[schema.Response]) -> Iterator[list[schema.Response]]:
-  """Yields the responses to each prompt, which follow each other."""
-  for _, group in itertools.groupby(responses, operator.attrgetter('prompt_id')):
-    yield list(group)
-
-
 class Responses:
   """Statistics of responses. The responses to a prompt must follow each other.
 
@@ -112,7 +104,7 @@ class Responses:
   def __init__(self, responses: Iterable[schema.Response] = ()):
     self.prompts, self._distinct, self._empty = 0, 0, 0
     self.finish, self._characters = Counter(), scoring.Mean()
-    for group in by_prompt(responses):
+    for group in scoring.by_prompt(responses):
       self.add(group)
 
   def add(self, group: list[schema.Response]):

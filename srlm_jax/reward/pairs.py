@@ -10,7 +10,7 @@ import operator
 
 from srlm_jax import catalog, cli, hosts, InputError, records, schema, stage
 from srlm_jax.conversation import Messages
-from srlm_jax.reward import health, scores as scoring, strategies
+from srlm_jax.reward import scores as scoring, strategies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read(s: stage.Stage, config,
         again.of(r.id).mean if again else None,
         next((x.reward for x in implicit.of(r.id)), None) if implicit else None,
         is_older, r.token_ids)
-  for group in health.by_prompt(s.read(responses)):
+  for group in scoring.by_prompt(s.read(responses)):
     prompt_id = group[0].prompt_id
     candidates = [candidate(r, own, False) for r in group]
     if older:

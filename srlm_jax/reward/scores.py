@@ -1,6 +1,6 @@
 """Aggregates judgements into scores: the mean and spread of those that parsed, and statistics."""
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import fractions
 import itertools
@@ -42,6 +42,12 @@ def by_response(judgements: Iterable[schema.Judgement], quorum: int) -> dict[str
   for judgement in judgements:
     grouped.setdefault(judgement.response_id, []).append(judgement)
   return {response_id: of(group, quorum) for response_id, group in grouped.items()}
+
+
+def by_prompt(responses: Iterable[schema.Response]) -> Iterator[list[schema.Response]]:
+  """Yields the responses to each prompt, which follow each other."""
+  for _, group in itertools.groupby(responses, operator.attrgetter('prompt_id')):
+    yield list(group)
 
 
 class Judged:

@@ -21,7 +21,7 @@ from scipy import optimize
 
 from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, spill, stage
 from srlm_jax.data import templates
-from srlm_jax.reward import health, judges, scores as scoring
+from srlm_jax.reward import judges, scores as scoring
 from srlm_jax.sample import engine as engines, judge as judging, shards
 
 SLOTS = ('request', 'first', 'second')
@@ -119,7 +119,7 @@ def select(s: stage.Stage, config, judge: judges.Judge) -> Selected:
   """
   selected, file, answers = Selected(), 'judge/judgements-*.jsonl', 'respond/responses-*.jsonl'
   scores = scoring.Judged(s.read(file), config.judge.quorum, s.path(file))
-  for responses in health.by_prompt(s.read(answers)):
+  for responses in scoring.by_prompt(s.read(answers)):
     by_id = {r.id: r for r in responses}
     for group in most_uncertain([scores.of(r.id) for r in responses], config.meta_judge.responses):
       r = by_id[group[0].response_id]

@@ -11,7 +11,7 @@ import statistics
 
 from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.report import estimates
-from srlm_jax.reward import health, scores as scoring
+from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 
@@ -53,7 +53,7 @@ def measure(responses: Iterable[schema.Response], score: Callable[[str], float |
   """
   characters, margins, histogram, made = scoring.Mean(), Counter(), Counter(), 0
   judge, oracle, sizes = array.array('d'), array.array('d'), array.array('l')  # of the judged ones
-  for group in health.by_prompt(responses):
+  for group in scoring.by_prompt(responses):
     grades, before = {}, len(judge)
     for r in group:
       characters.add(len(r.response))

@@ -11,6 +11,7 @@ from srlm_jax.data import ranked as ranking
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
+POINTS = ('topic', 'answer', 'right', 'kind', 'clean')  # of the rubric, in its order
 _SUMMARY = ('score', 'standard_error', 'greedy', 'judge_pairwise', 'judge_exact', 'ceiling')
 
 
@@ -86,26 +87,59 @@ def of_judge(ranked: Iterable[schema.RankedPrompt],
   over all `ceiling_pairs` pairs, the share that the grades order as the human ranks do; a perfect
   judge reaches this pairwise accuracy, because the ranks are noisy. intervals: the 95 % interval of
   each, over prompts. Undefined values are None.
+
+  judge_points: for each point of the rubric, `kept`: of the `earned` scored replies that earn it,
+  the share to which the judge gives it; `caught`: of the `lost` replies that lose this point first,
+  the share to which the judge does not give it. The judge gives a point if its rounded mean score
+  is at least the point's number. judge_families: judge_pairwise and judge_exact by the family of
+  the instruction, with their counts.
   """
-  terms = array.array('d')  # [prompts, sums and counts, measures]
+  terms, sizes = array.array('d'), array.array('d')  # [prompts, measures]
+  families = {family: np.zeros((2, 2)) for family in world.FAMILIES}
   for r in ranked:
-    replies = [(sum(world.grade(r.prompt, reply.text)), reply.rank,
-                judged(records.join(r.id, reply.id))) for reply in r.replies]
-    scored = [(grade, score) for grade, _, score in replies if score is not None]
-    by_grade = scoring.orders([(-grade, score) for grade, score in scored])
-    by_rank = scoring.orders([(rank, grade) for grade, rank, _ in replies])
-    exact = [scoring.whole(score) == grade for grade, score in scored]
-    terms.extend([sum(d > 0 for d in by_grade), sum(exact), sum(d > 0 for d in by_rank),
-                  len(by_grade), len(exact), len(by_rank)])
-  terms = np.array(terms).reshape(-1, 2, 3)
-  sums, counts = (np.ascontiguousarray(terms[:, i]) for i in range(2))
+    found = _of_prompt([(sum(world.grade(r.prompt, reply.text)), reply.rank,
+                         judged(records.join(r.id, reply.id))) for reply in r.replies])
+    terms.extend(map(sum, found))
+    sizes.extend(map(len, found))
+    families[world.require(r.prompt).family] += [[sum(x), len(x)] for x in found[:2]]
+  sums, counts = (np.array(x).reshape(-1, 3 + 2 * len(POINTS)) for x in (terms, sizes))
+  shares = [_share(*x) for x in zip(sums.sum(0), counts.sum(0), strict=True)]
+  totals = counts.sum(0).astype(int).tolist()
+  intervals = scoring.intervals(sums, counts)
   names = ('judge_pairwise', 'judge_exact', 'ceiling')
-  shares = {name: float(hits / total) if total else None
-            for name, hits, total in zip(names, sums.sum(0), counts.sum(0), strict=True)}
-  sizes = dict(zip(('judge_pairs', 'judge_replies', 'ceiling_pairs'),
-                   counts.sum(0).astype(int).tolist(), strict=True))
-  intervals = dict(zip(names, scoring.intervals(sums, counts), strict=True))
-  return dict(shares, **sizes, intervals=intervals)
+  kept, caught = (slice(3 + i, None, 2) for i in range(2))
+  return dict(
+      zip(names, shares, strict=False),
+      **dict(zip(('judge_pairs', 'judge_replies', 'ceiling_pairs'), totals, strict=False)),
+      intervals=dict(zip(names, intervals, strict=False)),
+      judge_points=[dict(point=point, kept=k, earned=n, caught=c, lost=m, intervals=dict(
+          kept=a, caught=b)) for point, k, n, c, m, a, b in zip(
+              POINTS, shares[kept], totals[kept], shares[caught], totals[caught], intervals[kept],
+              intervals[caught], strict=True)],
+      judge_families={family: dict(pairwise=_share(*pairs), pairs=int(pairs[1]),
+                                   exact=_share(*exact), replies=int(exact[1]))
+                      for family, (pairs, exact) in families.items()})
+
+
+def _of_prompt(replies: list[tuple[int, int, float | None]]) -> list[list[bool]]:
+  """(grade, rank, score) of each reply -> whether the judge is right, for each measure.
+
+  The measures: pairs, exact scores and the ceiling, then for each point kept and caught.
+  """
+  scored = [(grade, score) for grade, _, score in replies if score is not None]
+  by_grade = scoring.orders([(-grade, score) for grade, score in scored])
+  by_rank = scoring.orders([(rank, grade) for grade, rank, _ in replies])
+  whole = [(grade, scoring.whole(score)) for grade, score in scored]
+  found = [[d > 0 for d in by_grade], [grade == score for grade, score in whole],
+           [d > 0 for d in by_rank]]
+  for point in range(1, len(POINTS) + 1):
+    found += [[score >= point for grade, score in whole if grade >= point],
+              [score < point for grade, score in whole if grade == point - 1]]
+  return found
+
+
+def _share(hits: float, total: float) -> float | None:
+  return float(hits / total) if total else None
 
 
 if __name__ == '__main__':
