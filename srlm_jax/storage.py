@@ -161,13 +161,16 @@ def _full(path: str | None, places: Sequence[str]) -> str:
                        and folders[0].is_relative_to(at) and at.stat().st_dev == disk})
     folders = folders[-1:]
   disks = {at.stat().st_dev: at for at in reversed(folders)}  # the first folder of each
-  known = {str(at): at for at in reversed(disks.values())}
-  full = {name: at for name, at in known.items() if shutil.disk_usage(at).free < LITTLE}
-  if not path and not full:
-    full = {f'the {name}': at for at, name in ((1, 'output'), (2, 'errors')) if stat.S_ISREG(
-        os.fstat(at).st_mode) and shutil.disk_usage(at).free < LITTLE}
-  named = ' or '.join(f'the disk of {name} ({_space(at)})' for name, at in (full or known).items())
+  known = [(at, at) for at in reversed(disks.values())]
+  output = [('the output', 1)] if not path and stat.S_ISREG(os.fstat(1).st_mode) else []
+  found = _without_space(known) or _without_space(output) or known
+  named = ' or '.join(f'the disk of {name} ({_space(at)})' for name, at in found)
   return f'{named} is full; free space, and run the same command again'
+
+
+def _without_space(disks: list[tuple]) -> list[tuple]:
+  """Those of the (name, place) whose disk has less than `LITTLE` space."""
+  return [(name, at) for name, at in disks if shutil.disk_usage(at).free < LITTLE]
 
 
 def _space(folder) -> str:

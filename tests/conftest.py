@@ -76,13 +76,18 @@ def mesh():
     yield mesh
 
 
+def real_data(name):
+  """The path of a file or folder of the test data; skips the test where it is absent."""
+  path = DATA / name
+  if not path.exists():
+    pytest.skip(f'{path} is absent; set SRLM_TEST_DATA to the folder of test data')
+  return path
+
+
 @pytest.fixture(scope='session')
 def stories():
   """A trained Llama of 260K parameters, as a Hugging Face folder."""
-  folder = DATA / 'tinyllamas-260k'
-  if not folder.exists():
-    pytest.skip(f'{folder} is absent; set SRLM_TEST_DATA to the folder of test data')
-  return folder
+  return real_data('tinyllamas-260k')
 
 
 @functools.cache

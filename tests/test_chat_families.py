@@ -10,7 +10,7 @@ import functools
 import json
 from unittest import mock
 
-from conftest import DATA, ROOT
+from conftest import DATA, real_data, ROOT
 import pytest
 from test_tokenizer import both, byte_level, prepend
 from tokenizers import AddedToken
@@ -62,14 +62,14 @@ def made(request, tmp_path_factory):
 @functools.cache
 def conversations() -> list:
   """300 conversations: OASST1 and published prompts; one or more turns; with a system message."""
-  rows = records.read_any(DATA / 'oasst1' / 'validation.en.messages.jsonl.gz')
+  rows = records.read_any(real_data('oasst1/validation.en.messages.jsonl.gz'))
   turns = [turn for _, turn in oasst.turns(rows, False) if not turn.dropped]
   first = [(Message('user', turn.prompt),) for turn in turns if not turn.messages]
   later = [turn.messages for turn in turns if turn.messages]
   seeds = [(SYSTEM, Message('user', f'\n {record["instruction"]} ')) for _, record in
-           records.read_any(DATA / 'prompts' / 'self_instruct_seed_tasks.jsonl')]
+           records.read_any(real_data('prompts/self_instruct_seed_tasks.jsonl'))]
   bench = [(SYSTEM, *in_turns([record['turns'][0], ' Yes.\n\nNo? ', record['turns'][1]]))
-           for _, record in records.read_any(DATA / 'prompts' / 'mt_bench_questions.jsonl')]
+           for _, record in records.read_any(real_data('prompts/mt_bench_questions.jsonl'))]
   found = [*first[:90], *later[:90], *seeds[:60], *bench[:60]]
   assert len(found) == 300
   return found

@@ -362,8 +362,8 @@ def peaks(tmp_path, config):
   return found, max(2 * int(np.prod(leaf.hf_shape)) for leaf in hf.leaves(config))
 
 
-@pytest.mark.parametrize('family', [
-    'llama', *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != 'llama')])
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
 def test_peak_memory_does_not_grow_with_the_model(tmp_path, family):
   config = Config(D=512, F=1024, K=1, G=1, H=64, V=512, layers=32, context=32, family=family,
                   **FAMILIES[family].constants)

@@ -11,7 +11,7 @@ import threading
 import time
 
 from boards import shown
-from conftest import config_flags, DATA, main, ROOT, run_main, server
+from conftest import config_flags, main, real_data, ROOT, run_main, server
 import numpy as np
 import processes
 import pytest
@@ -539,9 +539,7 @@ class Strange(test_evaluators.Judge):
 
 @pytest.mark.slow
 def test_judgments_equal_those_of_fastchat_and_its_table_shows_them(tmp_path):
-  source = DATA / 'prompts' / 'mt_bench_questions.jsonl'
-  if not source.exists():
-    pytest.skip(f'{source} is absent; set SRLM_TEST_DATA to the folder of test data')
+  source = real_data('prompts/mt_bench_questions.jsonl')
   data, ours = tmp_path / 'data' / 'mt_bench', tmp_path / 'ours' / 'gpt-4_single.jsonl'
   data.mkdir(parents=True)
   shutil.copy(source, data / 'question.jsonl')

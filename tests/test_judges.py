@@ -4,7 +4,7 @@ import pathlib
 import re
 import time
 
-from conftest import DATA
+from conftest import real_data
 from hypothesis import given, strategies as st
 import pytest
 
@@ -143,10 +143,8 @@ def test_tags_in_a_response_are_neutralised(attack):
 
 
 def test_the_paper_template_loads_by_path():
-  path = DATA.parent / 'paper' / 'judge_figure2.txt'
-  if not path.exists():
-    pytest.skip(f'{path} is absent; set SRLM_TEST_DATA')
-  shown = judges.load(str(path)).render(prompt='Why?', response='Because.')
+  template = judges.load(str(real_data('../paper/judge_figure2.txt')))
+  shown = template.render(prompt='Why?', response='Because.')
   assert 'User: Why?' in shown and '<response>Because.</response>' in shown
 
 

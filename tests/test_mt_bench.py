@@ -1,21 +1,19 @@
 import json
 import os
 
-from conftest import DATA, run_main
+from conftest import real_data, run_main
 import pytest
 
 from srlm_jax import InputError, records, schema
 from srlm_jax.data import prompt_files
 from srlm_jax.eval import mt_bench
 
-QUESTIONS = DATA / 'prompts' / 'mt_bench_questions.jsonl'
+QUESTIONS = 'prompts/mt_bench_questions.jsonl'
 
 
 @pytest.fixture(scope='module')
 def questions():
-  if not QUESTIONS.exists():
-    pytest.skip(f'{QUESTIONS} is absent; set SRLM_TEST_DATA to the folder of test data')
-  return mt_bench.read_questions(QUESTIONS)
+  return mt_bench.read_questions(real_data(QUESTIONS))
 
 
 def judgment(question, turn, score, model='m2', **fields):
@@ -62,7 +60,7 @@ def test_three_eighths_of_the_overall_score_are_hard_as_in_the_paper(questions):
 
 
 def run(judgments, out, *flags):
-  return run_main('eval.mt_bench', f'--questions={QUESTIONS}', f'--out={out}',
+  return run_main('eval.mt_bench', f'--questions={real_data(QUESTIONS)}', f'--out={out}',
                   f'--judgments={judgments}', *flags)
 
 

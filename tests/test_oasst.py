@@ -9,7 +9,7 @@ import json
 import random
 import re
 
-from conftest import DATA
+from conftest import real_data
 import pytest
 from test_judges import NAMES
 import test_seeds
@@ -413,9 +413,7 @@ def test_conversations_with_the_same_first_message_count_as_one(tmp_path):
 
 
 def real(name):
-  path = DATA / 'oasst1' / name
-  if not path.exists():
-    pytest.skip(f'no real data: {path} is absent; set SRLM_TEST_DATA')
+  path = real_data(f'oasst1/{name}')
   with gzip.open(path) as f:
     return path, [json.loads(line) for line in f]
 

@@ -1,7 +1,7 @@
 import collections
 import dataclasses
 
-from conftest import DATA, main
+from conftest import main, real_data
 import numpy as np
 import pytest
 
@@ -178,7 +178,7 @@ def test_packed_rows_of_oasst_are_at_most_a_tenth_padding(stories, tmp_path):
   """At the paper's batch size."""
   main('data.seeds', '--config=configs/sft.py:stories', f'--workdir={tmp_path}',
        '--config.data.ift=400',
-       f'--config.data.path={DATA}/oasst1/validation.en.messages.jsonl.gz')
+       f'--config.data.path={real_data("oasst1/validation.en.messages.jsonl.gz")}')
   rows = records.read(tmp_path / 'data' / 'seeds' / 'ift.jsonl', schema.Demonstration)
   found = training.sft(rows, tokenizer.load(stories, 512), 'plain', 2048).examples
   packed, alone = Packing(found, 16, 20, 0, 2048), Packing(found, 16, 20, 0)

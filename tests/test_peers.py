@@ -60,6 +60,7 @@ def test_hosts_with_the_same_error_print_that_error():
   assert run(None, '', 'raise InputError("no such file")') == [(1, ['error: no such file'])] * 2
 
 
+@pytest.mark.slow
 def test_hosts_that_end_at_different_times_or_are_busy_for_long_end_normally():
   """Longer than the time-out; the one that is busy does not release Python's lock."""
   hold = 'import ctypes; ctypes.PyDLL(None).usleep(6_000_000)'

@@ -1,7 +1,7 @@
 import gzip
 import json
 
-from conftest import DATA
+from conftest import real_data
 import pytest
 import samples
 
@@ -121,9 +121,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 def test_the_file_of_mt_bench_itself():
-  path = DATA / 'prompts' / 'mt_bench_questions.jsonl'
-  if not path.exists():
-    pytest.skip(f'{path} is absent; set SRLM_TEST_DATA to the folder of test data')
+  path = real_data('prompts/mt_bench_questions.jsonl')
   found = prompt_files.read(path)
   assert len(found) == 80 and all(q.second for q in found)
   count = {t: sum(q.temperature == t for q in found) for t in (0.0, 0.1, 0.7)}

@@ -1,6 +1,6 @@
 import types
 
-from conftest import DATA
+from conftest import real_data
 from etils import epath
 import pytest
 
@@ -97,9 +97,7 @@ def test_evaluation_prompts_are_read_from_their_own_formats_and_rejected(tmp_pat
 
 
 def test_mt_bench_is_read():
-  path = DATA / 'prompts' / 'mt_bench_questions.jsonl'
-  if not path.exists():
-    pytest.skip(f'{path} is absent; set SRLM_TEST_DATA')
+  path = real_data('prompts/mt_bench_questions.jsonl')
   assert len(prompts.evaluation_prompts(epath.Path(path))) == 160  # 80 questions of two turns
 
 

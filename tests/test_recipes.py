@@ -4,7 +4,7 @@ import re
 import shlex
 
 import aot
-from conftest import DATA, main, ROOT
+from conftest import main, real_data, ROOT
 import hf_folders
 import pytest
 import scale_rows
@@ -101,10 +101,8 @@ def test_every_flag_of_a_recipe_exists(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_the_recipe_runs_with_a_small_random_model(name, tmp_path):
-  if not DATA.exists():
-    pytest.skip(f'{DATA} is absent; set SRLM_TEST_DATA to the folder of test data')
+  data = real_data('oasst1/validation.en.messages.jsonl.gz')
   folder = FAMILIES[name][1](tmp_path / name)
-  data = DATA / 'oasst1' / 'validation.en.messages.jsonl.gz'
   printed = []
   for words in commands(name):
     if words[0] != 'python':

@@ -1,9 +1,7 @@
 import importlib.util
 import json
-import subprocess
-import sys
 
-from conftest import init, ROOT, tokenizer_bytes
+from conftest import init, ROOT, run_main, tokenizer_bytes
 import pytest
 
 from srlm_jax import (
@@ -134,11 +132,10 @@ def test_an_invalid_or_older_manifest_is_refused(tmp_path, text):
     (['--config=configs/iter2.py:tiny', '--workdir=/tmp/srlm-nothing-here'],
      'm2 starts from m1, which has no checkpoint')])
 def test_bad_flags_give_a_one_sentence_error_and_exit_code_1(flags, message):
-  ran = subprocess.run([sys.executable, '-m', 'srlm_jax.train', *flags], cwd=ROOT,
-                       capture_output=True, text=True)
-  lines = [line for line in ran.stderr.splitlines() if line.startswith('error: ')]
-  assert ran.returncode == 1 and len(lines) == 1 and message in lines[0], ran.stderr
-  assert 'Traceback' not in ran.stderr and not (ROOT / 'runs' / 'iter2-70b').exists()
+  code, _, printed = run_main('train', *flags)
+  lines = [line for line in printed.splitlines() if line.startswith('error: ')]
+  assert code == 1 and len(lines) == 1 and message in lines[0], printed
+  assert 'Traceback' not in printed and not (ROOT / 'runs' / 'iter2-70b').exists()
 
 
 def test_every_file_is_hashed_once(tmp_path, judged, monkeypatch):

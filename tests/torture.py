@@ -283,7 +283,7 @@ class Tree:
   """
 
   def __init__(self, folder, has_folders: bool = True):
-    """has_folders: whether empty folders count; a bucket has none."""
+    """has_folders: whether empty folders count; a bucket has none, and files that commit a step."""
     self.folder = pathlib.Path(folder)
     found = sorted(p for p in self.folder.rglob('*') if not {'compiled', 'tensorboard'} & {
         *p.relative_to(self.folder).parts})
@@ -291,8 +291,7 @@ class Tree:
                    and p.name in ('params', 'train') and p.parent.parent.name == 'steps'}
     self.files = {str(p.relative_to(folder)): p for p in found
                   if not {*p.parents, p} & {*self.arrays.values()}
-                  and p.name != 'commit_success.txt'  # of Orbax in a bucket
-                  and (has_folders or not p.is_dir())}
+                  and (has_folders or not p.is_dir() and p.name != storage.COMMITTED)}
 
   def difference(self, other: 'Tree') -> str:
     """The first difference, '' if there is none."""
@@ -317,7 +316,7 @@ def _differs(name: str, a, b) -> str:
     return '' if a.is_symlink() and b.is_symlink() and os.readlink(a) == os.readlink(b) else name
   if a.is_dir() or b.is_dir():
     return '' if a.is_dir() and b.is_dir() else name
-  if a.name == '_CHECKPOINT_METADATA' or filecmp.cmp(a, b, shallow=False):
+  if a.name in ('_CHECKPOINT_METADATA', storage.COMMITTED) or filecmp.cmp(a, b, shallow=False):
     return ''
   if a.name not in ('done.json', 'metrics.jsonl', 'report.html'):
     return f'{name} differs: {_first(a.read_bytes(), b.read_bytes())}'

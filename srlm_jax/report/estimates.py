@@ -11,9 +11,9 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
-NORMAL = float(stats.norm.ppf(0.975))  # half a normal 95 % interval, in standard errors
+NORMAL = float(special.ndtri(0.975))  # half a normal 95 % interval, in standard errors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,4 +125,4 @@ def apart(a: Value, b: Value) -> Value:
 
 def _t(count: int) -> float:
   """Half of Student's 95 % interval for `count` values, in standard errors."""
-  return float(stats.t.ppf(0.975, count - 1))
+  return float(special.stdtrit(count - 1, 0.975))

@@ -127,11 +127,11 @@ class Pairs:
 
 
 def pairs(found: Iterable[schema.Pair]) -> Pairs:
-  rows = []  # at most one per prompt
+  rows = array.array('q')  # a list of tuples would take several times the memory
 
   def passing():
     for pair in found:
-      rows.append((hash(pair.id), len(pair.chosen), len(pair.rejected)))
+      rows.extend((hash(pair.id), len(pair.chosen), len(pair.rejected)))
       yield pair
   counted = health.Pairs(passing())
-  return Pairs(keyed.table(rows, 'chosen', 'rejected'), counted)
+  return Pairs(keyed.table(zip(*3 * [iter(rows)], strict=True), 'chosen', 'rejected'), counted)

@@ -103,19 +103,17 @@ def of_judge(ranked: Iterable[schema.RankedPrompt],
     sizes.extend(map(len, found))
     families[world.require(r.prompt).family] += [[sum(x), len(x)] for x in found[:2]]
   sums, counts = (np.array(x).reshape(-1, 3 + 2 * len(POINTS)) for x in (terms, sizes))
-  shares = [_share(*x) for x in zip(sums.sum(0), counts.sum(0), strict=True)]
-  totals = counts.sum(0).astype(int).tolist()
-  intervals = scoring.intervals(sums, counts)
-  names = ('judge_pairwise', 'judge_exact', 'ceiling')
-  kept, caught = (slice(3 + i, None, 2) for i in range(2))
+  pairs, exact, ceiling, *points = (  # (share, its count, its interval) of each measure
+      (_share(hits, total), int(total), interval) for hits, total, interval in zip(
+          sums.sum(0), counts.sum(0), scoring.intervals(sums, counts), strict=True))
   return dict(
-      zip(names, shares, strict=False),
-      **dict(zip(('judge_pairs', 'judge_replies', 'ceiling_pairs'), totals, strict=False)),
-      intervals=dict(zip(names, intervals, strict=False)),
-      judge_points=[dict(point=point, kept=k, earned=n, caught=c, lost=m, intervals=dict(
-          kept=a, caught=b)) for point, k, n, c, m, a, b in zip(
-              POINTS, shares[kept], totals[kept], shares[caught], totals[caught], intervals[kept],
-              intervals[caught], strict=True)],
+      judge_pairwise=pairs[0], judge_exact=exact[0], ceiling=ceiling[0],
+      judge_pairs=pairs[1], judge_replies=exact[1], ceiling_pairs=ceiling[1],
+      intervals=dict(judge_pairwise=pairs[2], judge_exact=exact[2], ceiling=ceiling[2]),
+      judge_points=[
+          dict(point=point, kept=kept[0], earned=kept[1], caught=caught[0], lost=caught[1],
+               intervals=dict(kept=kept[2], caught=caught[2]))
+          for point, kept, caught in zip(POINTS, points[::2], points[1::2], strict=True)],
       judge_families={family: dict(pairwise=_share(*pairs), pairs=int(pairs[1]),
                                    exact=_share(*exact), replies=int(exact[1]))
                       for family, (pairs, exact) in families.items()})
