@@ -6,7 +6,6 @@ import samples
 
 from srlm_jax import config as configs
 from srlm_jax.reward import judge_pairs
-from srlm_jax.sample import judge
 
 JUDGE = configs.get('m2', 'tiny').judge
 
@@ -39,7 +38,7 @@ def test_a_prompt_gets_a_response_to_the_nearest_prompt_that_has_no_response_in_
   responses = [samples.response(f'{p}/{i}', prompt=prompts[p], response=text)
                for p, texts in said.items() for i, text in enumerate(texts)]
   responses[4] = dataclasses.replace(responses[4], finish='length')
-  found = {item.prompt_id: item for item in judge.swapped(lambda: iter(responses), JUDGE)}
+  found = {item.prompt_id: item for item in judge_pairs.swapped(lambda: iter(responses), JUDGE)}
   assert {p: item.response for p, item in found.items()} == dict(
       a='axe', b='axe', c='pear')  # d has no word in common with another prompt
   assert found['a'].prompt == prompts['a'] and found['a'].id not in {r.id for r in responses}

@@ -5,7 +5,7 @@ import pytest
 import samples
 
 from srlm_jax import schema
-from srlm_jax.reward import judges, scores as scoring
+from srlm_jax.reward import judge_pairs, judges, scores as scoring
 from srlm_jax.sample import meta_judge
 
 META = judges.load('meta', meta_judge.SLOTS)
@@ -91,27 +91,23 @@ def test_the_better_judgement_is_chosen_in_either_position():
   assert (best.judgement.id, worst.judgement.id) == ('a/0/1', 'a/0/0') and best.elo > worst.elo
 
 
-def pairs(*scores):
-  return [schema.JudgePair(
-      id=str(i), prompt='', chosen='a', rejected='b', chosen_finish='eos', rejected_finish='eos',
-      chosen_id='a', rejected_id='b', chosen_score=s, rejected_score=0.0, chosen_elo=float(i),
-      rejected_elo=0.0)
-          for i, s in enumerate(scores)]
+def ratings(*scores):
+  return [judge_pairs.Rating(str(i), score, float(i)) for i, score in enumerate(scores)]
 
 
-def test_judge_pairs_stay_within_their_share_and_have_the_largest_elo_differences():
-  made = pairs(*[float(i % 5) for i in range(100)])
-  kept = meta_judge.limit(made, 85, 0.15, 1.0)
+def test_judge_pairs_stay_within_their_share_and_have_the_largest_gaps():
+  made = ratings(*[float(i % 5) for i in range(100)])
+  kept = judge_pairs.limit(made, 85, 0.15, 1.0)
   assert len(kept) == 15 and len(kept) / (85 + len(kept)) <= 0.15
   assert {p.id for p in kept} == {str(i) for i in range(85, 100)}
-  assert meta_judge.limit(made, 5, 0.15, 1.0) == []
-  assert meta_judge.limit(made, 85, 0.0, 1.0) == []
+  assert judge_pairs.limit(made, 5, 0.15, 1.0) == []
+  assert judge_pairs.limit(made, 85, 0.0, 1.0) == []
 
 
 @pytest.mark.parametrize('scores, expected', [
     ([5.0] * 30 + [1.0] * 4, 8), ([5.0] * 40, 0), ([5.0, 4.0, 3.0, 2.0] * 10, 15), ([5.0, 4.0], 2)])
 def test_no_chosen_score_exceeds_its_share(scores, expected):
-  kept = meta_judge.limit(pairs(*scores), 85, 0.15, 0.5)
+  kept = judge_pairs.limit(ratings(*scores), 85, 0.15, 0.5)
   assert len(kept) == expected
   counts = Counter(p.chosen_score for p in kept)
   assert all(count <= 0.5 * len(kept) for count in counts.values())

@@ -16,7 +16,7 @@ from samples import judgement, pair, response
 from srlm_jax import config as configs, InputError, records, schema, spill
 from srlm_jax.data import examples
 from srlm_jax.data.examples import Example
-from srlm_jax.reward import health, pairs, scores as scoring, strategies
+from srlm_jax.reward import health, judge_pairs, pairs, scores as scoring, strategies
 from srlm_jax.sample import meta_judge
 from srlm_jax.sandbox import audit, world
 
@@ -271,10 +271,10 @@ def test_the_judgements_to_compare_are_those_of_all_records_in_memory():
 @given(st.lists(st.tuples(st.sampled_from([1.0, 2.0, 3.0]), st.integers(0, 5)), max_size=12),
        st.integers(0, 60), st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.3, 0.5, 1.0]))
 def test_the_limits_leave_the_largest_selection(made, pair_count, share, score_share):
-  made = [meta_judge.Rating(str(i), score, elo, 0.0) for i, (score, elo) in enumerate(made)]
-  kept = meta_judge.limit(made, pair_count, share, score_share)
+  made = [judge_pairs.Rating(str(i), score, gap) for i, (score, gap) in enumerate(made)]
+  kept = judge_pairs.limit(made, pair_count, share, score_share)
   most = int(share / (1 - share) * pair_count + 1e-9)
-  ordered, best = sorted(made, key=lambda p: -p.chosen_elo), []
+  ordered, best = sorted(made, key=lambda p: -p.gap), []
   for size in range(min(most, len(made)) + 1):  # the greedy selection of each size
     taken, counts = [], Counter()
     for p in ordered:

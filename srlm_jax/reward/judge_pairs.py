@@ -12,18 +12,28 @@ swapped   A response to a similar other prompt is worse than the prompt's own. C
 `sample/meta_judge.py` makes such pairs with a judge of judgements.
 """
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
+import math
 import operator
 import statistics
 
 from srlm_jax import catalog, cli, conversation, hosts, records, schema, spill, stage
+from srlm_jax.data import similar
 from srlm_jax.reward import judges, scores as scoring
-from srlm_jax.sample import judge as judging, meta_judge
 
 RESPONSES, JUDGEMENTS = 'respond/responses-*.jsonl', 'judge/judgements-*.jsonl'
 SWAPPED = 'judge_swapped/judgements-*.jsonl'
 Judgements = list[schema.Judgement]
 Found = tuple[str, schema.Judgement, schema.Judgement, float]  # judge prompt, chosen, rejected, gap
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rating:
+  """What a pair of judgements is selected by."""
+  id: str  # of the pair
+  chosen_score: float
+  gap: float  # how much better the chosen judgement is; only compared
 
 
 def run(config, workdir, on: str = 'majority'):
@@ -42,15 +52,38 @@ def run(config, workdir, on: str = 'majority'):
   for asked, chosen, rejected, gap in dict(majority=_majority, swapped=_swapped)[on](
       s, config, judge):
     pair = _pair(on, asked, chosen, rejected)
-    ratings.append(meta_judge.Rating(pair.id, pair.chosen_score, gap))
+    ratings.append(Rating(pair.id, pair.chosen_score, gap))
     pairs.add(pair.id, records.dump(pair))
-  kept = meta_judge.limit(ratings, count, config.judge_pairs.share, config.judge_pairs.score_share)
+  kept = limit(ratings, count, config.judge_pairs.share, config.judge_pairs.score_share)
   s.begin()
   if hosts.is_first_host():
     with records.replacing(s.folder / spec.writes[0]) as out:
       out.writelines(line for rating in kept for line in pairs.get(rating.id))
   s.finish(pairs=len(kept), over_the_limits=len(ratings) - len(kept),
            scores_chosen=scoring.histogram(rating.chosen_score for rating in kept))
+
+
+def limit(made: Sequence[Rating], pair_count: int, share: float,
+          score_share: float) -> list[Rating]:
+  """Selects the pairs of judgements with the largest gap within two limits.
+
+  1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
+  2. At most `score_share` of them have the same chosen score.
+  """
+  maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
+  counts = Counter(pair.chosen_score for pair in made)
+
+  def most(size: int) -> int:
+    """With the same chosen score, in a selection of this size."""
+    return math.floor(score_share * size + 1e-9)
+  size = next((size for size in range(min(maximum, len(made)), 0, -1)  # the largest that there is
+               if sum(min(count, most(size)) for count in counts.values()) >= size), 0)
+  taken, kept = Counter(), []
+  for pair in sorted(made, key=lambda p: -p.gap):
+    if taken[pair.chosen_score] < most(size) and len(kept) < size:
+      taken[pair.chosen_score] += 1
+      kept.append(pair)
+  return kept
 
 
 def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, int] | None:
@@ -81,11 +114,33 @@ def contradicting(judgements: Judgements, level: float, above: bool
   return ordered[-1], ordered[0]
 
 
+def swapped(read: Callable[[], Iterable[schema.Response]], config) -> Iterator[judges.Item]:
+  """Yields each prompt with a response to another one, which is therefore worse than its own.
+
+  The other prompt is the most similar one that has no response in common with this one; else it may
+  ask for the same. Of its responses, the first that ended by itself is taken. read() -> responses,
+  those of a prompt one after the other; config: the section `judge`.
+  """
+  names, index, said, first = [], similar.Index(), [], []
+  for group in scoring.by_prompt(read()):
+    names.append(group[0].prompt_id)
+    index.add(conversation.shown(group[0]))
+    texts = [judges.seen(r, config) for r in group]
+    said.append({hash(text) for text in texts})
+    first.append(next((text for r, text in zip(group, texts, strict=True)
+                       if r.finish == schema.EOS), None))
+  for i, name in enumerate(names):
+    found = index.nearest(index.texts[i], lambda j, i=i: j != i and first[j] is not None
+                          and said[i].isdisjoint(said[j]))
+    if found:
+      yield judges.Item(records.join(name, names[found[1]]), name, index.texts[i], first[found[1]])
+
+
 def _majority(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   for r in s.read(RESPONSES):
     if found := vote(_usable(scores.of(r.id))):
-      asked = judge.render(prompt=conversation.shown(r), response=judging.seen(r, config.judge))
+      asked = judge.render(prompt=conversation.shown(r), response=judges.seen(r, config.judge))
       yield asked, *found
   scores.finish(s.path(RESPONSES))
 
@@ -93,7 +148,7 @@ def _majority(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
 def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   others = scoring.Judged(s.read(SWAPPED), config.judge.quorum, s.path(SWAPPED))
-  items = records.Matched(judging.swapped(lambda: s.read(RESPONSES), config.judge),
+  items = records.Matched(swapped(lambda: s.read(RESPONSES), config.judge),
                           operator.attrgetter('prompt_id'), s.path(RESPONSES))
   for group in scoring.by_prompt(s.read(RESPONSES)):
     own = [(r, score) for r in group if (score := scores.of(r.id)).mean is not None]
@@ -107,7 +162,7 @@ def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
         yield asked, *found, found[1].score - found[0].score
       best, score = max(own, key=lambda x: x[1].mean)
       if found := contradicting(_usable(score), other.mean, above=True):
-        asked = judge.render(prompt=item.prompt, response=judging.seen(best, config.judge))
+        asked = judge.render(prompt=item.prompt, response=judges.seen(best, config.judge))
         yield asked, *found, found[0].score - found[1].score
   for found in (scores, others):
     found.finish(s.path(RESPONSES))

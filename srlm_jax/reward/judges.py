@@ -29,7 +29,7 @@ import re
 import tomllib
 from typing import NamedTuple
 
-from srlm_jax import InputError, records
+from srlm_jax import conversation, InputError, records, schema
 from srlm_jax.data import templates
 
 _DEFAULT = dict(scale=[0, 5], lines=['Score'], example='It is relevant and useful.\nScore: 3')
@@ -239,6 +239,22 @@ _OTHER = re.compile(
 _NOT_EARNED = re.compile(
     r"(?:\bnot|n't|\bmiss\w*|\black\w*|\bfail\w*|\bwithout)\b[^.;]{0,60}\b(?:second|third|fourth|"
     r'fifth)\b', re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A response to judge. `id`: of a sampled response, or of a ranked reply (`records.join`)."""
+  id: str
+  prompt_id: str
+  prompt: str    # as the judge sees it, as is the response
+  response: str
+
+
+def seen(response: schema.Response, config) -> str:
+  """What a judge sees of a sampled response; `config`: the section `judge`."""
+  if config.show_thinking:
+    return conversation.with_thinking(response.thinking, response.response)
+  return response.response
 
 
 def neutralise(text: str, names: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """LLM-as-a-judge: samples several judgements per response and keeps the text of each."""
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-import dataclasses
+from collections.abc import Iterable, Iterator
 
 from srlm_jax import (
   catalog,
@@ -13,20 +12,11 @@ from srlm_jax import (
   schema,
   stage,
 )
-from srlm_jax.data import ranked as ranking, similar, templates
-from srlm_jax.reward import judges, scores as scoring
+from srlm_jax.data import ranked as ranking, templates
+from srlm_jax.reward import judge_pairs, judges
 from srlm_jax.sample import engine as engines, shards
 
 OF_RESPONSES = ('responses', 'again', 'older')  # values of --on that judge sampled responses
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """A response to judge. `id`: of a sampled response, or of a ranked reply (`records.join`)."""
-  id: str
-  prompt_id: str
-  prompt: str    # as the judge sees it, as is the response
-  response: str
 
 
 def run(config, workdir, on: str = ''):
@@ -36,7 +26,7 @@ def run(config, workdir, on: str = ''):
   again      the older model (pairs.older) judges the same candidates
              -> MODEL/judge_again
   older      the sampler judges the candidates of the older model -> MODEL/judge_older
-  swapped    the sampler judges responses to similar other prompts (`swapped`)
+  swapped    the sampler judges responses to similar other prompts (`judge_pairs.swapped`)
              -> MODEL/judge_swapped
   ranked     the sampler judges the ranked replies of the seed data, for EFT -> MODEL/judge
   eval       MODEL itself judges the ranked replies for evaluation (`config.ranked_split`)
@@ -72,7 +62,7 @@ def sample(s: stage.Stage, config, judge: judges.Judge, on: str):
     return templates.encode_prompt(config.chat, text, tokenizer)
 
   def check(engine, tokenizer):
-    _check_rubric(c, len(prompt(Item('', '', '', ''), tokenizer)),
+    _check_rubric(c, len(prompt(judges.Item('', '', '', ''), tokenizer)),
                   engine.max_prompt_tokens(sampling))
 
   def record(item, j, said, result):
@@ -84,13 +74,6 @@ def sample(s: stage.Stage, config, judge: judges.Judge, on: str):
   judgements = shards.write(s, 'judgements', sampling, items(s, config, on), total, prompt, record,
                             spec.count(config), check)
   s.finish(summary(judge, judgements))
-
-
-def seen(response: schema.Response, config) -> str:
-  """What a judge sees of a sampled response; `config`: the section `judge`."""
-  if config.show_thinking:
-    return conversation.with_thinking(response.thinking, response.response)
-  return response.response
 
 
 def _check_rubric(c, rubric: int, most: int):
@@ -110,41 +93,19 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
                              highest=judge.highest, unparsed=dict(sorted(reasons.items())))
 
 
-def items(s: stage.Stage, config, on: str) -> Iterator[Item]:
+def items(s: stage.Stage, config, on: str) -> Iterator[judges.Item]:
   """Yields what to judge."""
   if on == 'swapped':
-    yield from swapped(lambda: s.read('respond/responses-*.jsonl'), config.judge)
+    yield from judge_pairs.swapped(lambda: s.read('respond/responses-*.jsonl'), config.judge)
     return
   if on in OF_RESPONSES:
     source, = s.spec.reads
     for r in s.read(source):
-      yield Item(r.id, r.prompt_id, conversation.shown(r), seen(r, config.judge))
+      yield judges.Item(r.id, r.prompt_id, conversation.shown(r), judges.seen(r, config.judge))
     return
   for r in ranking.of_split(s, 'train' if on == 'ranked' else configs.ranked_split(config)):
     for reply in r.replies:
-      yield Item(records.join(r.id, reply.id), r.id, conversation.shown(r), reply.text)
-
-
-def swapped(read: Callable[[], Iterable[schema.Response]], config) -> Iterator[Item]:
-  """Yields each prompt with a response to another one, which is therefore worse than its own.
-
-  The other prompt is the most similar one that has no response in common with this one; else it may
-  ask for the same. Of its responses, the first that ended by itself is taken. read() -> responses,
-  those of a prompt one after the other; config: the section `judge`.
-  """
-  names, index, said, first = [], similar.Index(), [], []
-  for group in scoring.by_prompt(read()):
-    names.append(group[0].prompt_id)
-    index.add(conversation.shown(group[0]))
-    texts = [seen(r, config) for r in group]
-    said.append({hash(text) for text in texts})
-    first.append(next((text for r, text in zip(group, texts, strict=True)
-                       if r.finish == schema.EOS), None))
-  for i, name in enumerate(names):
-    found = index.nearest(index.texts[i], lambda j, i=i: j != i and first[j] is not None
-                          and said[i].isdisjoint(said[j]))
-    if found:
-      yield Item(records.join(name, names[found[1]]), name, index.texts[i], first[found[1]])
+      yield judges.Item(records.join(r.id, reply.id), r.id, conversation.shown(r), reply.text)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ limits apply: `meta_judge.share` bounds the share of these pairs among all pairs
 Without it the judge would learn to give its favourite score.
 """
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 import dataclasses
 import functools
 import itertools
@@ -21,8 +21,8 @@ from scipy import optimize
 
 from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, spill, stage
 from srlm_jax.data import templates
-from srlm_jax.reward import judges, scores as scoring
-from srlm_jax.sample import engine as engines, judge as judging, shards
+from srlm_jax.reward import judge_pairs, judges, scores as scoring
+from srlm_jax.sample import engine as engines, shards
 
 SLOTS = ('request', 'first', 'second')
 # Precision of a normal prior on Elo scores. It keeps them finite if a judgement always wins or
@@ -78,7 +78,7 @@ def run(config, workdir):
   if not hosts.is_first_host():
     return s.finish()
   made = Made(selected, s, winners.weights)
-  kept = limit(made.ratings, pair_count, c.share, c.score_share)
+  kept = judge_pairs.limit(made.ratings, pair_count, c.share, c.score_share)
   dropped = made.dropped + Counter({'over the share limits': len(made.ratings) - len(kept)})
   with records.replacing(s.folder / 'judge_pairs.jsonl') as out:
     out.writelines(map(made.line, kept))
@@ -123,7 +123,7 @@ def select(s: stage.Stage, config, judge: judges.Judge) -> Selected:
     by_id = {r.id: r for r in responses}
     for group in most_uncertain([scores.of(r.id) for r in responses], config.meta_judge.responses):
       r = by_id[group[0].response_id]
-      asked = judge.render(prompt=conversation.shown(r), response=judging.seen(r, config.judge))
+      asked = judge.render(prompt=conversation.shown(r), response=judges.seen(r, config.judge))
       selected.add(r.prompt_id, Judged(asked, group))
   scores.finish(s.path(answers))
   return selected
@@ -170,14 +170,6 @@ class Winners:
     self.weights = position_weights(self.first, self.second)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rating:
-  """What a pair of judgements is selected by."""
-  id: str  # of the pair
-  chosen_score: float
-  gap: float  # between the Elo scores
-
-
 class Made:
   """The pairs of judgements, one per response.
 
@@ -197,11 +189,12 @@ class Made:
         self.dropped[found] += 1
         continue
       pair = _pair(judged.asked, *found)
-      self.ratings.append(Rating(pair.id, pair.chosen_score, pair.chosen_elo - pair.rejected_elo))
+      gap = pair.chosen_elo - pair.rejected_elo
+      self.ratings.append(judge_pairs.Rating(pair.id, pair.chosen_score, gap))
       self._pairs.add(pair.id, records.dump(pair))
     comparisons.finish(s.path('judge/judgements-*.jsonl'))
 
-  def line(self, rating: Rating) -> str:
+  def line(self, rating: judge_pairs.Rating) -> str:
     """The pair as a line of a file."""
     line, = self._pairs.get(rating.id)
     return line
@@ -278,29 +271,6 @@ def best_and_worst(
     return 'all Elo scores are equal'
   return (Rated(group[best], round(float(scores[best]), 4)),
           Rated(group[worst], round(float(scores[worst]), 4)))
-
-
-def limit(made: Sequence[Rating], pair_count: int, share: float,
-          score_share: float) -> list[Rating]:
-  """Selects the pairs of judgements with the largest Elo difference within two limits.
-
-  1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
-  2. At most `score_share` of them have the same chosen score.
-  """
-  maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
-  counts = Counter(pair.chosen_score for pair in made)
-
-  def most(size: int) -> int:
-    """With the same chosen score, in a selection of this size."""
-    return math.floor(score_share * size + 1e-9)
-  size = next((size for size in range(min(maximum, len(made)), 0, -1)  # the largest that there is
-               if sum(min(count, most(size)) for count in counts.values()) >= size), 0)
-  taken, kept = Counter(), []
-  for pair in sorted(made, key=lambda p: -p.gap):
-    if taken[pair.chosen_score] < most(size) and len(kept) < size:
-      taken[pair.chosen_score] += 1
-      kept.append(pair)
-  return kept
 
 
 def _pair(prompt: str, best: Rated, worst: Rated) -> schema.JudgePair:
