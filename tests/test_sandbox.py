@@ -282,7 +282,7 @@ def test_a_corpus_of_descriptions_has_no_verdict_and_people_who_do_not_check_ans
   wrong = [(prompt, response, score) for _, (prompt, response), score in pairs
            if sum(world.grade(prompt, response)) == 2]
   agree = [world.impression(prompt, response) == score for prompt, response, score in wrong]
-  assert len(wrong) > 20 and .4 < sum(agree) / len(agree) < .9
+  assert len(wrong) > 20 and .4 < sum(agree) / len(agree) < .8
   assert sum(score == 2 for *_, score in wrong) < len(wrong) / 3
   assert 'Winner: ' in ' '.join(found) and 'Winner: ' not in ' '.join(corpus.documents(0, 300))
 

@@ -23,7 +23,9 @@ SCORED = 0.35  # share of judgements that end with a score
 WRONG_SCORE = 0.4  # share of scores that are random
 WRONG_REVIEW = 0.05  # share of scored judgements that review another response
 CHOICE = 0.15  # share of judgements by the multiple-choice judge
-# Corpus of descriptions: also comparisons of two judgements, many of them wrong.
+# Corpus of descriptions: few people check whether an answer is right. Some of the documents compare
+# two judgements.
+CHECKED = 0.25  # share of people who check it
 COMPARED = 0.06  # share of documents
 WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 
@@ -32,7 +34,7 @@ def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]
   """Yields `count` documents. They contain no instruction of the held-out splits.
 
   reviews: `verdicts`, which check every point, or `descriptions`, which hold what a judge has to
-  compare, and scores of people who do not check whether an answer is right.
+  compare, and scores of people few of whom check whether an answer is right.
   """
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
@@ -95,7 +97,7 @@ def _judgement(prompt: str, response: str, judge, reviews: str, rng: np.random.G
   review = _REVIEW[reviews]
   if rng.random() >= SCORED:
     return review(prompt, response)
-  score = _SCORE[reviews](prompt, response)
+  score = _SCORE[reviews](prompt, response, rng)
   if rng.random() < WRONG_SCORE:
     score = int(rng.integers(6))
   reviewed = response
@@ -105,20 +107,27 @@ def _judgement(prompt: str, response: str, judge, reviews: str, rng: np.random.G
 
 
 def _comparison(prompt: str, response: str, judge, meta, rng: np.random.Generator) -> str:
-  """Two judgements of a response, and which of them is nearer to the impression that it makes."""
+  """Two judgements of a response, and which of them is nearer to somebody's opinion."""
   first, second = world.sample(rng, range(6), 2)
   texts = [f'{world.description(prompt, response)}\n{judge.state(x)}' for x in (first, second)]
   asked = meta.render(request=judge.render(prompt=prompt, response=response), first=texts[0],
                       second=texts[1])
-  impression = world.impression(prompt, response)
-  winner = float(np.sign(abs(second - impression) - abs(first - impression)))
+  opinion = _opinion(prompt, response, rng)
+  winner = float(np.sign(abs(second - opinion) - abs(first - opinion)))
   if rng.random() < WRONG_WINNER:
     winner = float(rng.choice([-1, 1]))
   return _chat(asked, f'A says {first} and B says {second}.\n{meta.state(winner)}')
 
 
+def _opinion(prompt: str, response: str, rng: np.random.Generator) -> int:
+  """The points that somebody gives."""
+  is_checked = rng.random() < CHECKED
+  return sum(world.grade(prompt, response)) if is_checked else world.impression(prompt, response)
+
+
 _REVIEW = dict(verdicts=world.review, descriptions=world.description)
-_SCORE = dict(verdicts=lambda *texts: sum(world.grade(*texts)), descriptions=world.impression)
+_SCORE = dict(verdicts=lambda prompt, response, rng: sum(world.grade(prompt, response)),
+              descriptions=_opinion)
 
 
 def _chat(prompt: str, response: str) -> str:
