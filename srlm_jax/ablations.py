@@ -2,11 +2,13 @@
 
 Each ablation is a tuple of --set changes to the loop. `SIZES` replaces some of them at one size.
 """
+from srlm_jax.config import MODELS
 
-_POSITIVES = ('m2,m3,m4:pairs.strategy=positives_only',
-              'm2,m3,m4:train.data=ift,eft,positives',
-              'm2,m3,m4:train.loss=sft',
-              'm2,m3,m4:train.init=m0')
+_DPO = ','.join(MODELS[3:])  # the models of the rounds: m2, m3, ..
+_POSITIVES = (f'{_DPO}:pairs.strategy=positives_only',
+              f'{_DPO}:train.data=ift,eft,positives',
+              f'{_DPO}:train.loss=sft',
+              f'{_DPO}:train.init=m0')
 
 ABLATIONS = dict(
     # PAPER 3.2: without EFT, 541 and 429 pairs are left instead of 3,964 and 6,942. Scores
@@ -17,32 +19,40 @@ ABLATIONS = dict(
     multiple_choice=('judge.template=multiple_choice',),
     # PAPER 3.3: SFT on the seed data and the responses that scored 5 gains nothing over M1.
     positives_only=(*_POSITIVES,
-                    'm2,m3,m4:train.learning_rate=5.5e-6',
-                    'm2,m3,m4:train.learning_rate_end=1.1e-6'),
+                    f'{_DPO}:train.learning_rate=5.5e-6',
+                    f'{_DPO}:train.learning_rate_end=1.1e-6'),
     # PAPER appendix: M_t writes the prompts, instead of one fixed author.
-    own_prompts=('m2,m3,m4:prompts.author=sampler',),
+    own_prompts=(f'{_DPO}:prompts.author=sampler',),
     # NLL on the chosen response: the part of the gain that imitation of the best of N gives.
-    nll_chosen=('m2,m3,m4:train.loss=sft',),
+    nll_chosen=(f'{_DPO}:train.loss=sft',),
     # The sandbox's oracle as the judge: an upper bound on the effect of judging.
-    oracle_judge=('m2,m3,m4:judge.by=oracle',),
+    oracle_judge=(f'{_DPO}:judge.by=oracle',),
     # Random scores: the gain must vanish.
-    random_judge=('m2,m3,m4:judge.by=random',),
+    random_judge=(f'{_DPO}:judge.by=random',),
     # PAPER 2.2 averages three judgements per candidate.
-    one_judgement=('m2,m3,m4:judge.n=1', 'm2,m3,m4:judge.quorum=1'),
+    one_judgement=(f'{_DPO}:judge.n=1', f'{_DPO}:judge.quorum=1'),
+    # Ways in which the judge learns from itself: docs/judge.md. Meta-Rewarding (Wu et al. 2024).
+    judge_meta=(f'{_DPO}:train.data=pairs,judge_pairs',),
+    # Its majority against a dissenting judgement (Prasad et al. 2024, of answers).
+    judge_majority=(f'{_DPO}:train.data=pairs,majority_pairs',),
+    # Judgements of responses to another prompt, which are worse (Wang et al. 2024).
+    judge_swapped=(f'{_DPO}:train.data=pairs,swapped_pairs',),
+    # EFT examples, which taught M1 to judge, again in every round.
+    judge_eft=(f'{_DPO}:train.data=pairs,eft',),
 )
 SIZES = dict(
     auto=dict(positives_only=_POSITIVES),  # the learning rate is chosen for the loss
     **dict.fromkeys(('tiny', 'hard'), dict(
         multiple_choice=('judge.template=sandbox_choice',),
         positives_only=(*_POSITIVES,
-                        'm2,m3,m4:train.learning_rate=3e-4',
-                        'm2,m3,m4:train.learning_rate_end=3e-5',
-                        'm2,m3,m4:train.epochs=2'))),
+                        f'{_DPO}:train.learning_rate=3e-4',
+                        f'{_DPO}:train.learning_rate_end=3e-5',
+                        f'{_DPO}:train.epochs=2'))),
     stories=dict(
         multiple_choice=('judge.template=short_choice',),
         positives_only=(*_POSITIVES,
-                        'm2,m3,m4:train.learning_rate=1e-4',
-                        'm2,m3,m4:train.learning_rate_end=1e-5')))
+                        f'{_DPO}:train.learning_rate=1e-4',
+                        f'{_DPO}:train.learning_rate_end=1e-5')))
 
 
 def changes(name: str, size: str) -> tuple[str, ...]:

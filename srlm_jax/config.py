@@ -18,8 +18,10 @@ from srlm_jax import closest, InputError
 
 SIZES = ('auto', 'tiny', 'hard', 'stories', '7b', '13b', '70b')  # auto: what suits M0
 CHATS = ('plain', 'llama2', 'chatml', 'tokenizer')  # chat formats: data/templates.py
-FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4')
-MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4')  # in the order of their training
+FILES = dict(sandbox_m0='m0', sft='sft', iter1='m1', iter2='m2', iter3='m3', iter4='m4', iter5='m5',
+             iter6='m6')
+MODELS = ('m0', 'sft', 'm1', 'm2', 'm3', 'm4', 'm5', 'm6')  # in the order of their training
+OPTIONAL = MODELS[5:]  # the paper has no such model
 # Names in train.data: corpus, ift, eft and positives are for SFT, the others for DPO
 # (and pairs for SFT on the chosen responses).
 TRAINING_DATA = ('corpus', 'ift', 'eft', 'positives', 'pairs', 'judge_pairs', 'majority_pairs',
@@ -404,7 +406,7 @@ SETTINGS = {'.'.join(filter(None, (section, name))): key
 
 
 def get(name: str, size: str = '70b') -> ConfigDict:
-  """The config of model `name` (m0, sft, m1, m2, m3 or m4). It is locked: no key can be added."""
+  """The config of model `name` (one of MODELS). It is locked: no key can be added."""
   for what, value, known in (('size', size, SIZES), ('model', name, MODELS)):
     if value not in known:
       raise InputError(f'{what} {show(value)} is unknown; it is one of {", ".join(known)}')
@@ -682,11 +684,12 @@ def _listed(choices) -> str:
 def _model(c: ConfigDict):
   """Sets what each model trains on, who samples that, and where it starts from (PAPER 2.4)."""
   name = c.name
-  c.sampler = dict(m1='sft', m2='m1', m3='m2', m4='m3').get(name, '')
+  older = dict(zip(MODELS[1:], MODELS, strict=False))  # the model before each one
+  c.sampler = older[name] if name not in ('m0', 'sft') else ''
   c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
-  c.train.init = dict(m0='', sft='m0', m1='m0', m2='m1', m3='m2', m4='m3')[name]
+  c.train.init = dict(m0='', m1='m0').get(name) or older.get(name, '')
   c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft')).get(name, ('pairs',))
-  c.pairs.older = dict(m2='sft', m3='m1', m4='m2').get(name, '')
+  c.pairs.older = older[c.sampler] if c.train.loss == 'dpo' else ''
   if name == 'm2':
     c.prompts.count = 5000
 

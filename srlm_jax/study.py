@@ -58,7 +58,7 @@ def define_flags():
   flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
                     'A change from srlm_jax/ablations.py.')
   flags.DEFINE_string('name', '', 'Name of the runs; by default the ablation, or loop.')
-  flags.DEFINE_enum('last', 'm3', ['m1', 'm2', 'm3', 'm4'], 'The last model to train.')
+  flags.DEFINE_enum('last', 'm3', configs.MODELS[2:], 'The last model to train.')
   flags.DEFINE_multi_string('set', [], 'Changes a config value, as in the loop.')
 
 

@@ -232,12 +232,14 @@ def test_an_unknown_model_or_size_is_refused(name, size):
     ({'train.data': ('pairs,',)}, "config.train.data names ''; it may name corpus,"),
     ({'train.data': ('x' * 5000,)}, r"config.train.data names 'xxx.*xx\.\. \(5002 characters\)"),
     ({'train.init': 'm9'},
-     "config.train.init is 'm9'; it is empty, m0, sft, m1, m2, m3 or m4, or a path with a '/'"),
+     "config.train.init is 'm9'; it is empty, m0, sft, m1, m2, m3, m4, m5 or m6, or a path with a "
+     "'/'"),
     ({'train.init': 'sampler'}, "config.train.init is 'sampler'; it is empty"),
     ({'sampler': 'llama-2-7b'}, "config.sampler is 'llama-2-7b'; it is empty"),
     ({'pairs.older': 'x' * 5000}, r"config.pairs.older is 'xxx.*xx\.\. \(5002 characters\);"),
     ({'prompts.author': 'M0'},
-     "config.prompts.author is 'M0'; it is empty, m0, sft, m1, m2, m3, m4 or sampler, or a path")],
+     "config.prompts.author is 'M0'; it is empty, m0, sft, m1, m2, m3, m4, m5, m6 or sampler, or a "
+     "path")],
     ids=short)
 def test_invalid_combinations_and_unknown_names_are_refused(changes, message):
   config = configs.get('m2', 'tiny')

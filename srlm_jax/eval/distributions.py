@@ -132,7 +132,7 @@ def find(workdir) -> tuple[dict[str, epath.Path], list[str]]:
   for name, folder in folders.items():
     if (folder / 'done.json').exists():
       found[name] = folder / ('eft.jsonl' if name == 'eft' else 'prompts.jsonl')
-    elif name != 'm4':  # an optional model
+    elif name not in configs.OPTIONAL:
       what = 'EFT examples' if name == 'eft' else f'prompts for {name}'
       missing.append(f'The run has no finished {what} ({folder.relative_to(workdir)}).')
   for folder in {path.parent: None for path in found.values()}:

@@ -7,7 +7,7 @@ from etils import epath
 import numpy as np
 
 from srlm_jax import catalog, model_files, schema
-from srlm_jax.config import MODELS
+from srlm_jax.config import MODELS, OPTIONAL
 from srlm_jax.report import (
   differences,
   doubts,
@@ -267,7 +267,7 @@ def _costs(workdir, stages: dict, sampled: dict[tuple[str, str], int]) -> list[S
 def _missing(models: Sequence[str], stages: dict, found: list[Evaluated],
              outside: external.External, curves: dict) -> list[str]:
   """What the report could show and the run does not have, by name."""
-  made = [f'model {model}' for model in MODELS if model not in (*models, 'm4')]  # m4 is optional
+  made = [f'model {model}' for model in MODELS if model not in (*models, *OPTIONAL)]
   for e in found:
     if e.model != 'm0':
       made += [f'{e.model}: {what} ({e.model}/{file})' for what, file, exists in (
