@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import typing
 
 from hypothesis import given, settings, strategies
@@ -14,6 +15,7 @@ import pytest
 
 from srlm_jax import catalog, InputError, records, schema, stage
 from srlm_jax.report import charts, page, plots, results
+from srlm_jax.report.estimates import Value
 
 EVIL = '<script>alert("x")</script> & <img src=http://evil.example/x>'
 JUDGE = {'judge.template': 'additive', 'judge.n': 2, 'judge.quorum': 1}
@@ -463,6 +465,22 @@ def test_runs_side_by_side_need_a_file_to_write(workdir, tmp_path):
   assert f'2 runs side by side: {workdir.name}, other.' in words
   assert f'other - {workdir.name} m2 oracle score 0 to 5, by oracle 2.00 2.00 +0.00' in words
   assert not (workdir / 'report.html').exists()
+
+
+def test_the_judge_is_drawn_over_the_answers_from_m1_on():
+  def run(name, **models):
+    return types.SimpleNamespace(name=name, values={
+        model: dict(oracle=Value(value=x), oracle_pairwise=Value(value=y))
+        for model, (x, y) in models.items()})
+  runs = [run('loop', sft=(1.0, 0.1), m1=(3.0, 0.7), m2=(3.5, 0.8), m3=(4.0, 0.75)),
+          run('short', m1=(3.0, 0.7))]
+  chart = charts.judges_and_answers(runs)
+  assert chart.legend == (('s0', 'loop'),)
+  assert 'loop 0.7 at a score of 3, 0.75 at a score of 4' in chart.description
+  points = re.search('points="(.*?)"', chart.svg)[1].split()
+  (x1, y1), (x2, y2), (x3, y3) = (map(float, point.split(',')) for point in points)
+  assert x1 < x2 < x3 and y2 < y3 < y1  # upwards on a page is less
+  assert charts.judges_and_answers(runs[1:]) is None
 
 
 def test_a_study_is_shown_as_one(workdir, tmp_path):

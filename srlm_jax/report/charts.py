@@ -235,3 +235,15 @@ def of_runs(runs: Sequence[Run | Arm], key: str) -> Chart | None:
       _point(x, value) for x, m in enumerate(names) if (value := run.values.get(m, {}).get(key))])}
   by = 'counted' if measure.source == 'count' else f'by {measure.source}'
   return plots.lines(f'{measure.title}, {by}', series, names=names) if series else None
+
+
+def judges_and_answers(runs: Sequence[Run | Arm]) -> Chart | None:
+  """The judge over the answers, both measured by the oracle: a line per run or arm from M1 on."""
+  series = {}
+  for run in runs:
+    found = [(run.values[m]['oracle'], run.values[m]['oracle_pairwise']) for m in MODELS[2:]
+             if {'oracle', 'oracle_pairwise'} <= run.values.get(m, {}).keys()]
+    if len(found) > 1:
+      series[run.name] = [_point(answers.value, judge) for answers, judge in found]
+  title = 'pairs that the judge orders as the oracle, over the oracle score of the answers'
+  return plots.lines(title, series, of_x='a score of') if series else None

@@ -258,7 +258,9 @@ def sample_models(run: Run) -> dict[str, str]:
 
 
 def side_by_side(found: Contents) -> list[plots.Chart]:
-  return [chart for key in _COMPARED if (chart := charts.of_runs((*found.arms, *found.runs), key))]
+  runs = *found.arms, *found.runs
+  made = charts.judges_and_answers(runs), *(charts.of_runs(runs, key) for key in _COMPARED)
+  return [chart for chart in made if chart]
 
 
 def bins_of(found: schema.Distributions) -> list[str]:

@@ -56,10 +56,11 @@ class _Scale:
 
 
 def lines(title: str, series: dict[str, Sequence[Point]], *, names: Sequence[str] = (),
-          level: float | None = None, styles: dict[str, str] | None = None) -> Chart:
+          level: float | None = None, styles: dict[str, str] | None = None, of_x: str = 'step'
+          ) -> Chart:
   """A line per series over x; a dashed rule at `level`; `names`: of x = 0, 1, .., if not numbers.
 
-  `styles`: the class of each series; by default s0, s1, ..
+  `styles`: the class of each series; by default s0, s1, ..; `of_x`: what the numbers of x are.
   """
   points = [point for line in series.values() for point in line]
   values = [value for point in points for value in (point.y, point.low, point.high)
@@ -67,7 +68,7 @@ def lines(title: str, series: dict[str, Sequence[Point]], *, names: Sequence[str
   y_ticks = ticks(min(values), max(values))
   x_ticks = ([(x, name) for x, name in enumerate(names)] if names else
              [(x, _short(x)) for x in ticks(*_range([point.x for point in points]))])
-  svg = _drawing(_HEIGHT, f'{title}: {_describe(series, names)}')
+  svg = _drawing(_HEIGHT, f'{title}: {_describe(series, names, of_x)}')
   x = _Scale(*_padded([x for x, _ in x_ticks] if names else [point.x for point in points]),
              _LEFT, _WIDTH - _RIGHT)
   y = _Scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
@@ -263,12 +264,12 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
   return low - margin, high + margin
 
 
-def _describe(series: dict[str, Sequence[Point]], names: Sequence[str]) -> str:
+def _describe(series: dict[str, Sequence[Point]], names: Sequence[str], of_x: str) -> str:
   """Every value of a chart with named x; else the first and the last value of each series."""
   found = []
   for name, line in series.items():
     shown = line if names else [line[0], *line[1:][-1:]]
-    where = [names[round(point.x)] if names else f'step {_short(point.x)}' for point in shown]
+    where = [names[round(point.x)] if names else f'{of_x} {_short(point.x)}' for point in shown]
     found.append(f'{name} ' + ', '.join(
         f'{point.y:.4g} at {at}' for point, at in zip(shown, where, strict=True)))
   return '; '.join(found)
