@@ -33,7 +33,7 @@ COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pai
            'of prompts', 'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs',
            'oracle: exact', 'of replies', 'EFT examples', 'pairs', 'right', 'wrong', 'judge mean',
            'oracle mean')
-JUDGE = ('judge: pairwise', 'oracle: exact')  # compared with those of M1
+JUDGE = ('judge: pairwise', 'oracle: pairwise', 'oracle: exact')  # compared with those of M1
 _OVERVIEW = ('wins', 'losses', 'pairs', 'right', 'judge: pairwise', 'of pairs', 'oracle: pairwise',
              'oracle: exact')
 # Headings of the cells of `_difference` after the mean.
