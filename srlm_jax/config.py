@@ -486,6 +486,12 @@ def training_data(c: ConfigDict) -> list[str]:
   return ','.join(c.train.data).split(',')
 
 
+def mixes_demonstrations(t: ConfigDict) -> bool:
+  """Whether the section `train` has records of one response, for SFT, among pairs."""
+  names = {*','.join(t.data).split(',')}
+  return t.loss in PAIR_LOSSES and not names.isdisjoint(('ift', 'eft', 'positives'))
+
+
 def lora_targets(t: ConfigDict) -> list[str]:
   """The names in `lora_targets` of the section `train`. A flag gives them as one string."""
   return ','.join(t.lora_targets).split(',')

@@ -75,12 +75,16 @@ def test_the_loss_uses_sums_of_log_probs_and_the_cached_reference():
 
 def test_a_demonstration_among_pairs_has_the_loss_of_sft():
   config = configs.dpo()
-  config.update(beta=0.1, sft_weight=2.0)
+  config.update(beta=0.1, sft_weight=2.0, data=('pairs', 'eft'))
   policy, reference = jnp.array([[-3.0, -4.0], [-6.0, 0.0]]), jnp.array([[-3.5, -3.0], [-9., 0.]])
-  loss, _ = losses.dpo(config, policy, reference, jnp.array([[3.0, 2.0], [4.0, 0.0]]),
-                       jnp.ones(2))
-  pair, _ = losses.dpo(config, policy[:1], reference[:1], jnp.array([[3.0, 2.0]]), jnp.ones(1))
+  loss, metrics = losses.dpo(config, policy, reference, jnp.array([[3.0, 2.0], [4.0, 0.0]]),
+                             jnp.ones(2))
+  config.data = ('pairs',)
+  pair, alone = losses.dpo(config, policy[:1], reference[:1], jnp.array([[3.0, 2.0]]), jnp.ones(1))
   np.testing.assert_allclose(loss, [pair[0], 2.0 * 6.0 / 4.0], rtol=1e-6)
+  assert metrics.keys() - alone.keys() == {'pairs'} and metrics['pairs'].tolist() == [1, 0]
+  for name, values in alone.items():
+    assert metrics[name].tolist() == [values[0], 0]
 
 
 def test_nll_of_chosen_by_hand():

@@ -2,6 +2,8 @@
 import jax
 import jax.numpy as jnp
 
+from srlm_jax import config as configs
+
 
 def sft_loss(token_logps):
   """token_logps [B, N], 0 where there is no target -> their negative sum []."""
@@ -13,6 +15,9 @@ def dpo(config, policy, reference, lengths, soft_labels):
 
   `config`: the `train` section. lengths [..., 2]: tokens of the responses. soft_labels [...]: see
   `dpo_loss`. Metrics are {name: [...]}.
+
+  A demonstration, whose second length is 0, has the loss of SFT per token times `sft_weight`. Where
+  the config trains on some, the metrics of a demonstration are 0, and `pairs` says what is a pair.
   """
   is_pair, lengths = lengths[..., 1] > 0, jnp.maximum(lengths, 1)
   log_ratios = policy - reference
@@ -22,10 +27,13 @@ def dpo(config, policy, reference, lengths, soft_labels):
   loss, margin = dpo_loss(log_ratios, config.beta, soft_labels)
   if config.nll_weight:
     loss += config.nll_weight * nll(policy[..., 0], lengths[..., 0])
-  loss = jnp.where(is_pair, loss, config.sft_weight * nll(policy[..., 0], lengths[..., 0]))
-  return loss, dict(margin=margin, accuracy=(margin > 0).astype(jnp.float32),
-                    chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
-                    chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
+  metrics = dict(margin=margin, accuracy=(margin > 0).astype(jnp.float32),
+                 chosen_logp=policy[..., 0], rejected_logp=policy[..., 1],
+                 chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
+  if configs.mixes_demonstrations(config):
+    loss = jnp.where(is_pair, loss, config.sft_weight * nll(policy[..., 0], lengths[..., 0]))
+    metrics = {name: jnp.where(is_pair, x, 0) for name, x in dict(metrics, pairs=1.0).items()}
+  return loss, metrics
 
 
 def dpo_loss(log_ratios, beta, soft_label):

@@ -17,7 +17,7 @@ def make(model, tx, config, state: TrainState):
   `config`: the `train` section. `state` (arrays, or shapes with shardings) gives the sharding of
   the result; the step donates its state. `frozen`: parameters that are not trained, in the dtype of
   activations: with LoRA the model that training starts from, else DPO's reference, or {} for a
-  batch that does not need it. Metrics are means over the batch.
+  batch that does not need it. Metrics are means over the batch; those of pairs, over its pairs.
   """
   def step(state: TrainState, frozen, batch: Batch, key):
     with jax.named_scope('loss'):
@@ -26,6 +26,9 @@ def make(model, tx, config, state: TrainState):
     with jax.named_scope('update'):
       updates, opt_state = tx.update(grad, state.opt_state, state.params, key=step_key)
       params = optax.apply_updates(state.params, updates)
+    if (pairs := metrics.get('pairs')) is not None:  # the share of pairs, beside demonstrations
+      metrics = {name: x if name in ('loss', 'pairs') else x / jnp.maximum(pairs, 1e-9)
+                 for name, x in metrics.items()}
     metrics = dict(metrics, grad_norm=optax.global_norm(grad))
     return TrainState(state.step + 1, params, opt_state), metrics
 
