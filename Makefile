@@ -90,7 +90,7 @@ FAULTS ?=
 torture: .venv/.installed  ## kills, power loss, full disks; under an hour. No root or cc: FAULTS=--skip
 	@failed=0; \
 	$(BIN)/python tests/torture.py || failed=1; \
-	$(BIN)/python tests/faults.py --minutes=20 $(FAULTS) || failed=1; \
+	$(BIN)/python tests/faults.py --minutes=12 $(FAULTS) || failed=1; \
 	exit $$failed
 
 test-browser: .venv-browser/.installed  ## the report in Chromium (Debian: chromium, chromium-driver)

@@ -65,8 +65,9 @@ class Case:
   makes: tuple[str, ...]      # the folders that it makes, in the workdir
   is_alone: bool = False      # runs in one process only
   needs: tuple[str, ...] = () # parts of the finished loop that are there; (): all
-  kills: int = 0              # 0: as --kills
+  kills: int = 3              # unless --kills gives their number
   in_bucket: int = 0          # runs also in a bucket, in at most so many processes
+  bucket_kills: int = 3
 
 
 def _stage(name: str, program: str, model: str, *more: str, flags=(), **options) -> Case:
@@ -125,7 +126,7 @@ CASES = (
     Case('loop', 'loop', ('--size=tiny', '--workdir=RUN', '--last=m2',
                           *(f'--set={change}' for change in CHANGES),
                           '--set=m1,m2:train.dropout=0.1', '--set=m1:train.epochs=1'),
-         ('.',), needs=('m0',), kills=8, in_bucket=1),
+         ('.',), needs=('m0',), kills=5, in_bucket=1, bucket_kills=1),
     Case('study', 'study', ('--workdir=RUN/study', '--seeds=1', '--last=m1',
                             *(f'--set={change}' for change in CHANGES), '--name=short',
                             '--set=sft,m1:train.epochs=0.5'),
@@ -612,7 +613,7 @@ def environment(root) -> dict[str, str]:
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--kills', type=int, default=0, help='per program; 0: 3, of some others')
+  parser.add_argument('--kills', type=int, default=0, help='per program; 0: those of `CASES`')
   parser.add_argument('--only', default='', help='names of programs, divided by ;')
   parser.add_argument('--processes', type=int, default=0, help='1 or 2; 0: both')
   parser.add_argument('--place', default='', choices=('', 'disk', 'bucket'), help='empty: both')
@@ -636,7 +637,7 @@ def main():
             or case.is_alone and count > 1 or place == 'bucket' and case.in_bucket < count):
           continue
         rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
-        kills = args.kills or (0 if place == 'bucket' else case.kills // count) or 3
+        kills = args.kills or (case.bucket_kills if place == 'bucket' else case.kills)
         bucket = Bucket(root, base, rng) if place == 'bucket' else None
         rows.append(torture(case, hosts, Place(root, base), bucket, kills, rng, args.loud))
         row = rows[-1]
