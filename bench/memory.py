@@ -80,6 +80,8 @@ PROGRAMS = (
     _pairs('positives_only'), _pairs('margin'), _pairs('length_controlled'),
     _pairs('consistency', 'm2/judge_again'), _pairs('implicit_reward', 'm2/implicit'),
     _pairs('temporal', 'm2/respond_older', 'm2/judge_older'), _pairs('max_min'),
+    Program('judge pairs, majority', 'reward.judge_pairs', ('m2/respond', 'm2/judge', 'm2/pairs'),
+            'm2/majority', ('--on=majority',)),
     Program('health', 'reward.health', ('m2/prompts', 'm2/respond', 'm2/judge', 'm2/pairs'),
             'm2/health'),
     Program('audit', 'sandbox.audit', ('m2/respond', 'm2/judge', 'm2/pairs'), 'm2/audit'),
