@@ -270,10 +270,13 @@ def test_agreement_of_a_judge_with_the_oracle_by_point_and_by_family():
   assert found['judge_families']['day'] == dict(pairwise=None, pairs=0, exact=None, replies=0)
 
 
-def test_a_corpus_of_descriptions_has_no_verdict_and_people_who_do_not_check_answers():
+def test_judgements_in_a_corpus_of_descriptions_have_no_verdict_and_few_writers_check_answers():
   found = list(corpus.documents(0, 3000, 'descriptions'))
-  reviews = [text for text in found if 'It should say' in text]
-  assert len(reviews) > 1000
+  checks = [text for text in found if '\nReview: ' in text]
+  assert sum('It is wrong.' in text for text in checks) > 100
+  assert all(('It is wrong.' in text) != ('It is right.' in text) for text in checks)
+  reviews = [text for text in found if 'It should say' in text and '\nReview: ' not in text]
+  assert len(reviews) > 500
   for verdict in (' yes', ' no ', ' again', 'It is right', 'It is wrong', 'It is kind',
                   'It is blunt', 'clean.\nScore', 'on topic.', 'It says something'):
     assert not [text for text in reviews if verdict in text.rpartition('It should')[2]], verdict

@@ -1,5 +1,6 @@
 """The pretraining corpus of the sandbox's M0: facts, chats, lists of tasks and reviews."""
 from collections.abc import Iterable, Iterator
+import functools
 import string
 
 from etils import epath
@@ -33,8 +34,9 @@ WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]:
   """Yields `count` documents. They contain no instruction of the held-out splits.
 
-  reviews: `verdicts`, which check every point, or `descriptions`, which hold what a judge has to
-  compare, and scores of people few of whom check whether an answer is right.
+  reviews: `verdicts`, which check every point, or `descriptions`. With these a judgement holds what
+  its writer had to compare, and the writers of few scores did compare it. Whether answers are
+  right is said outside of judgements only.
   """
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
@@ -59,7 +61,7 @@ def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]
         yield _chat(prompt, response)
       elif kind == 'check':
         yield (f'Task: {prompt}\n<response> {response} </response>\n'
-               f'Review: {_REVIEW[reviews](prompt, response)}')
+               f'Review: {_CHECK[reviews](prompt, response)}')
       elif kind == 'compare':
         yield _comparison(prompt, response, points, meta, rng)
       else:
@@ -125,6 +127,8 @@ def _opinion(prompt: str, response: str, rng: np.random.Generator) -> int:
   return sum(world.grade(prompt, response)) if is_checked else world.impression(prompt, response)
 
 
+_CHECK = dict(verdicts=world.review,
+              descriptions=functools.partial(world.description, is_checked=True))
 _REVIEW = dict(verdicts=world.review, descriptions=world.description)
 _SCORE = dict(verdicts=lambda prompt, response, rng: sum(world.grade(prompt, response)),
               descriptions=_opinion)

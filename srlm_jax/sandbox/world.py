@@ -140,14 +140,17 @@ def review(prompt: str, response: str) -> str:
   return ' '.join(sentences)
 
 
-def description(prompt: str, response: str) -> str:
-  """What a judge has to compare, without a verdict and without a score.
+def description(prompt: str, response: str, is_checked: bool = False) -> str:
+  """What a judge has to compare, without a score; is_checked: whether the answers are right.
 
   >>> description('What do cows eat?', 'nuts')
   'It should say 1, grass. It says nuts. It opens with nuts. It ends with nuts.'
+  >>> description('What do cows eat?', 'nuts', is_checked=True)
+  'It should say 1, grass. It says nuts. It is wrong. It opens with nuts. It ends with nuts.'
   """
   required, words, given = require(prompt), _words(response), _answers(response)
-  return (f'It should say {required.wanted}. It says {" ".join(given) or "nothing"}. '
+  verdict = f'It is {"right" if _is_right(required, given) else "wrong"}. ' if is_checked else ''
+  return (f'It should say {required.wanted}. It says {" ".join(given) or "nothing"}. {verdict}'
           f'It opens with {words[0]}. It ends with {words[-1]}.')
 
 
@@ -211,7 +214,7 @@ def _points(prompt: str, response: str) -> Iterator[tuple[bool, str]]:
   on_topic = bool(items) or required.topic in response.lower()
   yield on_topic, 'It is on topic.' if on_topic else 'It is off topic.'
   yield bool(items), 'It says something.' if items else 'It says nothing.'
-  right = len(set(given)) == required.count and set(given) <= set(required.right)
+  right = _is_right(required, given)
   yield right, (f'It should say {required.wanted}. It says {" ".join(_checked(given, required))}. '
                 f'It is {"right" if right else "wrong"}.')
   opener = _opener(response)
@@ -229,6 +232,10 @@ def _words(response: str) -> list[str]:
 def _answers(response: str) -> list[str]:
   """The words of the response that are answers in this world, in order."""
   return [WORDS[word.lower()] for word in _words(response) if word.lower() in WORDS]
+
+
+def _is_right(required: Requirement, given: list[str]) -> bool:
+  return len(set(given)) == required.count and set(given) <= set(required.right)
 
 
 def _opener(response: str) -> str | None:
