@@ -151,7 +151,8 @@ def _interrupted(*_):
 
   A KeyboardInterrupt would be lost if it came within one of JAX's callbacks from C++.
   """
-  os.write(2, b'interrupted; the same command continues\n')  # Python may be inside of sys.stderr
+  # On a line of its own, below a progress bar. Python may be inside of sys.stderr.
+  os.write(2, b'\ninterrupted; the same command continues\n')
   lock.release()
   os._exit(preemption.INTERRUPTED)
 

@@ -33,6 +33,8 @@ class Server:
     """
     with tempfile.TemporaryDirectory() as folder:
       out, err = (pathlib.Path(folder) / name for name in ('out', 'err'))
+      out.touch()  # it may be killed before it opens them
+      err.touch()
       request = dict(program=program, flags=list(flags), out=str(out), err=str(err), before=before,
                      is_ended_whole=is_ended_whole)
       self._process.stdin.write(json.dumps(request) + '\n')
@@ -74,7 +76,7 @@ def refuse_pickles(event: str, args: tuple):
 
 def _run(program: str, flags: list[str], out: str, err: str, before: str, is_ended_whole: bool):
   for stream, path in ((0, os.devnull), (1, out), (2, err)):
-    os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY | os.O_CREAT), stream)
+    os.dup2(os.open(path, os.O_RDONLY if stream == 0 else os.O_WRONLY), stream)
   code = 0
   module = f'srlm_jax.{program}'
   is_package = hasattr(sys.modules.get(module), '__path__')

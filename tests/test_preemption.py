@@ -165,7 +165,7 @@ def test_an_interrupted_program_releases_its_lock_and_prints_one_line(tmp_path):
   done = subprocess.run(sys_argv, cwd=ROOT, capture_output=True, text=True,
                         env=dict(os.environ, JAX_PLATFORMS='cpu', XLA_FLAGS=''))
   assert (done.returncode, done.stderr) == (
-      preemption.INTERRUPTED, 'interrupted; the same command continues\n')
+      preemption.INTERRUPTED, '\ninterrupted; the same command continues\n')
   assert 'lock.json' in done.stdout and [p.name for p in tmp_path.iterdir()] == ['kept']
 
 

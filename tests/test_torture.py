@@ -88,6 +88,8 @@ KILL, TERM, INT = torture.SIGNALS
     ([(75, 'm2/model: stopped by SIGTERM; the same command continues')], TERM, [0], True),
     ([(-15, '')], TERM, [0], True), ([(75, 'x')], TERM, [0], False),
     ([(130, 'interrupted; the same command continues')], INT, [0], True),
+    ([(130, 'm1/judge:  38%|# | 792/2088 [00:30<00:49, 26.34rows/s]\ninterrupted; the same command '
+       'continues')], INT, [0], True),
     ([(130, 'Traceback\ninterrupted; the same command continues')], INT, [0], False),
     ([(75, 'error: host 1 was lost; the same command continues from what is saved'), (-9, '')],
      KILL, [1], True),

@@ -67,7 +67,7 @@ class Case:
   needs: tuple[str, ...] = () # parts of the finished loop that are there; (): all
   kills: int = 3              # unless --kills gives their number
   in_bucket: int = 0          # runs also in a bucket, in at most so many processes
-  bucket_kills: int = 3
+  bucket_kills: int = 2       # 0: not in a bucket, unless --kills gives their number
 
 
 def _stage(name: str, program: str, model: str, *more: str, flags=(), **options) -> Case:
@@ -128,7 +128,10 @@ CASES = (
     Case('loop', 'loop', ('--size=tiny', '--workdir=RUN', '--last=m2',
                           *(f'--set={change}' for change in CHANGES),
                           '--set=m1,m2:train.dropout=0.1', '--set=m1:train.epochs=1'),
-         ('.',), needs=('m0',), kills=5, in_bucket=1, bucket_kills=1),
+         ('.',), needs=('m0',), kills=5, in_bucket=1, bucket_kills=0),
+    Case('loop to SFT', 'loop', ('--size=tiny', '--workdir=RUN', '--last=sft',
+                                 *(f'--set={change}' for change in CHANGES)),
+         ('.',), needs=('m0',), is_alone=True, in_bucket=1),
     Case('study', 'study', ('--workdir=RUN/study', '--seeds=1', '--last=m1',
                             *(f'--set={change}' for change in CHANGES), '--name=short',
                             '--set=sft,m1:train.epochs=0.5'),
@@ -638,8 +641,10 @@ def main():
         if (args.place not in ('', place) or only and case.name not in only
             or case.is_alone and count > 1 or place == 'bucket' and case.in_bucket < count):
           continue
-        rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
         kills = args.kills or (case.bucket_kills if place == 'bucket' else case.kills)
+        if not kills:
+          continue
+        rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
         bucket = Bucket(root, base, rng) if place == 'bucket' else None
         rows.append(torture(case, hosts, Place(root, base), bucket, kills, rng, args.loud))
         row = rows[-1]
