@@ -204,6 +204,7 @@ _GREEDY = ('chat', 'eval.split', 'respond.max_tokens', *_SAMPLE)
 _JUDGE = ('chat', 'judge.template', 'judge.temperature', 'judge.top_p', 'judge.top_k',
           'judge.max_tokens', *_SAMPLE)
 _SHOWN = ('judge.show_thinking',)
+_JUDGE_PAIRS = 'judge_pairs.share', 'judge_pairs.score_share'
 
 ALWAYS = ('name', 'size')  # which config it is; every stage may read them
 STAGES = (
@@ -274,19 +275,22 @@ STAGES = (
     Spec('meta_judge', 'sample.meta_judge', ('comparisons-*.jsonl', 'judge_pairs.jsonl'),
          reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl', 'pairs/pairs.jsonl'),
          runs=('sampler',), keys=(*(f'meta_judge.{key}' for key in (
-             'template', 'temperature', 'top_p', 'top_k', 'max_tokens', 'responses', 'share',
-             'score_share')), 'judge.template', *_SHOWN, 'judge.quorum', 'chat', *_SAMPLE),
+             'template', 'temperature', 'top_p', 'top_k', 'max_tokens', 'responses')),
+             *_JUDGE_PAIRS, 'judge.template', *_SHOWN, 'judge.quorum', 'chat', *_SAMPLE),
          unrecorded=('judge.n', *_SAMPLE_UNRECORDED), needed=_trains_on('judge_pairs')),
+    Spec('swap', 'reward.swap', ('swapped.jsonl',), reads=('respond/responses-*.jsonl',),
+         needed=_trains_on('swapped_pairs')),
     Spec('judge_swapped', 'sample.judge', ('judgements-*.jsonl',),
-         reads=('respond/responses-*.jsonl',), runs=('sampler',), on='swapped', samples='judge.n',
+         reads=('swap/swapped.jsonl',), runs=('sampler',), on='swapped', samples='judge.n',
          keys=('judge.n', *_SHOWN, *_JUDGE), unrecorded=_SAMPLE_UNRECORDED,
          needed=_trains_on('swapped_pairs')),
     *(Spec(name, 'reward.judge_pairs', (f'{name}_pairs.jsonl',), on=name,
            reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl', 'pairs/pairs.jsonl',
                   *more),
-           keys=('judge.template', *_SHOWN, 'judge.quorum', 'judge_pairs.share',
-                 'judge_pairs.score_share'), needed=_trains_on(f'{name}_pairs'))
-      for name, more in (('majority', ()), ('swapped', ('judge_swapped/judgements-*.jsonl',)))),
+           keys=('judge.template', *_SHOWN, 'judge.quorum', *_JUDGE_PAIRS),
+           needed=_trains_on(f'{name}_pairs'))
+      for name, more in (('majority', ()), (
+          'swapped', ('swap/swapped.jsonl', 'judge_swapped/judgements-*.jsonl')))),
     Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
          reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl',
                          'respond/responses-*.jsonl', 'judge/judgements-*.jsonl',
@@ -372,6 +376,7 @@ KINDS = {
     'judge_pairs.jsonl': schema.JudgePair,
     'majority_pairs.jsonl': schema.JudgePair,
     'swapped_pairs.jsonl': schema.JudgePair,
+    'swapped.jsonl': schema.Response,
     'eft.jsonl': schema.EftExample,
     'dropped.jsonl': schema.DroppedReply,
     'logps.jsonl': schema.PairLogps,
@@ -406,7 +411,8 @@ READ_IF = {
     'train.lora_alpha': lambda c: c.train.lora_rank > 0,
     'train.lora_targets': lambda c: c.train.lora_rank > 0,
     **dict.fromkeys(('train.reference', 'train.beta', 'train.nll_weight',
-                     'train.length_normalize', 'train.sft_weight'), _trains_on_pairs),
+                     'train.length_normalize'), _trains_on_pairs),
+    'train.sft_weight': lambda c: configs.mixes_demonstrations(c.train),
 }
 
 

@@ -40,7 +40,9 @@ FROM_M0 = ('chat', 'train.max_length', 'train.learning_rate', 'train.learning_ra
 # Keys that have a new name, and that name.
 RENAMED = {'train.nll': 'train.nll_weight', 'train.by_length': 'train.length_normalize',
            'train.clip': 'train.max_grad_norm', 'eft.tries': 'eft.judgements',
-           'judge.on': 'the flag --on of srlm_jax.sample.judge'}
+           'judge.on': 'the flag --on of srlm_jax.sample.judge',
+           'meta_judge.share': 'judge_pairs.share',
+           'meta_judge.score_share': 'judge_pairs.score_share'}
 # Keys that name a model, and the names that each takes besides a path.
 NAMES_A_MODEL = {'sampler': MODELS, 'train.init': MODELS, 'pairs.older': MODELS,
                  'prompts.author': (*MODELS, 'sampler'), 'endpoint.url': MODELS}
@@ -212,7 +214,7 @@ _SECTIONS = {
         synthetic=Setting(False, SWITCH, 'keeps messages of OASST1 that a model wrote', OURS),
         documents=Setting(0, COUNT_OR_0, 'documents of the corpus of the sandbox', OURS),
         reviews=Setting('verdicts', one_of('verdicts', 'descriptions'),
-                        'reviews in the corpus of the sandbox', OURS),
+                        'kind of reviews in the corpus of the sandbox', OURS),
     ),
     'train': dict(
         init=Setting('', TEXT,
@@ -223,7 +225,6 @@ _SECTIONS = {
         pack=Setting(True, SWITCH, 'True: several examples per row; False: one, padded', OURS),
         # the same number on every mesh makes the same steps: docs/training.md
         rows=Setting(-1, COUNT_OR_OPEN, 'packed rows per step; -1: the fewest for the mesh', OURS),
-        sft_weight=Setting(1.0, WEIGHT, 'of a demonstration among pairs', OURS),
         # more micro-batches keep fewer activations in memory; the result is the same
         accumulate=Setting(-1, COUNT_OR_OPEN, 'micro-batches per step; -1: chosen', OURS),
         epochs=Setting(1.0, Values(float, above=0, most=10**6), 'passes over the data', OURS),
@@ -271,6 +272,7 @@ _SECTIONS = {
         reference=Setting('step', one_of('step', 'cached'),
                        'when DPO computes the log-probs of the reference', OURS),
         nll_weight=Setting(0.0, WEIGHT, 'weight of the NLL of the chosen, Iterative RPO', OURS),
+        sft_weight=Setting(1.0, WEIGHT, 'weight of the NLL of a demonstration among pairs', OURS),
         length_normalize=Setting(False, SWITCH, 'DPO on log-probs per token instead of sums', OURS),
         learning_rate=Setting(1e-6, RATE, 'per step, before the cosine; -1: chosen', PAPER),
         learning_rate_end=Setting(1e-7, Values(float, least=0, most=10, also=-1),
@@ -364,12 +366,10 @@ _SECTIONS = {
         max_tokens=Setting(256, COUNT, 'tokens', OURS),
         responses=Setting(1, COUNT,
                           'responses per prompt, those with the most varied scores', META),
-        share=Setting(0.15, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
-        score_share=Setting(0.5, SHARE,
-                         'highest share of judge pairs whose chosen score is the same', OURS),
     ),
-    'judge_pairs': dict(  # of majority_pairs and swapped_pairs in train.data
-        share=Setting(0.5, Values(float, least=0, most=0.99), 'highest share of all pairs', OURS),
+    'judge_pairs': dict(  # for each of judge_pairs, majority_pairs and swapped_pairs in train.data
+        share=Setting(0.15, Values(float, least=0, most=0.99),
+                      'highest share of these and the pairs of responses', OURS),
         score_share=Setting(0.5, SHARE,
                             'highest share of them whose chosen score is the same', OURS),
     ),
@@ -607,6 +607,9 @@ def _check_training(t: ConfigDict, names: list[str]):
   if t.select not in ('', 'auto', 'wins', 'agreement') and not _names_checkpoint(t.select):
     raise InputError(f'config.train.select is {t.select!r}; it is empty, auto, wins, agreement, or '
                      'a command with {checkpoint} in it')
+  if t.loss in PAIR_LOSSES and 'corpus' in names:
+    raise InputError(f'config.train.data names corpus, and train.loss={t.loss} trains on prompts '
+                     f'with responses; take it out, or set train.loss=sft')
   for key, given, known in (('data', names, TRAINING_DATA),
                             ('lora_targets', lora_targets(t), LORA_TARGETS)):
     for i, name in enumerate(given):

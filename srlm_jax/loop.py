@@ -32,7 +32,7 @@ from srlm_jax.checkpoint import convert
 from srlm_jax.data import seeds, templates
 from srlm_jax.eval import agreement, endpoint
 from srlm_jax.report import page, results
-from srlm_jax.reward import eft, health, judge_pairs, judges, pairs, strategies
+from srlm_jax.reward import eft, health, judge_pairs, judges, pairs, strategies, swap
 from srlm_jax.sample import engine as engines, implicit, judge, meta_judge, prompts, respond
 from srlm_jax.sandbox import audit, control, data as sandbox, oracle
 from srlm_jax.train import run as train
@@ -124,6 +124,8 @@ def refuse_mistakes(config):
     raise InputError(f'config.pairs.strategy = {config.pairs.strategy} also needs judgements by a '
                      f'model of the run, which do not compare with those of config.judge.by = '
                      f'endpoint; use another strategy, or judge.by=model')
+  if any(catalog.needs(name, config) for name in ('majority', 'swapped')):
+    judge_pairs.refuse_mistakes(config)
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
@@ -239,7 +241,8 @@ def make_pairs(config, workdir):
   refuse_too_few(config, stage.summary(workdir / config.name / 'pairs'))
   if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
-  if catalog.needs('judge_swapped', config):
+  if catalog.needs('swap', config):
+    swap.run(config, workdir)
     judge.run(config, workdir, 'swapped')
   for name in ('majority', 'swapped'):
     if catalog.needs(name, config):

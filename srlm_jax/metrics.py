@@ -27,7 +27,7 @@ RATES = {'prompts/prompts_per_attempt': ('prompts', 'attempts'),
          'pairs/pairs_per_prompt': ('pairs', 'prompts'),
          'meta_judge/parse_rate': ('parsed', 'comparisons'),
          **{f'{name}/parse_rate': ('parsed', 'judgements')
-            for name in ('judge', 'judge_again', 'judge_older', 'judge_eval')}}
+            for name in ('judge', 'judge_again', 'judge_older', 'judge_swapped', 'judge_eval')}}
 _NONE = types.MappingProxyType({})
 
 

@@ -259,15 +259,16 @@ class Planner:
     c = self.config
     prompts, judged = c.prompts.count, self._rubric() + self.prompt + self.response
     pairs = PAIRS * prompts
-    is_pair = 2 if c.train.loss in configs.PAIR_LOSSES else 1
-    answers = costs.example(self.prompt, self.response, is_pair)
-    judgements = costs.example(judged, self.judgement, is_pair)
+    of_pair = 2 if c.train.loss in configs.PAIR_LOSSES else 1  # responses
+    def answers(count):
+      return costs.example(self.prompt, self.response, count)
+    def judgements(count):
+      return costs.example(judged, self.judgement, count)
     known = dict(
-        ift=(c.data.ift, answers), eft=(EFT * c.data.ranked_train, judgements),
-        positives=(POSITIVES * prompts * c.respond.n, answers), pairs=(pairs, answers),
-        judge_pairs=(pairs * c.meta_judge.share / (1 - c.meta_judge.share), judgements),
-        **dict.fromkeys(('majority_pairs', 'swapped_pairs'), (
-            pairs * c.judge_pairs.share / (1 - c.judge_pairs.share), judgements)))
+        ift=(c.data.ift, answers(1)), eft=(EFT * c.data.ranked_train, judgements(1)),
+        positives=(POSITIVES * prompts * c.respond.n, answers(1)), pairs=(pairs, answers(of_pair)),
+        **dict.fromkeys(('judge_pairs', 'majority_pairs', 'swapped_pairs'), (
+            pairs * c.judge_pairs.share / (1 - c.judge_pairs.share), judgements(of_pair))))
     for name in configs.training_data(c):
       if name not in known:
         raise InputError(f'config.train.data names {name}, whose size is not known before it is '

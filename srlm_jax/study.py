@@ -31,10 +31,11 @@ SHARED = ('data', 'm0', 'sft', 'm1')  # do not depend on changes of later models
 # Columns of the tables in `results` whose means are reported.
 COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs',
            'of prompts', 'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs',
-           'oracle: exact', 'of replies', 'EFT examples', 'pairs', 'right', 'wrong', 'judge mean',
-           'oracle mean')
-JUDGE = ('judge: pairwise', 'oracle: pairwise', 'oracle: exact')  # compared with those of M1
-_OVERVIEW = ('wins', 'losses', 'pairs', 'right', 'judge: pairwise', 'of pairs', 'oracle: pairwise',
+           'oracle: all pairs', 'oracle: ties', 'oracle: exact', 'of replies', 'EFT examples',
+           'pairs', 'right', 'wrong', 'judge mean', 'oracle mean')
+# Compared with those of M1, and of the same model in the loops.
+JUDGE = ('judge: pairwise', 'oracle: all pairs', 'oracle: exact')
+_OVERVIEW = ('wins', 'losses', 'pairs', 'right', 'judge: pairwise', 'of pairs', 'oracle: all pairs',
              'oracle: exact')
 # Headings of the cells of `_difference` after the mean.
 DIFFERENCE = ('+- prompts', '+- seeds', '+- both', '95 % over seeds', 'range of seeds')
@@ -104,15 +105,20 @@ def table(runs, loops) -> list[dict]:
   A row has the means over the runs (`means`) and three comparisons. gain: oracle score minus that
   of the previous model. against: oracle score minus that of the same model in the loops; None for
   the loops themselves. judge: for each column of JUDGE, the value minus that of M1 in the same run.
+  judge_against: the same, minus that of the same model in the loop with the same seed.
   """
-  found = [{row['model']: row for row in results.of_models(run)} for run in runs]
+  found, unchanged = ([{row['model']: row for row in results.of_models(run)} for run in folders]
+                      for folders in (runs, loops))
   made = [model for model in configs.MODELS if any(model in by_model for by_model in found)]
   rows = []
   for previous, model in zip(['', *made[:-1]], made, strict=True):
     rows.append(dict(
         model=model, **means(model, found), gain=paired(runs, model, runs, previous),
         against=paired(runs, model, loops, model) if runs != loops else None,
-        judge={heading: over_seeds(_minus_m1(found, model, heading)) for heading in JUDGE}))
+        judge={heading: over_seeds(_differences(heading, found, model, found, 'm1'))
+               for heading in JUDGE},
+        judge_against={heading: over_seeds(_differences(heading, found, model, unchanged, model))
+                       for heading in JUDGE} if runs != loops else {}))
   return rows
 
 
@@ -182,14 +188,14 @@ def text(rows: list[dict]) -> str:
     tables.append([['model', 'runs', *shown], *cells])
   tables.append([['model', 'gain', *DIFFERENCE],
                  *([row['model'], *_difference(row['gain'])] for row in rows if row['gain'])])
-  judge = [['model']]
-  for heading in JUDGE:
-    judge[0] += [f'{heading}, against m1', '+- seeds', '95 % over seeds']
-  for row in rows:
-    if row['model'] > 'm1' and any(row['judge'].values()):
-      cells = [cell for heading in JUDGE for cell in _over_seeds(row['judge'][heading])]
-      judge.append([row['model'], *cells])
-  tables.append(judge)
+  for key, other in (('judge', 'm1'), ('judge_against', 'the loop')):
+    judge = [['model']]
+    for heading in JUDGE:
+      judge[0] += [f'{heading}, against {other}', '+- seeds', '95 % over seeds']
+    judge += [[row['model'], *(cell for heading in JUDGE for cell in _over_seeds(
+        row[key][heading]))] for row in rows
+        if (key != 'judge' or row['model'] > 'm1') and any(row[key].values())]
+    tables.append(judge)
   return '\n\n'.join(results.aligned(table) for table in tables if len(table) > 1)
 
 
@@ -200,7 +206,8 @@ def overview(folder) -> str:
   seeds and other means.
   """
   found = {path: study for path in folder.glob('*.json') if (study := results.read(path, Study))}
-  models = configs.MODELS[2:]
+  known = {row.get('model') for study in found.values() for row in study.models}
+  models = [model for model in configs.MODELS[2:] if model in known]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, *_OVERVIEW]]
   for path, study in sorted(found.items(), key=lambda item: (item[1].name != LOOP, item[1].name)):
     try:
@@ -215,11 +222,13 @@ def overview(folder) -> str:
   return results.aligned(lines)
 
 
-def _minus_m1(found: list[dict[str, dict]], model: str, heading: str) -> list[float]:
-  """The value of a model minus that of M1 in the same run, for the runs that have both."""
-  pairs = [(by_model[model][heading], by_model['m1'][heading])
-           for by_model in found if model in by_model and 'm1' in by_model]
-  return [value - m1 for value, m1 in pairs if value is not None and m1 is not None]
+def _differences(heading: str, found: list[dict[str, dict]], model: str,
+                 others: list[dict[str, dict]], other: str) -> list[float]:
+  """The value of `model` minus that of `other` in the run with the same seed, where both exist."""
+  pairs = [(ours[model][heading], theirs[other][heading])
+           for ours, theirs in zip(found, others, strict=True)
+           if model in ours and other in theirs]
+  return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def _mean(row: dict, heading: str) -> str:

@@ -229,6 +229,7 @@ def test_an_unknown_model_or_size_is_refused(name, size):
     ({'train.data': ('pairs', 'judge_pairs,pairs')}, "config.train.data names 'pairs' twice"),
     ({'train.data': ('pear',)}, "config.train.data names 'pear'; it may name corpus, ift, eft"),
     ({'train.data': ('pairs, judge_pairs',)}, "config.train.data names ' judge_pairs'; it"),
+    ({'train.data': ('pairs', 'corpus')}, 'train.loss=dpo trains on prompts with responses'),
     ({'train.data': ('pairs,',)}, "config.train.data names ''; it may name corpus,"),
     ({'train.data': ('x' * 5000,)}, r"config.train.data names 'xxx.*xx\.\. \(5002 characters\)"),
     ({'train.init': 'm9'},

@@ -119,7 +119,7 @@ def test_every_module_has_a_test_file():
       arrays='distribute', card='loop', fields='config_fields', conversation='templates',
       rendering='templates', estimates='results', measures='results', differences='results',
       doubts='results', steps='results', rounds='results', samples='results', external='results',
-      compare='results', contents='results', paper='results', keyed='tallies')
+      compare='results', contents='results', paper='results', keyed='tallies', swap='judge_pairs')
   for path in PACKAGE.rglob('*.py'):
     if not path.stem.startswith('__'):
       assert path.stem in tested or elsewhere.get(path.stem) in tested, path

@@ -350,7 +350,7 @@ def test_a_stage_continues_on_one_host_from_the_shards_of_two(others, tmp_path, 
   (folder / 'done.json').unlink()
   key = dict(respond='prompt_id', respond_older='prompt_id', judge='response_id',
              judge_again='response_id', judge_older='response_id', implicit='id',
-             meta_judge='response_id')[stage]
+             judge_swapped='response_id', meta_judge='response_id')[stage]
   for name in whole:
     if '-of-' in name:
       lines = whole[name].splitlines(keepends=True)

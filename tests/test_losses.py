@@ -82,7 +82,8 @@ def test_a_demonstration_among_pairs_has_the_loss_of_sft():
   config.data = ('pairs',)
   pair, alone = losses.dpo(config, policy[:1], reference[:1], jnp.array([[3.0, 2.0]]), jnp.ones(1))
   np.testing.assert_allclose(loss, [pair[0], 2.0 * 6.0 / 4.0], rtol=1e-6)
-  assert metrics.keys() - alone.keys() == {'pairs'} and metrics['pairs'].tolist() == [1, 0]
+  assert metrics.keys() - alone.keys() == {'pair_share'}
+  assert metrics['pair_share'].tolist() == [1, 0]
   for name, values in alone.items():
     assert metrics[name].tolist() == [values[0], 0]
 

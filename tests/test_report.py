@@ -470,7 +470,7 @@ def test_runs_side_by_side_need_a_file_to_write(workdir, tmp_path):
 def test_the_judge_is_drawn_over_the_answers_from_m1_on():
   def run(name, **models):
     return types.SimpleNamespace(name=name, values={
-        model: dict(oracle=Value(value=x), oracle_pairwise=Value(value=y))
+        model: dict(oracle=Value(value=x), oracle_pairwise_all=Value(value=y))
         for model, (x, y) in models.items()})
   runs = [run('loop', sft=(1.0, 0.1), m1=(3.0, 0.7), m2=(3.5, 0.8), m3=(4.0, 0.75)),
           run('short', m1=(3.0, 0.7))]

@@ -274,7 +274,7 @@ def test_the_limits_leave_the_largest_selection(made, pair_count, share, score_s
   made = [judge_pairs.Rating(str(i), score, gap) for i, (score, gap) in enumerate(made)]
   kept = judge_pairs.limit(made, pair_count, share, score_share)
   most = int(share / (1 - share) * pair_count + 1e-9)
-  ordered, best = sorted(made, key=lambda p: -p.gap), []
+  ordered, best = sorted(made, key=lambda p: (-p.gap, records.digest(p.id))), []
   for size in range(min(most, len(made)) + 1):  # the greedy selection of each size
     taken, counts = [], Counter()
     for p in ordered:

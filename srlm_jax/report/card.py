@@ -172,7 +172,7 @@ def _reproduce(export: Export, lineage: list[_Trained]) -> str:
   if not size or name == 'm0':
     return ''
   command = ['python -m srlm_jax.loop', f'--size={size}', '--workdir=RUN', f'--last={name}']
-  if size not in ('tiny', 'hard'):
+  if configs.get(name, size).data.source != 'sandbox':
     command += ['--m0=M0', '--data=DATA']
   command += [f"'--set={change}'" for change in changes(workdir, size)]
   then = f'python -m srlm_jax.checkpoint.convert --checkpoint=RUN/{name}/model --to_hf=FOLDER'

@@ -47,6 +47,9 @@ MEASURES = dict(
     ties=Measure('pairs with equal scores', 'share', 'own judge', 'judge', 0, 3),
     parsed=Measure('judgements with a score', 'share', 'count', 'judge', 0, 3),
     oracle_pairwise=Measure('pairs ordered as the oracle does', 'share', 'oracle', 'judge', 1, 3),
+    oracle_pairwise_all=Measure('pairs ordered as the oracle does, unscored ones as errors',
+                                'share', 'oracle', 'judge', 1, 3),
+    oracle_ties=Measure('pairs graded apart with equal scores', 'share', 'oracle', 'judge', 0, 3),
     oracle_exact=Measure('scores equal to the oracle\'s', 'share', 'oracle', 'judge', 1, 3),
     ceiling=Measure('pairs that the oracle orders as people did', 'share', 'oracle', 'judge', 0,
                     3))
@@ -60,6 +63,8 @@ _AGREEMENT = dict(
     kendall_tau=('kendall_tau', 'prompts', 'prompts'))
 _ORACLE = dict(
     oracle_pairwise=('judge_pairwise', 'judge_pairs', 'pairs'),
+    oracle_pairwise_all=('judge_pairwise_all', 'judge_pairs_all', 'pairs'),
+    oracle_ties=('judge_ties', 'judge_pairs', 'pairs'),
     oracle_exact=('judge_exact', 'judge_replies', 'replies'),
     ceiling=('ceiling', 'ceiling_pairs', 'pairs'))
 

@@ -57,6 +57,8 @@ TABLES = dict(
         Column('ceiling', _ORACLE, 'ceiling', 3),
         Column('oracle: pairwise', _ORACLE, 'judge_pairwise', 3),
         Column('of graded pairs', _ORACLE, 'judge_pairs', 0),
+        Column('oracle: all pairs', _ORACLE, 'judge_pairwise_all', 3),
+        Column('oracle: ties', _ORACLE, 'judge_ties', 3),
         Column('oracle: exact', _ORACLE, 'judge_exact', 3),
         Column('of replies', _ORACLE, 'judge_replies', 0)),
     data=(
@@ -67,7 +69,8 @@ TABLES = dict(
         Column('judge mean', _AUDIT, 'judge_mean', 2),
         Column('oracle mean', _AUDIT, 'oracle_mean', 2)))
 COLUMNS = tuple(column for table in TABLES.values() for column in table)
-PAGE_ONLY = ('exact', 'spearman', 'kendall')  # columns for which a terminal is too narrow
+# Columns for which a terminal is too narrow.
+PAGE_ONLY = ('exact', 'spearman', 'kendall', 'oracle: ties')
 # A count stays an int.
 _NUMBER = Annotated[int, msgspec.Meta(ge=-10**15, le=10**15)] | schema.Number
 _DIGITS = {column.heading: column.digits for column in COLUMNS}

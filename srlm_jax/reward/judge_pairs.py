@@ -5,27 +5,28 @@
 majority  The judgements of a response vote on its score. Chosen is a judgement with the score of
           most votes, rejected the one whose score is farthest from it (Self-Consistency Preference
           Optimization, Prasad et al. 2024, 2411.04109, which does this with answers).
-swapped   A response to a similar other prompt is worse than the prompt's own. Chosen is a judgement
-          that says so, rejected one that does not (Self-Taught Evaluators, Wang et al. 2024,
-          2408.02666, which trains on the former alone).
+swapped   A response to a similar other prompt (`reward/swap.py`) is usually worse than the prompt's
+          own. Where its mean score says so too, chosen is the judgement with the lowest score, and
+          rejected the highest one that is not below the own mean (Self-Taught Evaluators, Wang et
+          al. 2024, 2408.02666, which trains on the former alone).
 
 `sample/meta_judge.py` makes such pairs with a judge of judgements.
 """
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 import operator
 import statistics
 
-from srlm_jax import catalog, cli, conversation, hosts, records, schema, spill, stage
-from srlm_jax.data import similar
+from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, spill, stage
 from srlm_jax.reward import judges, scores as scoring
 
 RESPONSES, JUDGEMENTS = 'respond/responses-*.jsonl', 'judge/judgements-*.jsonl'
-SWAPPED = 'judge_swapped/judgements-*.jsonl'
+SWAPPED, OF_SWAPPED = 'swap/swapped.jsonl', 'judge_swapped/judgements-*.jsonl'
 Judgements = list[schema.Judgement]
-Found = tuple[str, schema.Judgement, schema.Judgement, float]  # judge prompt, chosen, rejected, gap
+# Judge prompt, chosen, rejected and gap; or why there is no pair.
+Found = tuple[str, schema.Judgement, schema.Judgement, float] | str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,28 +40,47 @@ class Rating:
 def run(config, workdir, on: str = 'majority'):
   """Writes MODEL/majority/majority_pairs.jsonl or MODEL/swapped/swapped_pairs.jsonl.
 
-  Reads MODEL/respond and MODEL/judge, and for swapped MODEL/judge_swapped.
+  Reads MODEL/respond and MODEL/judge, and for swapped MODEL/swap and MODEL/judge_swapped.
   """
+  refuse_mistakes(config)
   spec = catalog.find('reward.judge_pairs', on)
   config = spec.view(config)
   judge = judges.load(config.judge.template)
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  pairs, count = spill.Spill(), sum(1 for _ in s.read('pairs/pairs.jsonl'))
-  ratings = []
-  for asked, chosen, rejected, gap in dict(majority=_majority, swapped=_swapped)[on](
-      s, config, judge):
+  pairs, ratings, dropped = spill.Spill(), [], Counter()
+  for found in dict(majority=_majority, swapped=_swapped)[on](s, config, judge):
+    if isinstance(found, str):
+      dropped[found] += 1
+      continue
+    asked, chosen, rejected, gap = found
     pair = _pair(on, asked, chosen, rejected)
     ratings.append(Rating(pair.id, pair.chosen_score, gap))
     pairs.add(pair.id, records.dump(pair))
-  kept = limit(ratings, count, config.judge_pairs.share, config.judge_pairs.score_share)
+  c, count = config.judge_pairs, sum(1 for _ in s.read('pairs/pairs.jsonl'))
+  kept = limit(ratings, count, c.share, c.score_share)
+  dropped['over the share limits'] = len(ratings) - len(kept)
   s.begin()
   if hosts.is_first_host():
     with records.replacing(s.folder / spec.writes[0]) as out:
       out.writelines(line for rating in kept for line in pairs.get(rating.id))
-  s.finish(pairs=len(kept), over_the_limits=len(ratings) - len(kept),
+  hosts.log(f'{s.title}: {len(kept)} pairs of judgements; dropped: ' + ', '.join(
+      f'{n} {reason}' for reason, n in sorted(dropped.items()) if n))
+  s.finish(pairs=len(kept), dropped=dict(sorted(dropped.items())),
            scores_chosen=scoring.histogram(rating.chosen_score for rating in kept))
+
+
+def refuse_mistakes(config):
+  """Raises InputError if the sampler does not judge, or only once."""
+  if config.judge.by != 'model':
+    raise InputError(f'config.judge.by is {config.judge.by}, and pairs of judgements train the '
+                     f'model on its own ones; set judge.by=model, or take majority_pairs and '
+                     f'swapped_pairs out of train.data')
+  if config.judge.n < 2:
+    raise InputError(f'config.judge.n is {config.judge.n}, and a pair needs two judgements of a '
+                     f'response; raise judge.n, or take majority_pairs and swapped_pairs out of '
+                     f'train.data')
 
 
 def limit(made: Sequence[Rating], pair_count: int, share: float,
@@ -69,6 +89,8 @@ def limit(made: Sequence[Rating], pair_count: int, share: float,
 
   1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
   2. At most `score_share` of them have the same chosen score.
+
+  Among equal gaps, a hash of the id decides, so no part of the prompts is preferred.
   """
   maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
   counts = Counter(pair.chosen_score for pair in made)
@@ -79,93 +101,70 @@ def limit(made: Sequence[Rating], pair_count: int, share: float,
   size = next((size for size in range(min(maximum, len(made)), 0, -1)  # the largest that there is
                if sum(min(count, most(size)) for count in counts.values()) >= size), 0)
   taken, kept = Counter(), []
-  for pair in sorted(made, key=lambda p: -p.gap):
+  for pair in sorted(made, key=lambda p: (-p.gap, records.digest(p.id))):
     if taken[pair.chosen_score] < most(size) and len(kept) < size:
       taken[pair.chosen_score] += 1
       kept.append(pair)
   return kept
 
 
-def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, int] | None:
+def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, int] | str:
   """The judgements of a response -> chosen, rejected, and by how many votes chosen wins.
 
-  None if no score has the most votes alone, or if all agree.
+  Else the reason why there is no pair.
   """
   votes = Counter(j.score for j in judgements).most_common(2)
-  if len(votes) < 2 or votes[0][1] == votes[1][1]:
-    return None
+  if len(votes) < 2:
+    return 'fewer than two scores'
+  if votes[0][1] == votes[1][1]:
+    return 'no score has most votes'
   (score, most), _ = votes
   chosen = next(j for j in judgements if j.score == score)
   rejected = max(judgements, key=lambda j: abs(j.score - score))
   return chosen, rejected, most - sum(j.score == rejected.score for j in judgements)
 
 
-def contradicting(judgements: Judgements, level: float, above: bool
-                  ) -> tuple[schema.Judgement, schema.Judgement] | None:
-  """-> the judgement that is farthest on the right side of the level, and that on the wrong side.
+def below(judgements: Judgements, level: float
+          ) -> tuple[schema.Judgement, schema.Judgement, float] | str:
+  """The judgements of a swapped response, and the mean score of the own ones -> chosen, rejected.
 
-  above: whether the response must score above the level; else it must score below it. None if all
-  judgements are on one side.
+  The third is by how much their scores differ. Else the reason why there is no pair.
   """
-  sign = 1 if above else -1
-  ordered = sorted(judgements, key=lambda j: sign * (j.score - level))
-  if not ordered or not sign * (ordered[0].score - level) <= 0 < sign * (ordered[-1].score - level):
-    return None
-  return ordered[-1], ordered[0]
-
-
-def swapped(read: Callable[[], Iterable[schema.Response]], config) -> Iterator[judges.Item]:
-  """Yields each prompt with a response to another one, which is therefore worse than its own.
-
-  The other prompt is the most similar one that has no response in common with this one; else it may
-  ask for the same. Of its responses, the first that ended by itself is taken. read() -> responses,
-  those of a prompt one after the other; config: the section `judge`.
-  """
-  names, index, said, first = [], similar.Index(), [], []
-  for group in scoring.by_prompt(read()):
-    names.append(group[0].prompt_id)
-    index.add(conversation.shown(group[0]))
-    texts = [judges.seen(r, config) for r in group]
-    said.append({hash(text) for text in texts})
-    first.append(next((text for r, text in zip(group, texts, strict=True)
-                       if r.finish == schema.EOS), None))
-  for i, name in enumerate(names):
-    found = index.nearest(index.texts[i], lambda j, i=i: j != i and first[j] is not None
-                          and said[i].isdisjoint(said[j]))
-    if found:
-      yield judges.Item(records.join(name, names[found[1]]), name, index.texts[i], first[found[1]])
+  ordered = sorted(judgements, key=lambda j: j.score)
+  if not ordered or statistics.fmean(j.score for j in ordered) >= level:
+    return 'not below the own responses'
+  if ordered[-1].score < level:
+    return 'all judgements agree'
+  return ordered[0], ordered[-1], ordered[-1].score - ordered[0].score
 
 
 def _majority(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   for r in s.read(RESPONSES):
-    if found := vote(_usable(scores.of(r.id))):
-      asked = judge.render(prompt=conversation.shown(r), response=judges.seen(r, config.judge))
-      yield asked, *found
+    found = vote(_usable(scores.of(r.id)))
+    yield found if isinstance(found, str) else (_asked(r, config, judge), *found)
   scores.finish(s.path(RESPONSES))
 
 
 def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
-  others = scoring.Judged(s.read(SWAPPED), config.judge.quorum, s.path(SWAPPED))
-  items = records.Matched(swapped(lambda: s.read(RESPONSES), config.judge),
-                          operator.attrgetter('prompt_id'), s.path(RESPONSES))
+  others = scoring.Judged(s.read(OF_SWAPPED), config.judge.quorum, s.path(OF_SWAPPED))
+  items = records.Matched(s.read(SWAPPED), operator.attrgetter('prompt_id'), s.path(SWAPPED))
   for group in scoring.by_prompt(s.read(RESPONSES)):
-    own = [(r, score) for r in group if (score := scores.of(r.id)).mean is not None]
-    for item in items.of(group[0].prompt_id):
-      other = others.of(item.id)
-      if not own or other.mean is None:
-        continue
-      level = statistics.fmean(score.mean for _, score in own)
-      if found := contradicting(_usable(other), level, above=False):
-        asked = judge.render(prompt=item.prompt, response=item.response)
-        yield asked, *found, found[1].score - found[0].score
-      best, score = max(own, key=lambda x: x[1].mean)
-      if found := contradicting(_usable(score), other.mean, above=True):
-        asked = judge.render(prompt=item.prompt, response=judges.seen(best, config.judge))
-        yield asked, *found, found[0].score - found[1].score
-  for found in (scores, others):
+    own = [mean for r in group if (mean := scores.of(r.id).mean) is not None]
+    swapped = items.of(group[0].prompt_id)
+    if not swapped:
+      yield 'no similar prompt'
+    for r in swapped:
+      found = below(_usable(others.of(r.id)), statistics.fmean(own)) if own else 'no own score'
+      yield found if isinstance(found, str) else (_asked(r, config, judge), *found)
+  for found in (scores, items):
     found.finish(s.path(RESPONSES))
+  others.finish(s.path(SWAPPED))
+
+
+def _asked(r: schema.Response, config, judge: judges.Judge) -> str:
+  return judge.render(prompt=conversation.shown(r), response=judges.seen(r, config.judge))
 
 
 def _usable(score: scoring.Score) -> Judgements:

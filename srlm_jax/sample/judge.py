@@ -13,10 +13,11 @@ from srlm_jax import (
   stage,
 )
 from srlm_jax.data import ranked as ranking, templates
-from srlm_jax.reward import judge_pairs, judges
+from srlm_jax.reward import judges
 from srlm_jax.sample import engine as engines, shards
 
-OF_RESPONSES = ('responses', 'again', 'older')  # values of --on that judge sampled responses
+# Values of --on that judge sampled responses.
+OF_RESPONSES = ('responses', 'again', 'older', 'swapped')
 
 
 def run(config, workdir, on: str = ''):
@@ -26,7 +27,7 @@ def run(config, workdir, on: str = ''):
   again      the older model (pairs.older) judges the same candidates
              -> MODEL/judge_again
   older      the sampler judges the candidates of the older model -> MODEL/judge_older
-  swapped    the sampler judges responses to similar other prompts (`judge_pairs.swapped`)
+  swapped    the sampler judges responses to similar other prompts (MODEL/swap)
              -> MODEL/judge_swapped
   ranked     the sampler judges the ranked replies of the seed data, for EFT -> MODEL/judge
   eval       MODEL itself judges the ranked replies for evaluation (`config.ranked_split`)
@@ -95,9 +96,6 @@ def summary(judge: judges.Judge, judgements: Iterable[schema.Judgement]) -> sche
 
 def items(s: stage.Stage, config, on: str) -> Iterator[judges.Item]:
   """Yields what to judge."""
-  if on == 'swapped':
-    yield from judge_pairs.swapped(lambda: s.read('respond/responses-*.jsonl'), config.judge)
-    return
   if on in OF_RESPONSES:
     source, = s.spec.reads
     for r in s.read(source):

@@ -3,8 +3,8 @@
 Meta-Rewarding (Wu et al. 2024, 2407.19594), section 2.3. The model decides which of two judgements
 is better, in both orders. Wins are weighted by position, to correct for position bias. Elo scores
 rank the judgements of a response. The best and the worst judgement form a preference pair. Two
-limits apply: `meta_judge.share` bounds the share of these pairs among all pairs.
-`meta_judge.score_share` bounds the share of them whose chosen judgements have the same score.
+limits apply: `judge_pairs.share` bounds the share of these pairs among all pairs.
+`judge_pairs.score_share` bounds the share of them whose chosen judgements have the same score.
 Without it the judge would learn to give its favourite score.
 """
 from collections import Counter
@@ -78,7 +78,8 @@ def run(config, workdir):
   if not hosts.is_first_host():
     return s.finish()
   made = Made(selected, s, winners.weights)
-  kept = judge_pairs.limit(made.ratings, pair_count, c.share, c.score_share)
+  kept = judge_pairs.limit(made.ratings, pair_count, config.judge_pairs.share,
+                           config.judge_pairs.score_share)
   dropped = made.dropped + Counter({'over the share limits': len(made.ratings) - len(kept)})
   with records.replacing(s.folder / 'judge_pairs.jsonl') as out:
     out.writelines(map(made.line, kept))

@@ -82,7 +82,9 @@ def of_judge(ranked: Iterable[schema.RankedPrompt],
   `judged` is called in the order of the replies.
 
   judge_pairwise: over the `judge_pairs` pairs of scored replies with different grades, the share
-  that the judge orders as the grades do; ties count as errors. judge_exact: over the
+  that the judge orders as the grades do; ties count as errors. judge_ties: the share of them with
+  equal scores. judge_pairwise_all: over the `judge_pairs_all` pairs of all replies; a pair with an
+  unscored reply is an error. judge_exact: over the
   `judge_replies` scored replies, the share whose rounded mean score equals the grade. ceiling:
   over all `ceiling_pairs` pairs, the share that the grades order as the human ranks do; a perfect
   judge reaches this pairwise accuracy, because the ranks are noisy. intervals: the 95 % interval of
@@ -102,14 +104,17 @@ def of_judge(ranked: Iterable[schema.RankedPrompt],
     terms.extend(map(sum, found))
     sizes.extend(map(len, found))
     families[world.require(r.prompt).family] += [[sum(x), len(x)] for x in found[:2]]
-  sums, counts = (np.array(x).reshape(-1, 3 + 2 * len(POINTS)) for x in (terms, sizes))
-  pairs, exact, ceiling, *points = (  # (share, its count, its interval) of each measure
+  sums, counts = (np.array(x).reshape(-1, 5 + 2 * len(POINTS)) for x in (terms, sizes))
+  # (share, its count, its interval) of each measure
+  pairs, exact, ceiling, every, ties, *points = (
       (_share(hits, total), int(total), interval) for hits, total, interval in zip(
           sums.sum(0), counts.sum(0), scoring.intervals(sums, counts), strict=True))
   return dict(
-      judge_pairwise=pairs[0], judge_exact=exact[0], ceiling=ceiling[0],
-      judge_pairs=pairs[1], judge_replies=exact[1], ceiling_pairs=ceiling[1],
-      intervals=dict(judge_pairwise=pairs[2], judge_exact=exact[2], ceiling=ceiling[2]),
+      judge_pairwise=pairs[0], judge_pairwise_all=every[0], judge_ties=ties[0],
+      judge_exact=exact[0], ceiling=ceiling[0], judge_pairs=pairs[1], judge_pairs_all=every[1],
+      judge_replies=exact[1], ceiling_pairs=ceiling[1],
+      intervals=dict(judge_pairwise=pairs[2], judge_pairwise_all=every[2], judge_ties=ties[2],
+                     judge_exact=exact[2], ceiling=ceiling[2]),
       judge_points=[
           dict(point=point, kept=kept[0], earned=kept[1], caught=caught[0], lost=caught[1],
                intervals=dict(kept=kept[2], caught=caught[2]))
@@ -122,7 +127,8 @@ def of_judge(ranked: Iterable[schema.RankedPrompt],
 def _of_prompt(replies: list[tuple[int, int, float | None]]) -> list[list[bool]]:
   """(grade, rank, score) of each reply -> whether the judge is right, for each measure.
 
-  The measures: pairs, exact scores and the ceiling, then for each point kept and caught.
+  The measures: pairs, exact scores, the ceiling, pairs of all replies, ties; then for each point
+  kept and caught.
   """
   scored = [(grade, score) for grade, _, score in replies if score is not None]
   by_grade = scoring.orders([(-grade, score) for grade, score in scored])
@@ -130,6 +136,8 @@ def _of_prompt(replies: list[tuple[int, int, float | None]]) -> list[list[bool]]
   whole = [(grade, scoring.whole(score)) for grade, score in scored]
   found = [[d > 0 for d in by_grade], [grade == score for grade, score in whole],
            [d > 0 for d in by_rank]]
+  unscored = len(scoring.orders([(-grade, 0.0) for grade, _, _ in replies])) - len(by_grade)
+  found += [found[0] + [False] * unscored, [d == 0 for d in by_grade]]
   for point in range(1, len(POINTS) + 1):
     found += [[score >= point for grade, score in whole if grade >= point],
               [score < point for grade, score in whole if grade == point - 1]]

@@ -17,7 +17,7 @@ def dpo(config, policy, reference, lengths, soft_labels):
   `dpo_loss`. Metrics are {name: [...]}.
 
   A demonstration, whose second length is 0, has the loss of SFT per token times `sft_weight`. Where
-  the config trains on some, the metrics of a demonstration are 0, and `pairs` says what is a pair.
+  the config trains on some, the metrics of a demonstration are 0, and `pair_share` is 1 for a pair.
   """
   is_pair, lengths = lengths[..., 1] > 0, jnp.maximum(lengths, 1)
   log_ratios = policy - reference
@@ -32,7 +32,7 @@ def dpo(config, policy, reference, lengths, soft_labels):
                  chosen_reward=reward[..., 0], rejected_reward=reward[..., 1])
   if configs.mixes_demonstrations(config):
     loss = jnp.where(is_pair, loss, config.sft_weight * nll(policy[..., 0], lengths[..., 0]))
-    metrics = {name: jnp.where(is_pair, x, 0) for name, x in dict(metrics, pairs=1.0).items()}
+    metrics = {name: jnp.where(is_pair, x, 0) for name, x in dict(metrics, pair_share=1.0).items()}
   return loss, metrics
 
 

@@ -247,6 +247,8 @@ def _loop(config, s, setup: Setup, state, frozen, saver, mesh, end: int):
         scalars = metrics.finite(f'step {number}, of {_some(packed.ids(number))}', values)
       unchecked = {}
     if i % c.log_every == 0 or save:
+      if scalars.get('pair_share') == 0:  # demonstrations only
+        scalars = {name: scalars[name] for name in ('loss', 'pair_share', 'grad_norm')}
       raised, messages = alarms.check(scalars)
       scalars |= raised | dict(tokens_per_second=clock.tokens_per_second())
       for message in messages:

@@ -26,8 +26,8 @@ def make(model, tx, config, state: TrainState):
     with jax.named_scope('update'):
       updates, opt_state = tx.update(grad, state.opt_state, state.params, key=step_key)
       params = optax.apply_updates(state.params, updates)
-    if (pairs := metrics.get('pairs')) is not None:  # the share of pairs, beside demonstrations
-      metrics = {name: x if name in ('loss', 'pairs') else x / jnp.maximum(pairs, 1e-9)
+    if (share := metrics.get('pair_share')) is not None:
+      metrics = {name: x if name in ('loss', 'pair_share') else x / jnp.maximum(share, 1e-9)
                  for name, x in metrics.items()}
     metrics = dict(metrics, grad_norm=optax.global_norm(grad))
     return TrainState(state.step + 1, params, opt_state), metrics
