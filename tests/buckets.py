@@ -152,6 +152,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     kind = fault.kind if fault else None
     if kind == 'hang':
       time.sleep(3600)
+      return self._cut()  # a long run would otherwise have the effect an hour later
     if callable(kind):
       kind()
     if kind == 'cut' or callable(kind):
