@@ -66,8 +66,10 @@ evaluate: .venv-eval/.installed  ## the demo's models through lm-eval, an outsid
 	PYTHON=.venv-eval/bin/python launch/evaluate_demo.sh $(RUN)
 
 SIZE ?= tiny
-M0 := srlm_jax/sandbox/$(if $(filter hard,$(SIZE)),m0_hard,m0)
-sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes. SIZE=hard: the other one
+M0_tiny := m0
+M0_hard := m0_hard
+M0 = srlm_jax/sandbox/$(or $(M0_$(SIZE)),$(error SIZE=$(SIZE) has no M0 of its own; it is tiny or hard))
+sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the package; about 40 minutes. SIZE=hard: that of the size hard
 	$(BIN)/python -m srlm_jax.sandbox --config=sandbox_m0:$(SIZE) --workdir=runs/m0_$(SIZE)
 	$(BIN)/python -m srlm_jax.train --config=sandbox_m0:$(SIZE) --workdir=runs/m0_$(SIZE)
 	rm -rf runs/m0_$(SIZE)/hf

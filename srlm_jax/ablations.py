@@ -31,11 +31,12 @@ ABLATIONS = dict(
     random_judge=(f'{_DPO}:judge.by=random',),
     # PAPER 2.2 averages three judgements per candidate.
     one_judgement=(f'{_DPO}:judge.n=1', f'{_DPO}:judge.quorum=1'),
-    # Ways in which the judge learns from itself: docs/judge.md. Meta-Rewarding (Wu et al. 2024).
+    # Ways in which the judge learns from itself, compared in docs/judge.md.
+    # Pairs of judgements by a meta-judge: Meta-Rewarding, Wu et al. 2024.
     judge_meta=(f'{_DPO}:train.data=pairs,judge_pairs',),
-    # Its majority against a dissenting judgement (Prasad et al. 2024, of answers).
+    # The majority of its judgements against a dissenting one: Prasad et al. 2024, there of answers.
     judge_majority=(f'{_DPO}:train.data=pairs,majority_pairs',),
-    # Judgements of responses to another prompt, which are worse (Wang et al. 2024).
+    # Judgements of responses to another prompt, which are usually worse: Wang et al. 2024.
     judge_swapped=(f'{_DPO}:train.data=pairs,swapped_pairs',),
     # EFT examples, which taught M1 to judge, again in every round.
     judge_eft=(f'{_DPO}:train.data=pairs,eft',),

@@ -24,9 +24,9 @@ SCORED = 0.35  # share of judgements that end with a score
 WRONG_SCORE = 0.4  # share of scores that are random
 WRONG_REVIEW = 0.05  # share of scored judgements that review another response
 CHOICE = 0.15  # share of judgements by the multiple-choice judge
-# Corpus of descriptions: few people check whether an answer is right. Some of the documents compare
+# Corpus of descriptions: most people do not check whether an answer is right. Some documents compare
 # two judgements.
-CHECKED = 0.25  # share of people who check it
+CHECKED = 0.25  # share of scores by people who check it
 COMPARED = 0.06  # share of documents
 WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 
@@ -34,9 +34,9 @@ WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]:
   """Yields `count` documents. They contain no instruction of the held-out splits.
 
-  reviews: `verdicts`, which check every point, or `descriptions`. With these a judgement holds what
-  its writer had to compare, and the writers of few scores did compare it. Whether answers are
-  right is said outside of judgements only.
+  reviews: `verdicts`, which check every point, or `descriptions`. Then a judgement states the
+  required and the given answer but no verdict, and only the share CHECKED of the scores depends on
+  whether the answer is right. Verdicts occur outside of judgements.
   """
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
