@@ -180,8 +180,9 @@ def demo(tmp_path_factory):
   return workdir, main('loop', '--size=tiny', f'--workdir={workdir}', *changes)
 
 
-# Sampling stages that only some strategies need, and the meta-judge.
-OTHERS = {spec.name: spec for spec in catalog.STAGES if spec.program.startswith('sample.')
+# Stages that only some strategies and pairs of judgements need; the meta-judge is one of them.
+OTHERS = {spec.name: spec for spec in catalog.STAGES
+          if spec.program.startswith(('sample.', 'reward.swap'))
           and not catalog.needs(spec.name, configs.get('m2', 'tiny'))}
 
 

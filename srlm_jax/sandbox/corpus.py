@@ -24,8 +24,8 @@ SCORED = 0.35  # share of judgements that end with a score
 WRONG_SCORE = 0.4  # share of scores that are random
 WRONG_REVIEW = 0.05  # share of scored judgements that review another response
 CHOICE = 0.15  # share of judgements by the multiple-choice judge
-# Corpus of descriptions: most people do not check whether an answer is right. Some documents compare
-# two judgements.
+# Corpus of descriptions: most people do not check whether an answer is right. Some documents
+# compare two judgements.
 CHECKED = 0.25  # share of scores by people who check it
 COMPARED = 0.06  # share of documents
 WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
