@@ -178,6 +178,36 @@ def test_packed_rows_equal_rows_of_one_response_each(loss, unrolled, monkeypatch
                grad, wanted_grad)
 
 
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_demonstrations_among_pairs_have_the_gradient_of_sft(accumulate):
+  examples, weight = draw('dpo', 8), 0.7
+  demonstrations = [dataclasses.replace(e, responses=e.responses[:1]) for e in examples[::3]]
+  pairs = [e for i, e in enumerate(examples) if i % 3]
+  mixed = [e if i % 3 else dataclasses.replace(e, responses=(e.responses[0], []))
+           for i, e in enumerate(examples)]
+  config = keys('dpo', data=('pairs', 'eft'), sft_weight=weight, accumulate=accumulate)
+  with jax.set_mesh(make_mesh(1, 1, 1)):
+    params, reference = init(TINY), init(TINY, seed=1)
+
+    def gradient(config, examples, parts=1):
+      batch = pack(examples, 32, parts)
+      assert len(batch.tokens) < len(examples) or len(examples) == 1
+      return jax.jit(lambda params, reference, batch: train_step.gradient(
+          llama.Llama(TINY), config, params, reference, batch, jax.random.key(0)))(
+              params, reference, batch)
+    grad, metrics = gradient(config, mixed, parts=2)
+    parts = [(gradient(keys('dpo'), pairs), len(pairs)),
+             *((gradient(keys('sft'), [e]), weight) for e in demonstrations)]
+  wanted = jax.tree.map(lambda *grads: sum(w * g for g, (_, w) in zip(grads, parts, strict=True))
+                        / len(examples), *(grad for (grad, _), _ in parts))
+  loss = sum(w * found['loss'] for (_, found), w in parts) / len(examples)
+  np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose(metrics['pair_share'], len(pairs) / len(examples), rtol=1e-6)
+  np.testing.assert_allclose(metrics['margin'] / metrics['pair_share'],
+                             parts[0][0][1]['margin'], rtol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grad, wanted)
+
+
 def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
   history = train('dpo')
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)

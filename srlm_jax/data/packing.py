@@ -127,7 +127,7 @@ def layout(examples: Sequence[Example]) -> Row:
       segment += 1
       start = len(row['tokens'])
       add(response, len(example.prompt), segment, 0)
-      row['target_positions'] += [last, *range(start, start + len(response) - 1)]
+      row['target_positions'] += [last, *range(start, start + len(response) - 1)][:len(response)]
       row['targets'] += response
       row['response_ids'] += [segment - 1] * len(response)
   return Row(**{name: np.asarray(values, np.int32) for name, values in row.items()})
