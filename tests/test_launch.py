@@ -753,8 +753,8 @@ def test_sampling_continues_on_other_numbers_of_hosts_after_kills(trained):
   run.communicate()
   finish_all(processes.start(4, *command))
   assert answers(copies['killed']) == whole
-  assert {p.name for p in folder.iterdir()} - {'tensorboard'} == {'done.json', 'manifest.json', *(
-      records.shard_name('responses', i, 4) for i in range(4))}
+  assert sorted(p.name for p in folder.iterdir()) == ['done.json', 'manifest.json', *(
+      records.shard_name('responses', i, 4) for i in range(4)), 'tensorboard']
 
 
 @pytest.mark.slow
