@@ -754,7 +754,7 @@ def test_sampling_continues_on_other_numbers_of_hosts_after_kills(trained):
   finish_all(processes.start(4, *command))
   assert answers(copies['killed']) == whole
   assert sorted(p.name for p in folder.iterdir()) == ['done.json', 'manifest.json', *(
-      records.shard_name('responses', i, 4) for i in range(4))]
+      records.shard_name('responses', i, 4) for i in range(4)), 'tensorboard']
 
 
 @pytest.mark.slow

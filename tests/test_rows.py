@@ -94,7 +94,7 @@ def test_steps_of_the_same_rows_give_the_same_parameters_on_every_mesh(shape):
 @pytest.mark.slow
 @pytest.mark.parametrize('name, keys', [
     ('sft', {}), ('m2', dict(dropout=0.3)), ('m2', dict(reference='cached')),
-    ('m2', dict(accumulate=2, rows=16, batch=16)),
+    ('m2', dict(accumulate=2, rows=16, batch=16, epochs=4.0)),
     ('m2', dict(lora_rank=4, learning_rate=2e-4))], ids=str)
 def test_the_same_rows_train_the_same_parameters_on_every_mesh(run, name, keys):
   folders = [run(mesh, name, **keys) for mesh in MESHES]

@@ -127,11 +127,10 @@ class Pairs:
 
 
 def pairs(found: Iterable[schema.Pair]) -> Pairs:
-  rows = array.array('q')  # a list of tuples would take several times the memory
+  counted = health.Pairs()
 
-  def passing():
+  def rows():
     for pair in found:
-      rows.extend((hash(pair.id), len(pair.chosen), len(pair.rejected)))
-      yield pair
-  counted = health.Pairs(passing())
-  return Pairs(keyed.table(zip(*3 * [iter(rows)], strict=True), 'chosen', 'rejected'), counted)
+      counted.add(pair)
+      yield hash(pair.id), len(pair.chosen), len(pair.rejected)
+  return Pairs(keyed.table(rows(), 'chosen', 'rejected'), counted)

@@ -231,12 +231,15 @@ class Ties:
 class Pairs:
   """Statistics of pairs. `prompts`: the number of prompts that were answered."""
 
-  def __init__(self, pairs: Iterable[schema.Pair]):
+  def __init__(self, pairs: Iterable[schema.Pair] = ()):
     self._chosen, self._rejected, self._margin = (scoring.Mean() for _ in range(3))
     for pair in pairs:
-      self._chosen.add(len(pair.chosen))
-      self._rejected.add(len(pair.rejected))
-      self._margin.add(pair.chosen_score - pair.rejected_score)
+      self.add(pair)
+
+  def add(self, pair: schema.Pair):
+    self._chosen.add(len(pair.chosen))
+    self._rejected.add(len(pair.rejected))
+    self._margin.add(pair.chosen_score - pair.rejected_score)
 
   def found(self, prompts: int) -> dict:
     """The yield, mean lengths of the chosen and rejected responses, the mean score margin."""
