@@ -1,4 +1,4 @@
-"""Runs every stage of every model in order, M0 to M3 or M4, and skips those that are done.
+"""Runs every stage of every model in order, M0 to M3 (or --last), and skips those that are done.
 
   python -m srlm_jax.loop --size=tiny --workdir=runs/demo
   python -m srlm_jax.loop --m0=FOLDER --data=FILE --workdir=runs/x    # docs/recipes.md
@@ -48,7 +48,7 @@ def define_flags():
                     'suits M0.')
   flags.DEFINE_string('m0', '', 'Hugging Face folder of M0 (tiny and hard have their own).')
   flags.DEFINE_enum('last', 'm3', configs.MODELS[1:], 'The last model to train.')
-  flags.DEFINE_string('data', '', 'OASST1 files (tiny makes its own data).')
+  flags.DEFINE_string('data', '', 'OASST1 files (tiny and hard make their own data).')
   flags.DEFINE_enum('ablation', '', ['', *ablations.ABLATIONS],
                     'One change of the paper; see srlm_jax/ablations.py.')
   flags.DEFINE_multi_string('set', [], 'Changes a config key: --set=judge.n=1 for every model, '
@@ -236,9 +236,17 @@ def make_pairs(config, workdir):
     judge.run(config, workdir, 'older')
   pairs.run(config, workdir)
   health.run(config, workdir)
+  too_few = why_too_few(config, stage.summary(workdir / config.name / 'pairs'))
+  if not too_few:
+    make_judge_pairs(config, workdir)
   if catalog.needs('audit', config):
     audit.run(config, workdir)
-  refuse_too_few(config, stage.summary(workdir / config.name / 'pairs'))
+  if too_few:
+    raise NothingToTrainOn(too_few)
+
+
+def make_judge_pairs(config, workdir):
+  """The pairs of judgements that `train.data` names."""
   if catalog.needs('meta_judge', config):
     meta_judge.run(config, workdir)
   if catalog.needs('swap', config):
@@ -249,20 +257,19 @@ def make_pairs(config, workdir):
       judge_pairs.run(config, workdir, name)
 
 
-def refuse_too_few(config, made: schema.PairsSummary):
-  """Raises NothingToTrainOn where the pairs stage, whose summary is `made`, gave too little."""
+def why_too_few(config, made: schema.PairsSummary) -> str:
+  """The reason why the pairs stage, whose summary is `made`, gave too little; '' if enough."""
   if 'pairs' in configs.training_data(config):
     left, enough = f'{made.pairs} pairs', made.pairs >= config.train.batch
     limit = f'fewer than one batch of {config.train.batch}'
   else:
     left, enough = f'{made.positives} positives', made.positives > 0
     limit = f'and positives are responses that score {config.pairs.positive:g} or more'
-  if not enough:
-    raise NothingToTrainOn(
-        f'{made.parsed} of {made.judgements} judgements parsed and {left} are left '
-        f'({page.counts(made.dropped)}), {limit}; start from a stronger model, judge with a '
-        f'template that it can follow (--set=judge.template=FILE), or make more prompts '
-        f'(--set=prompts.count=N)')
+  return '' if enough else (
+      f'{made.parsed} of {made.judgements} judgements parsed and {left} are left '
+      f'({page.counts(made.dropped)}), {limit}; start from a stronger model, judge with a '
+      f'template that it can follow (--set=judge.template=FILE), or make more prompts '
+      f'(--set=prompts.count=N)')
 
 
 def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) -> ConfigDict:

@@ -32,7 +32,8 @@ SHARED = ('data', 'm0', 'sft', 'm1')  # do not depend on changes of later models
 COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs',
            'of prompts', 'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs',
            'oracle: all pairs', 'oracle: ties', 'oracle: exact', 'of replies', 'EFT examples',
-           'pairs', 'right', 'wrong', 'judge mean', 'oracle mean')
+           'pairs', 'right', 'wrong', 'judge pairs', 'nearer', 'farther', 'judge mean',
+           'oracle mean')
 # Compared with those of M1, and of the same model in the loops.
 JUDGE = ('judge: pairwise', 'oracle: all pairs', 'oracle: exact')
 _OVERVIEW = ('wins', 'losses', 'pairs', 'right', 'judge: pairwise', 'of pairs', 'oracle: all pairs',

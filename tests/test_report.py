@@ -476,7 +476,8 @@ def test_the_judge_is_drawn_over_the_answers_from_m1_on():
           run('short', m1=(3.0, 0.7))]
   chart = charts.judges_and_answers(runs)
   assert chart.legend == (('s0', 'loop'),)
-  assert 'loop 0.7 at a score of 3, 0.75 at a score of 4' in chart.description
+  assert 'loop m1 0.7 at 3, m2 0.8 at 3.5, m3 0.75 at 4' in chart.description
+  assert [chart.svg.count(f'>{m}</text>') for m in ('sft', 'm1', 'm2', 'm3')] == [0, 1, 1, 1]
   points = re.search('points="(.*?)"', chart.svg)[1].split()
   (x1, y1), (x2, y2), (x3, y3) = (map(float, point.split(',')) for point in points)
   assert x1 < x2 < x3 and y2 < y3 < y1  # upwards on a page is less

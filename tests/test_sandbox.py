@@ -225,6 +225,25 @@ def pair(chosen, rejected):
                       rejected_id=f'p/{rejected}', rejected_score=3.0)
 
 
+def judge_pair(response_id, chosen, rejected):
+  """A pair of the judgements of a response with these scores."""
+  return schema.JudgePair(
+      id=response_id, prompt='', chosen='', rejected='', chosen_finish='eos',
+      rejected_finish='eos', chosen_id=f'{response_id}/2', rejected_id=f'{response_id}/0',
+      chosen_score=chosen, rejected_score=rejected)
+
+
+def test_an_audit_counts_the_judge_pairs_that_move_a_judge_away_from_the_oracle():
+  strange = dataclasses.replace(RESPONSES[0], id='q/0', prompt='Sing.')  # no instruction
+  pairs = [judge_pair('p/0', 4.0, 1.0), judge_pair('p/0', 2.0, 4.5), judge_pair('p/2', 1.0, 3.0),
+           judge_pair('p/3', 5.0, 0.0), judge_pair('q/0', 5.0, 0.0)]
+  grades = [5, 3, 2, 5]
+  assert [sum(world.grade(r.prompt, r.response)) for r in RESPONSES] == grades
+  assert audit.judge_pairs([*RESPONSES, strange], pairs) == dict(
+      judge_pairs=5, nearer=0.5, as_near=0.25, farther=0.25)
+  assert audit.judge_pairs(RESPONSES, [])['nearer'] is None
+
+
 def test_an_audit_counts_the_pairs_that_the_oracle_would_reverse():
   pairs = [pair(0, 1), pair(0, 3), pair(2, 1), pair(1, 2)]
   judged = {'p/0': 4.0, 'p/1': 3.0, 'p/2': 5.0}

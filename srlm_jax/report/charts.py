@@ -241,9 +241,10 @@ def judges_and_answers(runs: Sequence[Run | Arm]) -> Chart | None:
   """The judge over the answers, both measured by the oracle: a line per run or arm from M1 on."""
   series = {}
   for run in runs:
-    found = [(run.values[m]['oracle'], run.values[m]['oracle_pairwise_all']) for m in MODELS[2:]
-             if {'oracle', 'oracle_pairwise_all'} <= run.values.get(m, {}).keys()]
+    found = {m: (run.values[m]['oracle'], run.values[m]['oracle_pairwise_all']) for m in MODELS[2:]
+             if {'oracle', 'oracle_pairwise_all'} <= run.values.get(m, {}).keys()}
     if len(found) > 1:
-      series[run.name] = [_point(answers.value, judge) for answers, judge in found]
-  title = 'pairs that the judge orders as the oracle, over the oracle score of the answers'
-  return plots.lines(title, series, of_x='a score of') if series else None
+      series[run.name] = {m: _point(answers.value, judge) for m, (answers, judge) in found.items()}
+  return plots.paths('the judge over the answers', series, (
+      'score of the answers by the oracle, 0 to 5', MEASURES['oracle_pairwise_all'].title)
+                     ) if series else None

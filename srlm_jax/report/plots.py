@@ -56,11 +56,10 @@ class _Scale:
 
 
 def lines(title: str, series: dict[str, Sequence[Point]], *, names: Sequence[str] = (),
-          level: float | None = None, styles: dict[str, str] | None = None, of_x: str = 'step'
-          ) -> Chart:
+          level: float | None = None, styles: dict[str, str] | None = None) -> Chart:
   """A line per series over x; a dashed rule at `level`; `names`: of x = 0, 1, .., if not numbers.
 
-  `styles`: the class of each series; by default s0, s1, ..; `of_x`: what the numbers of x are.
+  `styles`: the class of each series; by default s0, s1, ..
   """
   points = [point for line in series.values() for point in line]
   values = [value for point in points for value in (point.y, point.low, point.high)
@@ -68,7 +67,7 @@ def lines(title: str, series: dict[str, Sequence[Point]], *, names: Sequence[str
   y_ticks = ticks(min(values), max(values))
   x_ticks = ([(x, name) for x, name in enumerate(names)] if names else
              [(x, _short(x)) for x in ticks(*_range([point.x for point in points]))])
-  svg = _drawing(_HEIGHT, f'{title}: {_describe(series, names, of_x)}')
+  svg = _drawing(_HEIGHT, f'{title}: {_describe(series, names)}')
   x = _Scale(*_padded([x for x, _ in x_ticks] if names else [point.x for point in points]),
              _LEFT, _WIDTH - _RIGHT)
   y = _Scale(y_ticks[0], y_ticks[-1], _HEIGHT - _BOTTOM, _TOP)
@@ -174,21 +173,42 @@ def intervals(title: str, found: dict[str, Point], digits: int = 2, level: float
 def scatter(title: str, series: dict[str, Sequence[Point]], labels: tuple[str, str],
             styles: dict[str, str]) -> Chart:
   """Dots of each series, with the names of the two axes."""
-  points = [point for dots in series.values() for point in dots]
-  svg = _drawing(_MAP[1], f'{title}: ' + ', '.join(
-      f'{len(dots)} points of {name}' for name, dots in series.items()), _MAP[0])
-  x = _Scale(*_padded([point.x for point in points]), _LEFT, _MAP[0] - _RIGHT)
-  y = _Scale(*_padded([point.y for point in points]), _MAP[1] - _BOTTOM - 16, _TOP + 16)
-  x_ticks, y_ticks = ([value for value in ticks(scale.low, scale.high)
-                       if scale.low <= value <= scale.high] for scale in (x, y))
-  _axes(svg, x, y, [(value, _short(value)) for value in x_ticks], y_ticks)
-  _text(svg, labels[0], (x.start + x.end) / 2, _MAP[1] - 6, 'middle')
-  _text(svg, labels[1], 0, 10, 'start')
+  svg, x, y = _plane(series, labels, f'{title}: ' + ', '.join(
+      f'{len(dots)} points of {name}' for name, dots in series.items()))
   for dots in itertools.zip_longest(*series.values()):  # in turns: no series covers the others
     for style, dot in zip(styles.values(), dots, strict=True):
       if dot:
         _add(svg, 'circle', f'{style} dot', cx=x(dot.x), cy=y(dot.y), r=2)
   return _chart(title, svg, _legend(title, series, styles))
+
+
+def paths(title: str, series: dict[str, dict[str, Point]], labels: tuple[str, str]) -> Chart:
+  """A line per series through its points {name: point}, with the names of the two axes."""
+  svg, x, y = _plane({name: [*points.values()] for name, points in series.items()}, labels,
+                     f'{title}: ' + '; '.join(f'{name} ' + ', '.join(
+                         f'{at} {point.y:.4g} at {_short(point.x)}' for at, point in points.items())
+                                              for name, points in series.items()))
+  styles = {name: f's{i % SERIES}' for i, name in enumerate(series)}
+  for name, points in series.items():
+    _line(svg, styles[name], [*points.values()], x, y)
+    for at, point in points.items():
+      _text(svg, at, x(point.x) + 5, y(point.y) - 5, 'start')
+  return _chart(title, svg, _legend(title, series, styles))
+
+
+def _plane(series: dict[str, Sequence[Point]], labels: tuple[str, str], description: str):
+  """A drawing with two axes of numbers and their names, and the scales of x and y."""
+  points = [point for dots in series.values() for point in dots]
+  svg = _drawing(_MAP[1], description, _MAP[0])
+  x = _Scale(*_padded([point.x for point in points]), _LEFT, _MAP[0] - _RIGHT)
+  y = _Scale(*_padded([value for point in points for value in (point.y, point.low, point.high)
+                       if value is not None]), _MAP[1] - _BOTTOM - 16, _TOP + 16)
+  x_ticks, y_ticks = ([value for value in ticks(scale.low, scale.high)
+                       if scale.low <= value <= scale.high] for scale in (x, y))
+  _axes(svg, x, y, [(value, _short(value)) for value in x_ticks], y_ticks)
+  _text(svg, labels[0], (x.start + x.end) / 2, _MAP[1] - 6, 'middle')
+  _text(svg, labels[1], 0, 10, 'start')
+  return svg, x, y
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -264,12 +284,12 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
   return low - margin, high + margin
 
 
-def _describe(series: dict[str, Sequence[Point]], names: Sequence[str], of_x: str) -> str:
+def _describe(series: dict[str, Sequence[Point]], names: Sequence[str]) -> str:
   """Every value of a chart with named x; else the first and the last value of each series."""
   found = []
   for name, line in series.items():
     shown = line if names else [line[0], *line[1:][-1:]]
-    where = [names[round(point.x)] if names else f'{of_x} {_short(point.x)}' for point in shown]
+    where = [names[round(point.x)] if names else f'step {_short(point.x)}' for point in shown]
     found.append(f'{name} ' + ', '.join(
         f'{point.y:.4g} at {at}' for point, at in zip(shown, where, strict=True)))
   return '; '.join(found)

@@ -66,6 +66,9 @@ TABLES = dict(
         Column('pairs', 'pairs/done.json', 'pairs', 0),
         Column('right', _AUDIT, 'right', 2),
         Column('wrong', _AUDIT, 'wrong', 2),
+        Column('judge pairs', _AUDIT, 'judge_pairs', 0),
+        Column('nearer', _AUDIT, 'nearer', 2),
+        Column('farther', _AUDIT, 'farther', 2),
         Column('judge mean', _AUDIT, 'judge_mean', 2),
         Column('oracle mean', _AUDIT, 'oracle_mean', 2)))
 COLUMNS = tuple(column for table in TABLES.values() for column in table)

@@ -1,4 +1,4 @@
-"""Compares one iteration's judgements and preference pairs with the oracle.
+"""Compares one iteration's judgements, preference pairs and pairs of judgements with the oracle.
 
 The oracle is the program that grades sandbox responses (`world.grade`).
 """
@@ -14,9 +14,16 @@ from srlm_jax.report import estimates
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
+SWAPPED = 'swap/swapped.jsonl'
+JUDGE_PAIRS = ('meta_judge/judge_pairs.jsonl', 'majority/majority_pairs.jsonl',
+               'swapped/swapped_pairs.jsonl')
+
 
 def run(config, workdir):
-  """MODEL/respond, MODEL/judge and MODEL/pairs -> MODEL/audit/audit.json."""
+  """MODEL/respond, MODEL/judge and MODEL/pairs -> MODEL/audit/audit.json.
+
+  Where there are pairs of judgements (JUDGE_PAIRS), these are compared too.
+  """
   spec = catalog.find('sandbox.audit')
   config = spec.view(config)
   s = stage.Stage(spec, config, workdir)
@@ -30,6 +37,9 @@ def run(config, workdir):
   found = measure(s.read(responses), lambda name: judged.of(name).mean, pairs.of)
   for file in (judged, pairs):
     file.finish(s.path(responses))
+  if any(map(s.has, JUDGE_PAIRS)):
+    found |= judge_pairs(itertools.chain(s.read(responses), s.read(SWAPPED)),
+                         itertools.chain.from_iterable(map(s.read, JUDGE_PAIRS)))
   s.begin()
   if hosts.is_first_host():
     stage.write_json(s.folder / 'audit.json', found)
@@ -82,7 +92,27 @@ def measure(responses: Iterable[schema.Response], score: Callable[[str], float |
       characters=characters.rounded(2), oracle_histogram=scoring.histogram(histogram))
 
 
-def _share(counts: Counter, holds: Callable[[int], bool]) -> float | None:
+def judge_pairs(responses: Iterable[schema.Response], pairs: Iterable[schema.JudgePair]) -> dict:
+  """Judged responses and pairs of their judgements -> more numbers of audit.json.
+
+  judge_pairs: their number. nearer, as_near, farther: the shares in which the score of the chosen
+  judgement is nearer to the oracle's than the rejected one's, as near, or farther from it. A
+  response to a prompt that is no sandbox instruction counts only in judge_pairs.
+  """
+  scores, gained = {}, Counter()
+  for pair in pairs:
+    response_id, _, _ = pair.chosen_id.rpartition('/')
+    scores.setdefault(response_id, []).append((pair.chosen_score, pair.rejected_score))
+  for r in responses:
+    for chosen, rejected in scores.get(r.id, ()):
+      if world.parse(r.prompt):
+        grade = sum(world.grade(r.prompt, r.response))
+        gained[abs(rejected - grade) - abs(chosen - grade)] += 1
+  return dict(judge_pairs=sum(map(len, scores.values())), nearer=_share(gained, lambda x: x > 0),
+              as_near=_share(gained, lambda x: x == 0), farther=_share(gained, lambda x: x < 0))
+
+
+def _share(counts: Counter, holds: Callable[[float], bool]) -> float | None:
   total = counts.total()
   return round(sum(n for x, n in counts.items() if holds(x)) / total, 4) if total else None
 
