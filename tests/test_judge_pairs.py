@@ -1,11 +1,14 @@
 """Preference pairs of judgements: by majority, and of swapped responses."""
 import dataclasses
+import json
 
 import pytest
 import samples
+import tiny_run
 
-from srlm_jax import config as configs, InputError
-from srlm_jax.reward import judge_pairs, swap
+from srlm_jax import config as configs, InputError, records, schema
+from srlm_jax.reward import judge_pairs, judges, swap
+from srlm_jax.sandbox import audit, world
 
 
 def judged(scores, name='p/0'):
@@ -60,3 +63,92 @@ def test_what_cannot_give_a_pair_is_refused(changes, message, tmp_path):
   config.update_from_flattened_dict(changes)
   with pytest.raises(InputError, match=message):
     judge_pairs.run(config, tmp_path)
+
+
+PROMPTS = dict(p0='Name two nice fruits.', p1='Name two nice tools.', p2='Name two nice animals.',
+               p3='Name two nice sports.')
+SAID = dict(p0=('Sure, pear and fig.', 'pear.'), p1=('Sure, saw and axe.', 'saw.'),
+            p2=('Sure, cat and dog.', 'cat.'), p3=('Sure, saw and cow.', 'no.'))
+SCORES = dict(p0=((5, 5, 5, 2), (4, 4, 4, 2)), p1=((5, 5, 4, 4), (2, 2, 2, 2)),
+              p2=((5, 5, 5, 2), (2, 2, None, 4)), p3=((3, 3, 3, 3), (3, None, None, None)))
+SWAPPED = ((1, 2, 1, 5), (1, 1, 1, 1), (5, 5, 5, 5), (1, 1, 4, 4))
+
+
+def write_judgements(workdir, config, name, found):
+  """found: {response id: scores}."""
+  made = [j for response_id, scores in found.items() for j in judged(scores, response_id)]
+  tiny_run.write(workdir, config, name, {tiny_run.shard('judgements'): made}, schema.JudgeSummary(
+      judgements=len(made), parsed=len(made), lowest=0.0, highest=5.0, unparsed={}), 'hash-m1')
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A workdir in which m2 has candidates, judgements and eight pairs, and the config of m2."""
+  config = configs.get('m2', 'tiny')
+  config.judge.n, config.judge.quorum = 4, 2
+  config.judge_pairs.share, config.judge_pairs.score_share = 0.5, 1.0
+  config.train.data = 'pairs', 'majority_pairs', 'swapped_pairs'
+  for name in ('m0', 'm1'):
+    tiny_run.model(tmp_path, name)
+  tiny_run.write(tmp_path, config, 'respond', {tiny_run.shard('responses'): [
+      samples.response(f'{p}/{i}', prompt=PROMPTS[p], response=text)
+      for p, texts in SAID.items() for i, text in enumerate(texts)]}, params='hash-m1')
+  write_judgements(tmp_path, config, 'judge', {
+      f'{p}/{i}': scores for p, found in SCORES.items() for i, scores in enumerate(found)})
+  tiny_run.write(tmp_path, config, 'pairs', {'pairs.jsonl': [
+      samples.pair(p, chosen_id=f'{p}/0', rejected_id=f'{p}/1') for p in PROMPTS]})
+  return tmp_path, config
+
+
+def made_by(workdir, name):
+  """The pairs of a stage by response, and its done.json."""
+  found = records.read(workdir / 'm2' / name / f'{name}_pairs.jsonl', schema.JudgePair)
+  done = json.loads((workdir / 'm2' / name / 'done.json').read_text())
+  return {pair.id.removesuffix(f'/{name}'): pair for pair in found}, done
+
+
+def test_votes_of_judgements_become_pairs_that_ask_the_judge_as_before(run):
+  workdir, config = run
+  judge_pairs.run(config, workdir, 'majority')
+  pairs, done = made_by(workdir, 'majority')
+  assert {name: (pair.chosen_score, pair.rejected_score) for name, pair in pairs.items()} == {
+      'p0/0': (5, 2), 'p0/1': (4, 2), 'p2/0': (5, 2), 'p2/1': (2, 4)}
+  assert pairs['p2/1'].rejected_id == 'p2/1/3' and pairs['p2/1'].rejected == 'p2/1 3'
+  judge = judges.load('sandbox')
+  assert pairs['p0/1'].prompt == judge.render(prompt=PROMPTS['p0'], response='pear.')
+  assert done['dropped'] == {'fewer than two scores': 3, 'no score has most votes': 1,
+                             'over the share limits': 0}
+
+
+def test_a_share_limits_the_pairs_of_judgements(run):
+  workdir, config = run
+  config.judge_pairs.share = 0.4  # 2 of 6
+  judge_pairs.run(config, workdir, 'majority')
+  pairs, done = made_by(workdir, 'majority')
+  assert done['pairs'] == len(pairs) == 2 and done['dropped']['over the share limits'] == 2
+  assert pairs.keys() <= {'p0/0', 'p0/1', 'p2/0'}  # two votes ahead; p2/1 is one ahead
+
+
+def test_judgements_of_swapped_responses_become_pairs_and_the_oracle_audits_all(run):
+  workdir, config = run
+  swap.run(config, workdir)
+  found = [*records.read(workdir / 'm2' / 'swap' / 'swapped.jsonl', schema.Response)]
+  assert [r.prompt for r in found] == [*PROMPTS.values()]
+  assert all(r.response not in SAID[r.prompt_id] for r in found)
+  write_judgements(workdir, config, 'judge_swapped', dict(
+      zip((r.id for r in found), SWAPPED, strict=True)))
+  judge_pairs.run(config, workdir, 'swapped')
+  pairs, done = made_by(workdir, 'swapped')
+  kept = {found[0].id: (1, 5), found[3].id: (1, 4)}  # own means: 3.9, 3.3, 3.5, 3
+  assert {name: (p.chosen_score, p.rejected_score) for name, p in pairs.items()} == kept
+  assert PROMPTS['p0'] in pairs[found[0].id].prompt and found[0].response in (
+      pairs[found[0].id].prompt)
+  assert done['dropped'] == {'all judgements agree': 1, 'not below the own responses': 1,
+                             'over the share limits': 0}
+  judge_pairs.run(config, workdir, 'majority')
+  audit.run(config, workdir)
+  numbers = json.loads((workdir / 'm2' / 'audit' / 'audit.json').read_text())
+  assert numbers['judge_pairs'] == 6
+  assert [sum(world.grade(r.prompt, r.response)) for r in (found[0], found[3])] == [0, 0]
+  # The oracle gives p0/0 and p2/0 5 points and p0/1 and p2/1 2.
+  assert (numbers['nearer'], numbers['as_near'], numbers['farther']) == (0.8333, 0.0, 0.1667)

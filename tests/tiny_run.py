@@ -20,7 +20,7 @@ def make(workdir) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   _seeds(workdir)
   for name in MODELS:
-    _model(workdir, name)
+    model(workdir, name)
   config = configs.get('m1', 'tiny')
   _judge(workdir, config, 'judge', [f'q0/{j}' for j in range(3)], n=2)  # q0 is for training
   _round(workdir)
@@ -101,7 +101,7 @@ def _seeds(workdir):
                         for i in range(3)]})
 
 
-def _model(workdir, name):
+def model(workdir, name):
   """A trained model without its arrays, and its evaluation."""
   config = configs.get(name, 'tiny')
   folder = pathlib.Path(workdir) / name / 'model'
