@@ -82,6 +82,7 @@ PROGRAMS = (
     _pairs('temporal', 'm2/respond_older', 'm2/judge_older'), _pairs('max_min'),
     Program('judge pairs, majority', 'reward.judge_pairs', ('m2/respond', 'm2/judge', 'm2/pairs'),
             'm2/majority', ('--on=majority',)),
+    Program('swap', 'reward.swap', ('m2/respond',), 'm2/swap'),
     Program('health', 'reward.health', ('m2/prompts', 'm2/respond', 'm2/judge', 'm2/pairs'),
             'm2/health'),
     Program('audit', 'sandbox.audit', ('m2/respond', 'm2/judge', 'm2/pairs'), 'm2/audit'),

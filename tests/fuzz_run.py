@@ -49,7 +49,7 @@ from srlm_jax.eval import (
   mt_bench,
 )
 from srlm_jax.report import page
-from srlm_jax.reward import eft, health, judges, pairs, scores
+from srlm_jax.reward import eft, health, judge_pairs, judges, pairs, scores, swap
 from srlm_jax.sample import engine as engines, meta_judge, prompts, shards
 from srlm_jax.sandbox import audit, oracle, world
 from srlm_jax.train import objectives, run as train
@@ -245,6 +245,32 @@ def compare_judgements(folder):
 
 comparisons = Files(make_comparisons, compare_judgements, is_consistent=True,
                     of='m2/(respond|judge|pairs|meta_judge)/')
+
+
+def make_swapped(folder):
+  finished_run(folder)
+  config = config_of('m2', **JUDGE_PAIRS)
+  swapped = [samples.response(f'p{i}/p{2 - i}', prompt_id=f'p{i}', prompt='Name a fruit.')
+             for i in (0, 2)]
+  tiny_run.write(folder, config, 'swap', {'swapped.jsonl': swapped})
+  tiny_run.write(folder, config, 'judge_swapped', {tiny_run.shard('judgements'): [
+      samples.judgement(r.id, j, float(4 * j)) for r in swapped for j in range(2)]}, dict(
+          judgements=4, parsed=4, lowest=0.0, highest=5.0, unparsed={}), 'hash-m1')
+
+
+def make_judge_pairs(folder):
+  """All stages that need no model, and swap with them."""
+  by_vote, by_swap = (functools.partial(judge_pairs.run, on=on) for on in ('majority', 'swapped'))
+  run_stages(*((types.SimpleNamespace(run=run), 'm2') for run in (by_vote, by_swap)),
+             **JUDGE_PAIRS)(folder)
+  shutil.rmtree(folder / 'm2' / 'swap')
+  run_stages((swap, 'm2'), **JUDGE_PAIRS)(folder)
+
+
+JUDGE_PAIRS = {'train.data': ('pairs', 'majority_pairs', 'swapped_pairs'),
+               'judge_pairs.share': 0.5, 'judge_pairs.score_share': 1.0, 'judge.quorum': 1}
+judge_pair_stages = Files(make_swapped, make_judge_pairs, is_consistent=True,
+                          of='m2/(respond|judge|pairs|swap|judge_swapped)/')
 
 
 def compare_answers(folder):
@@ -689,6 +715,7 @@ TARGETS = [
     in_folder('oracle', oracle_stage, share=0.05),
     in_folder('implicit_reward', reward_stage, share=0.05),
     in_folder('meta_judge', comparisons, share=0.05),
+    in_folder('judge_pairs', judge_pair_stages, share=0.05),
     in_folder('answers', answers, share=0.05),
     in_folder('distributions', prompt_sets, share=0.05),
     in_folder('selection', measures, share=0.05),

@@ -49,6 +49,12 @@ def test_a_prompt_gets_a_response_to_the_nearest_prompt_that_has_no_response_in_
   assert (found['a'].prompt, found['a'].id) == (prompts['a'], 'a/c')
 
 
+def test_only_the_responses_to_the_first_prompts_are_given_to_others(monkeypatch):
+  monkeypatch.setattr(swap, 'POOL', 2)
+  responses = [samples.response(f'{i}/0', prompt=f'Name {i}.', response=f'{i}') for i in range(5)]
+  assert [r.response for r in swap.swapped(lambda: iter(responses))] == ['1', '0', '0', '0', '0']
+
+
 def test_equal_gaps_are_not_taken_from_the_first_prompts_only():
   made = [judge_pairs.Rating(f'{i:03}/0', float(i % 2), 1.0) for i in range(200)]
   kept = judge_pairs.limit(made, 200, 0.2, 1.0)

@@ -109,8 +109,8 @@ CASES = (
     *(_stage(spec.name, spec.program, 'm2', flags=on(spec), **(_SEEN if spec.on else {}))
       for spec in OTHERS.values()),
     _stage('pairs', 'reward.pairs', 'm2', in_bucket=1),
-    *(_stage(name, 'reward.judge_pairs', 'm2', flags=(f'--on={name}',), **_SEEN)
-      for name in ('majority', 'swapped')),
+    _stage('majority', 'reward.judge_pairs', 'm2', flags=('--on=majority',)),
+    _stage('swapped', 'reward.judge_pairs', 'm2', flags=('--on=swapped',), **_SEEN),
     _stage('health', 'reward.health', 'm2'),
     _stage('audit', 'sandbox.audit', 'm2'),
     _stage('judge_eval', 'sample.judge', 'm2', flags=('--on=eval',), **_SEEN),

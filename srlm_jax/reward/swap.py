@@ -8,10 +8,13 @@ responses is probably wrong: see `reward/judge_pairs.py`. The idea is that of Se
 """
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import itertools
 
-from srlm_jax import catalog, cli, conversation, hosts, records, schema, spill, stage
+from srlm_jax import catalog, cli, conversation, hosts, records, schema, stage
 from srlm_jax.data import similar
 from srlm_jax.reward import scores as scoring
+
+POOL = 2_000  # prompts
 
 
 def run(config, workdir):
@@ -31,21 +34,21 @@ def swapped(read: Callable[[], Iterable[schema.Response]]) -> Iterator[schema.Re
   """Yields for each prompt a response to the most similar prompt without a response in common.
 
   A prompt with a common response may ask for the same thing. Of the responses to the other prompt,
-  the first that ended by itself is taken. read() -> responses, those of a prompt one after the
-  other. Time grows with the square of the number of prompts.
+  the first that ended by itself is taken. The other prompt is one of the first POOL, so time and
+  memory grow with the number of prompts alone. read() -> responses, those of a prompt one after the
+  other.
   """
-  index, said, first = similar.Index(), [], spill.Spill()
-  for i, group in enumerate(scoring.by_prompt(read())):
+  index, said, first = similar.Index(), [], []
+  for group in itertools.islice(scoring.by_prompt(read()), POOL):
     index.add(conversation.shown(group[0]))
-    said.append({hash(r.response) for r in group})
-    if ended := next((r for r in group if r.finish == schema.EOS), None):
-      first.add(str(i), records.dump(ended))
-  for i, group in enumerate(scoring.by_prompt(read())):
-    found = index.nearest(index.texts[i], lambda j, i=i: (
-        j != i and str(j) in first and said[i].isdisjoint(said[j])))
+    said.append({r.response for r in group})
+    first.append(next((r for r in group if r.finish == schema.EOS), None))
+  for group in scoring.by_prompt(read()):
+    own, texts = group[0], {r.response for r in group}
+    found = index.nearest(conversation.shown(own), lambda j, own=own, texts=texts: (
+        first[j] and first[j].prompt_id != own.prompt_id and texts.isdisjoint(said[j])))
     if found:
-      line, = first.get(str(found[1]))
-      other, own = records.parse(line.encode(), 'a response', schema.Response), group[0]
+      other = first[found[1]]
       yield dataclasses.replace(other, id=records.join(own.prompt_id, other.prompt_id), index=0,
                                 prompt_id=own.prompt_id, prompt=own.prompt, messages=own.messages)
 
