@@ -254,7 +254,7 @@ def make_swapped(folder):
              for i in (0, 2)]
   tiny_run.write(folder, config, 'swap', {'swapped.jsonl': swapped})
   tiny_run.write(folder, config, 'judge_swapped', {tiny_run.shard('judgements'): [
-      samples.judgement(r.id, j, float(4 * j)) for r in swapped for j in range(2)]}, dict(
+      samples.judgement(r.id, j, float(5 * j)) for r in swapped for j in range(2)]}, dict(
           judgements=4, parsed=4, lowest=0.0, highest=5.0, unparsed={}), 'hash-m1')
 
 
