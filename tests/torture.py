@@ -14,6 +14,7 @@ start; in a bucket also a request. With two processes the signal ends one of the
 """
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -49,6 +50,7 @@ CONTINUES = '; the same command continues'
 NOISE = re.compile(r'\[Gloo\]|_default.py|google_auth|it/s|(rows|unit|step|tensor)s?/s|%\|')
 BAD = re.compile(r'Traceback|Exception ignored|Fatal Python|terminate called|Segmentation|'
                  r'Aborted|core dumped')
+KILLS_OF_TWO = 2  # per program in two processes, at most
 MOST_IGNORED = 5  # signals in a row after which a program ends with code 0: they came too late
 SECONDS = 240  # for all processes to end after a kill; more is a hang
 # Shorter waits for a lost host, and for one that never connects.
@@ -65,7 +67,7 @@ class Case:
   makes: tuple[str, ...]      # the folders that it makes, in the workdir
   is_alone: bool = False      # runs in one process only
   needs: tuple[str, ...] = () # parts of the finished loop that are there; (): all
-  kills: int = 3              # unless --kills gives their number
+  kills: int = 3              # of one process, unless --kills gives their number
   in_bucket: int = 0          # runs also in a bucket, in at most so many processes
   bucket_kills: int = 2       # 0: not in a bucket, unless --kills gives their number
 
@@ -615,6 +617,38 @@ def environment(root) -> dict[str, str]:
               JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
 
 
+@contextlib.contextmanager
+def running(count: int, env: dict):
+  """A block with so many hosts."""
+  hosts = Hosts(count, env)
+  try:
+    yield hosts
+  finally:
+    hosts.stop()
+
+
+def torture_all(place: str, root: pathlib.Path, base: pathlib.Path, env: dict, args
+                ) -> Iterator[Row]:
+  """Yields the rows of all cases of a place, and prints each of them."""
+  only, work = {name.strip() for name in args.only.split(';')} - {''}, root / place
+  for count in [args.processes] if args.processes else [1, 2]:
+    with running(count, env) as hosts:
+      for case in CASES:
+        if (only and case.name not in only or case.is_alone and count > 1
+            or place == 'bucket' and case.in_bucket < count):
+          continue
+        kills = args.kills or (case.bucket_kills if place == 'bucket' else
+                               case.kills if count == 1 else min(case.kills, KILLS_OF_TWO))
+        if not kills:
+          continue
+        rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
+        bucket = Bucket(work, base, rng) if place == 'bucket' else None
+        row = torture(case, hosts, Place(work, base), bucket, kills, rng, args.loud)
+        print(f'{row.case}, {row.place}, {count} processes: {row.kills.total()} kills, '
+              f'{row.starts} starts, {row.seconds:.0f} s, {row.result}', flush=True)
+        yield row
+
+
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--seed', type=int, default=0)
@@ -625,33 +659,18 @@ def main():
   parser.add_argument('--work', default='', help='a folder for all files; by default a new one')
   parser.add_argument('--loud', action='store_true', help='prints every start')
   args = parser.parse_args()
-  only = {name.strip() for name in args.only.split(';')} - {''}
   root = pathlib.Path(args.work or tempfile.mkdtemp(prefix='torture-'))
   root.mkdir(parents=True, exist_ok=True)
   env = dict(os.environ, **environment(root))
-  rows, base = [], root / 'base'
-  for count in [args.processes] if args.processes else [1, 2]:
-    hosts = Hosts(count, env)
-    try:
-      if not (base / 'selectable').exists():
-        alone = hosts if count == 1 else Hosts(1, env)
-        shutil.rmtree(base, ignore_errors=True)
-        make_base(alone, base)
-      for place, case in itertools.product(('disk', 'bucket'), CASES):
-        if (args.place not in ('', place) or only and case.name not in only
-            or case.is_alone and count > 1 or place == 'bucket' and case.in_bucket < count):
-          continue
-        kills = args.kills or (case.bucket_kills if place == 'bucket' else case.kills)
-        if not kills:
-          continue
-        rng = np.random.default_rng([args.seed, count, *f'{place} {case.name}'.encode()])
-        bucket = Bucket(root, base, rng) if place == 'bucket' else None
-        rows.append(torture(case, hosts, Place(root, base), bucket, kills, rng, args.loud))
-        row = rows[-1]
-        print(f'{row.case}, {row.place}, {count} processes: {row.kills.total()} kills, '
-              f'{row.starts} starts, {row.seconds:.0f} s, {row.result}', flush=True)
-    finally:
-      hosts.stop()
+  base = root / 'base'
+  if not (base / 'selectable').exists():
+    shutil.rmtree(base, ignore_errors=True)
+    with running(1, env) as hosts:
+      make_base(hosts, base)
+  places = [args.place] if args.place else ['disk', 'bucket']
+  with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:  # in a bucket, most is waiting
+    found = pool.map(lambda place: [*torture_all(place, root, base, env, args)], places)
+    rows = [row for made in found for row in made]
   print_table(rows)
   sys.exit(any(row.result != 'equal' for row in rows))
 
