@@ -1,6 +1,5 @@
 """The pretraining corpus of the sandbox's M0: facts, chats, lists of tasks and reviews."""
 from collections.abc import Iterable, Iterator
-import functools
 import string
 
 from etils import epath
@@ -24,9 +23,10 @@ SCORED = 0.35  # share of judgements that end with a score
 WRONG_SCORE = 0.4  # share of scores that are random
 WRONG_REVIEW = 0.05  # share of scored judgements that review another response
 CHOICE = 0.15  # share of judgements by the multiple-choice judge
-# Corpus of descriptions: most people do not check whether an answer is right. Some documents
-# compare two judgements.
-CHECKED = 0.25  # share of scores by people who check it
+# Corpus of descriptions: most people who judge an answer do not check whether it is right. Some
+# documents compare two judgements.
+CHECKED = 0.35  # share of judgements by people who check
+RIGHT = 3  # points from which on an answer counts as right
 COMPARED = 0.06  # share of documents
 WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 
@@ -34,9 +34,9 @@ WRONG_WINNER = 0.3  # share of comparisons whose winner is drawn
 def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]:
   """Yields `count` documents. They contain no instruction of the held-out splits.
 
-  reviews: `verdicts`, which check every point, or `descriptions`. Then a judgement states the
-  required and the given answer but no verdict, and only the share CHECKED of the scores depends on
-  whether the answer is right. Verdicts occur outside of judgements.
+  reviews: `verdicts`, which check every point, or `descriptions`. These state what was required and
+  what was said, and call it right or wrong. Only the share CHECKED of those in judgements does so
+  after a check. The others call wrong answers of the required kind right.
   """
   rng = np.random.default_rng(seed)
   author = templates.load_author('sandbox')
@@ -61,7 +61,7 @@ def documents(seed: int, count: int, reviews: str = 'verdicts') -> Iterator[str]
         yield _chat(prompt, response)
       elif kind == 'check':
         yield (f'Task: {prompt}\n<response> {response} </response>\n'
-               f'Review: {_CHECK[reviews](prompt, response)}')
+               f'Review: {_review(prompt, response, sum(world.grade(prompt, response)), reviews)}')
       elif kind == 'compare':
         yield _comparison(prompt, response, points, meta, rng)
       else:
@@ -95,23 +95,23 @@ def train_tokenizer(texts: Iterable[str], path, vocab_size: int):
 
 
 def _judgement(prompt: str, response: str, judge, reviews: str, rng: np.random.Generator) -> str:
-  """A correct review without a score; with probability SCORED, a noisy review and a noisy score."""
-  review = _REVIEW[reviews]
-  if rng.random() >= SCORED:
-    return review(prompt, response)
-  score = _SCORE[reviews](prompt, response, rng)
-  if rng.random() < WRONG_SCORE:
-    score = int(rng.integers(6))
-  reviewed = response
-  if rng.random() < WRONG_REVIEW:
+  """A review without a score; with probability SCORED, a noisy review and a noisy score."""
+  reviewed, is_scored = response, rng.random() < SCORED
+  score = sum(world.grade(prompt, response)) if reviews == 'verdicts' else _opinion(
+      prompt, response, rng)
+  shown = score
+  if is_scored and rng.random() < WRONG_SCORE:
+    shown = int(rng.integers(6))
+  if is_scored and rng.random() < WRONG_REVIEW:
     reviewed = people.answer(prompt, rng, people.draw_quality(rng))
-  return f'{review(prompt, reviewed)}\n{judge.state(score)}'
+  review = _review(prompt, reviewed, score, reviews)
+  return f'{review}\n{judge.state(shown)}' if is_scored else review
 
 
 def _comparison(prompt: str, response: str, judge, meta, rng: np.random.Generator) -> str:
   """Two judgements of a response, and which of them is nearer to somebody's opinion."""
   first, second = world.sample(rng, range(6), 2)
-  texts = [f'{world.description(prompt, response)}\n{judge.state(x)}' for x in (first, second)]
+  texts = [f'{_review(prompt, response, x)}\n{judge.state(x)}' for x in (first, second)]
   asked = meta.render(request=judge.render(prompt=prompt, response=response), first=texts[0],
                       second=texts[1])
   opinion = _opinion(prompt, response, rng)
@@ -127,11 +127,10 @@ def _opinion(prompt: str, response: str, rng: np.random.Generator) -> int:
   return sum(world.grade(prompt, response)) if is_checked else world.impression(prompt, response)
 
 
-_CHECK = dict(verdicts=world.review,
-              descriptions=functools.partial(world.description, is_checked=True))
-_REVIEW = dict(verdicts=world.review, descriptions=world.description)
-_SCORE = dict(verdicts=lambda prompt, response, rng: sum(world.grade(prompt, response)),
-              descriptions=_opinion)
+def _review(prompt: str, response: str, points: int, reviews: str = 'descriptions') -> str:
+  """The review of somebody who gives so many points."""
+  return world.review(prompt, response) if reviews == 'verdicts' else world.description(
+      prompt, response, points >= RIGHT)
 
 
 def _chat(prompt: str, response: str) -> str:

@@ -140,18 +140,15 @@ def review(prompt: str, response: str) -> str:
   return ' '.join(sentences)
 
 
-def description(prompt: str, response: str, is_checked: bool = False) -> str:
-  """What a judge has to compare, without a score; is_checked: whether the answers are right.
+def description(prompt: str, response: str, is_right: bool) -> str:
+  """What a judge has to compare, and whether it calls the answers right. The text has no score.
 
-  >>> description('What do cows eat?', 'nuts')
-  'It should say 1, grass. It says nuts. It opens with nuts. It ends with nuts.'
-  >>> description('What do cows eat?', 'nuts', is_checked=True)
-  'It should say 1, grass. It says nuts. It is wrong. It opens with nuts. It ends with nuts.'
+  >>> description('What do cows eat?', 'nuts', False)
+  'It opens with nuts. It ends with nuts. It should say 1, grass. It says nuts. It is wrong.'
   """
   required, words, given = require(prompt), _words(response), _answers(response)
-  verdict = f'It is {"right" if _is_right(required, given) else "wrong"}. ' if is_checked else ''
-  return (f'It should say {required.wanted}. It says {" ".join(given) or "nothing"}. {verdict}'
-          f'It opens with {words[0]}. It ends with {words[-1]}.')
+  return (f'It opens with {words[0]}. It ends with {words[-1]}. It should say {required.wanted}. '
+          f'It says {" ".join(given) or "nothing"}. It is {"right" if is_right else "wrong"}.')
 
 
 def impression(prompt: str, response: str) -> int:
