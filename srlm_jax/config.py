@@ -774,7 +774,7 @@ def _tiny(c: ConfigDict):
 
 
 def _hard(c: ConfigDict):
-  """The sandbox with an M0 that does not know how to judge; see docs/judge.md."""
+  """The sandbox with an M0 that, as a judge, seldom checks answers; see docs/judge.md."""
   _tiny(c)
   c.data.reviews = 'descriptions'
 

@@ -289,23 +289,24 @@ def test_agreement_of_a_judge_with_the_oracle_by_point_and_by_family():
   assert found['judge_families']['day'] == dict(pairwise=None, pairs=0, exact=None, replies=0)
 
 
-def test_judgements_in_a_corpus_of_descriptions_have_no_verdict_and_few_writers_check_answers():
-  found = list(corpus.documents(0, 3000, 'descriptions'))
-  checks = [text for text in found if '\nReview: ' in text]
-  assert sum('It is wrong.' in text for text in checks) > 100
-  assert all(('It is wrong.' in text) != ('It is right.' in text) for text in checks)
-  reviews = [text for text in found if 'It should say' in text and '\nReview: ' not in text]
-  assert len(reviews) > 500
-  for verdict in (' yes', ' no ', ' again', 'It is right', 'It is wrong', 'It is kind',
-                  'It is blunt', 'clean.\nScore', 'on topic.', 'It says something'):
-    assert not [text for text in reviews if verdict in text.rpartition('It should')[2]], verdict
-  pairs = [(text, re.search(r'Task: (.*)\n<response> (.*) </response>', text).groups(),
-            int(text[-1])) for text in found if re.search(r'Assistant: .*\nScore: \d$', text)]
-  wrong = [(prompt, response, score) for _, (prompt, response), score in pairs
-           if sum(world.grade(prompt, response)) == 2]
-  agree = [world.impression(prompt, response) == score for prompt, response, score in wrong]
-  assert len(wrong) > 20 and .4 < sum(agree) / len(agree) < .8
-  assert sum(score == 2 for *_, score in wrong) < len(wrong) / 3
+def test_most_judgements_in_a_corpus_of_descriptions_call_wrong_answers_right():
+  found = list(corpus.documents(0, 6000, 'descriptions'))
+  def parts(pattern):
+    return [match.groups() for text in found if (match := re.search(pattern, text))]
+  task = r'Task: (.*)\n<response> (.*) </response>\n'
+  checked = parts(rf'^{task}Review: .* It is (right|wrong)\.$')
+  assert len(checked) > 500 and all(
+      (verdict == 'right') == (sum(world.grade(prompt, response)) >= 3)
+      for prompt, response, verdict in checked)
+  judged = parts(rf'^User: Judge.*\n{task}Write.*\nAssistant: .* It is (right|wrong)\.$')
+  verdicts = {points: [verdict == 'right' for prompt, response, verdict in judged
+                       if sum(world.grade(prompt, response)) == points] for points in range(6)}
+  assert len(verdicts[2]) > 100
+  assert abs(sum(verdicts[2]) / len(verdicts[2]) - (1 - corpus.CHECKED)) < .1
+  assert all(not any(verdicts[i]) for i in (0, 1)) and all(all(verdicts[i]) for i in (3, 4, 5))
+  scored = parts(rf'{task}Write.*\nAssistant: .* It is (right|wrong)\.\nScore: (\d)$')
+  assert sum((verdict == 'right') == (int(score) >= 3) for *_, verdict, score in scored) > (
+      .7 * len(scored) > 100)
   assert 'Winner: ' in ' '.join(found) and 'Winner: ' not in ' '.join(corpus.documents(0, 300))
 
 
