@@ -89,7 +89,7 @@ fuzz: .venv/.installed  ## 100,000 damaged inputs for every reader; at most an h
 	$(BIN)/python tests/fuzzing.py $(TARGET)
 
 FAULTS ?=
-torture: .venv/.installed  ## kills, power loss, full disks; about an hour. No root or cc: FAULTS=--skip
+torture: .venv/.installed  ## kills, power loss, full disks; at most an hour. No root or cc: FAULTS=--skip
 	@failed=0; \
 	$(BIN)/python tests/torture.py || failed=1; \
 	$(BIN)/python tests/faults.py --minutes=12 $(FAULTS) || failed=1; \

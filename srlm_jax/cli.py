@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from etils import epath
 import jax
 from ml_collections import config_flags
+import tqdm
 
 from srlm_jax import (
   base,
@@ -107,10 +108,10 @@ def run_app(start):
       with peers.joined():
         start(argv)
     except InputError as error:
-      print(f'error: {error}', file=sys.stderr)
+      say(f'error: {error}')
       sys.exit(1)
     except preemption.Stopped as stopped:
-      print(f'{stopped}; the same command continues', file=sys.stderr)
+      say(f'{stopped}; the same command continues')
       sys.exit(preemption.EXIT_CODE)
     except Exception as error:  # Orbax and TensorStore raise many types for a full disk
       if isinstance(error, storage.errors()) or (
@@ -118,9 +119,14 @@ def run_app(start):
         known = storage.no_access('the bucket', error)
       elif not (known := storage.failure(error, _places())):
         raise
-      print(f'error: {known}', file=sys.stderr)
+      say(f'error: {known}')
       sys.exit(1)
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def say(text: str):
+  """Prints a line to stderr that a progress bar does not share."""
+  tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def _print_unraisable(found):

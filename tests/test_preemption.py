@@ -12,8 +12,18 @@ import time
 from conftest import init, make_mesh, ROOT
 import jax
 import pytest
+import tqdm
 
-from srlm_jax import config as configs, hosts, metrics, model_files, preemption, records, schema
+from srlm_jax import (
+  cli,
+  config as configs,
+  hosts,
+  metrics,
+  model_files,
+  preemption,
+  records,
+  schema,
+)
 from srlm_jax.checkpoint import store
 from srlm_jax.models import llama
 from srlm_jax.models.config import PRESETS
@@ -22,6 +32,13 @@ from srlm_jax.sample.draw import Sampling
 from srlm_jax.train import run as train
 
 TINY = PRESETS['tiny-test']
+
+
+def test_a_sentence_does_not_share_a_line_with_a_progress_bar(capsys):
+  with tqdm.tqdm(total=3, delay=0):
+    cli.say('m2/judge: stopped by SIGTERM')
+  shown = [line.rpartition('\r')[2] for line in capsys.readouterr().err.split('\n')]
+  assert 'm2/judge: stopped by SIGTERM' in shown
 
 
 def terminate():

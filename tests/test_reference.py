@@ -109,6 +109,7 @@ def end(workdir):
   return model_files.read_hashes(folder, model_files.latest(folder)), jax.device_get(params)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_identically_and_with_its_rows_on_another_mesh_or_is_refused(run):
   """With moments in bfloat16, whose rounding draws random bits."""
   keys = dict(save_every=2, keep=99, moments='bfloat16')

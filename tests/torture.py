@@ -346,7 +346,8 @@ def _comparable(path):
             for line in text.splitlines()]
   # Of the report, in which the stages of a chart are sorted by their seconds.
   text = re.sub(r'<svg[^>]*aria-label="seconds per stage.*?</svg>', '', text, flags=re.DOTALL)
-  return re.sub(r'\b[\d.,]+ (?:s|min|h|tokens)\b', '', text)
+  text = re.sub(r'\b[\d.,]+ (?:s|min|h|tokens)\b', '', text)
+  return text.replace('<small></small>', '')  # of the tokens per second, where there are any
 
 
 def _first(x, y) -> str:
