@@ -232,11 +232,11 @@ def _parse_flags(argv):
     _refuse_old_keys(argv)
     return flags.FLAGS([_config_file(argument) for argument in argv])
   except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
+    say(f'error: {error}')
     sys.exit(1)
   except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError,
           RecursionError) as error:
-    print(f'error: {_flag_error(error)}', file=sys.stderr)
+    say(f'error: {_flag_error(error)}')
     sys.exit(1)
 
 

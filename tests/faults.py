@@ -234,13 +234,17 @@ class Workplace:
         ended = self.programs.run(stage.program, arguments)
         where = f'{stage.name} with {left >> 10} KB of {needed >> 10}'
         filler.unlink()
-        found['had enough' if not ended[0] else 'refused'] += 1
-        if ended[0]:  # a conversion that had enough would refuse to write its model again
-          if f'the disk of {disk}' not in sentence(*ended):
-            raise Wrong(f'{where}: {ended}')
-          self.succeed(stage.program, arguments)
-        same(where, outcome(run, stage), wanted)
+        found[self.corrected(where, stage, run, ended, f'the disk of {disk}', wanted)] += 1
     return found
+
+  def corrected(self, where: str, stage: Stage, run, ended, reason: str, wanted) -> str:
+    """Runs a refused stage again, and compares its output with `wanted` -> how it had ended."""
+    if ended[0]:  # a conversion that had enough would refuse to write its model again
+      if reason not in sentence(*ended):
+        raise Wrong(f'{where}: {ended}')
+      self.succeed(stage.program, stage.arguments(run))
+    same(where, outcome(run, stage), wanted)
+    return 'refused' if ended[0] else 'had enough'
 
   def size_limit(self, stage: Stage, count: int, rng: random.Random) -> collections.Counter:
     """Runs a stage `count` times with a limit on the size of a file."""
@@ -253,12 +257,8 @@ class Workplace:
       limit = int(10 ** rng.uniform(2, 6.5))
       ended = self.programs.run(stage.program, arguments, (
           f'import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({limit}, r.RLIM_INFINITY))'))
-      found['had enough' if not ended[0] else 'refused'] += 1
-      if ended[0]:
-        if 'ulimit -f' not in sentence(*ended):
-          raise Wrong(f'{stage.name} with files of {limit} bytes: {ended}')
-        self.succeed(stage.program, arguments)
-      same(f'{stage.name} with files of {limit} bytes', outcome(self.run, stage), wanted)
+      found[self.corrected(f'{stage.name} with files of {limit} bytes', stage, self.run, ended,
+                           'ulimit -f', wanted)] += 1
     return found
 
   def full_folder(self, stage: Stage, fault: str, use: str, sentences: str) -> collections.Counter:

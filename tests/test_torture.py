@@ -1,4 +1,5 @@
 """A short form of tests/torture.py, and whether that program would notice a difference."""
+import contextlib
 import os
 import shutil
 import signal
@@ -15,13 +16,10 @@ CASES = {case.name: case for case in torture.CASES}
 def kill(name: str, count: int, base, tmp_path, kills: int, in_bucket: bool = False):
   """Kills a program `kills` times, and asserts that it ends as an undisturbed one."""
   env = dict(os.environ, **torture.environment(tmp_path))
-  hosts, rng = torture.Hosts(count, env), np.random.default_rng(1)
-  place = torture.Place(tmp_path, base)
+  place, rng = torture.Place(tmp_path, base), np.random.default_rng(1)
   bucket = torture.Bucket(tmp_path, base, rng) if in_bucket else None
-  try:
+  with contextlib.closing(torture.Hosts(count, env)) as hosts:
     row = torture.torture(CASES[name], hosts, place, bucket, kills, rng, False)
-  finally:
-    hosts.stop()
   assert row.result == 'equal' and row.kills.total() == kills <= row.starts
 
 

@@ -236,7 +236,7 @@ class Hosts:
           return where.strip()
         time.sleep(0.002)
 
-  def stop(self):
+  def close(self):
     for server in self.servers:
       server._process.stdin.close()
       server._process.wait()
@@ -618,22 +618,12 @@ def environment(root) -> dict[str, str]:
               JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0.3')
 
 
-@contextlib.contextmanager
-def running(count: int, env: dict):
-  """A block with so many hosts."""
-  hosts = Hosts(count, env)
-  try:
-    yield hosts
-  finally:
-    hosts.stop()
-
-
 def torture_all(place: str, root: pathlib.Path, base: pathlib.Path, env: dict, args
                 ) -> Iterator[Row]:
   """Yields the rows of all cases of a place, and prints each of them."""
   only, work = {name.strip() for name in args.only.split(';')} - {''}, root / place
   for count in [args.processes] if args.processes else [1, 2]:
-    with running(count, env) as hosts:
+    with contextlib.closing(Hosts(count, env)) as hosts:
       for case in CASES:
         if (only and case.name not in only or case.is_alone and count > 1
             or place == 'bucket' and case.in_bucket < count):
@@ -666,7 +656,7 @@ def main():
   base = root / 'base'
   if not (base / 'selectable').exists():
     shutil.rmtree(base, ignore_errors=True)
-    with running(1, env) as hosts:
+    with contextlib.closing(Hosts(1, env)) as hosts:
       make_base(hosts, base)
   places = [args.place] if args.place else ['disk', 'bucket']
   with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:  # in a bucket, most is waiting
