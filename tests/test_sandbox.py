@@ -201,11 +201,12 @@ def test_the_ids_of_prompt_and_response_are_the_ids_of_the_whole_text():
       assert len(whole) < 192 or text == listed
 
 
-def test_the_packaged_m0_is_small_and_matches_its_log():
-  files = {path.name: path for path in sandbox.M0.iterdir()}
+@pytest.mark.parametrize('folder', sandbox.M0S.values(), ids=sandbox.M0S)
+def test_a_packaged_m0_is_small_and_matches_its_log(folder):
+  files = {path.name: path for path in folder.iterdir()}
   assert sum(path.stat().length for path in files.values()) <= 8_000_000
-  config = model_config.load(sandbox.M0)
-  assert config == model_config.PRESETS['sandbox'] and hf.find(sandbox.M0, config)
+  config = model_config.load(folder)
+  assert config == model_config.PRESETS['sandbox'] and hf.find(folder, config)
   done = json.loads(files['done.json'].read_text())
   log = files['metrics.jsonl'].read_text().splitlines()
   assert json.loads(log[-1])['step'] == done['steps'] - 1

@@ -13,8 +13,7 @@ from srlm_jax.sandbox import corpus, people
 
 # The trained M0 of each size of the sandbox, as a Hugging Face folder; `make sandbox-m0` made it.
 M0 = epath.resource_path('srlm_jax') / 'sandbox' / 'm0'
-HARD_M0 = M0.parent / 'm0_hard'
-M0S = dict(tiny=M0, hard=HARD_M0)
+M0S = dict(tiny=M0, hard=M0.parent / 'm0_hard')
 
 
 def run(config, workdir):
