@@ -25,15 +25,25 @@ def test_the_score_of_most_votes_is_chosen_and_the_farthest_rejected(scores, exp
       found[0].index, found[1].index, found[2])) == expected
 
 
-@pytest.mark.parametrize('scores, level, expected', [
-    ([1, 5, 4], 4.0, (0, 1, 4)), ([3, 2], 3.0, (1, 0, 1)), ([2, 4, 5], 4.5, (0, 2, 3)),
-    ([1, 5, 4], 3.0, 'not below the own responses'),  # its mean is 3.3
-    ([1, 2], 3.0, 'all judgements agree'), ([], 3.0, 'not below the own responses')])
-def test_of_a_swapped_response_the_lowest_score_is_chosen_if_the_mean_agrees(
-    scores, level, expected):
-  found = judge_pairs.below(judged(scores), level)
+@pytest.mark.parametrize('scores, level, is_better, expected', [
+    ([1, 5, 4], 4.0, False, (0, 1, 4)), ([3, 2], 3.0, False, (1, 0, 1)),
+    ([2, 4, 1, 5], 4.5, False, (1, 3, 1)), ([1, 5, 4], 3.0, True, (2, 0, 3)),
+    ([1, 5, 4], 3.0, False, 'the mean scores prefer the swapped response'),  # the mean is 3.3
+    ([5, 4], 3.0, True, 'all judgements agree'),
+    ([], 3.0, True, 'the mean scores prefer the swapped response')])
+def test_a_judgement_on_the_right_side_is_chosen_if_the_mean_agrees(
+    scores, level, is_better, expected):
+  found = judge_pairs.apart(judged(scores), level, is_better)
   assert (found if isinstance(found, str) else (
       found[0].index, found[1].index, found[2])) == expected
+
+
+def test_each_kind_has_as_many_pairs():
+  kinds = [[judge_pairs.Rating(f'{kind}{i}', float(i % 5), i) for i in range(n)]
+           for kind, n in (('a', 30), ('b', 7), ('c', 50))]
+  assert [p.id[0] for p in judge_pairs.even(kinds, 40, 1.0)] == ['a'] * 7 + ['b'] * 7 + ['c'] * 7
+  assert len(judge_pairs.even(kinds, 9, 1.0)) == 9
+  assert judge_pairs.even([*kinds, []], 40, 1.0) == []
 
 
 def test_a_prompt_gets_a_response_to_the_nearest_prompt_that_has_no_response_in_common():
@@ -57,8 +67,8 @@ def test_only_the_responses_to_the_first_prompts_are_given_to_others(monkeypatch
 
 def test_equal_gaps_are_not_taken_from_the_first_prompts_only():
   made = [judge_pairs.Rating(f'{i:03}/0', float(i % 2), 1.0) for i in range(200)]
-  kept = judge_pairs.limit(made, 200, 0.2, 1.0)
-  assert len(kept) == 50 and kept == judge_pairs.limit(made[::-1], 200, 0.2, 1.0)
+  kept = judge_pairs.limit(made, 50, 1.0)
+  assert len(kept) == 50 and kept == judge_pairs.limit(made[::-1], 50, 1.0)
   assert 60 < sum(int(rating.id[:3]) for rating in kept) / 50 < 140
 
 
@@ -123,7 +133,7 @@ def test_votes_of_judgements_become_pairs_that_ask_the_judge_as_before(run):
   judge = judges.load('sandbox')
   assert pairs['p0/1'].prompt == judge.render(prompt=PROMPTS['p0'], response='pear.')
   assert done['dropped'] == {'fewer than two scores': 3, 'no score has most votes': 1,
-                             'over the share limits': 0}
+                             'over the limits': 0}
 
 
 def test_a_share_limits_the_pairs_of_judgements(run):
@@ -131,7 +141,7 @@ def test_a_share_limits_the_pairs_of_judgements(run):
   config.judge_pairs.share = 0.4  # 2 of 6
   judge_pairs.run(config, workdir, 'majority')
   pairs, done = made_by(workdir, 'majority')
-  assert done['pairs'] == len(pairs) == 2 and done['dropped']['over the share limits'] == 2
+  assert done['pairs'] == len(pairs) == 2 and done['dropped']['over the limits'] == 2
   assert pairs.keys() <= {'p0/0', 'p0/1', 'p2/0'}  # two votes ahead; p2/1 is one ahead
 
 
@@ -145,16 +155,17 @@ def test_judgements_of_swapped_responses_become_pairs_and_the_oracle_audits_all(
       zip((r.id for r in found), SWAPPED, strict=True)))
   judge_pairs.run(config, workdir, 'swapped')
   pairs, done = made_by(workdir, 'swapped')
-  kept = {found[0].id: (1, 5), found[3].id: (1, 4)}  # own means: 3.9, 3.3, 3.5, 3
+  # The mean scores of the own responses are 3.9, 3.3, 3.5 and 3, of the swapped 2.3, 1, 5 and 2.5.
+  kept = {found[0].id: (2, 5), found[3].id: (1, 4), 'p0/0': (5, 2), 'p0/1': (4, 2)}
   assert {name: (p.chosen_score, p.rejected_score) for name, p in pairs.items()} == kept
   assert PROMPTS['p0'] in pairs[found[0].id].prompt and found[0].response in (
       pairs[found[0].id].prompt)
-  assert done['dropped'] == {'all judgements agree': 1, 'not below the own responses': 1,
-                             'over the share limits': 0}
+  assert done['dropped'] == {'all judgements agree': 5, 'over the limits': 0,
+                             'the mean scores prefer the swapped response': 3}
   judge_pairs.run(config, workdir, 'majority')
   audit.run(config, workdir)
   numbers = json.loads((workdir / 'm2' / 'audit' / 'audit.json').read_text())
-  assert numbers['judge_pairs'] == 6
+  assert numbers['judge_pairs'] == 8
   assert [sum(world.grade(r.prompt, r.response)) for r in (found[0], found[3])] == [0, 0]
   # The oracle gives p0/0 and p2/0 5 points and p0/1 and p2/1 2.
-  assert (numbers['nearer'], numbers['as_near'], numbers['farther']) == (0.8333, 0.0, 0.1667)
+  assert (numbers['nearer'], numbers['as_near'], numbers['farther']) == (0.75, 0.0, 0.25)

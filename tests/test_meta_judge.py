@@ -97,17 +97,17 @@ def ratings(*scores):
 
 def test_judge_pairs_stay_within_their_share_and_have_the_largest_gaps():
   made = ratings(*[float(i % 5) for i in range(100)])
-  kept = judge_pairs.limit(made, 85, 0.15, 1.0)
+  kept = judge_pairs.limit(made, judge_pairs.allowed(85, 0.15), 1.0)
   assert len(kept) == 15 and len(kept) / (85 + len(kept)) <= 0.15
   assert {p.id for p in kept} == {str(i) for i in range(85, 100)}
-  assert judge_pairs.limit(made, 5, 0.15, 1.0) == []
-  assert judge_pairs.limit(made, 85, 0.0, 1.0) == []
+  assert judge_pairs.allowed(5, 0.15) == judge_pairs.allowed(85, 0.0) == 0
+  assert judge_pairs.limit(made, 0, 1.0) == []
 
 
 @pytest.mark.parametrize('scores, expected', [
     ([5.0] * 30 + [1.0] * 4, 8), ([5.0] * 40, 0), ([5.0, 4.0, 3.0, 2.0] * 10, 15), ([5.0, 4.0], 2)])
 def test_no_chosen_score_exceeds_its_share(scores, expected):
-  kept = judge_pairs.limit(ratings(*scores), 85, 0.15, 0.5)
+  kept = judge_pairs.limit(ratings(*scores), 15, 0.5)
   assert len(kept) == expected
   counts = Counter(p.chosen_score for p in kept)
   assert all(count <= 0.5 * len(kept) for count in counts.values())

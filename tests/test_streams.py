@@ -272,8 +272,8 @@ def test_the_judgements_to_compare_are_those_of_all_records_in_memory():
        st.integers(0, 60), st.sampled_from([0.0, 0.1, 0.3]), st.sampled_from([0.3, 0.5, 1.0]))
 def test_the_limits_leave_the_largest_selection(made, pair_count, share, score_share):
   made = [judge_pairs.Rating(str(i), score, gap) for i, (score, gap) in enumerate(made)]
-  kept = judge_pairs.limit(made, pair_count, share, score_share)
-  most = int(share / (1 - share) * pair_count + 1e-9)
+  most = judge_pairs.allowed(pair_count, share)
+  kept = judge_pairs.limit(made, most, score_share)
   ordered, best = sorted(made, key=lambda p: (-p.gap, records.digest(p.id))), []
   for size in range(min(most, len(made)) + 1):  # the greedy selection of each size
     taken, counts = [], Counter()

@@ -6,14 +6,16 @@ majority  The judgements of a response vote on its score. Chosen is a judgement 
           most votes, rejected the one whose score is farthest from it (Self-Consistency Preference
           Optimization, Prasad et al. 2024, 2411.04109, which does this with answers).
 swapped   A response to a similar other prompt (`reward/swap.py`) is usually worse than the prompt's
-          own. Where its mean score says so too, chosen is the judgement with the lowest score, and
-          rejected the highest one that is not below the own mean (Self-Taught Evaluators, Wang et
-          al. 2024, 2408.02666, which trains on the former alone).
+          own ones (Self-Taught Evaluators, Wang et al. 2024, 2408.02666, whose judge compares two
+          responses). Of its judgements, chosen is one with a score below the mean of the own
+          responses, and rejected one without. Of the judgements of an own response, chosen is one
+          with a score above the mean of the swapped one. As many pairs of either kind are kept:
+          one kind alone teaches the judge to give low scores, or high ones, to every response.
 
 `sample/meta_judge.py` makes such pairs with a judge of judgements.
 """
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import math
 import operator
@@ -25,8 +27,10 @@ from srlm_jax.reward import judges, scores as scoring
 RESPONSES, JUDGEMENTS = 'respond/responses-*.jsonl', 'judge/judgements-*.jsonl'
 SWAPPED, OF_SWAPPED = 'swap/swapped.jsonl', 'judge_swapped/judgements-*.jsonl'
 Judgements = list[schema.Judgement]
-# Judge prompt, chosen, rejected and gap; or why there is no pair.
-Found = tuple[str, schema.Judgement, schema.Judgement, float] | str
+# Kind of the pair, judge prompt, chosen, rejected and gap; or why there is no pair.
+Found = tuple[str, str, schema.Judgement, schema.Judgement, float] | str
+# The kinds of pairs, of which equally many are kept: of the prompt's own responses, of swapped ones.
+KINDS = dict(majority=('own',), swapped=('own', 'swapped'))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,18 +53,19 @@ def run(config, workdir, on: str = 'majority'):
   s = stage.Stage(spec, config, workdir, str(judge))
   if s.done:
     return
-  pairs, ratings, dropped = spill.Spill(), [], Counter()
+  pairs, dropped = spill.Spill(), Counter()
+  ratings = {kind: [] for kind in KINDS[on]}
   for found in dict(majority=_majority, swapped=_swapped)[on](s, config, judge):
     if isinstance(found, str):
       dropped[found] += 1
       continue
-    asked, chosen, rejected, gap = found
+    kind, asked, chosen, rejected, gap = found
     pair = _pair(on, asked, chosen, rejected)
-    ratings.append(Rating(pair.id, pair.chosen_score, gap))
+    ratings[kind].append(Rating(pair.id, pair.chosen_score, gap))
     pairs.add(pair.id, records.dump(pair))
   c, count = config.judge_pairs, sum(1 for _ in s.read('pairs/pairs.jsonl'))
-  kept = limit(ratings, count, c.share, c.score_share)
-  dropped['over the share limits'] = len(ratings) - len(kept)
+  kept = even(ratings.values(), allowed(count, c.share), c.score_share)
+  dropped['over the limits'] = sum(map(len, ratings.values())) - len(kept)
   s.begin()
   if hosts.is_first_host():
     with records.replacing(s.folder / spec.writes[0]) as out:
@@ -83,16 +88,17 @@ def refuse_mistakes(config):
                      f'train.data')
 
 
-def limit(made: Sequence[Rating], pair_count: int, share: float,
-          score_share: float) -> list[Rating]:
-  """Selects the pairs of judgements with the largest gap within two limits.
+def allowed(pair_count: int, share: float) -> int:
+  """How many pairs of judgements make up at most `share` of all, beside `pair_count` others."""
+  return math.floor(share / (1 - share) * pair_count + 1e-9)
 
-  1. They make up at most `share` of all pairs, including the `pair_count` pairs of responses.
-  2. At most `score_share` of them have the same chosen score.
 
-  Among equal gaps, a hash of the id decides, so no part of the prompts is preferred.
+def limit(made: Sequence[Rating], maximum: int, score_share: float) -> list[Rating]:
+  """Selects up to `maximum` pairs of judgements with the largest gap.
+
+  At most `score_share` of them have the same chosen score. Among equal gaps, a hash of the id
+  decides, so no part of the prompts is preferred.
   """
-  maximum = math.floor(share / (1 - share) * pair_count + 1e-9)
   counts = Counter(pair.chosen_score for pair in made)
 
   def most(size: int) -> int:
@@ -106,6 +112,12 @@ def limit(made: Sequence[Rating], pair_count: int, share: float,
       taken[pair.chosen_score] += 1
       kept.append(pair)
   return kept
+
+
+def even(kinds: Collection[Sequence[Rating]], maximum: int, score_share: float) -> list[Rating]:
+  """Selects up to `maximum` pairs, as many of each kind as of the others; see `limit`."""
+  fewest = min(len(limit(made, maximum // len(kinds), score_share)) for made in kinds)
+  return [pair for made in kinds for pair in limit(made, fewest, score_share)]
 
 
 def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, int] | str:
@@ -124,25 +136,30 @@ def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, in
   return chosen, rejected, most - sum(j.score == rejected.score for j in judgements)
 
 
-def below(judgements: Judgements, level: float
+def apart(judgements: Judgements, level: float, is_better: bool
           ) -> tuple[schema.Judgement, schema.Judgement, float] | str:
-  """The judgements of a swapped response, and the mean score of the own ones -> chosen, rejected.
+  """The judgements of a response that is better or worse than others -> chosen, rejected.
 
-  The third is by how much their scores differ. Else the reason why there is no pair.
+  `level` is the mean score of the others. Chosen is the judgement nearest to it on the right side,
+  rejected the farthest of the rest. The third is by how much their scores differ. Else the reason
+  why there is no pair.
   """
-  ordered = sorted(judgements, key=lambda j: j.score)
-  if not ordered or statistics.fmean(j.score for j in ordered) >= level:
-    return 'not below the own responses'
-  if ordered[-1].score < level:
+  sign = 1 if is_better else -1
+  ahead = [sign * (j.score - level) for j in judgements]
+  if not ahead or statistics.fmean(ahead) <= 0:
+    return 'the mean scores prefer the swapped response'
+  if min(ahead) > 0:
     return 'all judgements agree'
-  return ordered[0], ordered[-1], ordered[-1].score - ordered[0].score
+  chosen = judgements[ahead.index(min(x for x in ahead if x > 0))]
+  rejected = judgements[ahead.index(min(ahead))]
+  return chosen, rejected, abs(chosen.score - rejected.score)
 
 
 def _majority(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   for r in s.read(RESPONSES):
     found = vote(_usable(scores.of(r.id)))
-    yield found if isinstance(found, str) else (_asked(r, config, judge), *found)
+    yield found if isinstance(found, str) else ('own', _asked(r, config, judge), *found)
   scores.finish(s.path(RESPONSES))
 
 
@@ -151,13 +168,22 @@ def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   others = scoring.Judged(s.read(OF_SWAPPED), config.judge.quorum, s.path(OF_SWAPPED))
   items = records.Matched(s.read(SWAPPED), operator.attrgetter('prompt_id'), s.path(SWAPPED))
   for group in scoring.by_prompt(s.read(RESPONSES)):
-    own = [mean for r in group if (mean := scores.of(r.id).mean) is not None]
+    own = [scores.of(r.id) for r in group]
+    means = [score.mean for score in own if score.mean is not None]
     swapped = items.of(group[0].prompt_id)
     if not swapped:
       yield 'no similar prompt'
     for r in swapped:
-      found = below(_usable(others.of(r.id)), statistics.fmean(own)) if own else 'no own score'
-      yield found if isinstance(found, str) else (_asked(r, config, judge), *found)
+      score = others.of(r.id)
+      if not means or score.mean is None:
+        yield 'no score'
+        continue
+      for response, judged, level, is_better in (
+          (r, score, statistics.fmean(means), False),
+          *((r, judged, score.mean, True) for r, judged in zip(group, own, strict=True))):
+        found = apart(_usable(judged), level, is_better)
+        yield found if isinstance(found, str) else (
+            'own' if is_better else 'swapped', _asked(response, config, judge), *found)
   for found in (scores, items):
     found.finish(s.path(RESPONSES))
   others.finish(s.path(SWAPPED))

@@ -78,9 +78,10 @@ def run(config, workdir):
   if not hosts.is_first_host():
     return s.finish()
   made = Made(selected, s, winners.weights)
-  kept = judge_pairs.limit(made.ratings, pair_count, config.judge_pairs.share,
-                           config.judge_pairs.score_share)
-  dropped = made.dropped + Counter({'over the share limits': len(made.ratings) - len(kept)})
+  kept = judge_pairs.limit(
+      made.ratings, judge_pairs.allowed(pair_count, config.judge_pairs.share),
+      config.judge_pairs.score_share)
+  dropped = made.dropped + Counter({'over the limits': len(made.ratings) - len(kept)})
   with records.replacing(s.folder / 'judge_pairs.jsonl') as out:
     out.writelines(map(made.line, kept))
   if not kept:
