@@ -277,14 +277,19 @@ def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) ->
   config = configs.get(name, size)
   config.m0, config.data.path = m0, data
   for change in changes:
-    models, text = _models(change)
+    models, text = _split(change)
     if name in models:
       _set(config, text, change)
   configs.check(config)
   return config
 
 
-def _models(change: str) -> tuple[list[str], str]:
+def affected(change: str) -> list[str]:
+  """The models that a --set change affects."""
+  return _split(change)[0]
+
+
+def _split(change: str) -> tuple[list[str], str]:
   """'m2,m3:KEY=VALUE' or 'KEY=VALUE' -> the models that it changes, and KEY=VALUE."""
   before, colon, text = change.partition(':')
   if not colon or '=' in before:

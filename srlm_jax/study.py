@@ -3,8 +3,8 @@
   python -m srlm_jax.study --workdir=runs/study --seeds=5
   python -m srlm_jax.study --workdir=runs/study --seeds=3 --ablation=oracle_judge
 
-The runs are WORKDIR/loop-0, loop-1, .. or WORKDIR/ABLATION-0, ..; finished runs are only read. If a
-change affects only M2 and later models, data, M0, SFT and M1 are copied from the loop with the same
+The runs are WORKDIR/loop-0, loop-1, .. or WORKDIR/ABLATION-0, ..; finished runs are only read. The
+data and the models before the first that a change affects are copied from the loop with the same
 seed, if that exists. A study without a change, such as one more model (--last=m4 --name=fourth),
 copies all models. The last table has one line per study in the folder, compared with the loops of
 the same seeds.
@@ -27,7 +27,6 @@ from srlm_jax.report import estimates, keyed, results
 from srlm_jax.reward import scores
 
 LOOP = 'loop'  # the name of the runs without a change
-SHARED = ('data', 'm0', 'sft', 'm1')  # do not depend on changes of later models
 # Columns of the tables in `results` whose means are reported.
 COLUMNS = ('oracle 0-5', 'greedy', 'wins', 'losses', 'answer chars', 'judge: pairwise', 'of pairs',
            'of prompts', 'unscored as errors', 'ceiling', 'oracle: pairwise', 'of graded pairs',
@@ -75,16 +74,28 @@ def main(argv):
   cli.cache_compilations(folder)
   runs = [folder / f'{name}-{seed}' for seed in range(f.seeds)]
   loops = [folder / f'{LOOP}-{seed}' for seed in range(f.seeds)]
+  shared = unchanged_parts(changes) if name != LOOP else ()
   for seed, (run, unchanged) in enumerate(zip(runs, loops, strict=True)):
     hosts.log(f'{run}:')
-    if name != LOOP and all(change.startswith('m2') for change in changes):
-      take(unchanged, run, SHARED if changes else ('data', *configs.MODELS))
+    take(unchanged, run, shared)
     loop.run(f.size, run, f.m0, f.data, [*changes, f'seed={seed}'], f.last)
   rows = table(runs, loops)
   path = folder / f'{name}.json'
   stage.write_json(path, dataclasses.asdict(
       Study(name=name, seeds=f.seeds, changes=changes, models=rows)))
   hosts.log(f'\n{name}, {f.seeds} seeds\n{text(rows)}\n\n{overview(folder)}\n{path}')
+
+
+def unchanged_parts(changes) -> tuple[str, ...]:
+  """The data and the models before the first that a change affects; () if that is M0.
+
+  >>> unchanged_parts(['m3:sampler=m1', 'm2,m3:judge.n=1'])
+  ('data', 'm0', 'sft', 'm1')
+  """
+  affected = {model for change in changes for model in loop.affected(change)}
+  count = next((i for i, model in enumerate(configs.MODELS) if model in affected),
+               len(configs.MODELS))
+  return ('data', *configs.MODELS[:count]) if count else ()
 
 
 def take(source, run, parts):

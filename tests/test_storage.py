@@ -409,7 +409,7 @@ def test_a_study_in_a_bucket_copies_what_its_runs_share(bucket):
   (path / 'blind-0' / 'm0' / 'model' / 'own').write_text('')
   (path / 'blind-0' / 'm1.partial').write_text('')  # a kill cut off an earlier copy
   (path / 'blind-0' / 'm1' / 'model' / 'x').write_text('m1')
-  study.take(path / 'loop-0', path / 'blind-0', study.SHARED)
+  study.take(path / 'loop-0', path / 'blind-0', ('data', 'm0', 'sft', 'm1'))
   assert (path / 'blind-0' / 'm1' / 'model' / 'x').read_text() == 'm1/model/x'
   assert not (path / 'blind-0' / 'm0' / 'model' / 'x').exists()
   assert not (path / 'blind-0' / 'm2').exists()
