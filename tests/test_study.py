@@ -1,4 +1,5 @@
 """Tests of the means over seeds and of the data that a study copies from the loop."""
+import doctest
 import json
 
 from conftest import CHANGES, main
@@ -7,6 +8,9 @@ from scipy import stats
 
 from srlm_jax import records, schema, stage, study
 from srlm_jax.reward import scores
+
+
+SHARED = study.unchanged_parts(['m2:judge.n=1'])
 
 
 def graded(workdir, **models):
@@ -27,6 +31,10 @@ def difference(mean, over_prompts, *by_run):
               over_seeds=pytest.approx(stats.sem(by_run)) if several else None,
               interval=pytest.approx([interval.low, interval.high]) if several else None,
               least=pytest.approx(min(by_run)), most=pytest.approx(max(by_run)))
+
+
+def test_the_doctests_of_studies_pass():
+  assert doctest.testmod(study).failed == 0
 
 
 def test_a_gain_is_paired_by_prompt_with_errors_over_prompts_and_over_seeds(tmp_path):
@@ -67,7 +75,7 @@ def test_shared_parts_are_copied_unless_they_exist(tmp_path):
   (tmp_path / 'blind-0' / 'm0').mkdir(parents=True)
   (tmp_path / 'loop-0' / 'm0').mkdir()
   (tmp_path / 'loop-0' / 'm0' / 'config.json').write_text('{}')
-  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', study.SHARED)
+  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', SHARED)
   assert (tmp_path / 'blind-0' / 'm1' / 'model').exists()
   assert not any((tmp_path / 'blind-0' / 'm0').iterdir())
   assert not (tmp_path / 'blind-0' / 'm2').exists()
@@ -78,12 +86,12 @@ def test_a_copy_that_a_kill_cut_off_begins_again(tmp_path):
     records.write(tmp_path / 'loop-0' / 'm1' / 'eft' / f'{name}.jsonl', [dict(id=name)])
   (tmp_path / 'blind-0' / 'm1.partial' / 'eft').mkdir(parents=True)
   (tmp_path / 'blind-0' / 'm1.partial' / 'eft' / 'a.jsonl').write_text('{"i')
-  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', study.SHARED)
+  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', SHARED)
   assert [p.name for p in (tmp_path / 'blind-0').iterdir()] == ['m1']
   found = {p.name: p.read_text() for p in tmp_path.glob('blind-0/m1/eft/*')}
   assert found == {'a.jsonl': '{"id": "a"}\n', 'b.jsonl': '{"id": "b"}\n'}
   (tmp_path / 'blind-0' / 'm1.partial').mkdir()  # beside a complete copy
-  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', study.SHARED)
+  study.take(tmp_path / 'loop-0', tmp_path / 'blind-0', SHARED)
   assert {p.name: p.read_text() for p in tmp_path.glob('blind-0/m1/eft/*')} == found
 
 
