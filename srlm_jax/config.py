@@ -777,6 +777,7 @@ def _hard(c: ConfigDict):
   """The sandbox with an M0 that, as a judge, seldom checks answers; see docs/judge.md."""
   _tiny(c)
   c.data.reviews = 'descriptions'
+  c.eft.judgements = 12       # their scores agree less than those of tiny
 
 
 def _small(c: ConfigDict):
