@@ -287,10 +287,11 @@ STAGES = (
     *(Spec(name, 'reward.judge_pairs', (f'{name}_pairs.jsonl',), on=name,
            reads=('respond/responses-*.jsonl', 'judge/judgements-*.jsonl', 'pairs/pairs.jsonl',
                   *more),
-           keys=('judge.template', *_SHOWN, 'judge.quorum', *_JUDGE_PAIRS),
+           keys=('judge.template', *_SHOWN, 'judge.quorum', *_JUDGE_PAIRS, *keys),
            needed=_trains_on(f'{name}_pairs'))
-      for name, more in (('majority', ()), (
-          'swapped', ('swap/swapped.jsonl', 'judge_swapped/judgements-*.jsonl')))),
+      for name, more, keys in (('majority', (), ()), (
+          'swapped', ('swap/swapped.jsonl', 'judge_swapped/judgements-*.jsonl'),
+          ('judge_pairs.of',)))),
     Spec('health', 'reward.health', ('health.json',), keys=('judge.quorum',),
          reads_if_there=('prompts/attempts.jsonl', 'prompts/prompts.jsonl',
                          'respond/responses-*.jsonl', 'judge/judgements-*.jsonl',

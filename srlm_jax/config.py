@@ -372,6 +372,8 @@ _SECTIONS = {
                       'highest share of these and the pairs of responses', OURS),
         score_share=Setting(0.5, SHARE,
                             'highest share of them whose chosen score is the same', OURS),
+        of=Setting('both', one_of('both', 'own', 'swapped'), 'for swapped_pairs: judgements of the '
+                   'own responses of the prompts, of swapped ones, or as many of both', OURS),
     ),
     'eval': dict(  # answers to held-out prompts
         # valid: the prompts to tune on, and data.ranked_tune of the ranked replies

@@ -145,14 +145,31 @@ def test_a_share_limits_the_pairs_of_judgements(run):
   assert pairs.keys() <= {'p0/0', 'p0/1', 'p2/0'}  # two votes ahead; p2/1 is one ahead
 
 
-def test_judgements_of_swapped_responses_become_pairs_and_the_oracle_audits_all(run):
+@pytest.fixture
+def swapped(run):
+  """The swapped responses of `run`, which are judged."""
   workdir, config = run
   swap.run(config, workdir)
   found = [*records.read(workdir / 'm2' / 'swap' / 'swapped.jsonl', schema.Response)]
-  assert [r.prompt for r in found] == [*PROMPTS.values()]
-  assert all(r.response not in SAID[r.prompt_id] for r in found)
   write_judgements(workdir, config, 'judge_swapped', dict(
       zip((r.id for r in found), SWAPPED, strict=True)))
+  return found
+
+
+@pytest.mark.parametrize('of, names', [('own', {'p0/0', 'p0/1'}), ('swapped', {'p0/p1', 'p3/p0'})])
+def test_pairs_may_be_of_own_or_of_swapped_responses_only(run, swapped, of, names):
+  workdir, config = run
+  config.judge_pairs.of = of
+  judge_pairs.run(config, workdir, 'swapped')
+  pairs, done = made_by(workdir, 'swapped')
+  assert pairs.keys() == names and done['dropped']['over the limits'] == 0
+
+
+def test_judgements_of_swapped_responses_become_pairs_and_the_oracle_audits_all(run, swapped):
+  workdir, config = run
+  found = swapped
+  assert [r.prompt for r in found] == [*PROMPTS.values()]
+  assert all(r.response not in SAID[r.prompt_id] for r in found)
   judge_pairs.run(config, workdir, 'swapped')
   pairs, done = made_by(workdir, 'swapped')
   # The mean scores of the own responses are 3.9, 3.3, 3.5 and 3, of the swapped 2.3, 1, 5 and 2.5.

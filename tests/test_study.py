@@ -9,7 +9,6 @@ from scipy import stats
 from srlm_jax import records, schema, stage, study
 from srlm_jax.reward import scores
 
-
 SHARED = study.unchanged_parts(['m2:judge.n=1'])
 
 

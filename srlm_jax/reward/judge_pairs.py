@@ -9,8 +9,9 @@ swapped   A response to a similar other prompt (`reward/swap.py`) is usually wor
           own ones (Self-Taught Evaluators, Wang et al. 2024, 2408.02666, whose judge compares two
           responses). Of its judgements, chosen is one with a score below the mean of the own
           responses, and rejected one without. Of the judgements of an own response, chosen is one
-          with a score above the mean of the swapped one. As many pairs of either kind are kept:
-          one kind alone teaches the judge to give low scores, or high ones, to every response.
+          with a score above the mean of the swapped one. As many pairs of either kind are kept
+          (`judge_pairs.of`): one kind alone can teach the judge to give every response low scores,
+          or high ones.
 
 `sample/meta_judge.py` makes such pairs with a judge of judgements.
 """
@@ -29,8 +30,7 @@ SWAPPED, OF_SWAPPED = 'swap/swapped.jsonl', 'judge_swapped/judgements-*.jsonl'
 Judgements = list[schema.Judgement]
 # Kind of the pair, judge prompt, chosen, rejected and gap; or why there is no pair.
 Found = tuple[str, str, schema.Judgement, schema.Judgement, float] | str
-# The kinds of pairs, of which equally many are kept: of the prompt's own responses, of swapped ones.
-KINDS = dict(majority=('own',), swapped=('own', 'swapped'))
+KINDS = 'own', 'swapped'  # the responses whose judgements make a pair
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,12 +54,14 @@ def run(config, workdir, on: str = 'majority'):
   if s.done:
     return
   pairs, dropped = spill.Spill(), Counter()
-  ratings = {kind: [] for kind in KINDS[on]}
+  ratings = {kind: [] for kind in _kinds(config, on)}
   for found in dict(majority=_majority, swapped=_swapped)[on](s, config, judge):
     if isinstance(found, str):
       dropped[found] += 1
       continue
     kind, asked, chosen, rejected, gap = found
+    if kind not in ratings:
+      continue
     pair = _pair(on, asked, chosen, rejected)
     ratings[kind].append(Rating(pair.id, pair.chosen_score, gap))
     pairs.add(pair.id, records.dump(pair))
@@ -153,6 +155,12 @@ def apart(judgements: Judgements, level: float, is_better: bool
   chosen = judgements[ahead.index(min(x for x in ahead if x > 0))]
   rejected = judgements[ahead.index(min(ahead))]
   return chosen, rejected, abs(chosen.score - rejected.score)
+
+
+def _kinds(config, on: str) -> tuple[str, ...]:
+  if on == 'majority':
+    return 'own',
+  return KINDS if config.judge_pairs.of == 'both' else (config.judge_pairs.of,)
 
 
 def _majority(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
