@@ -176,22 +176,19 @@ def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
   others = scoring.Judged(s.read(OF_SWAPPED), config.judge.quorum, s.path(OF_SWAPPED))
   items = records.Matched(s.read(SWAPPED), operator.attrgetter('prompt_id'), s.path(SWAPPED))
   for group in scoring.by_prompt(s.read(RESPONSES)):
-    own = [scores.of(r.id) for r in group]
-    means = [score.mean for score in own if score.mean is not None]
     swapped = items.of(group[0].prompt_id)
-    if not swapped:
-      yield 'no similar prompt'
-    for r in swapped:
-      score = others.of(r.id)
-      if not means or score.mean is None:
-        yield 'no score'
-        continue
-      for response, judged, level, is_better in (
-          (r, score, statistics.fmean(means), False),
-          *((r, judged, score.mean, True) for r, judged in zip(group, own, strict=True))):
-        found = apart(_usable(judged), level, is_better)
-        yield found if isinstance(found, str) else (
-            'own' if is_better else 'swapped', _asked(response, config, judge), *found)
+    judged = [[scores.of(r.id) for r in group], [others.of(r.id) for r in swapped]]
+    own, other = (
+        [score.mean for score in found if score.mean is not None] for found in judged)
+    if not (own and other):
+      yield 'no score' if swapped else 'no similar prompt'
+      continue
+    for kind, responses, found, level in (
+        ('own', group, judged[0], statistics.fmean(other)),
+        ('swapped', swapped, judged[1], statistics.fmean(own))):
+      for r, score in zip(responses, found, strict=True):
+        made = apart(_usable(score), level, kind == 'own')
+        yield made if isinstance(made, str) else (kind, _asked(r, config, judge), *made)
   for found in (scores, items):
     found.finish(s.path(RESPONSES))
   others.finish(s.path(SWAPPED))
