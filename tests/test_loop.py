@@ -387,6 +387,21 @@ def test_the_loop_runs_every_ablation_and_the_meta_judge(demo, tmp_path, flags):
       assert (tmp_path / model / 'health' / 'health.json').exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name, made', [
+    ('judge_meta', 'meta_judge/judge_pairs.jsonl'),
+    ('judge_majority', 'majority/majority_pairs.jsonl'),
+    ('judge_swapped', 'swapped/swapped_pairs.jsonl')])
+def test_a_judge_that_learns_from_itself_trains_on_pairs_of_judgements(tmp_path, name, made):
+  main('loop', '--size=hard', f'--workdir={tmp_path}', *(f'--set={c}' for c in CHANGES),
+       f'--ablation={name}', '--last=m2', '--set=judge_pairs.share=0.5')
+  pairs, found = (list(records.read(tmp_path / 'm2' / path, kind)) for path, kind in (
+      ('pairs/pairs.jsonl', schema.Pair), (made, schema.JudgePair)))
+  done = json.loads((tmp_path / 'm2' / 'model' / 'done.json').read_text())
+  assert found and all(pair.chosen != pair.rejected for pair in found)
+  assert done['examples'] == len(pairs) + len(found)
+
+
 def run_on_hosts(hosts, stage, workdir, *flags, start=subprocess.check_output):
   """Runs a sampling stage of m2 in several processes, each with one device."""
   return start(
