@@ -76,7 +76,7 @@ sandbox-m0: .venv/.installed  ## trains the sandbox's M0 and copies it into the 
 	$(BIN)/python -m srlm_jax.checkpoint.convert --checkpoint=runs/m0_$(SIZE)/m0/model --to_hf=runs/m0_$(SIZE)/hf
 	mkdir -p $(M0)
 	cp $(addprefix runs/m0_$(SIZE)/hf/,config.json model.safetensors tokenizer.model) runs/m0_$(SIZE)/m0/model/metrics.jsonl runs/m0_$(SIZE)/m0/model/manifest.json runs/m0_$(SIZE)/m0/model/done.json $(M0)/
-	@echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
+	@[ $(SIZE) != tiny ] || echo 'Now remake tests/golden_m0.json: see tests/make_golden.py.'
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -m 'not slow and not aot' -n 2 --dist loadfile --no-loadscope-reorder

@@ -698,7 +698,7 @@ def _model(c: ConfigDict):
   older = dict(zip(MODELS[1:], MODELS, strict=False))  # the model before each one
   c.sampler = older[name] if name not in ('m0', 'sft') else ''
   c.train = sft() if name in ('m0', 'sft', 'm1') else dpo()
-  c.train.init = dict(m0='', m1='m0').get(name) or older.get(name, '')
+  c.train.init = 'm0' if name == 'm1' else older.get(name, '')
   c.train.data = dict(m0=('corpus',), sft=('ift',), m1=('ift', 'eft')).get(name, ('pairs',))
   c.pairs.older = older[c.sampler] if c.train.loss == 'dpo' else ''
   if name == 'm2':

@@ -124,8 +124,7 @@ def refuse_mistakes(config):
     raise InputError(f'config.pairs.strategy = {config.pairs.strategy} also needs judgements by a '
                      f'model of the run, which do not compare with those of config.judge.by = '
                      f'endpoint; use another strategy, or judge.by=model')
-  if any(catalog.needs(name, config) for name in ('majority', 'swapped')):
-    judge_pairs.refuse_mistakes(config)
+  judge_pairs.refuse_mistakes(config, configs.training_data(config))
   if config.name in ('m0', 'sft', 'm1'):
     return
   kind = 'positives' if config.pairs.strategy == strategies.POSITIVES else 'pairs'
@@ -236,13 +235,10 @@ def make_pairs(config, workdir):
     judge.run(config, workdir, 'older')
   pairs.run(config, workdir)
   health.run(config, workdir)
-  too_few = why_too_few(config, stage.summary(workdir / config.name / 'pairs'))
-  if not too_few:
-    make_judge_pairs(config, workdir)
   if catalog.needs('audit', config):
     audit.run(config, workdir)
-  if too_few:
-    raise NothingToTrainOn(too_few)
+  refuse_too_few(config, stage.summary(workdir / config.name / 'pairs'))
+  make_judge_pairs(config, workdir)
 
 
 def make_judge_pairs(config, workdir):
@@ -255,21 +251,24 @@ def make_judge_pairs(config, workdir):
   for name in ('majority', 'swapped'):
     if catalog.needs(name, config):
       judge_pairs.run(config, workdir, name)
+  if catalog.needs('audit_judge_pairs', config):
+    audit.run(config, workdir, 'judge_pairs')
 
 
-def why_too_few(config, made: schema.PairsSummary) -> str:
-  """The reason why the pairs stage, whose summary is `made`, gave too little; '' if enough."""
+def refuse_too_few(config, made: schema.PairsSummary):
+  """Raises NothingToTrainOn where the pairs stage, whose summary is `made`, gave too little."""
   if 'pairs' in configs.training_data(config):
     left, enough = f'{made.pairs} pairs', made.pairs >= config.train.batch
     limit = f'fewer than one batch of {config.train.batch}'
   else:
     left, enough = f'{made.positives} positives', made.positives > 0
     limit = f'and positives are responses that score {config.pairs.positive:g} or more'
-  return '' if enough else (
-      f'{made.parsed} of {made.judgements} judgements parsed and {left} are left '
-      f'({page.counts(made.dropped)}), {limit}; start from a stronger model, judge with a '
-      f'template that it can follow (--set=judge.template=FILE), or make more prompts '
-      f'(--set=prompts.count=N)')
+  if not enough:
+    raise NothingToTrainOn(
+        f'{made.parsed} of {made.judgements} judgements parsed and {left} are left '
+        f'({page.counts(made.dropped)}), {limit}; start from a stronger model, judge with a '
+        f'template that it can follow (--set=judge.template=FILE), or make more prompts '
+        f'(--set=prompts.count=N)')
 
 
 def load_config(name: str, size: str, m0: str, data: str, changes: list[str]) -> ConfigDict:

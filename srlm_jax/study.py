@@ -50,6 +50,27 @@ class Study:
   models: list[dict]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+  """A point of the rubric in oracle.json; a share is None without such replies."""
+  point: str
+  kept: float | None
+  caught: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """A family of instructions in oracle.json; the share is None without pairs."""
+  pairwise: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+  """What `parts` reads from oracle.json."""
+  judge_points: list[Point] = dataclasses.field(default_factory=list)
+  judge_families: dict[str, Family] = dataclasses.field(default_factory=dict)
+
+
 def define_flags():
   flags.DEFINE_string('workdir', None, 'Folder of the runs.', required=True)
   flags.DEFINE_enum('size', 'tiny', configs.SIZES, 'Size of the model, the data and the training.')
@@ -117,7 +138,8 @@ def table(runs, loops) -> list[dict]:
   A row has the means over the runs (`means`) and three comparisons. gain: oracle score minus that
   of the previous model. against: oracle score minus that of the same model in the loops; None for
   the loops themselves. judge: for each column of JUDGE, the value minus that of M1 in the same run.
-  judge_against: the same, minus that of the same model in the loop with the same seed.
+  judge_against: the same, minus that of the same model in the loop with the same seed. Models up to
+  M1 have no `judge`. parts: see `parts`.
   """
   found, unchanged = ([{row['model']: row for row in results.of_models(run)} for run in folders]
                       for folders in (runs, loops))
@@ -125,10 +147,11 @@ def table(runs, loops) -> list[dict]:
   rows = []
   for previous, model in zip(['', *made[:-1]], made, strict=True):
     rows.append(dict(
-        model=model, **means(model, found), gain=paired(runs, model, runs, previous),
+        model=model, **means(model, found), parts=parts([run / model for run in runs]),
+        gain=paired(runs, model, runs, previous),
         against=paired(runs, model, loops, model) if runs != loops else None,
         judge={heading: over_seeds(_differences(heading, found, model, found, 'm1'))
-               for heading in JUDGE},
+               for heading in JUDGE} if model in configs.MODELS[3:] else {},
         judge_against={heading: over_seeds(_differences(heading, found, model, unchanged, model))
                        for heading in JUDGE} if runs != loops else {}))
   return rows
@@ -147,6 +170,22 @@ def means(model: str, found: list[dict[str, dict]]) -> dict:
       runs=len(rows),
       **{heading: statistics.fmean(v) if v else None for heading, v in values.items()},
       errors={heading: scores.standard_error(v) for heading, v in values.items() if len(v) > 1})
+
+
+def parts(folders) -> dict[str, float]:
+  """The judge by rubric point and by family: {heading: mean over the folders of a model}.
+
+  kept and caught of a point, and pairs of a family, are those of `sandbox/oracle.py`.
+  """
+  values = {}
+  for folder in folders:
+    found = results.read(folder / 'oracle' / 'oracle.json', Judged) or Judged()
+    shares = {f'{point.point}: {key}': getattr(point, key)
+              for key in ('kept', 'caught') for point in found.judge_points}
+    shares |= {f'pairs: {name}': family.pairwise for name, family in found.judge_families.items()}
+    for heading, share in shares.items():
+      values.setdefault(heading, []).extend([] if share is None else [share])
+  return {heading: statistics.fmean(found) for heading, found in values.items() if found}
 
 
 def paired(runs, model: str, others, other: str) -> dict | None:
@@ -190,7 +229,7 @@ def over_seeds(values: list[float]) -> dict | None:
 
 
 def text(rows: list[dict]) -> str:
-  """The rows of `table` as text: tables of means with standard errors, gains and judge changes."""
+  """The rows of `table` as text: means with standard errors, gains, and the judge."""
   tables = []
   for columns in results.TABLES.values():
     shown = [c.heading for c in columns
@@ -200,13 +239,18 @@ def text(rows: list[dict]) -> str:
     tables.append([['model', 'runs', *shown], *cells])
   tables.append([['model', 'gain', *DIFFERENCE],
                  *([row['model'], *_difference(row['gain'])] for row in rows if row['gain'])])
+  for is_pairs in (False, True):
+    shown = list(dict.fromkeys(heading for row in rows for heading in row['parts']
+                               if heading.startswith('pairs: ') == is_pairs))
+    tables.append([['model', *shown], *(
+        [row['model'], *(f'{row["parts"][h]:.2f}' if h in row['parts'] else '-' for h in shown)]
+        for row in rows if shown and row['parts'])])
   for key, other in (('judge', 'm1'), ('judge_against', 'the loop')):
     judge = [['model']]
     for heading in JUDGE:
       judge[0] += [f'{heading}, against {other}', '+- seeds', '95 % over seeds']
     judge += [[row['model'], *(cell for heading in JUDGE for cell in _over_seeds(
-        row[key][heading]))] for row in rows
-        if (key != 'judge' or row['model'] > 'm1') and any(row[key].values())]
+        row[key][heading]))] for row in rows if _differs(row[key])]
     tables.append(judge)
   return '\n\n'.join(results.aligned(table) for table in tables if len(table) > 1)
 
@@ -243,9 +287,14 @@ def _differences(heading: str, found: list[dict[str, dict]], model: str,
   return [a - b for a, b in pairs if a is not None and b is not None]
 
 
+def _differs(found: dict[str, dict | None]) -> bool:
+  """Whether there is a difference in one run; a model that was copied from the loop has none."""
+  return any(x and (x['mean'] or x['over_seeds']) for x in found.values())
+
+
 def _mean(row: dict, heading: str) -> str:
   """The cell of a mean, with its standard error if there is one."""
-  value = results.number(row[heading], heading)
+  value = results.number(row.get(heading), heading)  # older studies lack some columns
   if heading not in row['errors']:
     return value
   return f'{value} +-{results.number(row["errors"][heading], heading)}'

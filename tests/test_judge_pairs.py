@@ -2,11 +2,12 @@
 import dataclasses
 import json
 
+from hypothesis import given, strategies as st
 import pytest
 import samples
 import tiny_run
 
-from srlm_jax import config as configs, InputError, records, schema
+from srlm_jax import config as configs, InputError, loop, records, schema
 from srlm_jax.reward import judge_pairs, judges, swap
 from srlm_jax.sandbox import audit, world
 
@@ -28,14 +29,24 @@ def test_the_score_of_most_votes_is_chosen_and_the_farthest_rejected(scores, exp
 @pytest.mark.parametrize('scores, level, is_better, expected', [
     ([1, 5, 4], 4.0, False, (0, 1, 4)), ([3, 2], 3.0, False, (1, 0, 1)),
     ([2, 4, 1, 5], 4.5, False, (1, 3, 1)), ([1, 5, 4], 3.0, True, (2, 0, 3)),
-    ([1, 5, 4], 3.0, False, 'the mean scores prefer the swapped response'),  # the mean is 3.3
-    ([5, 4], 3.0, True, 'all judgements agree'),
-    ([], 3.0, True, 'the mean scores prefer the swapped response')])
+    ([1, 5, 4], 3.0, False, 'the mean score is on the wrong side'),  # it is 3.3
+    ([5, 1], 3.0, True, 'the mean score is on the wrong side'),  # it is 3
+    ([5, 4], 3.0, True, 'all judgements agree'), ([], 3.0, True, 'no usable judgement')])
 def test_a_judgement_on_the_right_side_is_chosen_if_the_mean_agrees(
     scores, level, is_better, expected):
   found = judge_pairs.apart(judged(scores), level, is_better)
   assert (found if isinstance(found, str) else (
       found[0].index, found[1].index, found[2])) == expected
+
+
+@given(st.lists(st.lists(st.sampled_from([1.0, 2.0, 3.0]), max_size=9), min_size=1, max_size=3),
+       st.integers(0, 30), st.sampled_from([0.3, 0.5, 1.0]))
+def test_each_kind_has_as_many_pairs_of_any_scores(scores, maximum, share):
+  kinds = [[judge_pairs.Rating(f'{kind}/{i}', score, 1.0) for i, score in enumerate(found)]
+           for kind, found in enumerate(scores)]
+  kept = judge_pairs.even(kinds, maximum, share)
+  sizes = [sum(p.id.startswith(f'{kind}/') for p in kept) for kind in range(len(kinds))]
+  assert len({*sizes}) == 1 and sum(sizes) == len(kept) <= maximum
 
 
 def test_each_kind_has_as_many_pairs():
@@ -72,13 +83,30 @@ def test_equal_gaps_are_not_taken_from_the_first_prompts_only():
   assert 60 < sum(int(rating.id[:3]) for rating in kept) / 50 < 140
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'judge.by': 'oracle'}, 'config.judge.by is oracle'), ({'judge.n': 1}, 'judge.n is 1')])
-def test_what_cannot_give_a_pair_is_refused(changes, message, tmp_path):
+@pytest.mark.parametrize('name, changes, message', [
+    ('majority_pairs', {'judge.by': 'oracle'}, 'config.judge.by is oracle, and majority_pairs'),
+    ('judge_pairs', {'judge.by': 'random'}, 'config.judge.by is random, and judge_pairs'),
+    ('majority_pairs', {'judge.n': 2}, 'judge.n is 2, and majority_pairs need 3'),
+    ('swapped_pairs', {'judge.n': 1}, 'judge.n is 1, and swapped_pairs need 2')])
+def test_what_cannot_give_a_pair_is_refused(name, changes, message, tmp_path):
   config = configs.get('m2', 'tiny').unlock()
-  config.update_from_flattened_dict(changes)
+  config.update_from_flattened_dict({**changes, 'judge.quorum': 1})
+  if name != 'judge_pairs':
+    with pytest.raises(InputError, match=message):
+      judge_pairs.run(config, tmp_path, name.removesuffix('_pairs'))
+  config.train.data = 'pairs', name
   with pytest.raises(InputError, match=message):
-    judge_pairs.run(config, tmp_path)
+    loop.refuse_mistakes(config)
+
+
+def test_prompts_without_a_word_in_common_are_refused(run):
+  workdir, config = run
+  tiny_run.write(workdir, config, 'respond', {tiny_run.shard('responses'): [
+      samples.response(f'{p}/0', prompt=p, response=p) for p in ('Name it.', 'Why?')]},
+                 params='hash-m1')
+  with pytest.raises(InputError, match='m2/swap: no two prompts have a word in common'):
+    swap.run(config, workdir)
+  assert not (workdir / 'm2' / 'swap' / 'swapped.jsonl').exists()
 
 
 PROMPTS = dict(p0='Name two nice fruits.', p1='Name two nice tools.', p2='Name two nice animals.',
@@ -132,8 +160,8 @@ def test_votes_of_judgements_become_pairs_that_ask_the_judge_as_before(run):
   assert pairs['p2/1'].rejected_id == 'p2/1/3' and pairs['p2/1'].rejected == 'p2/1 3'
   judge = judges.load('sandbox')
   assert pairs['p0/1'].prompt == judge.render(prompt=PROMPTS['p0'], response='pear.')
-  assert done['dropped'] == {'fewer than two scores': 3, 'no score has most votes': 1,
-                             'over the limits': 0}
+  assert done['dropped'] == {'fewer than two scores': 2, 'no score has most votes': 1,
+                             'no score': 1, 'over the limits': 0}
 
 
 def test_a_share_limits_the_pairs_of_judgements(run):
@@ -162,7 +190,11 @@ def test_pairs_may_be_of_own_or_of_swapped_responses_only(run, swapped, of, name
   config.judge_pairs.of = of
   judge_pairs.run(config, workdir, 'swapped')
   pairs, done = made_by(workdir, 'swapped')
-  assert pairs.keys() == names and done['dropped']['over the limits'] == 0
+  assert pairs.keys() == names and done['dropped'] == {
+      'own': {'all judgements agree': 3, 'the mean score is on the wrong side': 2, 'no score': 1,
+              'over the limits': 0},
+      'swapped': {'all judgements agree': 1, 'the mean score is on the wrong side': 1,
+                  'over the limits': 0}}[of]
 
 
 def test_judgements_of_swapped_responses_become_pairs_and_the_oracle_audits_all(run, swapped):
@@ -177,11 +209,12 @@ def test_judgements_of_swapped_responses_become_pairs_and_the_oracle_audits_all(
   assert {name: (p.chosen_score, p.rejected_score) for name, p in pairs.items()} == kept
   assert PROMPTS['p0'] in pairs[found[0].id].prompt and found[0].response in (
       pairs[found[0].id].prompt)
-  assert done['dropped'] == {'all judgements agree': 5, 'over the limits': 0,
-                             'the mean scores prefer the swapped response': 3}
+  assert done['dropped'] == {'all judgements agree': 4, 'over the limits': 0, 'no score': 1,
+                             'the mean score is on the wrong side': 3}
   judge_pairs.run(config, workdir, 'majority')
-  audit.run(config, workdir)
-  numbers = json.loads((workdir / 'm2' / 'audit' / 'audit.json').read_text())
+  audit.run(config, workdir, 'judge_pairs')
+  numbers = json.loads((
+      workdir / 'm2' / 'audit_judge_pairs' / 'audit_judge_pairs.json').read_text())
   assert numbers['judge_pairs'] == 8
   assert [sum(world.grade(r.prompt, r.response)) for r in (found[0], found[3])] == [0, 0]
   # The oracle gives p0/0 and p2/0 5 points and p0/1 and p2/1 2.

@@ -321,10 +321,12 @@ def test_needs_returns_the_stages_that_each_config_needs():
   assert {*needed('m2', pairs__strategy='consistency')} == own | {'judge_again'}
   assert {*needed('m2', pairs__strategy='implicit_reward')} == own | {'implicit'}
   assert {*needed('m2', pairs__strategy='temporal')} == own | {'respond_older', 'judge_older'}
-  assert {*needed('m2', train__data=('pairs', 'judge_pairs'))} == own | {'meta_judge'}
-  assert {*needed('m2', train__data=('pairs', 'majority_pairs'))} == own | {'majority'}
+  assert {*needed('m2', train__data=('pairs', 'judge_pairs'))} == own | {
+      'meta_judge', 'audit_judge_pairs'}
+  assert {*needed('m2', train__data=('pairs', 'majority_pairs'))} == own | {
+      'majority', 'audit_judge_pairs'}
   assert {*needed('m2', train__data=('pairs', 'swapped_pairs'))} == own | {
-      'swap', 'judge_swapped', 'swapped'}
+      'swap', 'judge_swapped', 'swapped', 'audit_judge_pairs'}
   assert {*needed('m2', train__data=('pairs', 'eft'))} == own
   assert {*needed('m2', train__reference='cached')} == own | {'reference'}
   assert {*needed('m2', train__select='agreement')} == own | {'selection'}

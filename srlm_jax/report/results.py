@@ -15,6 +15,7 @@ from srlm_jax.report import keyed
 from srlm_jax.reward import scores
 
 _AGREEMENT, _AUDIT = 'agreement/agreement.json', 'audit/audit.json'
+_JUDGE_PAIRS = 'audit_judge_pairs/audit_judge_pairs.json'
 _AGAIN = 'delete it, and run the loop again'
 _ORACLE, _PAIRED = 'oracle/oracle.json', ''
 
@@ -66,9 +67,9 @@ TABLES = dict(
         Column('pairs', 'pairs/done.json', 'pairs', 0),
         Column('right', _AUDIT, 'right', 2),
         Column('wrong', _AUDIT, 'wrong', 2),
-        Column('judge pairs', _AUDIT, 'judge_pairs', 0),
-        Column('nearer', _AUDIT, 'nearer', 2),
-        Column('farther', _AUDIT, 'farther', 2),
+        Column('judge pairs', _JUDGE_PAIRS, 'judge_pairs', 0),
+        Column('nearer', _JUDGE_PAIRS, 'nearer', 2),
+        Column('farther', _JUDGE_PAIRS, 'farther', 2),
         Column('judge mean', _AUDIT, 'judge_mean', 2),
         Column('oracle mean', _AUDIT, 'oracle_mean', 2)))
 COLUMNS = tuple(column for table in TABLES.values() for column in table)

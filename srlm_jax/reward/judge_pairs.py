@@ -31,6 +31,8 @@ Judgements = list[schema.Judgement]
 # Kind of the pair, judge prompt, chosen, rejected and gap; or why there is no pair.
 Found = tuple[str, str, schema.Judgement, schema.Judgement, float] | str
 KINDS = 'own', 'swapped'  # the responses whose judgements make a pair
+# The fewest judgements of a response from which a pair can be made. Of two, none is the majority.
+LEAST = dict(judge_pairs=2, majority_pairs=3, swapped_pairs=2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ def run(config, workdir, on: str = 'majority'):
 
   Reads MODEL/respond and MODEL/judge, and for swapped MODEL/swap and MODEL/judge_swapped.
   """
-  refuse_mistakes(config)
+  refuse_mistakes(config, [f'{on}_pairs'])
   spec = catalog.find('reward.judge_pairs', on)
   config = spec.view(config)
   judge = judges.load(config.judge.template)
@@ -55,13 +57,11 @@ def run(config, workdir, on: str = 'majority'):
     return
   pairs, dropped = spill.Spill(), Counter()
   ratings = {kind: [] for kind in _kinds(config, on)}
-  for found in dict(majority=_majority, swapped=_swapped)[on](s, config, judge):
+  for found in dict(majority=_majority, swapped=_swapped)[on](s, config, judge, ratings):
     if isinstance(found, str):
       dropped[found] += 1
       continue
     kind, asked, chosen, rejected, gap = found
-    if kind not in ratings:
-      continue
     pair = _pair(on, asked, chosen, rejected)
     ratings[kind].append(Rating(pair.id, pair.chosen_score, gap))
     pairs.add(pair.id, records.dump(pair))
@@ -78,16 +78,20 @@ def run(config, workdir, on: str = 'majority'):
            scores_chosen=scoring.histogram(rating.chosen_score for rating in kept))
 
 
-def refuse_mistakes(config):
-  """Raises InputError if the sampler does not judge, or only once."""
-  if config.judge.by != 'model':
-    raise InputError(f'config.judge.by is {config.judge.by}, and pairs of judgements train the '
-                     f'model on its own ones; set judge.by=model, or take majority_pairs and '
-                     f'swapped_pairs out of train.data')
-  if config.judge.n < 2:
-    raise InputError(f'config.judge.n is {config.judge.n}, and a pair needs two judgements of a '
-                     f'response; raise judge.n, or take majority_pairs and swapped_pairs out of '
-                     f'train.data')
+def refuse_mistakes(config, data: Collection[str]):
+  """Raises InputError if `data`, as in `train.data`, names pairs of judgements that cannot be made.
+
+  They need judgements by the sampler, and enough of each response.
+  """
+  for name, least in LEAST.items():
+    if name not in data:
+      continue
+    if config.judge.by != 'model':
+      raise InputError(f'config.judge.by is {config.judge.by}, and {name} train the model on its '
+                       f'own judgements; set judge.by=model, or take {name} out of train.data')
+    if config.judge.n < least:
+      raise InputError(f'config.judge.n is {config.judge.n}, and {name} need {least} judgements of '
+                       f'a response; raise judge.n, or take {name} out of train.data')
 
 
 def allowed(pair_count: int, share: float) -> int:
@@ -118,8 +122,10 @@ def limit(made: Sequence[Rating], maximum: int, score_share: float) -> list[Rati
 
 def even(kinds: Collection[Sequence[Rating]], maximum: int, score_share: float) -> list[Rating]:
   """Selects up to `maximum` pairs, as many of each kind as of the others; see `limit`."""
-  fewest = min(len(limit(made, maximum // len(kinds), score_share)) for made in kinds)
-  return [pair for made in kinds for pair in limit(made, fewest, score_share)]
+  most, size = -1, maximum // len(kinds)
+  while size != most:  # `limit` cannot reach every size
+    most, size = size, min(len(limit(made, size, score_share)) for made in kinds)
+  return [pair for made in kinds for pair in limit(made, size, score_share)]
 
 
 def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, int] | str:
@@ -148,8 +154,10 @@ def apart(judgements: Judgements, level: float, is_better: bool
   """
   sign = 1 if is_better else -1
   ahead = [sign * (j.score - level) for j in judgements]
-  if not ahead or statistics.fmean(ahead) <= 0:
-    return 'the mean scores prefer the swapped response'
+  if not ahead:
+    return 'no usable judgement'
+  if statistics.fmean(ahead) <= 0:
+    return 'the mean score is on the wrong side'
   if min(ahead) > 0:
     return 'all judgements agree'
   chosen = judgements[ahead.index(min(x for x in ahead if x > 0))]
@@ -163,15 +171,17 @@ def _kinds(config, on: str) -> tuple[str, ...]:
   return KINDS if config.judge_pairs.of == 'both' else (config.judge_pairs.of,)
 
 
-def _majority(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
+def _majority(s: stage.Stage, config, judge: judges.Judge, kinds) -> Iterator[Found]:
+  kind, = kinds
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   for r in s.read(RESPONSES):
-    found = vote(_usable(scores.of(r.id)))
-    yield found if isinstance(found, str) else ('own', _asked(r, config, judge), *found)
+    score = scores.of(r.id)
+    found = vote(_usable(score)) if score.mean is not None else 'no score'
+    yield found if isinstance(found, str) else (kind, _asked(r, config, judge), *found)
   scores.finish(s.path(RESPONSES))
 
 
-def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
+def _swapped(s: stage.Stage, config, judge: judges.Judge, kinds) -> Iterator[Found]:
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   others = scoring.Judged(s.read(OF_SWAPPED), config.judge.quorum, s.path(OF_SWAPPED))
   items = records.Matched(s.read(SWAPPED), operator.attrgetter('prompt_id'), s.path(SWAPPED))
@@ -186,8 +196,8 @@ def _swapped(s: stage.Stage, config, judge: judges.Judge) -> Iterator[Found]:
     for kind, responses, found, level in (
         ('own', group, judged[0], statistics.fmean(other)),
         ('swapped', swapped, judged[1], statistics.fmean(own))):
-      for r, score in zip(responses, found, strict=True):
-        made = apart(_usable(score), level, kind == 'own')
+      for r, score in zip(responses, found, strict=True) if kind in kinds else ():
+        made = apart(_usable(score), level, kind == 'own') if score.mean is not None else 'no score'
         yield made if isinstance(made, str) else (kind, _asked(r, config, judge), *made)
   for found in (scores, items):
     found.finish(s.path(RESPONSES))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import itertools
 
-from srlm_jax import catalog, cli, conversation, hosts, records, schema, stage
+from srlm_jax import catalog, cli, conversation, hosts, InputError, records, schema, stage
 from srlm_jax.data import similar
 from srlm_jax.reward import scores as scoring
 
@@ -25,8 +25,12 @@ def run(config, workdir):
     return
   s.begin()
   if hosts.is_first_host():
-    records.write(s.folder / 'swapped.jsonl',
-                  swapped(lambda: s.read('respond/responses-*.jsonl')))
+    found = swapped(lambda: s.read('respond/responses-*.jsonl'))
+    first = next(found, None)
+    if first is None:
+      raise InputError(f'{s.title}: no two prompts have a word in common, so no response can be '
+                       f'swapped; take swapped_pairs out of train.data')
+    records.write(s.folder / 'swapped.jsonl', itertools.chain([first], found))
   s.finish()
 
 

@@ -1,5 +1,8 @@
 """Compares one iteration's judgements, preference pairs and pairs of judgements with the oracle.
 
+  python -m srlm_jax.sandbox.audit --config=iter2:tiny --workdir=RUN
+  python -m srlm_jax.sandbox.audit --config=iter2:tiny --workdir=RUN --on=judge_pairs
+
 The oracle is the program that grades sandbox responses (`world.grade`).
 """
 import array
@@ -9,26 +12,46 @@ import itertools
 import operator
 import statistics
 
-from srlm_jax import catalog, cli, hosts, records, schema, stage
+from srlm_jax import catalog, cli, config as configs, hosts, records, schema, stage
 from srlm_jax.report import estimates
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 SWAPPED = 'swap/swapped.jsonl'
-JUDGE_PAIRS = ('meta_judge/judge_pairs.jsonl', 'majority/majority_pairs.jsonl',
-               'swapped/swapped_pairs.jsonl')
+JUDGE_PAIRS = dict(  # by their name in train.data
+    judge_pairs='meta_judge/judge_pairs.jsonl', majority_pairs='majority/majority_pairs.jsonl',
+    swapped_pairs='swapped/swapped_pairs.jsonl')
 
 
-def run(config, workdir):
+def run(config, workdir, on: str = ''):
   """MODEL/respond, MODEL/judge and MODEL/pairs -> MODEL/audit/audit.json.
 
-  Where there are pairs of judgements (JUDGE_PAIRS), these are compared too.
+  With on='judge_pairs': MODEL/respond and the pairs of judgements that `train.data`
+  names -> MODEL/audit_judge_pairs/audit_judge_pairs.json.
   """
-  spec = catalog.find('sandbox.audit')
+  spec = catalog.find('sandbox.audit', on)
   config = spec.view(config)
   s = stage.Stage(spec, config, workdir)
   if s.done:
     return
+  found = _judge_pairs(s, config) if on else _round(s, config)
+  s.begin()
+  if hosts.is_first_host():
+    stage.write_json(s.folder / spec.writes[0], found)
+  s.finish(**{key: found[key] for key in (
+      ('nearer', 'farther') if on else ('right', 'tied', 'wrong', 'judge_mean', 'oracle_mean'))})
+
+
+def _judge_pairs(s: stage.Stage, config) -> dict:
+  names = configs.training_data(config)
+  responses = [s.read('respond/responses-*.jsonl')]
+  if 'swapped_pairs' in names:
+    responses.append(s.read(SWAPPED))
+  pairs = (s.read(file) for name, file in JUDGE_PAIRS.items() if name in names)
+  return judge_pairs(itertools.chain(*responses), itertools.chain.from_iterable(pairs))
+
+
+def _round(s: stage.Stage, config) -> dict:
   responses = 'respond/responses-*.jsonl'
   judged = scoring.Judged(s.read('judge/judgements-*.jsonl'), config.judge.quorum,
                           s.path('judge/judgements-*.jsonl'))
@@ -37,13 +60,7 @@ def run(config, workdir):
   found = measure(s.read(responses), lambda name: judged.of(name).mean, pairs.of)
   for file in (judged, pairs):
     file.finish(s.path(responses))
-  if any(map(s.has, JUDGE_PAIRS)):
-    found |= judge_pairs(itertools.chain(s.read(responses), s.read(SWAPPED)),
-                         itertools.chain.from_iterable(map(s.read, JUDGE_PAIRS)))
-  s.begin()
-  if hosts.is_first_host():
-    stage.write_json(s.folder / 'audit.json', found)
-  s.finish(**{key: found[key] for key in ('right', 'tied', 'wrong', 'judge_mean', 'oracle_mean')})
+  return found
 
 
 def measure(responses: Iterable[schema.Response], score: Callable[[str], float | None],
@@ -93,7 +110,7 @@ def measure(responses: Iterable[schema.Response], score: Callable[[str], float |
 
 
 def judge_pairs(responses: Iterable[schema.Response], pairs: Iterable[schema.JudgePair]) -> dict:
-  """Judged responses and pairs of their judgements -> more numbers of audit.json.
+  """Judged responses and pairs of their judgements -> the numbers of audit_judge_pairs.json.
 
   judge_pairs: their number. nearer, as_near, farther: the shares in which the score of the chosen
   judgement is nearer to the oracle's than the rejected one's, as near, or farther from it. A
@@ -130,4 +147,4 @@ def _interval(values: Sequence[float], sizes: Iterable[int]) -> list[float] | No
 
 
 if __name__ == '__main__':
-  cli.main(run)
+  cli.main(run, on=('', 'What is compared: judge_pairs, or by default judgements and pairs.'))

@@ -111,7 +111,8 @@ def _judgement(prompt: str, response: str, judge, reviews: str, rng: np.random.G
 def _comparison(prompt: str, response: str, judge, meta, rng: np.random.Generator) -> str:
   """Two judgements of a response, and which of them is nearer to somebody's opinion."""
   first, second = world.sample(rng, range(6), 2)
-  texts = [f'{_review(prompt, response, x)}\n{judge.state(x)}' for x in (first, second)]
+  texts = [f'{world.description(prompt, response, x >= RIGHT)}\n{judge.state(x)}'
+           for x in (first, second)]
   asked = meta.render(request=judge.render(prompt=prompt, response=response), first=texts[0],
                       second=texts[1])
   opinion = _opinion(prompt, response, rng)
@@ -127,7 +128,7 @@ def _opinion(prompt: str, response: str, rng: np.random.Generator) -> int:
   return sum(world.grade(prompt, response)) if is_checked else world.impression(prompt, response)
 
 
-def _review(prompt: str, response: str, points: int, reviews: str = 'descriptions') -> str:
+def _review(prompt: str, response: str, points: int, reviews: str) -> str:
   """The review of somebody who gives so many points."""
   return world.review(prompt, response) if reviews == 'verdicts' else world.description(
       prompt, response, points >= RIGHT)
