@@ -38,6 +38,8 @@ ABLATIONS = dict(
     judge_majority=(f'{_DPO}:train.data=pairs,majority_pairs',),
     # Judgements of responses to another prompt, which are usually worse: Wang et al. 2024.
     judge_swapped=(f'{_DPO}:train.data=pairs,swapped_pairs',),
+    # The same once, for M2, and of the swapped responses only.
+    judge_swapped_once=('m2:train.data=pairs,swapped_pairs', 'm2:judge_pairs.of=swapped'),
     # EFT examples, which taught M1 to judge, again in every round.
     judge_eft=(f'{_DPO}:train.data=pairs,eft',),
 )

@@ -388,6 +388,18 @@ def test_the_loop_runs_every_ablation_and_the_meta_judge(demo, tmp_path, flags):
 
 
 @pytest.mark.slow
+def test_eft_examples_are_trained_on_beside_pairs(demo, tmp_path):
+  for part in ('data', 'm0', 'sft', 'm1'):
+    shutil.copytree(demo[0] / part, tmp_path / part)
+  main('loop', '--size=tiny', f'--workdir={tmp_path}', *(f'--set={c}' for c in CHANGES),
+       '--ablation=judge_eft', '--last=m2')
+  count = [sum(1 for _ in (tmp_path / path).open())
+           for path in ('m1/eft/eft.jsonl', 'm2/pairs/pairs.jsonl')]
+  done = json.loads((tmp_path / 'm2' / 'model' / 'done.json').read_text())
+  assert all(count) and done['examples'] == sum(count)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name, made', [
     ('judge_meta', 'meta_judge/judge_pairs.jsonl'),
     ('judge_majority', 'majority/majority_pairs.jsonl'),

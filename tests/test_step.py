@@ -208,6 +208,32 @@ def test_demonstrations_among_pairs_have_the_gradient_of_sft(accumulate):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), grad, wanted)
 
 
+def test_the_metrics_of_a_step_are_means_over_its_pairs():
+  examples = draw('dpo', 8)
+  mixed, alone = ([e if is_pair(i) else dataclasses.replace(e, responses=(e.responses[0], []))
+                   for i, e in enumerate(examples)] for is_pair in (lambda i: i % 3, lambda i: 0))
+  config = keys('dpo', data=('pairs', 'eft'))
+  mesh = make_mesh(1, 1, 1)
+  with jax.set_mesh(mesh):
+    params, reference = (jax.tree.map(sharding.put, tree, sharding.shardings(tree, mesh))
+                         for tree in (init(TINY), init(TINY, seed=1)))
+    tx = train_state.optimizer(config, 10)
+    state = train_state.TrainState.create(params, tx)
+
+    def metrics(config, examples):
+      step = train_step.make(llama.Llama(TINY), tx, config, state)
+      batch = sharding.put_batch(pack(examples, 32), mesh)
+      return step(jax.tree.map(jnp.copy, state), reference, batch, jax.random.key(0))[1]
+    found, demonstrations = metrics(config, mixed), metrics(config, alone)
+    wanted = metrics(keys('dpo'), [e for i, e in enumerate(examples) if i % 3])
+  assert found['pair_share'] == pytest.approx(5 / 8) and demonstrations['pair_share'] == 0
+  names = wanted.keys() - {'loss', 'grad_norm'}
+  assert {'margin', 'accuracy', 'chosen_logp', 'rejected_reward'} <= names
+  for name in names:
+    np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+    assert demonstrations[name] == 0
+
+
 def test_the_first_dpo_step_gives_ln_2_and_margin_0_and_the_second_is_better():
   history = train('dpo')
   assert history[0]['loss'] == pytest.approx(math.log(2), abs=1e-6)

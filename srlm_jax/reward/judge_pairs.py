@@ -1,19 +1,19 @@
-"""Makes preference pairs of judgements, which train the judge, without a judge of judgements.
+"""Makes preference pairs of judgements, which train the judge, without comparing two of them.
 
   python -m srlm_jax.reward.judge_pairs --config=iter2:tiny --workdir=RUN --on=majority
 
 majority  The judgements of a response vote on its score. Chosen is a judgement with the score of
           most votes, rejected the one whose score is farthest from it (Self-Consistency Preference
-          Optimization, Prasad et al. 2024, 2411.04109, which does this with answers).
+          Optimization, Prasad et al. 2024, 2411.04109, which makes such pairs of answers).
 swapped   A response to a similar other prompt (`reward/swap.py`) is usually worse than the prompt's
-          own ones (Self-Taught Evaluators, Wang et al. 2024, 2408.02666, whose judge compares two
-          responses). Of its judgements, chosen is one with a score below the mean of the own
-          responses, and rejected one without. Of the judgements of an own response, chosen is one
-          with a score above the mean of the swapped one. As many pairs of either kind are kept
-          (`judge_pairs.of`): one kind alone can teach the judge to give every response low scores,
-          or high ones.
+          own responses (Self-Taught Evaluators, Wang et al. 2024, 2408.02666, whose judge compares
+          two responses). Of its judgements, chosen is one with a score below the mean of the own
+          responses, and rejected one with a score that is not. Of the judgements of an own
+          response, chosen is one with a score above the mean of the swapped one. As many pairs of
+          either kind are kept (`judge_pairs.of`): one kind alone can teach the judge to give every
+          response low scores, or high ones.
 
-`sample/meta_judge.py` makes such pairs with a judge of judgements.
+`sample/meta_judge.py` makes such pairs by comparing two judgements with each other.
 """
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
