@@ -262,7 +262,7 @@ def overview(folder) -> str:
   seeds and other means.
   """
   found = {path: study for path in folder.glob('*.json') if (study := results.read(path, Study))}
-  known = {row.get('model') for study in found.values() for row in study.models}
+  known = [row.get('model') for study in found.values() for row in study.models]
   models = [model for model in configs.MODELS[2:] if model in known]
   lines = [['study', 'seeds', *models, 'above the loop', *DIFFERENCE, *_OVERVIEW]]
   for path, study in sorted(found.items(), key=lambda item: (item[1].name != LOOP, item[1].name)):

@@ -182,7 +182,7 @@ def demo(tmp_path_factory):
 
 # Stages that only some strategies and pairs of judgements need; the meta-judge is one of them.
 OTHERS = {spec.name: spec for spec in catalog.STAGES
-          if spec.program.startswith(('sample.', 'reward.swap'))
+          if spec.program.startswith(('sample.', 'reward.swap', 'reward.judge_pairs'))
           and not catalog.needs(spec.name, configs.get('m2', 'tiny'))}
 
 

@@ -250,7 +250,10 @@ comparisons = Files(make_comparisons, compare_judgements, is_consistent=True,
 def make_swapped(folder):
   finished_run(folder)
   config = config_of('m2', **JUDGE_PAIRS)
-  swapped = [samples.response(f'p{i}/p{2 - i}', prompt_id=f'p{i}', prompt='Name a fruit.')
+  tiny_run.write(folder, config, 'respond', {tiny_run.shard('responses'): [
+      samples.response(f'p{i}/{n}', prompt=f'Name fruit {i}.', response=f'{i} {n}')
+      for i in range(3) for n in range(2)]}, params='hash-m1')
+  swapped = [samples.response(f'p{i}/p{2 - i}', prompt_id=f'p{i}', prompt=f'Name fruit {i}.')
              for i in (0, 2)]
   tiny_run.write(folder, config, 'swap', {'swapped.jsonl': swapped})
   tiny_run.write(folder, config, 'judge_swapped', {tiny_run.shard('judgements'): [

@@ -134,7 +134,7 @@ def test_the_memory_of_the_real_shape_is_needed(folder, tmp_path):
 
 @pytest.mark.parametrize('flags, message', [
     ([], 'error: nothing says what M0 is; give its Hugging Face folder (--m0=FOLDER for the loop '
-     'and the plan, --config.m0=FOLDER for a stage), or a preset as the size: tiny, stories, 7b,'),
+     'and the plan, --config.m0=FOLDER for a stage), or a preset as the size: tiny, hard,'),
     (['--m0={tmp}'], 'error: {tmp} holds no config.json; name a checkpoint or a Hugging Face'),
     (['--m0={tmp}/absent'], 'error: {tmp}/absent holds no config.json'),
     (['--m0={tmp}/gpt'], "error: {tmp}/gpt/config.json: model_type = 'gpt2' is not supported; use "
