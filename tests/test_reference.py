@@ -49,6 +49,7 @@ def run(tmp_path, tokenizer_folder):
   return start
 
 
+@pytest.mark.slow
 def test_cached_log_probs_train_the_same_and_are_resumed_after_a_kill(run, capsys):
   _, wanted = run('step')
   workdir, found = run('cached', reference='cached')
