@@ -91,19 +91,20 @@ class Spec:
   def inputs(self, workdir, config) -> list:
     """The files that it reads; for missing shards, a placeholder path."""
     config = unwrap(config)
-    found = [path for file in (*self.reads, *self._reads_if(config))
+    found = [path for file in (*self.reads, *self.conditional(config))
              for path in paths(file, workdir, config)]
     if self.reads_training_data:
       found += training_files(workdir, config)
     there = [path for file in self.reads_if_there for path in paths(file, workdir, config)]
     return found + [path for path in there if path.exists()]
 
-  def _reads_if(self, config) -> list[str]:
-    return [file for file, condition in self.reads_if.items() if condition(config)]
+  def conditional(self, config) -> list[str]:
+    """The files of `reads_if` that it reads with this config."""
+    return [file for file, condition in self.reads_if.items() if condition(unwrap(config))]
 
   def check_input(self, file: str, config):
     """Raises Undeclared if the stage does not declare that it reads STAGE/FILE with this config."""
-    if file not in (*self.reads, *self._reads_if(unwrap(config)), *self.reads_if_there):
+    if file not in (*self.reads, *self.conditional(config), *self.reads_if_there):
       raise Undeclared(f'{self.program} reads {file}, which is not declared; add it to catalog.py')
 
 
@@ -303,7 +304,7 @@ STAGES = (
          reads_if_there=('pairs/pairs.jsonl',),
          needed=lambda c: _in_sandbox(c) and _trains_on_own(c)),
     Spec('audit_judge_pairs', 'sandbox.audit', ('audit_judge_pairs.json',), on='judge_pairs',
-         reads=('respond/responses-*.jsonl',), keys=('train.data',),
+         reads=('respond/responses-*.jsonl',),
          reads_if={'meta_judge/judge_pairs.jsonl': _trains_on('judge_pairs'),
                    'majority/majority_pairs.jsonl': _trains_on('majority_pairs'),
                    'swapped/swapped_pairs.jsonl': _trains_on('swapped_pairs'),
@@ -325,9 +326,8 @@ STAGES = (
              'init', 'data', 'loss', 'reference', 'batch', 'pack', 'rows', 'accumulate', 'epochs',
              'learning_rate', 'learning_rate_end', 'warmup', 'weight_decay', 'b1', 'b2',
              'max_grad_norm', 'dropout', 'beta', 'nll_weight', 'sft_weight', 'length_normalize',
-             'max_length',
-             'dtype', 'moments', 'lora_rank', 'lora_alpha', 'lora_targets', 'save_every',
-             'select', 'max_epochs'))),
+             'max_length', 'dtype', 'moments', 'lora_rank', 'lora_alpha', 'lora_targets',
+             'save_every', 'select', 'max_epochs'))),
          unrecorded=('train.keep', 'train.log_every', 'train.remat', 'mesh.data', 'mesh.fsdp',
                      'mesh.tensor', 'data.source')),
     Spec('stopping', 'stopping', ('wins.jsonl',), reads=('seeds/heldout.jsonl',), runs=('init',),

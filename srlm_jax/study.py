@@ -14,6 +14,7 @@ the same trained models. The one over seeds is the uncertainty for other trained
 prompts. For other seeds and other prompts, the variances add up (`+- both`). The 95 % interval is
 Student's t interval of the mean over seeds, for differences paired by seed.
 """
+from collections.abc import Iterable
 import dataclasses
 import math
 import statistics
@@ -139,7 +140,7 @@ def table(runs, loops) -> list[dict]:
   of the previous model. against: oracle score minus that of the same model in the loops; None for
   the loops themselves. judge: for each column of JUDGE, the value minus that of M1 in the same run.
   judge_against: the same, minus that of the same model in the loop with the same seed. Models up to
-  M1 have no `judge`. parts: see `parts`.
+  M1 have no `judge`. points, families: see `parts`.
   """
   found, unchanged = ([{row['model']: row for row in results.of_models(run)} for run in folders]
                       for folders in (runs, loops))
@@ -147,7 +148,7 @@ def table(runs, loops) -> list[dict]:
   rows = []
   for previous, model in zip(['', *made[:-1]], made, strict=True):
     rows.append(dict(
-        model=model, **means(model, found), parts=parts([run / model for run in runs]),
+        model=model, **means(model, found), **parts([run / model for run in runs]),
         gain=paired(runs, model, runs, previous),
         against=paired(runs, model, loops, model) if runs != loops else None,
         judge={heading: over_seeds(_differences(heading, found, model, found, 'm1'))
@@ -172,20 +173,21 @@ def means(model: str, found: list[dict[str, dict]]) -> dict:
       errors={heading: scores.standard_error(v) for heading, v in values.items() if len(v) > 1})
 
 
-def parts(folders) -> dict[str, float]:
-  """The judge by rubric point and by family: {heading: mean over the folders of a model}.
+def parts(folders) -> dict[str, dict[str, float]]:
+  """The judge by point of the rubric and by family: means over the folders of a model.
 
-  kept and caught of a point, and pairs of a family, are those of `sandbox/oracle.py`.
+  -> points, {POINT: kept or POINT: caught: share}, and families, {pairs: FAMILY: share}. The shares
+  are those of `sandbox/oracle.py`.
   """
-  values = {}
-  for folder in folders:
-    found = results.read(folder / 'oracle' / 'oracle.json', Judged) or Judged()
-    shares = {f'{point.point}: {key}': getattr(point, key)
-              for key in ('kept', 'caught') for point in found.judge_points}
-    shares |= {f'pairs: {name}': family.pairwise for name, family in found.judge_families.items()}
-    for heading, share in shares.items():
-      values.setdefault(heading, []).extend([] if share is None else [share])
-  return {heading: statistics.fmean(found) for heading, found in values.items() if found}
+  judged = [results.read(folder / 'oracle' / 'oracle.json', Judged) or Judged()
+            for folder in folders]
+  return dict(
+      points=_share_means({f'{point.point}: {key}': getattr(point, key)
+                           for key in ('kept', 'caught') for point in found.judge_points}
+                          for found in judged),
+      families=_share_means({f'pairs: {name}': family.pairwise
+                             for name, family in found.judge_families.items()}
+                            for found in judged))
 
 
 def paired(runs, model: str, others, other: str) -> dict | None:
@@ -239,12 +241,11 @@ def text(rows: list[dict]) -> str:
     tables.append([['model', 'runs', *shown], *cells])
   tables.append([['model', 'gain', *DIFFERENCE],
                  *([row['model'], *_difference(row['gain'])] for row in rows if row['gain'])])
-  for is_pairs in (False, True):
-    shown = list(dict.fromkeys(heading for row in rows for heading in row['parts']
-                               if heading.startswith('pairs: ') == is_pairs))
+  for key in ('points', 'families'):
+    shown = list(dict.fromkeys(heading for row in rows for heading in row[key]))
     tables.append([['model', *shown], *(
-        [row['model'], *(f'{row["parts"][h]:.2f}' if h in row['parts'] else '-' for h in shown)]
-        for row in rows if shown and row['parts'])])
+        [row['model'], *(f'{row[key][h]:.2f}' if h in row[key] else '-' for h in shown)]
+        for row in rows if row[key])])
   for key, other in (('judge', 'm1'), ('judge_against', 'the loop')):
     judge = [['model']]
     for heading in JUDGE:
@@ -285,6 +286,15 @@ def _differences(heading: str, found: list[dict[str, dict]], model: str,
            for ours, theirs in zip(found, others, strict=True)
            if model in ours and other in theirs]
   return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def _share_means(runs: Iterable[dict[str, float | None]]) -> dict[str, float]:
+  """The shares of each run -> the mean of each share over the runs that have it."""
+  values = {}
+  for shares in runs:
+    for heading, share in shares.items():
+      values.setdefault(heading, []).extend([] if share is None else [share])
+  return {heading: statistics.fmean(found) for heading, found in values.items() if found}
 
 
 def _differs(found: dict[str, dict | None]) -> bool:

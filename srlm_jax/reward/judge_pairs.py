@@ -128,6 +128,11 @@ def even(kinds: Collection[Sequence[Rating]], maximum: int, score_share: float) 
   return [pair for made in kinds for pair in limit(made, size, score_share)]
 
 
+def usable(score: scoring.Score) -> Judgements:
+  """The judgements of a response that have a score and ended by themselves."""
+  return [j for j in score.judgements if j.score is not None and j.finish == schema.EOS]
+
+
 def vote(judgements: Judgements) -> tuple[schema.Judgement, schema.Judgement, int] | str:
   """The judgements of a response -> chosen, rejected, and by how many votes chosen wins.
 
@@ -176,7 +181,7 @@ def _majority(s: stage.Stage, config, judge: judges.Judge, kinds) -> Iterator[Fo
   scores = scoring.Judged(s.read(JUDGEMENTS), config.judge.quorum, s.path(JUDGEMENTS))
   for r in s.read(RESPONSES):
     score = scores.of(r.id)
-    found = vote(_usable(score)) if score.mean is not None else 'no score'
+    found = vote(usable(score)) if score.mean is not None else 'no score'
     yield found if isinstance(found, str) else (kind, _asked(r, config, judge), *found)
   scores.finish(s.path(RESPONSES))
 
@@ -197,7 +202,7 @@ def _swapped(s: stage.Stage, config, judge: judges.Judge, kinds) -> Iterator[Fou
         ('own', group, judged[0], statistics.fmean(other)),
         ('swapped', swapped, judged[1], statistics.fmean(own))):
       for r, score in zip(responses, found, strict=True) if kind in kinds else ():
-        made = apart(_usable(score), level, kind == 'own') if score.mean is not None else 'no score'
+        made = apart(usable(score), level, kind == 'own') if score.mean is not None else 'no score'
         yield made if isinstance(made, str) else (kind, _asked(r, config, judge), *made)
   for found in (scores, items):
     found.finish(s.path(RESPONSES))
@@ -206,11 +211,6 @@ def _swapped(s: stage.Stage, config, judge: judges.Judge, kinds) -> Iterator[Fou
 
 def _asked(r: schema.Response, config, judge: judges.Judge) -> str:
   return judge.render(prompt=conversation.shown(r), response=judges.seen(r, config.judge))
-
-
-def _usable(score: scoring.Score) -> Judgements:
-  """The judgements that have a score and ended by themselves."""
-  return [j for j in score.judgements if j.score is not None and j.finish == schema.EOS]
 
 
 def _pair(on: str, asked: str, chosen: schema.Judgement, rejected: schema.Judgement

@@ -28,8 +28,8 @@ def run(config, workdir):
     found = swapped(lambda: s.read('respond/responses-*.jsonl'))
     first = next(found, None)
     if first is None:
-      raise InputError(f'{s.title}: no two prompts have a word in common, so no response can be '
-                       f'swapped; take swapped_pairs out of train.data')
+      raise InputError(f'{s.title}: no two prompts have a word in common and no response, so none '
+                       f'can be swapped; take swapped_pairs out of train.data')
     records.write(s.folder / 'swapped.jsonl', itertools.chain([first], found))
   s.finish()
 

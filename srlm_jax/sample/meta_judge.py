@@ -210,8 +210,7 @@ def most_uncertain(scores: Iterable[scoring.Score], responses: int) -> list[Grou
   """
   found = []
   for score in scores:
-    usable = [j for j in score.judgements if j.score is not None and j.finish == schema.EOS]
-    first_of_text = {j.text: j for j in reversed(usable)}
+    first_of_text = {j.text: j for j in reversed(judge_pairs.usable(score))}
     if score.mean is not None and len(first_of_text) > 1:
       group = list(reversed(first_of_text.values()))
       found.append((-score.spread, group[0].response_id, group))

@@ -12,15 +12,12 @@ import itertools
 import operator
 import statistics
 
-from srlm_jax import catalog, cli, config as configs, hosts, records, schema, stage
+from srlm_jax import catalog, cli, hosts, records, schema, stage
 from srlm_jax.report import estimates
 from srlm_jax.reward import scores as scoring
 from srlm_jax.sandbox import world
 
 SWAPPED = 'swap/swapped.jsonl'
-JUDGE_PAIRS = dict(  # by their name in train.data
-    judge_pairs='meta_judge/judge_pairs.jsonl', majority_pairs='majority/majority_pairs.jsonl',
-    swapped_pairs='swapped/swapped_pairs.jsonl')
 
 
 def run(config, workdir, on: str = ''):
@@ -43,12 +40,11 @@ def run(config, workdir, on: str = ''):
 
 
 def _judge_pairs(s: stage.Stage, config) -> dict:
-  names = configs.training_data(config)
-  responses = [s.read('respond/responses-*.jsonl')]
-  if 'swapped_pairs' in names:
-    responses.append(s.read(SWAPPED))
-  pairs = (s.read(file) for name, file in JUDGE_PAIRS.items() if name in names)
-  return judge_pairs(itertools.chain(*responses), itertools.chain.from_iterable(pairs))
+  files = s.spec.conditional(config)
+  responses = ['respond/responses-*.jsonl', *(file for file in files if file == SWAPPED)]
+  pairs = [file for file in files if file != SWAPPED]
+  return judge_pairs(*(itertools.chain.from_iterable(map(s.read, group))
+                       for group in (responses, pairs)))
 
 
 def _round(s: stage.Stage, config) -> dict:
